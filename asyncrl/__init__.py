@@ -1,0 +1,19 @@
+"""asyncrl: asynchronous reinforcement learning for language models. Importing it loads neither torch nor Ray."""
+
+from typing import TYPE_CHECKING, Any
+
+from asyncrl.config import Deployment, Recipe
+
+if TYPE_CHECKING:
+    from asyncrl.api import RunResult, Trainer, launch
+
+__version__ = "0.1.0"
+__all__ = ["Deployment", "Recipe", "RunResult", "Trainer", "launch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in {"Trainer", "launch", "RunResult"}:
+        from asyncrl import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'asyncrl' has no attribute {name!r}")

@@ -1,0 +1,312 @@
+"""The two specs. A *recipe* says what to learn, a *deployment* where it runs; both are data, validated when made.
+
+Every default lives here, once. Paths may hold `{run}`: the run directory. Callables are `package.module:name` or
+`path/to/file.py:name`. No torch here: a wrong spec must fail in well under two seconds.
+"""
+
+from typing import Literal
+
+from msgspec import Struct
+
+from asyncrl.errors import ConfigError
+from asyncrl.staleness import OnStale, SelectorName, Staleness
+
+
+class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every spec: frozen, keyword-only, refuses fields it does not know."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+# ------------------------------------------------------------------------------------------------- recipe
+
+
+class ModelSpec(Spec):
+    """path: Hugging Face id or folder. tokenizer: likewise; empty means the model's own."""
+
+    path: str
+    tokenizer: str = ""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    trust_remote_code: bool = False
+
+
+class DataSpec(Spec):
+    """Prompts in verl's parquet schema or JSONL: `prompt_key` holds chat messages or a plain string.
+
+    answer_key: a dotted path to the ground truth inside the row. epochs None: as many as total_steps needs.
+    Prompts longer than max_prompt_length tokens are left out, and counted.
+    """
+
+    files: tuple[str, ...]
+    prompt_key: str = "prompt"
+    answer_key: str = "reward_model.ground_truth"
+    source_key: str = "data_source"
+    max_prompt_length: int = 1024
+    shuffle: bool = True
+    epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(len(self.files) > 0, "data.files=(): there is nothing to train on; name at least one parquet or JSONL file")
+        _require(self.epochs is None or self.epochs >= 1, f"data.epochs={self.epochs} < 1: nothing would be trained; use null or >= 1")
+
+
+class RewardSpec(Spec):
+    """function: verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`, a float or a dict with `score`.
+
+    deadline_s: wall clock for one sample; past it the process is killed and the sample is `timeout`.
+    """
+
+    function: str
+    deadline_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        _require(self.deadline_s > 0, f"reward.deadline_s={self.deadline_s}: every sample would time out; use seconds > 0")
+
+
+class SamplingSpec(Spec):
+    """n rollouts per prompt. top_p 1 and top_k 0 are off, which is the default: both renormalize the behaviour policy.
+
+    keep: which complete groups are worth training: `all`, `varied` (rewards not all equal), or a user's
+    `keep(rewards) -> bool`. min_valid: fewer `ok` rollouts than this and the group is `failed`.
+    max_attempts: how often one prompt may be tried after failures.
+    """
+
+    n: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_response_length: int = 1024
+    min_valid: int = 2
+    max_attempts: int = 3
+    keep: str = "all"
+
+    def __post_init__(self) -> None:
+        _require(self.n >= 1, f"sampling.n={self.n} < 1: a group needs at least one rollout")
+        _require(self.temperature > 0, f"sampling.temperature={self.temperature}: training needs a stochastic policy; use > 0")
+        _require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p} is outside (0, 1]; 1 turns it off")
+        _require(self.top_k >= 0, f"sampling.top_k={self.top_k} < 0; 0 turns it off")
+        _require(self.max_response_length >= 1, f"sampling.max_response_length={self.max_response_length} < 1: no token could be sampled")
+        _require(
+            1 <= self.min_valid <= self.n,
+            f"sampling.min_valid={self.min_valid} is outside [1, n={self.n}]: no group could ever be complete; lower it",
+        )
+        _require(self.max_attempts >= 1, f"sampling.max_attempts={self.max_attempts} < 1: no prompt could be tried")
+
+
+class StalenessSpec(Spec):
+    """max_lag: η, in versions, per token. on_stale and selector: see asyncrl.staleness. capacity_groups: outstanding
+    groups at the most, whatever the bound admits; None: the bound alone."""
+
+    max_lag: int = 4
+    on_stale: OnStale = "mask"
+    selector: SelectorName = "oldest"
+    capacity_groups: int | None = None
+
+
+class AlgorithmSpec(Spec):
+    """Pure functions composed by name: estimator × loss × correction × KL × aggregation.
+
+    clip_ratio: ε around the proximal policy. behaviour_cap: truncation of exp(proximal − behaviour).
+    kl_coef: weight of the KL to the reference (the starting policy) in the loss; 0 loads no reference.
+    """
+
+    adv_estimator: Literal["grpo", "grpo_no_std"] = "grpo"
+    correction: Literal["decoupled", "none"] = "decoupled"
+    clip_ratio: float = 0.2
+    clip_ratio_high: float | None = None
+    behaviour_cap: float = 5.0
+    kl_coef: float = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: float = 0.0
+    loss_agg: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
+
+
+class LearnerSpec(Spec):
+    """batch_groups: groups per update. mini_batch_groups: groups per optimizer step (None: the whole batch).
+
+    max_tokens_per_pack: tokens in one forward pass. lr_schedule decays to min_lr_ratio·lr over total_steps.
+    max_refused_steps: non-finite steps in a row before the run stops.
+    """
+
+    batch_groups: int = 64
+    mini_batch_groups: int | None = None
+    ppo_epochs: int = 1
+    lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    min_lr_ratio: float = 0.0
+    max_grad_norm: float = 1.0
+    max_tokens_per_pack: int = 16384
+    max_refused_steps: int = 3
+
+    def __post_init__(self) -> None:
+        mini = self.mini_batch_groups
+        _require(
+            mini is None or (mini >= 1 and self.batch_groups % mini == 0),
+            f"learner.mini_batch_groups={mini} does not divide learner.batch_groups={self.batch_groups}: "
+            "the last minibatch would weigh more; choose a divisor",
+        )
+        _require(self.ppo_epochs >= 1, f"learner.ppo_epochs={self.ppo_epochs} < 1: nothing would be trained")
+        _require(self.lr >= 0, f"learner.lr={self.lr} < 0: the policy would be driven away from reward")
+
+
+class EvaluationSpec(Spec):
+    """Held-out evaluation through the same hops, every `freq` updates, at the start and at the end; files () turns it off."""
+
+    files: tuple[str, ...] = ()
+    freq: int = 10
+    n: int = 1
+    temperature: float = 0.0
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.freq >= 1, f"evaluation.freq={self.freq} < 1; to turn evaluation off leave evaluation.files empty")
+
+
+class CheckpointSpec(Spec):
+    """Every save_freq updates; keep_last_n complete ones are kept. step_000000 is written at the start."""
+
+    save_freq: int = 50
+    keep_last_n: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.save_freq >= 1, f"checkpoint.save_freq={self.save_freq} < 1: a killed learner could not be restored")
+        _require(self.keep_last_n >= 1, f"checkpoint.keep_last_n={self.keep_last_n} < 1: there would be nothing to resume from")
+
+
+class Recipe(Spec):
+    """What to learn. prepare: optional `prepare(recipe, run_dir)` that makes data and models before any actor starts."""
+
+    name: str
+    model: ModelSpec
+    data: DataSpec
+    reward: RewardSpec
+    total_steps: int
+    seed: int = 0
+    prepare: str = ""
+    sampling: SamplingSpec = SamplingSpec()
+    staleness: StalenessSpec = StalenessSpec()
+    algorithm: AlgorithmSpec = AlgorithmSpec()
+    learner: LearnerSpec = LearnerSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+
+    def __post_init__(self) -> None:
+        _require(self.total_steps >= 1, f"total_steps={self.total_steps} < 1: nothing would be trained")
+        capacity, batch = self.staleness.capacity_groups, self.learner.batch_groups
+        _require(
+            capacity is None or batch <= capacity,
+            f"learner.batch_groups={batch} > staleness.capacity_groups={capacity}: a batch could never be admitted and "
+            "the learner would wait for ever; raise staleness.capacity_groups or lower learner.batch_groups",
+        )
+        self.bound()
+
+    def bound(self) -> Staleness:
+        """The staleness rule that the store and the learner both run."""
+        return Staleness(
+            max_lag=self.staleness.max_lag,
+            batch_groups=self.learner.batch_groups,
+            on_stale=self.staleness.on_stale,
+            selector=self.staleness.selector,
+        )
+
+
+# --------------------------------------------------------------------------------------------- deployment
+
+
+class PlaceSpec(Spec):
+    """What one actor process reserves of the cluster, and the torch threads it computes with."""
+
+    cpus: float = 0.0
+    gpus: float = 0.0
+    threads: int = 1
+    resources: dict[str, float] = {}
+
+
+class EngineSpec(Spec):
+    """kind `torch`: the embedded engine. slots: requests decoded together. max_length: prompt + response tokens.
+
+    update_mode: how new weights enter while requests run (DESIGN §5). deterministic: one group at a time, rows
+    constant, so that a run repeats to the bit.
+    """
+
+    kind: Literal["torch"] = "torch"
+    slots: int = 64
+    max_length: int = 2048
+    update_mode: Literal["in_flight", "keep_kv", "drain"] = "in_flight"
+    deterministic: bool = False
+
+
+class GeneratorsSpec(Spec):
+    count: int = 1
+    place: PlaceSpec = PlaceSpec()
+    engine: EngineSpec = EngineSpec()
+
+    def __post_init__(self) -> None:
+        _require(self.count >= 1, f"generators.count={self.count} < 1: nobody would generate; use at least 1")
+
+
+class RewardsSpec(Spec):
+    """count actors, each with `processes` killable processes that score `lease_size` rollouts at a time."""
+
+    count: int = 1
+    processes: int = 1
+    lease_size: int = 64
+    place: PlaceSpec = PlaceSpec()
+
+    def __post_init__(self) -> None:
+        _require(self.count >= 1, f"rewards.count={self.count} < 1: nothing would be scored; use at least 1")
+        _require(self.processes >= 1, f"rewards.processes={self.processes} < 1: nothing would be scored; use at least 1")
+
+
+class LearnerPlaceSpec(Spec):
+    ranks: Literal[1] = 1
+    place: PlaceSpec = PlaceSpec()
+
+
+class StoreSpec(Spec):
+    """fsync: `segment` syncs each closed segment, `call` every acknowledged call. keep_segments: `checkpoint` deletes
+    segments that no retained checkpoint needs, `all` keeps the whole history."""
+
+    segment_bytes: int = 64 << 20
+    fsync: Literal["segment", "call"] = "segment"
+    keep_segments: Literal["checkpoint", "all"] = "checkpoint"
+    place: PlaceSpec = PlaceSpec()
+
+
+class BusSpec(Spec):
+    """transport `auto`: shared memory within a node, TCP between nodes. credit: buckets asked for ahead."""
+
+    transport: Literal["auto", "tcp"] = "auto"
+    bucket_bytes: int = 4 << 20
+    credit: int = 4
+
+
+class LimitsSpec(Spec):
+    """Seconds unless said otherwise. max_restarts: per actor. lease_s: silence after which a worker's work is reissued."""
+
+    max_restarts: int = 3
+    lease_s: float = 30.0
+    poll_s: float = 5.0
+    start_timeout_s: float = 180.0
+    stall_timeout_s: float = 300.0
+    stop_timeout_s: float = 15.0
+
+
+class Deployment(Spec):
+    """Where a recipe runs. ray_address empty: RAY_ADDRESS if set, else a local Ray with `num_cpus`."""
+
+    ray_address: str = ""
+    num_cpus: int | None = None
+    generators: GeneratorsSpec = GeneratorsSpec()
+    rewards: RewardsSpec = RewardsSpec()
+    learner: LearnerPlaceSpec = LearnerPlaceSpec()
+    store: StoreSpec = StoreSpec()
+    bus: BusSpec = BusSpec()
+    limits: LimitsSpec = LimitsSpec()

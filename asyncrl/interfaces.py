@@ -1,0 +1,136 @@
+"""The protocols through which stages meet. A stage takes these in its constructor and knows no other stage.
+
+Calls that wait are long polls: they return empty-handed at their deadline (`wait_s`, seconds) and never block for ever.
+All store calls raise `Fenced` (a newer incarnation took over), `Closed` (the run is stopping) or `Unavailable` (no store).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from asyncrl.types import (
+    BatchLease,
+    Fence,
+    Generation,
+    GenerationRequest,
+    Reserved,
+    Rollout,
+    Score,
+    SwapReport,
+    TrainRollout,
+    UnscoredLease,
+    Version,
+)
+
+Tensors = Mapping[str, Any]  # parameter name -> torch.Tensor, contiguous, on CPU
+Keep = Callable[[Sequence[float]], bool]  # rewards of a complete group -> worth training?
+
+
+class Engine(Protocol):
+    """Token ids in; token ids, behaviour logprobs and per-token versions out. Thread-safe; requests join and leave freely."""
+
+    @property
+    def slots(self) -> int:
+        """Requests decoded together at most."""
+
+    @property
+    def version(self) -> Version | None:
+        """Version of the weights now in use; None before the first `update_weights`."""
+
+    def submit(self, request: GenerationRequest) -> "Future[Generation]":
+        """Queues a request. The future ends when the rollout does; `abort` ends it with finish_reason `abort`."""
+
+    def update_weights(self, version: Version, tensors: Tensors) -> SwapReport:
+        """Blocks until the engine has swapped, at a decode step boundary. Later tokens carry `version`."""
+
+    def pause(self) -> None:
+        """Blocks until no step runs; requests stay queued or unfinished."""
+
+    def resume(self) -> None: ...
+
+    def abort(self, group: int | None = None) -> None:
+        """Ends the unfinished requests of one group, or all of them."""
+
+    def health(self, deadline_s: float) -> None:
+        """Proves that the engine makes progress, or raises `Unavailable` before the deadline."""
+
+    def close(self) -> None:
+        """Stops the engine; unfinished futures raise `Closed`."""
+
+
+class GeneratorStore(Protocol):
+    """What a generator asks of the store."""
+
+    def reserve(self, k: int, version: Version, held: Sequence[int], wait_s: float) -> Reserved:
+        """Up to k tickets for weights `version`. Waits for "bound full", "weights too old" or "no data".
+
+        `held` are the groups this caller still works on: their leases are renewed. Groups that it does not name are
+        taken as lost, and reissued. k = 0 only renews, and waits for a cancellation.
+        """
+
+    def submit(self, rollouts: Sequence[Rollout]) -> None:
+        """Hands over finished rollouts. Never waits: their slots are reserved. Duplicates are ignored."""
+
+
+class RewardStore(Protocol):
+    """What a reward worker asks of the store."""
+
+    def lease_unscored(self, k: int, wait_s: float) -> UnscoredLease:
+        """Up to k rollouts without a score; waits for the first."""
+
+    def extend(self, lease: int) -> None:
+        """Renews a lease of rollouts."""
+
+    def score(self, lease: int, scores: Sequence[Score]) -> None:
+        """Delivers verdicts, all or some of a lease. Never waits. Duplicates are ignored."""
+
+
+class LearnerStore(Protocol):
+    """What a learner asks of the store."""
+
+    def fence(self, committed: int) -> Fence:
+        """Starts a new incarnation at checkpoint `committed`: older learners are refused from here on, and commits after
+        `committed` are reopened, to be leased again first, in their logged order."""
+
+    def lease_batch(self, update: int, wait_s: float) -> BatchLease:
+        """The next batch for the update that follows `update`; waits for ready groups. Ends only by commit or fence."""
+
+    def rows(self, groups: Sequence[int]) -> list[TrainRollout]:
+        """The `ok` rollouts of leased groups, in group order, then rollout order."""
+
+    def commit(self, lease: int, version: Version, metrics: Mapping[str, float]) -> None:
+        """Counts the leased groups as trained by `version`. The metrics are logged with it, exactly once."""
+
+    def request_eval(self, version: Version) -> None:
+        """Asks for a held-out evaluation by generators at `version`. A newer request replaces one that has not begun."""
+
+    def checkpointed(self, oldest_retained: int) -> None:
+        """Tells that segments needed only by checkpoints before `oldest_retained` may go."""
+
+
+class WeightSink(Protocol):
+    """The learner's end of the weight bus."""
+
+    def publish(self, version: Version, tensors: Tensors) -> None:
+        """Blocks until staged (copied), not until delivered."""
+
+    def close(self) -> None: ...
+
+
+class WeightSource(Protocol):
+    """A generator's end of the weight bus."""
+
+    def next(self, after: Version | None, wait_s: float) -> "tuple[Version, Tensors] | None":
+        """The newest whole version, if it differs from and supersedes `after` (incarnation first, then update).
+
+        Returns None at the deadline. Raises `Unavailable` when no publisher could be found for longer than allowed.
+        The tensors stay valid until the following call.
+        """
+
+    def close(self) -> None: ...
+
+
+class ScoreFunction(Protocol):
+    """verl's reward signature. Returns a float, or a dict with `score` whose other numbers are logged by name."""
+
+    def __call__(self, data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None) -> Any: ...

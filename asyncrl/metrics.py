@@ -1,0 +1,44 @@
+"""Where an actor's time goes. One exclusive state at a time, so that the states add up to wall clock by construction."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Ledger:
+    """Divides the wall clock of one main loop into states: `busy`, `sync`, or `wait:<whom>`.
+
+    Written by the loop's own thread with `enter`/`span`; read by any thread with `seconds`.
+    """
+
+    def __init__(self, state: str = "wait:start", clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._state = state
+        self._since = clock()
+        self._seconds: dict[str, float] = {}
+
+    def enter(self, state: str) -> str:
+        """Ends the current state and begins `state`; returns the one that ended."""
+        with self._lock:
+            now = self._clock()
+            self._seconds[self._state] = self._seconds.get(self._state, 0.0) + now - self._since
+            ended, self._state, self._since = self._state, state, now
+            return ended
+
+    @contextmanager
+    def span(self, state: str) -> Iterator[None]:
+        """Time inside the block counts as `state`; afterwards the former state goes on."""
+        former = self.enter(state)
+        try:
+            yield
+        finally:
+            self.enter(former)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds per state up to now, the running state included."""
+        with self._lock:
+            seconds = dict(self._seconds)
+            seconds[self._state] = seconds.get(self._state, 0.0) + self._clock() - self._since
+            return seconds

@@ -1,0 +1,61 @@
+"""Hugging Face models and tokenizers in, weights by name, Hugging Face folders out."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from asyncrl.config import ModelSpec
+from asyncrl.errors import CheckpointError, ConfigError
+
+
+def load_model(spec: ModelSpec, device: str = "cpu") -> PreTrainedModel:
+    """A causal LM from a Hugging Face id or folder, in eval mode, with SDPA attention. Raises ConfigError naming the path."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            spec.path,
+            dtype=getattr(torch, spec.dtype),
+            trust_remote_code=spec.trust_remote_code,
+            attn_implementation="sdpa",
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={spec.path!r}: no causal LM could be loaded: {error}") from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or the one named by `spec.tokenizer`."""
+    path = spec.tokenizer or spec.path
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.tokenizer={path!r}: no tokenizer could be loaded: {error}") from error
+
+
+def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by name, detached, without copies; of tied tensors only the first name."""
+    seen: dict[int, str] = {}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if seen.setdefault(tensor.data_ptr(), name) == name:
+            weights[name] = tensor.detach()
+    return weights
+
+
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copies weights into the model in place. Names and shapes must match `named_weights` exactly."""
+    own = named_weights(model)
+    if missing := own.keys() ^ weights.keys():
+        raise CheckpointError(f"weights do not belong to this model: {len(missing)} names differ, e.g. {sorted(missing)[:3]}")
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            raise CheckpointError(f"weight {name}: shape {tuple(weights[name].shape)}, this model has {tuple(tensor.shape)}")
+        tensor.copy_(weights[name])
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a folder that AutoModelForCausalLM and AutoTokenizer load, chat template included."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
