@@ -114,6 +114,7 @@ class AlgorithmSpec(Spec):
     """
 
     adv_estimator: Literal["grpo", "grpo_no_std"] = "grpo"
+    policy_loss: Literal["ppo"] = "ppo"
     correction: Literal["decoupled", "none"] = "decoupled"
     clip_ratio: float = 0.2
     clip_ratio_high: float | None = None

@@ -40,6 +40,9 @@ class Engine(Protocol):
     def submit(self, request: GenerationRequest) -> "Future[Generation]":
         """Queues a request. The future ends when the rollout does; `abort` ends it with finish_reason `abort`."""
 
+    def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
+        """Queues requests together, so that they may share the work on their common prompt. Futures in the same order."""
+
     def update_weights(self, version: Version, tensors: Tensors) -> SwapReport:
         """Blocks until the engine has swapped, at a decode step boundary. Later tokens carry `version`."""
 

@@ -245,6 +245,31 @@ class Counts(Struct, frozen=True, kw_only=True):
     pending: int
 
 
+class Record(Struct, frozen=True, kw_only=True):
+    """One line of metrics.jsonl: a committed update or an evaluation. `sequence` rises and survives restarts."""
+
+    sequence: int
+    time: float
+    kind: Literal["step", "eval"]
+    version: Version
+    metrics: dict[str, float]
+
+
+class StoreReport(Struct, frozen=True, kw_only=True):
+    """What the store says of itself: records after the sequence number asked for, and where everything stands now.
+
+    evals_pending: evaluations asked for and not yet settled. activity: rises with every accepted call that moved data.
+    gauges: queue depths by name.
+    """
+
+    records: tuple[Record, ...]
+    committed: int
+    counts: Counts
+    evals_pending: int
+    activity: int
+    gauges: dict[str, float]
+
+
 class SwapReport(Struct, frozen=True, kw_only=True):
     """One weight update as an engine saw it. pause_s: how long no token was produced."""
 

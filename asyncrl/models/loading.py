@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from asyncrl.config import ModelSpec
 from asyncrl.errors import CheckpointError, ConfigError
@@ -31,6 +38,17 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.tokenizer={path!r}: no tokenizer could be loaded: {error}") from error
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> tuple[int, ...]:
+    """Tokens that end an answer: the tokenizer's end of sequence and those of the model's generation settings, rising."""
+    try:
+        settings = GenerationConfig.from_pretrained(spec.path)
+    except OSError:  # many models have no such file; the configuration says it then
+        settings = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
+    of_model = getattr(settings, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
+    return tuple(sorted(token for token in ids if token is not None))
 
 
 def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

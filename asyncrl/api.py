@@ -1,0 +1,215 @@
+"""asyncrl from Python: `launch(recipe, deployment)` for a whole run, `Trainer` for one that is led step by step."""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+import yaml
+from msgspec import Struct
+
+from asyncrl.callables import load_callable
+from asyncrl.cluster.plan import Plan
+from asyncrl.cluster.session import RaySession
+from asyncrl.cluster.supervisor import Status, Supervisor
+from asyncrl.cluster.tally import Tally
+from asyncrl.config import Deployment, Recipe
+from asyncrl.errors import ConfigError
+from asyncrl.paths import resolve_paths
+from asyncrl.rundir import RunDir, redact, resolve_run_dir, write_atomic
+
+
+class RunResult(Struct, frozen=True, kw_only=True):
+    """What a run came to; `asyncrl run` prints it as its one line of JSON.
+
+    samples: rollouts trained. first_score, last_score: `eval/score` of the first and the last evaluation. The last four
+    describe staleness: the largest lag of a trained token, the share of tokens masked for being too old, mean length of
+    trained over dispatched answers, and the share of wall clock that the learner computed.
+    """
+
+    run_dir: str
+    steps: int
+    samples: int
+    wall_s: float
+    first_score: float | None
+    last_score: float | None
+    trained: int
+    filtered: int
+    evicted: int
+    failed: int
+    pending: int
+    restarts: dict[str, int]
+    max_trained_lag: int
+    masked_share: float
+    trained_length_ratio: float | None
+    learner_utilization: float
+
+
+Observer = Callable[[Status, Tally], None]
+
+
+class Trainer:
+    """One run: its directory, its actors, its checkpoints. A context manager; `close` stops every actor.
+
+    resume_from: this run's directory (its newest complete checkpoint) or one of its checkpoint folders.
+    Without it a run directory that holds an earlier run is set aside as `previous-N`, and only its `data` stays.
+    observe: called about twice a second with what the actors say, and with the running tally.
+
+    Raises ConfigError or DataError before any actor starts.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        deployment: Deployment | None = None,
+        *,
+        name: str = "",
+        runs_dir: str | Path = "runs",
+        resume_from: str | Path | None = None,
+        observe: Observer | None = None,
+    ) -> None:
+        self.paths = resolve_run_dir(name or recipe.name, runs_dir)
+        self._deployment = deployment or Deployment()
+        self._recipe = resolve_paths(recipe, self.paths)
+        self._began = time.monotonic()
+        self._resources = contextlib.ExitStack()
+        try:
+            self._resources.enter_context(self.paths.lock())
+            resume_at = self._open(resume_from)
+            self._tally = Tally(self.paths, observe)
+            self._resources.callback(self._tally.close)
+            self._supervisor = self._start(resume_at)
+        except BaseException:
+            self._resources.close()
+            raise
+
+    def fit(self, steps: int | None = None) -> RunResult:
+        """Trains `steps` further updates (None: up to the recipe's total_steps). Blocks; evaluation at the end included."""
+        total = self._recipe.total_steps
+        until = total if steps is None else min(self._tally.committed + steps, total)
+        self._supervisor.train(until)
+        return self.result()
+
+    def result(self) -> RunResult:
+        """How the run stands."""
+        tally, counts = self._tally, self._tally.counts
+        return RunResult(
+            run_dir=str(self.paths.path),
+            steps=tally.committed,
+            samples=tally.samples,
+            wall_s=round(time.monotonic() - self._began, 2),
+            first_score=tally.first_score,
+            last_score=tally.last_score,
+            trained=counts.trained,
+            filtered=counts.filtered,
+            evicted=counts.evicted,
+            failed=counts.failed,
+            pending=counts.pending,
+            restarts=self._supervisor.restarts,
+            max_trained_lag=tally.max_trained_lag,
+            masked_share=tally.masked_share,
+            trained_length_ratio=tally.trained_length_ratio,
+            learner_utilization=tally.learner_utilization,
+        )
+
+    def save_checkpoint(self) -> Path:
+        """Writes a checkpoint of the updates so far, between two `fit`s, and returns its folder."""
+        return Path(self._supervisor.ask_learner("save_checkpoint"))
+
+    def load_checkpoint(self, folder: str | Path) -> None:
+        """Goes back to one of this run's checkpoints. Updates after it are reopened: their batches are trained again first."""
+        self._supervisor.restart_learner(self._update_of(Path(folder)))
+
+    def export(self, folder: str | Path) -> Path:
+        """Writes the policy as a Hugging Face folder; with its tokenizer and chat template."""
+        self._supervisor.ask_learner("export", str(Path(folder).absolute()))
+        return Path(folder)
+
+    def close(self) -> None:
+        """Stops every actor, and Ray if this run started it. Idempotent."""
+        self._resources.close()
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------------------
+
+    def _open(self, resume_from: str | Path | None) -> int | None:
+        """Makes the run directory ready; returns the checkpoint to start at (None: the newest, or none yet)."""
+        resume_at = None
+        if resume_from is None:
+            _set_aside(self.paths)
+            self.paths.create()
+        elif (folder := Path(resume_from).absolute()) == self.paths.path:
+            if not self.paths.steps():
+                raise ConfigError(f"{folder} holds no checkpoint: nothing to resume; start it without --resume")
+        else:
+            resume_at = self._update_of(folder)
+        write_atomic(self.paths.recipe, msgspec.json.format(msgspec.json.encode(redact(self._recipe)), indent=2))
+        write_atomic(self.paths.deployment, yaml.safe_dump(redact(self._deployment), sort_keys=False))
+        return resume_at
+
+    def _update_of(self, folder: Path) -> int:
+        for step in self.paths.steps():
+            if step == folder.absolute():
+                return int(step.name.removeprefix("step_"))
+        found = ", ".join(step.name for step in self.paths.steps()) or "none"
+        raise ConfigError(f"{folder} is no checkpoint of the run in {self.paths.path} (it has: {found}); resume a run in its own directory")
+
+    def _start(self, resume_at: int | None) -> Supervisor:
+        recipe = self._recipe
+        if recipe.prepare:
+            load_callable(recipe.prepare)(recipe, self.paths.path)
+        from asyncrl.cluster import wiring  # imports transformers, and a wrong spec should fail before that
+
+        stop_token_ids = wiring.prepare_prompts(recipe, self.paths)
+        session = self._resources.enter_context(RaySession(self._deployment))
+        plan = Plan(
+            recipe=recipe,
+            deployment=self._deployment,
+            run_dir=str(self.paths.path),
+            run_id=wiring.run_id(self.paths),
+            host=session.host(),
+            resume_at=resume_at,
+            stop_token_ids=stop_token_ids,
+        )
+        supervisor = Supervisor(plan, self._tally.observe)
+        self._resources.callback(wiring.sweep, plan)
+        self._resources.callback(supervisor.close)
+        supervisor.start()
+        return supervisor
+
+
+def launch(
+    recipe: Recipe,
+    deployment: Deployment | None = None,
+    *,
+    name: str = "",
+    runs_dir: str | Path = "runs",
+    resume: bool = False,
+    observe: Observer | None = None,
+) -> RunResult:
+    """Runs a recipe to its total_steps and returns what it came to. Raises what went wrong first."""
+    resume_from = resolve_run_dir(name or recipe.name, runs_dir).path if resume else None
+    with Trainer(recipe, deployment, name=name, runs_dir=runs_dir, resume_from=resume_from, observe=observe) as trainer:
+        return trainer.fit()
+
+
+def _set_aside(paths: RunDir) -> None:
+    """Moves what an earlier run left into `previous-N`; prepared data stays, as the cache that it is."""
+    earlier = [path for path in (paths.replay, paths.checkpoints, paths.metrics, paths.tensorboard, paths.logs, paths.exports)]
+    used = [path for path in earlier if path.is_file() or (path.is_dir() and any(path.iterdir()))]
+    if not used:
+        return
+    number = 1 + max((int(p.name.split("-")[1]) for p in paths.path.glob("previous-*")), default=0)
+    aside = paths.path / f"previous-{number}"
+    aside.mkdir()
+    for path in [*used, paths.recipe, paths.deployment]:
+        if path.exists():
+            shutil.move(path, aside / path.name)

@@ -1,0 +1,175 @@
+"""A user's function by name: `package.module:name`, `package.module.name` or `path/to/file.py:name`. No torch."""
+
+import ast
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from asyncrl.errors import ConfigError
+
+
+def load_callable(reference: str, what: str = "function") -> Callable[..., Any]:
+    """Imports the module and returns the function. `what` is the field that named it, for the error.
+
+    A file's folder (for a module: the working directory) joins the end of sys.path, so that it can import its
+    neighbours. Raises ConfigError: no such file, module or name (with the nearest), or the import itself failed.
+    """
+    where, name = _split(reference, what)
+    if _is_file(where):
+        path = _file(where, reference, what)
+        module = _imported(lambda: _module_from(path), str(path.parent), reference, what)
+    else:
+        if _find_module(where) is None:
+            raise ConfigError(_no_module(where, reference, what))
+        module = _imported(lambda: importlib.import_module(where), str(Path.cwd()), reference, what)
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ConfigError(_no_name(part, dir(found), where, reference, what))
+        found = getattr(found, part)
+    if not callable(found):
+        raise ConfigError(f"{what}={reference!r}: {name!r} is a {type(found).__name__}, not a function")
+    return found
+
+
+def check_callable(reference: str, what: str = "function") -> None:
+    """Proves from the source alone, importing nothing, that file and name exist. Raises ConfigError as `load_callable`.
+
+    Passes what source can't tell: compiled modules, names that a star import or a module-level __getattr__ may bring.
+    """
+    where, name = _split(reference, what)
+    if _is_file(where):
+        path = _file(where, reference, what)
+    else:
+        spec = _find_module(where)
+        if spec is None:
+            raise ConfigError(_no_module(where, reference, what))
+        if spec.origin is None or not spec.origin.endswith(".py"):
+            return
+        path = Path(spec.origin)
+    try:
+        names = _names(ast.parse(path.read_bytes(), str(path)).body)
+    except SyntaxError as error:
+        raise ConfigError(f"{what}={reference!r}: {path} line {error.lineno} is not Python: {error.msg}") from error
+    first = name.split(".")[0]
+    if not names & {first, "*", "__getattr__"}:
+        raise ConfigError(_no_name(first, names, where, reference, what))
+
+
+def _split(reference: str, what: str) -> tuple[str, str]:
+    where, _, name = reference.rpartition(":") if ":" in reference else reference.rpartition(".")
+    if not where or not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(f"{what}={reference!r} names no function; write package.module:name or path/to/file.py:name")
+    return where, name
+
+
+def _is_file(where: str) -> bool:
+    return where.endswith(".py") or "/" in where
+
+
+def _file(where: str, reference: str, what: str) -> Path:
+    path = Path(where).expanduser().absolute()
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
+    hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+    raise ConfigError(f"{what}={reference!r}: no file {path}{hint}")
+
+
+def _find_module(dotted: str) -> ModuleSpec | None:
+    """The module's spec without importing its parents, unlike importlib.util.find_spec."""
+    path: list[str] | None = [*sys.path, str(Path.cwd())]
+    spec: ModuleSpec | None = None
+    parts = dotted.split(".")
+    for depth in range(1, len(parts) + 1):
+        spec = PathFinder.find_spec(".".join(parts[:depth]), path) if path else None
+        if spec is None:
+            # Modules made at run time, built-in, or found by an editable install's own finder.
+            loaded = sys.modules.get(".".join(parts[:depth]))
+            spec = loaded.__spec__ if loaded else _top_level(parts[0]) if depth == 1 else None
+        if spec is None:
+            return None
+        path = list(spec.submodule_search_locations or ())
+    return spec
+
+
+def _top_level(name: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(name)  # a name without dots imports nothing
+    except ValueError:
+        return None
+
+
+def _module_from(path: Path) -> ModuleType:
+    name = f"asyncrl_user_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up while it is being executed
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _imported(load: Callable[[], ModuleType], folder: str, reference: str, what: str) -> ModuleType:
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        return load()
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{what}={reference!r} could not be imported: {describe(error)}") from error
+
+
+def describe(error: BaseException) -> str:
+    """Type, message and innermost frame of an error, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
+    return f"{type(error).__name__}: {error}"[:500] + where
+
+
+def _names(body: Iterable[ast.stmt]) -> set[str]:
+    """Names that module-level statements bind, branches of `if` and `try` included."""
+    names: set[str] = set()
+    for statement in body:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(statement.name)
+            continue
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in statement.names}
+            continue
+        for node in ast.iter_child_nodes(statement):
+            if isinstance(node, ast.stmt):
+                names |= _names([node])
+            elif isinstance(node, ast.ExceptHandler):
+                names |= _names(node.body)
+            else:
+                names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return names
+
+
+def _no_module(where: str, reference: str, what: str) -> str:
+    return (
+        f"{what}={reference!r}: no module {where!r} on the Python path or in {Path.cwd()}; "
+        "install it, or name a file: path/to/file.py:name"
+    )
+
+
+def _no_name(name: str, known: Iterable[str], where: str, reference: str, what: str) -> str:
+    public = sorted(n for n in known if not n.startswith("_"))
+    near = difflib.get_close_matches(name, public, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(public[:8]) or 'none'}"
+    return f"{what}={reference!r}: {where} has no {name!r}; {hint}"

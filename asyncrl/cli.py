@@ -1,0 +1,87 @@
+"""`asyncrl {run,eval,export,doctor}`. Only the chosen job is imported, so that a mistake in a spec costs no torch.
+
+Exit status: 0 done; 1 the job failed; 2 what was asked for can't work (a spec, an argument, a data file); 130 Ctrl-C.
+Standard output carries results only; logs, progress and errors go to standard error. LOG_LEVEL=DEBUG says more.
+"""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import TextIO
+
+from asyncrl import __version__
+from asyncrl.errors import AsyncRLError, ConfigError, DataError
+from asyncrl.rundir import redact
+
+# Each module gives add_arguments(parser) and main(args) -> exit status.
+JOBS = {
+    "run": ("asyncrl.jobs.run", "train a model by a recipe"),
+    "eval": ("asyncrl.jobs.evaluate", "score a model or checkpoint on held-out data"),
+    "export": ("asyncrl.jobs.export", "write a run's policy as a Hugging Face folder"),
+    "doctor": ("asyncrl.jobs.doctor", "check this machine, and say what fixes it"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status; argparse itself exits with 0 (help) or 2 (usage)."""
+    chosen, rest = _choose(sys.argv[1:] if argv is None else list(argv))
+    try:
+        _set_up_logging(os.environ.get("LOG_LEVEL", ""))
+        job = importlib.import_module(JOBS[chosen][0])
+        parser = argparse.ArgumentParser(prog=f"asyncrl {chosen}", description=(job.__doc__ or "").partition("\n")[0])
+        job.add_arguments(parser)
+        # Intermixed: `run RECIPE --name x a.b=c` has positionals on both sides of an option.
+        status: int = job.main(parser.parse_intermixed_args(rest))
+        return status
+    except AsyncRLError as error:
+        print(f"error: {redact(str(error))}", file=sys.stderr)
+        logging.getLogger(__name__).debug("where it came from", exc_info=True)
+        return 2 if isinstance(error, ConfigError | DataError) else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _choose(argv: list[str]) -> tuple[str, list[str]]:
+    """The job's name and its own arguments."""
+    lines = "\n".join(f"  {name:<8} {about}" for name, (_, about) in JOBS.items())
+    parser = argparse.ArgumentParser(
+        prog="asyncrl",
+        description="Asynchronous reinforcement learning for language models.",
+        epilog=f"jobs:\n{lines}\n\n`asyncrl JOB --help` explains each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="asyncrl [--version] JOB …",
+    )
+    parser.add_argument("--version", action="version", version=f"asyncrl {__version__}")
+    parser.add_argument("job", choices=JOBS, metavar="JOB", help=", ".join(JOBS))
+    return parser.parse_args(argv[:1]).job, argv[1:]
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to whatever sys.stderr is at the moment, so that log lines go above the live view instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        text: str = redact(super().format(record))
+        return text
+
+
+def _set_up_logging(level: str) -> None:
+    """asyncrl logs from INFO, libraries from WARNING; LOG_LEVEL sets both. Secrets are masked."""
+    known = logging.getLevelNamesMapping()
+    if level and level.upper() not in known:
+        raise ConfigError(f"LOG_LEVEL={level!r} is no level; use one of {', '.join(known)}")
+    handler = _Stderr()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=level.upper() or logging.WARNING)
+    logging.getLogger("asyncrl").setLevel(level.upper() or logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""The Ray shells. A stage is a plain class with run/stop/report; here it becomes an actor, and only here."""
+
+import asyncio
+import faulthandler
+import logging
+import os
+import tempfile
+from typing import Any, Protocol
+
+from asyncrl.cluster.peers import Peers
+from asyncrl.cluster.plan import Plan
+from asyncrl.types import Report
+
+
+class Stage(Protocol):
+    """What every stage class offers, with or without Ray."""
+
+    def run(self) -> None:
+        """The main loop. Returns when its work has ended or after `stop`; raises the first error of any of its threads."""
+
+    def stop(self) -> None: ...
+
+    def report(self) -> Report: ...
+
+
+def _log_to(folder: str, name: str) -> None:
+    os.makedirs(folder, exist_ok=True)
+    logging.basicConfig(
+        filename=os.path.join(folder, f"{name}.log"),
+        level=os.environ.get("LOG_LEVEL", "INFO"),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
+    )
+
+
+class StageActor:
+    """A generator, reward worker or learner as an actor. Threaded: `run` occupies one thread for the actor's life,
+    the other calls are answered beside it."""
+
+    def __init__(self, role: str, name: str, plan: Plan, threads: int) -> None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is first imported, which is later
+        _log_to(str(plan.paths.logs), name)
+        self._role, self._name, self._plan, self._threads = role, name, plan, threads
+        self._peers = Peers()
+        self._stage: Any = None
+
+    def connect(self, peer: str, edition: int, value: Any) -> None:
+        """Tells where a peer is now."""
+        self._peers.put(peer, edition, value)
+
+    def start(self) -> Any:
+        """Builds the stage: loads models, spawns processes, reaches peers. Returns what its peers need to know of it."""
+        from asyncrl.cluster import wiring
+
+        self._stage, advert = wiring.build(self._role, self._name, self._plan, self._peers, self._threads)
+        return advert
+
+    def run(self, *arguments: Any) -> None:
+        self._stage.run(*arguments)
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """Calls a method of the stage, between runs."""
+        return getattr(self._stage, method)(*arguments)
+
+    def report(self) -> Report:
+        return self._stage.report()
+
+    def stop(self) -> None:
+        """Ends `run` soon; idempotent."""
+        if self._stage is not None:
+            self._stage.stop()
+        self._peers.close()
+
+    def stacks(self) -> str:
+        """The stack of every thread, for the watchdog."""
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            return file.read()
+
+
+class StoreActor:
+    """The replay store as an actor. One event loop runs everything: the core never blocks, and long polls only await,
+    so none can starve a commit. (Ray gives every concurrency group of an async actor a loop of its own, and so threads.)"""
+
+    def __init__(self, plan: Plan) -> None:
+        _log_to(str(plan.paths.logs), "store")
+        self._plan = plan
+        self._store: Any = None
+        self._stopped = asyncio.Event()
+
+    async def start(self) -> None:
+        """Opens the log, or rebuilds from it."""
+        from asyncrl.cluster import wiring
+
+        self._store = wiring.build_store(self._plan)
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        """A call of a ReplayClient."""
+        return await getattr(self._store, method)(*arguments)
+
+    async def run(self) -> None:
+        """Ends at `stop`; meanwhile its death is what the supervisor notices."""
+        await self._stopped.wait()
+
+    async def stop(self) -> None:
+        if self._store is not None:
+            await self._store.close()
+        self._stopped.set()

@@ -1,0 +1,82 @@
+"""One actor slot under supervision: spawned, watched, replaced when it dies, until its restarts are used up."""
+
+import logging
+from typing import Any, Literal
+
+import ray
+
+from asyncrl.cluster.actors import StageActor, StoreActor
+from asyncrl.cluster.placement import Placement, beside_driver, reserve
+from asyncrl.cluster.plan import Plan
+from asyncrl.config import PlaceSpec
+from asyncrl.types import Report
+
+log = logging.getLogger(__name__)
+Phase = Literal["starting", "idle", "running", "ended"]
+
+
+class Member:
+    """A named slot. `edition` counts the actors that filled it; `task` is the Ray reference that ends with its phase."""
+
+    def __init__(self, role: str, name: str, place: PlaceSpec) -> None:
+        self.role, self.name, self.place = role, name, place
+        self.edition = -1
+        self.phase: Phase = "ended"
+        self.handle: Any = None
+        self.task: Any = None
+        self.first_error = ""
+        self.last_report: Report | None = None
+        self._placement: Placement | None = None
+        self._asked: Any = None
+
+    def spawn(self, plan: Plan, known: dict[str, tuple[int, Any]]) -> None:
+        """Creates the actor and begins `start`. `known` are the peers announced so far."""
+        limits = plan.deployment.limits
+        if self._placement is None:
+            self._placement = beside_driver() if self.role == "store" else reserve(self.name, self.place, limits.start_timeout_s)
+        self.edition += 1
+        if self.role == "store":
+            options = {**self._placement.options, "max_concurrency": 1000}
+            self.handle = ray.remote(StoreActor).options(**options).remote(plan)
+        else:
+            options = {**self._placement.options, "max_concurrency": 8}
+            self.handle = ray.remote(StageActor).options(**options).remote(self.role, self.name, plan, self.place.threads)
+            for peer, (edition, value) in known.items():
+                self.connect(peer, edition, value)
+        self.phase, self.task, self._asked = "starting", self.handle.start.remote(), None
+
+    def connect(self, peer: str, edition: int, value: Any) -> None:
+        if self.role != "store" and self.phase != "ended":
+            self.handle.connect.remote(peer, edition, value)
+
+    def run(self, *arguments: Any) -> None:
+        self.phase, self.task = "running", self.handle.run.remote(*arguments)
+
+    def poll_report(self) -> None:
+        """Takes the report asked for last time, if it has come, and asks for the next. Never waits."""
+        if self.role == "store" or self.phase not in ("idle", "running"):
+            return
+        if self._asked is not None:
+            if not ray.wait([self._asked], timeout=0)[0]:
+                return
+            try:
+                self.last_report = ray.get(self._asked)
+            except ray.exceptions.RayError:
+                log.debug("%s: no report", self.name)  # its death arrives through `task`
+        self._asked = self.handle.report.remote()
+
+    def stop(self) -> Any:
+        """Asks the actor to end; returns the reference to wait on, or None."""
+        return self.handle.stop.remote() if self.handle is not None and self.phase != "ended" else None
+
+    def kill(self) -> None:
+        """Ends the process, however it stands."""
+        if self.handle is not None:
+            ray.kill(self.handle, no_restart=True)
+        self.phase, self.task = "ended", None
+
+    def release(self) -> None:
+        self.kill()
+        if self._placement is not None:
+            self._placement.release()
+            self._placement = None

@@ -1,0 +1,27 @@
+"""Everything the actors of one run are built from: data, handed to each of them whole."""
+
+from pathlib import Path
+
+from msgspec import Struct
+
+from asyncrl.config import Deployment, Recipe
+from asyncrl.rundir import RunDir
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """recipe and deployment: as checked, `{run}` resolved. run_id names shared memory and log entries.
+
+    host: address that sockets bind to. resume_at: the checkpoint (updates) to start from; None is the newest complete one.
+    """
+
+    recipe: Recipe
+    deployment: Deployment
+    run_dir: str
+    run_id: str
+    host: str = "127.0.0.1"
+    resume_at: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def paths(self) -> RunDir:
+        return RunDir(Path(self.run_dir))

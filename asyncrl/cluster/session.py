@@ -1,0 +1,43 @@
+"""Ray itself: joined or started for a run, and left as it was found."""
+
+import logging
+import os
+from types import TracebackType
+
+import ray
+
+from asyncrl.config import Deployment
+
+log = logging.getLogger(__name__)
+
+
+class RaySession:
+    """A connection to Ray for the duration of a run. A Ray that was already there, or joined by address, is left running."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._owned = not ray.is_initialized()
+        if not self._owned:
+            return
+        address = deployment.ray_address or os.environ.get("RAY_ADDRESS", "")
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=deployment.num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+
+    def host(self) -> str:
+        """Address that sockets of this run bind to: the loopback while the cluster has one node."""
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        return "127.0.0.1" if len(nodes) == 1 else ray.util.get_node_ip_address()
+
+    def __enter__(self) -> "RaySession":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._owned:
+            ray.shutdown()

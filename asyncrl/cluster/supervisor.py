@@ -1,0 +1,226 @@
+"""The supervisor: the only place where actors are created. It watches, restarts and stops; it carries no tensors.
+
+Each member has one Ray reference that ends with its phase (`start`, then `run`). The loop waits on all of them at once,
+so a death is noticed the moment it happens and a restart never waits for another.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import ray
+from msgspec import Struct
+from ray.exceptions import RayError, RayTaskError
+
+from asyncrl.cluster.members import Member
+from asyncrl.cluster.plan import Plan
+from asyncrl.errors import ActorFailed, AsyncRLError, CheckpointError, ConfigError, DataError, NonFinite, Unavailable
+from asyncrl.rundir import redact, write_atomic
+from asyncrl.types import Report, StoreReport
+
+log = logging.getLogger(__name__)
+TICK_S = 0.5
+HOPELESS = (ConfigError, DataError, CheckpointError, NonFinite)  # the next try would meet the same
+
+
+class Status(Struct, frozen=True, kw_only=True):
+    """What an observer is told at every tick. `store` holds only records that no earlier status held."""
+
+    store: StoreReport | None
+    reports: tuple[Report, ...]
+    restarts: dict[str, int]
+
+
+class Supervisor:
+    """Owns the members of one run. `start`, then `train` as often as wanted, then `close`."""
+
+    def __init__(self, plan: Plan, observe: Callable[[Status], None]) -> None:
+        self._plan = plan
+        self._observe = observe
+        deployment = plan.deployment
+        self._store = Member("store", "store", deployment.store.place)
+        self._learner = Member("learner", "learner", deployment.learner.place)
+        self._members = [
+            self._store,
+            self._learner,
+            *(Member("generator", f"generator-{i}", deployment.generators.place) for i in range(deployment.generators.count)),
+            *(Member("reward", f"reward-{i}", deployment.rewards.place) for i in range(deployment.rewards.count)),
+        ]
+        self._known: dict[str, tuple[int, Any]] = {}
+        self._deadlines: dict[str, float] = {}
+        self._until: int | None = None
+        self._asked: Any = None
+        self._seen = 0  # sequence number of the newest record taken from the store
+        self._moved = (time.monotonic(), None)  # when the run last made progress, and the state it was in then
+
+    @property
+    def restarts(self) -> dict[str, int]:
+        """Restarts so far, of the members that had any."""
+        return {member.name: member.edition for member in self._members if member.edition > 0}
+
+    def start(self) -> None:
+        """Creates every actor and waits until the learner and the store are up. Raises the first hopeless error."""
+        for member in self._members:
+            self._spawn(member)
+        self._plan = msgspec.structs.replace(self._plan, resume_at=None)  # a later restart takes the newest checkpoint
+        while self._learner.phase == "starting" or self._store.phase == "starting":
+            self._tick()
+
+    def train(self, until: int) -> None:
+        """Runs until `until` updates are committed, or the data ends, and every evaluation asked for has come in."""
+        self._until = until
+        if self._learner.phase == "idle":
+            self._learner.run(until)
+        while self._learner.phase != "idle":
+            self._tick()
+        self._until = None
+        self._asked = None  # an answer on its way may be older than the learner's last request
+        while (report := self._tick()) is None or report.evals_pending:
+            pass
+
+    def ask_learner(self, method: str, *arguments: Any, timeout_s: float = 600.0) -> Any:
+        """Calls a method of the idle learner, e.g. `save_checkpoint`."""
+        return ray.get(self._learner.handle.ask.remote(method, *arguments), timeout=timeout_s)
+
+    def restart_learner(self, checkpoint: int) -> None:
+        """Replaces the idle learner by one that starts from `checkpoint`; later commits are reopened."""
+        self._retire(self._learner)
+        self._learner.spawn(msgspec.structs.replace(self._plan, resume_at=checkpoint), self._known)
+        while self._learner.phase != "idle":
+            self._tick()
+
+    def close(self) -> None:
+        """Stops every actor: asks first, kills what has not ended after `stop_timeout_s`. Never raises for a dead one."""
+        stopping = [member for member in self._members if member is not self._store]
+        for group in (stopping, [self._store]):  # the store last: the others settle their last calls with it
+            refs = [ref for member in group if (ref := member.stop()) is not None]
+            refs += [member.task for member in group if member.phase == "running" and member.task is not None]
+            if refs:
+                ray.wait(refs, num_returns=len(refs), timeout=self._plan.deployment.limits.stop_timeout_s)
+            for member in group:
+                member.release()
+
+    # ------------------------------------------------------------------------------------------- the loop
+
+    def _tick(self) -> StoreReport | None:
+        """One round: waits for whatever ends first, restarts what died, passes on what the actors say of themselves."""
+        tasks = {member.task: member for member in self._members if member.task is not None}
+        ready, _ = ray.wait(list(tasks), num_returns=1, timeout=TICK_S)
+        for ref in ready:
+            self._settle(tasks[ref])
+        for member in self._members:
+            if member.phase == "starting" and time.monotonic() > self._deadlines[member.name]:
+                self._failed(member, Unavailable(f"{member.name} did not start within limits.start_timeout_s"))
+            member.poll_report()
+        report = self._poll_store()
+        reports = tuple(member.last_report for member in self._members if member.last_report is not None)
+        self._observe(Status(store=report, reports=reports, restarts=self.restarts))
+        if report is not None:
+            self._watch(report)
+        return report
+
+    def _settle(self, member: Member) -> None:
+        try:
+            value = ray.get(member.task)
+        except RayError as error:
+            self._failed(member, error)
+            return
+        if member.phase == "starting":
+            self._started(member, value)
+        else:
+            member.phase, member.task = ("idle", None) if member is self._learner else ("ended", None)
+
+    def _started(self, member: Member, advert: Any) -> None:
+        if member is self._store:
+            self._announce("store", member.edition, member.handle)
+        if member is not self._learner:
+            member.run()
+            return
+        self._announce("bus", member.edition, advert)
+        member.phase, member.task = "idle", None
+        if self._until is not None:
+            member.run(self._until)
+
+    def _announce(self, peer: str, edition: int, value: Any) -> None:
+        self._known[peer] = (edition, value)
+        for member in self._members:
+            member.connect(peer, edition, value)
+
+    def _spawn(self, member: Member) -> None:
+        member.spawn(self._plan, self._known)
+        self._deadlines[member.name] = time.monotonic() + self._plan.deployment.limits.start_timeout_s
+
+    def _retire(self, member: Member) -> None:
+        """Ends an actor that is to be replaced, gently if it can."""
+        if (ref := member.stop()) is not None:
+            ray.wait([ref], timeout=self._plan.deployment.limits.stop_timeout_s)
+        member.kill()
+
+    def _failed(self, member: Member, error: Exception) -> None:
+        """Restarts the member, or gives up naming it and its first error."""
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        text = redact(str(error))
+        if not member.first_error:
+            member.first_error = text
+            write_atomic(self._plan.paths.logs / f"{member.name}.error", text + "\n")
+        if isinstance(cause, HOPELESS):
+            raise type(cause)(f"{member.name}: {cause}") from error
+        if member.edition >= self._plan.deployment.limits.max_restarts:
+            raise ActorFailed(
+                f"{member.name} failed {member.edition + 1} times, limits.max_restarts={self._plan.deployment.limits.max_restarts}; "
+                f"its first error:\n{member.first_error}"
+            ) from error
+        log.warning("%s died and is restarted: %s", member.name, text.strip().splitlines()[-1] if text.strip() else error)
+        member.kill()
+        self._spawn(member)
+
+    # -------------------------------------------------------------------------------------- watching progress
+
+    def _poll_store(self) -> StoreReport | None:
+        """The store's answer to the question asked some ticks ago, if it has come. Never waits."""
+        if self._store.phase != "running":
+            self._asked = None
+            return None
+        if self._asked is None:
+            self._asked = self._store.handle.call.remote("report", self._seen)
+            return None
+        if not ray.wait([self._asked], timeout=0)[0]:
+            return None
+        asked, self._asked = self._asked, None
+        try:
+            report: StoreReport = ray.get(asked)
+        except RayError:
+            return None  # its death arrives through its task
+        self._seen = max([self._seen, *(record.sequence for record in report.records)])
+        return report
+
+    def _watch(self, report: StoreReport) -> None:
+        """Aborts a run in which nothing has moved for `stall_timeout_s`, leaving a dump of who waits for what."""
+        state = (report.committed, report.counts, report.activity, len(self.restarts))
+        now = time.monotonic()
+        if self._until is None or state != self._moved[1]:
+            self._moved = (now, state)
+        elif now - self._moved[0] > self._plan.deployment.limits.stall_timeout_s:
+            path = self._plan.paths.logs / "stall.json"
+            write_atomic(path, json.dumps(redact(self._dump()), indent=1, default=str))
+            waiting = ", ".join(f"{name}={value:g}" for name, value in report.gauges.items())
+            raise AsyncRLError(
+                f"nothing has moved for limits.stall_timeout_s={self._plan.deployment.limits.stall_timeout_s:g} s ({waiting}); "
+                f"queue depths, in-flight ids and stacks are in {path}"
+            )
+
+    def _dump(self) -> dict[str, Any]:
+        """The store's queues and every actor's stacks, of those that answer within a second or two."""
+        asked = {"store": self._store.handle.call.remote("state")}
+        asked |= {m.name: m.handle.stacks.remote() for m in self._members if m is not self._store and m.phase != "ended"}
+        ray.wait(list(asked.values()), num_returns=len(asked), timeout=2.0)
+        dump: dict[str, Any] = {}
+        for name, ref in asked.items():
+            try:
+                dump[name] = ray.get(ref, timeout=0)
+            except RayError as error:
+                dump[name] = f"no answer: {error}"
+        return dump

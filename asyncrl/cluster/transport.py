@@ -1,0 +1,31 @@
+"""Calls to the store over Ray, across the store's restarts."""
+
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from asyncrl.cluster.peers import Peers
+from asyncrl.errors import Unavailable
+
+
+class RayCall:
+    """The transport of a ReplayClient: `call(method, *args)` on whatever store incarnation lives now."""
+
+    def __init__(self, peers: Peers, *, patience_s: float) -> None:
+        self._peers = peers
+        self._patience_s = patience_s
+
+    def __call__(self, method: str, *args: Any, timeout_s: float) -> Any:
+        """Blocks for the answer. A store that dies meanwhile is waited for, `patience_s` at the most, and asked again:
+        the idempotency key among `args` makes that safe. Raises Unavailable; errors of the store come through as they are."""
+        deadline = time.monotonic() + timeout_s + self._patience_s
+        edition, handle = self._peers.wait("store", -1, deadline)
+        while True:
+            try:
+                return ray.get(handle.call.remote(method, *args), timeout=max(deadline - time.monotonic(), 0.001))
+            except RayActorError:
+                edition, handle = self._peers.wait("store", edition, deadline)
+            except GetTimeoutError:
+                raise Unavailable(f"store: no answer to {method} within {timeout_s + self._patience_s:.0f} s") from None

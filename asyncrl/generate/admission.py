@@ -1,0 +1,53 @@
+"""Which queued requests join the next decode step. Pure: takes the queue, changes nothing but it."""
+
+from collections import deque
+
+from asyncrl.generate.rows import Job
+
+
+class JoinAtOnce:
+    """First come, first served, into every free slot; but while rows are running, joiners wait for company.
+
+    A prefill costs about a step whatever its size, so filling slots one by one would halve the throughput of a saturated
+    engine. Hence a joiner waits until `slots // 16` slots are free (or all that are queued fit), or for PATIENCE steps.
+    """
+
+    PATIENCE = 8
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._company = max(1, slots // 16)
+        self._waited = 0
+
+    def take(self, queue: deque[Job], count: int) -> list[Job]:
+        """Removes from the queue the jobs that join, given `count` rows still running."""
+        free = self._slots - count
+        wanted = min(free, len(queue))
+        if wanted == 0:
+            return []
+        alone = count > 0 and wanted < min(self._company, len(queue))
+        if alone and self._waited < self.PATIENCE:
+            self._waited += 1
+            return []
+        self._waited = 0
+        return [queue.popleft() for _ in range(wanted)]
+
+
+class GroupAlone:
+    """One whole group at a time, ordered by request id, and the next only when it is done: the shape of every forward
+    then depends on the group alone, so results repeat to the bit whatever else was asked, and when.
+
+    A group must have been submitted in one call (`submit_group`), or it may be split.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+
+    def take(self, queue: deque[Job], count: int) -> list[Job]:
+        if count > 0 or not queue:
+            return []
+        group = queue[0].request.group
+        joining = [job for job in queue if job.request.group == group][: self._slots]
+        for job in joining:
+            queue.remove(job)
+        return sorted(joining, key=lambda job: job.request.id)

@@ -1,0 +1,166 @@
+"""A key/value cache of slots, behind Hugging Face's `Cache`: rows of one batch stand at different lengths.
+
+    keys, values per layer: [slots, kv_heads, max_length, head_dim]; the token at position p of row r lies at [r, :, p].
+
+The active rows are always 0 … count−1, so that one decode step reads a plain view of `count` rows up to the longest
+length: no gather, no growing copy. Rows that end are filled from the back by `move`.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from asyncrl.errors import ConfigError
+
+ATTENTION = "asyncrl_slots"
+
+
+class _Plan:
+    """Where the running forward pass writes. Prefill: sequence `sources[i]` into row `rows[i]`, from position 0.
+    Decode: one token into each of rows 0 … n−1, at `positions` [n]; reads up to `length`. `level`: all at length−1."""
+
+    prefill: bool = True
+    rows: torch.Tensor
+    sources: torch.Tensor
+    positions: torch.Tensor
+    length: int = 0
+    level: bool = False
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer's keys and values; sized at the first forward, when their shape is known."""
+
+    is_sliding = False
+
+    def __init__(self, plan: _Plan, slots: int, max_length: int) -> None:
+        super().__init__()
+        self._plan, self._slots, self._max_length = plan, slots, max_length
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        # Zeros, because masked positions are multiplied by 0, and 0 × garbage may be NaN.
+        shape = (self._slots, key_states.shape[1], self._max_length)
+        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
+        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores the new states [n, kv_heads, T, head_dim]; returns what attention may look at."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        plan = self._plan
+        if plan.prefill:
+            end = key_states.shape[2]
+            self.keys[plan.rows, :, :end] = key_states[plan.sources]
+            self.values[plan.rows, :, :end] = value_states[plan.sources]
+            return key_states, value_states
+        count, end = key_states.shape[0], plan.length
+        if plan.level:
+            self.keys[:count, :, end - 1 : end] = key_states
+            self.values[:count, :, end - 1 : end] = value_states
+        else:
+            self.keys[plan.rows, :, plan.positions] = key_states[:, :, 0]
+            self.values[plan.rows, :, plan.positions] = value_states[:, :, 0]
+        return self.keys[:count, :, :end], self.values[:count, :, :end]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (query_length if self._plan.prefill else self._plan.length), 0
+
+    def get_seq_length(self) -> int:
+        return 0 if self._plan.prefill else self._plan.length - 1
+
+    def get_max_cache_shape(self) -> int:
+        return self._max_length
+
+
+class SlotCache(Cache):
+    """The layers, and the plan of the running forward pass. Not thread-safe: one forward at a time."""
+
+    layers: list[SlotLayer]
+
+    def __init__(self, *, layers: int, slots: int, max_length: int, device: torch.device) -> None:
+        self._plan = _Plan()
+        self._all_rows = torch.arange(slots, device=device)
+        super().__init__(layers=[SlotLayer(self._plan, slots, max_length) for _ in range(layers)])
+
+    def plan_prefill(self, rows: torch.Tensor, sources: torch.Tensor) -> None:
+        """The next forward starts at position 0; its sequence sources[i] is stored in row rows[i] (both [N] int64)."""
+        self._plan.prefill, self._plan.rows, self._plan.sources = True, rows, sources
+
+    def plan_decode(self, positions: torch.Tensor, length: int, level: bool) -> None:
+        """The next forward feeds one token to each of the first rows, at positions [n] int64, the largest length − 1;
+        level: all of them there, which is cheaper to write."""
+        self._plan.prefill, self._plan.rows = False, self._all_rows[: positions.shape[0]]
+        self._plan.positions, self._plan.length, self._plan.level = positions, length, level
+
+    def move(self, to: torch.Tensor, source: torch.Tensor, length: int) -> None:
+        """Copies rows `source` over rows `to` (both [m] int64, disjoint), up to `length` positions."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[to, :, :length] = layer.keys[source, :, :length]
+                layer.values[to, :, :length] = layer.values[source, :, :length]
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """SDPA, except that a single query token per row never copies grouped keys: the query heads of a group become
+    query positions instead. Hugging Face's SDPA repeats the whole cache per step as soon as there is a mask."""
+    rows, heads, queries, dim = query.shape
+    kv_heads = key.shape[1]
+    if queries != 1 or heads == kv_heads or attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    grouped = query.reshape(rows, kv_heads, heads // kv_heads, dim)
+    out = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(rows, 1, heads, value.shape[-1]), None
+
+
+def require_servable(model: PreTrainedModel) -> None:
+    """Raises ConfigError if the slot cache can't serve this model exactly; names the layer or setting that is in the way."""
+    name, config = type(model).__name__, model.config
+    text = config.get_text_config(decoder=True)
+    fix = "use a causal LM with full attention in every layer, or another engine"
+    if config.is_encoder_decoder or getattr(model, "_is_stateful", False):
+        raise ConfigError(f"model {name} keeps a state that is not a key/value cache: requests could not join and leave; {fix}")
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    kinds |= {type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) is not DynamicLayer}
+    if not getattr(text, "layer_types", None) and getattr(text, "sliding_window", None):
+        kinds.add("sliding_attention")
+    if kinds:
+        raise ConfigError(
+            f"model {name} has layers of kind {sorted(kinds)}: the torch engine would drop or mix their state; {fix}"
+        )
+    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise ConfigError(f"model {name} has rope_type={rope!r}: positions would depend on the longest row of the batch; {fix}")
+    if text._attn_implementation not in ("sdpa", ATTENTION):
+        raise ConfigError(
+            f"model {name} runs attention {text._attn_implementation!r}, the torch engine needs 'sdpa' (its masks would be "
+            "misread); load the model with attn_implementation='sdpa'"
+        )
+
+
+def longest_context(model: PreTrainedModel, max_length: int) -> int:
+    """max_length, or less where the model knows fewer positions."""
+    known = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return max_length if known is None else min(max_length, known)
+
+
+def use_slot_attention(model: PreTrainedModel) -> None:
+    """Switches the model to `slot_attention`, where its architecture lets attention be chosen; equal to SDPA otherwise."""
+    AttentionInterface.register(ATTENTION, slot_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    if getattr(model, "_supports_attention_backend", False):
+        model.set_attn_implementation(ATTENTION)

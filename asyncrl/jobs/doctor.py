@@ -1,0 +1,245 @@
+"""`asyncrl doctor`: what this machine has, what is missing or broken, and the exact command that fixes it."""
+
+import argparse
+import importlib
+import json
+import mmap
+import os
+import platform
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from msgspec import Struct, to_builtins
+
+from asyncrl.jobs.resources import count_gpus
+
+SHM = Path("/dev/shm")
+MIN_SHM_BYTES = 1 << 30  # Ray's objects and two versions of the weights live there; containers often give 64 MiB
+
+OPTIONAL = {
+    "sglang": ("production engine", "pip install sglang"),
+    "wandb": ("tracking", "pip install wandb"),
+    "pandas": ("reading metrics and the replay log", "pip install pandas"),
+    "duckdb": ("querying the replay log", "pip install duckdb"),
+    "pytest": ("asyncrl's own tests", "pip install 'pytest>=8' pytest-timeout hypothesis"),
+}
+
+
+class Finding(Struct, frozen=True, kw_only=True):
+    """One row. A required one that is not `ok` makes the exit status 1."""
+
+    name: str
+    status: Literal["ok", "missing", "broken"]
+    detail: str
+    fix: str = ""
+    required: bool = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+
+
+def main(args: argparse.Namespace) -> int:
+    findings = examine()
+    healthy = all(finding.status == "ok" for finding in findings if finding.required)
+    if args.json:
+        print(json.dumps({"ok": healthy, "findings": to_builtins(findings)}))
+    else:
+        print(table(findings))
+        print("\neverything required is there" if healthy else "\nsomething required is missing or broken: see the fixes above")
+    return 0 if healthy else 1
+
+
+def examine() -> list[Finding]:
+    """Every check, one after the other; one that raises is reported as broken and hides no other."""
+    # Name, check, and the package to install again if the check raises.
+    checks: list[tuple[str, Callable[[], Finding], str]] = [
+        ("python", python, ""),
+        ("torch", torch_build, "torch"),
+        ("devices", devices, "torch"),
+        ("collectives", collectives, "torch"),
+        ("ray", lambda: package("ray"), "ray"),
+        ("transformers", lambda: package("transformers"), "transformers"),
+        ("zeromq", zeromq, "pyzmq"),
+        ("arrow", arrow, "pyarrow"),
+        ("shared memory", shared_memory, ""),
+    ]
+    findings = [guarded(*check) for check in checks]
+    return [*findings, *(optional(name, use, fix) for name, (use, fix) in OPTIONAL.items())]
+
+
+def table(findings: Iterable[Finding]) -> str:
+    """One line per finding, and its fix below it."""
+    lines = []
+    for finding in findings:
+        note = "" if finding.required or finding.status == "ok" else " (optional)"
+        lines.append(f"{finding.status:<8} {finding.name:<14} {finding.detail}{note}")
+        if finding.status != "ok" and finding.fix:
+            lines.append(f"{'':<8} {'':<14} fix: {finding.fix}")
+    return "\n".join(lines)
+
+
+def guarded(name: str, check: Callable[[], Finding], package: str) -> Finding:
+    """The check's finding, or what it raised as one."""
+    try:
+        return check()
+    except Exception as error:  # whatever is wrong with a package is the finding
+        missing = isinstance(error, ModuleNotFoundError)
+        why = str(error).strip().splitlines()
+        return Finding(
+            name=name,
+            status="missing" if missing else "broken",
+            detail=f"{type(error).__name__}: {why[0] if why else 'no message'}",
+            fix=f"pip install --force-reinstall '{requirement(package) or package}'" if package else "",
+        )
+
+
+# --------------------------------------------------------------------------------------------- one per row
+
+
+def python() -> Finding:
+    found = platform.python_version()
+    wanted = metadata.metadata("asyncrl")["Requires-Python"]
+    if not _satisfies(found, wanted):
+        return Finding(name="python", status="broken", detail=f"{found}, needs {wanted}", fix="python3.11 -m venv .venv")
+    return Finding(name="python", status="ok", detail=f"{found} ({sys.executable})")
+
+
+def torch_build() -> Finding:
+    import torch
+
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    return versioned("torch", torch.__version__, cuda)
+
+
+def package(name: str) -> Finding:
+    """Imports a required package and compares its version with what asyncrl asks for."""
+    return versioned(name, importlib.import_module(name).__version__)
+
+
+def devices() -> Finding:
+    import torch
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    here = f"{len(os.sched_getaffinity(0))} CPU cores, {_gib(memory)} memory"
+    present = count_gpus()
+    if present and not torch.cuda.is_available():
+        why = "torch is a CPU build" if torch.version.cuda is None else "torch finds no working driver"
+        fix = f"pip install --force-reinstall '{requirement('torch')}'" if torch.version.cuda is None else "nvidia-smi"
+        return Finding(name="devices", status="broken", detail=f"{here}; {present} GPUs, but {why}", fix=fix, required=False)
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    listing = ", ".join(f"{gpu.name} {_gib(gpu.total_memory)}" for gpu in gpus) or "no GPU"
+    return Finding(name="devices", status="ok", detail=f"{here}; {listing}")
+
+
+def collectives() -> Finding:
+    """A real all-reduce over gloo in a group of one: proves that torch.distributed finds a network interface."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_gloo_available():
+        return Finding(
+            name="collectives",
+            status="missing",
+            detail="this torch has no gloo",
+            fix=f"pip install --force-reinstall '{requirement('torch')}'",
+        )
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        value = torch.tensor([2.0])
+        dist.all_reduce(value)
+    finally:
+        dist.destroy_process_group()
+    nccl = "nccl" if dist.is_nccl_available() else "no nccl (needed with GPUs only)"
+    return Finding(name="collectives", status="ok" if value.item() == 2.0 else "broken", detail=f"gloo works; {nccl}")
+
+
+def zeromq() -> Finding:
+    import zmq
+
+    if not zmq.has("curve"):
+        return Finding(
+            name="zeromq",
+            status="broken",
+            detail=f"libzmq {zmq.zmq_version()} without CURVE: weights between nodes could not be encrypted",
+            fix="pip install --force-reinstall --only-binary=:all: pyzmq",
+        )
+    return versioned("pyzmq", zmq.pyzmq_version(), f"libzmq {zmq.zmq_version()}, CURVE", name="zeromq")
+
+
+def arrow() -> Finding:
+    import pyarrow as pa
+
+    batch = pa.record_batch({"a": [[1, 2], [3]]})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    if pa.ipc.open_stream(sink.getvalue()).read_all().to_batches() != [batch]:
+        return Finding(name="arrow", status="broken", detail="an IPC stream does not read back", fix="pip install -U pyarrow")
+    return versioned("pyarrow", pa.__version__, "IPC reads back", name="arrow")
+
+
+def shared_memory(folder: Path = SHM, least_bytes: int = MIN_SHM_BYTES) -> Finding:
+    """Weights pass between actors of one node through memory-mapped files here."""
+    fix = "mount -o remount,size=8G /dev/shm   (container: docker run --shm-size=8g)"
+    if not folder.is_dir():
+        return Finding(name="shared memory", status="missing", detail=f"no {folder}", fix=fix)
+    space = os.statvfs(folder)
+    size, free = space.f_frsize * space.f_blocks, space.f_frsize * space.f_bavail
+    detail = f"{folder} {_gib(size)}, {_gib(free)} free"
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(1 << 20)
+        with mmap.mmap(file.fileno(), 1 << 20) as pages:
+            pages[-1:] = b"x"
+    if free < least_bytes:
+        detail += f": below {_gib(least_bytes)}, larger models will not fit"
+        return Finding(name="shared memory", status="broken", detail=detail, fix=fix, required=False)
+    return Finding(name="shared memory", status="ok", detail=f"{detail}, writable")
+
+
+def optional(name: str, use: str, fix: str) -> Finding:
+    """An extra: found by its installed version, not imported."""
+    try:
+        return Finding(name=name, status="ok", detail=f"{metadata.version(name)}: {use}", required=False)
+    except metadata.PackageNotFoundError:
+        return Finding(name=name, status="missing", detail=use, fix=fix, required=False)
+
+
+# ---------------------------------------------------------------------------------------------- versions
+
+
+def requirement(name: str) -> str:
+    """asyncrl's own requirement of a package, e.g. `torch==2.13.0`; empty if it has none or is not installed."""
+    try:
+        requires = metadata.requires("asyncrl") or []
+    except metadata.PackageNotFoundError:
+        return ""
+    found = (text for text in requires if ";" not in text and re.split(r"[\[<>=!~ ]", text)[0] == name)
+    return next(found, "")
+
+
+def versioned(package: str, found: str, detail: str = "", name: str = "") -> Finding:
+    """A finding about an installed version, against asyncrl's requirement of that package."""
+    wanted = requirement(package)
+    bounds = wanted[re.match(r"[\w.-]+(\[[^]]*\])?", wanted).end() :] if wanted else ""  # type: ignore[union-attr]
+    text = ", ".join(filter(None, (found, detail)))
+    if bounds and not _satisfies(found, bounds):
+        return Finding(
+            name=name or package, status="broken", detail=f"{text}; asyncrl needs {wanted}", fix=f"pip install '{wanted}'"
+        )
+    return Finding(name=name or package, status="ok", detail=text)
+
+
+def _satisfies(version: str, bounds: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(bounds).contains(version, prereleases=True)
+
+
+def _gib(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB"

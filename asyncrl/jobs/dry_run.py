@@ -1,0 +1,133 @@
+"""Everything about a run that can be known to fail before an actor starts; `--dry-run` prints the plan and ends here.
+
+No torch, no Ray: well under two seconds. All problems are reported at once, not one per attempt.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from asyncrl.callables import check_callable
+from asyncrl.config import Deployment, Recipe
+from asyncrl.errors import ConfigError, DataError
+from asyncrl.jobs.resources import check_placement
+from asyncrl.prompts.reading import check_columns, read_rows
+from asyncrl.rundir import RunDir
+
+Check = Callable[[], str]  # a line of the plan; raises ConfigError or DataError
+
+
+def check(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> list[str]:
+    """The plan of a run as lines of text. Raises ConfigError or DataError naming every problem found.
+
+    recipe: after `paths.resolve_paths`. Files inside the run directory are taken to be made by `recipe.prepare`, if it
+    has one. The staleness algebra and divisibility were checked when the recipe was made (asyncrl.config).
+    """
+    plan: list[str] = []
+    problems: list[ConfigError | DataError] = []
+    for look in _checks(recipe, deployment, run_dir):
+        try:
+            plan.append(look())
+        except (ConfigError, DataError) as problem:
+            problems.append(problem)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        listing = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, start=1))
+        raise ConfigError(f"{len(problems)} problems:\n{listing}")
+    return plan
+
+
+def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator[Check]:
+    yield lambda: _run_dir(run_dir)
+    yield lambda: _model(recipe, run_dir)
+    for what, files in (("data", recipe.data.files), ("evaluation", recipe.evaluation.files)):
+        for file in files:
+            yield lambda what=what, file=file: _data_file(what, file, recipe, run_dir)  # type: ignore[misc]
+    yield lambda: _callables(recipe)
+    yield lambda: _lengths(recipe, deployment)
+    yield lambda: _batches(recipe, deployment, run_dir)
+    yield lambda: f"placement   {check_placement(deployment)}"
+
+
+def _run_dir(run_dir: RunDir) -> str:
+    existing = next(folder for folder in (run_dir.path, *run_dir.path.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"run directory {run_dir.path}: {existing} is not a writable folder; choose another with --runs-dir")
+    return f"run         {run_dir.path}"
+
+
+def _made(path: str, recipe: Recipe, run_dir: RunDir) -> bool:
+    return bool(recipe.prepare) and Path(path).is_relative_to(run_dir.path)
+
+
+def _model(recipe: Recipe, run_dir: RunDir) -> str:
+    path = recipe.model.path
+    if _made(path, recipe, run_dir):
+        return f"model       {path} (made by prepare)"
+    if not Path(path).is_absolute():
+        return f"model       {path} (Hugging Face)"
+    if not (Path(path) / "config.json").is_file():
+        missing = "has no config.json" if Path(path).is_dir() else "does not exist"
+        raise ConfigError(f"model.path={path!r} {missing}: no model could be loaded; name a Hugging Face folder or id")
+    return f"model       {path}"
+
+
+def _data_file(what: str, file: str, recipe: Recipe, run_dir: RunDir) -> str:
+    if _made(file, recipe, run_dir):
+        return f"{what:<11} {file} (made by prepare)"
+    check_columns([file], recipe.data)
+    return f"{what:<11} {file}: {recipe.data.prompt_key}, {recipe.data.answer_key}, {recipe.data.source_key} found"
+
+
+def _callables(recipe: Recipe) -> str:
+    check_callable(recipe.reward.function, "reward.function")
+    if recipe.sampling.keep not in ("all", "varied"):
+        check_callable(recipe.sampling.keep, "sampling.keep")
+    if recipe.prepare:
+        check_callable(recipe.prepare, "prepare")
+    return f"reward      {recipe.reward.function}, at most {recipe.reward.deadline_s:g} s a sample"
+
+
+def _lengths(recipe: Recipe, deployment: Deployment) -> str:
+    prompt, response = recipe.data.max_prompt_length, recipe.sampling.max_response_length
+    bound = deployment.generators.engine.max_length
+    if prompt + response > bound:
+        raise ConfigError(
+            f"data.max_prompt_length={prompt} + sampling.max_response_length={response} = {prompt + response} tokens > "
+            f"generators.engine.max_length={bound}: the longest rollouts would not fit; lower the former, or set "
+            f"deploy.generators.engine.max_length={prompt + response}"
+        )
+    return f"lengths     {prompt} prompt + {response} response tokens of {bound}"
+
+
+def _batches(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
+    n, batch, epochs = recipe.sampling.n, recipe.learner.batch_groups, recipe.data.epochs
+    if n == 1 and recipe.algorithm.adv_estimator.startswith("grpo"):
+        raise ConfigError(
+            f"sampling.n=1 with algorithm.adv_estimator={recipe.algorithm.adv_estimator!r}: an advantage is a reward against "
+            "its own group's mean, so all would be 0 and nothing learned; use sampling.n >= 2"
+        )
+    if (slots := deployment.generators.engine.slots) < n:
+        raise ConfigError(
+            f"generators.engine.slots={slots} < sampling.n={n}: a group could never be decoded together; "
+            f"set deploy.generators.engine.slots={n} or more"
+        )
+    readable = [file for file in recipe.data.files if not _made(file, recipe, run_dir) and Path(file).is_file()]
+    if epochs is not None and len(readable) == len(recipe.data.files):
+        enough = -(-batch // epochs)
+        rows = sum(1 for _ in islice(read_rows(recipe.data), enough))
+        if rows < enough:
+            raise ConfigError(
+                f"{rows} rows × data.epochs={epochs} < learner.batch_groups={batch}: no batch could ever be filled; "
+                "raise data.epochs (null: as many as needed), add data, or lower learner.batch_groups"
+            )
+    bound = recipe.bound()
+    most = bound.room(outstanding=0, committed=0, update=0)
+    capacity = min(most, recipe.staleness.capacity_groups or most)
+    rule = "wait" if bound.waits else bound.on_stale
+    return (
+        f"batches     {recipe.total_steps} updates × {batch} groups × {n} rollouts; max_lag {bound.max_lag} ({rule}), at most "
+        f"{capacity} groups outstanding; {deployment.generators.count} × {deployment.generators.engine.slots} slots"
+    )

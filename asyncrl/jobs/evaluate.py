@@ -1,0 +1,277 @@
+"""`asyncrl eval`: a model's or checkpoint's score on held-out data, without Ray. One JSON line at the end."""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec import Struct
+
+from asyncrl.callables import check_callable
+from asyncrl.config import DataSpec
+from asyncrl.errors import ConfigError, DataError
+from asyncrl.jobs.policies import Policy, load, locate
+from asyncrl.types import Generation, GenerationRequest, Prompt, Sampling, Version, derive_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from asyncrl.reward.frames import Verdict
+
+_RESPONSE_LENGTH = 1024  # where neither the command nor a run's recipe says
+
+
+class Answer(Struct, frozen=True, kw_only=True):
+    """One sampled response and what the reward says of it."""
+
+    prompt: Prompt
+    rollout: int
+    seed: int
+    generation: Generation
+    response: str
+    verdict: "Verdict"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL_OR_CHECKPOINT", help="Hugging Face id or folder, runs/NAME, or …/checkpoints/step_N"
+    )
+    parser.add_argument("--data", required=True, action="append", metavar="F", help="parquet or JSONL file; may be repeated")
+    parser.add_argument(
+        "--reward", required=True, metavar="F", help="file.py (its compute_score), file.py:name or package.module:name"
+    )
+    parser.add_argument("--n", type=int, default=1, help="responses per prompt (default 1)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (the default)")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument(
+        "--max-response-length", type=int, help=f"tokens (default: the run's; else {_RESPONSE_LENGTH}, or what fits)"
+    )
+    parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser.add_argument("--batch", type=int, default=64, metavar="SLOTS", help="responses decoded together (default 64)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="SAMPLES.parquet", help="where to write every response with its score")
+    parser.add_argument("--tokenizer", default="", help="Hugging Face folder or id (default: the model's, or the run's)")
+    parser.add_argument(
+        "--dtype", default="", choices=["", "float32", "bfloat16"], help="default: the checkpoint's; else float32"
+    )
+    parser.add_argument("--device", default="", help="cpu, cuda (default: cuda if there is one)")
+    parser.add_argument("--reward-processes", type=int, default=min(4, os.cpu_count() or 1), metavar="N")
+    parser.add_argument("--reward-deadline", type=float, default=10.0, metavar="S", help="seconds for one sample (default 10)")
+    for key in ("prompt_key", "answer_key", "source_key"):
+        parser.add_argument(
+            f"--{key.replace('_', '-')}", metavar="KEY", help="as data.{key} of a recipe (default: the run's, or verl's)"
+        )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Whatever can be known to fail does so before a model is loaded."""
+    began = time.monotonic()
+    _check_numbers(args)
+    reward = f"{args.reward}:compute_score" if args.reward.endswith(".py") else args.reward
+    check_callable(reward, "--reward")
+    policy = locate(args.model, args.tokenizer, args.dtype)
+    data = _data(args, policy)
+    _check_data(data)
+
+    answers = _evaluate(args, policy, data, reward)
+    if args.out is not None:
+        _write_samples(args.out, answers)
+    report = {"model": args.model, "data": args.data, **summary(answers), "n": args.n, "temperature": args.temperature}
+    print(json.dumps({**report, "seed": args.seed, "wall_s": round(time.monotonic() - began, 2)}))
+    return 0
+
+
+def summary(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Mean score over all samples; `invalid` and `timeout` ones count as 0 in it, and are reported. mean_length: tokens."""
+
+    def mean(of: Sequence[Answer]) -> float:
+        return sum(answer.verdict.reward or 0.0 for answer in of) / len(of)
+
+    sources = sorted({answer.prompt.data_source for answer in answers})
+    by_source = {source: [answer for answer in answers if answer.prompt.data_source == source] for source in sources}
+    return {
+        "samples": len(answers),
+        "score": mean(answers),
+        "by_source": {source: mean(of) for source, of in by_source.items()},
+        "invalid": sum(answer.verdict.status == "invalid" for answer in answers),
+        "timeout": sum(answer.verdict.status == "timeout" for answer in answers),
+        "mean_length": sum(len(answer.generation.token_ids) for answer in answers) / len(answers),
+    }
+
+
+def generate(
+    model: "PreTrainedModel",
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    n: int,
+    slots: int,
+    seed: int,
+) -> list[Generation]:
+    """n responses per prompt, in order. The same seed gives the same responses: steps run in this thread, so that the
+    batches, and with them the rounding, repeat."""
+    from asyncrl.generate.torch_engine import TorchEngine
+    from asyncrl.models.loading import named_weights
+
+    longest = max(len(prompt.ids) for prompt in prompts)
+    engine = TorchEngine(model, slots=min(slots, n * len(prompts)), max_length=longest + sampling.max_tokens)
+    engine.update_weights(Version(0, 0), named_weights(model))
+    futures = []
+    for group, prompt in enumerate(prompts):
+        requests = [
+            GenerationRequest(
+                id=f"{prompt.row}.{rollout}",
+                group=group,
+                prompt_ids=prompt.ids,
+                sampling=sampling,
+                seed=derive_seed(seed, prompt.row, rollout),
+            )
+            for rollout in range(n)
+        ]
+        futures += engine.submit_group(requests)
+    while engine.step():
+        pass
+    engine.close()
+    return [future.result(timeout=0) for future in futures]
+
+
+def _evaluate(args: argparse.Namespace, policy: Policy, data: DataSpec, reward: str) -> list[Answer]:
+    from asyncrl.reward.frames import Sample
+    from asyncrl.reward.pool import RewardPool
+
+    pool: RewardPool[int] = RewardPool(reward, processes=args.reward_processes, deadline_s=args.reward_deadline)
+    with pool:  # first: a reward that can't be loaded is known before the model is
+        import torch
+
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, tokenizer = load(policy, device)
+        prompts = _prompts(data, tokenizer, args.limit)
+        sampling = _sampling(args, policy, model, tokenizer, max(len(prompt.ids) for prompt in prompts))
+        print(f"{len(prompts)} prompts × {args.n}, at most {sampling.max_tokens} tokens each, on {device}", file=sys.stderr)
+        generations = generate(model, prompts, sampling, n=args.n, slots=args.batch, seed=args.seed)
+        texts = [tokenizer.decode(generation.token_ids, skip_special_tokens=True) for generation in generations]
+        asked = [(prompt, rollout) for prompt in prompts for rollout in range(args.n)]
+        samples = [
+            Sample(prompt.data_source, text, prompt.ground_truth, prompt.extra_info)
+            for (prompt, _), text in zip(asked, texts, strict=True)
+        ]
+        verdicts = pool.map(samples)
+    return [
+        Answer(
+            prompt=prompt,
+            rollout=rollout,
+            seed=derive_seed(args.seed, prompt.row, rollout),
+            generation=generation,
+            response=text,
+            verdict=verdict,
+        )
+        for (prompt, rollout), generation, text, verdict in zip(asked, generations, texts, verdicts, strict=True)
+    ]
+
+
+def _prompts(data: DataSpec, tokenizer: "PreTrainedTokenizerBase", limit: int | None) -> list[Prompt]:
+    from asyncrl.prompts.dataset import as_prompt
+    from asyncrl.prompts.encoding import encoder
+    from asyncrl.prompts.reading import read_rows
+
+    encode = encoder(tokenizer)
+    return [as_prompt(row, encode) for row in itertools.islice(read_rows(data), limit)]
+
+
+def _sampling(
+    args: argparse.Namespace, policy: Policy, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", longest: int
+) -> Sampling:
+    from asyncrl.models.loading import stop_token_ids
+
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or sys.maxsize
+    room = positions - longest
+    if room < 1:
+        raise DataError(
+            f"the longest prompt has {longest} tokens, and the model knows {positions} positions: nothing could be generated"
+        )
+    wanted = args.max_response_length
+    if wanted is None:
+        wanted = min(room, policy.recipe.sampling.max_response_length if policy.recipe else _RESPONSE_LENGTH)
+    if wanted > room:
+        raise ConfigError(
+            f"--max-response-length={wanted} > {room}: the model knows {positions} positions and the longest prompt has "
+            f"{longest} tokens, so responses would not fit; use at most {room}"
+        )
+    return Sampling(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=0,
+        max_tokens=wanted,
+        stop_token_ids=stop_token_ids(tokenizer, policy.spec),
+    )
+
+
+def _data(args: argparse.Namespace, policy: Policy) -> DataSpec:
+    base = policy.recipe.data if policy.recipe else DataSpec(files=tuple(args.data))
+    given = {key: getattr(args, key) for key in ("prompt_key", "answer_key", "source_key") if getattr(args, key) is not None}
+    return msgspec.structs.replace(base, files=tuple(args.data), **given)
+
+
+def _check_data(data: DataSpec) -> None:
+    from asyncrl.prompts.reading import check_columns
+
+    check_columns(data.files, data)
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    bounds: list[tuple[str, Callable[[Any], bool], str]] = [
+        ("n", lambda n: n >= 1, ">= 1"),
+        ("temperature", lambda t: t >= 0, ">= 0 (0 is greedy)"),
+        ("top_p", lambda p: 0 < p <= 1, "in (0, 1] (1 is off)"),
+        ("max_response_length", lambda length: length is None or length >= 1, ">= 1"),
+        ("limit", lambda limit: limit is None or limit >= 1, ">= 1"),
+        ("batch", lambda slots: slots >= 1, ">= 1"),
+        ("reward_processes", lambda count: count >= 1, ">= 1"),
+        ("reward_deadline", lambda seconds: seconds > 0, "> 0 seconds"),
+    ]
+    for name, holds, bound in bounds:
+        if not holds(value := getattr(args, name)):
+            raise ConfigError(f"--{name.replace('_', '-')}={value}: it must be {bound}")
+    if args.out is not None and args.out.suffix != ".parquet":
+        raise ConfigError(f"--out={args.out}: samples are written as parquet; name a .parquet file")
+    if args.n > 1 and args.temperature == 0:
+        raise ConfigError(
+            f"--n={args.n} with --temperature=0: greedy decoding would give {args.n} equal responses; set --temperature"
+        )
+
+
+def _write_samples(path: Path, answers: Sequence[Answer]) -> None:
+    """One row per response, written beside and renamed."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {
+            "row": answer.prompt.row,
+            "rollout": answer.rollout,
+            "data_source": answer.prompt.data_source,
+            "ground_truth": answer.prompt.ground_truth,
+            "response": answer.response,
+            "score": answer.verdict.reward,
+            "parts": json.dumps(answer.verdict.parts),
+            "status": answer.verdict.status,
+            "error": answer.verdict.error,
+            "response_length": len(answer.generation.token_ids),
+            "finish_reason": answer.generation.finish_reason,
+            "seed": answer.seed,
+        }
+        for answer in answers
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(pa.Table.from_pylist(rows), beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,75 @@
+"""What went wrong in a spec, in one sentence: dotted path, value, expected type, and the nearest valid name."""
+
+import difflib
+import re
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import msgspec
+
+_UNKNOWN_FIELD = re.compile(r"unknown field `(.*?)`")
+_AT = re.compile(r" - at `(?:key in )?\$(.*)`$")
+
+
+def explain(error: msgspec.ValidationError, spec: type[msgspec.Struct], data: Any) -> tuple[str, str]:
+    """(dotted path of the mistake, sentence) from msgspec's message, with value and nearest name."""
+    text = str(error)
+    at = _AT.search(text)
+    path = re.sub(r"\[.*?\]", "", at[1]).strip(".") if at else ""
+    text = _AT.sub("", text)
+    kind: Any = spec
+    for name in filter(None, path.split(".")):
+        kind = {field.name: field.type for field in msgspec.structs.fields(kind)}[name] if is_struct(kind) else Any
+        data = data[name] if isinstance(data, dict) else data
+    if (unknown := _UNKNOWN_FIELD.search(text)) and is_struct(kind):
+        full = f"{path}.{unknown[1]}".strip(".")
+        value = data.get(unknown[1]) if isinstance(data, dict) else None
+        return full, f"{full}={value!r}: {path or spec.__name__} has no field {unknown[1]!r}" + nearest(unknown[1], kind, spec)
+    if not path or is_struct(kind):
+        return path, f"{path or spec.__name__}: {text}"
+    return path, f"{path}={data!r} must be {expected(kind)}: {text}"
+
+
+def nearest(name: str, kind: type[msgspec.Struct], root: type[msgspec.Struct] | None = None) -> str:
+    """`; did you mean …? Valid: …`: among the fields beside it, else anywhere in the spec."""
+    near = difflib.get_close_matches(name, kind.__struct_fields__, n=1, cutoff=0.6)
+    near = near or [path for path in _leaves(root or kind) if path.rpartition(".")[2] == name][:1]
+    return (f"; did you mean {near[0]!r}?" if near else ".") + f" Valid: {names(kind)}"
+
+
+def _leaves(kind: type[msgspec.Struct], prefix: str = "") -> list[str]:
+    leaves = []
+    for field in msgspec.structs.fields(kind):
+        path = prefix + field.name
+        leaves += _leaves(field.type, f"{path}.") if is_struct(field.type) else [path]
+    return leaves
+
+
+def names(kind: type[msgspec.Struct]) -> str:
+    return ", ".join(kind.__struct_fields__)
+
+
+def is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+
+
+def expected(kind: Any) -> str:
+    """A type in words: `int or null`, `list of str`, `'mask', 'wait' or 'drop'`."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(value) for value in inner)
+    if origin in (Union, UnionType):
+        return " or ".join(expected(part) for part in inner)
+    if origin in (list, tuple):
+        return f"a list of {expected(inner[0])}"
+    return "null" if kind is NoneType else getattr(kind, "__name__", str(kind))
+
+
+def reason(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def near_files(path: Path, suffix: str) -> str:
+    found = sorted(str(file) for file in path.parent.glob(f"*{suffix}"))[:5] if path.parent.is_dir() else []
+    return f"; that folder has {', '.join(found)}" if found else ""

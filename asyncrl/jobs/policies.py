@@ -1,0 +1,124 @@
+"""What a person may name as a model: a Hugging Face id or folder, a checkpoint, or a run (then its newest checkpoint)."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec import Struct
+
+from asyncrl.config import ModelSpec, Recipe
+from asyncrl.errors import CheckpointError, ConfigError
+from asyncrl.rundir import MANIFEST, RunDir, verify_manifest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Policy(Struct, frozen=True, kw_only=True):
+    """Where the weights, configuration and tokenizer are. checkpoint: None for a Hugging Face model.
+
+    recipe: of the run that the checkpoint lies in, if it still does.
+    """
+
+    spec: ModelSpec
+    checkpoint: Path | None = None
+    recipe: Recipe | None = None
+
+
+def locate(name: str, tokenizer: str = "", dtype: str = "") -> Policy:
+    """Finds out what `name` is, and verifies a checkpoint's checksums. No torch.
+
+    tokenizer, dtype: override what the run or the checkpoint says (float32 for a Hugging Face model).
+    Raises ConfigError: an empty run, a checkpoint without a tokenizer; CheckpointError: none is whole.
+    """
+    path = Path(name).expanduser()
+    if path.name.startswith("step_") or (path / MANIFEST).is_file():
+        return _checkpoint(path, verify_manifest(path), tokenizer, dtype)
+    if (path / "checkpoints").is_dir() or (path / "recipe.json").is_file():
+        folder, manifest = _newest(RunDir(path))
+        return _checkpoint(folder, manifest, tokenizer, dtype)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(
+            f"{path} is no model, checkpoint or run: it has neither config.json, {MANIFEST} nor checkpoints/; "
+            "name a Hugging Face folder or id, runs/NAME, or runs/NAME/checkpoints/step_N"
+        )
+    return Policy(spec=_spec(str(path) if path.is_dir() else name, tokenizer, dtype or "float32"))
+
+
+def load(policy: Policy, device: str = "cpu") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The model in eval mode and its tokenizer. Raises ConfigError or CheckpointError naming what could not be loaded."""
+    from asyncrl.models.loading import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(policy.spec)
+    if policy.checkpoint is None:
+        return load_model(policy.spec, device), tokenizer
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from asyncrl.learn.checkpoint import load_policy
+
+    folder = Path(policy.spec.path)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=policy.spec.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=getattr(torch, policy.spec.dtype),
+            attn_implementation="sdpa",
+            trust_remote_code=policy.spec.trust_remote_code,
+        )
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: no causal LM can be made from its configuration: {error}") from error
+    # A checkpoint holds the names of the model in memory, which from_pretrained would try to convert, or leave out.
+    load_policy(model, folder)
+    return model.to(device).eval(), tokenizer
+
+
+def _newest(run_dir: RunDir) -> tuple[Path, dict[str, object]]:
+    folders = run_dir.steps()
+    problems = []
+    for folder in reversed(folders):
+        try:
+            return folder, verify_manifest(folder)
+        except CheckpointError as error:
+            problems.append(str(error))
+    if not folders:
+        raise ConfigError(
+            f"run {run_dir.path} has no checkpoint yet: there is nothing to load; wait for its first, or name a model"
+        )
+    raise CheckpointError(f"no checkpoint of {run_dir.path} is whole:\n  " + "\n  ".join(problems))
+
+
+def _checkpoint(folder: Path, manifest: dict[str, object], tokenizer: str, dtype: str) -> Policy:
+    recipe = _recipe(folder.absolute().parent.parent / "recipe.json")
+    if not tokenizer and recipe is None:
+        raise ConfigError(
+            f"checkpoint {folder} lies in no run directory, so its recipe, which names the tokenizer, is unknown; "
+            "add --tokenizer FOLDER_OR_ID"
+        )
+    of_run = recipe.model if recipe else None
+    summary = msgspec.convert(manifest.get("model", {}), dict[str, object])
+    spec = _spec(
+        str(folder / "policy"),
+        tokenizer or (of_run.tokenizer or of_run.path if of_run else ""),
+        dtype or str(summary.get("dtype", "float32")),
+        of_run is not None and of_run.trust_remote_code,
+    )
+    return Policy(spec=spec, checkpoint=folder, recipe=recipe)
+
+
+def _spec(path: str, tokenizer: str, dtype: str, trust_remote_code: bool = False) -> ModelSpec:
+    known = ("float32", "bfloat16")
+    if dtype not in known:
+        raise ConfigError(f"dtype={dtype!r} is not supported; use one of {', '.join(known)}")
+    return ModelSpec(path=path, tokenizer=tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
+
+
+def _recipe(path: Path) -> Recipe | None:
+    if not path.is_file():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Recipe)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"{path} is no recipe of this version of asyncrl: {error}") from error

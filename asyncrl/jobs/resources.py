@@ -1,0 +1,92 @@
+"""What the actors of a run ask for, against what this machine has; found out without torch and without starting Ray."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from asyncrl.config import Deployment, PlaceSpec
+from asyncrl.errors import ConfigError
+
+
+def check_placement(deployment: Deployment, environ: Mapping[str, str] = os.environ, dev: Path = Path("/dev")) -> str:
+    """One sentence of the plan. Raises ConfigError with demanded against available, by group.
+
+    Only a local Ray can be judged beforehand; a cluster answers when it is joined (`PlacementError`).
+    """
+    groups = _groups(deployment)
+    cpus = sum(count * place.cpus for count, place in groups.values())
+    gpus = sum(count * place.gpus for count, place in groups.values())
+    actors = sum(count for count, _ in groups.values())
+    address = deployment.ray_address or environ.get("RAY_ADDRESS", "")
+    if address:
+        return f"{actors} actors ask for {cpus:g} CPUs, {gpus:g} GPUs; the Ray at {address} is asked when it is joined"
+    have_cpus = deployment.num_cpus if deployment.num_cpus is not None else len(os.sched_getaffinity(0))
+    have_gpus = count_gpus(environ, dev) if gpus else 0
+    custom = sorted({name for _, place in groups.values() for name in place.resources})
+    if cpus > have_cpus or gpus > have_gpus or custom:
+        raise ConfigError(_table(groups, (cpus, gpus), (have_cpus, have_gpus), custom))
+    if gpus and (build := metadata.version("torch")).endswith("+cpu"):
+        raise ConfigError(
+            f"the deployment asks for {gpus:g} GPUs, but torch {build} is built without CUDA: no actor could use one; "
+            f"pip install --force-reinstall torch=={build.partition('+')[0]}"
+        )
+    return f"{actors} actors on this machine ask for {cpus:g} of {have_cpus} CPUs" + (
+        f", {gpus:g} of {have_gpus} GPUs" if gpus else ""
+    )
+
+
+def count_gpus(environ: Mapping[str, str] = os.environ, dev: Path = Path("/dev")) -> int:
+    """CUDA devices that a local Ray would offer: those of the machine that CUDA_VISIBLE_DEVICES leaves visible."""
+    found = len([path for path in dev.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]) if dev.is_dir() else 0
+    if not found:
+        found = _listed_by_driver()
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    if "-1" in names:
+        names = names[: names.index("-1")]  # CUDA ignores what follows an invalid device
+    return min(found, len(names)) if not any(name.startswith("MIG-") for name in names) else len(names)
+
+
+def _listed_by_driver() -> int:
+    # Under WSL and some container runtimes a device has no node of its own.
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0
+    try:
+        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0  # a driver that does not answer offers nothing
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def _groups(deployment: Deployment) -> dict[str, tuple[int, PlaceSpec]]:
+    return {
+        "generators": (deployment.generators.count, deployment.generators.place),
+        "rewards": (deployment.rewards.count, deployment.rewards.place),
+        "learner": (deployment.learner.ranks, deployment.learner.place),
+        "store": (1, deployment.store.place),
+    }
+
+
+def _table(
+    groups: Mapping[str, tuple[int, PlaceSpec]], demanded: tuple[float, float], have: tuple[float, float], custom: list[str]
+) -> str:
+    rows = [("group", "actors", "CPUs each", "GPUs each")]
+    rows += [(name, f"{count}", f"{place.cpus:g}", f"{place.gpus:g}") for name, (count, place) in groups.items()]
+    rows += [("demanded", "", f"{demanded[0]:g}", f"{demanded[1]:g}"), ("available", "", f"{have[0]:g}", f"{have[1]:g}")]
+    lines = [f"  {name:<12}{actors:>6}{cpus:>12}{gpus:>12}" for name, actors, cpus, gpus in rows]
+    if custom:
+        lines.append(f"  resources {', '.join(custom)}: a local Ray has none; only a cluster's nodes can offer them")
+    return "\n".join(
+        [
+            "the deployment asks for more than this machine has: its actors could never start",
+            *lines,
+            "  lower `place` (or `count`) of a group in the deployment, or name a cluster in ray_address",
+        ]
+    )

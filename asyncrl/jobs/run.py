@@ -1,0 +1,79 @@
+"""`asyncrl run RECIPE`: the main job. Everything that can be known to fail, fails before an actor starts."""
+
+import argparse
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from asyncrl.config import Deployment, Recipe
+
+if TYPE_CHECKING:
+    from asyncrl.api import RunResult
+    from asyncrl.cluster.supervisor import Status
+    from asyncrl.cluster.tally import Tally
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a Python file that sets `recipe = Recipe(…)`")
+    parser.add_argument("--deploy", metavar="SPEC", help="a deployment YAML file (default: this machine, as deploy/local.yaml)")
+    parser.add_argument("--name", default="", help="name of the run (default: the recipe's)")
+    parser.add_argument("--runs-dir", default="runs", metavar="D", help="folder of run directories (default: runs)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint of this run")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="recipe fields to change, e.g. learner.lr=1e-5")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the recipe. Standard output gets one line of JSON at the end; everything else goes to standard error."""
+    from asyncrl.jobs import dry_run
+    from asyncrl.jobs.specs import load_specs
+    from asyncrl.paths import resolve_paths
+    from asyncrl.rundir import resolve_run_dir
+
+    recipe, deployment = load_specs(args.recipe, args.deploy, args.overrides)
+    paths = resolve_run_dir(args.name or recipe.name, args.runs_dir)
+    recipe = resolve_paths(recipe, paths, Path(args.recipe).parent)
+    plan = dry_run.check(recipe, deployment, paths)
+    if args.dry_run:
+        print("\n".join(plan))
+        return 0
+    result = _launch(recipe, deployment, args)
+    print(msgspec.json.encode(result).decode(), flush=True)
+    return 0
+
+
+def _launch(recipe: Recipe, deployment: Deployment, args: argparse.Namespace) -> "RunResult":
+    from asyncrl.api import launch
+    from asyncrl.jobs.progress import Progress, Snapshot
+
+    began = time.monotonic()
+    progress = Progress()
+
+    def show(status: "Status", tally: "Tally") -> None:
+        snapshot = Snapshot(
+            name=args.name or recipe.name,
+            elapsed_s=time.monotonic() - began,
+            step=tally.committed,
+            total_steps=recipe.total_steps,
+            samples=tally.samples,
+            metrics=tally.latest,
+            scores=tally.scores,
+            counts=tally.counts,
+            reports=status.reports,
+            restarts=status.restarts,
+        )
+        progress.update(snapshot)
+
+    signal.signal(signal.SIGTERM, _interrupt)  # a job that is stopped cleans up like one that is interrupted
+    try:
+        return launch(recipe, deployment, name=args.name, runs_dir=args.runs_dir, resume=args.resume, observe=show)
+    finally:
+        progress.close()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

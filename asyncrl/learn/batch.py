@@ -1,0 +1,93 @@
+"""One update's rollouts as flat columns: N trained tokens of S sequences, sequence after sequence."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from asyncrl.learn.advantages import Estimator
+from asyncrl.models.packed import TokenSequence
+from asyncrl.staleness import Staleness
+from asyncrl.types import TrainRollout
+
+
+class Batch(NamedTuple):
+    """sequences: those with at least one trained token (S); `scored` are the trained tokens.
+
+    groups [S] int64; lengths [S] int64, response tokens, trained or not; counts_s [S] float32, trained tokens;
+    sequence_n [N] int64; behaviour_n [N] float32, full-softmax logprobs of the policy that sampled; advantages_n [N]
+    float32; lag_n [N] int64, versions.
+    """
+
+    sequences: list[TokenSequence]
+    groups: np.ndarray
+    lengths: np.ndarray
+    counts_s: torch.Tensor
+    sequence_n: torch.Tensor
+    behaviour_n: torch.Tensor
+    advantages_n: torch.Tensor
+    lag_n: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        return len(self.sequence_n)
+
+    def to(self, device: torch.device) -> "Batch":
+        return self._replace(
+            counts_s=self.counts_s.to(device),
+            sequence_n=self.sequence_n.to(device),
+            behaviour_n=self.behaviour_n.to(device),
+            advantages_n=self.advantages_n.to(device),
+            lag_n=self.lag_n.to(device),
+        )
+
+
+def make_batch(rollouts: Sequence[TrainRollout], bound: Staleness, committed: int, estimator: Estimator) -> Batch:
+    """Columns for update `committed + 1`.
+
+    Advantages see every rollout; tokens are trained where the policy chose them and the bound allows (DESIGN §2). All
+    others stay as context. A rollout without a trained token is left out after its reward has counted.
+    """
+    trained = [np.asarray(r.loss_mask, dtype=bool) & bound.trainable(r.updates, committed) for r in rollouts]
+    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
+    advantages = estimator(rewards, torch.tensor([r.group for r in rollouts], dtype=torch.int64)).float()
+    kept = [i for i, mask in enumerate(trained) if mask.any()]
+    counts = torch.tensor([int(trained[i].sum()) for i in kept], dtype=torch.int64)
+
+    def column(parts: list[np.ndarray], dtype: type) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([np.empty(0, dtype), *parts]).astype(dtype, copy=False))
+
+    return Batch(
+        sequences=[_sequence(rollouts[i], trained[i]) for i in kept],
+        groups=np.array([rollouts[i].group for i in kept], dtype=np.int64),
+        lengths=np.array([len(rollouts[i].response_ids) for i in kept], dtype=np.int64),
+        counts_s=counts.float(),
+        sequence_n=torch.repeat_interleave(torch.arange(len(kept)), counts),
+        behaviour_n=column([behaviour_logprobs(rollouts[i])[trained[i]] for i in kept], np.float32),
+        advantages_n=torch.repeat_interleave(advantages[kept], counts),
+        lag_n=column([committed - rollouts[i].updates[trained[i]] for i in kept], np.int64),
+    )
+
+
+def behaviour_logprobs(rollout: TrainRollout) -> np.ndarray:
+    """[T] float32: of the full softmax, also where top-p or top-k cut it before sampling."""
+    return rollout.logprobs if rollout.kept_logmass is None else rollout.logprobs + rollout.kept_logmass
+
+
+def _sequence(rollout: TrainRollout, trained: np.ndarray) -> TokenSequence:
+    ids = np.concatenate((rollout.prompt_ids, rollout.response_ids)).astype(np.int64, copy=False)
+    # The last prompt token predicts the first response token, once per rollout: it is not shared.
+    shared = max(0, len(rollout.prompt_ids) - 1)
+    return TokenSequence(ids, np.flatnonzero(trained) + len(rollout.prompt_ids), shared)
+
+
+def minibatches(groups: np.ndarray, mini_batch_groups: int | None) -> list[list[int]]:
+    """Sequence indices per optimizer step: groups in the order they came, `mini_batch_groups` at a time (None: all)."""
+    if mini_batch_groups is None:
+        return [list(range(len(groups)))] if len(groups) else []
+    order = {group: rank for rank, group in enumerate(dict.fromkeys(groups.tolist()))}
+    parts: list[list[int]] = [[] for _ in range(-(-len(order) // mini_batch_groups))]
+    for i, group in enumerate(groups.tolist()):
+        parts[order[group] // mini_batch_groups].append(i)
+    return parts

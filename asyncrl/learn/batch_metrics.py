@@ -1,0 +1,69 @@
+"""Figures about a batch, under the names users know. Pure."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from asyncrl.learn.batch import Batch
+from asyncrl.types import TrainRollout
+
+
+def rollout_metrics(rollouts: Sequence[TrainRollout]) -> dict[str, float]:
+    """Rewards (and their named parts) and response lengths of every rollout of the batch, trained or masked."""
+    if not rollouts:
+        return {}
+    rewards = np.array([r.reward for r in rollouts])
+    lengths = np.array([len(r.response_ids) for r in rollouts])
+    parts: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        for name, value in rollout.parts.items():
+            parts.setdefault(name, []).append(value)
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        "response_length/mean": float(lengths.mean()),
+        "response_length/max": float(lengths.max()),
+        "response_length/clip_ratio": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+        **{f"reward/{name}": float(np.mean(values)) for name, values in parts.items()},
+    }
+
+
+def staleness_metrics(rollouts: Sequence[TrainRollout], batch: Batch) -> dict[str, float]:
+    """Lags of the trained tokens (share per lag, mean, largest), and what masking cost.
+
+    masked_share: policy tokens too old to train. dispatched_length and trained_length: mean response length of all
+    rollouts leased, and of those with a trained token; they differ if staleness favours short answers.
+    """
+    policy_tokens = sum(int(r.loss_mask.sum()) for r in rollouts)
+    if not policy_tokens:
+        return {}
+    figures = {
+        "staleness/masked_share": 1.0 - batch.tokens / policy_tokens,
+        "staleness/dispatched_length": float(np.mean([len(r.response_ids) for r in rollouts])),
+    }
+    if batch.tokens:
+        count_by_lag = torch.bincount(batch.lag_n).tolist()
+        figures |= {f"staleness/lag_{lag}": count / batch.tokens for lag, count in enumerate(count_by_lag)}
+        figures["staleness/lag_mean"] = float(batch.lag_n.double().mean())
+        figures["staleness/lag_max"] = float(len(count_by_lag) - 1)
+        figures["staleness/trained_length"] = float(batch.lengths.mean())
+    return figures
+
+
+def gap_metrics(batch: Batch, proximal_n: torch.Tensor) -> dict[str, float]:
+    """Learner against generator. proximal_n [N]: logprobs at the start of the update; NaN where none were computed.
+
+    On tokens of lag 0 both sides hold the same weights: their difference is engine error alone, and must stay flat.
+    gap/k3 over all tokens estimates KL(behaviour ‖ proximal), staleness included.
+    """
+    delta_n = proximal_n - batch.behaviour_n
+    delta_n, lag_n = delta_n[delta_n.isfinite()], batch.lag_n[delta_n.isfinite()]
+    if not len(delta_n):
+        return {}
+    figures = {"gap/k3": float((torch.expm1(delta_n) - delta_n).mean())}
+    fresh = delta_n[lag_n == 0].abs()
+    if len(fresh):
+        figures["gap/logprob_mean_abs"] = float(fresh.mean())
+        figures["gap/logprob_max_abs"] = float(fresh.max())
+    return figures

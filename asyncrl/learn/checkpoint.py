@@ -1,0 +1,128 @@
+"""Checkpoints of the learner: everything that continuing to the bit needs, written atomically, found by verifying.
+
+    checkpoints/step_000100/  policy/ (config.json, model.safetensors)  optimizer.pt  rng.pt  manifest.json
+
+Nothing in them is pickled code: tensors are safetensors, or loaded with `weights_only`. The schedule is a function of the
+update count, and the place in the store's log is that count too, so neither needs a file.
+"""
+
+import logging
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from asyncrl.errors import CheckpointError
+from asyncrl.models.loading import load_weights, named_weights
+from asyncrl.rundir import RunDir, atomic_folder, verify_manifest, write_manifest
+from asyncrl.types import Version
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run; at most keep_last_n stay. One writer at a time: the learner that holds the fence."""
+
+    def __init__(self, run_dir: RunDir, keep_last_n: int) -> None:
+        self._run_dir = run_dir
+        self._keep_last_n = keep_last_n
+
+    def save(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, version: Version) -> Path:
+        """Writes `step_<update>`, whole or not at all, and returns its folder. An older one of that name is replaced."""
+        path = self._run_dir.checkpoint(version.update)
+        with atomic_folder(path) as folder:
+            save_policy(model, folder / "policy")
+            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+            torch.save(_rng_state(), folder / "rng.pt")
+            summary = {
+                "type": model.config.model_type,
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "dtype": str(model.dtype).removeprefix("torch."),
+            }
+            write_manifest(folder, {"update": version.update, "incarnation": version.incarnation, "model": summary})
+        return path
+
+    def restore(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, at: int | None = None) -> int | None:
+        """Loads the newest complete checkpoint, or that of update `at`, random states included; returns its update count.
+
+        None in a run that has none yet. Incomplete ones are skipped with a warning. Checkpoints of later updates belong to
+        the lineage that is given up here, and are deleted. Raises CheckpointError if `at` is not there, or none is whole.
+        """
+        folders = self._run_dir.steps()
+        if at is not None:
+            wanted = self._run_dir.checkpoint(at)
+            if wanted not in folders:
+                raise CheckpointError(f"{wanted} does not exist; the run has {[folder.name for folder in folders]}")
+            extra = verify_manifest(wanted)
+        elif not folders:
+            return None
+        else:
+            wanted, extra = _newest_complete(folders)
+        load_policy(model, wanted / "policy")
+        optimizer.load_state_dict(_load(wanted / "optimizer.pt"))
+        _set_rng_state(_load(wanted / "rng.pt"))
+        for folder in folders[folders.index(wanted) + 1 :]:
+            log.warning("deleting %s: the run goes on from %s", folder, wanted.name)
+            shutil.rmtree(folder)
+        return int(extra["update"])
+
+    def prune(self) -> int:
+        """Deletes all but the newest keep_last_n; returns the update count of the oldest that stays."""
+        folders = self._run_dir.steps()
+        for folder in folders[: -self._keep_last_n]:
+            shutil.rmtree(folder)
+        return int(folders[-self._keep_last_n :][0].name.removeprefix("step_"))
+
+
+def save_policy(model: PreTrainedModel, folder: Path) -> None:
+    """Writes weights under the names of `named_weights`, and the model's configuration."""
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    weights = {name: tensor.contiguous() for name, tensor in named_weights(model).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_policy(model: torch.nn.Module, folder: Path) -> None:
+    """Copies a checkpoint's weights into a model of the same shape. Raises CheckpointError where they don't fit."""
+    load_weights(model, load_file(folder / "model.safetensors"))
+
+
+def _newest_complete(folders: list[Path]) -> tuple[Path, dict[str, Any]]:
+    for folder in reversed(folders):
+        try:
+            return folder, verify_manifest(folder)
+        except CheckpointError as error:
+            log.warning("skipping %s: %s", folder, error)
+    raise CheckpointError(f"none of {[folder.name for folder in folders]} is complete; the warnings above say why")
+
+
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _rng_state() -> dict[str, Any]:
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "python": [version, list(internal), gauss_next],
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))

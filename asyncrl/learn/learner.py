@@ -1,0 +1,192 @@
+"""The learner's main loop: leases full batches, trains, commits, publishes. Plain class; Ray is put on in `cluster/`.
+
+    fence(c₀) ─► publish c₀ ─► ┌ lease_batch ─► rows ─► update ─► commit ─► publish ─► (checkpoint) ─► (request_eval) ┐ ─► …
+                               └──────────────────────────────────────────────────────────────────────────────────────┘
+Waits only in `lease_batch`, a long poll, for the store's oldest full batch. Commit comes before publish, so that no
+generator ever holds weights that a restore would not reach again.
+"""
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from asyncrl.errors import CheckpointError, Closed
+from asyncrl.interfaces import LearnerStore, WeightSink
+from asyncrl.learn.checkpoint import Checkpoints
+from asyncrl.learn.trainer import PolicyTrainer
+from asyncrl.metrics import Ledger
+from asyncrl.models.loading import export, named_weights
+from asyncrl.types import BatchLease, Report, Version
+
+log = logging.getLogger(__name__)
+
+
+class Learner:
+    """One learner, the only rank. (Later ranks do `trainer.update` together; this loop stays rank 0's alone.)
+
+    save_freq: updates between checkpoints. eval_freq: updates between held-out evaluations; None: never. poll_s: the
+    longest wait of one call, which bounds how late `stop` is noticed.
+    """
+
+    def __init__(
+        self,
+        trainer: PolicyTrainer,
+        store: LearnerStore,
+        bus: WeightSink,
+        checkpoints: Checkpoints,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        save_freq: int,
+        eval_freq: int | None,
+        poll_s: float,
+        ledger: Ledger,
+    ) -> None:
+        self._trainer = trainer
+        self._store = store
+        self._bus = bus
+        self._checkpoints = checkpoints
+        self._tokenizer = tokenizer
+        self._save_freq = save_freq
+        self._eval_freq = eval_freq
+        self._poll_s = poll_s
+        self._ledger = ledger
+        self._stopping = threading.Event()
+        self._started = False
+        self._version = Version(0, 0)
+        self._saved: int | None = None
+        self._evaluated: int | None = None
+        self._gauges: dict[str, float] = {}
+        self._timings: dict[str, float] = defaultdict(float)  # since the last commit
+
+    def start(self, at: int | None = None) -> Version:
+        """Restores the newest checkpoint (or that of update `at`), fences older learners, and publishes what it restored.
+
+        In a new run this is version 0 of the starting weights, saved as step_000000. `run` calls it if nobody has.
+        """
+        with self._timed("sync", "timing_s/restore"):
+            restored = self._checkpoints.restore(self._trainer.model, self._trainer.optimizer, at)
+            committed = restored or 0
+            fence = self._store.fence(committed)
+        if fence.committed != committed:
+            raise CheckpointError(
+                f"the store stands at update {fence.committed} after a fence at checkpoint {committed}: "
+                "run directory and store belong to different runs; resume with the run's own replay folder"
+            )
+        self._version, self._started = Version(fence.incarnation, committed), True
+        log.info("start at version %s, %d batches to retrain from the log", self._version, fence.reopened)
+        if restored is None:
+            self._save()
+        else:
+            self._saved = restored
+            self._store.checkpointed(self._checkpoints.prune())
+        self._publish()
+        if self._eval_freq is not None and committed % self._eval_freq == 0:
+            self._request_eval()
+        return self._version
+
+    def run(self, until: int) -> int:
+        """Trains until `until` updates are committed, the data has ended, or `stop`; returns the updates committed.
+
+        The last version is checkpointed and evaluated, unless stopped. Raises Fenced if a newer learner took over,
+        Unavailable without a store, NonFinite if training broke down. A closed store ends it quietly.
+        """
+        try:
+            if not self._started:
+                self.start()
+            while not self._stopping.is_set() and self.committed < until:
+                if not self._advance():
+                    break
+            if not self._stopping.is_set():
+                self._finish()
+        except Closed:
+            log.info("the store has closed; ending at update %d", self.committed)
+        finally:
+            self._ledger.enter("wait:idle")
+        return self.committed
+
+    @property
+    def committed(self) -> int:
+        return self._version.update
+
+    def stop(self) -> None:
+        """Ends `run` after the update or poll under way; idempotent, from any thread."""
+        self._stopping.set()
+
+    def report(self) -> Report:
+        return Report(name="learner", role="learner", seconds=self._ledger.seconds(), gauges=dict(self._gauges))
+
+    def save_checkpoint(self) -> str:
+        """Saves the current version, between runs, and returns the folder."""
+        if not self._started:
+            self.start()
+        return str(self._save())
+
+    def export(self, folder: str) -> None:
+        """Writes the current policy as a Hugging Face folder, tokenizer included."""
+        export(self._trainer.model, self._tokenizer, Path(folder))
+
+    def _advance(self) -> bool:
+        """One long poll and, if it brought a batch, one update. False once the data has ended."""
+        with self._timed("wait:store", "timing_s/wait_batch"):
+            lease = self._store.lease_batch(self.committed, self._poll_s)
+        if lease.groups:
+            self._train(lease)
+        return not lease.ended
+
+    def _train(self, lease: BatchLease) -> None:
+        version = self._version
+        if lease.committed != version.update:
+            raise CheckpointError(f"the store leases for update {lease.committed + 1}, the learner stands at {version}")
+        with self._timed("wait:store", "timing_s/rows"):
+            rollouts = self._store.rows(lease.groups)
+        with self._timed("busy", "timing_s/step"):
+            metrics = self._trainer.update(rollouts, version.update)
+        metrics |= self._timings
+        self._timings.clear()
+        metrics["training/groups"] = float(len(lease.groups))
+        metrics["training/rollouts"] = float(len(rollouts))
+        metrics["training/replayed"] = float(lease.replayed)
+        following = Version(version.incarnation, version.update + 1)
+        with self._timed("wait:store", "timing_s/commit"):
+            self._store.commit(lease.lease, following, metrics)
+        self._version, self._gauges = following, metrics
+        self._publish()
+        if following.update % self._save_freq == 0:
+            self._save()
+        if self._eval_freq is not None and following.update % self._eval_freq == 0:
+            self._request_eval()
+
+    def _finish(self) -> None:
+        if self._saved != self.committed:
+            self._save()
+        if self._eval_freq is not None and self._evaluated != self.committed:
+            self._request_eval()
+
+    def _publish(self) -> None:
+        with self._timed("sync", "timing_s/publish"):
+            self._bus.publish(self._version, named_weights(self._trainer.model))
+
+    def _save(self) -> Path:
+        with self._timed("sync", "timing_s/checkpoint"):
+            path = self._checkpoints.save(self._trainer.model, self._trainer.optimizer, self._version)
+            self._saved = self.committed
+            self._store.checkpointed(self._checkpoints.prune())
+        return path
+
+    def _request_eval(self) -> None:
+        self._store.request_eval(self._version)
+        self._evaluated = self.committed
+
+    @contextmanager
+    def _timed(self, state: str, name: str) -> Iterator[None]:
+        """Counts the block's time to a ledger state and to a metric, which is logged with the next commit."""
+        started = time.monotonic()
+        with self._ledger.span(state):
+            yield
+        self._timings[name] += time.monotonic() - started

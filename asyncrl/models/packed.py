@@ -1,0 +1,191 @@
+"""Packed forward pass: sequences of any length in one row, no padding, no token-by-token mask, shared prompts once.
+
+Everything but attention works token by token, so a pack is one row of tokens, in which the prompt that the rollouts of a
+group have in common stands once. Attention lays the sequences out in full and runs once per *run*, the neighbours of
+equal length, as a [count, heads, length, dim] batch with the plain causal kernel. That is exact, linear in the number of
+sequences, and as fast for ten thousand answers of ten tokens as for ten of ten thousand.
+(Hugging Face's own detection of packs by restarting position ids builds a dense mask with SDPA: quadratic.)
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from asyncrl.errors import ConfigError
+
+ATTENTION = "asyncrl_packed"
+_PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class TokenSequence(NamedTuple):
+    """ids [L] int64: prompt, then response. scored [t] int64, ascending, each >= 1: positions whose logprob is wanted.
+
+    shared: how many leading tokens other sequences of a pack may have in common; fewer than scored[0].
+    """
+
+    ids: np.ndarray
+    scored: np.ndarray
+    shared: int = 0
+
+    def prefix(self) -> bytes:
+        """Equal for sequences whose shared tokens are equal."""
+        return self.ids[: self.shared].tobytes()
+
+
+class Pack(NamedTuple):
+    """U computed tokens of sequences with S input tokens in all; T scored tokens.
+
+    A sequence's input ends before its last scored token: nothing is predicted from that one. The computed tokens stand in
+    sequence order, each shared prefix before the first that has it. expand_s: the computed token of each input token,
+    sequences shortest first, end to end. collect_u: one input token for each computed token. runs: (count, length) of
+    neighbours of equal length among S. select_t: rows of U that predict the scored tokens; target_ids_t: those tokens.
+    flat_t: where each scored token stands in the concatenation of all sequences' scored tokens.
+    """
+
+    input_ids_u: torch.Tensor
+    position_ids_u: torch.Tensor
+    expand_s: torch.Tensor
+    collect_u: torch.Tensor
+    runs: tuple[tuple[int, int], ...]
+    select_t: torch.Tensor
+    target_ids_t: torch.Tensor
+    flat_t: torch.Tensor
+
+
+def input_length(sequence: TokenSequence) -> int:
+    """Tokens that the forward pass must read to score this sequence."""
+    return int(sequence.scored[-1])
+
+
+def make_pack(sequences: Sequence[TokenSequence], members: Sequence[int], device: torch.device | str = "cpu") -> Pack:
+    """Lays out the sequences with the given indices. Each must have a scored token, none of them within `shared`."""
+    flat_starts = np.concatenate(([0], np.cumsum([len(sequence.scored) for sequence in sequences])))
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in Pack._fields if name != "runs"}
+    prefix_starts: dict[bytes, int] = {}
+    runs: dict[int, int] = {}  # length -> count; insertion follows the order, shortest first
+    computed = laid_out = 0
+    for i in sorted(members, key=lambda i: (input_length(sequences[i]), i)):
+        ids, scored, shared = sequences[i]
+        length = input_length(sequences[i])
+        if scored[0] <= shared:
+            raise ValueError(f"sequence {i}: nothing of its own predicts position {scored[0]}; every prompt needs a token")
+        runs[length] = runs.get(length, 0) + 1
+        start = prefix_starts.setdefault(sequences[i].prefix(), computed)
+        begin = 0 if start == computed else shared  # a prefix that stands already is not computed again
+        own = computed + shared - begin
+        columns["input_ids_u"].append(ids[begin:length])
+        columns["position_ids_u"].append(np.arange(begin, length))
+        columns["collect_u"].append(laid_out + np.arange(begin, length))
+        columns["expand_s"] += [start + np.arange(shared), own + np.arange(length - shared)]
+        columns["select_t"].append(own + scored - 1 - shared)
+        columns["target_ids_t"].append(ids[scored])
+        columns["flat_t"].append(np.arange(flat_starts[i], flat_starts[i + 1]))
+        computed += length - begin
+        laid_out += length
+    tensors = {name: torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device) for name, parts in columns.items()}
+    return Pack(runs=tuple((count, length) for length, count in runs.items()), **tensors)
+
+
+class _Layout(NamedTuple):
+    """What packed_attention needs of a pack; None in place of the indices if nothing is shared."""
+
+    runs: tuple[tuple[int, int], ...]
+    expand_s: torch.Tensor | None
+    collect_u: torch.Tensor | None
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    packed_layout: _Layout | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention within each sequence of a pack: query [1, H, U, D] to [1, U, H, D]. Without `packed_layout`, plain SDPA."""
+    if packed_layout is None:
+        if attention_mask is not None and attention_mask.numel() == 1 and query.shape[2] > 1:
+            raise ConfigError(f"{type(module).__name__} does not hand `packed_layout` to its attention: it can't train packed")
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    window = kwargs.get("sliding_window")
+    sizes = [count * length for count, length in packed_layout.runs]
+    # split, not slices: its backward is one concatenation instead of a full-size zero tensor per run
+    split = [_expand(tensor[0].transpose(0, 1), packed_layout.expand_s).split(sizes) for tensor in (query, key, value)]
+    outputs = []
+    for (count, length), *parts in zip(packed_layout.runs, *split, strict=True):
+        q, k, v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in parts)
+        band = None
+        if window is not None and length > window:
+            band = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=band, is_causal=band is None, scale=kwargs.get("scaling"), enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return _expand(torch.cat(outputs), packed_layout.collect_u)[None], None
+
+
+def _expand(rows: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """rows[index] of [rows, H, D], with the backward pass of an embedding: fast, and in a fixed order where rows repeat."""
+    return rows if index is None else F.embedding(index, rows.flatten(1)).unflatten(1, rows.shape[1:])
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+class PackedModel:
+    """A causal LM that scores packs. Outside packs the model behaves as with SDPA attention; its weights stay its own."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        parameters = inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in parameters
+        self._flat = _packable(model) and self._keeps_logits and "position_ids" in parameters
+        if self._flat:
+            model.set_attn_implementation(ATTENTION)
+
+    def logits(self, pack: Pack) -> torch.Tensor:
+        """Logits [T, V] that predict the pack's scored tokens; no other logits are computed."""
+        if not self._flat:
+            return self._logits_by_rows(pack)
+        shares = len(pack.expand_s) > len(pack.input_ids_u)
+        # the 4-D mask tells Hugging Face that masking is taken care of; packed_attention never reads it
+        done = torch.zeros(1, 1, 1, 1, dtype=self.model.dtype, device=pack.input_ids_u.device)
+        output = self.model(
+            input_ids=pack.input_ids_u[None],
+            position_ids=pack.position_ids_u[None],
+            attention_mask=done,
+            use_cache=False,
+            logits_to_keep=pack.select_t,
+            packed_layout=_Layout(pack.runs, pack.expand_s, pack.collect_u) if shares else _Layout(pack.runs, None, None),
+        )
+        return output.logits[0]
+
+    def _logits_by_rows(self, pack: Pack) -> torch.Tensor:
+        """For any other causal LM: one forward per run, as equal-length rows. Exact, without padding, but more calls."""
+        ids_by_run = pack.input_ids_u[pack.expand_s].split([count * length for count, length in pack.runs])
+        rows = [
+            self.model(input_ids=ids.unflatten(0, run), use_cache=False).logits.flatten(0, 1)
+            for run, ids in zip(pack.runs, ids_by_run, strict=True)
+        ]
+        return torch.cat(rows)[pack.collect_u[pack.select_t]]
+
+
+def _packable(model: PreTrainedModel) -> bool:
+    """Whether every layer attends through transformers' attention interface in a way that `packed_attention` computes."""
+    config = model.config
+    return (
+        model._supports_attention_backend
+        and model._supports_sdpa
+        and not model._is_stateful
+        and not getattr(config, "attn_logit_softcapping", None)
+        and set(getattr(config, "layer_types", None) or ()) <= _PACKABLE_LAYERS
+    )

@@ -1,0 +1,205 @@
+"""Prompts tokenized once into an Arrow IPC file, then read by memory map."""
+
+import bisect
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+from msgspec import Struct
+
+from asyncrl.config import DataSpec
+from asyncrl.errors import DataError
+from asyncrl.prompts.encoding import Encode
+from asyncrl.prompts.reading import Row, read_rows
+from asyncrl.types import Prompt
+
+_FORMAT = 1
+_BATCH_ROWS = 1024
+_FINGERPRINT = b"asyncrl.fingerprint"
+_ROWS_READ = b"asyncrl.rows_read"
+_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("ids", pa.list_(pa.int32())),
+        ("data_source", pa.string()),
+        ("ground_truth", pa.string()),
+        ("extra_info", pa.string()),
+    ]
+)
+
+
+class PromptSummary(Struct, frozen=True, kw_only=True):
+    """rows read = prompts kept + too_long left out. reused: the file was there already, made from the same inputs."""
+
+    path: Path
+    rows: int
+    prompts: int
+    too_long: int
+    reused: bool
+
+
+def prepare(spec: DataSpec, encode: Encode, out: Path, tokenizer_id: str) -> PromptSummary:
+    """Tokenizes every row of `spec.files` into `out`, leaving out prompts longer than `max_prompt_length` tokens.
+
+    Skipped if `out` was made from the same file contents, keys, bound and tokenizer (`tokenizer_id` stands for it, see
+    `encoding.identity`). Written beside and renamed. Raises DataError: a malformed row, or no prompt left.
+    """
+    fingerprint = _fingerprint(spec, tokenizer_id)
+    if (known := _existing(out, fingerprint)) is not None:
+        return known
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    try:
+        rows, prompts, shortest = _write(spec, encode, beside, fingerprint)
+        if prompts == 0:
+            raise DataError(_nothing_left(spec, rows, shortest))
+        os.replace(beside, out)
+    finally:
+        beside.unlink(missing_ok=True)
+    return PromptSummary(path=out, rows=rows, prompts=prompts, too_long=rows - prompts, reused=False)
+
+
+class PromptFile(Sequence[Prompt]):
+    """The prompts of a prepared file, by position. Memory-mapped: opening costs nothing, and processes share the pages."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            self._batches = [b for b in map(reader.get_batch, range(reader.num_record_batches)) if b.num_rows]
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path} is not a prepared prompt file: {error}; delete it, and it will be made again") from error
+        self._ends = np.cumsum([batch.num_rows for batch in self._batches]).tolist()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Prompt]: ...
+
+    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = index + len(self) if index < 0 else index
+        if not 0 <= place < len(self):
+            raise IndexError(f"prompt {index} of {len(self)}")
+        number = bisect.bisect_right(self._ends, place)
+        batch = self._batches[number]
+        at = place - (self._ends[number] - batch.num_rows)
+        row, ids, source, truth, extra = (batch.column(name)[at] for name in _SCHEMA.names)
+        return Prompt(
+            row=row.as_py(),
+            ids=tuple(ids.values.to_numpy().tolist()),
+            data_source=source.as_py(),
+            ground_truth=truth.as_py(),
+            extra_info=extra.as_py(),
+        )
+
+
+def to_json(value: Any) -> str:
+    """JSON text of what Arrow or numpy yields: nested values, None, dates, decimals, arrays. NaN becomes null."""
+    return msgspec.json.encode(value, enc_hook=_plain).decode()
+
+
+def as_prompt(row: Row, encode: Encode) -> Prompt:
+    """One row, tokenized. Raises DataError for an empty result, or a value that JSON can't hold."""
+    ids = encode(row.prompt)
+    if not ids:
+        raise DataError(f"{row.where}: the prompt has no tokens; generation needs at least one")
+    try:
+        truth, extra = to_json(row.ground_truth), to_json(row.extra_info)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{row.where}: ground truth or extra_info can't be written as JSON: {error}") from error
+    return Prompt(row=row.row, ids=tuple(ids), data_source=row.data_source, ground_truth=truth, extra_info=extra)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} {value!r:.60}")
+
+
+def _write(spec: DataSpec, encode: Encode, path: Path, fingerprint: str) -> tuple[int, int, int]:
+    """Returns rows read, prompts kept, and the length in tokens of the shortest."""
+    rows = kept = 0
+    shortest = 0
+    pending: list[Prompt] = []
+    schema = _SCHEMA.with_metadata({_FINGERPRINT: fingerprint})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for row in read_rows(spec):
+            prompt = as_prompt(row, encode)
+            rows += 1
+            shortest = min(shortest or len(prompt.ids), len(prompt.ids))
+            if len(prompt.ids) > spec.max_prompt_length:
+                continue
+            kept += 1
+            pending.append(prompt)
+            if len(pending) == _BATCH_ROWS:
+                writer.write_batch(_batch(pending))
+                pending.clear()
+        if pending:
+            writer.write_batch(_batch(pending))
+        # How many rows were read is known only now, and a file's schema is written first: an empty batch carries it.
+        writer.write_batch(_batch([]), custom_metadata={_ROWS_READ: str(rows)})
+    return rows, kept, shortest
+
+
+def _batch(prompts: list[Prompt]) -> pa.RecordBatch:
+    columns = [pa.array([getattr(p, field.name) for p in prompts], field.type) for field in _SCHEMA]
+    return pa.record_batch(columns, schema=_SCHEMA)
+
+
+def _existing(path: Path, fingerprint: str) -> PromptSummary | None:
+    """The summary of a prepared file, if it is whole and made from the same inputs."""
+    if not path.is_file():
+        return None
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        if (reader.schema.metadata or {}).get(_FINGERPRINT) != fingerprint.encode():
+            return None
+        last, metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
+    except (OSError, pa.ArrowException):  # torn by a crash of the machine: made again
+        return None
+    if last.num_rows or metadata is None:
+        return None
+    rows, prompts = int(metadata[_ROWS_READ]), len(PromptFile(path))
+    return PromptSummary(path=path, rows=rows, prompts=prompts, too_long=rows - prompts, reused=True)
+
+
+def _fingerprint(spec: DataSpec, tokenizer_id: str) -> str:
+    """Of everything that `out` depends on; not of shuffle and epochs, which choose among its prompts later."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (_FORMAT, spec.prompt_key, spec.answer_key, spec.source_key, spec.max_prompt_length, tokenizer_id):
+        digest.update(f"{part}\0".encode())
+    for content in _contents(spec.files):
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _contents(files: Sequence[str]) -> Iterator[bytes]:
+    for name in files:
+        yield f"{Path(name).name}\0".encode()
+        try:
+            with open(name, "rb") as file:
+                yield hashlib.file_digest(file, "blake2b").digest()
+        except OSError as error:
+            raise DataError(f"data file {Path(name).absolute()} can't be read: {error.strerror}") from error
+
+
+def _nothing_left(spec: DataSpec, rows: int, shortest: int) -> str:
+    files = ", ".join(spec.files)
+    if rows == 0:
+        return f"{files}: no rows, so there is nothing to train on"
+    return (
+        f"{files}: all {rows} prompts are longer than data.max_prompt_length={spec.max_prompt_length} tokens (the shortest "
+        f"has {shortest}): nothing is left to train on; raise data.max_prompt_length"
+    )

@@ -1,0 +1,157 @@
+"""Dataset rows from verl's parquet schema and from JSONL, checked as they stream."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from msgspec import Struct
+
+from asyncrl.config import DataSpec
+from asyncrl.errors import DataError
+
+Messages = list[dict[str, Any]]
+Text = str | Messages  # a plain prompt, or chat messages {role, content}
+
+_BATCH_ROWS = 1024
+
+
+class Row(Struct, frozen=True, kw_only=True):
+    """One dataset row. `row` counts from 0 over all files, in order; `where` names file and place, for errors."""
+
+    row: int
+    where: str
+    prompt: Text
+    data_source: str
+    ground_truth: Any
+    extra_info: Any
+
+
+def read_rows(spec: DataSpec) -> Iterator[Row]:
+    """Every row of `spec.files`, in order. Raises DataError naming file, row or line, and the columns found."""
+    number = 0
+    for file in spec.files:
+        for where, record in _records(Path(file), _wanted(spec)):
+            yield _row(number, where, record, spec, Path(file))
+            number += 1
+
+
+def check_columns(files: Sequence[str], spec: DataSpec) -> None:
+    """Proves that each file exists and its first row is well-formed, without reading more. Raises DataError."""
+    for file in files:
+        first = next(read_rows(msgspec.structs.replace(spec, files=(file,))), None)
+        if first is None:
+            raise DataError(f"{file} holds no rows: there is nothing to train on or to evaluate")
+
+
+def _records(path: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.*")], n=1, cutoff=0.5)
+        raise DataError(f"no data file {path.absolute()}" + (f"; did you mean {path.with_name(near[0])}?" if near else ""))
+    if path.suffix == ".parquet":
+        return _parquet_records(path, wanted)
+    if path.suffix in {".jsonl", ".json", ".ndjson"}:
+        return _json_records(path)
+    raise DataError(f"{path}: the format {path.suffix or 'without a suffix'!r} is not known; use .parquet or .jsonl")
+
+
+def _parquet_records(path: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            found = file.schema_arrow.names
+            columns = [name for name in found if name in set(wanted)]
+            number = 0
+            for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
+                for record in batch.to_pylist():
+                    # Columns that are not read stay known by name, for the error of a missing one.
+                    yield f"{path}, row {number}", {**dict.fromkeys(found), **record}
+                    number += 1
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} can't be read as parquet: {error}") from error
+
+
+def _json_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = msgspec.json.decode(line)
+            except msgspec.DecodeError as error:
+                raise DataError(f"{where} is not JSON: {error}; write one object per line") from error
+            if not isinstance(record, dict):
+                raise DataError(f"{where} holds a {type(record).__name__}; write one object per line")
+            yield where, record
+
+
+def _wanted(spec: DataSpec) -> set[str]:
+    keys = (spec.prompt_key, spec.answer_key, spec.source_key)
+    return {*keys, *(key.split(".")[0] for key in keys), "extra_info"}
+
+
+def _row(number: int, where: str, record: Mapping[str, Any], spec: DataSpec, path: Path) -> Row:
+    """An empty answer_key means no ground truth, an empty source_key the file's name."""
+    prompt = _prompt(_at(record, spec.prompt_key, "data.prompt_key", where), spec.prompt_key, where)
+    source = _at(record, spec.source_key, "data.source_key", where) if spec.source_key else path.stem
+    if not isinstance(source, str):
+        raise DataError(f"{where}: {spec.source_key!r} (data.source_key) is {_shown(source)}; expected a string")
+    return Row(
+        row=number,
+        where=where,
+        prompt=prompt,
+        data_source=source,
+        ground_truth=_at(record, spec.answer_key, "data.answer_key", where) if spec.answer_key else None,
+        extra_info=record.get("extra_info"),
+    )
+
+
+def _at(record: Mapping[str, Any], key: str, field: str, where: str) -> Any:
+    """The value at a column's name or, failing that, at a dotted path."""
+    if key in record:
+        return record[key]
+    value: Any = record
+    inside = ""
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            found = sorted(map(str, value)) if isinstance(value, Mapping) else []
+            what = f"{inside!r} has no field {part!r}" if inside else f"no column {part!r}"
+            if inside and not found:
+                what = f"{inside!r} is {_shown(value)}, which has no field {part!r}"
+            near = difflib.get_close_matches(part, found, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise DataError(
+                f"{where}: {what} ({field}={key!r}); {'fields' if inside else 'columns'} found: {', '.join(found)}{hint}"
+            )
+        value = value[part]
+        inside = f"{inside}.{part}" if inside else part
+    return value
+
+
+def _prompt(value: Any, key: str, where: str) -> Text:
+    expected = "expected a non-empty string or a list of chat messages {role, content}"
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: {key!r} (data.prompt_key) is {_shown(value)}; {expected}")
+    for place, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise DataError(f"{where}: {key!r} message {place} is {_shown(message)}; {expected}")
+        for part in ("role", "content"):
+            if not isinstance(message.get(part), str):
+                raise DataError(
+                    f"{where}: {key!r} message {place} has {part}={_shown(message.get(part))}, "
+                    f"fields found: {', '.join(map(str, message))}; {expected}"
+                )
+    return value
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, str | list | dict) and not value:
+        return f"an empty {type(value).__name__}"
+    return f"{type(value).__name__} {str(value)[:60]!r}"

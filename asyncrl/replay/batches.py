@@ -1,0 +1,159 @@
+"""Batches for the learner: leased, committed, fenced, replayed (DESIGN §2 `on_stale`, §3 restore)."""
+
+import heapq
+import random
+from collections.abc import Mapping, Sequence
+
+from msgspec import Struct
+
+from asyncrl.errors import CheckpointError, Closed, Fenced
+from asyncrl.replay import events as ev
+from asyncrl.replay.book import Book
+from asyncrl.replay.ledger import Ledger
+from asyncrl.replay.records import Group, Lease
+from asyncrl.staleness import Staleness
+from asyncrl.types import BatchLease, Fence, Version, derive_seed
+
+
+class Pick(Struct, frozen=True):
+    """Groups for a batch, or the reason why there are none yet."""
+
+    groups: tuple[int, ...] = ()
+    waiting_for: str = ""
+
+
+def stale(rule: Staleness, ledger: Ledger, update: int) -> list[Group]:
+    """Groups that can't be trained after `update` any more. mask: ready ones without a trainable token; drop: all with a
+    token past the bound, in flight or not; wait: none."""
+    if rule.waits:
+        return []
+    free = [g for g in ledger.groups.values() if g.id not in ledger.taken]
+    if rule.drops:
+        return [g for g in free if rule.overdue(oldest=g.oldest(), committed=update)]
+    return [g for g in free if g.id in ledger.ready and rule.overdue(oldest=g.newest(), committed=update)]
+
+
+def pick(rule: Staleness, ledger: Ledger, update: int, exhausted: bool, seed: int) -> Pick:
+    """The next batch among groups that are not stale. Fewer than batch_groups only when no more can come."""
+    size = rule.batch_groups
+    free = len(ledger.groups) - len(ledger.taken)
+    in_flight = free - len(ledger.ready)
+    if rule.waits:
+        oldest = heapq.nsmallest(size, (g for g in ledger.groups if g not in ledger.taken))
+        if all(g in ledger.ready for g in oldest) and (len(oldest) == size or exhausted):
+            return Pick(tuple(oldest))
+        return Pick(waiting_for="the oldest groups")
+    # After a restore some tokens come from a lost lineage that was ahead: those groups wait until updates catch up.
+    eligible = sorted(g for g in ledger.ready if ledger.groups[g].newest() <= update)
+    if len(eligible) < size and not (exhausted and in_flight == 0):
+        return Pick(waiting_for="ready groups")
+    if rule.selector == "uniform" and len(eligible) > size:
+        eligible = random.Random(derive_seed(seed, update)).sample(eligible, size)
+    elif rule.selector == "freshest":
+        eligible.sort(key=lambda g: (-ledger.groups[g].oldest(), g))
+    return Pick(tuple(sorted(eligible[:size])))
+
+
+class Batches:
+    """A batch lease ends only by its commit or by a newer incarnation of the learner. A learner that prefetches leases
+    batches for consecutive updates ahead of its commits; replayed batches come first."""
+
+    def __init__(self, book: Book) -> None:
+        self._book = book
+
+    def fence(self, committed: int) -> Fence:
+        ledger = self._book.ledger
+        if committed > ledger.committed:
+            raise CheckpointError(
+                f"checkpoint at update {committed} > {ledger.committed} updates in the replay log: the log lost its end, or "
+                "belongs to another run; resume from an older checkpoint"
+            )
+        if committed < ledger.retained:
+            raise CheckpointError(
+                f"checkpoint at update {committed} < {ledger.retained}, the oldest retained one: its rows are deleted; "
+                "resume from a newer checkpoint"
+            )
+        self._book.record(ev.LearnerFenced(ledger.incarnation + 1, committed, self._book.wall()))
+        return Fence(incarnation=ledger.incarnation, committed=committed, reopened=len(ledger.reopened))
+
+    def check(self, incarnation: int) -> None:
+        """Raises `Fenced` for any learner but the newest."""
+        newest = self._book.ledger.incarnation
+        if incarnation != newest:
+            raise Fenced(f"learner incarnation {incarnation} is not the newest ({newest}): another learner took over; stop")
+
+    def lease(self, incarnation: int, update: int) -> BatchLease:
+        """Idempotent: asking again for the same update answers the same lease."""
+        self.check(incarnation)
+        ledger = self._book.ledger
+        if ledger.ended:
+            return BatchLease(lease=0, groups=(), committed=ledger.committed, ended=True)
+        for lease in ledger.leases.values():
+            if lease.update == update:
+                return self._answer(lease)
+        expected = ledger.committed + len(ledger.leases)
+        if update != expected:
+            raise ValueError(
+                f"lease_batch(update={update}), but the next batch is trained after update {expected}: "
+                "lease batches in order, one per update"
+            )
+        if ledger.reopened:
+            return self._grant(update, ledger.reopened[0].groups, replayed=True)
+        for group in stale(self._book.plan.rule, ledger, update):
+            retry = self._book.plan.rule.drops and self._book.may_retry(group.retry)
+            self._book.record(ev.GroupSettled(group.id, "evicted", retry))
+        exhausted = self._book.exhausted()
+        picked = pick(self._book.plan.rule, ledger, update, exhausted, self._book.plan.source.seed)
+        if picked.groups:
+            return self._grant(update, picked.groups, replayed=False)
+        ended = exhausted and len(ledger.groups) == len(ledger.taken)
+        return BatchLease(lease=0, groups=(), committed=ledger.committed, ended=ended, waiting_for=picked.waiting_for)
+
+    def commit(self, lease: int, version: Version, metrics: Mapping[str, float]) -> None:
+        """Idempotent: a commit that is already in the log changes nothing."""
+        self.check(version.incarnation)
+        ledger = self._book.ledger
+        done = ledger.commits.get(version.update)
+        if done is not None and (done.lease, done.version) == (lease, version):
+            return
+        if ledger.ended:
+            raise Closed(f"commit of update {version.update} after the run ended: its groups are settled")
+        held = ledger.leases.get(lease)
+        if held is None or held.update != ledger.committed or version.update != ledger.committed + 1:
+            raise ValueError(
+                f"commit(lease={lease}, version={version}) at {ledger.committed} updates: only the lease for update "
+                f"{ledger.committed + 1} can be committed now; commit in the order of leasing"
+            )
+        metrics = {name: float(value) for name, value in metrics.items()}
+        self._book.record(ev.BatchCommitted(lease, version, held.groups, metrics, self._book.wall()))
+
+    def rows(self, incarnation: int, groups: Sequence[int]) -> list[tuple[int, int]]:
+        """(group, rollout) to train: `ok`, and with a token that is not too old for the update they are leased for."""
+        self.check(incarnation)
+        ledger, rule = self._book.ledger, self._book.plan.rule
+        updates = {g: lease.update for lease in ledger.leases.values() for g in lease.groups}
+        unknown = [g for g in groups if g not in updates]
+        if unknown:
+            raise ValueError(f"rows of groups {unknown[:5]}, which are not leased: only leased groups may be trained")
+        return [
+            (g, i)
+            for g in groups
+            for i, r in enumerate(ledger.groups[g].rollouts)
+            if r.status == "ok" and not rule.overdue(oldest=r.newest, committed=updates[g])
+        ]
+
+    def checkpointed(self, oldest_retained: int) -> None:
+        ledger = self._book.ledger
+        if oldest_retained > ledger.committed:
+            raise ValueError(f"checkpointed({oldest_retained}) > {ledger.committed} updates committed: commit before saving")
+        if oldest_retained > ledger.retained:
+            self._book.record(ev.CheckpointRetained(oldest_retained))
+
+    def _grant(self, update: int, groups: tuple[int, ...], replayed: bool) -> BatchLease:
+        lease = self._book.ledger.next_lease
+        self._book.record(ev.BatchLeased(lease, update, groups, replayed))
+        return self._answer(self._book.ledger.leases[lease])
+
+    def _answer(self, lease: Lease) -> BatchLease:
+        committed = self._book.ledger.committed
+        return BatchLease(lease=lease.lease, groups=lease.groups, committed=committed, replayed=lease.replayed)

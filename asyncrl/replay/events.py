@@ -1,0 +1,173 @@
+"""Everything that can happen to the store. State changes only by applying these, live and when rebuilt from the log.
+
+Each event is one row of the event log: typed columns for readers, and the whole event as msgpack for the rebuild.
+"""
+
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from asyncrl.types import EvalResult, Outcome, Purpose, Status, Version
+
+
+class Event(Struct, frozen=True, array_like=True, tag_field="kind"):
+    """Base. Positional on the wire: new fields go last, with a default."""
+
+
+class GroupReserved(Event, tag="reserved", frozen=True):
+    """A slot was taken. position: place in the order of prompts (of the eval set, for eval); retry: earlier groups of
+    this prompt; update: of the holder's weights. A first try moves the dataset cursor past `position`."""
+
+    group: int
+    purpose: Purpose
+    position: int
+    retry: int
+    n: int
+    update: int
+    worker: str
+    incarnation: int
+
+
+class GroupReissued(Event, tag="reissued", frozen=True):
+    """A lost group went to another holder, with a new attempt; only its missing rollouts are generated again."""
+
+    group: int
+    attempt: int
+    update: int
+    worker: str
+    incarnation: int
+
+
+class RolloutSubmitted(Event, tag="submitted", frozen=True):
+    """Row number `row` of the log counts. oldest, newest: updates of the tokens that the policy chose."""
+
+    group: int
+    rollout: int
+    attempt: int
+    row: int
+    oldest: int
+    newest: int
+    length: int
+
+
+class RolloutScored(Event, tag="scored", frozen=True):
+    group: int
+    rollout: int
+    attempt: int
+    status: Status
+    reward: float | None
+    parts: dict[str, float] = {}
+    error: str = ""
+
+
+class GroupSettled(Event, tag="settled", frozen=True):
+    """A training group ended untrained. retry: its prompt goes back to the queue."""
+
+    group: int
+    outcome: Outcome
+    retry: bool
+
+
+class BatchLeased(Event, tag="leased", frozen=True):
+    """`groups` are trained as the update after `update`, by the learner's present incarnation."""
+
+    lease: int
+    update: int
+    groups: tuple[int, ...]
+    replayed: bool
+
+
+class BatchCommitted(Event, tag="committed", frozen=True):
+    """The groups of `lease` were trained by `version`: their outcome is `trained`. time: seconds since the epoch."""
+
+    lease: int
+    version: Version
+    groups: tuple[int, ...]
+    metrics: dict[str, float]
+    time: float
+
+
+class LearnerFenced(Event, tag="fenced", frozen=True):
+    """A learner restarted from checkpoint `committed`. Older leases are void, later commits are reopened."""
+
+    incarnation: int
+    committed: int
+    time: float
+
+
+class CheckpointRetained(Event, tag="retained", frozen=True):
+    """No checkpoint before `oldest` will be restored any more."""
+
+    oldest: int
+
+
+class EvalRequested(Event, tag="eval_requested", frozen=True):
+    version: Version
+
+
+class EvalPinned(Event, tag="eval_pinned", frozen=True):
+    """The running evaluation starts over at `version`: every generator had moved past the one it was pinned to."""
+
+    version: Version
+
+
+class Evaluated(Event, tag="evaluated", frozen=True):
+    result: EvalResult
+    time: float
+
+
+class Ended(Event, tag="ended", frozen=True):
+    """The run reached its last update. Whatever is outstanding is evicted."""
+
+
+class SegmentClosed(Event, tag="segment_closed", frozen=True):
+    """A segment of a stream became an immutable file. Only the log itself needs this. first: number of its first row."""
+
+    stream: str
+    number: int
+    first: int
+    count: int
+    crc32: int
+
+
+class SegmentDropped(Event, tag="segment_dropped", frozen=True):
+    """No retained checkpoint needs this segment of rows; its file is deleted after this event."""
+
+    number: int
+
+
+AnyEvent = (
+    GroupReserved
+    | GroupReissued
+    | RolloutSubmitted
+    | RolloutScored
+    | GroupSettled
+    | BatchLeased
+    | BatchCommitted
+    | LearnerFenced
+    | CheckpointRetained
+    | EvalRequested
+    | EvalPinned
+    | Evaluated
+    | Ended
+    | SegmentClosed
+    | SegmentDropped
+)
+
+_decoder: msgspec.msgpack.Decoder[AnyEvent] = msgspec.msgpack.Decoder(AnyEvent)
+encode = msgspec.msgpack.Encoder().encode
+decode = _decoder.decode
+
+COLUMNS = ("group", "rollout", "attempt", "row", "update", "incarnation", "outcome", "status", "reward", "worker")
+
+
+def columns(event: AnyEvent) -> dict[str, Any]:
+    """The event's typed columns; None where it has no such field. A version fills `update` and `incarnation`."""
+    found = {name: getattr(event, name, None) for name in COLUMNS}
+    version = event.result.version if isinstance(event, Evaluated) else getattr(event, "version", None)
+    if version is not None:
+        found["update"], found["incarnation"] = version.update, version.incarnation
+    if isinstance(event, BatchCommitted):
+        found["outcome"] = "trained"
+    return found

@@ -1,0 +1,247 @@
+"""One append-only stream of Arrow record batches on disk: closed segments (IPC files) and an open tail (IPC stream).
+
+    rows-00000000.arrow  rows-00000001.arrow  rows-00000002.tail
+
+An appended batch is handed to the operating system before `append` returns, so it survives any kill of the process.
+A batch that was cut while it was written is dropped when the stream is opened again.
+"""
+
+import os
+import re
+import zlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+from msgspec import Struct
+
+from asyncrl.errors import DataError
+
+_CHUNK_ROWS = 4096
+
+
+class Segment(Struct, frozen=True):
+    """A closed segment: an immutable file that holds rows `first` … `first + count − 1` of its stream."""
+
+    number: int
+    first: int
+    count: int
+    crc32: int
+
+
+def read_tail(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
+    """The whole batches of an open tail, which may end anywhere. Only its end can be torn: it is written in order."""
+    try:
+        reader = pa.ipc.MessageReader.open_stream(pa.py_buffer(path.read_bytes()))
+        reader.read_next_message()  # the schema
+    except (StopIteration, OSError, pa.ArrowInvalid):
+        return []
+    batches = []
+    while True:
+        try:
+            batches.append(pa.ipc.read_record_batch(reader.read_next_message(), schema))
+        except (StopIteration, OSError, pa.ArrowInvalid):
+            return batches
+
+
+def read_closed(path: Path) -> pa.ipc.RecordBatchFileReader:
+    """A memory-mapped closed segment. Raises `DataError` if it can't be parsed."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path)))
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"{path} is not a readable Arrow file ({error}): restore it from a copy, or resume elsewhere"
+        ) from error
+
+
+def listing(folder: Path, stem: str) -> tuple[list[tuple[int, Path]], list[tuple[int, Path]]]:
+    """(closed, tails) of a stream as (number, path), in order. A tail whose segment is closed already is left out."""
+    found: dict[str, list[tuple[int, Path]]] = {"arrow": [], "tail": []}
+    for path in sorted(folder.glob(f"{stem}-*")):
+        if match := re.fullmatch(rf"{stem}-(\d+)\.(arrow|tail)", path.name):
+            found[match[2]].append((int(match[1]), path))
+    closed = {number for number, _ in found["arrow"]}
+    return found["arrow"], [(number, path) for number, path in found["tail"] if number not in closed]
+
+
+class Segments:
+    """known: what the event log says of this stream's closed segments, by number, deleted ones included. Opening reads the
+    tail's whole batches into memory; the owner then calls `keep` and `close_segment` before the first `append`."""
+
+    def __init__(self, folder: Path, stem: str, schema: pa.Schema, fsync_calls: bool, known: dict[int, Segment]) -> None:
+        self._folder = folder
+        self._stem = stem
+        self._schema = schema
+        self._fsync_calls = fsync_calls
+        self._readers: dict[int, pa.ipc.RecordBatchFileReader] = {}
+        self.closed: list[Segment] = []
+        closed, tails = listing(folder, stem)
+        seen = dict(known)
+        for number, path in closed:
+            if number not in seen:
+                seen[number] = self._measure(number, path, _end(seen))
+            self.closed.append(seen[number])
+        self.tail_first = _end(seen)
+        self.batches: list[pa.RecordBatch] = []
+        self._starts: list[int] = []
+        self._rows = self.tail_first
+        self._hold([batch for _, path in tails for batch in read_tail(path, schema)])
+        newest = max([-1, *(n for n, _ in closed), *known])
+        self._number = max([newest + 1, *(n for n, _ in tails)])
+        self._file = -1
+        for leftover in [*folder.glob(f"{stem}-*.writing"), *(self._path("tail", n) for n, _ in closed)]:
+            leftover.unlink(missing_ok=True)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the stream so far, deleted ones included: the number of the next row."""
+        return self._rows
+
+    @property
+    def tail_bytes(self) -> int:
+        return self._bytes
+
+    def keep(self, rows: int) -> None:
+        """Drops tail rows from number `rows` on: nobody was told that they count."""
+        left, kept = rows - self.tail_first, []
+        for batch in self.batches:
+            if left > 0:
+                kept.append(batch.slice(0, left))
+                left -= kept[-1].num_rows
+        self._hold(kept)
+
+    def append(self, batch: pa.RecordBatch) -> int:
+        """The number of the batch's first row. Returns when the operating system has it."""
+        first = self.rows
+        if self._file < 0:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            self._file = os.open(self._path("tail"), flags, 0o644)
+            self._write(self._schema.serialize())
+        message = batch.serialize()
+        self._write(message)
+        self._push(batch)
+        self._bytes += message.size
+        if self._fsync_calls:
+            self.sync()
+        return first
+
+    def sync(self) -> None:
+        if self._file >= 0:
+            os.fsync(self._file)
+
+    def close_segment(self) -> Segment | None:
+        """Turns the tail into an immutable file: written beside, synced, renamed. None if the tail is empty."""
+        segment = None
+        tail, count = self._path("tail"), self._rows - self.tail_first
+        if count:
+            beside, final = self._path("writing"), self._path("arrow")
+            table = pa.Table.from_batches(self.batches, self._schema).combine_chunks()
+            with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, self._schema) as writer:
+                writer.write_table(table, max_chunksize=_CHUNK_ROWS)
+            _fsync(beside)
+            segment = Segment(self._number, self.tail_first, count, _crc32(beside))
+            os.rename(beside, final)
+            _fsync(self._folder)
+            self.closed.append(segment)
+            self._number += 1
+        self.release()
+        tail.unlink(missing_ok=True)
+        self.tail_first = self._rows
+        self._hold([])
+        return segment
+
+    def reader(self, segment: Segment) -> pa.ipc.RecordBatchFileReader:
+        """A closed segment, verified against its checksum when first used. Raises `DataError`."""
+        if segment.number not in self._readers:
+            path = self._path("arrow", segment.number)
+            if not path.exists():
+                raise DataError(f"{path} is missing, but the event log counts its {segment.count} rows: restore the file")
+            found = _crc32(path)
+            if found != segment.crc32:
+                raise DataError(
+                    f"{path} has checksum {found:08x}, the event log says {segment.crc32:08x}: the file is damaged; "
+                    "restore it from a copy, or start again from an older checkpoint"
+                )
+            self._readers[segment.number] = read_closed(path)
+        return self._readers[segment.number]
+
+    def take(self, rows: Sequence[int], columns: list[str]) -> pa.RecordBatch:
+        """The rows with these numbers, in this order. Raises `DataError` for one whose segment is gone."""
+        chunks: dict[tuple[int, int], pa.RecordBatch] = {}
+        picked = []
+        for row in rows:
+            if row >= self.tail_first:
+                place = bisect_right(self._starts, row) - 1
+                picked.append(self.batches[place].slice(row - self._starts[place], 1).select(columns))
+                continue
+            segment = self._segment(row)
+            chunk, rest = divmod(row - segment.first, _CHUNK_ROWS)
+            if (segment.number, chunk) not in chunks:
+                chunks[segment.number, chunk] = self.reader(segment).get_batch(chunk).select(columns)
+            picked.append(chunks[segment.number, chunk].slice(rest, 1))
+        schema = pa.schema([self._schema.field(c) for c in columns])
+        return pa.concat_batches(picked) if picked else pa.RecordBatch.from_pylist([], schema)
+
+    def drop(self, segment: Segment) -> None:
+        self._readers.pop(segment.number, None)
+        self._path("arrow", segment.number).unlink(missing_ok=True)
+        self.closed.remove(segment)
+
+    def release(self) -> None:
+        """Closes the tail's file descriptor."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _segment(self, row: int) -> Segment:
+        place = bisect_right(self.closed, row, key=lambda s: s.first) - 1
+        if place < 0 or row >= self.closed[place].first + self.closed[place].count:
+            raise DataError(f"row {row} of {self._stem} was deleted with its segment: no retained checkpoint needed it")
+        return self.closed[place]
+
+    def _hold(self, batches: list[pa.RecordBatch]) -> None:
+        self.batches, self._starts, self._rows, self._bytes = [], [], self.tail_first, 0
+        for batch in batches:
+            self._push(batch)
+            self._bytes += batch.nbytes
+
+    def _push(self, batch: pa.RecordBatch) -> None:
+        self.batches.append(batch)
+        self._starts.append(self._rows)
+        self._rows += batch.num_rows
+
+    def _measure(self, number: int, path: Path, first: int) -> Segment:
+        """A segment that was closed just before a kill, so that the event log does not know it yet."""
+        reader = read_closed(path)
+        count = sum(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
+        return Segment(number, first, count, _crc32(path))
+
+    def _path(self, suffix: str, number: int | None = None) -> Path:
+        return self._folder / f"{self._stem}-{self._number if number is None else number:08d}.{suffix}"
+
+    def _write(self, data: pa.Buffer) -> None:
+        view = memoryview(data)
+        while len(view):
+            view = view[os.write(self._file, view) :]
+
+
+def _end(segments: dict[int, Segment]) -> int:
+    """Number of the row after all of them."""
+    return max((s.first + s.count for s in segments.values()), default=0)
+
+
+def _crc32(path: Path) -> int:
+    with path.open("rb") as file:
+        crc = 0
+        while block := file.read(4 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,252 @@
+"""The replay store as an actor: long polls over the synchronous core, and the log below it.
+
+Who waits for whom: generators in `reserve` (for room, newer weights, or a cancellation), reward workers in `lease_unscored`
+(for rows), the learner in `lease_batch` (for ready groups). Every other call answers at once. All waits end at their
+deadline; every change of state wakes all of them; a lease that runs out wakes them too.
+
+Rows come and go as Arrow IPC bytes that the callers encode and decode; everything else is a small struct. Calls may run on
+several event loops in several threads (Ray gives each concurrency group its own), so that long polls never starve a commit.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from asyncrl.errors import AsyncRLError, Fenced, Unavailable
+from asyncrl.replay import schema
+from asyncrl.replay.answers import LogSettings, RowLease, TrainRows
+from asyncrl.replay.core import Core
+from asyncrl.replay.log import ReplayLog
+from asyncrl.replay.plan import Plan
+from asyncrl.replay.waiting import Waiters
+from asyncrl.types import BatchLease, Fence, Key, Reserved, Score, StoreReport, Version
+
+T = TypeVar("T")
+
+
+class ReplayStore:
+    """Opens the log and rebuilds its state from it. clock: monotonic seconds, for leases and deadlines."""
+
+    def __init__(self, plan: Plan, log: LogSettings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._plan = plan
+        self._keep_all = log.keep_segments == "all"
+        self._log = ReplayLog(Path(log.folder), log.segment_bytes, log.fsync)
+        self._core = Core(plan, self._log.append_events, self._log.history, clock)
+        self._log.history = []
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._waiters = Waiters()
+        self._seen: dict[str, int] = dict(self._core.ledger.workers)  # newest incarnation of each worker
+        self._calls: dict[tuple[str, str], Key] = {}  # newest call of each worker, by method
+        self._answers: dict[tuple[str, str], tuple[Key, Any]] = {}
+
+    # ------------------------------------------------------------------------------------- generators
+
+    async def reserve(self, key: Key, k: int, version: Version, held: Sequence[int], wait_s: float) -> Reserved:
+        """Waits until there is a ticket or a cancellation; the long poll itself counts as a sign of life."""
+        self._do(key, lambda: self._core.arrive(key.worker, key.incarnation, held))
+
+        def attempt() -> tuple[bool, Reserved]:
+            answer = self._core.reserve(k, key.worker, key.incarnation, version, held)
+            return bool(answer.tickets or answer.cancelled or answer.ended), answer
+
+        return await self._poll("reserve", key, attempt, Reserved(), min(wait_s, self._plan.lease_s / 2))
+
+    async def submit(self, key: Key, rows: bytes) -> None:
+        """Arrow rows of schema.ROWS. Answers when the operating system has them; rows that came too late are ignored."""
+        batch = schema.from_ipc(rows)
+        schema.check_schema(batch)
+        summaries = schema.summaries(batch)
+
+        def take() -> None:
+            accepted = self._core.acceptable(summaries, key.worker)
+            if accepted:
+                first = self._log.append_rows(batch if len(accepted) == batch.num_rows else batch.take(accepted))
+                self._core.submit([summaries[i] for i in accepted], first)
+
+        self._do(key, take)
+
+    # ----------------------------------------------------------------------------------------- reward
+
+    async def lease_unscored(self, key: Key, k: int, wait_s: float) -> RowLease:
+        """Waits for the first row without a score."""
+
+        def attempt() -> tuple[bool, RowLease]:
+            lease, rows = self._core.lease_unscored(k, key.worker)
+            if not rows:
+                return self._core.ended(), RowLease(0, self._plan.lease_s, ended=self._core.ended())
+            return True, RowLease(lease, self._plan.lease_s, schema.to_ipc(self._log.take(rows, schema.UNSCORED_COLUMNS)))
+
+        return await self._poll("lease_unscored", key, attempt, RowLease(0, self._plan.lease_s), wait_s)
+
+    async def extend(self, key: Key, lease: int) -> None:
+        self._do(key, lambda: self._core.extend(lease, key.worker))
+
+    async def score(self, key: Key, lease: int, scores: Sequence[Score]) -> None:
+        self._do(key, lambda: self._core.score(lease, scores))
+
+    # ---------------------------------------------------------------------------------------- learner
+
+    async def fence(self, key: Key, committed: int) -> Fence:
+        known, answer = self._known("fence", key)
+        if known:
+            return answer
+        fence = self._do(key, lambda: self._core.fence(committed))
+        self._answers["fence", key.worker] = (key, fence)
+        return fence
+
+    async def lease_batch(self, key: Key, incarnation: int, update: int, wait_s: float) -> BatchLease:
+        """Waits for a batch. Asking again for the same update answers the same lease, so a lost answer loses nothing."""
+
+        def attempt() -> tuple[bool, BatchLease]:
+            answer = self._core.lease_batch(incarnation, update)
+            return bool(answer.groups or answer.ended), answer
+
+        empty = BatchLease(lease=0, groups=(), committed=self._core.ledger.committed)
+        return await self._poll("lease_batch", key, attempt, empty, wait_s)
+
+    async def rows(self, key: Key, incarnation: int, groups: Sequence[int]) -> TrainRows:
+        def read() -> TrainRows:
+            found = self._core.rows(incarnation, groups)
+            batch = self._log.take([row for row, _, _ in found], schema.TRAIN_COLUMNS)
+            return TrainRows(schema.to_ipc(batch), [(reward, parts) for _, reward, parts in found])
+
+        return self._do(key, read)
+
+    async def commit(self, key: Key, lease: int, version: Version, metrics: Mapping[str, float]) -> None:
+        self._do(key, lambda: self._core.commit(lease, version, metrics))
+
+    async def request_eval(self, key: Key, version: Version) -> None:
+        self._do(key, lambda: self._core.request_eval(version))
+
+    async def checkpointed(self, key: Key, oldest_retained: int) -> None:
+        """Also deletes the segments that no retained checkpoint needs."""
+
+        def note() -> None:
+            self._core.checkpointed(oldest_retained)
+            if not self._keep_all:
+                self._log.truncate(self._wanted())
+
+        self._do(key, note)
+
+    # ------------------------------------------------------------------------------------ supervision
+
+    async def finish(self) -> None:
+        """The run is over: evicts what is outstanding; generators and reward workers are told, after the evaluations."""
+        self._do(None, self._core.finish)
+
+    async def report(self, since: int) -> StoreReport:
+        """What the driver needs for its metrics: each record after sequence `since` once, in order, whoever restarted."""
+
+        return self._do(None, lambda: self._core.report(since))
+
+    async def state(self) -> dict[str, Any]:
+        """A dump for the watchdog."""
+        return self._do(None, self._core.state)
+
+    async def close(self) -> None:
+        """Hands everything to the disk. No call may follow."""
+        with self._lock:
+            self._log.close()
+
+    # ---------------------------------------------------------------------------------------- helpers
+
+    def _do(self, key: Key | None, action: Callable[[], T]) -> T:
+        """Runs one step of the core. Wakes everybody who waits if it changed something."""
+        with self._lock:
+            self._check(key)
+            before = self._core.changes
+            try:
+                return action()
+            except (AsyncRLError, ValueError) as error:
+                if self._core.broken is error:
+                    raise self._unavailable() from error
+                raise
+            except Exception as error:
+                self._core.broken = error
+                raise self._unavailable() from error
+            finally:
+                if self._core.changes != before:
+                    self._waiters.wake()
+
+    def _unavailable(self) -> Unavailable:
+        broken = self._core.broken
+        return Unavailable(
+            f"the replay store stopped at its first failed write or keep function ({type(broken).__name__}: {broken}); "
+            "what was acknowledged is in the log; free disk space or mend the function, then restart the store"
+        )
+
+    def _check(self, key: Key | None) -> None:
+        if self._core.broken is not None:
+            raise self._unavailable()
+        if key is None:
+            return
+        newest = self._seen.get(key.worker, 0)
+        if key.incarnation < newest:
+            raise Fenced(f"{key.worker} incarnation {key.incarnation} < {newest}: a newer one took over; stop")
+        self._seen[key.worker] = key.incarnation
+
+    def _known(self, method: str, key: Key) -> tuple[bool, Any]:
+        """Whether this very call was answered already, and the answer."""
+        with self._lock:
+            self._check(key)
+            found = self._answers.get((method, key.worker))
+            return (True, found[1]) if found is not None and found[0] == key else (False, None)
+
+    async def _poll(self, method: str, key: Key, attempt: Callable[[], tuple[bool, T]], empty: T, wait_s: float) -> T:
+        """Tries again after every change until `attempt` is done or the deadline passes; then its last answer.
+
+        A repeated call answers as before. A call that its own worker gave up for a newer one takes nothing any more.
+        """
+        known, answer = self._known(method, key)
+        if known:
+            return answer
+        stream, deadline = (method, key.worker), self._clock() + wait_s
+        if not self._begin(stream, key):
+            return empty
+
+        def step() -> tuple[bool, T, int]:
+            self._core.expire()
+            if self._calls[stream] is not key:
+                return True, empty, 0
+            done, answer = attempt()
+            if done:
+                self._answers[stream] = (key, answer)
+            return done, answer, self._core.changes
+
+        while True:
+            done, answer, seen = self._do(key, step)
+            if done or self._clock() >= deadline:
+                return answer
+            await self._changed(seen, deadline)
+
+    def _begin(self, stream: tuple[str, str], key: Key) -> bool:
+        """Makes this the newest call of its stream; False if a newer one came before it."""
+        with self._lock:
+            newest = self._calls.get(stream)
+            if newest is not None and (key.incarnation, key.sequence) < (newest.incarnation, newest.sequence):
+                return False
+            self._calls[stream] = key
+            return True
+
+    async def _changed(self, seen: int, deadline: float) -> None:
+        """Returns when something changed since `seen`, at the deadline, or when a lease runs out."""
+        with self._lock:
+            if self._core.changes != seen:
+                return
+            future = self._waiters.add()
+            expires = self._core.next_deadline()
+        until = deadline if expires is None else min(deadline, expires)
+        try:
+            await asyncio.wait([future], timeout=max(0.0, until - self._clock()))
+        finally:
+            with self._lock:
+                self._waiters.discard(future)
+
+    def _wanted(self) -> Collection[int]:
+        ledger = self._core.ledger
+        trained = (g.id for c in ledger.commits.values() for g in c.groups)
+        return {*ledger.groups, *trained, *(ledger.round.groups if ledger.round else ())}

@@ -1,0 +1,162 @@
+"""Killable scoring processes. A reward function can raise, hang, exit or crash: it costs its own sample only."""
+
+import selectors
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+from asyncrl.errors import ConfigError
+from asyncrl.reward.frames import Sample, Verdict
+from asyncrl.reward.scorer import Scorer, died
+
+T = TypeVar("T")
+
+# A process is given as many samples as take about this long: enough to hide the hand-over, too few to hold others up.
+_BATCH_S = 0.01
+_BATCH_SAMPLES = 64
+# A process can die while something it forked keeps its pipe open: so deaths are looked for, not only read off pipes.
+_TICK_S = 0.1
+
+
+class RewardPool(Generic[T]):
+    """`processes` interpreters, each scoring one sample at a time with a deadline of `deadline_s` wall-clock seconds.
+
+    The clock of a sample starts when its process turns to it; spawning is not counted. Past it the process and all it
+    started are killed and replaced, and the sample is `timeout`. A process that dies leaves its sample `invalid`.
+    Samples that waited behind it in the same process are scored again from their start. `T` tags a sample.
+
+    Use from one thread. `log`: where the functions' prints go; None: standard error.
+    """
+
+    def __init__(
+        self,
+        function: str,
+        *,
+        processes: int = 1,
+        deadline_s: float = 10.0,
+        start_timeout_s: float = 120.0,
+        log: Path | None = None,
+    ) -> None:
+        self.restarts = 0
+        self._function = function
+        self._count = processes
+        self._deadline_s = deadline_s
+        self._start_timeout_s = start_timeout_s
+        self._log = log
+        self._selector = selectors.DefaultSelector()
+        self._queue: deque[tuple[T, Sample]] = deque()
+        self._scorers: list[Scorer[T]] = []
+
+    def start(self) -> None:
+        """Spawns the processes and waits until all have loaded the function. Raises ConfigError if one can't."""
+        try:
+            while len(self._scorers) < self._count:
+                self._scorers.append(self._spawn())
+            while not all(scorer.ready for scorer in self._scorers):
+                self.poll(_TICK_S)
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, samples: Iterable[tuple[T, Sample]]) -> None:
+        """Queues tagged samples. Never waits."""
+        self._queue.extend(samples)
+
+    @property
+    def pending(self) -> int:
+        """Samples submitted and not yet returned by `poll`."""
+        return len(self._queue) + sum(len(scorer.flight) for scorer in self._scorers)
+
+    @property
+    def hungry(self) -> bool:
+        """Whether more samples are welcome: nothing is queued, and a process is idle or everything is answered."""
+        return not self.pending or (not self._queue and any(scorer.idle for scorer in self._scorers))
+
+    def poll(self, wait_s: float) -> list[tuple[T, Verdict]]:
+        """The verdicts that have come; waits up to `wait_s` for the first, while anything is pending.
+
+        Raises ConfigError when a process can't load the function: then none could, and respawning would never end.
+        """
+        until = time.monotonic() + wait_s
+        while True:
+            self._hand_out()
+            pause = min(self._next_event(), until) - time.monotonic()
+            for key, events in self._selector.select(max(0.0, pause)):
+                if events & selectors.EVENT_WRITE:
+                    key.data.flush()
+            verdicts = [verdict for scorer in list(self._scorers) for verdict in self._attend(scorer)]
+            if verdicts or time.monotonic() >= until:
+                self._hand_out()  # the processes work on while the caller is busy with these
+                return verdicts
+
+    def map(self, samples: Sequence[Sample]) -> list[Verdict]:
+        """Scores samples and returns their verdicts in order. Needs an otherwise unused `RewardPool[int]`."""
+        if self.pending:
+            raise RuntimeError(
+                f"map on a pool with {self.pending} pending samples would swallow their verdicts; poll them first"
+            )
+        self.submit(enumerate(samples))  # type: ignore[arg-type]  # T is int here
+        verdicts: dict[T, Verdict] = {}
+        while self.pending:
+            verdicts.update(self.poll(self._deadline_s))
+        return [verdicts[index] for index in range(len(samples))]  # type: ignore[index]
+
+    def close(self) -> None:
+        """Kills every process and all they started, for good. Pending samples are forgotten. Idempotent."""
+        while self._scorers:
+            self._scorers.pop().kill()
+        self._queue.clear()
+        self._selector.close()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _spawn(self) -> Scorer[T]:
+        return Scorer(self._function, self._log, self._selector)
+
+    def _hand_out(self) -> None:
+        for scorer in self._scorers:
+            if not self._queue:
+                return
+            if scorer.idle:
+                fair = -(-len(self._queue) // len(self._scorers))
+                count = min(_BATCH_SAMPLES, fair, max(1, int(_BATCH_S / max(scorer.mean_s, 1e-6))))
+                scorer.send([self._queue.popleft() for _ in range(min(count, len(self._queue)))])
+
+    def _next_event(self) -> float:
+        """When to look even if no pipe stirs: the nearest deadline, or the next look for deaths."""
+        deadlines = [scorer.since + self._limit(scorer) for scorer in self._scorers if not scorer.idle]
+        return min([time.monotonic() + _TICK_S, *deadlines])
+
+    def _limit(self, scorer: Scorer[T]) -> float:
+        return self._deadline_s if scorer.ready else self._start_timeout_s
+
+    def _attend(self, scorer: Scorer[T]) -> list[tuple[T, Verdict]]:
+        """Reads one process's verdicts, and replaces it if it died or passed its deadline."""
+        code = scorer.exit_code()  # before reading: what it wrote before its death still counts
+        verdicts = scorer.read()
+        overdue = not scorer.idle and time.monotonic() >= scorer.since + self._limit(scorer)
+        if code is None and not overdue:
+            return verdicts
+        if not scorer.ready:
+            how = died(code) if code is not None else f"not loaded after start_timeout_s={self._start_timeout_s:g}"
+            where = f"see {self._log}" if self._log else "see standard error"
+            raise ConfigError(f"reward.function={self._function!r}: {how} while its file was being loaded; {where}")
+        if scorer.flight:
+            tag, _ = scorer.flight.popleft()
+            if code is not None:
+                verdicts.append((tag, Verdict("invalid", error=died(code))))
+            else:
+                verdicts.append((tag, Verdict("timeout", error=f"no score within reward.deadline_s={self._deadline_s:g}")))
+        self._queue.extendleft(reversed(scorer.flight))
+        scorer.kill()
+        self._scorers[self._scorers.index(scorer)] = self._spawn()
+        self.restarts += 1
+        return verdicts

@@ -1,0 +1,147 @@
+"""The reward stage: leases finished rollouts from the store, has them scored, delivers the verdicts."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from asyncrl.errors import Closed
+from asyncrl.interfaces import RewardStore
+from asyncrl.metrics import Ledger
+from asyncrl.reward.frames import Sample, Verdict
+from asyncrl.reward.pool import RewardPool
+from asyncrl.types import Report, Score, Unscored, UnscoredLease
+
+# While one process is stuck in a slow sample and another is free, the store is asked this often for more.
+_ASK_AGAIN_S = 0.1
+
+Tag = tuple[int, Unscored]  # lease, rollout
+
+
+@dataclass
+class _Held:
+    """A lease being worked on: verdicts still owed, and when to renew it (monotonic seconds)."""
+
+    owed: int
+    lease_s: float
+    renew_at: float
+
+
+class RewardWorker:
+    """Scores rollouts until the store says that there will be no more, or `stop`.
+
+    Verdicts are delivered as they come: a slow sample holds up nobody else's. New rollouts are leased as soon as a
+    process is free, and leases are renewed at a third of their time. The main loop waits for the store (`wait:store`)
+    or works (`busy`). `run` owns the pool and closes it. `decode`: token ids to text, special tokens left out.
+    """
+
+    def __init__(
+        self,
+        store: RewardStore,
+        pool: RewardPool[Tag],
+        decode: Callable[[list[int]], str],
+        *,
+        name: str,
+        lease_size: int = 64,
+        poll_s: float = 5.0,
+        ledger: Ledger | None = None,
+    ) -> None:
+        self._store = store
+        self._pool = pool
+        self._decode = decode
+        self._name = name
+        self._lease_size = lease_size
+        self._poll_s = poll_s
+        self._ledger = ledger or Ledger()
+        self._held: dict[int, _Held] = {}
+        self._counts = {"ok": 0, "invalid": 0, "timeout": 0}
+        self._began = time.monotonic()
+        self._ended = False
+        self._stop = threading.Event()
+
+    def run(self) -> None:
+        """Returns at the end of the data, after `stop`, or when the store closes. Raises ConfigError for a reward
+        function that can't be loaded, and what the store raises (`Fenced`, `Unavailable`)."""
+        try:
+            self._pool.start()
+            self._began = time.monotonic()
+            while not self._stop.is_set() and not (self._ended and not self._pool.pending):
+                self._step()
+        except Closed:
+            pass  # the run is stopping: a clean end
+        finally:
+            self._ledger.enter("wait:end")
+            self._pool.close()
+
+    def stop(self) -> None:
+        """Asks `run` to return; it does after its current wait, of `poll_s` at most. Callable from any thread."""
+        self._stop.set()
+
+    def report(self) -> Report:
+        """Samples so far by status, processes replaced, and samples per second since the start."""
+        scored = sum(self._counts.values())
+        gauges = {
+            "scored": float(scored),
+            "invalid": float(self._counts["invalid"]),
+            "timeout": float(self._counts["timeout"]),
+            "scores_per_s": scored / max(time.monotonic() - self._began, 1e-9),
+            "process_restarts": float(self._pool.restarts),
+        }
+        return Report(name=self._name, role="reward", seconds=self._ledger.seconds(), gauges=gauges)
+
+    def _step(self) -> None:
+        if not self._ended and self._pool.hungry:
+            wait_s = 0.0 if self._pool.pending else self._poll_s
+            with self._ledger.span("wait:store"):
+                lease = self._store.lease_unscored(self._lease_size, wait_s)
+            self._ended = lease.ended
+            self._accept(lease)
+        if not self._pool.pending:
+            return
+        self._ledger.enter("busy")
+        wait_s = _ASK_AGAIN_S if self._pool.hungry and not self._ended else self._poll_s
+        renew_in_s = min((held.renew_at for held in self._held.values()), default=0.0) - time.monotonic()
+        self._deliver(self._pool.poll(max(0.0, min(wait_s, renew_in_s))))
+        self._renew()
+
+    def _accept(self, lease: UnscoredLease) -> None:
+        if not lease.items:
+            return
+        self._ledger.enter("busy")
+        renew_at = time.monotonic() + lease.lease_s / 3
+        self._held[lease.lease] = _Held(len(lease.items), lease.lease_s, renew_at)
+        self._pool.submit(((lease.lease, item), self._sample(item)) for item in lease.items)
+
+    def _sample(self, item: Unscored) -> Sample:
+        prompt = item.prompt
+        return Sample(prompt.data_source, self._decode(item.response_ids), prompt.ground_truth, prompt.extra_info)
+
+    def _deliver(self, verdicts: list[tuple[Tag, Verdict]]) -> None:
+        by_lease: dict[int, list[Score]] = {}
+        for (lease, item), verdict in verdicts:
+            self._counts[verdict.status] += 1
+            by_lease.setdefault(lease, []).append(_score(item, verdict))
+        for lease, scores in by_lease.items():
+            self._store.score(lease, scores)
+            self._held[lease].owed -= len(scores)
+            if self._held[lease].owed == 0:
+                del self._held[lease]
+
+    def _renew(self) -> None:
+        now = time.monotonic()
+        for lease, held in self._held.items():
+            if now >= held.renew_at:
+                self._store.extend(lease)
+                held.renew_at = now + held.lease_s / 3
+
+
+def _score(item: Unscored, verdict: Verdict) -> Score:
+    return Score(
+        group=item.group,
+        rollout=item.rollout,
+        attempt=item.attempt,
+        status=verdict.status,
+        reward=verdict.reward,
+        parts=verdict.parts,
+        error=verdict.error,
+    )

@@ -1,0 +1,295 @@
+"""The run directory: the one module that owns its paths, atomic writes, manifests, its lock, and redaction of secrets.
+
+    runs/<name>/  recipe.json deployment.yaml metrics.jsonl  tensorboard/  data/  replay/ (Arrow segments, events)
+                  checkpoints/step_000100/ (…, manifest.json)  exports/ (Hugging Face)  logs/
+
+No torch, no Ray, no Arrow: jobs, actors and tests may all import it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from asyncrl.errors import CheckpointError, ConfigError
+
+MANIFEST = "manifest.json"
+RAY_JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's job supervisor sets this in the driver of every submitted job
+
+_STEP = re.compile(r"step_(\d{6,})$")
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-\w+$")
+
+
+class RunDir:
+    """Paths of one run. Making the object touches nothing; `create` makes the folders."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.json"
+        self.deployment = self.path / "deployment.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.data = self.path / "data"
+        self.replay = self.path / "replay"
+        self.checkpoints = self.path / "checkpoints"
+        self.exports = self.path / "exports"
+        self.logs = self.path / "logs"
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"RunDir({str(self.path)!r})"
+
+    def create(self) -> "RunDir":
+        """Makes the folders that are missing; safe to call from several processes. Raises ConfigError if it can't write."""
+        try:
+            for folder in (self.tensorboard, self.data, self.replay, self.checkpoints, self.exports, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"run directory {self.path}: cannot be created ({error.strerror}: {error.filename}); nothing could be saved; "
+                "choose a writable folder with --runs-dir"
+            ) from error
+        return self
+
+    def checkpoint(self, update: int) -> Path:
+        """Folder of the checkpoint after `update` trained batches; it may not exist."""
+        return self.checkpoints / f"step_{update:06d}"
+
+    def steps(self) -> list[Path]:
+        """Checkpoint folders, oldest first. Renamed into place when whole, but `verify_manifest` before use."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = [(int(match[1]), folder) for folder in self.checkpoints.iterdir() if (match := _STEP.match(folder.name))]
+        return [folder for _, folder in sorted(found) if folder.is_dir()]
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the run directory for this process; ends with the process, however that dies. Never waits.
+
+        Raises ConfigError naming the holder's pid and host. The new holder sweeps what a killed save left behind.
+        """
+        self.create()
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise ConfigError(f"run directory {self.path}: its file system has no locks ({error.strerror})") from error
+                file.seek(0)
+                holder = file.read().strip() or "pid unknown"
+                raise ConfigError(
+                    f"run directory {self.path} is in use ({holder}): two runs would overwrite each other; "
+                    "stop that process, or choose another --name"
+                ) from error
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            for folder in (self.path, self.checkpoints, self.exports):
+                _sweep(folder)
+            try:
+                yield
+            finally:
+                file.truncate(0)
+
+
+def resolve_run_dir(name: str, runs_dir: str | Path = "runs", environ: Mapping[str, str] = os.environ) -> RunDir:
+    """`runs_dir/name`, absolute, relative to the working directory of whoever typed the command.
+
+    Under `ray job submit` the working directory is a temporary copy that Ray deletes, so a relative folder is refused.
+    """
+    if not name or name in {".", ".."} or "/" in name or "\0" in name:
+        raise ConfigError(f"--name {name!r}: a run's name is one folder name without '/'; put the folder in --runs-dir")
+    folder = Path(runs_dir).expanduser()
+    if not folder.is_absolute() and RAY_JOB_ENV in environ:
+        raise ConfigError(
+            f"--runs-dir {str(runs_dir)!r} is relative, and this is a Ray job: its working directory {Path.cwd()} is a "
+            "temporary copy, so the run's outputs would be lost with it; give an absolute folder, e.g. --runs-dir /data/runs"
+        )
+    return RunDir((Path.cwd() / folder / name).resolve())
+
+
+# ---------------------------------------------------------------------------------------- files and folders
+
+
+def write_atomic(path: str | Path, content: bytes | str) -> None:
+    """Writes beside `path`, syncs, and renames: a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    beside = _beside(path)
+    try:
+        with beside.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`; synced and renamed at success, removed on failure. Replaces an old `path`.
+
+    After a kill at any point `path` is absent, old or new, and whole; `RunDir.lock` of the next start tidies the rest.
+    """
+    path = Path(path)
+    beside = _beside(path)
+    beside.mkdir()
+    try:
+        yield beside
+        for file in beside.rglob("*"):
+            _sync_folder(file) if file.is_dir() else _sync_file(file)
+        _sync_folder(beside)
+        old = path.parent / f".{path.name}.old-{os.getpid()}"
+        if path.exists():
+            path.rename(old)
+        beside.rename(path)
+        _sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed writers left. A folder moved aside whose successor never arrived goes back to its place."""
+    for entry in folder.iterdir():
+        match = _LEFTOVER.match(entry.name)
+        if match is None:
+            continue
+        if match["kind"] == "old" and not (folder / match["name"]).exists():
+            entry.rename(folder / match["name"])
+        elif entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """A fresh name in the same folder, hidden, that `_sweep` knows. (mkstemp's files would be private to their owner.)"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.parent / f".{path.name}.tmp-{uuid.uuid4().hex}"
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------ manifests
+
+
+def sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: str | Path, extra: Mapping[str, Any]) -> None:
+    """Writes `manifest.json` last: every file under `folder` with its bytes and SHA-256, and `extra` (JSON values)."""
+    folder = Path(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    listing = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+    write_atomic(folder / MANIFEST, json.dumps({"schema": 1, "files": listing, "extra": dict(extra)}, indent=2) + "\n")
+
+
+def verify_manifest(folder: str | Path) -> dict[str, Any]:
+    """Checks every file named by the manifest and returns `extra`. Raises CheckpointError naming file, bytes or hash."""
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files, extra = manifest["files"], manifest["extra"]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} has no {MANIFEST}: its save was cut short; use an older checkpoint") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged ({error}); use an older checkpoint") from error
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, but the manifest lists it; use an older checkpoint")
+        if (size := path.stat().st_size) != expected["bytes"]:
+            raise CheckpointError(f"{path} has {size} bytes, its manifest says {expected['bytes']}; use an older checkpoint")
+        if (found := sha256(path)) != expected["sha256"]:
+            raise CheckpointError(
+                f"{path} has SHA-256 {found[:12]}…, its manifest says {expected['sha256'][:12]}…; use an older checkpoint"
+            )
+    return extra
+
+
+# ------------------------------------------------------------------------------------------------- secrets
+
+MASK = "[redacted]"
+# Special tokens of a tokenizer, and figures per token, are no credentials.
+_TOKEN = "".join(f"(?<!{word}[_-])" for word in ("eos", "bos", "pad", "unk", "sep", "cls", "mask", "stop", "per")) + "token"
+_SECRET_WORD = rf"(?:{_TOKEN}|secret|pass(?:word|wd|phrase)|(?:api|access|secret|private)[_-]?key|credentials?)"
+_SECRET_KEY = re.compile(rf"(?:^|[_.-])(?:{_SECRET_WORD}|auth|authorization|cookie)$", re.IGNORECASE)
+_SECRET_TEXTS = (
+    re.compile(r"\bhf_[A-Za-z0-9]{16,}"),
+    re.compile(r"\b(?:sk|pk|rk)-[A-Za-z0-9_-]{16,}"),
+    re.compile(r"\bwandb_v\d_[A-Za-z0-9_]{16,}"),
+    re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+    re.compile(r"\b(?:gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AIza)[A-Za-z0-9_-]{16,}"),
+    re.compile(r"(?<=bearer )[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE),
+    re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
+    re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL),
+)
+# A W&B key is 40 hex digits, as a commit is: it is only taken for a key where W&B is named just before.
+_WANDB = re.compile(r"(wandb\S{0,20}\W{1,4})[0-9a-f]{40}\b", re.IGNORECASE)
+_ASSIGNED = re.compile(rf"""(\b[\w.-]*{_SECRET_WORD}["']?\s*(?:=|["']\s*:|:\s*["'])\s*["']?)[^\s"',;&]{{4,}}""", re.IGNORECASE)
+
+
+def redact(value: Any, environ: Mapping[str, str] = os.environ) -> Any:
+    """The same value with secrets masked; call it on whatever goes into a config, log, metric or error.
+
+    Masked: values under keys that name a secret (`hf_token`, `password`), well-known key formats inside strings, and
+    every value of an environment variable whose name is such a key. Structs come back as builtins.
+    """
+    known = [text for name, text in environ.items() if _SECRET_KEY.search(name) and len(text) >= 8]
+    return _redact(msgspec.to_builtins(value) if isinstance(value, msgspec.Struct) else value, known)
+
+
+def _redact(value: Any, known: list[str]) -> Any:
+    if isinstance(value, str):
+        return _redact_text(value, known)
+    if isinstance(value, Mapping):
+        return {key: MASK if _is_secret(key, item) else _redact(item, known) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_redact(item, known) for item in value)
+    return value
+
+
+def _is_secret(key: object, value: Any) -> bool:
+    # Counts may be named "token" too; a number is no credential unless the key says password.
+    if not isinstance(key, str) or value is None or isinstance(value, bool) or value == "":
+        return False
+    return bool(_SECRET_KEY.search(key)) and (not isinstance(value, int | float) or "pass" in key.lower())
+
+
+def _redact_text(text: str, known: list[str]) -> str:
+    for secret in known:
+        text = text.replace(secret, MASK)
+    for pattern in _SECRET_TEXTS:
+        text = pattern.sub(MASK, text)
+    return _ASSIGNED.sub(rf"\1{MASK}", _WANDB.sub(rf"\1{MASK}", text))

@@ -1,0 +1,167 @@
+"""A subscriber's way to the publisher: finds it, says hello, notices its silence, finds its successor."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import zmq
+from msgspec import DecodeError
+
+from asyncrl.errors import BadTransfer, Unavailable
+from asyncrl.types import Version
+from asyncrl.weights import messages
+from asyncrl.weights.messages import Announce, Bye, Hello, Reply, Request
+from asyncrl.weights.sockets import Address, Client, Waker
+
+Resolve = Callable[[], Address | None]
+
+REDISCOVER_POLLS = 10  # also a publisher that answers may have been superseded: look every so many polls
+BATCH = 64
+SILENT = "it does not answer"
+
+
+class Link:
+    """One connection at a time. Says `Hello` every `poll_s`; a Hello without an answer makes it call `resolve()` again.
+
+    Silence counts from the first unanswered Hello, and only while the link is in use: a busy caller is not a dead peer.
+    Not thread-safe: all calls but `waker.set` come from one thread at a time.
+    """
+
+    def __init__(
+        self, resolve: Resolve, *, name: str, poll_s: float, deadline_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._resolve, self._name, self._poll_s, self._deadline_s, self._clock = resolve, name, poll_s, deadline_s, clock
+        self.waker = Waker()
+        self.hello = 0  # number of the last Hello
+        self.connections = 0
+        self._address: Address | None = None
+        self._client: Client | None = None
+        self._poller = zmq.Poller()
+        self._due = self._rediscover_at = self._left_at = clock()
+        self._silent_since: float | None = None
+        self._cause = "no publisher was looked for yet"
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Around each call of the user: time between calls, beyond one poll, doesn't count as silence."""
+        away = self._clock() - self._left_at - self._poll_s
+        if self._silent_since is not None and away > 0:
+            self._silent_since += away
+        try:
+            yield
+        finally:
+            self._left_at = self._clock()
+
+    def keep(self, holds: Version | None, pulling: Version | None) -> bool:
+        """Does what is due: looks for the publisher, says Hello. Returns True if it is another publisher than before.
+
+        Raises Unavailable after `deadline_s` of silence; the next call starts afresh.
+        """
+        now = self._clock()
+        if self._silent_since is not None and now - self._silent_since > self._deadline_s:
+            silence, self._silent_since = now - self._silent_since, None
+            where = self._address.endpoint if self._address else "no address"
+            raise Unavailable(
+                f"weight publisher ({where}): {self._name} has heard nothing for {silence:.1f} s "
+                f"(deadline_s={self._deadline_s:g}); last cause: {self._cause}; see why the learner is down, or allow more time"
+            )
+        if now < self._due:
+            return False
+        self._due = now + self._poll_s
+        changed = False
+        if self._client is None or self._silent_since is not None or now >= self._rediscover_at:
+            self._rediscover_at = now + REDISCOVER_POLLS * self._poll_s
+            changed = self._find()
+        self.greet(holds, pulling)
+        return changed
+
+    def greet(self, holds: Version | None, pulling: Version | None) -> None:
+        """Says Hello: tells what we hold and asks what is newest."""
+        if self._silent_since is None:
+            self._silent_since = self._clock()
+        self.hello += 1
+        self.send(Hello(receiver=self._name, sequence=self.hello, holds=holds, pulling=pulling))
+
+    def hurry(self) -> None:
+        """Makes the next `keep` say Hello at once."""
+        self._due = self._clock()
+
+    def wait_s(self, until: float) -> float:
+        """Seconds to the next thing that is due, `until` at the latest."""
+        return max(0.0, min(until, self._due) - self._clock())
+
+    def send(self, request: Request) -> None:
+        """Without waiting. Lost if the connection is congested or down: what matters is asked again after the next Hello."""
+        if self._client is not None:
+            with suppress(zmq.Again):
+                self._client.socket.send(messages.encode(request), zmq.NOBLOCK)
+
+    def receive(self, wait_s: float) -> list[tuple[Reply, memoryview | None]]:
+        """Replies that are there; waits up to `wait_s` for the first, for trouble, or for the waker. Raises BadTransfer."""
+        events = dict(self._poller.poll(int(wait_s * 1000) + (wait_s > 0)))
+        if self.waker.fileno() in events:
+            self.waker.clear()
+        if self._client is None:
+            return []
+        if self._client.monitor in events:
+            self._notice(self._client.trouble())
+        replies: list[tuple[Reply, memoryview | None]] = []
+        while self._client.socket in events and len(replies) < BATCH:
+            try:
+                frames = self._client.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                break
+            replies.append(self._decode(frames))
+        return replies
+
+    def close(self) -> None:
+        """Says goodbye, as far as the connection takes it at once."""
+        self.send(Bye())
+        self._drop()
+        self.waker.close()
+
+    def _decode(self, frames: list[zmq.Frame]) -> tuple[Reply, memoryview | None]:
+        try:
+            reply = messages.decode_reply(frames[0].buffer)
+        except DecodeError as error:
+            raise BadTransfer(f"weight publisher sent what {self._name} can't read: {error}; not used") from error
+        # A hint proves a living publisher too, but only an answer proves that our requests get through.
+        if self._silent_since is not None and not (isinstance(reply, Announce) and reply.echo == 0):
+            self._silent_since, self._cause = None, SILENT
+        return reply, frames[1].buffer if len(frames) > 1 else None
+
+    def _notice(self, cause: str) -> None:
+        if cause:
+            self._cause = cause
+            if self._silent_since is None:  # don't wait for the Hello to time out
+                self._silent_since = self._clock()
+                self.hurry()
+
+    def _find(self) -> bool:
+        try:
+            address = self._resolve()
+        except Unavailable as error:
+            self._cause = f"resolve() failed: {error}"
+            return False
+        if address is None:
+            self._cause = "resolve() knows of no publisher"
+            return False
+        if address == self._address:
+            return False
+        if self._address is not None and address.incarnation < self._address.incarnation:
+            self._cause = f"resolve() names incarnation {address.incarnation}, older than {self._address.incarnation}"
+            return False
+        self._drop()
+        self._address, self._client = address, Client(address)
+        self._poller.register(self._client.socket, zmq.POLLIN)
+        self._poller.register(self._client.monitor, zmq.POLLIN)
+        self._poller.register(self.waker.fileno(), zmq.POLLIN)
+        self._cause = SILENT
+        self.connections += 1
+        return True
+
+    def _drop(self) -> None:
+        self._poller = zmq.Poller()
+        if self._client is not None:
+            self._client.close()
+            self._client = None

@@ -1,0 +1,175 @@
+"""What the publisher's I/O thread does: answers requests, hints at new versions, notices receivers that died."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import zmq
+from msgspec import DecodeError
+
+from asyncrl.types import Version
+from asyncrl.weights import codec, messages
+from asyncrl.weights.messages import Announce, Bucket, Bye, GetBucket, GetManifest, Gone, Hello, Refused, Reply, Request
+from asyncrl.weights.shelf import Live, Receiver, Shelf
+from asyncrl.weights.sockets import Waker
+
+log = logging.getLogger(__name__)
+
+BATCH = 64  # requests answered between two looks at anything else
+PROBE_S = 5.0  # receivers silent for so long get a hint, which shows whether they still live
+FORGET_S = 600.0  # a lost receiver is reported for this long
+
+
+class Serving:
+    """A ROUTER socket and the versions behind it. `step` and `close` belong to the I/O thread.
+
+    All sends are non-blocking: a receiver whose queue is full loses the answer, and asks again. `lock` guards the shelf
+    and the list of receivers, which other threads read. A peer's nonsense is counted and refused, never fatal.
+    """
+
+    def __init__(
+        self, router: "zmq.Socket[bytes]", waker: Waker, lock: threading.Condition, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._router, self._waker, self._lock, self._clock = router, waker, lock, clock
+        self._shelf = Shelf()
+        self._receivers: dict[bytes, Receiver] = {}
+        self._sequence = 0
+        self._probed_at = clock()
+        self._counts = dict.fromkeys(("sent_bytes", "unsent", "bad_requests"), 0)
+        self._poller = zmq.Poller()
+        self._poller.register(router, zmq.POLLIN)
+        self._poller.register(waker.fileno(), zmq.POLLIN)
+
+    def step(self, wait_s: float) -> None:
+        """Answers what has come in; waits up to `wait_s` for the first, or for the waker."""
+        events = dict(self._poller.poll(int(wait_s * 1000)))
+        if self._waker.fileno() in events:
+            self._waker.clear()
+        with self._lock:
+            self._probe()
+        if self._router not in events:
+            return
+        for _ in range(BATCH):
+            try:
+                peer, *frames = self._router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            with self._lock:
+                self._take(peer, frames)
+
+    def show(self, live: Live) -> None:
+        """Makes a version visible and hints at it. Lock held."""
+        self._shelf.add(live, self._clock())
+        self._sequence += 1
+        for peer, receiver in self._receivers.items():
+            if not receiver.lost:
+                self._hint(peer)
+
+    def make_room(self) -> None:
+        """Leaves at most one version live. Lock held."""
+        self._shelf.make_room(list(self._receivers.values()), self._clock())
+
+    def missing(self, deadline_s: float) -> list[str]:
+        """Receivers that died or were silent for `deadline_s`, each with what is known. Lock held."""
+        now = self._clock()
+        return [
+            f"{r.name} {'died' if r.lost else 'is silent'}, heard {now - r.heard_at:.1f} s ago, holding {r.holds or 'nothing'}"
+            for r in self._receivers.values()
+            if r.lost or now - r.heard_at > deadline_s
+        ]
+
+    def gauges(self) -> dict[str, float]:
+        """sent_bytes, unsent (answers dropped), bad_requests: totals. The others: now. Lock held."""
+        lost = sum(r.lost for r in self._receivers.values())
+        return {
+            **{name: float(count) for name, count in self._counts.items()},
+            "receivers": float(len(self._receivers) - lost),
+            "receivers_lost": float(lost),
+            "live_versions": float(len(self._shelf)),
+        }
+
+    def close(self) -> None:
+        self._shelf.clear()
+
+    def _take(self, peer: bytes, frames: list[bytes]) -> None:
+        try:
+            (body,) = frames
+            request = messages.decode_request(body)
+        except (ValueError, DecodeError) as error:
+            self._counts["bad_requests"] += 1
+            self._send(peer, Refused(reason=f"request not understood: {error}"))
+            return
+        self._answer(peer, request)
+
+    def _answer(self, peer: bytes, request: Request) -> None:
+        now = self._clock()
+        receiver = self._receivers.get(peer)
+        match request:
+            case Hello():
+                self._meet(peer, request, now)
+                self._hint(peer, echo=request.sequence)
+            case Bye():
+                self._receivers.pop(peer, None)
+            case GetManifest(version=version):
+                live = self._shelf.find(version)
+                self._send(peer, live.manifest if live else Gone(version=version))
+            case GetBucket(version=version, index=index):
+                if receiver is not None:
+                    receiver.pulling, receiver.heard_at = version, now
+                self._send_bucket(peer, version, index)
+
+    def _hint(self, peer: bytes, echo: int = 0) -> None:
+        newest = self._shelf.newest
+        self._send(peer, Announce(version=newest.version if newest else None, sequence=self._sequence, echo=echo))
+
+    def _probe(self) -> None:
+        now = self._clock()
+        if now - self._probed_at < PROBE_S:
+            return
+        self._probed_at = now
+        for peer, receiver in self._receivers.items():
+            if not receiver.lost and now - receiver.heard_at > PROBE_S:
+                self._hint(peer)
+
+    def _meet(self, peer: bytes, hello: Hello, now: float) -> None:
+        # A receiver that comes back under a new connection replaces its former self, and one lost long ago is forgotten.
+        for other, known in list(self._receivers.items()):
+            if other != peer and (known.name == hello.receiver or (known.lost and now - known.heard_at > FORGET_S)):
+                del self._receivers[other]
+        self._receivers[peer] = Receiver(name=hello.receiver, holds=hello.holds, pulling=hello.pulling, heard_at=now)
+
+    def _send_bucket(self, peer: bytes, version: Version, index: int) -> None:
+        live = self._shelf.find(version)
+        if live is None:
+            self._send(peer, Gone(version=version))
+            return
+        count = len(live.manifest.checksums)
+        if not 0 <= index < count:
+            self._counts["bad_requests"] += 1
+            self._send(peer, Refused(reason=f"bucket {index} of weights {version}, which have {count}"))
+            return
+        payload = live.data[codec.bucket_slice(index, live.manifest.total_bytes, live.manifest.bucket_bytes)]
+        if self._send(peer, Bucket(version=version, index=index), payload):
+            self._counts["sent_bytes"] += len(payload)
+
+    def _send(self, peer: bytes, reply: Reply, payload: memoryview | None = None) -> bool:
+        frames: list[bytes | memoryview] = [peer, messages.encode(reply), *([] if payload is None else [payload])]
+        try:
+            # copy=False: the frame keeps the version's memory alive until it is sent.
+            self._router.send_multipart(frames, zmq.NOBLOCK, copy=payload is None)
+        except zmq.Again:
+            self._counts["unsent"] += 1
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._lose(peer)
+            return False
+        return True
+
+    def _lose(self, peer: bytes) -> None:
+        receiver = self._receivers.get(peer)
+        if receiver is not None and not receiver.lost:
+            receiver.lost = True
+            log.warning("weight receiver %s died without a goodbye, holding %s", receiver.name, receiver.holds or "nothing")

@@ -1,0 +1,147 @@
+"""ZeroMQ sockets as the bus uses them: encrypted, authenticated, never blocking on a peer, and wakeable."""
+
+import socket
+from contextlib import suppress
+
+import zmq
+from msgspec import Struct
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import recv_monitor_message
+
+HEARTBEAT_MS = 5_000  # a peer whose machine vanished sends no FIN
+HANDSHAKE_MS = 10_000
+MAX_REQUEST_BYTES = 1 << 16  # requests are tiny; a bigger one is not ours
+
+
+class Address(Struct, frozen=True, kw_only=True):
+    """Where a publisher is, and the keys that open it. A secret: it is handed out through Ray, never logged."""
+
+    endpoint: str
+    incarnation: int
+    server_key: bytes
+    client_public: bytes
+    client_secret: bytes
+
+    def __repr__(self) -> str:
+        return f"Address({self.endpoint}, incarnation={self.incarnation}, keys=…)"
+
+
+class Waker:
+    """Ends another thread's poll. `set` may be called from any thread; the polling thread calls `clear`."""
+
+    def __init__(self) -> None:
+        self._read, self._write = socket.socketpair()
+        self._read.setblocking(False)
+        self._write.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._read.fileno()
+
+    def set(self) -> None:
+        with suppress(BlockingIOError):  # full: the poll is as good as woken
+            self._write.send(b"w")
+
+    def clear(self) -> None:
+        with suppress(BlockingIOError):
+            while self._read.recv(4096):
+                pass
+
+    def close(self) -> None:
+        self._read.close()
+        self._write.close()
+
+
+class _OneKey:
+    """Admits the clients that hold the run's client key (interface of zmq.auth)."""
+
+    def __init__(self, client_public: bytes) -> None:
+        self._client_public = client_public
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key == self._client_public
+
+
+class Server:
+    """A publisher's ROUTER on a free port of `host`, with fresh keys, and the thread that admits clients (ZAP).
+
+    Raises zmq.ZMQError if `host` is not an address of this node. The socket belongs to the thread that uses it first.
+    """
+
+    def __init__(self, host: str, incarnation: int) -> None:
+        server_key, server_secret = zmq.curve_keypair()
+        client_public, client_secret = zmq.curve_keypair()
+        self._context = zmq.Context()
+        self._doorkeeper = ThreadAuthenticator(self._context)
+        self._doorkeeper.start()
+        self._doorkeeper.configure_curve_callback("*", credentials_provider=_OneKey(client_public))
+        self.socket = self._context.socket(zmq.ROUTER)
+        _common(self.socket)
+        self.socket.setsockopt(zmq.CURVE_SERVER, 1)
+        self.socket.setsockopt(zmq.CURVE_SECRETKEY, server_secret)
+        # Without MANDATORY a ROUTER drops silently; with it a send to a dead or full peer says so.
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
+        try:
+            self.socket.bind(f"tcp://{host}:*")
+        except zmq.ZMQError:
+            self.close()
+            raise
+        self.address = Address(
+            endpoint=self.socket.getsockopt_string(zmq.LAST_ENDPOINT),
+            incarnation=incarnation,
+            server_key=server_key,
+            client_public=client_public,
+            client_secret=client_secret,
+        )
+
+    def close(self) -> None:
+        self.socket.close()
+        self._doorkeeper.stop()
+        self._context.term()
+
+
+class Client:
+    """A subscriber's DEALER to one address, and a monitor that tells why a connection fails."""
+
+    _CAUSES = {
+        zmq.EVENT_CONNECT_RETRIED: "connection refused or lost, trying again",
+        zmq.EVENT_DISCONNECTED: "the publisher closed the connection",
+        zmq.EVENT_HANDSHAKE_FAILED_AUTH: "the publisher refused our key",
+        zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "the peer speaks another protocol, or another key",
+        zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake was cut off: dead publisher, or wrong key",
+    }
+
+    def __init__(self, address: Address) -> None:
+        self._context = zmq.Context()
+        self.socket = self._context.socket(zmq.DEALER)
+        _common(self.socket)
+        self.socket.setsockopt(zmq.CURVE_SERVERKEY, address.server_key)
+        self.socket.setsockopt(zmq.CURVE_PUBLICKEY, address.client_public)
+        self.socket.setsockopt(zmq.CURVE_SECRETKEY, address.client_secret)
+        self.socket.setsockopt(zmq.RECONNECT_IVL, 100)
+        self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1_000)
+        self._refused = False
+        self.monitor = self.socket.get_monitor_socket(sum(self._CAUSES))
+        self.socket.connect(address.endpoint)
+
+    def trouble(self) -> str:
+        """Why the connection last failed, since the previous call; empty if it did not."""
+        cause = ""
+        while self.monitor.poll(0):
+            event = zmq.Event(recv_monitor_message(self.monitor)["event"])
+            self._refused |= event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            # A refusal is followed by a disconnection, which says less.
+            cause = self._CAUSES.get(zmq.EVENT_HANDSHAKE_FAILED_AUTH if self._refused else event, cause)
+        return cause
+
+    def close(self) -> None:
+        self.socket.disable_monitor()
+        self.monitor.close(0)
+        self.socket.close()
+        self._context.term()
+
+
+def _common(sock: zmq.Socket[bytes]) -> None:
+    sock.setsockopt(zmq.LINGER, 0)
+    sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    sock.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)

@@ -1,0 +1,223 @@
+"""Tiny models made on the spot, and a scripted store, weight source and engine for the generator."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from asyncrl.types import (
+    Generation,
+    GenerationRequest,
+    Prompt,
+    Reserved,
+    Rollout,
+    Sampling,
+    Span,
+    SwapReport,
+    Ticket,
+    Version,
+)
+
+WAIT_S = 10.0  # bound of every wait in the tests
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_model() -> Callable[..., PreTrainedModel]:
+    """make_model(kind, seed): a two-layer Qwen3 or Llama with grouped-query attention and lively (not flat) logits."""
+
+    def make(kind: str = "qwen3", seed: int = 0) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        shape = {
+            "vocab_size": 24,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 96,
+        }
+        model = Qwen3ForCausalLM(Qwen3Config(**shape)) if kind == "qwen3" else LlamaForCausalLM(LlamaConfig(**shape))
+        with torch.no_grad():
+            model.lm_head.weight.mul_(12.0)
+            model.model.embed_tokens.weight.mul_(10.0)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def make_request() -> Callable[..., GenerationRequest]:
+    """make_request(id, prompt=…, seed=…, group=…, **sampling)."""
+
+    def make(
+        id: str = "a", prompt: Sequence[int] = (1, 2, 3), seed: int = 7, group: int = 0, **sampling: object
+    ) -> GenerationRequest:
+        settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 12, "stop_token_ids": ()} | sampling
+        return GenerationRequest(id=id, group=group, prompt_ids=tuple(prompt), sampling=Sampling(**settings), seed=seed)
+
+    return make
+
+
+@pytest.fixture
+def make_ticket() -> Callable[..., Ticket]:
+    """make_ticket(group, rollouts, purpose=…, pinned=…)."""
+
+    def make(group: int, rollouts: Sequence[int] = (0, 1), **fields: object) -> Ticket:
+        return Ticket(
+            group=group,
+            attempt=0,
+            prompt=Prompt(row=group, ids=(1, 2, 3), data_source="test"),
+            rollouts=tuple(rollouts),
+            seeds=tuple(100 + r for r in rollouts),
+            sampling=Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=4, stop_token_ids=()),
+            **fields,
+        )
+
+    return make
+
+
+class FakeEngine:
+    """Ends a request only when the test says `answer(id)`; swaps at once, and remembers all calls."""
+
+    def __init__(self, slots: int = 4) -> None:
+        self.slots = slots
+        self.version: Version | None = None
+        self.pending: dict[str, tuple[GenerationRequest, Future[Generation], Version | None]] = {}
+        self.swaps: list[Version] = []
+        self.aborted: list[int | None] = []
+        self.changed = threading.Condition()
+
+    def submit(self, request: GenerationRequest) -> "Future[Generation]":
+        return self.submit_group([request])[0]
+
+    def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
+        futures: list[Future[Generation]] = [Future() for _ in requests]
+        with self.changed:
+            self.pending |= {r.id: (r, f, self.version) for r, f in zip(requests, futures, strict=True)}
+            self.changed.notify_all()
+        return futures
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        with self.changed:
+            assert self.changed.wait_for(condition, WAIT_S), "the engine never got there"
+
+    def answer(self, id: str, reason: str = "length") -> None:
+        self.wait(lambda: id in self.pending)
+        _, future, version = self.pending.pop(id)
+        spans = (Span(version, 2),) if reason != "abort" else ()
+        tokens = [5, 6] if reason != "abort" else []
+        future.set_result(
+            Generation(
+                id=id,
+                token_ids=tokens,
+                logprobs=[-1.0] * len(tokens),
+                kept_logmass=None,
+                spans=spans,
+                finish_reason=reason,
+            )
+        )
+
+    def update_weights(self, version: Version, tensors: object) -> SwapReport:
+        with self.changed:
+            self.version = version
+            self.swaps.append(version)
+            self.changed.notify_all()
+        return SwapReport(version=version, pause_s=0.25, recomputed_tokens=3)
+
+    def abort(self, group: int | None = None) -> None:
+        with self.changed:
+            self.aborted.append(group)
+            doomed = [id for id, (request, *_) in self.pending.items() if group in (None, request.group)]
+            self.changed.notify_all()
+        for id in doomed:
+            self.answer(id, "abort")
+
+
+class FakeStore:
+    """Hands out the tickets that the test puts into `tickets`, in as large pieces as asked for; long polls like a real one."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.tickets: list[Ticket] = []
+        self.cancelled: list[int] = []
+        self.ended = False
+        self.error: Exception | None = None
+        self.waiting_for = "bound full"
+        self.calls: list[tuple[int, Version, tuple[int, ...]]] = []
+        self.rollouts: list[Rollout] = []
+
+    def put(self, *tickets: Ticket, **fields: object) -> None:
+        with self.changed:
+            self.tickets.extend(tickets)
+            for name, value in fields.items():
+                setattr(self, name, value)
+            self.changed.notify_all()
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        with self.changed:
+            assert self.changed.wait_for(condition, WAIT_S), "the store never saw it"
+
+    def reserve(self, k: int, version: Version, held: Sequence[int], wait_s: float) -> Reserved:
+        with self.changed:
+            self.calls.append((k, version, tuple(held)))
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: (self.tickets and k) or self.cancelled or self.ended or self.error, wait_s)
+            if self.error is not None:
+                raise self.error
+            taken, self.tickets = self.tickets[:k], self.tickets[k:]
+            cancelled, self.cancelled = self.cancelled, []
+            return Reserved(
+                tickets=tuple(taken),
+                cancelled=tuple(cancelled),
+                ended=self.ended and not self.tickets,
+                waiting_for="" if taken or k == 0 else self.waiting_for,
+            )
+
+    def submit(self, rollouts: Sequence[Rollout]) -> None:
+        with self.changed:
+            self.rollouts.extend(rollouts)
+            self.changed.notify_all()
+
+
+class FakeWeights:
+    """Hands out versions in the order in which the test publishes them."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.newest: Version | None = None
+
+    def publish(self, version: Version) -> None:
+        with self.changed:
+            self.newest = version
+            self.changed.notify_all()
+
+    def next(self, after: Version | None, wait_s: float) -> "tuple[Version, dict[str, object]] | None":
+        with self.changed:
+            self.changed.wait_for(lambda: self.newest not in (None, after), wait_s)
+            return None if self.newest in (None, after) else (self.newest, {})
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def fake_engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def fake_store() -> FakeStore:
+    return FakeStore()
+
+
+@pytest.fixture
+def fake_weights() -> FakeWeights:
+    return FakeWeights()

@@ -1,0 +1,142 @@
+"""Every check that a run passes before an actor starts, one by one, and all together."""
+
+import json
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from asyncrl.config import (
+    AlgorithmSpec,
+    DataSpec,
+    Deployment,
+    EngineSpec,
+    EvaluationSpec,
+    GeneratorsSpec,
+    LearnerSpec,
+    ModelSpec,
+    Recipe,
+    RewardSpec,
+    SamplingSpec,
+    StalenessSpec,
+)
+from asyncrl.errors import ConfigError, DataError
+from asyncrl.jobs.dry_run import check
+from asyncrl.paths import resolve_paths
+from asyncrl.rundir import RunDir
+
+
+@pytest.fixture(autouse=True)
+def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "runs/r")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    """Ten rows, a reward and a model folder; eight groups a batch."""
+    row = {"data_source": "s", "prompt": "1+1=", "reward_model": {"ground_truth": "2"}}
+    (tmp_path / "train.jsonl").write_text((json.dumps(row) + "\n") * 10)
+    (tmp_path / "rewards.py").write_text("def score(*args): return 1.0\n\nkeep = max\n\ndef prepare(recipe, run_dir): ...\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    return Recipe(
+        name="r",
+        model=ModelSpec(path=f"{tmp_path}/model"),
+        data=DataSpec(files=(f"{tmp_path}/train.jsonl",)),
+        reward=RewardSpec(function=f"{tmp_path}/rewards.py:score"),
+        sampling=SamplingSpec(n=4),
+        learner=LearnerSpec(batch_groups=8),
+        total_steps=5,
+    )
+
+
+def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
+    recipe = replace(recipe, staleness=StalenessSpec(max_lag=2, capacity_groups=20))
+    plan = check(recipe, Deployment(num_cpus=2), run)
+    assert plan == [
+        f"run         {tmp_path}/runs/r",
+        f"model       {tmp_path}/model",
+        f"data        {tmp_path}/train.jsonl: prompt, reward_model.ground_truth, data_source found",
+        f"reward      {tmp_path}/rewards.py:score, at most 10 s a sample",
+        "lengths     1024 prompt + 1024 response tokens of 2048",
+        # The bound would admit (2 + 1) · 8 = 24; capacity_groups says 20.
+        "batches     5 updates × 8 groups × 4 rollouts; max_lag 2 (mask), at most 20 groups outstanding; 1 × 64 slots",
+        "placement   4 actors on this machine ask for 0 of 2 CPUs",
+    ]
+    assert not run.path.exists()
+
+
+def test_what_prepare_makes_need_not_exist_yet(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
+    made = replace(
+        recipe,
+        model=ModelSpec(path="{run}/data/model"),
+        data=DataSpec(files=("{run}/data/train.parquet",), epochs=1),
+        evaluation=EvaluationSpec(files=("{run}/data/heldout.parquet",)),
+        prepare="rewards.py:prepare",
+    )
+    plan = check(resolve_paths(made, run, tmp_path), Deployment(), run)
+    assert sum(line.endswith("(made by prepare)") for line in plan) == 3
+    with pytest.raises(ConfigError, match=r"3 problems:\n  1\. model\.path=.*does not exist"):
+        check(resolve_paths(replace(made, prepare=""), run, tmp_path), Deployment(), run)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"model": ModelSpec(path="/nowhere/model")}, ConfigError, r"model\.path='/nowhere/model' does not exist"),
+        ({"model": ModelSpec(path="/")}, ConfigError, r"model\.path='/' has no config\.json"),
+        ({"data": DataSpec(files=("/nowhere/a.jsonl",))}, DataError, r"no data file /nowhere/a\.jsonl"),
+        ({"evaluation": EvaluationSpec(files=("/nowhere/a.jsonl",))}, DataError, r"no data file /nowhere/a\.jsonl"),
+        ({"reward": RewardSpec(function="/nowhere.py:f")}, ConfigError, r"reward\.function='/nowhere\.py:f'"),
+        ({"prepare": "/nowhere.py:f"}, ConfigError, r"prepare='/nowhere\.py:f'"),
+        ({"sampling": SamplingSpec(keep="/nowhere.py:f")}, ConfigError, r"sampling\.keep='/nowhere\.py:f'"),
+        ({"sampling": SamplingSpec(n=1, min_valid=1)}, ConfigError, r"sampling\.n=1 with .*'grpo'.* all would be 0"),
+        ({"sampling": SamplingSpec(n=65)}, ConfigError, r"engine\.slots=64 < sampling\.n=65"),
+        (
+            {"sampling": SamplingSpec(max_response_length=1025)},
+            ConfigError,
+            r"= 2049 tokens > generators\.engine\.max_length=2048",
+        ),
+    ],
+)
+def test_problems(recipe: Recipe, run: RunDir, fields: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        check(replace(recipe, **fields), Deployment(), run)
+
+
+def test_columns_are_those_that_the_recipe_names(recipe: Recipe, run: RunDir) -> None:
+    wrong = replace(recipe.data, answer_key="answer")
+    with pytest.raises(
+        DataError, match=r"train\.jsonl, line 1: no column 'answer' .*columns found: data_source, prompt, reward_model"
+    ):
+        check(replace(recipe, data=wrong), Deployment(), run)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch", "fits"), [(1, 10, True), (1, 11, False), (2, 20, True), (2, 21, False), (None, 99, True)]
+)
+def test_epochs_that_cannot_fill_a_batch(recipe: Recipe, run: RunDir, epochs: int | None, batch: int, fits: bool) -> None:
+    recipe = replace(recipe, data=replace(recipe.data, epochs=epochs), learner=LearnerSpec(batch_groups=batch))
+    if fits:
+        check(recipe, Deployment(), run)
+        return
+    with pytest.raises(ConfigError, match=rf"10 rows × data\.epochs={epochs} < learner\.batch_groups={batch}: no batch"):
+        check(recipe, Deployment(), run)
+
+
+def test_another_engine_and_estimator_lift_their_bounds(recipe: Recipe, run: RunDir) -> None:
+    long = replace(recipe, sampling=SamplingSpec(n=4, max_response_length=3072))
+    deployment = Deployment(generators=GeneratorsSpec(engine=EngineSpec(max_length=4096)))
+    assert "lengths     1024 prompt + 3072 response tokens of 4096" in check(long, deployment, run)
+    assert check(replace(recipe, algorithm=AlgorithmSpec(adv_estimator="grpo_no_std")), Deployment(), run)
+
+
+def test_a_run_directory_that_cannot_be_made(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"run directory .*file/r: .*file is not a writable folder; .* --runs-dir"):
+        check(recipe, Deployment(), RunDir(tmp_path / "file/r"))

@@ -1,0 +1,189 @@
+import argparse
+import json
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+
+from asyncrl.config import DataSpec, ModelSpec, Recipe, RewardSpec, SamplingSpec
+from asyncrl.errors import ConfigError, DataError
+from asyncrl.jobs.evaluate import Answer, add_arguments, main, summary
+from asyncrl.learn.checkpoint import Checkpoints
+from asyncrl.reward.frames import Verdict
+from asyncrl.rundir import RunDir
+from asyncrl.types import Generation, Prompt, Version
+
+LETTERS = "0123456789+=?"
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    assert "<" not in solution_str, "special tokens must not reach the reward"
+    if extra_info["index"] == 2:
+        raise ValueError("unreadable")
+    return {"score": 0.5, "digits": len(solution_str)}
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny random Qwen3 with a character tokenizer, as a Hugging Face folder."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    vocabulary = {token: i for i, token in enumerate([*LETTERS, "<end>", "<pad>"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    tokens = {"unk_token": "?", "eos_token": "<end>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE, **tokens).save_pretrained(folder)
+    config = Qwen3Config(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=32,
+        eos_token_id=vocabulary["<end>"],
+        tie_word_embeddings=True,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = [
+        {
+            "data_source": "sums" if index < 3 else "other",
+            "prompt": [{"role": "user", "content": f"{index}+{index}"}],
+            "reward_model": {"style": "rule", "ground_truth": str(2 * index)},
+            "extra_info": {"split": "test", "index": index},
+        }
+        for index in range(4)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test.parquet")
+    return tmp_path / "test.parquet"
+
+
+@pytest.fixture
+def reward(tmp_path):
+    (tmp_path / "reward.py").write_text(REWARD)
+    return tmp_path / "reward.py"
+
+
+def evaluate(*argv):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return main(parser.parse_args([*map(str, argv), "--reward-processes", "1", "--device", "cpu"]))
+
+
+def test_one_json_line_and_every_sample_on_disk(model, data, reward, tmp_path, capsys):
+    out = tmp_path / "samples.parquet"
+    sampled = ("--n", 2, "--temperature", 1.0, "--max-response-length", 5)
+    assert evaluate(model, "--data", data, "--reward", reward, *sampled, "--batch", 3, "--out", out) == 0
+    [line] = capsys.readouterr().out.splitlines()
+    report = json.loads(line)
+    assert report["samples"] == 8
+    assert report["score"] == pytest.approx(0.375)  # 3 prompts of 0.5, and one that is invalid
+    assert report["by_source"] == {"other": pytest.approx(0.5), "sums": pytest.approx(1 / 3)}
+    assert (report["invalid"], report["timeout"]) == (2, 0)
+    assert report["wall_s"] > 0
+    rows = pq.read_table(out).to_pylist()
+    assert [(row["row"], row["rollout"]) for row in rows] == [(i, r) for i in range(4) for r in range(2)]
+    assert report["mean_length"] == sum(row["response_length"] for row in rows) / 8
+    assert all(1 <= row["response_length"] <= 5 for row in rows)
+    assert {row["score"] for row in rows if row["row"] == 2} == {None}
+    assert all("ValueError: unreadable" in row["error"] for row in rows if row["row"] == 2)
+    assert all(json.loads(row["parts"]) == {"digits": len(row["response"])} for row in rows if row["row"] != 2)
+
+
+def test_the_same_seed_gives_the_same_samples_and_another_does_not(model, data, reward, tmp_path):
+    def responses(name, seed):
+        out = tmp_path / f"{name}.parquet"
+        evaluate(
+            model, "--data", data, "--reward", reward, "--temperature", 1, "--n", 4, "--batch", 5, "--seed", seed, "--out", out
+        )
+        return pq.read_table(out).column("response").to_pylist()
+
+    first = responses("a", 1)
+    assert responses("b", 1) == first
+    assert responses("c", 2) != first
+
+
+def test_limit_takes_the_first_prompts(model, data, reward, capsys):
+    evaluate(model, "--data", data, "--reward", f"{reward}:compute_score", "--limit", 2)
+    report = json.loads(capsys.readouterr().out)
+    assert (report["samples"], report["invalid"], report["score"]) == (2, 0, 0.5)
+
+
+def test_a_run_is_evaluated_at_its_newest_checkpoint_with_its_recipe(model, data, reward, tmp_path, capsys):
+    recipe = Recipe(
+        name="r",
+        model=ModelSpec(path=str(model)),
+        data=DataSpec(files=("train.parquet",), answer_key="extra_info.index"),
+        reward=RewardSpec(function="a.py:b"),
+        sampling=SamplingSpec(max_response_length=3),
+        total_steps=1,
+    )
+    run = RunDir(tmp_path / "run").create()
+    run.recipe.write_bytes(msgspec.json.encode(recipe))
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    Checkpoints(run, keep_last_n=1).save(policy, torch.optim.AdamW(policy.parameters()), Version(0, 0))
+    out = tmp_path / "of_run.parquet"
+    evaluate(run.path, "--data", data, "--reward", reward, "--out", out)
+    evaluate(model, "--data", data, "--reward", reward, "--max-response-length", 3, "--out", tmp_path / "of_model.parquet")
+    rows = pq.read_table(out).to_pylist()
+    assert [row["ground_truth"] for row in rows] == ["0", "1", "2", "3"]
+    assert [row["response"] for row in rows] == pq.read_table(tmp_path / "of_model.parquet").column("response").to_pylist()
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["model"] == str(run.path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"--n": 0}, "--n=0: it must be >= 1"),
+        ({"--n": 2}, "--n=2 with --temperature=0: greedy decoding would give 2 equal responses"),
+        ({"--top-p": 1.5}, "--top-p=1.5: it must be in (0, 1]"),
+        ({"--out": "x.json"}, "name a .parquet file"),
+        ({"--reward": "{folder}/nothing.py"}, "--reward='{folder}/nothing.py:compute_score': no file"),
+        ({"--data": "{folder}/nothing.parquet"}, "no data file"),
+        ({"--prompt-key": "question"}, "no column 'question'"),
+        (
+            {"--max-response-length": 30},
+            "--max-response-length=30 > 28: the model knows 32 positions and the longest prompt has 4",
+        ),
+    ],
+)
+def test_mistakes_are_named(model, data, reward, tmp_path, change, words):
+    options = {"--data": str(data), "--reward": str(reward)} | {k: str(v).format(folder=tmp_path) for k, v in change.items()}
+    with pytest.raises((ConfigError, DataError)) as caught:
+        evaluate(model, *[word for pair in options.items() for word in pair])
+    assert words.format(folder=tmp_path) in str(caught.value)
+
+
+def test_failures_count_as_zero_in_the_mean():
+    def answer(source, status, reward, length):
+        generation = Generation(id="", token_ids=[0] * length, logprobs=[], kept_logmass=None, spans=(), finish_reason="stop")
+        prompt = Prompt(row=0, ids=(1,), data_source=source)
+        return Answer(prompt=prompt, rollout=0, seed=0, generation=generation, response="", verdict=Verdict(status, reward))
+
+    answers = [
+        answer("a", "ok", 1.0, 1),
+        answer("a", "invalid", None, 2),
+        answer("b", "timeout", None, 3),
+        answer("b", "ok", 0.5, 6),
+    ]
+    assert summary(answers) == {
+        "samples": 4,
+        "score": 0.375,
+        "by_source": {"a": 0.5, "b": 0.25},
+        "invalid": 1,
+        "timeout": 1,
+        "mean_length": 3.0,
+    }

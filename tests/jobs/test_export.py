@@ -1,0 +1,135 @@
+import argparse
+import json
+
+import msgspec
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+
+from asyncrl.config import DataSpec, ModelSpec, Recipe, RewardSpec
+from asyncrl.errors import CheckpointError, ConfigError
+from asyncrl.jobs.export import add_arguments, main
+from asyncrl.jobs.policies import locate
+from asyncrl.learn.checkpoint import Checkpoints
+from asyncrl.rundir import RunDir
+from asyncrl.types import Version
+
+SMALL = {
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+}
+
+
+@pytest.fixture(params=["qwen3-tied", "llama-untied"])
+def model(request):
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    tied = request.param == "qwen3-tied"
+    config = (Qwen3Config if tied else LlamaConfig)(**SMALL, head_dim=8, tie_word_embeddings=tied)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture
+def run(tmp_path, model):
+    """A run directory with checkpoints 0 and 1, and the model as it is at 1."""
+    base, run_dir = tmp_path / "base", RunDir(tmp_path / "run").create()
+    backend = Tokenizer(models.WordLevel({str(i): i for i in range(20)}, unk_token="0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="0", chat_template="{{ messages }}").save_pretrained(base)
+    recipe = Recipe(
+        name="r",
+        model=ModelSpec(path=str(base)),
+        data=DataSpec(files=("x.parquet",)),
+        reward=RewardSpec(function="a.py:b"),
+        total_steps=1,
+    )
+    run_dir.recipe.write_bytes(msgspec.json.encode(recipe))
+    checkpoints, optimizer = Checkpoints(run_dir, keep_last_n=3), torch.optim.AdamW(model.parameters())
+    checkpoints.save(model, optimizer, Version(0, 0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    checkpoints.save(model, optimizer, Version(0, 1))
+    return run_dir
+
+
+def export(*argv):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return main(parser.parse_args(list(map(str, argv))))
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(torch.arange(12).view(2, 6)).logits
+
+
+def test_the_newest_checkpoint_becomes_a_hugging_face_folder(run, model, tmp_path, capsys):
+    out = tmp_path / "exports" / "hf"
+    assert export(run.path, out) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out).eval()), logits(model))
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer("3 14")["input_ids"] == [3, 14]
+    assert tokenizer.chat_template == "{{ messages }}"
+    assert [path.name for path in out.parent.iterdir()] == ["hf"]
+
+
+def test_a_named_checkpoint_is_that_one(run, model, tmp_path):
+    export(run.checkpoint(0), tmp_path / "hf")
+    assert not torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()), logits(model))
+
+
+def test_an_export_can_be_in_another_type(run, tmp_path):
+    export(run.path, tmp_path / "hf", "--dtype", "bfloat16")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype == torch.bfloat16
+
+
+def test_nothing_is_overwritten_unasked(run, model, tmp_path):
+    out = tmp_path / "hf"
+    export(run.checkpoint(0), out)
+    with pytest.raises(ConfigError, match="is not empty, and would be replaced; choose another folder, or add --force"):
+        export(run.path, out)
+    export(run.path, out, "--force")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out).eval()), logits(model))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_text("")
+    with pytest.raises(ConfigError, match="no Hugging Face folder"):
+        export(run.path, tmp_path / "photos", "--force")
+    with pytest.raises(ConfigError, match="is a file"):
+        export(run.path, tmp_path / "photos" / "cat.png")
+    (tmp_path / "empty").mkdir()
+    assert export(run.path, tmp_path / "empty") == 0
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_but_not_when_named(run):
+    (run.checkpoint(1) / "policy" / "model.safetensors").write_bytes(b"torn")
+    assert locate(str(run.path)).checkpoint == run.checkpoint(0)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has 4 bytes"):
+        locate(str(run.checkpoint(1)))
+    (run.checkpoint(0) / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is whole"):
+        locate(str(run.path))
+
+
+def test_a_checkpoint_out_of_its_run_needs_a_tokenizer(run, tmp_path):
+    moved = run.checkpoint(1).rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="add --tokenizer"):
+        locate(str(moved))
+    policy = locate(str(moved), tokenizer=str(tmp_path / "base"))
+    assert (policy.checkpoint, policy.recipe) == (moved, None)
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="is no model, checkpoint or run"):
+        locate(str(tmp_path))
+    (tmp_path / "recipe.json").write_text(json.dumps({}))
+    with pytest.raises(ConfigError, match="has no checkpoint yet"):
+        locate(str(tmp_path))
+    assert locate("Qwen/Qwen3-0.6B").spec == ModelSpec(path="Qwen/Qwen3-0.6B")

@@ -1,0 +1,159 @@
+"""Tiny models, rollouts with known columns, and a scripted store and bus."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from asyncrl.config import AlgorithmSpec, LearnerSpec
+from asyncrl.learn.trainer import PolicyTrainer
+from asyncrl.staleness import Staleness
+from asyncrl.types import BatchLease, Fence, TrainRollout, Version
+
+torch.set_num_threads(1)
+
+
+def tiny_model(seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=16,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    model = Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():  # larger than initialized, so that distributions differ visibly from uniform
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    return model
+
+
+def rollout(group: int, index: int, *, updates: Sequence[int] = (0, 0, 0), seed: int = 0, **fields: object) -> TrainRollout:
+    """A rollout of group `group` whose prompt depends on the group alone. `fields` replaces columns."""
+    generator = np.random.default_rng((seed, group, index))
+    length = len(updates)
+    columns = {
+        "group": group,
+        "rollout": index,
+        "attempt": 0,
+        "data_source": "test",
+        "prompt_ids": np.random.default_rng((seed, group)).integers(0, 16, 3 + group % 3),
+        "response_ids": generator.integers(0, 16, length),
+        "loss_mask": np.ones(length, dtype=bool),
+        "logprobs": generator.uniform(-4, -1, length).astype(np.float32),
+        "kept_logmass": None,
+        "updates": np.array(updates, dtype=np.int64),
+        "reward": float(generator.integers(0, 5)),
+        "parts": {},
+        "finish_reason": "stop",
+    }
+    return TrainRollout(**{**columns, **fields})
+
+
+def rollouts(groups: int = 4, n: int = 3, seed: int = 0, oldest: int = 0) -> list[TrainRollout]:
+    """Groups × n rollouts of 1 to 6 tokens, whose first token is from update `oldest`."""
+    found = []
+    for group in range(groups):
+        for index in range(n):
+            length = 1 + (5 * group + 3 * index) % 6
+            found.append(rollout(group, index, updates=[oldest] + [0] * (length - 1), seed=seed))
+    return found
+
+
+class FakeStore:
+    """Plays a script of leases; writes down every call. Rows are made from the group ids."""
+
+    def __init__(self, leases: Sequence[BatchLease], calls: list, fence: Fence | None = None) -> None:
+        self.leases = list(leases)
+        self.calls = calls
+        self.answer = fence or Fence(incarnation=3, committed=0, reopened=0)
+        self.metrics: list[dict[str, float]] = []
+        self.on_lease: Callable[[], None] = lambda: None
+
+    def fence(self, committed: int) -> Fence:
+        self.calls.append(("fence", committed))
+        return self.answer
+
+    def lease_batch(self, update: int, wait_s: float) -> BatchLease:
+        self.calls.append(("lease", update))
+        self.on_lease()
+        return self.leases.pop(0)
+
+    def rows(self, groups: Sequence[int]) -> list[TrainRollout]:
+        return [rollout(group, index) for group in groups for index in range(3)]
+
+    def commit(self, lease: int, version: Version, metrics: Mapping[str, float]) -> None:
+        self.calls.append(("commit", lease, str(version)))
+        self.metrics.append(dict(metrics))
+
+    def request_eval(self, version: Version) -> None:
+        self.calls.append(("eval", str(version)))
+
+    def checkpointed(self, oldest_retained: int) -> None:
+        self.calls.append(("checkpointed", oldest_retained))
+
+
+class FakeBus:
+    def __init__(self, calls: list) -> None:
+        self.calls = calls
+        self.published: dict[str, dict[str, torch.Tensor]] = {}
+
+    def publish(self, version: Version, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.calls.append(("publish", str(version)))
+        self.published[str(version)] = {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def make_model() -> Callable[..., PreTrainedModel]:
+    return tiny_model
+
+
+@pytest.fixture
+def make_rollout() -> Callable[..., TrainRollout]:
+    return rollout
+
+
+@pytest.fixture
+def make_rollouts() -> Callable[..., list[TrainRollout]]:
+    return rollouts
+
+
+@pytest.fixture
+def make_store() -> type[FakeStore]:
+    return FakeStore
+
+
+@pytest.fixture
+def make_bus() -> type[FakeBus]:
+    return FakeBus
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., PolicyTrainer]:
+    def make(
+        *, learner: dict | None = None, algorithm: dict | None = None, max_lag: int = 2, model=None, reference=None
+    ) -> PolicyTrainer:
+        spec = LearnerSpec(**{"batch_groups": 4, "lr": 1e-2, **(learner or {})})
+        return PolicyTrainer(
+            model or tiny_model(),
+            spec,
+            AlgorithmSpec(**(algorithm or {})),
+            Staleness(max_lag=max_lag, batch_groups=spec.batch_groups),
+            temperature=0.8,
+            total_steps=20,
+            refused_dir=tmp_path / "refused",
+            reference=reference,
+        )
+
+    return make

@@ -1,0 +1,51 @@
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from asyncrl.config import ModelSpec
+from asyncrl.errors import CheckpointError, ConfigError
+from asyncrl.models.loading import load_model, load_weights, named_weights
+
+
+def tied_model(hidden: int = 16) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=8,
+            hidden_size=hidden,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def test_tied_tensors_are_named_once_and_reach_both_ends() -> None:
+    source, target = tied_model(), tied_model()
+    weights = named_weights(source)
+    assert "model.embed_tokens.weight" in weights
+    assert "lm_head.weight" not in weights
+    load_weights(target, weights)
+    assert torch.equal(target.lm_head.weight, source.model.embed_tokens.weight)
+
+
+def test_weights_of_another_model_are_refused_by_name_and_shape() -> None:
+    model = tied_model()
+    with pytest.raises(CheckpointError, match="1 names differ"):
+        load_weights(model, {k: v for k, v in named_weights(model).items() if k != "model.norm.weight"})
+    with pytest.raises(CheckpointError, match=r"\(8, 24\), this model has \(8, 16\)"):
+        load_weights(model, named_weights(tied_model(hidden=24)))
+
+
+def test_a_saved_folder_loads_and_a_missing_one_names_its_path(tmp_path: Path) -> None:
+    model = tied_model()
+    model.save_pretrained(tmp_path / "m")
+    loaded = load_model(ModelSpec(path=str(tmp_path / "m")))
+    assert not loaded.training
+    assert all(torch.equal(a, b) for a, b in zip(named_weights(model).values(), named_weights(loaded).values(), strict=True))
+    with pytest.raises(ConfigError, match="nowhere"):
+        load_model(ModelSpec(path=str(tmp_path / "nowhere")))

@@ -1,0 +1,167 @@
+"""Fakes for the store's tests: a clock that stands still, prompts, plans, rollouts, and a transport without a network."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from asyncrl.replay.core import Core
+from asyncrl.replay.keep import keep_all
+from asyncrl.replay.plan import Evaluation, Grouping, Plan, Source
+from asyncrl.replay.scoring import Summary
+from asyncrl.staleness import Staleness
+from asyncrl.types import Prompt, Rollout, Sampling, Score, Span, Ticket, Version
+
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=8, stop_token_ids=(0,))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(row=100 + i, ids=(1, 2, i), data_source="even" if i % 2 == 0 else "odd") for i in range(count)]
+
+
+def plan(
+    *,
+    max_lag: int = 1,
+    batch: int = 2,
+    on_stale: str = "mask",
+    selector: str = "oldest",
+    size: int = 8,
+    epochs: int | None = None,
+    shuffle: bool = False,
+    n: int = 2,
+    min_valid: int = 1,
+    max_attempts: int = 3,
+    keep: Callable[[Sequence[float]], bool] = keep_all,
+    evals: int = 0,
+    capacity: int | None = None,
+    lease_s: float = 30.0,
+) -> Plan:
+    rule = Staleness(max_lag=max_lag, batch_groups=batch, on_stale=on_stale, selector=selector)  # type: ignore[arg-type]
+    evaluation = Evaluation(prompts=prompts(evals), sampling=SAMPLING, n=1) if evals else None
+    return Plan(
+        rule=rule,
+        source=Source(prompts=prompts(size), sampling=SAMPLING, seed=7, shuffle=shuffle, epochs=epochs),
+        grouping=Grouping(n=n, min_valid=min_valid, max_attempts=max_attempts, keep=keep),
+        evaluation=evaluation,
+        capacity_groups=capacity,
+        lease_s=lease_s,
+    )
+
+
+def rollout(ticket: Ticket, index: int, version: Version, tokens: int = 3, **changes: Any) -> Rollout:
+    fields: dict[str, Any] = {
+        "group": ticket.group,
+        "rollout": index,
+        "attempt": ticket.attempt,
+        "prompt": ticket.prompt,
+        "response_ids": [5 + index] * (tokens - 1) + [0],
+        "logprobs": [-0.5] * tokens,
+        "kept_logmass": None,
+        "loss_mask": [1] * tokens,
+        "turns": (0,),
+        "spans": (Span(version, tokens),),
+        "finish_reason": "stop",
+        "worker": "gen",
+        "times": {"started": 1.0, "finished": 2.0},
+        "purpose": ticket.purpose,
+    }
+    return Rollout(**(fields | changes))
+
+
+class Bench:
+    """A core with an in-memory log, and short words for what its callers do."""
+
+    def __init__(self, plan_: Plan) -> None:
+        self.plan, self.clock, self.log, self.rows = plan_, Clock(), [], 0
+        self.core = self.build()
+
+    def build(self) -> Core:
+        return Core(self.plan, self.log.extend, list(self.log), self.clock, wall=lambda: 5.0)
+
+    def reserve(self, k: int, update: int, worker: str = "gen", held: Sequence[int] = (), incarnation: int = 1) -> Any:
+        """With weights of the learner's present incarnation."""
+        self.core.arrive(worker, incarnation, held)
+        version = Version(self.core.ledger.incarnation, update)
+        return self.core.reserve(k, worker, incarnation, version, held)
+
+    def submit(self, ticket: Ticket, *updates: int, rollouts: Sequence[int] | None = None, problem: str = "") -> int:
+        """Rollouts whose tokens have these updates (one per token); how many were taken."""
+        version = Version(self.core.ledger.incarnation, updates[0]) if len(set(updates)) == 1 else None
+        summaries = [
+            Summary(ticket.group, i, ticket.attempt, min(updates), max(updates), len(updates), version, problem)
+            for i in (ticket.rollouts if rollouts is None else rollouts)
+        ]
+        accepted = self.core.acceptable(summaries, "gen")
+        self.core.submit([summaries[i] for i in accepted], self.rows)
+        self.rows += len(accepted)
+        return len(accepted)
+
+    def score(self, ticket: Ticket, *rewards: float | None) -> None:
+        """One reward per rollout of the ticket; None: invalid."""
+        self.core.score(0, [score(ticket, i, r) for i, r in zip(ticket.rollouts, rewards, strict=True)])
+
+    def ready(self, count: int, update: int) -> list[Ticket]:
+        """Reserves, generates and scores `count` groups with weights at `update`."""
+        tickets = list(self.reserve(count, update).tickets)
+        assert len(tickets) == count
+        for ticket in tickets:
+            self.submit(ticket, update)
+            self.score(ticket, *[1.0] * len(ticket.rollouts))
+        return tickets
+
+    def train(self, update: int) -> tuple[int, ...]:
+        """Leases and commits the update after `update`; its groups."""
+        incarnation = self.core.ledger.incarnation
+        lease = self.core.lease_batch(incarnation, update)
+        assert lease.groups, lease
+        self.core.commit(lease.lease, Version(incarnation, update + 1), {"loss": 1.0})
+        return lease.groups
+
+
+def score(ticket: Ticket, index: int, reward: float | None) -> Score:
+    status = "invalid" if reward is None else "ok"
+    return Score(group=ticket.group, rollout=index, attempt=ticket.attempt, status=status, reward=reward)  # type: ignore[arg-type]
+
+
+class Loop:
+    """An event loop in a thread of its own, as an actor has it; a transport calls into it."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+
+    def transport(self, store: Any) -> Callable[..., Any]:
+        def call(method: str, *args: Any, timeout_s: float) -> Any:
+            return asyncio.run_coroutine_threadsafe(getattr(store, method)(*args), self.loop).result(timeout_s)
+
+        return call
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(5)
+        self.loop.close()
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    made = Loop()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def fakes() -> SimpleNamespace:
+    """The builders above; test modules can't import them from each other."""
+    return SimpleNamespace(Bench=Bench, Clock=Clock, plan=plan, prompts=prompts, rollout=rollout, score=score, SAMPLING=SAMPLING)

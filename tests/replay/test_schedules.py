@@ -1,0 +1,266 @@
+"""Random schedules against the core: delays, late swaps, filtering, failures, lost workers, duplicates, learner and store
+restarts, both orders of commit and publish. Whatever happens, the bound holds, every group ends once, and all drains."""
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from asyncrl.replay import events as ev
+from asyncrl.replay.keep import keep_varied
+from asyncrl.replay.scoring import Summary
+from asyncrl.types import Score, Ticket, Version
+
+
+class FakeGenerator:
+    def __init__(self, name: str) -> None:
+        self.name, self.incarnation, self.version = name, 1, Version(1, 0)
+        self.work: dict[int, tuple[Ticket, dict[int, list[int]]]] = {}  # group -> updates of the tokens so far, per rollout
+
+    def die(self) -> None:
+        self.incarnation, self.work = self.incarnation + 1, {}
+
+
+class World:
+    """Actors that act in random order. Trains through the very rule of asyncrl.staleness."""
+
+    def __init__(self, fakes: SimpleNamespace, plan: Any, rng: random.Random, publish_first: bool, prefetch: int) -> None:
+        self.bench = fakes.Bench(plan)
+        self.rule, self.rng = plan.rule, rng
+        self.publish_first, self.prefetch = publish_first, prefetch
+        self.generators = [FakeGenerator(f"g{i}") for i in range(3)]
+        self.tokens: dict[int, list[int]] = {}  # log row -> updates of its tokens
+        self.trained: dict[int, list[int]] = {}  # update -> log rows, surviving lineage
+        self.undone: dict[int, list[int]] = {}
+        self.leases: list[Any] = []
+        self.scored: list[Score] = []
+        self.incarnation = self.bench.core.fence(0).incarnation
+        self.published = Version(1, 0)
+        self.checkpoints = [0]
+        self.ended = False
+
+    # generators
+
+    def reserve(self, g: FakeGenerator, k: int) -> None:
+        core = self.bench.core
+        core.arrive(g.name, g.incarnation, list(g.work))
+        answer = core.reserve(k, g.name, g.incarnation, g.version, list(g.work))
+        for group in answer.cancelled:
+            g.work.pop(group, None)
+        if self.rng.random() < 0.05:
+            return  # the answer got lost
+        for ticket in answer.tickets:
+            assert ticket.group not in g.work
+            g.work[ticket.group] = (ticket, {r: [] for r in ticket.rollouts})
+
+    def decode(self, g: FakeGenerator) -> None:
+        for _, rollouts in g.work.values():
+            for tokens in rollouts.values():
+                if self.rng.random() < 0.5:
+                    tokens.append(g.version.update)
+
+    def submit(self, g: FakeGenerator, finish: float) -> None:
+        for group, (ticket, rollouts) in list(g.work.items()):
+            for index, tokens in list(rollouts.items()):
+                if tokens and self.rng.random() < finish:
+                    for _ in range(self.rng.choice((1, 1, 2))):  # sometimes twice
+                        self.deliver(ticket, index, tokens)
+                    del rollouts[index]
+            if not rollouts:
+                del g.work[group]
+
+    def deliver(self, ticket: Ticket, index: int, tokens: list[int]) -> None:
+        problem = "finish_reason=abort" if self.rng.random() < 0.03 else ""
+        summary = Summary(ticket.group, index, ticket.attempt, min(tokens), max(tokens), len(tokens), None, problem)
+        accepted = self.bench.core.acceptable([summary], "g0")
+        if accepted:
+            self.tokens[self.bench.rows] = list(tokens)
+            self.bench.core.submit([summary], self.bench.rows)
+            self.bench.rows += 1
+
+    # reward
+
+    def reward(self, lose: float, invalid: float) -> None:
+        core = self.bench.core
+        lease, rows = core.lease_unscored(self.rng.randint(1, 4), "r0")
+        if self.rng.random() < lose:
+            return
+        where = {e.row: e for e in self.bench.log if isinstance(e, ev.RolloutSubmitted)}
+        scores = []
+        for e in (where[row] for row in rows):
+            bad = self.rng.random() < invalid
+            reward = None if bad else float(self.rng.randint(0, 1))
+            status = "invalid" if bad else "ok"
+            scores.append(Score(group=e.group, rollout=e.rollout, attempt=e.attempt, status=status, reward=reward))
+        self.scored += scores
+        core.score(lease, scores + self.rng.sample(self.scored, min(2, len(self.scored))))
+
+    # learner
+
+    def lease(self) -> None:
+        update = self.bench.core.ledger.committed + len(self.leases)
+        if len(self.leases) > self.prefetch:
+            return
+        answer = self.bench.core.lease_batch(self.incarnation, update)
+        assert answer == self.bench.core.lease_batch(self.incarnation, update)  # asking again changes nothing
+        self.ended = answer.ended
+        if not answer.groups:
+            return
+        rows = [row for row, _, _ in self.bench.core.rows(self.incarnation, answer.groups)]
+        self.check(update, answer, rows)
+        self.leases.append((answer, update, rows))
+
+    def check(self, update: int, answer: Any, rows: list[int]) -> None:
+        assert rows
+        for row in rows:
+            lags = [update - u for u in self.tokens[row]]
+            inside = [0 <= lag <= self.rule.max_lag for lag in lags]
+            assert any(inside)  # something to train
+            if self.rule.waits or self.rule.drops:
+                assert all(inside), (lags, self.rule)  # nothing is masked
+        if answer.replayed:
+            assert rows == self.undone[update + 1]
+        if not answer.replayed and len(answer.groups) < self.rule.batch_groups:
+            assert self.bench.core._book.exhausted()
+
+    def commit(self, crash: bool = False) -> None:
+        if not self.leases:
+            return
+        answer, update, rows = self.leases[0]
+        version = Version(self.incarnation, update + 1)
+        if self.publish_first:
+            self.published = version
+        if crash:
+            return
+        for _ in range(2):  # the answer got lost: again
+            self.bench.core.commit(answer.lease, version, {"loss": 0.5})
+        self.published = version
+        self.leases.pop(0)
+        self.trained[update + 1] = rows
+        if self.rng.random() < 0.3:
+            self.checkpoints = [*self.checkpoints, update + 1][-2:]
+            self.bench.core.checkpointed(self.checkpoints[0])
+
+    def restart_learner(self) -> None:
+        self.commit(crash=True)
+        at = self.rng.choice([c for c in self.checkpoints if c <= self.bench.core.ledger.committed])
+        self.checkpoints = [c for c in self.checkpoints if c <= at]
+        fence = self.bench.core.fence(at)
+        for update in [u for u in self.trained if u > at]:
+            self.undone[update] = self.trained.pop(update)
+        self.incarnation, self.leases, self.ended = fence.incarnation, [], False
+        self.published = Version(fence.incarnation, at)
+
+    def restart_store(self) -> None:
+        before = self.bench.core.ledger
+        self.bench.core = self.bench.build()
+        assert self.bench.core.ledger == before
+
+    # all
+
+    def invariants(self) -> None:
+        c = self.bench.core.ledger.counts()
+        assert c.reserved == c.trained + c.filtered + c.evicted + c.failed + c.pending
+        assert len(self.bench.core.ledger.groups) == c.pending
+
+    def random_step(self) -> None:
+        g, chance = self.rng.choice(self.generators), self.rng.random()
+        if chance < 0.25:
+            self.reserve(g, self.rng.randint(0, 4))
+        elif chance < 0.45:
+            self.decode(g)
+        elif chance < 0.60:
+            self.submit(g, finish=0.4)
+        elif chance < 0.68:
+            g.version = max(self.published, g.version) if self.rng.random() < 0.9 else g.version
+        elif chance < 0.78:
+            self.reward(lose=0.1, invalid=0.1)
+        elif chance < 0.86:
+            self.lease()
+        elif chance < 0.94:
+            self.commit()
+        elif chance < 0.96:
+            g.die()
+        elif chance < 0.97:
+            self.bench.clock.now += 40  # everybody's lease runs out
+        elif chance < 0.985:
+            self.restart_learner()
+        else:
+            self.restart_store()
+
+    def drain(self) -> None:
+        for _ in range(400):
+            for g in self.generators:
+                g.version = max(self.published, g.version)
+                self.reserve(g, 4)
+                for _ in range(3):
+                    self.decode(g)
+                self.submit(g, finish=1.0)
+            for _ in range(8):
+                self.reward(lose=0.0, invalid=0.0)
+            self.bench.clock.now += 1
+            self.lease()
+            self.commit()
+            self.invariants()
+            if self.ended and not self.leases:
+                return
+        raise AssertionError(f"did not drain: {self.bench.core.state()}")
+
+
+MODES = [
+    (0, "wait", "oldest"),
+    (1, "wait", "oldest"),
+    (4, "wait", "oldest"),
+    (1, "mask", "oldest"),
+    (4, "mask", "freshest"),
+    (4, "mask", "oldest"),
+    (1, "drop", "oldest"),
+    (4, "drop", "uniform"),
+    (4, "drop", "oldest"),
+]
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    mode=st.sampled_from(MODES),
+    batch=st.integers(1, 3),
+    publish_first=st.booleans(),
+    prefetch=st.integers(0, 1),
+    filtering=st.booleans(),
+    steps=st.integers(0, 250),
+)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_any_schedule_keeps_the_bound_and_drains(
+    fakes: SimpleNamespace, seed: int, mode: tuple, batch: int, publish_first: bool, prefetch: int, filtering: bool, steps: int
+) -> None:
+    max_lag, on_stale, selector = mode
+    options = {"keep": keep_varied} if filtering else {}
+    plan = fakes.plan(
+        max_lag=max_lag, batch=batch, on_stale=on_stale, selector=selector, size=10, epochs=2, shuffle=True, **options
+    )
+    world = World(fakes, plan, random.Random(seed), publish_first, prefetch)
+    for _ in range(steps):
+        world.random_step()
+        world.invariants()
+    world.drain()
+    world.restart_store()
+
+    counts, log = world.bench.core.ledger.counts(), world.bench.log
+    assert counts.pending == 0
+    assert counts.trained == sum(len(e.groups) for e in _surviving(log))
+    ends = [g for e in _surviving(log) for g in e.groups] + [e.group for e in log if isinstance(e, ev.GroupSettled)]
+    assert sorted(ends) == list(range(counts.reserved))  # every reservation ended, once
+    first_tries = [e.position for e in log if isinstance(e, ev.GroupReserved) and e.retry == 0]
+    assert first_tries == list(range(20))  # both epochs, each prompt once
+
+
+def _surviving(log: list[Any]) -> list[ev.BatchCommitted]:
+    commits: dict[int, ev.BatchCommitted] = {}
+    for event in log:
+        if isinstance(event, ev.BatchCommitted):
+            commits[event.version.update] = event
+        elif isinstance(event, ev.LearnerFenced):
+            commits = {u: c for u, c in commits.items() if u <= event.committed}
+    return list(commits.values())

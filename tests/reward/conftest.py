@@ -1,0 +1,91 @@
+import pytest
+
+# A reward whose behaviour the response chooses; ground_truth is its argument.
+SOURCE = '''
+import os, re, signal, subprocess, sys, time
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return globals()["do_" + solution_str](ground_truth)
+
+def do_number(value):
+    return value
+
+def do_nan(value):
+    return float("nan")
+
+def do_raise(value):
+    raise ValueError("bad answer")
+
+def do_surrogate(value):
+    raise ValueError("\\ud800")
+
+def do_loop(value):
+    while True:
+        pass
+
+def do_regex(value):
+    re.match("(a+)+$", "a" * 60 + "b")  # holds the GIL for years
+
+def do_exit(value):
+    os._exit(3)
+
+def do_crash(value):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+def do_alarm(value):
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    while True:
+        pass
+
+def do_leave_alarm(value):
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    return 1.0
+
+def do_wait(value):
+    time.sleep(value)
+    return 1.0
+
+def do_print(value):
+    print("printed by the reward")
+    os.write(1, b"\\x00\\xff written to descriptor one\\n")
+    sys.stdout.flush()
+    subprocess.run(["echo", "from a subprocess"])
+    assert sys.stdin.read() == ""
+    return 1.0
+
+def do_meet(value):
+    """Returns only once another process has come to the same place."""
+    mine, other = value
+    open(mine, "w").close()
+    while not os.path.exists(other):
+        time.sleep(0.001)
+    return 1.0
+
+def do_child(value):
+    """Starts a process that outlives nobody, tells its pid, and never returns."""
+    child = subprocess.Popen(["sleep", "1000"])
+    with open(value + ".part", "w") as file:
+        file.write(str(child.pid))
+    os.rename(value + ".part", value)
+    while True:
+        pass
+
+def do_pid(value):
+    return os.getpid()
+
+def do_orphan(value):
+    """Dies while a forked child holds its pipes open."""
+    if os.fork() == 0:
+        while True:
+            time.sleep(1)
+    os._exit(4)
+'''
+
+
+@pytest.fixture
+def function(tmp_path):
+    path = tmp_path / "user_reward.py"
+    path.write_text(SOURCE)
+    return f"{path}:compute_score"

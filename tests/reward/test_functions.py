@@ -1,0 +1,122 @@
+import decimal
+import math
+
+import numpy as np
+import pytest
+
+from asyncrl.errors import ConfigError
+from asyncrl.reward.frames import Sample, Verdict
+from asyncrl.reward.functions import judge, load_judge, read_result
+
+SAMPLE = Sample("gsm8k", "it is #### 72", '"72"', '{"index":3}')
+
+
+@pytest.mark.parametrize(
+    ("result", "verdict"),
+    [
+        (0.5, Verdict("ok", 0.5)),
+        (0, Verdict("ok", 0.0)),
+        (True, Verdict("ok", 1.0)),
+        (np.float32(0.25), Verdict("ok", 0.25)),
+        (np.array(0.25), Verdict("ok", 0.25)),
+        ({"score": 1, "acc": True, "pred": "72", "len": 3}, Verdict("ok", 1.0, {"acc": 1.0, "len": 3.0})),
+        ({"score": 1, "gap": math.nan}, Verdict("ok", 1.0, {})),
+    ],
+)
+def test_results_that_are_rewards(result, verdict):
+    assert read_result(result) == verdict
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (None, "returned NoneType None"),
+        ("1.0", "returned str '1.0'"),
+        (math.nan, "returned nan"),
+        (-math.inf, "returned -inf"),
+        ([1.0], "returned list [1.0]"),
+        (np.array([1.0]), "returned ndarray"),
+        (decimal.Decimal(1), "returned Decimal"),
+        ({}, "without 'score'"),
+        ({"reward": 1.0}, "keys are ['reward']"),
+        ({"score": None}, "score=None"),
+        ({"score": math.nan, "acc": 1.0}, "returned nan"),
+    ],
+)
+def test_results_that_are_none(result, words):
+    verdict = read_result(result)
+    assert verdict.status == "invalid"
+    assert verdict.reward is None
+    assert words in verdict.error
+
+
+def verl(data_source, solution_str, ground_truth, extra_info=None):
+    assert extra_info == {"index": 3}
+    return float(data_source == "gsm8k" and solution_str.endswith(ground_truth))
+
+
+def keyword_only(*, solution_str, ground_truth, data_source, extra_info):
+    return verl(data_source, solution_str, ground_truth, extra_info)
+
+
+def everything(**fields):
+    return verl(**fields)
+
+
+def renamed(source, answer, truth, info):
+    return verl(source, answer, truth, info)
+
+
+def three(source, answer, truth):
+    return verl(source, answer, truth, {"index": 3})
+
+
+def some(solution_str, ground_truth, method="strict", format_score=0.0, score=1.0):
+    return score if method == "strict" and solution_str.endswith(ground_truth) else format_score
+
+
+@pytest.mark.parametrize("function", [verl, keyword_only, everything, renamed, three, some])
+def test_calling_conventions(function):
+    assert judge(function)(SAMPLE) == Verdict("ok", 1.0)
+
+
+def test_a_signature_that_cannot_be_called_is_a_config_error():
+    with pytest.raises(ConfigError, match=r"takes \(a, b, c, d, e\), but is called as \(data_source, solution_str"):
+        judge(lambda a, b, c, d, e: 0.0)
+
+
+@pytest.mark.parametrize("error", [ValueError("no digits"), SystemExit(3), KeyboardInterrupt()])
+def test_whatever_is_raised_becomes_invalid_with_type_message_and_line(error):
+    def raises(data_source, solution_str, ground_truth, extra_info=None):
+        raise error
+
+    verdict = judge(raises)(SAMPLE)
+    assert verdict.status == "invalid"
+    assert f"{type(error).__name__}: {error}" in verdict.error
+    assert "test_functions.py" in verdict.error
+    assert "in raises" in verdict.error
+
+
+# What a user of verl brings along: a file in its calling convention, scored as its GSM8K reward does.
+GSM8K = """
+import re
+
+def extract_solution(solution_str, method="strict"):
+    solutions = re.findall("#### (\\\\-?[0-9\\\\.\\\\,]+)", solution_str)
+    return solutions[-1].replace(",", "").replace("$", "") if solutions else None
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    answer = extract_solution(solution_str=solution_str)
+    if answer is None:
+        return 0
+    return {"score": 1.0, "acc": True} if answer == ground_truth else {"score": 0.0, "acc": False}
+"""
+
+
+def test_a_gsm8k_compute_score_file(tmp_path):
+    path = tmp_path / "gsm8k.py"
+    path.write_text(GSM8K)
+    score = load_judge(f"{path}:compute_score")
+    assert score(Sample("openai/gsm8k", "so 1,172 of them\n#### 1,172", '"1172"', "null")) == Verdict("ok", 1.0, {"acc": 1.0})
+    assert score(Sample("openai/gsm8k", "#### 7", '"1172"', "null")) == Verdict("ok", 0.0, {"acc": 0.0})
+    assert score(Sample("openai/gsm8k", "no idea", '"1172"', "null")) == Verdict("ok", 0.0)

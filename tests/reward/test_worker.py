@@ -1,0 +1,167 @@
+import json
+import threading
+
+import pytest
+
+from asyncrl.errors import Closed, ConfigError
+from asyncrl.metrics import Ledger
+from asyncrl.reward.pool import RewardPool
+from asyncrl.reward.worker import RewardWorker
+from asyncrl.types import Prompt, Score, Unscored, UnscoredLease
+
+SOURCE = '''
+import os, time
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    """Waits for the file that extra_info names; then exact match."""
+    if extra_info:
+        while not os.path.exists(extra_info["until"]):
+            time.sleep(0.001)
+    if solution_str == "9":
+        raise ValueError("nine")
+    return {"score": float(solution_str == ground_truth), "length": len(solution_str)}
+'''
+
+
+class FakeStore:
+    """Hands out the given leases, then answers `ended`. `on_score` and `on_extend` see each call's outcome so far."""
+
+    def __init__(self, *leases, lease_s=30.0, on_score=None, on_extend=None):
+        self.leases = [UnscoredLease(lease=i, lease_s=lease_s, items=tuple(items)) for i, items in enumerate(leases)]
+        self.asked, self.scores, self.extended = [], [], []
+        self.on_score, self.on_extend = on_score, on_extend
+        self.after = UnscoredLease(lease=-1, lease_s=lease_s, items=(), ended=True)
+
+    def lease_unscored(self, k, wait_s):
+        self.asked.append((k, wait_s))
+        if isinstance(self.after, Exception) and not self.leases:
+            raise self.after
+        return self.leases.pop(0) if self.leases else self.after
+
+    def extend(self, lease):
+        self.extended.append(lease)
+        if self.on_extend:
+            self.on_extend(self)
+
+    def score(self, lease, scores):
+        self.scores += [(lease, score) for score in scores]
+        if self.on_score:
+            self.on_score(self)
+
+
+def rollout(group, answer, until=None):
+    extra = json.dumps({"until": str(until)} if until else None)
+    prompt = Prompt(row=group, ids=(1,), data_source="sums", ground_truth='"12"', extra_info=extra)
+    ids = [int(digit) for digit in answer]
+    return Unscored(group=group, rollout=0, attempt=1, prompt=prompt, response_ids=ids, purpose="train", finish_reason="stop")
+
+
+@pytest.fixture
+def worker(tmp_path):
+    path = tmp_path / "reward.py"
+    path.write_text(SOURCE)
+
+    def make(store, processes=1, deadline_s=20.0, poll_s=5.0):
+        pool = RewardPool(f"{path}:compute_score", processes=processes, deadline_s=deadline_s)
+        decode = lambda ids: "".join(map(str, ids))  # noqa: E731
+        return RewardWorker(store, pool, decode, name="reward-0", lease_size=8, poll_s=poll_s)
+
+    return make
+
+
+def test_every_rollout_gets_one_verdict_and_the_end_is_clean(worker):
+    store = FakeStore([rollout(0, "12"), rollout(1, "9"), rollout(2, "2")], [rollout(3, "12")])
+    reward = worker(store)
+    reward.run()
+    ids = {"rollout": 0, "attempt": 1}
+    (lease, right), (_, raised), (_, wrong), (last, later) = sorted(store.scores, key=lambda pair: pair[1].group)
+    assert (lease, last) == (0, 1)
+    assert right == Score(group=0, status="ok", reward=1.0, parts={"length": 2.0}, **ids)
+    assert wrong == Score(group=2, status="ok", reward=0.0, parts={"length": 1.0}, **ids)
+    assert (raised.status, raised.reward) == ("invalid", None)
+    assert "ValueError: nine" in raised.error
+    assert later.group == 3
+    gauges = reward.report().gauges
+    assert (gauges["scored"], gauges["invalid"], gauges["timeout"], gauges["process_restarts"]) == (4, 1, 0, 0)
+
+
+def test_a_slow_sample_holds_up_no_other_of_its_lease(worker, tmp_path):
+    gate = tmp_path / "gate"
+    open_gate = lambda store: gate.touch() if len(store.scores) == 3 else None  # noqa: E731
+    store = FakeStore([rollout(0, "12", until=gate), *[rollout(group, "12") for group in (1, 2, 3)]], on_score=open_gate)
+    worker(store, processes=2).run()  # times out unless the three others are delivered while the first waits
+    assert [score.group for _, score in store.scores][-1] == 0
+    assert {score.status for _, score in store.scores} == {"ok"}
+
+
+def test_a_free_process_is_given_the_next_lease_while_another_is_stuck(worker, tmp_path):
+    gate = tmp_path / "gate"
+    open_gate = lambda store: gate.touch() if store.scores[-1][0] == 1 else None  # noqa: E731
+    store = FakeStore([rollout(0, "12", until=gate)], [rollout(1, "12")], on_score=open_gate)
+    worker(store, processes=2).run()
+    assert [(lease, score.status) for lease, score in store.scores] == [(1, "ok"), (0, "ok")]
+    assert store.asked[1] == (8, 0.0)  # it does not wait in the store while it owes verdicts
+
+
+def test_a_lease_is_renewed_while_its_samples_are_scored(worker, tmp_path):
+    gate = tmp_path / "gate"
+    open_gate = lambda store: gate.touch() if len(store.extended) == 3 else None  # noqa: E731
+    store = FakeStore([rollout(0, "12", until=gate)], lease_s=0.06, on_extend=open_gate)
+    worker(store).run()
+    assert len(store.extended) >= 3
+    assert [score.status for _, score in store.scores] == ["ok"]
+
+
+def test_a_timeout_is_reported_as_such(worker, tmp_path):
+    store = FakeStore([rollout(0, "12", until=tmp_path / "never")])
+    reward = worker(store, deadline_s=0.2)
+    reward.run()
+    assert [(score.status, score.reward) for _, score in store.scores] == [("timeout", None)]
+    assert reward.report().gauges["timeout"] == 1
+    assert reward.report().gauges["process_restarts"] == 1
+
+
+def test_stop_ends_the_loop_and_its_processes(worker):
+    store = FakeStore()
+    reward = worker(store)
+    store.after = UnscoredLease(lease=-1, lease_s=30.0, items=())
+
+    def lease_unscored(k, wait_s):
+        asked.set()
+        return store.after
+
+    asked = threading.Event()
+    store.lease_unscored = lease_unscored
+    thread = threading.Thread(target=reward.run)
+    thread.start()
+    assert asked.wait(20)
+    reward.stop()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_a_closed_store_is_a_clean_end(worker):
+    store = FakeStore([rollout(0, "12")])
+    store.after = Closed("the run is stopping")
+    worker(store).run()
+    assert len(store.scores) == 1
+
+
+def test_a_function_that_cannot_be_loaded_fails_before_anything_is_leased(tmp_path):
+    store = FakeStore([rollout(0, "12")])
+    pool = RewardPool(str(tmp_path / "missing.py:compute_score"))
+    with pytest.raises(ConfigError, match="no file"):
+        RewardWorker(store, pool, str, name="reward-0").run()
+    assert store.asked == []
+
+
+def test_time_divides_into_busy_and_waiting(worker):
+    clock = iter(range(1000))
+    ledger = Ledger(clock=lambda: float(next(clock)))
+    store = FakeStore([rollout(0, "12")])
+    reward = worker(store)
+    reward._ledger = ledger
+    reward.run()
+    seconds = ledger.seconds()
+    assert set(seconds) == {"wait:start", "busy", "wait:store", "wait:end"}
+    assert sum(seconds.values()) == next(clock) - 1

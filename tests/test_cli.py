@@ -1,0 +1,191 @@
+"""The command line as a person meets it: whole processes, one-screen errors, exit statuses, and no torch in the way."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from asyncrl import cli
+from asyncrl.errors import ActorFailed, ConfigError, DataError
+
+RECIPE = """
+from asyncrl.config import *
+
+recipe = Recipe(
+    name="sums",
+    model=ModelSpec(path="model"),
+    data=DataSpec(files=("train.parquet",), max_prompt_length=64),
+    reward=RewardSpec(function="rewards.py:compute_score"),
+    sampling=SamplingSpec(n=4, max_response_length=64),
+    learner=LearnerSpec(batch_groups=8),
+    total_steps=10,
+)
+"""
+
+# Runs the real command line in a fresh interpreter, then tells what it cost and what it imported.
+CHILD = """
+import resource, sys
+from asyncrl.cli import main
+status = main(sys.argv[1:])
+heavy = sorted({"torch", "transformers", "ray"} & set(sys.modules))
+usage = resource.getrusage(resource.RUSAGE_SELF)
+print(f"CHILD {usage.ru_utime + usage.ru_stime:.3f} {','.join(heavy) or '-'}")
+sys.exit(status)
+"""
+
+
+class Ended(NamedTuple):
+    status: int
+    stdout: str
+    stderr: str
+    cpu_s: float
+    heavy: str
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A recipe with all that it names, in verl's schema."""
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    (tmp_path / "rewards.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n"
+    )
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    row = {
+        "data_source": "sums",
+        "prompt": [{"role": "user", "content": "1+1="}],
+        "reward_model": {"style": "rule", "ground_truth": "2"},
+    }
+    pq.write_table(pa.Table.from_pylist([row] * 32), tmp_path / "train.parquet")
+    return tmp_path
+
+
+def asyncrl(folder: Path, *arguments: str) -> Ended:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, *arguments],
+        cwd=folder,
+        env={**environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    stdout, _, tail = done.stdout.rpartition("CHILD ")
+    cpu_s, heavy = tail.split()
+    print(f"{cpu_s} s of CPU: {' '.join(arguments)}\n{done.stderr}")
+    return Ended(done.returncode, stdout, done.stderr, float(cpu_s), heavy)
+
+
+MISTAKES = {
+    "typo in an override": (
+        ["learner.learning_rte=1e-5", "--dry-run"],
+        ["'learner.learning_rte=1e-5'", "learner has no field 'learning_rte'", "Valid: batch_groups"],
+    ),
+    "near typo in an override": (["learner.batch_group=4"], ["did you mean 'batch_groups'?"]),
+    "value of another type": (["sampling.n=abc"], ["sampling.n must be int", "'abc'"]),
+    "unknown field in the deployment": (
+        ["--deploy", "deploy.yaml"],
+        ["deploy.yaml, line 3", "generators.coutn=2", "did you mean 'count'?"],
+    ),
+    "missing data file": (["data.files=[trian.parquet]"], ["trian.parquet", "did you mean", "train.parquet"]),
+    "wrong column": (["data.prompt_key=question"], ["train.parquet, row 0", "no column 'question'", "prompt, reward_model"]),
+    "batch that can never be admitted": (
+        ["staleness.capacity_groups=4"],
+        ["learner.batch_groups=8 > staleness.capacity_groups=4", "wait for ever", "raise staleness.capacity_groups"],
+    ),
+    "GPUs on a machine without": (
+        ["deploy.learner.place.gpus=1", "deploy.generators.place.gpus=1"],
+        ["learner 1 0 1", "demanded 0 2", "available", "lower `place`"],
+    ),
+    "value out of bounds": (["evaluation.freq=0"], ["evaluation.freq=0 < 1"]),
+    "reward function that does not exist": (["reward.function=rewards.py:compute_scor"], ["did you mean 'compute_score'?"]),
+    "rollouts longer than the engine takes": (["data.max_prompt_length=2000"], ["2000", "2064 tokens > ", "max_length=2048"]),
+    "two mistakes at once": (
+        ["data.files=[none.parquet]", "reward.function=none.py:f"],
+        ["2 problems:", "1. no data file", "none.parquet", "2. reward.function=", "none.py"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_costs_one_screen_and_no_torch(folder: Path, name: str) -> None:
+    (folder / "deploy.yaml").write_text("# two generators\ngenerators:\n  coutn: 2\n")
+    arguments, expected = MISTAKES[name]
+    ended = asyncrl(folder, "run", "recipe.py", *arguments)
+    assert ended.status == 2
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("error: ")
+    assert "Traceback" not in ended.stderr
+    assert len(ended.stderr.splitlines()) <= 24
+    said = " ".join(ended.stderr.split())  # tables are aligned
+    for words in expected:
+        assert words in said
+    assert ended.heavy == "-"
+    assert ended.cpu_s < 2.0  # CPU time: the machine may be busy with something else
+    assert not (folder / "runs").exists()
+
+
+def test_dry_run_prints_the_plan_and_starts_nothing(folder: Path) -> None:
+    ended = asyncrl(
+        folder, "run", "recipe.py", "--name", "first", "--runs-dir", "out", "learner.lr=1e-5", "--dry-run", "seed=3"
+    )
+    assert ended.status == 0, ended.stderr
+    assert str(folder / "out/first") in ended.stdout
+    assert "10 updates × 8 groups × 4 rollouts; max_lag 4 (mask), at most 40 groups outstanding" in ended.stdout  # (4 + 1) · 8
+    assert ended.heavy == "-"
+    assert ended.cpu_s < 2.0
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["elsewhere/recipe.py", "recipe.py"])
+def test_a_missing_recipe(folder: Path, where: str) -> None:
+    (folder / "recipe.py").rename(folder / "other.py")
+    ended = asyncrl(folder, "run", where, "--dry-run")
+    assert ended.status == 2
+    assert f"recipe {where}: cannot be read" in ended.stderr
+    assert ("other.py" in ended.stderr) == (where == "recipe.py")
+
+
+def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, status in ((["--version"], 0), (["--help"], 0), ([], 2), (["trian"], 2)):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        assert caught.value.code == status
+    assert "asyncrl 0.1.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ConfigError("x"), 2),
+        (DataError("x"), 2),
+        (ActorFailed("learner: hf_0123456789abcdefXYZ"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_status(
+    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "failing_job.py").write_text("def add_arguments(parser): pass\ndef main(args): raise ERROR\nERROR = None\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import failing_job
+
+    failing_job.ERROR = error
+    monkeypatch.setitem(cli.JOBS, "run", ("failing_job", "fails"))
+    assert cli.main(["run"]) == status
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "hf_" not in printed.err  # secrets are masked in errors too
+    monkeypatch.delitem(sys.modules, "failing_job")
+
+
+def test_a_wrong_log_level_names_the_right_ones(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LOG_LEVEL", "verbose")
+    assert cli.main(["doctor"]) == 2
+    assert "LOG_LEVEL='verbose' is no level" in capsys.readouterr().err

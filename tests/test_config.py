@@ -1,0 +1,92 @@
+"""What a spec refuses when it is made: value, bound, consequence, fix; and that its defaults are a valid spec."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from asyncrl.config import (
+    CheckpointSpec,
+    DataSpec,
+    Deployment,
+    EvaluationSpec,
+    GeneratorsSpec,
+    LearnerSpec,
+    ModelSpec,
+    Recipe,
+    RewardSpec,
+    RewardsSpec,
+    SamplingSpec,
+    StalenessSpec,
+)
+from asyncrl.errors import ConfigError
+
+
+def recipe(**fields: Any) -> Recipe:
+    return Recipe(
+        **{
+            "name": "r",
+            "model": ModelSpec(path="m"),
+            "data": DataSpec(files=("f",)),
+            "reward": RewardSpec(function="m:f"),
+            "total_steps": 1,
+            **fields,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DataSpec(files=()), r"data\.files=\(\)"),
+        (lambda: DataSpec(files=("f",), epochs=0), r"data\.epochs=0 < 1"),
+        (lambda: RewardSpec(function="m:f", deadline_s=0), r"reward\.deadline_s=0: every sample would time out"),
+        (lambda: SamplingSpec(n=0), r"sampling\.n=0 < 1"),
+        (lambda: SamplingSpec(temperature=0), r"sampling\.temperature=0: training needs a stochastic policy"),
+        (lambda: SamplingSpec(top_p=1.5), r"sampling\.top_p=1\.5 is outside \(0, 1\]"),
+        (lambda: SamplingSpec(n=2, min_valid=3), r"sampling\.min_valid=3 is outside \[1, n=2\]"),
+        (lambda: LearnerSpec(batch_groups=10, mini_batch_groups=4), r"mini_batch_groups=4 does not divide .*batch_groups=10"),
+        (lambda: EvaluationSpec(freq=0), r"evaluation\.freq=0 < 1"),
+        (lambda: CheckpointSpec(keep_last_n=0), r"checkpoint\.keep_last_n=0 < 1: there would be nothing to resume from"),
+        (lambda: GeneratorsSpec(count=0), r"generators\.count=0 < 1: nobody would generate"),
+        (lambda: RewardsSpec(processes=0), r"rewards\.processes=0 < 1"),
+        (lambda: recipe(total_steps=0), r"total_steps=0 < 1"),
+        (
+            lambda: recipe(learner=LearnerSpec(batch_groups=8), staleness=StalenessSpec(capacity_groups=7)),
+            r"batch_groups=8 > staleness\.capacity_groups=7: .* wait for ever; raise",
+        ),
+        (lambda: recipe(staleness=StalenessSpec(max_lag=-1)), r"staleness\.max_lag=-1 < 0"),
+        (
+            lambda: recipe(staleness=StalenessSpec(max_lag=0, selector="freshest")),
+            r"selector='freshest' with max_lag=0 always waits",
+        ),
+        (lambda: recipe(staleness=StalenessSpec(on_stale="wait", selector="uniform")), r"'uniform' with on_stale='wait'"),
+    ],
+)
+def test_an_impossible_spec_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_specs_are_data_and_frozen() -> None:
+    made = recipe(staleness=StalenessSpec(capacity_groups=64))  # exactly one batch
+    assert msgspec.json.decode(msgspec.json.encode(made), type=Recipe) == made
+    assert msgspec.convert(msgspec.to_builtins(Deployment()), Deployment) == Deployment()
+    with pytest.raises(AttributeError):
+        made.seed = 1  # type: ignore[misc]
+    with pytest.raises(msgspec.ValidationError, match="unknown field `sed`"):
+        msgspec.convert({**msgspec.to_builtins(made), "sed": 1}, Recipe)
+
+
+def test_the_bound_is_that_of_the_recipe() -> None:
+    bound = recipe(learner=LearnerSpec(batch_groups=8), staleness=StalenessSpec(max_lag=2)).bound()
+    assert bound.room(outstanding=0, committed=0, update=0) == 24  # (2 + 1) · 8
+
+
+def test_importing_asyncrl_and_its_specs_loads_neither_torch_nor_ray() -> None:
+    code = "import sys, asyncrl.config, asyncrl.cli; print(sorted({'torch', 'transformers', 'ray'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
