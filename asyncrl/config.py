@@ -50,7 +50,10 @@ class DataSpec(Spec):
 
     def __post_init__(self) -> None:
         _require(len(self.files) > 0, "data.files=(): there is nothing to train on; name at least one parquet or JSONL file")
-        _require(self.epochs is None or self.epochs >= 1, f"data.epochs={self.epochs} < 1: nothing would be trained; use null or >= 1")
+        _require(
+            self.epochs is None or self.epochs >= 1,
+            f"data.epochs={self.epochs} < 1: nothing would be trained; use null or >= 1",
+        )
 
 
 class RewardSpec(Spec):
@@ -88,7 +91,10 @@ class SamplingSpec(Spec):
         _require(self.temperature > 0, f"sampling.temperature={self.temperature}: training needs a stochastic policy; use > 0")
         _require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p} is outside (0, 1]; 1 turns it off")
         _require(self.top_k >= 0, f"sampling.top_k={self.top_k} < 0; 0 turns it off")
-        _require(self.max_response_length >= 1, f"sampling.max_response_length={self.max_response_length} < 1: no token could be sampled")
+        _require(
+            self.max_response_length >= 1,
+            f"sampling.max_response_length={self.max_response_length} < 1: no token could be sampled",
+        )
         _require(
             1 <= self.min_valid <= self.n,
             f"sampling.min_valid={self.min_valid} is outside [1, n={self.n}]: no group could ever be complete; lower it",
@@ -128,7 +134,8 @@ class AlgorithmSpec(Spec):
 class LearnerSpec(Spec):
     """batch_groups: groups per update. mini_batch_groups: groups per optimizer step (None: the whole batch).
 
-    max_tokens_per_pack: tokens in one forward pass. lr_schedule decays to min_lr_ratio·lr over total_steps.
+    max_tokens_per_pack: tokens in one forward pass (on CPU at most 2,048, which is faster). max_grad_norm 0: no clipping.
+    lr_schedule decays to min_lr_ratio·lr over total_steps.
     max_refused_steps: non-finite steps in a row before the run stops.
     """
 

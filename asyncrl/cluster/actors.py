@@ -5,6 +5,8 @@ import faulthandler
 import logging
 import os
 import tempfile
+import threading
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from asyncrl.cluster.peers import Peers
@@ -43,6 +45,8 @@ class StageActor:
         self._role, self._name, self._plan, self._threads = role, name, plan, threads
         self._peers = Peers()
         self._stage: Any = None
+        self._closers: tuple[Callable[[], None], ...] = ()
+        self._running = threading.Lock()
 
     def connect(self, peer: str, edition: int, value: Any) -> None:
         """Tells where a peer is now."""
@@ -52,11 +56,12 @@ class StageActor:
         """Builds the stage: loads models, spawns processes, reaches peers. Returns what its peers need to know of it."""
         from asyncrl.cluster import wiring
 
-        self._stage, advert = wiring.build(self._role, self._name, self._plan, self._peers, self._threads)
+        self._stage, advert, self._closers = wiring.build(self._role, self._name, self._plan, self._peers, self._threads)
         return advert
 
     def run(self, *arguments: Any) -> None:
-        self._stage.run(*arguments)
+        with self._running:
+            self._stage.run(*arguments)
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """Calls a method of the stage, between runs."""
@@ -66,10 +71,14 @@ class StageActor:
         return self._stage.report()
 
     def stop(self) -> None:
-        """Ends `run` soon; idempotent."""
+        """Ends `run`, then closes what the stage used: sockets, shared memory, threads. Waits for both."""
+        self._peers.close()
         if self._stage is not None:
             self._stage.stop()
-        self._peers.close()
+        if self._running.acquire(timeout=self._plan.deployment.limits.stop_timeout_s):
+            self._running.release()
+        for close in self._closers:
+            close()
 
     def stacks(self) -> str:
         """The stack of every thread, for the watchdog."""

@@ -13,14 +13,13 @@ from asyncrl.errors import Unavailable
 class RayCall:
     """The transport of a ReplayClient: `call(method, *args)` on whatever store incarnation lives now."""
 
-    def __init__(self, peers: Peers, *, patience_s: float) -> None:
+    def __init__(self, peers: Peers) -> None:
         self._peers = peers
-        self._patience_s = patience_s
 
     def __call__(self, method: str, *args: Any, timeout_s: float) -> Any:
-        """Blocks for the answer. A store that dies meanwhile is waited for, `patience_s` at the most, and asked again:
-        the idempotency key among `args` makes that safe. Raises Unavailable; errors of the store come through as they are."""
-        deadline = time.monotonic() + timeout_s + self._patience_s
+        """Blocks for the answer. A store that dies meanwhile is waited for and asked again: the idempotency key among `args`
+        makes that safe. Raises Unavailable after `timeout_s`, Closed when the actor stops; the store's own errors pass."""
+        deadline = time.monotonic() + timeout_s
         edition, handle = self._peers.wait("store", -1, deadline)
         while True:
             try:
@@ -28,4 +27,4 @@ class RayCall:
             except RayActorError:
                 edition, handle = self._peers.wait("store", edition, deadline)
             except GetTimeoutError:
-                raise Unavailable(f"store: no answer to {method} within {timeout_s + self._patience_s:.0f} s") from None
+                raise Unavailable(f"store: no answer to {method} within {timeout_s:.0f} s") from None

@@ -3,18 +3,31 @@
 import hashlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from msgspec.structs import replace
 
 from asyncrl.callables import load_callable
 from asyncrl.cluster.actors import Stage
 from asyncrl.cluster.peers import Peers
 from asyncrl.cluster.plan import Plan
 from asyncrl.cluster.transport import RayCall
-from asyncrl.config import DataSpec, Recipe
+from asyncrl.config import DataSpec, PlaceSpec, Recipe
+from asyncrl.metrics import Ledger
 from asyncrl.rundir import RunDir
 from asyncrl.types import Sampling
 
-Built = tuple[Stage, Any]  # the stage, and what its peers need to know of it
+if TYPE_CHECKING:
+    from asyncrl.replay.client import ReplayClient
+    from asyncrl.replay.store import ReplayStore
+
+
+class Built(NamedTuple):
+    """A stage, what its peers need to know of it, and what to close when it has ended."""
+
+    stage: Stage
+    advert: Any
+    closers: tuple[Callable[[], None], ...]
 
 
 # ------------------------------------------------------------------------------------- before the actors, in the driver
@@ -47,17 +60,53 @@ def sweep(plan: Plan) -> None:
 
 
 def _eval_data(recipe: Recipe) -> DataSpec:
-    from msgspec.structs import replace
-
     return replace(recipe.data, files=recipe.evaluation.files, shuffle=False, epochs=None)
 
 
 # -------------------------------------------------------------------------------------------------------- the store
 
 
-def build_store(plan: Plan) -> Any:
+def build_store(plan: Plan) -> "ReplayStore":
     """Opens the log of the run directory, or rebuilds the store from it."""
-    raise NotImplementedError
+    from asyncrl.prompts.dataset import PromptFile
+    from asyncrl.replay import plan as replay
+    from asyncrl.replay.answers import LogSettings
+    from asyncrl.replay.keep import KEEPS
+    from asyncrl.replay.store import ReplayStore
+
+    recipe, spec = plan.recipe, plan.deployment.store
+    grouping, data = recipe.sampling, recipe.data
+    source = replay.Source(
+        prompts=PromptFile(plan.paths.data / "train.arrow"),
+        sampling=_sampling(plan, grouping.temperature, grouping.top_p, grouping.top_k),
+        seed=recipe.seed,
+        shuffle=data.shuffle,
+        epochs=data.epochs,
+    )
+    held_out, evaluation = recipe.evaluation, None
+    if held_out.files:
+        evaluation = replay.Evaluation(
+            prompts=PromptFile(plan.paths.data / "eval.arrow")[: held_out.limit],
+            sampling=_sampling(plan, held_out.temperature),
+            n=held_out.n,
+        )
+    store_plan = replay.Plan(
+        rule=recipe.bound(),
+        source=source,
+        grouping=replay.Grouping(
+            n=grouping.n,
+            min_valid=grouping.min_valid,
+            max_attempts=grouping.max_attempts,
+            keep=KEEPS.get(grouping.keep) or load_callable(grouping.keep, "sampling.keep"),
+        ),
+        evaluation=evaluation,
+        capacity_groups=recipe.staleness.capacity_groups,
+        lease_s=plan.deployment.limits.lease_s,
+    )
+    log = LogSettings(
+        folder=str(plan.paths.replay), segment_bytes=spec.segment_bytes, fsync=spec.fsync, keep_segments=spec.keep_segments
+    )
+    return ReplayStore(store_plan, log)
 
 
 # ------------------------------------------------------------------------------------------------------- the stages
@@ -65,24 +114,24 @@ def build_store(plan: Plan) -> Any:
 
 def build(role: str, name: str, plan: Plan, peers: Peers, threads: int) -> Built:
     """Builds a stage of `role` in the calling process."""
-    builders: dict[str, Callable[[str, Plan, Peers], Built]] = {
-        "generator": _generator,
-        "reward": _reward,
-        "learner": _learner,
-    }
-    if role != "reward":
-        import torch
+    if role == "reward":
+        return _reward(name, plan, peers)
+    import torch
 
-        torch.set_num_threads(threads)
-    return builders[role](name, plan, peers)
+    torch.set_num_threads(threads)
+    return _generator(name, plan, peers) if role == "generator" else _learner(name, plan, peers)
 
 
-def _client(name: str, plan: Plan, peers: Peers) -> Any:
+def _client(name: str, plan: Plan, peers: Peers) -> "ReplayClient":
     from asyncrl.replay.client import ReplayClient
 
     limits = plan.deployment.limits
-    call = RayCall(peers, patience_s=limits.start_timeout_s)
-    return ReplayClient(call, name, incarnation=time.time_ns())
+    # Later starts of the same worker must have higher numbers, also after a restart of the driver: the clock gives them.
+    return ReplayClient(RayCall(peers), name, time.time_ns(), run=plan.run_id, retry_s=limits.start_timeout_s)
+
+
+def _device(place: PlaceSpec) -> str:
+    return "cuda" if place.gpus else "cpu"
 
 
 def _generator(name: str, plan: Plan, peers: Peers) -> Built:
@@ -91,18 +140,23 @@ def _generator(name: str, plan: Plan, peers: Peers) -> Built:
     from asyncrl.models.loading import load_model
     from asyncrl.weights.subscriber import WeightSubscriber
 
-    spec, bus, place = plan.deployment.generators.engine, plan.deployment.bus, plan.deployment.generators.place
-    model = load_model(plan.recipe.model, device="cuda" if place.gpus else "cpu")
+    spec, bus, limits = plan.deployment.generators.engine, plan.deployment.bus, plan.deployment.limits
     engine = TorchEngine(
-        model,
+        load_model(plan.recipe.model, device=_device(plan.deployment.generators.place)),
         slots=spec.slots,
         max_length=spec.max_length,
         update_mode=spec.update_mode,
         deterministic=spec.deterministic,
     )
-    weights = WeightSubscriber(lambda: peers.peek("bus"), credit=bus.credit, transport=bus.transport)
+    weights = WeightSubscriber(
+        lambda: peers.peek("bus"), name=name, transport=bus.transport, credit=bus.credit, deadline_s=limits.start_timeout_s
+    )
     store = _client(name, plan, peers)
-    return Generator(engine, store, weights, name=name, poll_s=plan.deployment.limits.poll_s), None
+    generator = Generator(
+        engine, store, weights, name=name, poll_s=limits.poll_s, ledger=Ledger(), group_size=plan.recipe.sampling.n
+    )
+    engine.start()
+    return Built(generator, None, (store.close, weights.close, engine.close))
 
 
 def _reward(name: str, plan: Plan, peers: Peers) -> Built:
@@ -115,31 +169,63 @@ def _reward(name: str, plan: Plan, peers: Peers) -> Built:
     pool: RewardPool[Any] = RewardPool(
         spec.function, processes=rewards.processes, deadline_s=spec.deadline_s, log=plan.paths.logs / f"{name}.reward.log"
     )
+    store = _client(name, plan, peers)
     worker = RewardWorker(
-        _client(name, plan, peers),
+        store,
         pool,
         lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         name=name,
         lease_size=rewards.lease_size,
         poll_s=plan.deployment.limits.poll_s,
     )
-    return worker, None
+    return Built(worker, None, (store.close,))
 
 
 def _learner(name: str, plan: Plan, peers: Peers) -> Built:
-    raise NotImplementedError
+    from asyncrl.learn.checkpoint import Checkpoints
+    from asyncrl.learn.learner import Learner
+    from asyncrl.learn.trainer import PolicyTrainer
+    from asyncrl.models.loading import load_model, load_tokenizer
+    from asyncrl.weights.publisher import WeightPublisher
 
-
-def _sampling(plan: Plan, temperature: float | None = None) -> Sampling:
-    spec = plan.recipe.sampling
-    held_out = temperature is not None
-    return Sampling(
-        temperature=temperature if temperature is not None else spec.temperature,
-        top_p=1.0 if held_out else spec.top_p,
-        top_k=0 if held_out else spec.top_k,
-        max_tokens=spec.max_response_length,
-        stop_token_ids=plan.stop_token_ids,
+    recipe, bus, device = plan.recipe, plan.deployment.bus, _device(plan.deployment.learner.place)
+    trainer = PolicyTrainer(
+        load_model(recipe.model, device),
+        recipe.learner,
+        recipe.algorithm,
+        recipe.bound(),
+        temperature=recipe.sampling.temperature,
+        total_steps=recipe.total_steps,
+        refused_dir=plan.paths.logs / "refused",
+        reference=load_model(recipe.model, device) if recipe.algorithm.kl_coef else None,
     )
 
+    def open_bus(incarnation: int) -> WeightPublisher:
+        return WeightPublisher(
+            plan.run_id, incarnation, host=plan.host, transport=bus.transport, bucket_bytes=bus.bucket_bytes
+        )
 
-__all__ = ["build", "build_store", "load_callable", "prepare_prompts", "run_id", "sweep"]
+    store = _client(name, plan, peers)
+    learner = Learner(
+        trainer,
+        store,
+        open_bus,
+        Checkpoints(plan.paths, recipe.checkpoint.keep_last_n),
+        tokenizer=load_tokenizer(recipe.model),
+        save_freq=recipe.checkpoint.save_freq,
+        eval_freq=recipe.evaluation.freq if recipe.evaluation.files else None,
+        poll_s=plan.deployment.limits.poll_s,
+        ledger=Ledger(),
+    )
+    learner.start(plan.resume_at)
+    return Built(learner, learner.bus.address, (store.close, learner.bus.close))
+
+
+def _sampling(plan: Plan, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Sampling:
+    return Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_tokens=plan.recipe.sampling.max_response_length,
+        stop_token_ids=plan.stop_token_ids,
+    )

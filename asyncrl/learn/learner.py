@@ -96,6 +96,7 @@ class Learner:
         The last version is checkpointed and evaluated, unless stopped. Raises Fenced if a newer learner took over,
         Unavailable without a store, NonFinite if training broke down. A closed store ends it quietly.
         """
+        self._ledger.enter("busy")
         try:
             if not self._started:
                 self.start()
@@ -145,6 +146,7 @@ class Learner:
             raise CheckpointError(f"the store leases for update {lease.committed + 1}, the learner stands at {version}")
         with self._timed("wait:store", "timing_s/rows"):
             rollouts = self._store.rows(lease.groups)
+        self._started = False  # until the commit is in, these weights have no name: a failure starts from the checkpoint
         with self._timed("busy", "timing_s/step"):
             metrics = self._trainer.update(rollouts, version.update)
         metrics |= self._timings
@@ -155,7 +157,7 @@ class Learner:
         following = Version(version.incarnation, version.update + 1)
         with self._timed("wait:store", "timing_s/commit"):
             self._store.commit(lease.lease, following, metrics)
-        self._version, self._gauges = following, metrics
+        self._version, self._gauges, self._started = following, metrics, True
         self._publish()
         if following.update % self._save_freq == 0:
             self._save()
@@ -170,7 +172,8 @@ class Learner:
 
     def _publish(self) -> None:
         with self._timed("sync", "timing_s/publish"):
-            self._bus.publish(self._version, named_weights(self._trainer.model))
+            weights = named_weights(self._trainer.model)
+            self._bus.publish(self._version, {name: tensor.cpu().contiguous() for name, tensor in weights.items()})
 
     def _save(self) -> Path:
         with self._timed("sync", "timing_s/checkpoint"):

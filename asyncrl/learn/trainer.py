@@ -55,7 +55,7 @@ class PolicyTrainer:
     ) -> None:
         if algorithm.kl_coef and reference is None:
             raise ConfigError(f"algorithm.kl_coef={algorithm.kl_coef} needs a reference model; load one, or set kl_coef to 0")
-        self.model = model
+        self.model = model.eval()  # dropout would make the learner another policy than the generators'
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=learner.lr,
@@ -65,7 +65,7 @@ class PolicyTrainer:
             fused=True,
         )
         self._policy = PackedModel(model)
-        self._reference = PackedModel(reference) if algorithm.kl_coef and reference is not None else None
+        self._reference = PackedModel(reference.eval()) if algorithm.kl_coef and reference is not None else None
         self._learner = learner
         self._algorithm = algorithm
         self._bound = bound

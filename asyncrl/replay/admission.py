@@ -98,7 +98,7 @@ class Admission:
         """Why a caller at `version` gets no ticket now."""
         if self._book.exhausted():
             return "data"
-        newest = Version(self._book.ledger.incarnation, max(version.update, self._book.ledger.committed))
+        newest = Version(self._book.ledger.incarnation, max(self._update(version), self._book.ledger.committed))
         if self._room(version) <= 0 < self._room(newest):
             return "weights too old"
         return "bound full"

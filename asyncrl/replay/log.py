@@ -170,7 +170,7 @@ class ReplayLog:
             self._append([_closed("rows", segment)])
 
     def _close_events(self) -> None:
-        self._rows.sync()  # a synced event must not name a row that a power failure can take
+        self._close_rows()  # a closed event must not name a row of the tail, whose end can be lost
         segment = self._events.close_segment()
         if segment is not None:
             self._append([_closed("events", segment)])

@@ -15,13 +15,17 @@ from asyncrl.types import Report, Score, Unscored, UnscoredLease
 # While one process is stuck in a slow sample and another is free, the store is asked this often for more.
 _ASK_AGAIN_S = 0.1
 
-Tag = tuple[int, Unscored]  # lease, rollout
+Tag = tuple["Held", Unscored]
 
 
-@dataclass
-class _Held:
-    """A lease being worked on: verdicts still owed, and when to renew it (monotonic seconds)."""
+@dataclass(eq=False)
+class Held:
+    """A lease being worked on: verdicts still owed, and when to renew it (monotonic seconds).
 
+    Told apart by identity, not by number: a store that restarted may give a number again.
+    """
+
+    lease: int
     owed: int
     lease_s: float
     renew_at: float
@@ -53,7 +57,7 @@ class RewardWorker:
         self._lease_size = lease_size
         self._poll_s = poll_s
         self._ledger = ledger or Ledger()
-        self._held: dict[int, _Held] = {}
+        self._held: set[Held] = set()
         self._counts = {"ok": 0, "invalid": 0, "timeout": 0}
         self._began = time.monotonic()
         self._ended = False
@@ -100,7 +104,7 @@ class RewardWorker:
             return
         self._ledger.enter("busy")
         wait_s = _ASK_AGAIN_S if self._pool.hungry and not self._ended else self._poll_s
-        renew_in_s = min((held.renew_at for held in self._held.values()), default=0.0) - time.monotonic()
+        renew_in_s = min((held.renew_at for held in self._held), default=0.0) - time.monotonic()
         self._deliver(self._pool.poll(max(0.0, min(wait_s, renew_in_s))))
         self._renew()
 
@@ -109,29 +113,30 @@ class RewardWorker:
             return
         self._ledger.enter("busy")
         renew_at = time.monotonic() + lease.lease_s / 3
-        self._held[lease.lease] = _Held(len(lease.items), lease.lease_s, renew_at)
-        self._pool.submit(((lease.lease, item), self._sample(item)) for item in lease.items)
+        held = Held(lease.lease, len(lease.items), lease.lease_s, renew_at)
+        self._held.add(held)
+        self._pool.submit(((held, item), self._sample(item)) for item in lease.items)
 
     def _sample(self, item: Unscored) -> Sample:
         prompt = item.prompt
         return Sample(prompt.data_source, self._decode(item.response_ids), prompt.ground_truth, prompt.extra_info)
 
     def _deliver(self, verdicts: list[tuple[Tag, Verdict]]) -> None:
-        by_lease: dict[int, list[Score]] = {}
-        for (lease, item), verdict in verdicts:
+        by_lease: dict[Held, list[Score]] = {}
+        for (held, item), verdict in verdicts:
             self._counts[verdict.status] += 1
-            by_lease.setdefault(lease, []).append(_score(item, verdict))
-        for lease, scores in by_lease.items():
-            self._store.score(lease, scores)
-            self._held[lease].owed -= len(scores)
-            if self._held[lease].owed == 0:
-                del self._held[lease]
+            by_lease.setdefault(held, []).append(_score(item, verdict))
+        for held, scores in by_lease.items():
+            self._store.score(held.lease, scores)
+            held.owed -= len(scores)
+            if held.owed == 0:
+                self._held.remove(held)
 
     def _renew(self) -> None:
         now = time.monotonic()
-        for lease, held in self._held.items():
+        for held in self._held:
             if now >= held.renew_at:
-                self._store.extend(lease)
+                self._store.extend(held.lease)
                 held.renew_at = now + held.lease_s / 3
 
 

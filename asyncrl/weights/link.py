@@ -11,7 +11,7 @@ from asyncrl.errors import BadTransfer, Unavailable
 from asyncrl.types import Version
 from asyncrl.weights import messages
 from asyncrl.weights.messages import Announce, Bye, Hello, Reply, Request
-from asyncrl.weights.sockets import Address, Client, Waker
+from asyncrl.weights.sockets import GOODBYE_MS, Address, Client, Waker
 
 Resolve = Callable[[], Address | None]
 
@@ -36,7 +36,7 @@ class Link:
         self.connections = 0
         self._address: Address | None = None
         self._client: Client | None = None
-        self._poller = zmq.Poller()
+        self._poller = self._new_poller()
         self._due = self._rediscover_at = self._left_at = clock()
         self._silent_since: float | None = None
         self._cause = "no publisher was looked for yet"
@@ -115,9 +115,9 @@ class Link:
         return replies
 
     def close(self) -> None:
-        """Says goodbye, as far as the connection takes it at once."""
+        """Says goodbye, and waits a moment for it to leave."""
         self.send(Bye())
-        self._drop()
+        self._drop(GOODBYE_MS)
         self.waker.close()
 
     def _decode(self, frames: list[zmq.Frame]) -> tuple[Reply, memoryview | None]:
@@ -155,13 +155,17 @@ class Link:
         self._address, self._client = address, Client(address)
         self._poller.register(self._client.socket, zmq.POLLIN)
         self._poller.register(self._client.monitor, zmq.POLLIN)
-        self._poller.register(self.waker.fileno(), zmq.POLLIN)
         self._cause = SILENT
         self.connections += 1
         return True
 
-    def _drop(self) -> None:
-        self._poller = zmq.Poller()
+    def _new_poller(self) -> zmq.Poller:
+        poller = zmq.Poller()
+        poller.register(self.waker.fileno(), zmq.POLLIN)
+        return poller
+
+    def _drop(self, linger_ms: int = 0) -> None:
+        self._poller = self._new_poller()
         if self._client is not None:
-            self._client.close()
+            self._client.close(linger_ms)
             self._client = None

@@ -156,8 +156,8 @@ class Serving:
     def _send(self, peer: bytes, reply: Reply, payload: memoryview | None = None) -> bool:
         frames: list[bytes | memoryview] = [peer, messages.encode(reply), *([] if payload is None else [payload])]
         try:
-            # copy=False: the frame keeps the version's memory alive until it is sent.
-            self._router.send_multipart(frames, zmq.NOBLOCK, copy=payload is None)
+            # Copied: a frame that waits for a stalled receiver must not keep the memory of a whole version alive.
+            self._router.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
             self._counts["unsent"] += 1
             return False

@@ -73,7 +73,6 @@ class Shelf:
             self._drop(0)
 
     def _drop(self, index: int) -> None:
-        # Frames still on their way out keep their bytes alive; the memory goes with the last of them.
         file = self._live.pop(index).file
         if file is not None:
             file.close()

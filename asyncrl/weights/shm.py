@@ -94,13 +94,14 @@ class VersionFile:
                 while data:
                     written = os.pwrite(self._fd, data, offset)
                     data, offset = data[written:], offset + written
-        except OSError as error:
+            if self._size:
+                self.view = memoryview(mmap.mmap(self._fd, self._size, prot=mmap.PROT_READ))
+        except BaseException as error:
             self.close()
-            if error.errno != errno.ENOSPC:
-                raise
-            raise ConfigError(_no_space(self._folder, self._version, self._size, free_bytes(self._folder))) from error
-        if self._size:
-            self.view = memoryview(mmap.mmap(self._fd, self._size, prot=mmap.PROT_READ))
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                available = free_bytes(self._folder)
+                raise ConfigError(_no_space(self._folder, self._version, self._size, available)) from error
+            raise
 
     def reveal(self) -> None:
         """Gives the file its name: from here on receivers can open it."""

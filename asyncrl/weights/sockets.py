@@ -2,6 +2,7 @@
 
 import socket
 from contextlib import suppress
+from typing import Any
 
 import zmq
 from msgspec import Struct
@@ -9,6 +10,9 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
 HEARTBEAT_MS = 5_000  # a peer whose machine vanished sends no FIN
+HEARTBEAT_TIMEOUT_MS = 30_000  # ample: on a slow link a heartbeat waits behind a whole bucket
+MAX_QUEUED = 128  # answers that wait for one receiver; above any sensible credit
+GOODBYE_MS = 200  # how long closing may take for the last message to leave
 HANDSHAKE_MS = 10_000
 MAX_REQUEST_BYTES = 1 << 16  # requests are tiny; a bigger one is not ours
 
@@ -24,6 +28,10 @@ class Address(Struct, frozen=True, kw_only=True):
 
     def __repr__(self) -> str:
         return f"Address({self.endpoint}, incarnation={self.incarnation}, keys=…)"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        # rich prints locals of tracebacks; msgspec's own __rich_repr__ would show every field.
+        return [("endpoint", self.endpoint), ("incarnation", self.incarnation)]
 
 
 class Waker:
@@ -64,7 +72,8 @@ class _OneKey:
 class Server:
     """A publisher's ROUTER on a free port of `host`, with fresh keys, and the thread that admits clients (ZAP).
 
-    Raises zmq.ZMQError if `host` is not an address of this node. The socket belongs to the thread that uses it first.
+    host: the address by which receivers reach this node; only that one is bound. Raises zmq.ZMQError if it isn't this
+    node's. The socket belongs to the thread that uses it first.
     """
 
     def __init__(self, host: str, incarnation: int) -> None:
@@ -80,6 +89,7 @@ class Server:
         self.socket.setsockopt(zmq.CURVE_SECRETKEY, server_secret)
         # Without MANDATORY a ROUTER drops silently; with it a send to a dead or full peer says so.
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.socket.setsockopt(zmq.SNDHWM, MAX_QUEUED)
         self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
         try:
             self.socket.bind(f"tcp://{host}:*")
@@ -134,14 +144,16 @@ class Client:
             cause = self._CAUSES.get(zmq.EVENT_HANDSHAKE_FAILED_AUTH if self._refused else event, cause)
         return cause
 
-    def close(self) -> None:
+    def close(self, linger_ms: int = 0) -> None:
+        """Waits up to `linger_ms` for what was sent to leave."""
         self.socket.disable_monitor()
         self.monitor.close(0)
-        self.socket.close()
+        self.socket.close(linger_ms)
         self._context.term()
 
 
 def _common(sock: zmq.Socket[bytes]) -> None:
     sock.setsockopt(zmq.LINGER, 0)
     sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     sock.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)

@@ -136,6 +136,7 @@ class WeightSubscriber:
             self._barrier = 0
         if self._barrier == 0:
             self._newest = newest
+        # Answers keep the order of the requests: what was asked before this Hello, and isn't here, was dropped.
         if self._asked_manifest is not None and self._asked_manifest[1] < echo:
             self._asked_manifest = None
         if self._assembly is not None:
@@ -153,10 +154,10 @@ class WeightSubscriber:
     def _advance(self, until: float) -> tuple[Version, Tensors] | None:
         """Asks for what is next, or reads it; returns the version once it is whole."""
         if self._assembly is None:
-            supersedes = self._newest is not None and (self._holds is None or self._newest > self._holds)
-            if supersedes and self._asked_manifest is None and self._newest is not None:
-                self._asked_manifest = (self._newest, self._link.hello)
-                self._link.send(GetManifest(version=self._newest))
+            newest = self._newest
+            if newest is not None and (self._holds is None or newest > self._holds) and self._asked_manifest is None:
+                self._asked_manifest = (newest, self._link.hello)
+                self._link.send(GetManifest(version=newest))
             return None
         if self._holds is not None and self._assembly.version <= self._holds:
             self._restart()

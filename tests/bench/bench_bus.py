@@ -1,7 +1,8 @@
-"""The weight bus against memcpy: `python tests/bench/bench_bus.py [MB …]`. Ratios are to one plain copy of the same bytes.
+"""The weight bus against memcpy: `python tests/bench/bench_bus.py [MB …]`. Ratios (×) are to one plain copy of the same bytes.
 
-stage: how long `publish` holds up the learner. delivered: from the call of `publish` to the return of `next`. Receiver in a process of its own
-(`one process` shares the interpreter, as in tests). Medians; the first round, which takes fresh memory, is left out.
+stage: how long `publish` holds up the learner. crc: checksums, in the publisher's I/O thread. fetch: in the receiver, a
+process of its own, checksums included. delivered: from the call of `publish` to the return of `next`. Medians; the first
+round, in which the receiver takes fresh memory, is left out.
 """
 
 import argparse
@@ -80,18 +81,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(
-        f"{'MB':>5} {'path':<5} {'memcpy ms':>10} {'stage ms':>9} {'×':>5} {'crc ms':>7} {'fetch ms':>9} {'delivered ms':>13} {'×':>6}"
-    )
+    columns = ("memcpy ms", "stage ms", "×", "crc ms", "fetch ms", "delivered ms", "×")
+    print("   MB path  " + " ".join(f"{column:>12}" for column in columns))
     for megabytes in args.megabytes:
         tensors = {f"layer.{i}": torch.randn(megabytes << 15) for i in range(8)}  # 8 float32 tensors
         memcpy = copy_s(tensors, args.rounds)
         for name, transport in (("shm", "auto"), ("tcp", "tcp")):
             stage, seal, fetch, delivered = measure(tensors, transport, args.rounds)  # type: ignore[arg-type]
-            print(
-                f"{megabytes:>5} {name:<5} {memcpy * 1e3:>10.2f} {stage * 1e3:>9.2f} {stage / memcpy:>5.1f} {seal * 1e3:>7.1f} "
-                f"{fetch * 1e3:>9.1f} {delivered * 1e3:>13.1f} {delivered / memcpy:>6.1f}"
-            )
+            figures = (memcpy * 1e3, stage * 1e3, stage / memcpy, seal * 1e3, fetch * 1e3, delivered * 1e3, delivered / memcpy)
+            print(f"{megabytes:>5} {name:<5} " + " ".join(f"{figure:>12.2f}" for figure in figures))
 
 
 if __name__ == "__main__":

@@ -68,14 +68,15 @@ def make_rollouts(count: int, prompt: tuple[int, int], response: tuple[int, int]
     return rollouts
 
 
-def median_seconds(work: Callable[[], object], repeats: int = 7) -> float:
-    work()
-    seconds = []
+def alternate(first: Callable[[], object], second: Callable[[], object], repeats: int = 9) -> tuple[float, float]:
+    """Fastest seconds of each; run in turns, so that both see the same machine."""
+    seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return sorted(seconds)[repeats // 2]
+        for work, into in zip((first, second), seconds, strict=True):
+            started = time.perf_counter()
+            work()
+            into.append(time.perf_counter() - started)
+    return min(seconds[0]), min(seconds[1])
 
 
 def padded(model: PreTrainedModel, rollouts: list[TrainRollout]) -> Callable[[], None]:
@@ -106,8 +107,7 @@ def compare(name: str, rollouts: list[TrainRollout], pack_tokens: int) -> None:
         trainer = PolicyTrainer(
             make_model(), spec, AlgorithmSpec(), bound, temperature=1.0, total_steps=10, refused_dir=Path(folder)
         )
-        ours = median_seconds(lambda: trainer.update(rollouts, 0))
-    plain = median_seconds(padded(make_model(), rollouts))
+        ours, plain = alternate(lambda: trainer.update(rollouts, 0), padded(make_model(), rollouts))
     count = len(rollouts)
     print(f"| {name} | {pack_tokens} | {count / ours:.0f} | {count / plain:.0f} | {plain / ours:.2f} |", flush=True)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from asyncrl.errors import Closed
 from asyncrl.types import (
     Generation,
     GenerationRequest,
@@ -194,6 +195,7 @@ class FakeWeights:
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.newest: Version | None = None
+        self.closed = False
 
     def publish(self, version: Version) -> None:
         with self.changed:
@@ -202,10 +204,15 @@ class FakeWeights:
 
     def next(self, after: Version | None, wait_s: float) -> "tuple[Version, dict[str, object]] | None":
         with self.changed:
-            self.changed.wait_for(lambda: self.newest not in (None, after), wait_s)
+            self.changed.wait_for(lambda: self.closed or self.newest not in (None, after), wait_s)
+            if self.closed:
+                raise Closed("the bus was closed")
             return None if self.newest in (None, after) else (self.newest, {})
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
 
 
 @pytest.fixture

@@ -10,7 +10,11 @@ def ppo(ratio: float, advantage: float, low: float = 0.2, high: float = 0.3) -> 
     """Loss, its gradient in logp, and whether it was clipped, in float64."""
     logp = torch.tensor([math.log(ratio) - 1.0], dtype=torch.float64, requires_grad=True)
     loss, clipped = clipped_ppo(
-        logp, torch.tensor([-1.0], dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64), clip_low=low, clip_high=high
+        logp,
+        torch.tensor([-1.0], dtype=torch.float64),
+        torch.tensor([advantage], dtype=torch.float64),
+        clip_low=low,
+        clip_high=high,
     )
     loss.sum().backward()
     return loss.item(), logp.grad.item(), bool(clipped)

@@ -35,7 +35,9 @@ MODELS = {
     "mistral, sliding window 5": lambda: MistralForCausalLM(MistralConfig(sliding_window=5, **SIZES)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)),
     "mamba, by rows": lambda: MambaForCausalLM(
-        MambaConfig(vocab_size=32, hidden_size=32, num_hidden_layers=2, state_size=4, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+        MambaConfig(
+            vocab_size=32, hidden_size=32, num_hidden_layers=2, state_size=4, bos_token_id=0, eos_token_id=0, pad_token_id=0
+        )
     ),
 }
 

@@ -164,4 +164,6 @@ def loop() -> Iterator[Loop]:
 @pytest.fixture(scope="session")
 def fakes() -> SimpleNamespace:
     """The builders above; test modules can't import them from each other."""
-    return SimpleNamespace(Bench=Bench, Clock=Clock, plan=plan, prompts=prompts, rollout=rollout, score=score, SAMPLING=SAMPLING)
+    return SimpleNamespace(
+        Bench=Bench, Clock=Clock, plan=plan, prompts=prompts, rollout=rollout, score=score, SAMPLING=SAMPLING
+    )

@@ -1,6 +1,7 @@
 import json
 import threading
 
+import msgspec
 import pytest
 
 from asyncrl.errors import Closed, ConfigError
@@ -110,6 +111,15 @@ def test_a_lease_is_renewed_while_its_samples_are_scored(worker, tmp_path):
     worker(store).run()
     assert len(store.extended) >= 3
     assert [score.status for _, score in store.scores] == ["ok"]
+
+
+def test_a_lease_number_that_comes_again_is_another_lease(worker, tmp_path):
+    gate = tmp_path / "gate"
+    open_gate = lambda store: gate.touch() if store.scores[-1][1].group == 1 else None  # noqa: E731
+    store = FakeStore([rollout(0, "12", until=gate)], [rollout(1, "12")], on_score=open_gate)
+    store.leases[1] = msgspec.structs.replace(store.leases[1], lease=0)  # the store restarted in between
+    worker(store, processes=2).run()
+    assert [(lease, score.group) for lease, score in store.scores] == [(0, 1), (0, 0)]
 
 
 def test_a_timeout_is_reported_as_such(worker, tmp_path):

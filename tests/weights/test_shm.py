@@ -2,6 +2,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,16 @@ def test_low_space_names_value_bound_and_fix(tmp_path: Path) -> None:
         shm.VersionFile(tmp_path, "run", V, 3000, free=lambda folder: 2999)
     assert list(tmp_path.iterdir()) == []
     shm.VersionFile(tmp_path, "run", V, 2999, free=lambda folder: 2999).close()
+
+
+def test_a_copy_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
+    def pieces() -> Iterator[tuple[int, memoryview]]:
+        yield 0, memoryview(b"a")
+        raise RuntimeError("the device is gone")
+
+    with pytest.raises(RuntimeError, match="device"):
+        shm.VersionFile(tmp_path, "run", V, 3).write(pieces())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sweep_takes_what_the_dead_left_and_nothing_else(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_a_publisher_that_falls_silent_is_named_too(bus: Any) -> None:
 
 
 def test_no_publisher_at_all(bus: Any) -> None:
-    with pytest.raises(Unavailable, match="no address.*knows of no publisher"):
+    with pytest.raises(Unavailable, match=r"no address.*knows of no publisher"):
         bus.subscriber(resolve=lambda: None, deadline_s=0.2).next(None, WAIT_S)
 
     def broken() -> Address:
@@ -315,7 +315,7 @@ def test_nonsense_and_refusals_end_in_bad_transfer(bus: Any, until: Callable) ->
                 send(publisher)
             return subscriber.next(None, 0.01) is not None
 
-        with pytest.raises(BadTransfer, match="can't read|who are you"):
+        with pytest.raises(BadTransfer, match=r"can't read|who are you"):
             until(turn)
 
 
@@ -381,8 +381,10 @@ def test_publishing_faster_than_pulling_still_makes_progress(bus: Any, weights: 
             held, arrived = found[0], arrived + 1
 
 
-def test_close_from_another_thread_ends_a_wait(bus: Any) -> None:
-    subscriber = bus.subscriber(bus.publisher())
+@pytest.mark.parametrize("found", [True, False])
+def test_close_from_another_thread_ends_a_wait(bus: Any, found: bool) -> None:
+    publisher = bus.publisher()
+    subscriber = bus.subscriber(resolve=lambda: publisher.address if found else None, poll_s=WAIT_S)
     outcome: list[type] = []
     entered = threading.Event()
 

@@ -1,0 +1,47 @@
+"""Who joins the next step."""
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from asyncrl.generate.admission import GroupAlone, JoinAtOnce
+from asyncrl.generate.rows import Job
+from asyncrl.types import GenerationRequest
+
+MakeRequest = Callable[..., GenerationRequest]
+
+
+def queue_of(make_request: MakeRequest, *groups: int) -> deque[Job]:
+    return deque(Job(make_request(str(i), group=group), Future()) for i, group in enumerate(groups))
+
+
+def ids(jobs: list[Job]) -> list[str]:
+    return [job.request.id for job in jobs]
+
+
+def test_an_idle_engine_takes_what_fits_in_order(make_request: MakeRequest) -> None:
+    queue = queue_of(make_request, 0, 0, 1)
+    assert ids(JoinAtOnce(2).take(queue, count=0)) == ["0", "1"]
+    assert len(queue) == 1
+
+
+def test_joiners_wait_for_company_but_not_for_long(make_request: MakeRequest) -> None:
+    """32 slots: company is 2. One free slot and two in the queue: wait, at most PATIENCE steps."""
+    policy, queue = JoinAtOnce(32), queue_of(make_request, 0, 0)
+    assert [policy.take(queue, count=31) for _ in range(JoinAtOnce.PATIENCE)] == [[]] * JoinAtOnce.PATIENCE
+    assert ids(policy.take(queue, count=31)) == ["0"]
+    assert ids(policy.take(queue, count=31)) == ["1"]  # alone in the queue: there is no company to wait for
+    assert policy.take(queue, count=0) == []
+
+
+def test_enough_free_slots_are_filled_at_once(make_request: MakeRequest) -> None:
+    assert ids(JoinAtOnce(32).take(queue_of(make_request, 0, 0, 0), count=30)) == ["0", "1"]
+    assert JoinAtOnce(32).take(queue_of(make_request, 0), count=32) == []
+
+
+def test_a_group_alone_is_taken_whole_and_in_order_of_ids(make_request: MakeRequest) -> None:
+    policy, queue = GroupAlone(4), queue_of(make_request, 1, 0, 1)
+    queue.rotate(1)  # 2 (group 1), 0 (group 1), 1 (group 0)
+    assert ids(policy.take(queue, count=0)) == ["0", "2"]
+    assert policy.take(queue, count=2) == []
+    assert ids(policy.take(queue, count=0)) == ["1"]

@@ -1,0 +1,275 @@
+"""The generator as a plain object, between a scripted store, weight source and engine."""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+from asyncrl.errors import Closed, Fenced, Unavailable
+from asyncrl.generate.generator import Generator
+from asyncrl.generate.torch_engine import TorchEngine
+from asyncrl.metrics import Ledger
+from asyncrl.models.loading import named_weights
+from asyncrl.types import Span, Ticket, Version
+
+V0, V1, V2 = Version(0, 0), Version(0, 1), Version(0, 2)
+WAIT_S = 10.0
+MakeTicket = Callable[..., Ticket]
+
+
+class Running:
+    """A generator in a thread of its own."""
+
+    def __init__(self, engine: Any, store: Any, weights: Any, **settings: Any) -> None:
+        settings = {"poll_s": 0.2, "group_size": 2, "reserve_wait_s": 0.02} | settings
+        self.ledger = Ledger()
+        self.generator = Generator(engine, store, weights, name="generator-0", ledger=self.ledger, **settings)
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.generator.run()
+        except BaseException as error:
+            self.error = error
+
+    def ends(self) -> BaseException | None:
+        """Waits for the end of `run`; what it raised."""
+        self.thread.join(WAIT_S)
+        assert not self.thread.is_alive()
+        return self.error
+
+
+@pytest.fixture
+def start(fake_engine: Any, fake_store: Any, fake_weights: Any) -> Iterator[Callable[..., Running]]:
+    running: list[Running] = []
+
+    def start(**settings: Any) -> Running:
+        running.append(Running(settings.pop("engine", fake_engine), fake_store, fake_weights, **settings))
+        return running[-1]
+
+    yield start
+    for one in running:
+        one.generator.stop()
+        fake_weights.close()
+        one.thread.join(WAIT_S)
+
+
+def test_nothing_is_reserved_before_the_first_weights(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any
+) -> None:
+    start()
+    fake_weights.publish(V1)
+    fake_store.wait(lambda: len(fake_store.calls) > 0)
+    assert fake_store.calls[0] == (2, V1, ())  # 4 slots, groups of 2
+    assert fake_engine.swaps == [V1]
+
+
+def test_a_group_is_held_until_all_its_rollouts_are_submitted(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    one = start()
+    fake_weights.publish(V0)
+    fake_store.put(make_ticket(7))
+    fake_engine.answer("7/1/0")
+    fake_store.wait(lambda: len(fake_store.rollouts) == 1)
+    seen = len(fake_store.calls)
+    fake_store.wait(lambda: len(fake_store.calls) > seen + 1)
+    assert fake_store.calls[-1][2] == (7,)
+    fake_engine.answer("7/0/0")
+    fake_store.wait(lambda: len(fake_store.rollouts) == 2 and fake_store.calls[-1][2] == ())
+    rollout = fake_store.rollouts[0]
+    assert (rollout.group, rollout.rollout, rollout.attempt, rollout.worker) == (7, 1, 0, "generator-0")
+    assert (rollout.response_ids, rollout.loss_mask, rollout.turns, rollout.spans) == ([5, 6], [1, 1], (0,), (Span(V0, 2),))
+    assert rollout.times["reserved"] <= rollout.times["started"] <= rollout.times["finished"]
+    gauges = one.generator.report().gauges
+    assert (gauges["rollouts"], gauges["tokens"], gauges["swaps"], gauges["update"]) == (2, 4, 1, 0)
+    assert gauges["waits/bound_full"] >= 1
+
+
+def test_seeds_follow_the_missing_rollouts(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    start()
+    fake_weights.publish(V0)
+    fake_store.put(make_ticket(3, rollouts=(1, 4)))
+    fake_engine.wait(lambda: len(fake_engine.pending) == 2)
+    assert {id: request.seed for id, (request, *_) in fake_engine.pending.items()} == {"3/1/0": 101, "3/4/0": 104}
+
+
+def test_a_freed_slot_is_offered_at_once_and_full_slots_only_send_signs_of_life(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    start(poll_s=WAIT_S)  # a heartbeat would come only after the test
+    fake_weights.publish(V0)
+    fake_store.put(make_ticket(0), make_ticket(1), make_ticket(2))
+    fake_engine.wait(lambda: len(fake_engine.pending) == 4)
+    for id in ("0/0/0", "1/0/0"):
+        fake_engine.answer(id)
+    fake_engine.wait(lambda: "2/0/0" in fake_engine.pending)
+    assert all(k > 0 for k, *_ in fake_store.calls)
+
+
+def test_full_slots_hear_of_cancellations_by_heartbeat(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    start(poll_s=0.05)
+    fake_weights.publish(V0)
+    fake_store.put(make_ticket(0), make_ticket(1))
+    fake_store.wait(lambda: (0, V0, (0, 1)) in fake_store.calls)
+    fake_store.put(cancelled=[0])
+    fake_engine.wait(lambda: 0 in fake_engine.aborted)
+    fake_engine.answer("1/0/0")
+    fake_engine.answer("1/1/0")
+    fake_store.wait(lambda: len(fake_store.rollouts) == 2 and fake_store.calls[-1][2] == ())
+    assert {rollout.group for rollout in fake_store.rollouts} == {1}  # the aborted ones are nobody's
+
+
+def test_rollouts_that_finished_before_the_cancellation_arrived_are_dropped_with_it(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    """The group comes back as a new attempt; late answers of the old one must not end it."""
+    start()
+    fake_weights.publish(V0)
+    fake_store.put(make_ticket(0))
+    fake_engine.wait(lambda: len(fake_engine.pending) == 2)
+    fake_store.put(cancelled=[0])
+    fake_engine.wait(lambda: 0 in fake_engine.aborted)
+    fake_store.put(Ticket(**{f: getattr(make_ticket(0), f) for f in Ticket.__struct_fields__} | {"attempt": 1}))
+    fake_engine.answer("0/0/1")
+    fake_engine.answer("0/1/1")
+    fake_store.wait(lambda: len(fake_store.rollouts) == 2)
+    assert {rollout.attempt for rollout in fake_store.rollouts} == {1}
+
+
+def test_a_swap_waits_for_eval_requests(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    one = start()
+    fake_weights.publish(V0)
+    fake_store.put(make_ticket(9, purpose="eval", pinned=V0))
+    fake_engine.wait(lambda: len(fake_engine.pending) == 2)
+    fake_weights.publish(V1)
+    # Training tickets keep coming meanwhile, at the pinned version.
+    fake_store.put(make_ticket(1))
+    fake_engine.answer("1/0/0")
+    fake_engine.answer("9/0/0")
+    fake_store.wait(lambda: len(fake_store.rollouts) == 2)
+    assert fake_engine.swaps == [V0]
+    fake_engine.answer("9/1/0")
+    fake_engine.wait(lambda: fake_engine.swaps == [V0, V1])
+    fake_store.wait(lambda: len(fake_store.rollouts) == 3)
+    evals = [r for r in fake_store.rollouts if r.purpose == "eval"]
+    assert [span.version for r in evals for span in r.spans] == [V0, V0]
+    assert one.generator.report().gauges["pause_s_total"] == 0.5
+
+
+def test_eval_tickets_for_other_weights_are_left_to_others(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    one = start()
+    fake_weights.publish(V1)
+    fake_store.put(make_ticket(5, purpose="eval", pinned=V0), make_ticket(6))
+    fake_engine.wait(lambda: len(fake_engine.pending) == 2)
+    seen = len(fake_store.calls)
+    fake_store.wait(lambda: len(fake_store.calls) > seen + 1)
+    assert fake_store.calls[-1][2] == (6,)
+    assert one.generator.report().gauges["evals_left"] == 1
+
+
+def test_weights_too_old_are_waited_for_here_and_newer_ones_asked_with_at_once(
+    start: Callable[..., Running], fake_store: Any, fake_weights: Any
+) -> None:
+    fake_store.waiting_for = "weights too old"
+    one = start(poll_s=WAIT_S)
+    fake_weights.publish(V0)
+    fake_store.wait(lambda: len(fake_store.calls) == 1)
+    fake_weights.publish(V1)
+    fake_store.wait(lambda: len(fake_store.calls) == 2)
+    assert [(k, version) for k, version, _ in fake_store.calls] == [(2, V0), (2, V1)]
+    assert one.generator.report().seconds["wait:weights"] > 0
+
+
+def test_an_ended_store_ends_the_run_when_all_is_submitted(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    one = start()
+    fake_weights.publish(V0)
+    fake_store.put(make_ticket(0))
+    fake_engine.wait(lambda: len(fake_engine.pending) == 2)
+    fake_store.put(ended=True)
+    fake_engine.answer("0/0/0")
+    fake_store.wait(lambda: len(fake_store.rollouts) == 1)
+    assert one.thread.is_alive()
+    fake_engine.answer("0/1/0")
+    assert one.ends() is None
+    assert len(fake_store.rollouts) == 2
+
+
+def test_stop_ends_the_run_and_aborts_what_is_unfinished(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    one = start()
+    fake_weights.publish(V0)
+    fake_store.put(make_ticket(0))
+    fake_engine.wait(lambda: len(fake_engine.pending) == 2)
+    one.generator.stop()
+    assert one.ends() is None
+    assert fake_engine.aborted[-1] is None
+    assert fake_store.rollouts == []
+
+
+@pytest.mark.parametrize(("error", "raised"), [(Unavailable("gone"), True), (Closed("end"), False), (Fenced("zombie"), False)])
+def test_a_failing_store_is_raised_unless_it_says_that_the_run_is_over(
+    start: Callable[..., Running], fake_store: Any, fake_weights: Any, error: Exception, raised: bool
+) -> None:
+    one = start()
+    fake_weights.publish(V0)
+    fake_store.put(error=error)
+    assert one.ends() is (error if raised else None)
+
+
+def test_a_failing_request_is_raised(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    one, error = start(), Unavailable("the engine failed")
+    fake_weights.publish(V0)
+    fake_store.put(make_ticket(0))
+    fake_engine.wait(lambda: len(fake_engine.pending) == 2)
+    fake_engine.pending.pop("0/0/0")[1].set_exception(error)
+    assert one.ends() is error
+
+
+def test_a_real_engine_between_store_and_bus(
+    start: Callable[..., Running],
+    fake_store: Any,
+    fake_weights: Any,
+    make_ticket: MakeTicket,
+    make_model: Callable[..., PreTrainedModel],
+) -> None:
+    """Rollouts of two versions, seconds that add up to the wall clock, a clean end."""
+    model = make_model()
+    tensors = {name: tensor.clone() for name, tensor in named_weights(model).items()}
+    offer = fake_weights.next
+    fake_weights.next = lambda after, wait_s: (news := offer(after, wait_s)) and (news[0], tensors)
+    engine = TorchEngine(model, slots=4, max_length=32)
+    engine.start()
+    one = start(engine=engine)
+    fake_weights.publish(V0)
+    fake_store.put(*(make_ticket(group) for group in range(6)))
+    fake_store.wait(lambda: len(fake_store.rollouts) == 12)
+    fake_weights.publish(V1)
+    fake_store.wait(lambda: fake_store.calls[-1][1] == V1)
+    fake_store.put(*(make_ticket(group) for group in range(6, 9)), ended=True)
+    assert one.ends() is None
+    engine.close()
+    assert len({(r.group, r.rollout) for r in fake_store.rollouts}) == 18
+    assert {r.spans for r in fake_store.rollouts} == {(Span(V0, 4),), (Span(V1, 4),)}
+    report = one.generator.report()
+    assert report.gauges["tokens"] == 72
+    assert report.gauges["swaps"] == 2
+    assert report.seconds["busy"] > 0
+    assert report.seconds["sync"] > 0

@@ -1,0 +1,112 @@
+import logging
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from asyncrl.errors import CheckpointError
+from asyncrl.learn.checkpoint import Checkpoints
+from asyncrl.rundir import RunDir
+from asyncrl.types import Version
+
+LEARNER = {"mini_batch_groups": 2, "lr_schedule": "cosine", "warmup_steps": 2}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run").create()
+
+
+def save(checkpoints: Checkpoints, trainer, update: int, incarnation: int = 1) -> Path:
+    return checkpoints.save(trainer.model, trainer.optimizer, Version(incarnation, update))
+
+
+def state(trainer) -> list[torch.Tensor]:
+    moments = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
+    return [*trainer.model.state_dict().values(), *moments]
+
+
+def test_continuing_equals_never_having_stopped(run_dir: RunDir, make_trainer, make_model, make_rollouts) -> None:
+    batches = [make_rollouts(seed=seed) for seed in range(4)]
+    whole = make_trainer(learner=LEARNER, max_lag=9)
+    for committed, batch in enumerate(batches):
+        whole.update(batch, committed)
+    first = make_trainer(learner=LEARNER, max_lag=9)
+    for committed in (0, 1):
+        first.update(batches[committed], committed)
+    save(Checkpoints(run_dir, 2), first, 2)
+    second = make_trainer(learner=LEARNER, max_lag=9, model=make_model(seed=5))
+    assert Checkpoints(run_dir, 2).restore(second.model, second.optimizer) == 2
+    assert all(torch.equal(a, b) for a, b in zip(state(first), state(second), strict=True))
+    for committed in (2, 3):
+        second.update(batches[committed], committed)
+    assert all(torch.equal(a, b) for a, b in zip(state(whole), state(second), strict=True))
+
+
+def test_random_states_return(run_dir: RunDir, make_trainer) -> None:
+    trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 2)
+    np.random.normal()  # leaves a cached second value behind
+    random.gauss(0, 1)
+    save(checkpoints, trainer, 1)
+    expected = (torch.rand(3).tolist(), np.random.normal(size=3).tolist(), random.gauss(0, 1), random.random())
+    checkpoints.restore(trainer.model, trainer.optimizer)
+    assert (torch.rand(3).tolist(), np.random.normal(size=3).tolist(), random.gauss(0, 1), random.random()) == expected
+
+
+def test_the_policy_folder_is_a_hugging_face_model(run_dir: RunDir, make_trainer) -> None:
+    trainer = make_trainer()
+    folder = save(Checkpoints(run_dir, 2), trainer, 0)
+    loaded, ids = AutoModelForCausalLM.from_pretrained(folder / "policy"), torch.arange(6)[None]
+    torch.testing.assert_close(loaded(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
+
+
+def test_keep_last_n_and_the_oldest_retained(run_dir: RunDir, make_trainer) -> None:
+    trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 2)
+    for update, oldest in ((0, 0), (5, 0), (10, 5)):
+        save(checkpoints, trainer, update)
+        assert checkpoints.prune() == oldest
+    assert [folder.name for folder in run_dir.steps()] == ["step_000005", "step_000010"]
+
+
+def test_a_torn_checkpoint_is_skipped_said_and_removed(run_dir: RunDir, make_trainer, caplog) -> None:
+    trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 5)
+    for update in (0, 5, 10):
+        save(checkpoints, trainer, update)
+    (run_dir.checkpoint(10) / "manifest.json").unlink()
+    torn = run_dir.checkpoint(5) / "optimizer.pt"
+    torn.write_bytes(torn.read_bytes()[:-1])
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.restore(trainer.model, trainer.optimizer) == 0
+    assert "step_000010 has no manifest.json" in caplog.text
+    assert "optimizer.pt has" in caplog.text
+    assert [folder.name for folder in run_dir.steps()] == ["step_000000"]  # the others belong to no lineage any more
+
+
+def test_a_save_that_fails_half_way_leaves_no_trace(run_dir: RunDir, make_trainer, make_model, monkeypatch) -> None:
+    trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 5)
+    save(checkpoints, trainer, 5)
+    monkeypatch.setattr(torch, "save", lambda *arguments: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save(checkpoints, trainer, 10)
+    assert [entry.name for entry in run_dir.checkpoints.iterdir()] == ["step_000005"]
+
+
+def test_restore_at_an_update_gives_up_what_came_after(run_dir: RunDir, make_trainer) -> None:
+    trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 5)
+    for update in (0, 5, 10):
+        save(checkpoints, trainer, update)
+    with pytest.raises(CheckpointError, match=r"step_000007 does not exist; the run has \['step_000000', 'step_000005'"):
+        checkpoints.restore(trainer.model, trainer.optimizer, at=7)
+    assert checkpoints.restore(trainer.model, trainer.optimizer, at=5) == 5
+    assert [folder.name for folder in run_dir.steps()] == ["step_000000", "step_000005"]
+
+
+def test_nothing_to_restore_and_nothing_whole(run_dir: RunDir, make_trainer) -> None:
+    trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 5)
+    assert checkpoints.restore(trainer.model, trainer.optimizer) is None
+    (save(checkpoints, trainer, 0) / "rng.pt").unlink()
+    with pytest.raises(CheckpointError, match="none of"):
+        checkpoints.restore(trainer.model, trainer.optimizer)

@@ -1,0 +1,196 @@
+"""The loop against a scripted store and bus: what it calls, in which order, and how it ends."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from asyncrl.errors import CheckpointError, Closed, Fenced
+from asyncrl.learn.checkpoint import Checkpoints
+from asyncrl.learn.learner import Learner
+from asyncrl.metrics import Ledger
+from asyncrl.rundir import RunDir
+from asyncrl.types import BatchLease, Fence
+
+
+def lease(number: int, committed: int, **fields) -> BatchLease:
+    return BatchLease(lease=number, groups=(2 * number, 2 * number + 1), committed=committed, **fields)
+
+
+EMPTY = BatchLease(lease=0, groups=(), committed=0, waiting_for="ready groups")
+ENDED = BatchLease(lease=0, groups=(), committed=0, ended=True)
+
+
+class Tokenizer:
+    def save_pretrained(self, folder: Path) -> None:
+        (Path(folder) / "tokenizer.json").write_text("{}")
+
+
+@pytest.fixture
+def make_learner(make_trainer, make_store, make_bus, tmp_path: Path):
+    def make(leases, *, save_freq: int = 2, eval_freq: int | None = 2, fence: Fence | None = None, keep_last_n: int = 2):
+        calls: list = []
+        store, bus, trainer = make_store(leases, calls, fence), make_bus(calls), make_trainer(max_lag=9)
+        learner = Learner(
+            trainer,
+            store,
+            bus,
+            Checkpoints(RunDir(tmp_path / "run"), keep_last_n),
+            tokenizer=Tokenizer(),
+            save_freq=save_freq,
+            eval_freq=eval_freq,
+            poll_s=0.1,
+            ledger=Ledger(),
+        )
+        return learner, store, bus, trainer
+
+    return make
+
+
+def test_calls_of_a_run_in_order(make_learner, tmp_path: Path) -> None:
+    learner, store, _, _ = make_learner([lease(11, 0), EMPTY, lease(12, 1), lease(13, 2)])
+    assert learner.run(3) == 3
+    assert store.calls == [
+        ("fence", 0),
+        ("checkpointed", 0),
+        ("publish", "3.0"),
+        ("eval", "3.0"),
+        ("lease", 0),
+        ("commit", 11, "3.1"),
+        ("publish", "3.1"),
+        ("lease", 1),
+        ("lease", 1),  # the first poll came back empty-handed
+        ("commit", 12, "3.2"),
+        ("publish", "3.2"),
+        ("checkpointed", 0),
+        ("eval", "3.2"),
+        ("lease", 2),
+        ("commit", 13, "3.3"),
+        ("publish", "3.3"),
+        ("checkpointed", 2),
+        ("eval", "3.3"),  # the last version is saved and evaluated, whatever the frequencies
+    ]
+    assert [folder.name for folder in RunDir(tmp_path / "run").steps()] == ["step_000002", "step_000003"]
+
+
+def test_what_is_published_is_what_was_trained(make_learner) -> None:
+    learner, _, bus, trainer = make_learner([lease(1, 0), lease(2, 1)])
+    learner.run(2)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(bus.published["3.2"][name], trainer.model.get_parameter(name))
+    assert not torch.equal(bus.published["3.1"][name], bus.published["3.2"][name])
+
+
+def test_metrics_are_committed_with_the_batch(make_learner) -> None:
+    learner, store, _, _ = make_learner([lease(1, 0, replayed=True), lease(2, 1)])
+    learner.run(2)
+    first, second = store.metrics
+    assert (first["training/groups"], first["training/rollouts"], first["training/replayed"]) == (2.0, 6.0, 1.0)
+    assert second["training/replayed"] == 0.0
+    assert first["staleness/lag_max"] == 0.0
+    assert second["staleness/lag_max"] == 1.0
+    assert {"actor/pg_loss", "reward/mean", "timing_s/step", "timing_s/wait_batch", "timing_s/publish"} <= first.keys()
+
+
+def test_end_of_data_is_a_clean_end(make_learner, tmp_path: Path) -> None:
+    learner, store, _, _ = make_learner([lease(1, 0), ENDED])
+    assert learner.run(10) == 1
+    assert store.calls[-2:] == [("checkpointed", 0), ("eval", "3.1")]
+    assert RunDir(tmp_path / "run").checkpoint(1).is_dir()
+
+
+def test_a_restart_restores_fences_there_and_retrains_under_its_incarnation(make_learner) -> None:
+    first, _, _, trainer = make_learner([lease(1, 0), lease(2, 1), lease(3, 2)])
+    first.run(3)
+    fence = Fence(incarnation=4, committed=3, reopened=1)
+    second, store, bus, restored = make_learner([lease(9, 3, replayed=True)], fence=fence)
+    assert second.run(4) == 4
+    assert store.calls[:3] == [("fence", 3), ("checkpointed", 2), ("publish", "4.3")]
+    assert ("commit", 9, "4.4") in store.calls
+    for name, weight in bus.published["4.3"].items():
+        assert torch.equal(weight, trainer.model.state_dict()[name])
+    assert restored.optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_a_finished_run_started_again_trains_nothing(make_learner) -> None:
+    make_learner([lease(1, 0)])[0].run(1)
+    learner, store, _, _ = make_learner([], fence=Fence(incarnation=4, committed=1, reopened=0), eval_freq=None)
+    assert learner.run(1) == 1
+    assert store.calls == [("fence", 1), ("checkpointed", 0), ("publish", "4.1")]
+
+
+def test_fit_goes_on_where_it_was(make_learner) -> None:
+    learner, store, _, _ = make_learner([lease(1, 0), lease(2, 1)], eval_freq=None)
+    assert learner.run(1) == 1
+    assert learner.run(2) == 2
+    assert store.calls.count(("fence", 0)) == 1
+
+
+def test_stop_ends_at_the_next_poll_without_the_last_rites(make_learner) -> None:
+    learner, store, _, _ = make_learner([lease(1, 0), EMPTY, EMPTY])
+    store.on_lease = lambda: learner.stop() if store.calls.count(("lease", 1)) == 2 else None
+    assert learner.run(10) == 1
+    assert store.calls[-1] == ("lease", 1)
+
+
+def test_without_evaluation_none_is_requested(make_learner) -> None:
+    learner, store, _, _ = make_learner([lease(1, 0)], eval_freq=None)
+    learner.run(1)
+    assert not [call for call in store.calls if call[0] == "eval"]
+
+
+@pytest.mark.parametrize(("error", "ends"), [(Closed("the run is stopping"), True), (Fenced("incarnation 4 took over"), False)])
+def test_a_closed_store_ends_it_and_a_fence_is_an_error(error: Exception, ends: bool, make_learner) -> None:
+    learner, store, _, _ = make_learner([lease(1, 0)])
+
+    def fail() -> None:
+        raise error
+
+    store.on_lease = fail
+    if ends:
+        assert learner.run(1) == 0
+    else:
+        with pytest.raises(Fenced, match="took over"):
+            learner.run(1)
+
+
+def test_weights_whose_commit_failed_are_given_up(make_learner) -> None:
+    learner, store, _, trainer = make_learner([lease(1, 0), lease(1, 0)])
+    commit, refused = store.commit, iter([Closed("stopping")])
+
+    def fail_once(*arguments) -> None:
+        for error in refused:
+            raise error
+        commit(*arguments)
+
+    store.commit = fail_once
+    assert learner.run(1) == 0
+    assert learner.run(1) == 1  # from step_000000 again, behind a new fence
+    assert store.calls.count(("fence", 0)) == 2
+    assert trainer.optimizer.state[next(iter(trainer.model.parameters()))]["step"] == 1
+
+
+def test_a_store_of_another_run_is_refused(make_learner) -> None:
+    learner, _, _, _ = make_learner([], fence=Fence(incarnation=1, committed=7, reopened=0))
+    with pytest.raises(CheckpointError, match="stands at update 7 after a fence at checkpoint 0"):
+        learner.run(1)
+    learner, _, _, _ = make_learner([lease(1, 5)])
+    with pytest.raises(CheckpointError, match=r"leases for update 6, the learner stands at 3\.0"):
+        learner.run(1)
+
+
+def test_report_adds_up_and_shows_the_last_figures(make_learner) -> None:
+    learner, _, _, _ = make_learner([lease(1, 0)])
+    learner.run(1)
+    report = learner.report()
+    assert report.role == "learner"
+    assert {"busy", "sync", "wait:store", "wait:start"} <= report.seconds.keys()
+    assert "reward/mean" in report.gauges
+
+
+def test_save_and_export_between_runs(make_learner, tmp_path: Path) -> None:
+    learner, _, _, _ = make_learner([lease(1, 0)], save_freq=50)
+    learner.run(1)
+    assert learner.save_checkpoint().endswith("checkpoints/step_000001")
+    learner.export(str(tmp_path / "out"))
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (tmp_path / "out").iterdir()}

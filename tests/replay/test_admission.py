@@ -1,0 +1,137 @@
+"""Reservations: room, retries, lost groups. `fakes.Bench` plays generators, reward and learner."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from asyncrl.errors import ConfigError
+from asyncrl.replay.order import ticket_seed
+from asyncrl.types import Version
+
+
+@pytest.mark.parametrize(
+    ("max_lag", "capacity", "asked", "granted"),
+    [(0, None, 9, 2), (1, None, 9, 4), (1, None, 1, 1), (4, None, 99, 10), (4, 3, 9, 3)],
+)
+def test_room_at_the_start(fakes: SimpleNamespace, max_lag: int, capacity: int | None, asked: int, granted: int) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=max_lag, batch=2, size=20, capacity=capacity))
+    assert len(bench.reserve(asked, 0).tickets) == granted
+    more = len(bench.reserve(99, 0, worker="other").tickets)
+    assert granted + more == min(capacity or 99, (max_lag + 1) * 2)
+
+
+def test_what_a_caller_waits_for(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=0, batch=2, size=2, epochs=2))
+    bench.core.fence(0)
+    bench.ready(2, update=0)
+    assert bench.reserve(1, 0, "b").waiting_for == "bound full"
+    bench.train(0)
+    assert bench.reserve(1, 0, "b").waiting_for == "weights too old"
+    assert len(bench.reserve(9, 1, "b").tickets) == 2
+    assert bench.reserve(1, 1, "c").waiting_for == "data"
+
+
+def test_tickets_are_what_a_plain_loop_would_compute(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(batch=2))
+    tickets = bench.reserve(3, 0).tickets
+    assert [t.prompt.row for t in tickets] == [100, 101, 102]
+    assert tickets[2].seeds == tuple(ticket_seed(7, "train", 2, 0, r) for r in (0, 1))
+    assert [(t.group, t.attempt, t.purpose, t.pinned) for t in tickets] == [(i, 0, "train", None) for i in range(3)]
+
+
+def test_a_failed_prompt_is_retried_with_other_seeds_and_then_given_up(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=0, batch=1, size=2, epochs=1, max_attempts=2))
+    (first,) = bench.reserve(1, 0).tickets
+    bench.submit(first, 0)
+    bench.score(first, None, None)
+    (again,) = bench.reserve(1, 0).tickets
+    assert again.prompt == first.prompt
+    assert again.group != first.group
+    assert set(again.seeds).isdisjoint(first.seeds)
+    bench.submit(again, 0)
+    bench.score(again, None, None)
+    assert bench.reserve(1, 0).tickets[0].prompt.row == 101  # two attempts are enough
+    assert bench.core.ledger.counts().failed == 2
+
+
+def test_too_few_valid_rollouts_fail_a_group(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(n=3, min_valid=2))
+    a, b = bench.reserve(2, 0).tickets
+    for ticket in (a, b):
+        bench.submit(ticket, 0)
+    bench.score(a, 1.0, None, None)
+    bench.score(b, 1.0, 0.0, None)
+    assert (bench.core.ledger.counts().failed, bench.core.ledger.ready) == (1, {b.group})
+
+
+class TestLostGroups:
+    def test_no_longer_named_is_reissued_for_its_missing_rollouts(self, fakes: SimpleNamespace) -> None:
+        bench = fakes.Bench(fakes.plan(max_lag=1, batch=1))
+        a, b = bench.reserve(2, 0).tickets
+        bench.submit(a, 0, rollouts=[1])
+        (again,) = bench.reserve(1, 0, held=[b.group]).tickets
+        assert (again.group, again.attempt, again.rollouts) == (a.group, 1, (0,))
+        assert again.seeds == a.seeds[:1]  # the very same work
+        assert bench.submit(a, 0) == 0  # late rows of the first attempt are ignored
+        assert bench.submit(again, 0) == 1
+
+    def test_a_lost_answer_loses_nothing(self, fakes: SimpleNamespace) -> None:
+        bench = fakes.Bench(fakes.plan(max_lag=0, batch=2))
+        lost = bench.reserve(2, 0).tickets
+        again = bench.reserve(2, 0, held=[]).tickets
+        assert [t.group for t in again] == [t.group for t in lost]
+
+    def test_silence_for_the_lease_is_loss_and_coming_back_in_time_undoes_it(self, fakes: SimpleNamespace) -> None:
+        bench = fakes.Bench(fakes.plan(max_lag=0, batch=1, lease_s=30))
+        (mine,) = bench.reserve(1, 0).tickets
+        bench.clock.now += 29
+        assert not bench.reserve(1, 0, "other").tickets
+        bench.clock.now += 2
+        assert bench.reserve(0, 0, held=[mine.group]).cancelled == ()  # back before anybody took it
+        assert not bench.reserve(1, 0, "other").tickets
+        bench.clock.now += 31
+        (taken,) = bench.reserve(1, 0, "other").tickets
+        assert (taken.group, taken.attempt) == (mine.group, 1)
+        assert bench.reserve(0, 0, held=[mine.group]).cancelled == (mine.group,)
+
+    def test_a_newer_incarnation_of_the_worker_reissues_at_once(self, fakes: SimpleNamespace) -> None:
+        bench = fakes.Bench(fakes.plan(max_lag=0, batch=1))
+        (old,) = bench.reserve(1, 0, incarnation=1).tickets
+        (new,) = bench.reserve(1, 0, incarnation=2).tickets
+        assert (new.group, new.attempt) == (old.group, 1)
+
+    def test_weights_that_are_too_old_for_the_position_must_wait(self, fakes: SimpleNamespace) -> None:
+        bench = fakes.Bench(fakes.plan(max_lag=1, batch=1, on_stale="wait"))
+        bench.core.fence(0)
+        bench.ready(1, update=0)
+        bench.train(0)
+        bench.ready(1, update=1)
+        (lost,) = bench.reserve(1, 1, "dies").tickets  # position 1: trains as update 3, at lag 1
+        assert bench.reserve(1, 0, "old").tickets == ()  # would be at lag 2
+        (again,) = bench.reserve(1, 1, "dies", incarnation=2).tickets
+        assert (again.group, again.attempt) == (lost.group, 1)
+
+
+def test_weights_of_a_lost_lineage_count_as_the_restored_ones(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=0, batch=1, size=9))
+    bench.core.fence(0)
+    for update in range(3):
+        bench.ready(1, update)
+        bench.train(update)
+    bench.core.fence(1)  # two batches are reopened
+    bench.core.arrive("gen", 1, [])
+    # the generator still has update 3 of incarnation 1
+    assert bench.core.reserve(1, "gen", 1, Version(1, 3), []).waiting_for == "bound full"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"batch": 4, "capacity": 3}, "capacity_groups=3"),
+        ({"batch": 9, "size": 8}, "cannot fill"),
+        ({"n": 2, "min_valid": 3}, "min_valid=3"),
+    ],
+)
+def test_unreachable_plans_are_refused(fakes: SimpleNamespace, options: dict, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        fakes.plan(**options)

@@ -1,0 +1,213 @@
+"""What the learner leases, commits and retrains. `fakes.Bench` plays generators, reward and learner."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from asyncrl.errors import CheckpointError, Closed, Fenced
+from asyncrl.replay.keep import keep_varied
+from asyncrl.types import Version
+
+
+def test_mask_takes_the_oldest_ready_groups_past_a_straggler(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=1, batch=2))
+    bench.core.fence(0)
+    (straggler,) = bench.reserve(1, 0, "slow").tickets
+    a, b, c = bench.ready(3, 0)
+    assert bench.train(0) == (a.group, b.group)
+    assert bench.core.lease_batch(1, 1).waiting_for == "ready groups"
+    bench.submit(straggler, 0, 0, 1)  # its last token is fresh enough
+    bench.score(straggler, 1.0, 0.0)
+    assert bench.train(1) == (straggler.group, c.group)
+
+
+def test_mask_leaves_out_rollouts_without_a_token_and_evicts_groups_without_a_rollout(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=1, batch=1))
+    bench.core.fence(0)
+    old, half = bench.reserve(2, 0).tickets
+    bench.core.ledger.committed = 2  # only their age matters here
+    bench.submit(old, 0)
+    bench.submit(half, 0, rollouts=[0])
+    bench.submit(half, 0, 1, rollouts=[1])
+    bench.score(old, 1.0, 1.0)
+    bench.score(half, 1.0, 1.0)
+    lease = bench.core.lease_batch(1, 2)
+    assert lease.groups == (half.group,)
+    assert [row for row, _, _ in bench.core.rows(1, lease.groups)] == [3]  # its second rollout: the fourth row
+    assert bench.core.ledger.counts().evicted == 1
+    assert not bench.core.ledger.retries  # mask does not try again
+
+
+def test_wait_takes_the_oldest_and_waits_for_them(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=1, batch=2, on_stale="wait"))
+    bench.core.fence(0)
+    (straggler,) = bench.reserve(1, 0, "slow").tickets
+    a, _, _ = bench.ready(3, 0)
+    assert bench.core.lease_batch(1, 0).waiting_for == "the oldest groups"
+    bench.submit(straggler, 0)
+    bench.score(straggler, 1.0, 0.0)
+    assert bench.train(0) == (straggler.group, a.group)
+
+
+def test_wait_closes_ranks_over_filtered_groups(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=1, batch=2, on_stale="wait", keep=keep_varied))
+    bench.core.fence(0)
+    a, b, c = bench.reserve(3, 0).tickets
+    for ticket, rewards in ((a, (1.0, 0.0)), (b, (1.0, 1.0)), (c, (0.0, 1.0))):
+        bench.submit(ticket, 0)
+        bench.score(ticket, *rewards)
+    assert bench.train(0) == (a.group, c.group)
+    assert bench.core.ledger.counts().filtered == 1
+
+
+def test_drop_cancels_what_is_in_flight_evicts_what_is_ready_and_tries_both_again(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=1, batch=1, on_stale="drop", size=9))
+    bench.core.fence(0)
+    flying, mixed = bench.reserve(2, 0, "slow").tickets
+    bench.submit(mixed, 0, 1)
+    for update in range(2):
+        (ticket,) = bench.reserve(1, update + 1).tickets  # published before the commit
+        bench.submit(ticket, update)
+        bench.score(ticket, 1.0, 1.0)
+        assert bench.train(update) == (ticket.group,)
+    bench.score(mixed, 1.0, 0.0)  # too late: its oldest token is two behind
+    assert not bench.core.lease_batch(1, 2).groups
+    assert bench.core.ledger.counts().evicted == 2
+    assert bench.reserve(0, 2, "slow", held=[flying.group]).cancelled == (flying.group,)
+    again = bench.reserve(2, 2).tickets
+    assert [t.prompt.row for t in again] == [flying.prompt.row, mixed.prompt.row]
+
+
+@pytest.mark.parametrize(("selector", "expected"), [("oldest", [0, 1]), ("freshest", [1, 2])])
+def test_selectors(fakes: SimpleNamespace, selector: str, expected: list[int]) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=4, batch=2, selector=selector))
+    bench.core.fence(0)
+    tickets = bench.reserve(3, 0).tickets
+    bench.core.ledger.committed = 2
+    for ticket, updates in zip(tickets, ((0, 2), (2,), (1, 2)), strict=True):
+        bench.submit(ticket, *updates)
+        bench.score(ticket, 1.0, 1.0)
+    assert bench.core.lease_batch(1, 2).groups == tuple(tickets[i].group for i in expected)
+
+
+def test_prefetch_leases_the_next_batch_by_the_update_it_is_for(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=1, batch=1, on_stale="wait"))
+    bench.core.fence(0)
+    a, b = bench.ready(2, 0)
+    first, second = bench.core.lease_batch(1, 0), bench.core.lease_batch(1, 1)
+    assert (first.groups, second.groups) == ((a.group,), (b.group,))
+    assert bench.core.lease_batch(1, 0) == first  # asking again changes nothing
+    with pytest.raises(ValueError, match="next batch is trained after update 2"):
+        bench.core.lease_batch(1, 4)
+    with pytest.raises(ValueError, match="in the order of leasing"):
+        bench.core.commit(second.lease, Version(1, 2), {})
+    bench.core.commit(first.lease, Version(1, 1), {})
+    bench.core.commit(second.lease, Version(1, 2), {})
+    assert bench.core.ledger.counts().trained == 2
+
+
+def test_commit_is_counted_once(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(batch=1))
+    bench.core.fence(0)
+    bench.ready(1, 0)
+    lease = bench.core.lease_batch(1, 0)
+    for _ in range(2):
+        bench.core.commit(lease.lease, Version(1, 1), {"loss": 2})
+    (record,) = bench.core.report(0).records
+    assert (record.kind, record.version, record.metrics, record.sequence) == ("step", Version(1, 1), {"loss": 2.0}, 1)
+    assert bench.core.report(1).records == ()
+
+
+class TestRestore:
+    def test_commits_after_the_checkpoint_are_retrained_first_in_order(self, fakes: SimpleNamespace) -> None:
+        bench = fakes.Bench(fakes.plan(max_lag=4, batch=2, size=20))
+        bench.core.fence(0)
+        bench.ready(8, 0)
+        batches = [bench.train(u) for u in range(3)]
+        held = bench.core.lease_batch(1, 3)
+        fence = bench.core.fence(1)
+        assert (fence.incarnation, fence.committed, fence.reopened) == (2, 1, 2)
+        counts = bench.core.ledger.counts()
+        assert (counts.trained, counts.pending) == (2, 6)
+        with pytest.raises(Fenced):
+            bench.core.commit(held.lease, Version(1, 4), {})
+        with pytest.raises(Fenced):
+            bench.core.lease_batch(1, 3)
+        again = bench.core.lease_batch(2, 1)
+        assert (again.groups, again.replayed) == (batches[1], True)
+        bench.core.commit(again.lease, Version(2, 2), {})
+        assert bench.train(2) == batches[2]
+        assert bench.train(3) == held.groups  # the void lease's groups were ready again
+        assert bench.core.ledger.counts().trained == 8
+
+    def test_a_replay_that_is_cut_short_is_replayed_again(self, fakes: SimpleNamespace) -> None:
+        bench = fakes.Bench(fakes.plan(max_lag=4, batch=1))
+        bench.core.fence(0)
+        bench.ready(3, 0)
+        batches = [bench.train(u) for u in range(3)]
+        bench.core.fence(0)
+        bench.train(0)
+        bench.core.lease_batch(2, 1)
+        assert bench.core.fence(1).reopened == 2
+        assert [bench.train(u) for u in (1, 2)] == batches[1:]
+
+    def test_a_checkpoint_the_log_does_not_know_is_refused(self, fakes: SimpleNamespace) -> None:
+        bench = fakes.Bench(fakes.plan(max_lag=4, batch=1))
+        bench.core.fence(0)
+        bench.ready(2, 0)
+        bench.train(0)
+        bench.train(1)
+        with pytest.raises(CheckpointError, match="update 5 > 2"):
+            bench.core.fence(5)
+        bench.core.checkpointed(2)
+        with pytest.raises(CheckpointError, match="update 1 < 2"):
+            bench.core.fence(1)
+        with pytest.raises(ValueError, match="commit before saving"):
+            bench.core.checkpointed(3)
+
+
+class TestEnd:
+    def test_the_last_batch_is_partial_once_nothing_else_can_come(self, fakes: SimpleNamespace) -> None:
+        bench = fakes.Bench(fakes.plan(max_lag=1, batch=2, size=3, epochs=1))
+        bench.core.fence(0)
+        bench.ready(2, 0)
+        (last,) = bench.reserve(9, 0).tickets
+        bench.train(0)
+        bench.submit(last, 1)
+        assert not bench.core.lease_batch(1, 1).groups
+        bench.score(last, 1.0, 1.0)
+        assert bench.train(1) == (last.group,)
+        assert bench.core.lease_batch(1, 2).ended
+        assert not bench.reserve(1, 2).ended  # a last evaluation may still come
+        bench.core.finish()
+        assert bench.reserve(1, 2).ended
+
+    def test_finish_settles_everything_and_refuses_what_comes_late(self, fakes: SimpleNamespace) -> None:
+        bench = fakes.Bench(fakes.plan(max_lag=1, batch=1))
+        bench.core.fence(0)
+        bench.ready(1, 0)
+        (flying,) = bench.reserve(1, 0).tickets
+        lease = bench.core.lease_batch(1, 0)
+        bench.core.finish()
+        counts = bench.core.ledger.counts()
+        assert (counts.evicted, counts.pending) == (2, 0)
+        assert bench.submit(flying, 0) == 0
+        assert bench.core.lease_batch(1, 0).ended
+        assert bench.reserve(1, 0, held=[flying.group]).cancelled == (flying.group,)
+        with pytest.raises(Closed):
+            bench.core.commit(lease.lease, Version(1, 1), {})
+
+
+def test_lengths_of_dispatched_and_trained(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=1, batch=1))
+    bench.core.fence(0)
+    a, b = bench.reserve(2, 0).tickets
+    bench.submit(a, 0, 0)
+    bench.submit(b, 0, 0, 0, 0)
+    bench.score(a, 1.0, 0.0)
+    bench.train(0)
+    gauges = bench.core.report(0).gauges
+    assert gauges["length/dispatched_mean"] == 3.0
+    assert gauges["length/trained_mean"] == 2.0
+    bench.core.fence(0)
+    assert bench.core.report(0).gauges["length/trained_mean"] == 0.0

@@ -1,0 +1,55 @@
+"""A run's log read from outside, while it is written."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import asyncrl.replay
+from asyncrl.errors import DataError
+from asyncrl.replay.client import ReplayClient
+from asyncrl.replay.store import LogSettings, ReplayStore
+from asyncrl.types import Score, Version
+
+V = Version(1, 0)
+
+
+@pytest.mark.parametrize("segment_bytes", [1, 1 << 20])
+def test_rollouts_join_rows_verdicts_and_outcomes(
+    fakes: SimpleNamespace, tmp_path: Path, loop: Any, segment_bytes: int
+) -> None:
+    plan = fakes.plan(max_lag=4, batch=1, min_valid=2)
+    settings = LogSettings(folder=str(tmp_path / "replay"), segment_bytes=segment_bytes, keep_segments="all")
+    client = ReplayClient(loop.transport(ReplayStore(plan, settings)), "all", 1, run="demo")
+    client.fence(0)
+    trained, failed, pending = client.reserve(3, V, [], 1.0).tickets
+    client.submit([fakes.rollout(t, i, V) for t in (trained, failed, pending) for i in t.rollouts])
+    scores = [fakes.score(trained, 0, 1.0), fakes.score(trained, 1, 0.0), fakes.score(failed, 0, 1.0)]
+    scores += [Score(group=failed.group, rollout=1, attempt=0, status="timeout", error="10 s")]
+    scores += [Score(group=pending.group, rollout=0, attempt=0, status="ok", reward=0.5, parts={"format": 1.0})]
+    client.score(0, scores)
+    lease = client.lease_batch(0, 1.0)
+    client.commit(lease.lease, Version(1, 1), {})
+    reader = asyncrl.replay.open(tmp_path)
+    table = reader.rollouts()
+    columns = ("group", "rollout", "run", "status", "reward", "outcome", "trained_update")
+    assert [tuple(row[c] for c in columns) for row in table.to_pylist()] == [
+        (trained.group, 0, "demo", "ok", 1.0, "trained", 1),
+        (trained.group, 1, "demo", "ok", 0.0, "trained", 1),
+        (failed.group, 0, "demo", "ok", 1.0, "failed", None),
+        (failed.group, 1, "demo", "timeout", None, "failed", None),
+        (pending.group, 0, "demo", "ok", 0.5, None, None),
+        (pending.group, 1, "demo", None, None, None, None),
+    ]
+    assert table["parts"].to_pylist()[4] == [("format", 1.0)]
+    assert table["response_ids"].to_pylist()[0] == [5, 5, 0]
+    assert reader.events()["seq"].to_pylist() == list(range(reader.events().num_rows))
+
+    client.fence(0)  # the restored learner has not trained it yet
+    assert reader.rollouts()["outcome"].to_pylist()[:2] == [None, None]
+
+
+def test_a_folder_without_a_log_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no run directory"):
+        asyncrl.replay.open(tmp_path)

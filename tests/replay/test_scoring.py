@@ -1,0 +1,82 @@
+from types import SimpleNamespace
+
+import pytest
+
+from asyncrl.replay.keep import KEEPS
+from asyncrl.types import Score
+
+
+def test_rollouts_are_scored_in_the_order_they_came(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan())
+    a, b = bench.reserve(2, 0).tickets
+    bench.submit(b, 0)
+    bench.submit(a, 0, rollouts=[1])
+    assert bench.core.lease_unscored(2, "r")[1] == [0, 1]
+    assert bench.core.lease_unscored(9, "r")[1] == [2]
+    assert bench.core.lease_unscored(9, "r") == (0, [])
+
+
+def test_an_expired_lease_is_handed_out_again_unless_extended(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(lease_s=10))
+    (a,) = bench.reserve(1, 0).tickets
+    bench.submit(a, 0)
+    dead, _ = bench.core.lease_unscored(1, "dead")
+    slow, _ = bench.core.lease_unscored(1, "slow")
+    bench.clock.now += 9
+    bench.core.extend(slow, "slow")
+    bench.core.extend(dead, "somebody else")
+    bench.clock.now += 2
+    assert bench.core.lease_unscored(9, "new")[1] == [0]
+    bench.core.score(dead, [fakes.score(a, 0, 1.0)])  # late, but first
+    bench.core.score(3, [fakes.score(a, 0, 0.0)])
+    bench.core.score(slow, [fakes.score(a, 1, 0.5)])
+    assert [r.reward for r in bench.core.ledger.groups[a.group].rollouts] == [1.0, 0.5]
+    assert bench.core.state()["depths"]["scoring"] == 0
+
+
+@pytest.mark.parametrize("reward", [None, float("nan"), float("inf")])
+def test_ok_without_a_number_is_invalid_never_zero(fakes: SimpleNamespace, reward: float | None) -> None:
+    bench = fakes.Bench(fakes.plan(min_valid=2))
+    (a,) = bench.reserve(1, 0).tickets
+    bench.submit(a, 0)
+    bench.core.score(0, [Score(group=a.group, rollout=i, attempt=0, status="ok", reward=r) for i, r in ((0, 1.0), (1, reward))])
+    assert bench.core.ledger.counts().failed == 1
+    assert "is not a number" in bench.log[-2].error
+
+
+def test_an_aborted_rollout_counts_as_invalid(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(min_valid=2))
+    (a,) = bench.reserve(1, 0).tickets
+    bench.submit(a, 0, problem="finish_reason=abort")
+    assert bench.core.lease_unscored(9, "r") == (0, [])
+    assert bench.core.ledger.counts().failed == 1
+
+
+def test_verdicts_on_unknown_rollouts_change_nothing(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan())
+    (a,) = bench.reserve(1, 0).tickets
+    bench.submit(a, 0, rollouts=[0])
+    before = len(bench.log)
+    bench.core.score(
+        9,
+        [
+            Score(group=g, rollout=r, attempt=t, status="ok", reward=1.0)
+            for g, r, t in ((0, 1, 0), (0, 0, 7), (5, 0, 0), (0, 9, 0))
+        ],
+    )
+    assert len(bench.log) == before
+
+
+def test_the_queue_is_rebuilt_after_a_restart(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan())
+    (a,) = bench.reserve(1, 0).tickets
+    bench.submit(a, 0)
+    bench.core.score(0, [fakes.score(a, 0, 1.0)])
+    bench.core = bench.build()
+    assert bench.core.lease_unscored(9, "r")[1] == [1]
+
+
+def test_keep_functions_by_name() -> None:
+    assert KEEPS["all"]([1.0, 1.0])
+    assert KEEPS["varied"]([1.0, 0.0])
+    assert not KEEPS["varied"]([1.0, 1.0])

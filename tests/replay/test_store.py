@@ -1,0 +1,234 @@
+"""The actor shell on one event loop: who waits, who wakes, what a restart and a broken disk look like."""
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from asyncrl.errors import DataError, Fenced, Unavailable
+from asyncrl.replay import schema
+from asyncrl.replay.store import LogSettings, ReplayStore
+from asyncrl.types import Key, Version
+
+V = Version(1, 0)
+
+
+class Caller:
+    """Calls a store under growing sequence numbers."""
+
+    def __init__(self, store: ReplayStore, worker: str = "gen", incarnation: int = 1) -> None:
+        self.store, self.worker, self.incarnation, self.sequence = store, worker, incarnation, 0
+
+    def key(self) -> Key:
+        self.sequence += 1
+        return Key(self.worker, self.incarnation, self.sequence)
+
+    def __call__(self, method: str, *args: Any) -> Awaitable[Any]:
+        return getattr(self.store, method)(self.key(), *args)
+
+
+def make(fakes: SimpleNamespace, folder: Path, **options: Any) -> ReplayStore:
+    return ReplayStore(fakes.plan(**options), LogSettings(folder=str(folder)))
+
+
+def rows(fakes: SimpleNamespace, *tickets: Any) -> bytes:
+    return schema.encode_rollouts([fakes.rollout(t, i, V) for t in tickets for i in t.rollouts], "run")
+
+
+async def waiting(store: ReplayStore, count: int = 1) -> None:
+    """Until so many calls wait in the store."""
+    while len(store._waiters) < count:
+        await asyncio.sleep(0)
+
+
+def test_long_polls_wake_on_change(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = make(fakes, tmp_path, max_lag=0, batch=1, n=1)
+        generator, reward, learner = Caller(store), Caller(store, "reward"), Caller(store, "learner")
+        await learner("fence", 0)
+        batch = asyncio.ensure_future(learner("lease_batch", 1, 0, 60.0))
+        unscored = asyncio.ensure_future(reward("lease_unscored", 8, 60.0))
+        (ticket,) = (await generator("reserve", 4, V, (), 60.0)).tickets
+        full = asyncio.ensure_future(generator("reserve", 4, V, (ticket.group,), 10.0))
+        await waiting(store, 3)
+        await generator("submit", rows(fakes, ticket))
+        lease = await unscored
+        await reward("score", lease.lease, [fakes.score(ticket, 0, 1.0)])
+        leased = await batch
+        assert leased.groups == (ticket.group,)
+        got = await learner("rows", 1, leased.groups)
+        (r,) = schema.decode_train(schema.from_ipc(got.rows), got.scores)
+        assert (r.reward, r.response_ids.tolist()) == (1.0, [5, 5, 0])
+        await learner("commit", leased.lease, Version(1, 1), {"loss": 1.0})  # answered while `full` waits
+        assert not full.done()
+        newer = await Caller(store, "other")("reserve", 4, Version(1, 1), (), 60.0)
+        assert len(newer.tickets) == 1
+        full.cancel()
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_a_poll_ends_at_its_deadline_and_says_why(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = make(fakes, tmp_path, max_lag=0, batch=1)
+        a, b = Caller(store, "a"), Caller(store, "b")
+        held = [t.group for t in (await a("reserve", 9, V, (), 1.0)).tickets]
+        started = time.monotonic()
+        answers = await asyncio.gather(
+            b("reserve", 9, V, (), 0.05),
+            a("reserve", 0, V, held, 0.05),
+            b("lease_unscored", 1, 0.05),
+            Caller(store, "learner")("lease_batch", 0, 0, 0.05),
+        )
+        assert 0.04 < time.monotonic() - started < 2
+        assert answers[0].waiting_for == "bound full"
+        assert answers[1].cancelled == ()
+        assert answers[2].rows == b""
+        assert answers[3].waiting_for == "ready groups" or answers[3].waiting_for == "the oldest groups"
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_a_lease_that_runs_out_wakes_those_who_wait(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = make(fakes, tmp_path, max_lag=0, batch=1, lease_s=0.2)
+        (ticket,) = (await Caller(store, "dies")("reserve", 1, V, (), 1.0)).tickets
+        heir = Caller(store, "heir")
+        for _ in range(3):  # one poll lasts half a lease at most
+            if tickets := (await heir("reserve", 1, V, (), 60.0)).tickets:
+                break
+        assert (tickets[0].group, tickets[0].attempt) == (ticket.group, 1)
+        await heir("submit", rows(fakes, tickets[0]))
+        assert (await Caller(store, "r1")("lease_unscored", 8, 1.0)).rows
+        again = await Caller(store, "r2")("lease_unscored", 8, 60.0)
+        assert schema.from_ipc(again.rows).num_rows == 2
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_a_repeated_key_gets_the_first_answer(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = make(fakes, tmp_path, max_lag=1, batch=2)
+        key = Key("gen", 1, 5)
+        first = await store.reserve(key, 2, V, (), 1.0)
+        assert await store.reserve(key, 2, V, (), 1.0) == first
+        assert (await store.reserve(Key("gen", 1, 4), 2, V, (), 1.0)).tickets == ()  # overtaken: takes nothing
+        fence = Key("learner", 1, 1)
+        assert await store.fence(fence, 0) == await store.fence(fence, 0)
+        for _ in range(2):
+            await store.submit(Key("gen", 1, 6), rows(fakes, first.tickets[0]))
+        assert (await store.report(0)).gauges["store/unscored"] == 2
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_an_abandoned_poll_takes_nothing(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = make(fakes, tmp_path, max_lag=0, batch=1, n=1)
+        (ticket,) = (await Caller(store)("reserve", 1, V, (), 1.0)).tickets
+        reward = Caller(store, "reward")
+        abandoned = asyncio.ensure_future(reward("lease_unscored", 8, 60.0))
+        await waiting(store)
+        retry = asyncio.ensure_future(reward("lease_unscored", 8, 60.0))
+        await waiting(store, 2)
+        await Caller(store, "sender")("submit", rows(fakes, ticket))
+        assert (await retry).rows
+        assert not (await abandoned).rows
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_an_older_incarnation_is_fenced(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = make(fakes, tmp_path)
+        await Caller(store, incarnation=2)("reserve", 1, V, (), 1.0)
+        with pytest.raises(Fenced, match="gen incarnation 1 < 2"):
+            await Caller(store, incarnation=1)("reserve", 1, V, (), 1.0)
+        again = make(fakes, tmp_path)  # the log remembers
+        with pytest.raises(Fenced):
+            await Caller(again, incarnation=1)("submit", b"")
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_a_killed_store_goes_on_from_its_log(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = make(fakes, tmp_path, max_lag=1, batch=2, n=1)
+        generator, reward, learner = Caller(store), Caller(store, "reward"), Caller(store, "learner")
+        await learner("fence", 0)
+        a, b, c = (await generator("reserve", 3, V, (), 1.0)).tickets
+        await generator("submit", rows(fakes, a, b))
+        await reward("score", 0, [fakes.score(a, 0, 1.0)])
+        before = await store.report(0)
+        for caller in (generator, reward, learner):
+            caller.store = make(fakes, tmp_path, max_lag=1, batch=2, n=1) if caller is generator else generator.store
+        assert (await generator.store.report(0)).counts == before.counts
+        held = await generator("reserve", 0, V, (c.group,), 0.0)
+        assert held.cancelled == ()
+        lease = await reward("lease_unscored", 8, 1.0)
+        assert [u.group for u in schema.decode_unscored(schema.from_ipc(lease.rows))] == [b.group]
+        await reward("score", lease.lease, [fakes.score(b, 0, 0.0)])
+        leased = await learner("lease_batch", 1, 0, 1.0)
+        assert schema.from_ipc((await learner("rows", 1, leased.groups)).rows).num_rows == 2
+        for _ in range(2):
+            await learner("commit", leased.lease, Version(1, 1), {})
+        await learner("checkpointed", 1)
+        report = await generator.store.report(0)
+        assert (report.counts.trained, len(report.records), report.committed) == (2, 1, 1)
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_the_end_reaches_everybody(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = make(fakes, tmp_path, max_lag=0, batch=1, size=1, epochs=1)
+        learner = Caller(store, "learner")
+        await learner("fence", 0)
+        await Caller(store, "a")("reserve", 1, V, (), 1.0)
+        waits = [
+            asyncio.ensure_future(call)
+            for call in (
+                Caller(store, "b")("reserve", 1, V, (), 60.0),
+                Caller(store, "r")("lease_unscored", 1, 60.0),
+                learner("lease_batch", 1, 0, 60.0),
+            )
+        ]
+        await waiting(store, 3)
+        await store.finish()
+        assert [answer.ended for answer in await asyncio.gather(*waits)] == [True] * 3
+        assert (await store.state())["ended"]
+        await store.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_after_a_failed_write_every_call_says_so(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = make(fakes, tmp_path)
+
+        def full(events: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        store._core._journal = full
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="No space left"):
+                await Caller(store)("reserve", 1, V, (), 1.0)
+        assert (await make(fakes, tmp_path).report(0)).counts.reserved == 0  # nothing unacknowledged came back
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_rows_of_another_schema_are_refused_and_do_no_harm(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = make(fakes, tmp_path)
+        (ticket, *_) = (await Caller(store)("reserve", 1, V, (), 1.0)).tickets
+        foreign = schema.to_ipc(schema.from_ipc(rows(fakes, ticket)).select(["group"]))
+        with pytest.raises(DataError):
+            await Caller(store)("submit", foreign)
+        await Caller(store)("submit", rows(fakes, ticket))
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
