@@ -165,7 +165,7 @@ class Trainer:
     def _start(self, resume_at: int | None) -> Supervisor:
         recipe = self._recipe
         if recipe.prepare:
-            load_callable(recipe.prepare)(recipe, self.paths.path)
+            load_callable(recipe.prepare, "prepare")(recipe, self.paths.path)
         from asyncrl.cluster import wiring  # imports transformers, and a wrong spec should fail before that
 
         stop_token_ids = wiring.prepare_prompts(recipe, self.paths)

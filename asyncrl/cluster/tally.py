@@ -24,6 +24,7 @@ class Tally:
         self._evals: dict[int, Record] = {}
         self._actors_due = time.monotonic()
         self._reports: dict[str, Report] = {}
+        self._lengths = (0.0, 0.0)  # mean answer lengths: of all that were submitted, of those trained
         self.committed = 0
         self.counts = Counts(reserved=0, trained=0, filtered=0, evicted=0, failed=0, pending=0)
 
@@ -34,6 +35,8 @@ class Tally:
             for record in status.store.records:
                 self._take(record)
             self.committed, self.counts = status.store.committed, status.store.counts
+            gauges = status.store.gauges
+            self._lengths = gauges.get("length/dispatched_mean", 0.0), gauges.get("length/trained_mean", 0.0)
         if time.monotonic() >= self._actors_due:
             self._write_actors()
         if self._observe is not None:
@@ -79,8 +82,8 @@ class Tally:
     @property
     def trained_length_ratio(self) -> float | None:
         """Mean length of trained over dispatched answers; below 1, staleness favoured short ones."""
-        dispatched, trained = self.latest.get("lengths/dispatched"), self.latest.get("lengths/trained")
-        return trained / dispatched if dispatched and trained is not None else None
+        dispatched, trained = self._lengths
+        return trained / dispatched if dispatched and trained else None
 
     @property
     def learner_utilization(self) -> float:

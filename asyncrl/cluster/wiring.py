@@ -200,10 +200,14 @@ def _learner(name: str, plan: Plan, peers: Peers) -> Built:
         reference=load_model(recipe.model, device) if recipe.algorithm.kl_coef else None,
     )
 
+    publishers = []
+
     def open_bus(incarnation: int) -> WeightPublisher:
-        return WeightPublisher(
+        publisher = WeightPublisher(
             plan.run_id, incarnation, host=plan.host, transport=bus.transport, bucket_bytes=bus.bucket_bytes
         )
+        publishers.append(publisher)
+        return publisher
 
     store = _client(name, plan, peers)
     learner = Learner(
@@ -218,7 +222,7 @@ def _learner(name: str, plan: Plan, peers: Peers) -> Built:
         ledger=Ledger(),
     )
     learner.start(plan.resume_at)
-    return Built(learner, learner.bus.address, (store.close, learner.bus.close))
+    return Built(learner, publishers[-1].address, (store.close, learner.close))
 
 
 def _sampling(plan: Plan, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Sampling:

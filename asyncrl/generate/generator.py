@@ -238,6 +238,7 @@ class Generator:
         elif self._work.unfinished:
             state = "busy"
         else:
+            # Both None before the first weights.
             state = "wait:weights" if self._too_old == self._version else "wait:store"
         self._ledger.enter(state)
 

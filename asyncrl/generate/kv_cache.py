@@ -6,6 +6,7 @@ The active rows are always 0 … count−1, so that one decode step reads a plai
 length: no gather, no growing copy. Rows that end are filled from the back by `move`.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -134,6 +135,8 @@ def require_servable(model: PreTrainedModel) -> None:
     fix = "use a causal LM with full attention in every layer, or another engine"
     if config.is_encoder_decoder or getattr(model, "_is_stateful", False):
         raise ConfigError(f"model {name} keeps a state that is not a key/value cache: requests could not join and leave; {fix}")
+    if missing := {"position_ids", "past_key_values", "logits_to_keep"} - inspect.signature(model.forward).parameters.keys():
+        raise ConfigError(f"model {name} takes no {sorted(missing)}: its rows can't stand at different positions; {fix}")
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
     kinds |= {type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) is not DynamicLayer}
     if not getattr(text, "layer_types", None) and getattr(text, "sliding_window", None):

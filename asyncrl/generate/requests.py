@@ -4,12 +4,17 @@ from asyncrl.errors import ConfigError
 from asyncrl.types import GenerationRequest
 
 
-def check_request(request: GenerationRequest, max_length: int) -> ConfigError | None:
+def check_request(request: GenerationRequest, *, max_length: int, vocabulary: int) -> ConfigError | None:
     """None, or the error that says which value of the request is out of bounds."""
     prompt, sampling = len(request.prompt_ids), request.sampling
     where = f"request {request.id}"
     if prompt == 0:
         return ConfigError(f"{where}: the prompt is empty, so there is nothing to go on from; leave the row out")
+    if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocabulary:
+        return ConfigError(
+            f"{where}: prompt token ids {min(request.prompt_ids)} to {max(request.prompt_ids)} leave the model's vocabulary of "
+            f"{vocabulary}: the embedding has no such row; use the model's own tokenizer"
+        )
     if sampling.max_tokens < 1:
         return ConfigError(f"{where}: max_tokens={sampling.max_tokens} < 1: no token could be sampled; use at least 1")
     if prompt + sampling.max_tokens > max_length:

@@ -64,6 +64,7 @@ class TorchEngine:
         self.max_length = longest_context(model, max_length)
         self._model = model
         self.slots = slots
+        self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._batch = Batch(model, slots=slots, max_length=self.max_length, keep_ended=deterministic)
         self._admission = GroupAlone(slots) if deterministic else JoinAtOnce(slots)
         self._deterministic = deterministic
@@ -97,7 +98,7 @@ class TorchEngine:
     def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
         """Queues requests together, so that they can join the same step and share one prefill of their prompt."""
         jobs = [Job(request, Future()) for request in requests]
-        refusals = [check_request(request, self.max_length) for request in requests]
+        refusals = [check_request(request, max_length=self.max_length, vocabulary=self._vocabulary) for request in requests]
         if self._deterministic and len(requests) > self.slots:
             refusals = [
                 ConfigError(

@@ -20,6 +20,7 @@ def rollout_metrics(rollouts: Sequence[TrainRollout]) -> dict[str, float]:
         for name, value in rollout.parts.items():
             parts.setdefault(name, []).append(value)
     return {
+        "samples": float(len(rollouts)),
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         "response_length/mean": float(lengths.mean()),
@@ -39,6 +40,8 @@ def staleness_metrics(rollouts: Sequence[TrainRollout], batch: Batch) -> dict[st
     if not policy_tokens:
         return {}
     figures = {
+        "tokens/policy": float(policy_tokens),
+        "tokens/trained": float(batch.tokens),
         "staleness/masked_share": 1.0 - batch.tokens / policy_tokens,
         "staleness/dispatched_length": float(np.mean([len(r.response_ids) for r in rollouts])),
     }

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 class Learner:
     """One learner, the only rank. (Later ranks do `trainer.update` together; this loop stays rank 0's alone.)
 
+    open_bus: makes the sending end of the weight bus for an incarnation, once the store has given one.
     save_freq: updates between checkpoints. eval_freq: updates between held-out evaluations; None: never. poll_s: the
     longest wait of one call, which bounds how late `stop` is noticed.
     """
@@ -38,7 +39,7 @@ class Learner:
         self,
         trainer: PolicyTrainer,
         store: LearnerStore,
-        bus: WeightSink,
+        open_bus: Callable[[int], WeightSink],
         checkpoints: Checkpoints,
         *,
         tokenizer: PreTrainedTokenizerBase,
@@ -49,7 +50,8 @@ class Learner:
     ) -> None:
         self._trainer = trainer
         self._store = store
-        self._bus = bus
+        self._open_bus = open_bus
+        self._bus: WeightSink | None = None
         self._checkpoints = checkpoints
         self._tokenizer = tokenizer
         self._save_freq = save_freq
@@ -78,6 +80,8 @@ class Learner:
                 f"the store stands at update {fence.committed} after a fence at checkpoint {committed}: "
                 "run directory and store belong to different runs; resume with the run's own replay folder"
             )
+        self.close()
+        self._bus = self._open_bus(fence.incarnation)
         self._version, self._started = Version(fence.incarnation, committed), True
         log.info("start at version %s, %d batches to retrain from the log", self._version, fence.reopened)
         if restored is None:
@@ -118,6 +122,12 @@ class Learner:
     def stop(self) -> None:
         """Ends `run` after the update or poll under way; idempotent, from any thread."""
         self._stopping.set()
+
+    def close(self) -> None:
+        """Closes the weight bus; idempotent."""
+        if self._bus is not None:
+            self._bus.close()
+            self._bus = None
 
     def report(self) -> Report:
         return Report(name="learner", role="learner", seconds=self._ledger.seconds(), gauges=dict(self._gauges))
@@ -173,6 +183,7 @@ class Learner:
     def _publish(self) -> None:
         with self._timed("sync", "timing_s/publish"):
             weights = named_weights(self._trainer.model)
+            assert self._bus is not None, "published before start"
             self._bus.publish(self._version, {name: tensor.cpu().contiguous() for name, tensor in weights.items()})
 
     def _save(self) -> Path:

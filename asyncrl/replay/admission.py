@@ -20,6 +20,7 @@ class Holders:
         self._book = book
         self._deadlines: dict[str, float] = {}
         self._lost: set[int] = set()
+        self._since: dict[int, float] = {}  # when a group in flight was first seen, for the watchdog
         now = book.clock()
         for group in self._groups():
             self._deadlines[group.worker] = now + book.plan.lease_s
@@ -36,9 +37,11 @@ class Holders:
 
     def arrive(self, worker: str, incarnation: int, held: Sequence[int]) -> bool:
         """A holder reports what it still works on; whether something is lost now that was not before."""
-        self._deadlines[worker] = self._book.clock() + self._book.plan.lease_s
-        named, before = set(held), len(self._lost)
-        for group in self._groups():
+        now = self._book.clock()
+        self._deadlines[worker] = now + self._book.plan.lease_s
+        named, before, groups = set(held), len(self._lost), self._groups()
+        self._since = {g.id: self._since.get(g.id, now) for g in groups}
+        for group in groups:
             if group.worker == worker:
                 mine = group.incarnation == incarnation and group.id in named
                 (self._lost.discard if mine else self._lost.add)(group.id)
@@ -56,6 +59,11 @@ class Holders:
 
     def next_deadline(self) -> float | None:
         return min(self._deadlines.values(), default=None)
+
+    def age_s(self, group: int) -> float:
+        """For how long a group has been in flight, as far as its holder has reported since."""
+        now = self._book.clock()
+        return now - self._since.get(group, now)
 
     def is_lost(self, group: int) -> bool:
         return group in self._lost

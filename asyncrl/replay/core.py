@@ -48,6 +48,7 @@ class Core:
         self._scoring = Scoring(self._book)
         self._batches = Batches(self._book)
         self.broken: BaseException | None = None
+        self._finished = False  # volatile: after a restart the end is told again only by `finish`, as a resume may undo it
         self.changes = 0  # rises whenever somebody who waits may get another answer
 
     @property
@@ -79,7 +80,7 @@ class Core:
     def reserve(self, k: int, worker: str, incarnation: int, version: Version, held: Sequence[int]) -> Reserved:
         """What can be handed out now; evaluation first. The shell asks again whenever something changed."""
         self.expire()
-        if self.ledger.ended and not self._evaluations.outstanding():
+        if self.ended():
             return Reserved(cancelled=tuple(held), ended=True)
         cancelled = tuple(g for g in held if not self._holders.holds(worker, incarnation, g))
         with self._recording():
@@ -118,6 +119,7 @@ class Core:
     # --------------------------------------------------------------------------------------- learner
 
     def fence(self, committed: int) -> Fence:
+        self._finished = False
         with self._recording():
             return self._batches.fence(committed)
 
@@ -147,13 +149,15 @@ class Core:
 
     def finish(self) -> None:
         """The last update is made: evicts what is outstanding. Evaluations that were asked for still run to their end."""
+        self._finished = True
         with self._recording():
             if not self.ledger.ended:
                 self._book.record(ev.Ended())
+        self.changes += 1
 
     def ended(self) -> bool:
         """Nobody will get work any more."""
-        return self.ledger.ended and not self._evaluations.outstanding()
+        return self._finished and self.ledger.ended and not self._evaluations.outstanding()
 
     def expire(self) -> bool:
         """Takes work back from silent workers; whether there was any."""
@@ -206,7 +210,7 @@ class Core:
             "depths": self._depths(),
             "in_flight": [
                 {"group": g.id, "holder": f"{g.worker}.{g.incarnation}", "attempt": g.attempt, "missing": len(g.missing()),
-                 "lag": ledger.committed - g.update, "lost": g.id in lost, "purpose": g.purpose}
+                 "age_s": self._holders.age_s(g.id), "lost": g.id in lost, "purpose": g.purpose}
                 for g in flying
             ],
             "reward_leases": {

@@ -59,8 +59,8 @@ class Ledger:
         _APPLY[type(event)](self, event)
 
     def _reserved(self, e: ev.GroupReserved) -> None:
-        group = Group(e.group, e.purpose, e.position, e.retry, 0, e.update, e.worker, e.incarnation, [])
-        group.rollouts = [RolloutState() for _ in range(e.n)]
+        rollouts = [RolloutState() for _ in range(e.n)]
+        group = Group(e.group, e.purpose, e.position, e.retry, 0, e.update, e.worker, e.incarnation, rollouts, e.n, e.n)
         self.next_group = e.group + 1
         self.workers[e.worker] = max(e.incarnation, self.workers.get(e.worker, 0))
         if e.purpose == "eval":
@@ -84,6 +84,7 @@ class Ledger:
         group = self._get(e.group)
         r = group.rollouts[e.rollout]
         r.row, r.attempt, r.oldest, r.newest, r.length = e.row, e.attempt, e.oldest, e.newest, e.length
+        group.unsubmitted -= 1
         self.next_row = e.row + 1
         if group.purpose == "train":
             self.lengths.dispatched += 1
@@ -93,6 +94,7 @@ class Ledger:
         group = self._get(e.group)
         r = group.rollouts[e.rollout]
         r.status, r.reward, r.parts = e.status, 0.0 if e.reward is None else e.reward, e.parts
+        group.unscored -= 1
         if group.purpose == "train" and group.scored():
             self.ready.add(e.group)
 

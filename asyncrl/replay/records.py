@@ -30,15 +30,17 @@ class Group(Struct):
     worker: str
     incarnation: int
     rollouts: list[RolloutState]
+    unsubmitted: int
+    unscored: int
 
     def missing(self) -> tuple[int, ...]:
         return tuple(i for i, r in enumerate(self.rollouts) if r.row < 0)
 
     def in_flight(self) -> bool:
-        return any(r.row < 0 for r in self.rollouts)
+        return self.unsubmitted > 0
 
     def scored(self) -> bool:
-        return all(r.status is not None for r in self.rollouts)
+        return self.unscored == 0
 
     def ok(self) -> list[RolloutState]:
         return [r for r in self.rollouts if r.status == "ok"]

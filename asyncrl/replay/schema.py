@@ -84,6 +84,8 @@ def check_schema(batch: pa.RecordBatch) -> None:
 
 def _lists(values: Sequence[Sequence[Any] | None], type_: pa.DataType, dtype: type) -> pa.Array:
     """A list column; the Python numbers are walked over once."""
+    if all(v is None for v in values):
+        return pa.nulls(len(values), type_)
     lengths = [0 if v is None else len(v) for v in values]
     flat: np.ndarray = np.fromiter(chain.from_iterable(v for v in values if v is not None), dtype, sum(lengths))
     offsets = np.fromiter(accumulate(lengths, initial=0), np.int32, len(lengths) + 1)
@@ -150,12 +152,12 @@ def summaries(batch: pa.RecordBatch) -> list[Summary]:
         return batch.column(name).to_pylist()
 
     lengths = np.diff(batch.column("response_ids").offsets.to_numpy()).tolist()
+    spans = [set(zip(*row, strict=True)) for row in zip(column("span_incarnations"), column("span_updates"), strict=True)]
     found = []
     for i, (group, rollout, attempt, oldest, newest, reason) in enumerate(
         zip(*map(column, ("group", "rollout", "attempt", "oldest", "newest", "finish_reason")), strict=True)
     ):
-        spans = set(zip(*(batch.column(n)[i].as_py() for n in ("span_incarnations", "span_updates")), strict=True))
-        version = Version(*next(iter(spans))) if len(spans) == 1 else None
+        version = Version(*next(iter(spans[i]))) if len(spans[i]) == 1 else None
         problem = "finish_reason=abort" if reason == "abort" else "" if oldest is not None else "no token chosen by the policy"
         found.append(Summary(group, rollout, attempt, oldest or 0, newest or 0, lengths[i], version, problem))
     return found

@@ -204,7 +204,6 @@ class Segments:
         self.batches, self._starts, self._rows, self._bytes = [], [], self.tail_first, 0
         for batch in batches:
             self._push(batch)
-            self._bytes += batch.nbytes
 
     def _push(self, batch: pa.RecordBatch) -> None:
         self.batches.append(batch)

@@ -26,17 +26,17 @@ def test_an_idle_engine_takes_what_fits_in_order(make_request: MakeRequest) -> N
 
 
 def test_joiners_wait_for_company_but_not_for_long(make_request: MakeRequest) -> None:
-    """32 slots: company is 2. One free slot and two in the queue: wait, at most PATIENCE steps."""
-    policy, queue = JoinAtOnce(32), queue_of(make_request, 0, 0)
-    assert [policy.take(queue, count=31) for _ in range(JoinAtOnce.PATIENCE)] == [[]] * JoinAtOnce.PATIENCE
-    assert ids(policy.take(queue, count=31)) == ["0"]
-    assert ids(policy.take(queue, count=31)) == ["1"]  # alone in the queue: there is no company to wait for
+    """16 slots: company is 2. One free slot and two in the queue: wait, at most PATIENCE steps."""
+    policy, queue = JoinAtOnce(16), queue_of(make_request, 0, 0)
+    assert [policy.take(queue, count=15) for _ in range(JoinAtOnce.PATIENCE)] == [[]] * JoinAtOnce.PATIENCE
+    assert ids(policy.take(queue, count=15)) == ["0"]
+    assert ids(policy.take(queue, count=15)) == ["1"]  # alone in the queue: there is no company to wait for
     assert policy.take(queue, count=0) == []
 
 
 def test_enough_free_slots_are_filled_at_once(make_request: MakeRequest) -> None:
-    assert ids(JoinAtOnce(32).take(queue_of(make_request, 0, 0, 0), count=30)) == ["0", "1"]
-    assert JoinAtOnce(32).take(queue_of(make_request, 0), count=32) == []
+    assert ids(JoinAtOnce(16).take(queue_of(make_request, 0, 0, 0), count=14)) == ["0", "1"]
+    assert JoinAtOnce(16).take(queue_of(make_request, 0), count=16) == []
 
 
 def test_a_group_alone_is_taken_whole_and_in_order_of_ids(make_request: MakeRequest) -> None:

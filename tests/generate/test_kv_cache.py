@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -36,9 +40,11 @@ def plain_logits(model: PreTrainedModel, tokens: np.ndarray) -> torch.Tensor:
         return model(input_ids=torch.from_numpy(tokens)[None]).logits[0, -1]
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
 def test_rows_of_different_lengths_decode_as_alone(make_model: MakeModel, kind: str) -> None:
-    model = make_model(kind)
+    """Grouped heads, and an architecture with learned positions and as many key as query heads."""
+    gpt2 = GPT2Config(vocab_size=24, n_embd=32, n_layer=2, n_head=4, n_positions=32, initializer_range=0.3)
+    model = GPT2LMHeadModel(gpt2).eval() if kind == "gpt2" else make_model(kind)
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, 24, size=n) for n in (2, 5, 9, 1)]
     expected = [plain_logits(model, text) for text in texts]
@@ -98,6 +104,7 @@ def test_masked_single_token_attention_equals_sdpa(make_model: MakeModel) -> Non
             ),
             "rope_type='dynamic'",
         ),
+        (lambda: BloomForCausalLM(BloomConfig(vocab_size=24, hidden_size=32, n_layer=1, n_head=4)), "position_ids"),
         (lambda: LlamaForCausalLM._from_config(LlamaConfig(**SMALL), attn_implementation="eager"), "'eager'"),
     ],
 )

@@ -238,6 +238,7 @@ def test_abort_ends_running_and_queued_requests_of_a_group_only(
         ({"max_tokens": 62}, "prompt of 3 tokens.*max_tokens=62 > engine.max_length=64"),
         ({"max_tokens": 0}, "max_tokens=0 < 1"),
         ({"prompt": ()}, "prompt is empty"),
+        ({"prompt": (3, 24)}, "ids 3 to 24 leave the model's vocabulary of 24"),
         ({"top_p": 0.0}, "top_p=0.0"),
     ],
 )

@@ -34,7 +34,7 @@ def make_learner(make_trainer, make_store, make_bus, tmp_path: Path):
         learner = Learner(
             trainer,
             store,
-            bus,
+            lambda incarnation: bus,
             Checkpoints(RunDir(tmp_path / "run"), keep_last_n),
             tokenizer=Tokenizer(),
             save_freq=save_freq,

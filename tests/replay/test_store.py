@@ -1,6 +1,7 @@
 """The actor shell on one event loop: who waits, who wakes, what a restart and a broken disk look like."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable
 from pathlib import Path
@@ -150,7 +151,7 @@ def test_an_older_incarnation_is_fenced(fakes: SimpleNamespace, tmp_path: Path) 
             await Caller(store, incarnation=1)("reserve", 1, V, (), 1.0)
         again = make(fakes, tmp_path)  # the log remembers
         with pytest.raises(Fenced):
-            await Caller(again, incarnation=1)("submit", b"")
+            await Caller(again, incarnation=1)("extend", 1)
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
@@ -204,6 +205,68 @@ def test_the_end_reaches_everybody(fakes: SimpleNamespace, tmp_path: Path) -> No
         await store.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_after_a_restart_the_end_is_told_by_finish_or_undone_by_a_resume(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = make(fakes, tmp_path, max_lag=0, batch=1)
+        learner = Caller(store, "learner")
+        await learner("fence", 0)
+        await store.finish()
+        learner.store = resumed = make(fakes, tmp_path, max_lag=0, batch=1)
+        early = asyncio.ensure_future(Caller(resumed, "gen")("reserve", 1, Version(2, 0), (), 60.0))
+        reward = asyncio.ensure_future(Caller(resumed, "reward")("lease_unscored", 1, 60.0))
+        await waiting(resumed, 2)  # neither is sent away
+        await learner("fence", 0)
+        assert len((await early).tickets) == 1
+        await resumed.finish()
+        assert (await reward).ended
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_callers_on_several_event_loops_wake_each_other(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    """Ray runs each concurrency group of an actor on a loop and thread of its own."""
+    store = make(fakes, tmp_path, max_lag=4, batch=2, n=1, size=40, epochs=1)
+    learner, failures = Caller(store, "learner"), []
+    asyncio.run(learner("fence", 0))  # type: ignore[arg-type]
+
+    async def generate(name: str) -> None:
+        caller, update = Caller(store, name), 0
+        while not (answer := await caller("reserve", 2, Version(1, update), (), 5.0)).ended:
+            if answer.tickets:
+                made = [fakes.rollout(t, 0, Version(1, update)) for t in answer.tickets]
+                await caller("submit", schema.encode_rollouts(made, "run"))
+            update = store._core.ledger.committed
+
+    async def reward() -> None:
+        caller = Caller(store, "reward")
+        while not (lease := await caller("lease_unscored", 3, 5.0)).ended:
+            if lease.rows:
+                items = schema.decode_unscored(schema.from_ipc(lease.rows))
+                await caller("score", lease.lease, [fakes.score(u, u.rollout, 1.0) for u in items])
+
+    async def learn() -> None:
+        update = 0
+        while not (lease := await learner("lease_batch", 1, update, 5.0)).ended:
+            if lease.groups:
+                await learner("commit", lease.lease, Version(1, update + 1), {})
+                update += 1
+        await store.finish()
+
+    def thread(actor: Any) -> None:
+        try:
+            asyncio.run(asyncio.wait_for(actor, 20))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=thread, args=(a,)) for a in (generate("a"), generate("b"), reward(), learn())]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(30)
+    assert failures == []
+    assert store._core.ledger.counts().trained == 40
 
 
 def test_after_a_failed_write_every_call_says_so(fakes: SimpleNamespace, tmp_path: Path) -> None:

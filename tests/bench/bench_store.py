@@ -1,0 +1,128 @@
+"""Replay store throughput: rows and tokens per second in and out, through client, core and log, over a direct transport.
+
+    python tests/bench/bench_store.py [--groups 512] [--n 8] [--tokens 256] [--folder DIR]
+
+The ratio is to the plain work: encoding the same rows to Arrow IPC and writing the bytes to a file.
+"""
+
+import argparse
+import asyncio
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from asyncrl.replay import schema
+from asyncrl.replay.client import ReplayClient
+from asyncrl.replay.keep import keep_all
+from asyncrl.replay.plan import Grouping, Plan, Source
+from asyncrl.replay.store import LogSettings, ReplayStore
+from asyncrl.staleness import Staleness
+from asyncrl.types import Prompt, Rollout, Sampling, Score, Span, Ticket, Version
+
+V = Version(1, 0)
+
+
+def rollout(ticket: Ticket, index: int, tokens: int) -> Rollout:
+    return Rollout(
+        group=ticket.group,
+        rollout=index,
+        attempt=ticket.attempt,
+        prompt=ticket.prompt,
+        response_ids=list(range(tokens)),
+        logprobs=[-0.5] * tokens,
+        kept_logmass=None,
+        loss_mask=[1] * tokens,
+        turns=(0,),
+        spans=(Span(V, tokens),),
+        finish_reason="stop",
+        worker="generator-0",
+        times={"reserved": 1.0, "started": 2.0, "finished": 3.0},
+    )
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+def bench(groups: int, n: int, tokens: int, folder: Path) -> dict[str, float]:
+    """Seconds per stage, for groups × n rollouts of `tokens` tokens; submitted one group a call."""
+    batch = groups // 8
+    prompts = [Prompt(row=i, ids=tuple(range(64)), data_source="bench") for i in range(groups)]
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=tokens, stop_token_ids=(0,))
+    plan = Plan(
+        rule=Staleness(max_lag=7, batch_groups=batch),
+        source=Source(prompts=prompts, sampling=sampling),
+        grouping=Grouping(n=n, min_valid=1, max_attempts=1, keep=keep_all),
+    )
+    store = ReplayStore(plan, LogSettings(folder=str(folder)))
+    loop = asyncio.new_event_loop()
+
+    def call(method: str, *args: Any, timeout_s: float) -> Any:
+        return loop.run_until_complete(getattr(store, method)(*args))
+
+    client = ReplayClient(call, "bench", 1)
+    client.fence(0)
+    seconds: dict[str, float] = {}
+    seconds["reserve"], answer = timed(lambda: client.reserve(groups, V, [], 1.0))
+    made = [[rollout(t, i, tokens) for i in t.rollouts] for t in answer.tickets]
+
+    def plain() -> None:
+        with (folder / "plain.arrow").open("wb", buffering=0) as file:
+            for group in made:
+                file.write(schema.encode_rollouts(group, "bench"))
+
+    def submit() -> None:
+        for group in made:
+            client.submit(group)
+
+    def lease() -> list[Any]:
+        leases = []
+        while (got := client.lease_unscored(64, 0.0)).items:
+            leases.append(got)
+        return leases
+
+    def score(leases: list[Any]) -> None:
+        for got in leases:
+            verdicts = [Score(group=u.group, rollout=u.rollout, attempt=u.attempt, status="ok", reward=1.0) for u in got.items]
+            client.score(got.lease, verdicts)
+
+    def train() -> None:
+        for update in range(8):
+            got = client.lease_batch(update, 0.0)
+            assert len(client.rows(got.groups)) == batch * n
+            client.commit(got.lease, Version(1, update + 1), {"loss": 0.0})
+
+    seconds["plain encode + write"] = min(timed(plain)[0] for _ in range(2))
+    seconds["submit"], _ = timed(submit)
+    seconds["lease unscored"], leases = timed(lease)
+    seconds["score"], _ = timed(lambda: score(leases))
+    seconds["lease, rows, commit"], _ = timed(train)
+    loop.run_until_complete(store.close())
+    loop.close()
+    seconds["rebuild from log"], _ = timed(lambda: ReplayStore(plan, LogSettings(folder=str(folder))))
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", type=int, default=512)
+    parser.add_argument("--n", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--folder", type=Path, default=None)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        seconds = bench(options.groups, options.n, options.tokens, Path(folder))
+    rows = options.groups * options.n
+    print(f"{rows} rollouts × {options.tokens} tokens, {options.n} a call")
+    print(f"{'stage':24}{'seconds':>9}{'rows/s':>11}{'Mtokens/s':>11}{'× plain':>9}")
+    for stage, spent in seconds.items():
+        rate, ratio = rows / spent, spent / seconds["plain encode + write"]
+        print(f"{stage:24}{spent:9.3f}{rate:11.0f}{rate * options.tokens / 1e6:11.2f}{ratio:9.2f}")
+
+
+if __name__ == "__main__":
+    main()
