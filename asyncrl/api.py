@@ -93,6 +93,11 @@ class Trainer:
         self._supervisor.train(until)
         return self.result()
 
+    def finish(self) -> RunResult:
+        """Ends the run cleanly: what is still outstanding is settled as evicted, and nobody is left waiting."""
+        self._supervisor.finish()
+        return self.result()
+
     def result(self) -> RunResult:
         """How the run stands."""
         tally, counts = self._tally, self._tally.counts
@@ -160,7 +165,9 @@ class Trainer:
             if step == folder.absolute():
                 return int(step.name.removeprefix("step_"))
         found = ", ".join(step.name for step in self.paths.steps()) or "none"
-        raise ConfigError(f"{folder} is no checkpoint of the run in {self.paths.path} (it has: {found}); resume a run in its own directory")
+        raise ConfigError(
+            f"{folder} is no checkpoint of the run in {self.paths.path} (it has: {found}); resume a run in its own directory"
+        )
 
     def _start(self, resume_at: int | None) -> Supervisor:
         recipe = self._recipe
@@ -198,12 +205,13 @@ def launch(
     """Runs a recipe to its total_steps and returns what it came to. Raises what went wrong first."""
     resume_from = resolve_run_dir(name or recipe.name, runs_dir).path if resume else None
     with Trainer(recipe, deployment, name=name, runs_dir=runs_dir, resume_from=resume_from, observe=observe) as trainer:
-        return trainer.fit()
+        trainer.fit()
+        return trainer.finish()
 
 
 def _set_aside(paths: RunDir) -> None:
     """Moves what an earlier run left into `previous-N`; prepared data stays, as the cache that it is."""
-    earlier = [path for path in (paths.replay, paths.checkpoints, paths.metrics, paths.tensorboard, paths.logs, paths.exports)]
+    earlier = (paths.replay, paths.checkpoints, paths.metrics, paths.tensorboard, paths.logs, paths.exports)
     used = [path for path in earlier if path.is_file() or (path.is_dir() and any(path.iterdir()))]
     if not used:
         return

@@ -24,7 +24,7 @@ def _require(condition: bool, message: str) -> None:
 # ------------------------------------------------------------------------------------------------- recipe
 
 
-class ModelSpec(Spec):
+class ModelSpec(Spec, frozen=True, kw_only=True):
     """path: Hugging Face id or folder. tokenizer: likewise; empty means the model's own."""
 
     path: str
@@ -33,7 +33,7 @@ class ModelSpec(Spec):
     trust_remote_code: bool = False
 
 
-class DataSpec(Spec):
+class DataSpec(Spec, frozen=True, kw_only=True):
     """Prompts in verl's parquet schema or JSONL: `prompt_key` holds chat messages or a plain string.
 
     answer_key: a dotted path to the ground truth inside the row. epochs None: as many as total_steps needs.
@@ -56,7 +56,7 @@ class DataSpec(Spec):
         )
 
 
-class RewardSpec(Spec):
+class RewardSpec(Spec, frozen=True, kw_only=True):
     """function: verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`, a float or a dict with `score`.
 
     deadline_s: wall clock for one sample; past it the process is killed and the sample is `timeout`.
@@ -69,7 +69,7 @@ class RewardSpec(Spec):
         _require(self.deadline_s > 0, f"reward.deadline_s={self.deadline_s}: every sample would time out; use seconds > 0")
 
 
-class SamplingSpec(Spec):
+class SamplingSpec(Spec, frozen=True, kw_only=True):
     """n rollouts per prompt. top_p 1 and top_k 0 are off, which is the default: both renormalize the behaviour policy.
 
     keep: which complete groups are worth training: `all`, `varied` (rewards not all equal), or a user's
@@ -102,7 +102,7 @@ class SamplingSpec(Spec):
         _require(self.max_attempts >= 1, f"sampling.max_attempts={self.max_attempts} < 1: no prompt could be tried")
 
 
-class StalenessSpec(Spec):
+class StalenessSpec(Spec, frozen=True, kw_only=True):
     """max_lag: η, in versions, per token. on_stale and selector: see asyncrl.staleness. capacity_groups: outstanding
     groups at the most, whatever the bound admits; None: the bound alone."""
 
@@ -112,7 +112,7 @@ class StalenessSpec(Spec):
     capacity_groups: int | None = None
 
 
-class AlgorithmSpec(Spec):
+class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     """Pure functions composed by name: estimator × loss × correction × KL × aggregation.
 
     clip_ratio: ε around the proximal policy. behaviour_cap: truncation of exp(proximal − behaviour).
@@ -131,7 +131,7 @@ class AlgorithmSpec(Spec):
     loss_agg: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
 
 
-class LearnerSpec(Spec):
+class LearnerSpec(Spec, frozen=True, kw_only=True):
     """batch_groups: groups per update. mini_batch_groups: groups per optimizer step (None: the whole batch).
 
     max_tokens_per_pack: tokens in one forward pass (on CPU at most 2,048, which is faster). max_grad_norm 0: no clipping.
@@ -164,7 +164,7 @@ class LearnerSpec(Spec):
         _require(self.lr >= 0, f"learner.lr={self.lr} < 0: the policy would be driven away from reward")
 
 
-class EvaluationSpec(Spec):
+class EvaluationSpec(Spec, frozen=True, kw_only=True):
     """Held-out evaluation through the same hops, every `freq` updates, at the start and at the end; files () turns it off."""
 
     files: tuple[str, ...] = ()
@@ -177,7 +177,7 @@ class EvaluationSpec(Spec):
         _require(self.freq >= 1, f"evaluation.freq={self.freq} < 1; to turn evaluation off leave evaluation.files empty")
 
 
-class CheckpointSpec(Spec):
+class CheckpointSpec(Spec, frozen=True, kw_only=True):
     """Every save_freq updates; keep_last_n complete ones are kept. step_000000 is written at the start."""
 
     save_freq: int = 50
@@ -188,7 +188,7 @@ class CheckpointSpec(Spec):
         _require(self.keep_last_n >= 1, f"checkpoint.keep_last_n={self.keep_last_n} < 1: there would be nothing to resume from")
 
 
-class Recipe(Spec):
+class Recipe(Spec, frozen=True, kw_only=True):
     """What to learn. prepare: optional `prepare(recipe, run_dir)` that makes data and models before any actor starts."""
 
     name: str
@@ -228,7 +228,7 @@ class Recipe(Spec):
 # --------------------------------------------------------------------------------------------- deployment
 
 
-class PlaceSpec(Spec):
+class PlaceSpec(Spec, frozen=True, kw_only=True):
     """What one actor process reserves of the cluster, and the torch threads it computes with."""
 
     cpus: float = 0.0
@@ -237,7 +237,7 @@ class PlaceSpec(Spec):
     resources: dict[str, float] = {}
 
 
-class EngineSpec(Spec):
+class EngineSpec(Spec, frozen=True, kw_only=True):
     """kind `torch`: the embedded engine. slots: requests decoded together. max_length: prompt + response tokens.
 
     update_mode: how new weights enter while requests run (DESIGN §5). deterministic: one group at a time, rows
@@ -251,7 +251,7 @@ class EngineSpec(Spec):
     deterministic: bool = False
 
 
-class GeneratorsSpec(Spec):
+class GeneratorsSpec(Spec, frozen=True, kw_only=True):
     count: int = 1
     place: PlaceSpec = PlaceSpec()
     engine: EngineSpec = EngineSpec()
@@ -260,7 +260,7 @@ class GeneratorsSpec(Spec):
         _require(self.count >= 1, f"generators.count={self.count} < 1: nobody would generate; use at least 1")
 
 
-class RewardsSpec(Spec):
+class RewardsSpec(Spec, frozen=True, kw_only=True):
     """count actors, each with `processes` killable processes that score `lease_size` rollouts at a time."""
 
     count: int = 1
@@ -273,12 +273,12 @@ class RewardsSpec(Spec):
         _require(self.processes >= 1, f"rewards.processes={self.processes} < 1: nothing would be scored; use at least 1")
 
 
-class LearnerPlaceSpec(Spec):
+class LearnerPlaceSpec(Spec, frozen=True, kw_only=True):
     ranks: Literal[1] = 1
     place: PlaceSpec = PlaceSpec()
 
 
-class StoreSpec(Spec):
+class StoreSpec(Spec, frozen=True, kw_only=True):
     """fsync: `segment` syncs each closed segment, `call` every acknowledged call. keep_segments: `checkpoint` deletes
     segments that no retained checkpoint needs, `all` keeps the whole history."""
 
@@ -288,7 +288,7 @@ class StoreSpec(Spec):
     place: PlaceSpec = PlaceSpec()
 
 
-class BusSpec(Spec):
+class BusSpec(Spec, frozen=True, kw_only=True):
     """transport `auto`: shared memory within a node, TCP between nodes. credit: buckets asked for ahead."""
 
     transport: Literal["auto", "tcp"] = "auto"
@@ -296,7 +296,7 @@ class BusSpec(Spec):
     credit: int = 4
 
 
-class LimitsSpec(Spec):
+class LimitsSpec(Spec, frozen=True, kw_only=True):
     """Seconds unless said otherwise. max_restarts: per actor. lease_s: silence after which a worker's work is reissued."""
 
     max_restarts: int = 3
@@ -307,7 +307,7 @@ class LimitsSpec(Spec):
     stop_timeout_s: float = 15.0
 
 
-class Deployment(Spec):
+class Deployment(Spec, frozen=True, kw_only=True):
     """Where a recipe runs. ray_address empty: RAY_ADDRESS if set, else a local Ray with `num_cpus`."""
 
     ray_address: str = ""

@@ -13,6 +13,7 @@ from asyncrl.types import (
     Fence,
     Generation,
     GenerationRequest,
+    Report,
     Reserved,
     Rollout,
     Score,
@@ -24,6 +25,18 @@ from asyncrl.types import (
 
 Tensors = Mapping[str, Any]  # parameter name -> torch.Tensor, contiguous, on CPU
 Keep = Callable[[Sequence[float]], bool]  # rewards of a complete group -> worth training?
+
+
+class Stage(Protocol):
+    """What generators, reward workers and learners offer to whoever runs them, with or without Ray."""
+
+    def run(self, *arguments: Any) -> Any:
+        """The main loop. Returns when its work has ended or after `stop`; raises the first error of any of its threads."""
+
+    def stop(self) -> None:
+        """Ends `run` soon; idempotent, from any thread."""
+
+    def report(self) -> Report: ...
 
 
 class Engine(Protocol):

@@ -7,22 +7,11 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from asyncrl.cluster.peers import Peers
 from asyncrl.cluster.plan import Plan
 from asyncrl.types import Report
-
-
-class Stage(Protocol):
-    """What every stage class offers, with or without Ray."""
-
-    def run(self) -> None:
-        """The main loop. Returns when its work has ended or after `stop`; raises the first error of any of its threads."""
-
-    def stop(self) -> None: ...
-
-    def report(self) -> Report: ...
 
 
 def _log_to(folder: str, name: str) -> None:
@@ -33,6 +22,16 @@ def _log_to(folder: str, name: str) -> None:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         force=True,
     )
+
+
+# Calls by who makes them: each kind has an event loop of its own in the store, so that long polls never starve a commit.
+STORE_CALLS = {
+    "generate": ("reserve", "submit"),
+    "reward": ("lease_unscored", "extend", "score"),
+    "learn": ("fence", "lease_batch", "rows", "commit", "request_eval", "checkpointed"),
+    "supervise": ("finish", "report", "state"),
+}
+GROUP_OF = {method: group for group, methods in STORE_CALLS.items() for method in methods}
 
 
 class StageActor:
@@ -52,12 +51,12 @@ class StageActor:
         """Tells where a peer is now."""
         self._peers.put(peer, edition, value)
 
-    def start(self) -> Any:
-        """Builds the stage: loads models, spawns processes, reaches peers. Returns what its peers need to know of it."""
+    def start(self) -> tuple[int, Any]:
+        """Builds the stage: loads models, reaches peers. Returns its pid, and what its peers need to know of it."""
         from asyncrl.cluster import wiring
 
         self._stage, advert, self._closers = wiring.build(self._role, self._name, self._plan, self._peers, self._threads)
-        return advert
+        return os.getpid(), advert
 
     def run(self, *arguments: Any) -> None:
         with self._running:
@@ -89,8 +88,7 @@ class StageActor:
 
 
 class StoreActor:
-    """The replay store as an actor. One event loop runs everything: the core never blocks, and long polls only await,
-    so none can starve a commit. (Ray gives every concurrency group of an async actor a loop of its own, and so threads.)"""
+    """The replay store as an actor: asynchronous, with a concurrency group, and so an event loop, per kind of caller."""
 
     def __init__(self, plan: Plan) -> None:
         _log_to(str(plan.paths.logs), "store")
@@ -98,14 +96,15 @@ class StoreActor:
         self._store: Any = None
         self._stopped = asyncio.Event()
 
-    async def start(self) -> None:
+    async def start(self) -> tuple[int, None]:
         """Opens the log, or rebuilds from it."""
         from asyncrl.cluster import wiring
 
         self._store = wiring.build_store(self._plan)
+        return os.getpid(), None
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        """A call of a ReplayClient."""
+        """One of STORE_CALLS, in its own concurrency group."""
         return await getattr(self._store, method)(*arguments)
 
     async def run(self) -> None:
@@ -116,3 +115,8 @@ class StoreActor:
         if self._store is not None:
             await self._store.close()
         self._stopped.set()
+
+
+def call_store(handle: Any, method: str, *arguments: Any) -> Any:
+    """Asks the store actor; returns Ray's reference to the answer."""
+    return handle.call.options(concurrency_group=GROUP_OF[method]).remote(method, *arguments)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import ray
 
-from asyncrl.cluster.actors import StageActor, StoreActor
+from asyncrl.cluster.actors import STORE_CALLS, StageActor, StoreActor
 from asyncrl.cluster.placement import Placement, beside_driver, reserve
 from asyncrl.cluster.plan import Plan
 from asyncrl.config import PlaceSpec
@@ -22,6 +22,7 @@ class Member:
         self.role, self.name, self.place = role, name, place
         self.edition = -1
         self.phase: Phase = "ended"
+        self.pid = 0
         self.handle: Any = None
         self.task: Any = None
         self.first_error = ""
@@ -33,11 +34,12 @@ class Member:
         """Creates the actor and begins `start`. `known` are the peers announced so far."""
         limits = plan.deployment.limits
         if self._placement is None:
-            self._placement = beside_driver() if self.role == "store" else reserve(self.name, self.place, limits.start_timeout_s)
+            here = self.role == "store"
+            self._placement = beside_driver() if here else reserve(self.name, self.place, limits.start_timeout_s)
         self.edition += 1
         if self.role == "store":
-            options = {**self._placement.options, "max_concurrency": 1000}
-            self.handle = ray.remote(StoreActor).options(**options).remote(plan)
+            actor = ray.remote(concurrency_groups=dict.fromkeys(STORE_CALLS, 1000))(StoreActor)
+            self.handle = actor.options(**self._placement.options).remote(plan)
         else:
             options = {**self._placement.options, "max_concurrency": 8}
             self.handle = ray.remote(StageActor).options(**options).remote(self.role, self.name, plan, self.place.threads)

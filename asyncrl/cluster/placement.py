@@ -47,7 +47,9 @@ def reserve(name: str, place: PlaceSpec, timeout_s: float) -> Placement:
             f"  {resource:12} demanded {amount:g}, available {available.get(resource, 0.0):g} of {total.get(resource, 0.0):g}"
             for resource, amount in wanted.items()
         ]
-        raise PlacementError(f"{name} fits nowhere in the cluster:\n" + "\n".join(rows) + "\nlower its `place` in the deployment, or add nodes")
+        raise PlacementError(
+            f"{name} fits nowhere in the cluster:\n" + "\n".join(rows) + "\nlower its `place` in the deployment, or add nodes"
+        )
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
     options = {
         "num_cpus": wanted.pop("CPU", 0),

@@ -6,6 +6,7 @@ so a death is noticed the moment it happens and a restart never waits for anothe
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import msgspec
 import ray
 from msgspec import Struct
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from asyncrl.cluster.actors import call_store
 from asyncrl.cluster.members import Member
 from asyncrl.cluster.plan import Plan
 from asyncrl.errors import ActorFailed, AsyncRLError, CheckpointError, ConfigError, DataError, NonFinite, Unavailable
@@ -32,6 +34,7 @@ class Status(Struct, frozen=True, kw_only=True):
     store: StoreReport | None
     reports: tuple[Report, ...]
     restarts: dict[str, int]
+    pids: dict[str, int]
 
 
 class Supervisor:
@@ -54,7 +57,10 @@ class Supervisor:
         self._until: int | None = None
         self._asked: Any = None
         self._seen = 0  # sequence number of the newest record taken from the store
-        self._moved = (time.monotonic(), None)  # when the run last made progress, and the state it was in then
+        self._moved: tuple[float, Any] = (
+            time.monotonic(),
+            None,
+        )  # when the run last made progress, and the state it was in then
 
     @property
     def restarts(self) -> dict[str, int]:
@@ -79,6 +85,19 @@ class Supervisor:
         self._until = None
         self._asked = None  # an answer on its way may be older than the learner's last request
         while (report := self._tick()) is None or report.evals_pending:
+            pass
+
+    def finish(self) -> None:
+        """Settles what is outstanding and waits until generators and reward workers have ended by themselves."""
+        ray.get(call_store(self._store.handle, "finish"))
+        deadline = time.monotonic() + self._plan.deployment.limits.stop_timeout_s
+        while any(m.phase != "ended" for m in self._members if m.role in ("generator", "reward")):
+            if time.monotonic() > deadline:
+                log.warning("some workers did not end by themselves; they are stopped")
+                break
+            self._tick()
+        self._asked = None
+        while self._tick() is None:
             pass
 
     def ask_learner(self, method: str, *arguments: Any, timeout_s: float = 600.0) -> Any:
@@ -117,7 +136,8 @@ class Supervisor:
             member.poll_report()
         report = self._poll_store()
         reports = tuple(member.last_report for member in self._members if member.last_report is not None)
-        self._observe(Status(store=report, reports=reports, restarts=self.restarts))
+        pids = {member.name: member.pid for member in self._members if member.pid}
+        self._observe(Status(store=report, reports=reports, restarts=self.restarts, pids=pids))
         if report is not None:
             self._watch(report)
         return report
@@ -129,11 +149,13 @@ class Supervisor:
             self._failed(member, error)
             return
         if member.phase == "starting":
-            self._started(member, value)
+            member.pid, advert = value
+            self._started(member, advert)
         else:
             member.phase, member.task = ("idle", None) if member is self._learner else ("ended", None)
 
     def _started(self, member: Member, advert: Any) -> None:
+        log.info("%s is up (pid %d)", member.name, member.pid)
         if member is self._store:
             self._announce("store", member.edition, member.handle)
         if member is not self._learner:
@@ -162,7 +184,7 @@ class Supervisor:
     def _failed(self, member: Member, error: Exception) -> None:
         """Restarts the member, or gives up naming it and its first error."""
         cause = error.cause if isinstance(error, RayTaskError) else error
-        text = redact(str(error))
+        text = redact(_brief(error))
         if not member.first_error:
             member.first_error = text
             write_atomic(self._plan.paths.logs / f"{member.name}.error", text + "\n")
@@ -170,8 +192,8 @@ class Supervisor:
             raise type(cause)(f"{member.name}: {cause}") from error
         if member.edition >= self._plan.deployment.limits.max_restarts:
             raise ActorFailed(
-                f"{member.name} failed {member.edition + 1} times, limits.max_restarts={self._plan.deployment.limits.max_restarts}; "
-                f"its first error:\n{member.first_error}"
+                f"{member.name} failed {member.edition + 1} times, "
+                f"limits.max_restarts={self._plan.deployment.limits.max_restarts}; its first error:\n{member.first_error}"
             ) from error
         log.warning("%s died and is restarted: %s", member.name, text.strip().splitlines()[-1] if text.strip() else error)
         member.kill()
@@ -185,7 +207,7 @@ class Supervisor:
             self._asked = None
             return None
         if self._asked is None:
-            self._asked = self._store.handle.call.remote("report", self._seen)
+            self._asked = call_store(self._store.handle, "report", self._seen)
             return None
         if not ray.wait([self._asked], timeout=0)[0]:
             return None
@@ -214,7 +236,7 @@ class Supervisor:
 
     def _dump(self) -> dict[str, Any]:
         """The store's queues and every actor's stacks, of those that answer within a second or two."""
-        asked = {"store": self._store.handle.call.remote("state")}
+        asked = {"store": call_store(self._store.handle, "state")}
         asked |= {m.name: m.handle.stacks.remote() for m in self._members if m is not self._store and m.phase != "ended"}
         ray.wait(list(asked.values()), num_returns=len(asked), timeout=2.0)
         dump: dict[str, Any] = {}
@@ -224,3 +246,11 @@ class Supervisor:
             except RayError as error:
                 dump[name] = f"no answer: {error}"
         return dump
+
+
+def _brief(error: Exception) -> str:
+    """A died process in one line (Ray's text holds a page of guesses); anything else as it is, traceback and all."""
+    if not isinstance(error, RayActorError):
+        return str(error)
+    detail = re.search(r"(exit type: \w+|killed by|exit code|SIG[A-Z]+)[^.]*", str(error))
+    return f"the process died ({detail.group(0) if detail else type(error).__name__})"

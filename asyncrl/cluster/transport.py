@@ -6,6 +6,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from asyncrl.cluster.actors import call_store
 from asyncrl.cluster.peers import Peers
 from asyncrl.errors import Unavailable
 
@@ -23,7 +24,7 @@ class RayCall:
         edition, handle = self._peers.wait("store", -1, deadline)
         while True:
             try:
-                return ray.get(handle.call.remote(method, *args), timeout=max(deadline - time.monotonic(), 0.001))
+                return ray.get(call_store(handle, method, *args), timeout=max(deadline - time.monotonic(), 0.001))
             except RayActorError:
                 edition, handle = self._peers.wait("store", edition, deadline)
             except GetTimeoutError:

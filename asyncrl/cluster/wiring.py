@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from msgspec.structs import replace
 
 from asyncrl.callables import load_callable
-from asyncrl.cluster.actors import Stage
 from asyncrl.cluster.peers import Peers
 from asyncrl.cluster.plan import Plan
 from asyncrl.cluster.transport import RayCall
 from asyncrl.config import DataSpec, PlaceSpec, Recipe
+from asyncrl.interfaces import Stage
 from asyncrl.metrics import Ledger
 from asyncrl.rundir import RunDir
 from asyncrl.types import Sampling
@@ -219,7 +219,6 @@ def _learner(name: str, plan: Plan, peers: Peers) -> Built:
         save_freq=recipe.checkpoint.save_freq,
         eval_freq=recipe.evaluation.freq if recipe.evaluation.files else None,
         poll_s=plan.deployment.limits.poll_s,
-        ledger=Ledger(),
     )
     learner.start(plan.resume_at)
     return Built(learner, publishers[-1].address, (store.close, learner.close))

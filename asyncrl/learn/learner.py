@@ -46,7 +46,6 @@ class Learner:
         save_freq: int,
         eval_freq: int | None,
         poll_s: float,
-        ledger: Ledger,
     ) -> None:
         self._trainer = trainer
         self._store = store
@@ -57,7 +56,7 @@ class Learner:
         self._save_freq = save_freq
         self._eval_freq = eval_freq
         self._poll_s = poll_s
-        self._ledger = ledger
+        self._ledger = Ledger()
         self._stopping = threading.Event()
         self._started = False
         self._version = Version(0, 0)

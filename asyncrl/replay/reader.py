@@ -57,7 +57,7 @@ class ReplayReader:
         for _ in range(_ATTEMPTS):
             closed, tails = listing(self._folder, stem)
             try:
-                batches = [b for _, path in closed for b in _batches(path)]
+                batches = [b for _, path in closed for b in _batches(path, schema)]
                 for _, path in tails:
                     batches += read_tail(path, schema)
                 return pa.Table.from_batches(batches, schema)
@@ -66,8 +66,8 @@ class ReplayReader:
         raise DataError(f"{self._folder} changed {_ATTEMPTS} times while it was read: try again")
 
 
-def _batches(path: Path) -> list[pa.RecordBatch]:
-    reader = read_closed(path)
+def _batches(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
+    reader = read_closed(path, schema)
     return [reader.get_batch(i) for i in range(reader.num_record_batches)]
 
 

@@ -31,12 +31,17 @@ class Segment(Struct, frozen=True):
 
 
 def read_tail(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
-    """The whole batches of an open tail, which may end anywhere. Only its end can be torn: it is written in order."""
+    """The whole batches of an open tail, which may end anywhere. Only its end can be torn: it is written in order.
+
+    Raises `DataError` if it is of another schema, `FileNotFoundError` if it was closed meanwhile."""
+    data = pa.py_buffer(path.read_bytes())
     try:
-        reader = pa.ipc.MessageReader.open_stream(pa.py_buffer(path.read_bytes()))
+        found = pa.ipc.open_stream(data).schema
+        reader = pa.ipc.MessageReader.open_stream(data)
         reader.read_next_message()  # the schema
     except (StopIteration, OSError, pa.ArrowInvalid):
         return []
+    _check_schema(path, found, schema)
     batches = []
     while True:
         try:
@@ -45,14 +50,21 @@ def read_tail(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
             return batches
 
 
-def read_closed(path: Path) -> pa.ipc.RecordBatchFileReader:
-    """A memory-mapped closed segment. Raises `DataError` if it can't be parsed."""
+def read_closed(path: Path, schema: pa.Schema) -> pa.ipc.RecordBatchFileReader:
+    """A memory-mapped closed segment. Raises `DataError` if it can't be parsed or is of another schema."""
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path)))
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
     except pa.ArrowInvalid as error:
         raise DataError(
             f"{path} is not a readable Arrow file ({error}): restore it from a copy, or resume elsewhere"
         ) from error
+    _check_schema(path, reader.schema, schema)
+    return reader
+
+
+def _check_schema(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
+    if not found.equals(expected, check_metadata=True):
+        raise DataError(f"{path} has the schema of another version of asyncrl: read and resume the run with that version")
 
 
 def listing(folder: Path, stem: str) -> tuple[list[tuple[int, Path]], list[tuple[int, Path]]]:
@@ -118,6 +130,8 @@ class Segments:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
             self._file = os.open(self._path("tail"), flags, 0o644)
             self._write(self._schema.serialize())
+            if self._fsync_calls:
+                _fsync(self._folder)
         message = batch.serialize()
         self._write(message)
         self._push(batch)
@@ -163,7 +177,7 @@ class Segments:
                     f"{path} has checksum {found:08x}, the event log says {segment.crc32:08x}: the file is damaged; "
                     "restore it from a copy, or start again from an older checkpoint"
                 )
-            self._readers[segment.number] = read_closed(path)
+            self._readers[segment.number] = read_closed(path, self._schema)
         return self._readers[segment.number]
 
     def take(self, rows: Sequence[int], columns: list[str]) -> pa.RecordBatch:
@@ -212,7 +226,7 @@ class Segments:
 
     def _measure(self, number: int, path: Path, first: int) -> Segment:
         """A segment that was closed just before a kill, so that the event log does not know it yet."""
-        reader = read_closed(path)
+        reader = read_closed(path, self._schema)
         count = sum(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
         return Segment(number, first, count, _crc32(path))
 

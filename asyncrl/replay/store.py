@@ -40,20 +40,22 @@ class ReplayStore:
         self._lock = threading.Lock()
         self._waiters = Waiters()
         self._seen: dict[str, int] = dict(self._core.ledger.workers)  # newest incarnation of each worker
-        self._calls: dict[tuple[str, str], Key] = {}  # newest call of each worker, by method
+        self._calls: dict[tuple[str, str], tuple[Key, object]] = {}  # newest call of each worker, by method
         self._answers: dict[tuple[str, str], tuple[Key, Any]] = {}
 
     # ------------------------------------------------------------------------------------- generators
 
     async def reserve(self, key: Key, k: int, version: Version, held: Sequence[int], wait_s: float) -> Reserved:
         """Waits until there is a ticket or a cancellation; the long poll itself counts as a sign of life."""
-        self._do(key, lambda: self._core.arrive(key.worker, key.incarnation, held))
+
+        def arrive() -> None:
+            self._core.arrive(key.worker, key.incarnation, held)
 
         def attempt() -> tuple[bool, Reserved]:
             answer = self._core.reserve(k, key.worker, key.incarnation, version, held)
             return bool(answer.tickets or answer.cancelled or answer.ended), answer
 
-        return await self._poll("reserve", key, attempt, Reserved(), min(wait_s, self._plan.lease_s / 2))
+        return await self._poll("reserve", key, attempt, Reserved(), min(wait_s, self._plan.lease_s / 2), arrive)
 
     async def submit(self, key: Key, rows: bytes) -> None:
         """Arrow rows of schema.ROWS. Answers when the operating system has them; rows that came too late are ignored."""
@@ -196,21 +198,31 @@ class ReplayStore:
             found = self._answers.get((method, key.worker))
             return (True, found[1]) if found is not None and found[0] == key else (False, None)
 
-    async def _poll(self, method: str, key: Key, attempt: Callable[[], tuple[bool, T]], empty: T, wait_s: float) -> T:
+    async def _poll(
+        self,
+        method: str,
+        key: Key,
+        attempt: Callable[[], tuple[bool, T]],
+        empty: T,
+        wait_s: float,
+        begin: Callable[[], None] = lambda: None,
+    ) -> T:
         """Tries again after every change until `attempt` is done or the deadline passes; then its last answer.
 
-        A repeated call answers as before. A call that its own worker gave up for a newer one takes nothing any more.
+        A repeated call answers as before. A call that its own worker gave up for a newer one takes nothing any more, nor
+        does it `begin`: what it says of its caller is out of date.
         """
         known, answer = self._known(method, key)
         if known:
             return answer
-        stream, deadline = (method, key.worker), self._clock() + wait_s
-        if not self._begin(stream, key):
+        stream, deadline, token = (method, key.worker), self._clock() + wait_s, object()
+        if not self._newest(stream, key, token):
             return empty
+        self._do(key, begin)
 
         def step() -> tuple[bool, T, int]:
             self._core.expire()
-            if self._calls[stream] is not key:
+            if self._calls[stream][1] is not token:
                 return True, empty, 0
             done, answer = attempt()
             if done:
@@ -223,13 +235,13 @@ class ReplayStore:
                 return answer
             await self._changed(seen, deadline)
 
-    def _begin(self, stream: tuple[str, str], key: Key) -> bool:
+    def _newest(self, stream: tuple[str, str], key: Key, token: object) -> bool:
         """Makes this the newest call of its stream; False if a newer one came before it."""
         with self._lock:
-            newest = self._calls.get(stream)
-            if newest is not None and (key.incarnation, key.sequence) < (newest.incarnation, newest.sequence):
+            newest, _ = self._calls.get(stream, (key, None))
+            if (key.incarnation, key.sequence) < (newest.incarnation, newest.sequence):
                 return False
-            self._calls[stream] = key
+            self._calls[stream] = (key, token)
             return True
 
     async def _changed(self, seen: int, deadline: float) -> None:

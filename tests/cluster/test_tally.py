@@ -21,7 +21,7 @@ def score(sequence: int, update: int, value: float) -> Record:
 
 def told(*records: Record, committed: int = 0) -> Status:
     store = StoreReport(records=records, committed=committed, counts=COUNTS, evals_pending=0, activity=0, gauges={})
-    return Status(store=store, reports=(), restarts={})
+    return Status(store=store, reports=(), restarts={}, pids={})
 
 
 @pytest.fixture
@@ -58,7 +58,9 @@ def test_masked_share_weighs_steps_by_tokens(paths):
 def test_utilization_leaves_the_wait_for_the_start_out(paths):
     tally = Tally(paths, None)
     seconds = {"wait:start": 100.0, "busy": 6.0, "wait:store": 3.0, "sync": 1.0}
-    tally.observe(Status(store=None, reports=(Report(name="learner", role="learner", seconds=seconds, gauges={}),), restarts={}))
+    tally.observe(
+        Status(store=None, reports=(Report(name="learner", role="learner", seconds=seconds, gauges={}),), restarts={}, pids={})
+    )
     assert tally.learner_utilization == pytest.approx(0.6)
 
 

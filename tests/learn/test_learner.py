@@ -8,7 +8,6 @@ import torch
 from asyncrl.errors import CheckpointError, Closed, Fenced
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.learner import Learner
-from asyncrl.metrics import Ledger
 from asyncrl.rundir import RunDir
 from asyncrl.types import BatchLease, Fence
 
@@ -40,7 +39,6 @@ def make_learner(make_trainer, make_store, make_bus, tmp_path: Path):
             save_freq=save_freq,
             eval_freq=eval_freq,
             poll_s=0.1,
-            ledger=Ledger(),
         )
         return learner, store, bus, trainer
 

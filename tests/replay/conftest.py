@@ -84,10 +84,15 @@ class Bench:
 
     def __init__(self, plan_: Plan) -> None:
         self.plan, self.clock, self.log, self.rows = plan_, Clock(), [], 0
+        self.calls: list[int] = []  # length of the log after each call
         self.core = self.build()
 
     def build(self) -> Core:
-        return Core(self.plan, self.log.extend, list(self.log), self.clock, wall=lambda: 5.0)
+        return Core(self.plan, self.journal, list(self.log), self.clock, wall=lambda: 5.0)
+
+    def journal(self, events: Sequence[Any]) -> None:
+        self.log.extend(events)
+        self.calls.append(len(self.log))
 
     def reserve(self, k: int, update: int, worker: str = "gen", held: Sequence[int] = (), incarnation: int = 1) -> Any:
         """With weights of the learner's present incarnation."""

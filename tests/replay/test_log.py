@@ -82,7 +82,7 @@ def written(fakes: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @given(seed=st.integers(0, 2**32 - 1), which=st.sampled_from(["rows", "events", "both"]))
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_tails_cut_at_any_byte_recover_to_an_acknowledged_prefix(
     fakes: SimpleNamespace,
     written: tuple[Path, list[ev.AnyEvent]],
@@ -135,6 +135,14 @@ def test_a_damaged_segment_is_named(fakes: SimpleNamespace, tmp_path: Path, stem
     path.write_bytes(data)
     with pytest.raises(DataError, match=f"{stem}-00000001"):
         ReplayLog(tmp_path).take(range(6), ["group"])
+
+
+def test_a_log_of_another_version_is_refused(tmp_path: Path) -> None:
+    other = pa.record_batch({"group": [1]})
+    with pa.OSFile(str(tmp_path / "rows-00000000.tail"), "wb") as sink, pa.ipc.new_stream(sink, other.schema) as writer:
+        writer.write_batch(other)
+    with pytest.raises(DataError, match="has the schema of another version"):
+        ReplayLog(tmp_path)
 
 
 def test_a_missing_segment_is_named(fakes: SimpleNamespace, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asyncrl.replay import events as ev
+from asyncrl.replay.core import Core
 from asyncrl.replay.keep import keep_varied
 from asyncrl.replay.scoring import Summary
 from asyncrl.types import Score, Ticket, Version
@@ -17,7 +18,7 @@ from asyncrl.types import Score, Ticket, Version
 class FakeGenerator:
     def __init__(self, name: str) -> None:
         self.name, self.incarnation, self.version = name, 1, Version(1, 0)
-        self.work: dict[int, tuple[Ticket, dict[int, list[int]]]] = {}  # group -> updates of the tokens so far, per rollout
+        self.work: dict[int, tuple[Ticket, dict[int, list[Version]]]] = {}  # group -> versions of the tokens so far
 
     def die(self) -> None:
         self.incarnation, self.work = self.incarnation + 1, {}
@@ -60,7 +61,7 @@ class World:
         for _, rollouts in g.work.values():
             for tokens in rollouts.values():
                 if self.rng.random() < 0.5:
-                    tokens.append(g.version.update)
+                    tokens.append(g.version)
 
     def submit(self, g: FakeGenerator, finish: float) -> None:
         for group, (ticket, rollouts) in list(g.work.items()):
@@ -72,18 +73,21 @@ class World:
             if not rollouts:
                 del g.work[group]
 
-    def deliver(self, ticket: Ticket, index: int, tokens: list[int]) -> None:
-        group = self.bench.core.ledger.find(ticket.group)
+    def deliver(self, ticket: Ticket, index: int, tokens: list[Version]) -> None:
+        updates = [v.update for v in tokens]
+        group = self.bench.core.ledger.groups.get(ticket.group)
         if self.rule.waits and self.incarnation == 1 and group is not None and group.attempt == ticket.attempt:
             # Admission alone keeps the bound in `wait`; only a restored learner can make a row come too old.
             ledger = self.bench.core.ledger
             place = ledger.position(ticket.group)
-            assert self.rule.reissuable(position=place, committed=ledger.committed, update=min(tokens))
+            assert self.rule.reissuable(position=place, committed=ledger.committed, update=min(updates))
         problem = "finish_reason=abort" if self.rng.random() < 0.03 else ""
-        summary = Summary(ticket.group, index, ticket.attempt, min(tokens), max(tokens), len(tokens), None, problem)
+        version = tokens[0] if len(set(tokens)) == 1 else None
+        summary = Summary(ticket.group, index, ticket.attempt, min(updates), max(updates), len(updates), version, problem)
         accepted = self.bench.core.acceptable([summary], "g0")
         if accepted:
-            self.tokens[self.bench.rows] = list(tokens)
+            assert ticket.purpose == "train" or problem or set(tokens) == {ticket.pinned}
+            self.tokens[self.bench.rows] = updates
             self.bench.core.submit([summary], self.bench.rows)
             self.bench.rows += 1
 
@@ -146,6 +150,8 @@ class World:
         self.published = version
         self.leases.pop(0)
         self.trained[update + 1] = rows
+        if self.rng.random() < 0.2:
+            self.bench.core.request_eval(version)
         if self.rng.random() < 0.3:
             self.checkpoints = [*self.checkpoints, update + 1][-2:]
             self.bench.core.checkpointed(self.checkpoints[0])
@@ -164,6 +170,14 @@ class World:
         before = self.bench.core.ledger
         self.bench.core = self.bench.build()
         assert self.bench.core.ledger == before
+
+    def any_prefix(self) -> None:
+        """A log that ends after any call is a sound store."""
+        end = self.rng.choice([0, *self.bench.calls])
+        core = Core(self.bench.plan, list, self.bench.log[:end], self.bench.clock)
+        c = core.ledger.counts()
+        assert c.reserved == c.trained + c.filtered + c.evicted + c.failed + c.pending
+        assert core.fence(core.ledger.committed).committed == core.ledger.committed
 
     # all
 
@@ -212,6 +226,9 @@ class World:
             self.commit()
             self.invariants()
             if self.ended and not self.leases:
+                self.bench.core.finish()
+            if all(self.bench.core.reserve(0, g.name, g.incarnation, g.version, []).ended for g in self.generators):
+                assert self.bench.core.ledger.round is None  # every evaluation that was asked for has run
                 return
         raise AssertionError(f"did not drain: {self.bench.core.state()}")
 
@@ -236,7 +253,7 @@ MODES = [
     publish_first=st.booleans(),
     prefetch=st.integers(0, 1),
     filtering=st.booleans(),
-    steps=st.integers(100, 400),
+    steps=st.integers(50, 300),
 )
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_any_schedule_keeps_the_bound_and_drains(
@@ -245,7 +262,7 @@ def test_any_schedule_keeps_the_bound_and_drains(
     max_lag, on_stale, selector = mode
     options = {"keep": keep_varied} if filtering else {}
     plan = fakes.plan(
-        max_lag=max_lag, batch=batch, on_stale=on_stale, selector=selector, size=10, epochs=2, shuffle=True, **options
+        max_lag=max_lag, batch=batch, on_stale=on_stale, selector=selector, size=10, epochs=2, shuffle=True, evals=2, **options
     )
     world = World(fakes, plan, random.Random(seed), publish_first, prefetch)
     for _ in range(steps):
@@ -254,12 +271,15 @@ def test_any_schedule_keeps_the_bound_and_drains(
     world.drain()
     world.restart_store()
 
+    world.any_prefix()
     counts, log = world.bench.core.ledger.counts(), world.bench.log
     assert counts.pending == 0
     assert counts.trained == sum(len(e.groups) for e in _surviving(log))
+    train = [e for e in log if isinstance(e, ev.GroupReserved) and e.purpose == "train"]
     ends = [g for e in _surviving(log) for g in e.groups] + [e.group for e in log if isinstance(e, ev.GroupSettled)]
-    assert sorted(ends) == list(range(counts.reserved))  # every reservation ended, once
-    first_tries = [e.position for e in log if isinstance(e, ev.GroupReserved) and e.retry == 0]
+    assert sorted(ends) == [e.group for e in train]  # every reservation ended, once
+    assert len(train) == counts.reserved
+    first_tries = [e.position for e in train if e.retry == 0]
     assert first_tries == list(range(20))  # both epochs, each prompt once
 
 
