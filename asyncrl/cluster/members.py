@@ -37,6 +37,7 @@ class Member:
             here = self.role == "store"
             self._placement = beside_driver() if here else reserve(self.name, self.place, limits.start_timeout_s)
         self.edition += 1
+        self.phase, self._asked = "starting", None
         if self.role == "store":
             actor = ray.remote(concurrency_groups=dict.fromkeys(STORE_CALLS, 1000))(StoreActor)
             self.handle = actor.options(**self._placement.options).remote(plan)
@@ -45,7 +46,7 @@ class Member:
             self.handle = ray.remote(StageActor).options(**options).remote(self.role, self.name, plan, self.place.threads)
             for peer, (edition, value) in known.items():
                 self.connect(peer, edition, value)
-        self.phase, self.task, self._asked = "starting", self.handle.start.remote(), None
+        self.task = self.handle.start.remote()
 
     def connect(self, peer: str, edition: int, value: Any) -> None:
         if self.role != "store" and self.phase != "ended":

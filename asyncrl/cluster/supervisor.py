@@ -89,12 +89,13 @@ class Supervisor:
 
     def finish(self) -> None:
         """Settles what is outstanding and waits until generators and reward workers have ended by themselves."""
-        ray.get(call_store(self._store.handle, "finish"))
+        workers = [member for member in self._members if member.role in ("generator", "reward")]
         deadline = time.monotonic() + self._plan.deployment.limits.stop_timeout_s
-        while any(m.phase != "ended" for m in self._members if m.role in ("generator", "reward")):
-            if time.monotonic() > deadline:
-                log.warning("some workers did not end by themselves; they are stopped")
-                break
+        told = -1  # a store that restarts meanwhile has to be told again
+        while any(member.phase != "ended" for member in workers) and time.monotonic() < deadline:
+            if self._store.phase == "running" and told < self._store.edition:
+                told = self._store.edition
+                call_store(self._store.handle, "finish")
             self._tick()
         self._asked = None
         while self._tick() is None:

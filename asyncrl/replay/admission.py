@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from asyncrl.replay import events as ev
+import asyncrl.replay.events as ev
 from asyncrl.replay.book import Book
 from asyncrl.replay.order import ticket_seed
 from asyncrl.replay.records import Group

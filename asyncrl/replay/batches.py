@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
+import asyncrl.replay.events as ev
 from asyncrl.errors import CheckpointError, Closed, Fenced
-from asyncrl.replay import events as ev
 from asyncrl.replay.book import Book
 from asyncrl.replay.ledger import Ledger
 from asyncrl.replay.records import Group, Lease

@@ -9,8 +9,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import asyncrl.replay.schema as schema
 from asyncrl.errors import Closed, Unavailable
-from asyncrl.replay import schema
 from asyncrl.types import BatchLease, Fence, Key, Reserved, Rollout, Score, TrainRollout, UnscoredLease, Version
 
 _PAUSE_S = (0.05, 1.0)  # between repeats, if the transport does not itself block until the store is back

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from asyncrl.replay import events as ev
+import asyncrl.replay.events as ev
 from asyncrl.replay.admission import Admission, Holders
 from asyncrl.replay.batches import Batches
 from asyncrl.replay.book import Book

@@ -1,7 +1,7 @@
 """Held-out evaluation over the same hops: tickets outside admission, pinned to one version."""
 
+import asyncrl.replay.events as ev
 from asyncrl.errors import ConfigError
-from asyncrl.replay import events as ev
 from asyncrl.replay.admission import Holders, ticket
 from asyncrl.replay.book import Book
 from asyncrl.replay.records import EvalRound

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from asyncrl.replay import events as ev
+import asyncrl.replay.events as ev
 from asyncrl.replay.records import Commit, EvalRound, Group, Lease, Lengths, Reopened, RolloutState
 from asyncrl.types import Counts, Outcome, Record, Version
 

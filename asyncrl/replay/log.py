@@ -9,8 +9,8 @@ from typing import Literal
 import msgspec
 import pyarrow as pa
 
+import asyncrl.replay.events as ev
 from asyncrl.errors import DataError
-from asyncrl.replay import events as ev
 from asyncrl.replay.schema import ROWS
 from asyncrl.replay.segments import Segment, Segments
 

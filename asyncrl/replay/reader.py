@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
+import asyncrl.replay.events as ev
 from asyncrl.errors import DataError
-from asyncrl.replay import events as ev
 from asyncrl.replay.log import EVENTS
 from asyncrl.replay.schema import ROWS
 from asyncrl.replay.segments import listing, read_closed, read_tail
@@ -46,7 +46,7 @@ class ReplayReader:
         rows = self._read("rows", ROWS)
         keys = zip(*(rows.column(name).to_pylist() for name in ("group", "rollout", "attempt")), strict=True)
         picked = [(i, joined[key]) for i, key in enumerate(keys) if key in joined]
-        table = rows.take([i for i, _ in picked])
+        table = rows.take(pa.array([i for i, _ in picked], pa.int64()))
         for _, line in picked:
             line["outcome"], line["trained_update"] = outcomes.get(line["group"]), trained.get(line["group"])
         for field in _JOINED:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from asyncrl.replay import events as ev
+import asyncrl.replay.events as ev
 from asyncrl.replay.book import Book
 from asyncrl.replay.records import Group
 from asyncrl.types import Score, Version

@@ -15,8 +15,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import asyncrl.replay.schema as schema
 from asyncrl.errors import AsyncRLError, Fenced, Unavailable
-from asyncrl.replay import schema
 from asyncrl.replay.answers import LogSettings, RowLease, TrainRows
 from asyncrl.replay.core import Core
 from asyncrl.replay.log import ReplayLog

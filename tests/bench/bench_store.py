@@ -48,16 +48,20 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def bench(groups: int, n: int, tokens: int, folder: Path) -> dict[str, float]:
-    """Seconds per stage, for groups × n rollouts of `tokens` tokens; submitted one group a call."""
-    batch = groups // 8
+def make_plan(groups: int, n: int, tokens: int) -> Plan:
+    """Eight batches may be outstanding together."""
     prompts = [Prompt(row=i, ids=tuple(range(64)), data_source="bench") for i in range(groups)]
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=tokens, stop_token_ids=(0,))
-    plan = Plan(
-        rule=Staleness(max_lag=7, batch_groups=batch),
+    return Plan(
+        rule=Staleness(max_lag=7, batch_groups=groups // 8),
         source=Source(prompts=prompts, sampling=sampling),
         grouping=Grouping(n=n, min_valid=1, max_attempts=1, keep=keep_all),
     )
+
+
+def bench(groups: int, n: int, tokens: int, folder: Path) -> dict[str, float]:
+    """Seconds per stage, for groups × n rollouts of `tokens` tokens; submitted one group a call."""
+    plan = make_plan(groups, n, tokens)
     store = ReplayStore(plan, LogSettings(folder=str(folder)))
     loop = asyncio.new_event_loop()
 
@@ -93,7 +97,7 @@ def bench(groups: int, n: int, tokens: int, folder: Path) -> dict[str, float]:
     def train() -> None:
         for update in range(8):
             got = client.lease_batch(update, 0.0)
-            assert len(client.rows(got.groups)) == batch * n
+            assert len(client.rows(got.groups)) == groups // 8 * n
             client.commit(got.lease, Version(1, update + 1), {"loss": 0.0})
 
     seconds["plain encode + write"] = min(timed(plain)[0] for _ in range(2))

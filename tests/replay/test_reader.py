@@ -50,6 +50,11 @@ def test_rollouts_join_rows_verdicts_and_outcomes(
     assert reader.rollouts()["outcome"].to_pylist()[:2] == [None, None]
 
 
+def test_a_run_that_has_just_begun_is_empty(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    ReplayStore(fakes.plan(), LogSettings(folder=str(tmp_path / "replay")))
+    assert asyncrl.replay.open(tmp_path).rollouts().num_rows == 0
+
+
 def test_a_folder_without_a_log_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no run directory"):
         asyncrl.replay.open(tmp_path)

@@ -1,0 +1,102 @@
+"""Shared by whole-run tests: a tiny model and data on disk, and one local Ray for all of them."""
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from asyncrl.config import CheckpointSpec, DataSpec, LearnerSpec, ModelSpec, Recipe, RewardSpec, SamplingSpec, StalenessSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return solution_str.count(ground_truth) / 6
+"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def arithmetic() -> ModuleType:
+    """The module recipes/arithmetic.py."""
+    spec = importlib.util.spec_from_file_location("arithmetic_recipe", ROOT / "recipes" / "arithmetic.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, arithmetic: ModuleType) -> Path:
+    """A random Qwen3 of about 20,000 parameters with a character tokenizer, as a Hugging Face folder."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=17,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    arithmetic.make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path, tiny_model: Path) -> Callable[..., Recipe]:
+    """Makes a recipe over 64 prompts that asks for many sevens; fields of `Recipe` may be replaced."""
+    data, reward = tmp_path / "train.jsonl", tmp_path / "sevens.py"
+    rows = [{"prompt": f"{i:02d}+{7 * i % 100:02d}=", "data_source": "sevens", "answer": "7"} for i in range(64)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reward.write_text(REWARD)
+
+    def make(**changes: Any) -> Recipe:
+        fields: dict[str, Any] = {
+            "name": "tiny",
+            "model": ModelSpec(path=str(tiny_model)),
+            "data": DataSpec(files=(str(data),), answer_key="answer"),
+            "reward": RewardSpec(function=f"{reward}:compute_score"),
+            "sampling": SamplingSpec(n=4, max_response_length=6),
+            "staleness": StalenessSpec(max_lag=4),
+            "learner": LearnerSpec(batch_groups=4, lr=1e-3),
+            "checkpoint": CheckpointSpec(save_freq=3),
+            "total_steps": 5,
+        }
+        return Recipe(**(fields | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One small Ray for every test that needs one; a run finds it and leaves it."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()

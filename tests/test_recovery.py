@@ -1,0 +1,134 @@
+"""SIGKILL of each kind of actor during a run: it recovers, and the log shows that nothing was lost or trained twice."""
+
+import os
+import signal
+import time
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+
+from asyncrl import Trainer
+from asyncrl.cluster.supervisor import Status
+from asyncrl.cluster.tally import Tally
+from asyncrl.config import CheckpointSpec, Deployment, LearnerSpec, LimitsSpec, StalenessSpec
+from asyncrl.errors import ActorFailed
+from asyncrl.replay import events as ev
+from asyncrl.replay import open as open_replay
+
+pytestmark = pytest.mark.ray
+STEPS = 120
+
+
+class Killer:
+    """Sends SIGKILL to actors when the run has committed so many updates: {update: actor}."""
+
+    def __init__(self, plan: dict[int, str]) -> None:
+        self._plan = dict(plan)
+        self._victim = 0
+        self.killed: list[str] = []
+
+    def __call__(self, status: Status, tally: Tally) -> None:
+        if self.killed and status.pids.get(self.killed[-1], self._victim) == self._victim:
+            return  # one at a time: the last victim's successor is not up yet
+        due = [update for update in sorted(self._plan) if tally.committed >= update]
+        if due and (name := self._plan[due[0]]) in status.pids:
+            del self._plan[due[0]]
+            self._victim = status.pids[name]
+            os.kill(self._victim, signal.SIGKILL)
+            self.killed.append(name)
+
+
+def history(run_dir):
+    return [ev.decode(payload) for payload in open_replay(run_dir).events().column("payload").to_pylist()]
+
+
+def surviving_commits(events) -> list[ev.BatchCommitted]:
+    """The commits that the last learner's lineage stands on, in order."""
+    lineage: list[ev.BatchCommitted] = []
+    for event in events:
+        if isinstance(event, ev.LearnerFenced):
+            lineage = [commit for commit in lineage if commit.version.update <= event.committed]
+        elif isinstance(event, ev.BatchCommitted):
+            lineage.append(event)
+    return lineage
+
+
+def run(recipe, tmp_path, killer, deployment=None):
+    with Trainer(recipe, deployment, runs_dir=tmp_path, observe=killer) as trainer:
+        trainer.fit()
+        return trainer.finish()
+
+
+def assert_nothing_lost(events, result):
+    commits = surviving_commits(events)
+    assert [commit.version.update for commit in commits] == list(range(1, result.steps + 1))
+    trained = Counter(group for commit in commits for group in commit.groups)
+    assert max(trained.values()) == 1, "a group was trained twice"
+    reserved = {e.group for e in events if isinstance(e, ev.GroupReserved) and e.purpose == "train"}
+    assert result.pending == 0
+    assert len(reserved) == result.trained + result.filtered + result.evicted + result.failed
+    assert len(trained) == result.trained
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("max_lag", [0, 4])
+def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_recipe, tmp_path, max_lag):
+    killer = Killer({2: "generator-0", 10: "reward-0", 20: "store", 35: "learner"})
+    recipe = tiny_recipe(
+        total_steps=STEPS, staleness=StalenessSpec(max_lag=max_lag), checkpoint=CheckpointSpec(save_freq=20, keep_last_n=2)
+    )
+    result = run(recipe, tmp_path, killer, Deployment(limits=LimitsSpec(poll_s=0.5)))
+
+    assert killer.killed == ["generator-0", "reward-0", "store", "learner"]
+    assert result.restarts == {"generator-0": 1, "reward-0": 1, "store": 1, "learner": 1}
+    assert result.steps == STEPS
+    assert result.max_trained_lag <= max_lag
+    events = history(result.run_dir)
+    assert_nothing_lost(events, result)
+
+    fences = [e for e in events if isinstance(e, ev.LearnerFenced)]
+    assert [fence.incarnation for fence in fences] == [1, 2]
+    before = events[: events.index(fences[1])]
+    lost = [c for c in before if isinstance(c, ev.BatchCommitted) and c.version.update > fences[1].committed]
+    assert lost, "the learner was killed at a checkpoint: nothing was to be retrained"
+    again = [c for c in surviving_commits(events) if c.version.incarnation == 2][: len(lost)]
+    assert [set(c.groups) for c in again] == [set(c.groups) for c in lost], "the logged batches come first, in their order"
+
+
+@pytest.mark.timeout(120)
+def test_past_the_restart_cap_the_run_stops_naming_actor_and_first_error(local_ray, tiny_recipe, tmp_path):
+    killer = Killer({1: "generator-0"})
+    began: list[float] = []
+
+    def watch(status, tally):
+        killer(status, tally)
+        if killer.killed and not began:
+            began.append(time.monotonic())
+
+    with pytest.raises(ActorFailed, match=r"generator-0 failed 1 times(.|\n)*the process died"):
+        run(tiny_recipe(total_steps=50), tmp_path, watch, Deployment(limits=LimitsSpec(max_restarts=0)))
+    assert time.monotonic() - began[0] < 30
+    assert "the process died" in (tmp_path / "tiny" / "logs" / "generator-0.error").read_text()
+
+
+@pytest.mark.timeout(200)
+def test_a_stopped_run_resumes_where_it_was(local_ray, tiny_recipe, tmp_path):
+    recipe = tiny_recipe(total_steps=9, learner=LearnerSpec(batch_groups=4, lr=1e-3))
+    with Trainer(recipe, runs_dir=tmp_path) as first:
+        assert first.fit(5).steps == 5
+        checkpoint = first.save_checkpoint()
+        assert checkpoint.name == "step_000005"
+        first.fit(2)
+    with Trainer(recipe, runs_dir=tmp_path, resume_from=tmp_path / "tiny") as second:
+        second.fit()
+        result = second.finish()
+    assert (result.steps, result.samples) == (9, 9 * 4 * 4)
+    events = history(result.run_dir)
+    assert_nothing_lost(events, result)
+    assert [e.committed for e in events if isinstance(e, ev.LearnerFenced)] == [0, 7]
+    with Trainer(recipe, runs_dir=tmp_path, resume_from=tmp_path / "tiny" / "checkpoints" / "step_000007") as third:
+        assert third.fit().steps == 9
+    commits = surviving_commits(history(result.run_dir))
+    assert [b.version.update - a.version.update for a, b in pairwise(commits)] == [1] * 8
+    assert [c.version.incarnation for c in commits][-2:] == [3, 3]
