@@ -24,16 +24,6 @@ def _log_to(folder: str, name: str) -> None:
     )
 
 
-# Calls by who makes them: each kind has an event loop of its own in the store, so that long polls never starve a commit.
-STORE_CALLS = {
-    "generate": ("reserve", "submit"),
-    "reward": ("lease_unscored", "extend", "score"),
-    "learn": ("fence", "lease_batch", "rows", "commit", "request_eval", "checkpointed"),
-    "supervise": ("finish", "report", "state"),
-}
-GROUP_OF = {method: group for group, methods in STORE_CALLS.items() for method in methods}
-
-
 class StageActor:
     """A generator, reward worker or learner as an actor. Threaded: `run` occupies one thread for the actor's life,
     the other calls are answered beside it."""
@@ -115,8 +105,3 @@ class StoreActor:
         if self._store is not None:
             await self._store.close()
         self._stopped.set()
-
-
-def call_store(handle: Any, method: str, *arguments: Any) -> Any:
-    """Asks the store actor; returns Ray's reference to the answer."""
-    return handle.call.options(concurrency_group=GROUP_OF[method]).remote(method, *arguments)

@@ -5,9 +5,10 @@ from typing import Any, Literal
 
 import ray
 
-from asyncrl.cluster.actors import STORE_CALLS, StageActor, StoreActor
+from asyncrl.cluster.actors import StageActor, StoreActor
 from asyncrl.cluster.placement import Placement, beside_driver, reserve
 from asyncrl.cluster.plan import Plan
+from asyncrl.cluster.transport import STORE_CALLS
 from asyncrl.config import PlaceSpec
 from asyncrl.types import Report
 

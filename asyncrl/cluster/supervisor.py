@@ -16,9 +16,9 @@ import ray
 from msgspec import Struct
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from asyncrl.cluster.actors import call_store
 from asyncrl.cluster.members import Member
 from asyncrl.cluster.plan import Plan
+from asyncrl.cluster.transport import call_store
 from asyncrl.errors import ActorFailed, AsyncRLError, CheckpointError, ConfigError, DataError, NonFinite, Unavailable
 from asyncrl.rundir import redact, write_atomic
 from asyncrl.types import Report, StoreReport

@@ -6,9 +6,22 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from asyncrl.cluster.actors import call_store
 from asyncrl.cluster.peers import Peers
 from asyncrl.errors import Unavailable
+
+# Calls by who makes them: each kind has an event loop of its own in the store, so that long polls never starve a commit.
+STORE_CALLS = {
+    "generate": ("reserve", "submit"),
+    "reward": ("lease_unscored", "extend", "score"),
+    "learn": ("fence", "lease_batch", "rows", "commit", "request_eval", "checkpointed"),
+    "supervise": ("finish", "report", "state"),
+}
+GROUP_OF = {method: group for group, methods in STORE_CALLS.items() for method in methods}
+
+
+def call_store(handle: Any, method: str, *arguments: Any) -> Any:
+    """Asks the store actor; returns Ray's reference to the answer."""
+    return handle.call.options(concurrency_group=GROUP_OF[method]).remote(method, *arguments)
 
 
 class RayCall:
