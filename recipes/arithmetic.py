@@ -176,7 +176,9 @@ def make_model(seed: int) -> "Qwen3ForCausalLM":
 
 
 def _warm_up(model: "Qwen3ForCausalLM", tokenizer: "PreTrainedTokenizerFast", problems: list[Problem], seed: int) -> None:
-    """Supervised learning on careless demonstrations, with every core of this machine."""
+    """Supervised learning on careless demonstrations."""
+    import torch
+
     from asyncrl.learn import sft
 
     rng = random.Random(seed)
@@ -186,5 +188,7 @@ def _warm_up(model: "Qwen3ForCausalLM", tokenizer: "PreTrainedTokenizerFast", pr
         answer = problem.careless_answer if rng.random() < CARELESS_SHARE else problem.answer
         prompt = tokenizer.encode(f"<user>{problem.text}<assistant>")
         examples.append((prompt, [*tokenizer.encode(answer), tokenizer.eos_token_id]))
-    model.train()
-    sft.fit(model, examples, steps=WARM_STEPS, batch=WARM_BATCH, lr=WARM_LR, warmup_steps=20, seed=seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small lose more by waiting for a second thread than they gain
+    sft.fit(model.train(), examples, steps=WARM_STEPS, batch=WARM_BATCH, lr=WARM_LR, warmup_steps=20, seed=seed)
+    torch.set_num_threads(threads)

@@ -215,8 +215,11 @@ class Supervisor:
         asked, self._asked = self._asked, None
         try:
             report: StoreReport = ray.get(asked)
-        except RayError:
+        except RayActorError:
             return None  # its death arrives through its task
+        except RayTaskError as error:  # alive, but broken: a full disk, or a `keep` that raises
+            self._failed(self._store, error)
+            return None
         self._seen = max([self._seen, *(record.sequence for record in report.records)])
         return report
 

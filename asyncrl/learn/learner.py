@@ -62,7 +62,6 @@ class Learner:
         self._version = Version(0, 0)
         self._saved: int | None = None
         self._evaluated: int | None = None
-        self._gauges: dict[str, float] = {}
         self._timings: dict[str, float] = defaultdict(float)  # since the last commit
 
     def start(self, at: int | None = None) -> Version:
@@ -129,7 +128,7 @@ class Learner:
             self._bus = None
 
     def report(self) -> Report:
-        return Report(name="learner", role="learner", seconds=self._ledger.seconds(), gauges=dict(self._gauges))
+        return Report(name="learner", role="learner", seconds=self._ledger.seconds(), gauges={"update": float(self.committed)})
 
     def save_checkpoint(self) -> str:
         """Saves the current version, between runs, and returns the folder."""
@@ -166,7 +165,7 @@ class Learner:
         following = Version(version.incarnation, version.update + 1)
         with self._timed("wait:store", "timing_s/commit"):
             self._store.commit(lease.lease, following, metrics)
-        self._version, self._gauges, self._started = following, metrics, True
+        self._version, self._started = following, True
         self._publish()
         if following.update % self._save_freq == 0:
             self._save()

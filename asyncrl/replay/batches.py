@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct
 
 import asyncrl.replay.events as ev
-from asyncrl.errors import CheckpointError, Closed, Fenced
+from asyncrl.errors import CheckpointError, Closed, ConfigError, Fenced
 from asyncrl.replay.book import Book
 from asyncrl.replay.ledger import Ledger
-from asyncrl.replay.records import Group, Lease
+from asyncrl.replay.records import Group, Lease, RolloutState
 from asyncrl.staleness import Staleness
 from asyncrl.types import BatchLease, Fence, Version, derive_seed
+
+
+_FRUITLESS_GROUPS, _FRUITLESS_BATCHES = 1024, 32  # the larger of the two ends the run
 
 
 class Pick(Struct, frozen=True):
@@ -99,6 +102,7 @@ class Batches:
             )
         if ledger.reopened:
             return self._grant(update, ledger.reopened[0].groups, replayed=True)
+        self._check_fruitful()
         for group in stale(self._book.plan.rule, ledger, update):
             retry = self._book.plan.rule.drops and self._book.may_retry(group.retry)
             self._book.record(ev.GroupSettled(group.id, "evicted", retry))
@@ -127,20 +131,16 @@ class Batches:
         metrics = {name: float(value) for name, value in metrics.items()}
         self._book.record(ev.BatchCommitted(lease, version, held.groups, metrics, self._book.wall()))
 
-    def rows(self, incarnation: int, groups: Sequence[int]) -> list[tuple[int, int]]:
-        """(group, rollout) to train: `ok`, and with a token that is not too old for the update they are leased for."""
+    def rows(self, incarnation: int, groups: Sequence[int]) -> list[RolloutState]:
+        """The `ok` rollouts of leased groups. One whose tokens are all too old is among them: the learner masks it, and its
+        reward still counts for its group's mean."""
         self.check(incarnation)
-        ledger, rule = self._book.ledger, self._book.plan.rule
-        updates = {g: lease.update for lease in ledger.leases.values() for g in lease.groups}
-        unknown = [g for g in groups if g not in updates]
+        ledger = self._book.ledger
+        leased = {g for lease in ledger.leases.values() for g in lease.groups}
+        unknown = [g for g in groups if g not in leased]
         if unknown:
             raise ValueError(f"rows of groups {unknown[:5]}, which are not leased: only leased groups may be trained")
-        return [
-            (g, i)
-            for g in groups
-            for i, r in enumerate(ledger.groups[g].rollouts)
-            if r.status == "ok" and not rule.overdue(oldest=r.newest, committed=updates[g])
-        ]
+        return [r for g in groups for r in ledger.groups[g].ok()]
 
     def checkpointed(self, oldest_retained: int) -> None:
         ledger = self._book.ledger
@@ -148,6 +148,19 @@ class Batches:
             raise ValueError(f"checkpointed({oldest_retained}) > {ledger.committed} updates committed: commit before saving")
         if oldest_retained > ledger.retained:
             self._book.record(ev.CheckpointRetained(oldest_retained))
+
+    def _check_fruitful(self) -> None:
+        """A reward that always raises, or rewards that never vary, would otherwise generate for ever."""
+        ledger, most = self._book.ledger, max(_FRUITLESS_GROUPS, _FRUITLESS_BATCHES * self._book.plan.rule.batch_groups)
+        if ledger.fruitless < most or ledger.ready:
+            return
+        counts = ledger.counts()
+        error = f"; the last error: {ledger.last_error}" if ledger.last_error else ""
+        raise ConfigError(
+            f"{ledger.fruitless} groups in a row gave nothing to train on (bound {most}; so far {counts.failed} failed for want "
+            f"of sampling.min_valid rewards, {counts.filtered} filtered by sampling.keep): the learner would wait for ever; mend "
+            f"the reward function, or take easier prompts or sampling.keep='all'{error}"
+        )
 
     def _grant(self, update: int, groups: tuple[int, ...], replayed: bool) -> BatchLease:
         lease = self._book.ledger.next_lease

@@ -17,7 +17,7 @@ class Book:
         self.clock = clock
         self.wall = wall
         self.order = PromptOrder(len(source.prompts), source.seed, source.shuffle, source.epochs)
-        self.ledger = Ledger()
+        self.ledger = Ledger(plan.rule.max_lag)
         self.recorded: list[AnyEvent] = []
 
     def record(self, event: AnyEvent) -> None:

@@ -129,8 +129,7 @@ class Core:
 
     def rows(self, incarnation: int, groups: Sequence[int]) -> list[tuple[int, float, dict[str, float]]]:
         """(log row, reward, parts) of the rollouts to train."""
-        states = [self.ledger.groups[g].rollouts[i] for g, i in self._batches.rows(incarnation, groups)]
-        return [(r.row, r.reward, r.parts) for r in states]
+        return [(r.row, r.reward, r.parts) for r in self._batches.rows(incarnation, groups)]
 
     def commit(self, lease: int, version: Version, metrics: Mapping[str, float]) -> None:
         with self._recording():

@@ -17,8 +17,9 @@ from asyncrl.types import Counts, Outcome, Record, Version
 class Ledger:
     """groups: outstanding training groups by id (ascending age is ascending id, reopened ones apart). taken: those of them
     that are leased to a learner or reopened. ready: scored, kept and not taken. commits: by update, since the oldest
-    retained checkpoint."""
+    retained checkpoint. fruitless: groups failed or filtered since the last batch. max_lag: only for `lengths`."""
 
+    max_lag: int
     groups: dict[int, Group] = field(default_factory=dict)
     taken: set[int] = field(default_factory=set)
     ready: set[int] = field(default_factory=set)
@@ -32,11 +33,12 @@ class Ledger:
     incarnation: int = 0
     next_group: int = 0
     next_lease: int = 1
-    next_row: int = 0
     reserved: int = 0
     outcomes: dict[Outcome, int] = field(default_factory=lambda: {"trained": 0, "filtered": 0, "evicted": 0, "failed": 0})
     round: EvalRound | None = None
     queued: Version | None = None
+    fruitless: int = 0
+    last_error: str = ""  # of the newest rollout without a reward
     records: list[Record] = field(default_factory=list)
     lengths: Lengths = field(default_factory=Lengths)
     workers: dict[str, int] = field(default_factory=dict)  # newest incarnation that held a group
@@ -85,7 +87,6 @@ class Ledger:
         r = group.rollouts[e.rollout]
         r.row, r.attempt, r.oldest, r.newest, r.length = e.row, e.attempt, e.oldest, e.newest, e.length
         group.unsubmitted -= 1
-        self.next_row = e.row + 1
         if group.purpose == "train":
             self.lengths.dispatched += 1
             self.lengths.dispatched_tokens += e.length
@@ -95,6 +96,7 @@ class Ledger:
         r = group.rollouts[e.rollout]
         r.status, r.reward, r.parts = e.status, 0.0 if e.reward is None else e.reward, e.parts
         group.unscored -= 1
+        self.last_error = e.error or self.last_error
         if group.purpose == "train" and group.scored():
             self.ready.add(e.group)
 
@@ -102,12 +104,14 @@ class Ledger:
         group = self.groups.pop(e.group)
         self.ready.discard(e.group)
         self.outcomes[e.outcome] += 1
+        self.fruitless += e.outcome != "evicted"
         if e.retry:
             self.retries.append((group.position, group.retry + 1))
 
     def _leased(self, e: ev.BatchLeased) -> None:
         self.leases[e.lease] = Lease(e.lease, e.update, e.groups, e.replayed)
         self.next_lease = e.lease + 1
+        self.fruitless = 0
         self.taken.update(e.groups)
         self.ready.difference_update(e.groups)
         if e.replayed:
@@ -120,7 +124,7 @@ class Ledger:
         self.committed = e.version.update
         self.commits[e.version.update] = Commit(e.lease, e.version, groups)
         self.outcomes["trained"] += len(groups)
-        self._count_trained(groups, 1)
+        self._count_trained(groups, e.version.update - 1, 1)
         self._note("step", e.version, e.time, e.metrics)
 
     def _fenced(self, e: ev.LearnerFenced) -> None:
@@ -140,7 +144,7 @@ class Ledger:
             again.append(Reopened(update - 1, tuple(g.id for g in undone.groups)))
             self.groups.update((g.id, g) for g in undone.groups)
             self.outcomes["trained"] -= len(undone.groups)
-            self._count_trained(undone.groups, -1)
+            self._count_trained(undone.groups, update - 1, -1)
         self.reopened = sorted(again, key=lambda r: r.update)
         self.taken.update(g for r in self.reopened for g in r.groups)
         self.committed = e.committed
@@ -182,11 +186,11 @@ class Ledger:
         assert found is not None, f"the log names group {group}, which is not outstanding"
         return found
 
-    def _count_trained(self, groups: list[Group], sign: int) -> None:
-        for group in groups:
-            ok = group.ok()
-            self.lengths.trained += sign * len(ok)
-            self.lengths.trained_tokens += sign * sum(r.length for r in ok)
+    def _count_trained(self, groups: list[Group], update: int, sign: int) -> None:
+        """Rollouts with a token that the update after `update` could train."""
+        lengths = [r.length for group in groups for r in group.ok() if update - r.newest <= self.max_lag]
+        self.lengths.trained += sign * len(lengths)
+        self.lengths.trained_tokens += sign * sum(lengths)
 
     def _note(self, kind: Literal["step", "eval"], version: Version, time: float, metrics: dict[str, float]) -> None:
         sequence = len(self.records) + 1

@@ -41,6 +41,10 @@ class Evaluation(Struct, frozen=True, kw_only=True):
     sampling: Sampling
     n: int = 1
 
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ConfigError("0 evaluation prompts: there is nothing to score; raise evaluation.limit or leave files empty")
+
 
 class Plan(Struct, frozen=True, kw_only=True):
     """Everything the core decides by. capacity_groups None: the staleness bound alone limits what is outstanding.

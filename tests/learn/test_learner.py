@@ -183,7 +183,7 @@ def test_report_adds_up_and_shows_the_last_figures(make_learner) -> None:
     report = learner.report()
     assert report.role == "learner"
     assert {"busy", "sync", "wait:store", "wait:start"} <= report.seconds.keys()
-    assert "reward/mean" in report.gauges
+    assert report.gauges == {"update": 2.0}
 
 
 def test_save_and_export_between_runs(make_learner, tmp_path: Path) -> None:
