@@ -128,9 +128,12 @@ class Supervisor:
     def _tick(self) -> StoreReport | None:
         """One round: waits for whatever ends first, restarts what died, passes on what the actors say of themselves."""
         tasks = {member.task: member for member in self._members if member.task is not None}
-        ready, _ = ray.wait(list(tasks), num_returns=1, timeout=TICK_S)
+        # While the run goes on, a round lasts until something ends; afterwards only until the store has answered.
+        answer = [self._asked] if self._until is None and self._asked is not None else []
+        ready, _ = ray.wait([*tasks, *answer], num_returns=1, timeout=TICK_S)
         for ref in ready:
-            self._settle(tasks[ref])
+            if ref in tasks:
+                self._settle(tasks[ref])
         for member in self._members:
             if member.phase == "starting" and time.monotonic() > self._deadlines[member.name]:
                 self._failed(member, Unavailable(f"{member.name} did not start within limits.start_timeout_s"))

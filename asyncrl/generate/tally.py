@@ -1,4 +1,4 @@
-"""The generator's counters. Not thread-safe; they never go down, except `pause_s_last`."""
+"""The generator's counters. Not thread-safe; they never go down, except `pause_s_last`. swapped_at: seconds since the epoch."""
 
 import time
 
@@ -27,6 +27,7 @@ class Tally:
     def swap(self, report: SwapReport) -> None:
         self._gauges["swaps"] += 1
         self._gauges["recomputed_tokens"] += report.recomputed_tokens
+        self._gauges["swapped_at"] = time.time()
         self._gauges["pause_s_last"] = report.pause_s
         self._gauges["pause_s_total"] += report.pause_s
         self._gauges["pause_s_max"] = max(self._gauges["pause_s_max"], report.pause_s)

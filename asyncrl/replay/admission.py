@@ -8,6 +8,8 @@ from asyncrl.replay.order import ticket_seed
 from asyncrl.replay.records import Group
 from asyncrl.types import Purpose, Ticket, Version
 
+TOO_OLD = "weights too old"
+
 
 class Holders:
     """Who works on which group, and who was lost. Volatile: after a restart of the store every holder starts afresh.
@@ -108,7 +110,7 @@ class Admission:
             return "data"
         newest = Version(self._book.ledger.incarnation, max(self._update(version), self._book.ledger.committed))
         if self._room(version) <= 0 < self._room(newest):
-            return "weights too old"
+            return TOO_OLD
         return "bound full"
 
     def _update(self, version: Version) -> int:

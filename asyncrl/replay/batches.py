@@ -14,7 +14,6 @@ from asyncrl.replay.records import Group, Lease, RolloutState
 from asyncrl.staleness import Staleness
 from asyncrl.types import BatchLease, Fence, Version, derive_seed
 
-
 _FRUITLESS_GROUPS, _FRUITLESS_BATCHES = 1024, 32  # the larger of the two ends the run
 
 
@@ -157,9 +156,9 @@ class Batches:
         counts = ledger.counts()
         error = f"; the last error: {ledger.last_error}" if ledger.last_error else ""
         raise ConfigError(
-            f"{ledger.fruitless} groups in a row gave nothing to train on (bound {most}; so far {counts.failed} failed for want "
-            f"of sampling.min_valid rewards, {counts.filtered} filtered by sampling.keep): the learner would wait for ever; mend "
-            f"the reward function, or take easier prompts or sampling.keep='all'{error}"
+            f"{ledger.fruitless} groups in a row gave nothing to train on (bound {most}; in all {counts.failed} failed for want "
+            f"of sampling.min_valid rewards, {counts.filtered} were filtered by sampling.keep): the learner would wait for ever; "
+            f"mend the reward function, or take easier prompts or sampling.keep='all'{error}"
         )
 
     def _grant(self, update: int, groups: tuple[int, ...], replayed: bool) -> BatchLease:

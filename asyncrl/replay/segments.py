@@ -19,6 +19,7 @@ from msgspec import Struct
 from asyncrl.errors import DataError
 
 _CHUNK_ROWS = 4096
+_JOIN_BATCHES = 128
 
 
 class Segment(Struct, frozen=True):
@@ -127,7 +128,7 @@ class Segments:
         """The number of the batch's first row. Returns when the operating system has it."""
         first = self.rows
         if self._file < 0:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # opening the log left no tail
             self._file = os.open(self._path("tail"), flags, 0o644)
             self._write(self._schema.serialize())
             if self._fsync_calls:
@@ -215,7 +216,7 @@ class Segments:
         return self.closed[place]
 
     def _hold(self, batches: list[pa.RecordBatch]) -> None:
-        self.batches, self._starts, self._rows, self._bytes = [], [], self.tail_first, 0
+        self.batches, self._starts, self._loose, self._rows, self._bytes = [], [], 0, self.tail_first, 0
         for batch in batches:
             self._push(batch)
 
@@ -223,6 +224,11 @@ class Segments:
         self.batches.append(batch)
         self._starts.append(self._rows)
         self._rows += batch.num_rows
+        self._loose += 1
+        if self._loose == _JOIN_BATCHES:  # a batch per call costs memory, and time when the segment is closed
+            self.batches[-_JOIN_BATCHES:] = [pa.concat_batches(self.batches[-_JOIN_BATCHES:])]
+            del self._starts[1 - _JOIN_BATCHES :]
+            self._loose = 0
 
     def _measure(self, number: int, path: Path, first: int) -> Segment:
         """A segment that was closed just before a kill, so that the event log does not know it yet."""

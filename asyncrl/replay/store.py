@@ -1,6 +1,6 @@
 """The replay store as an actor: long polls over the synchronous core, and the log below it.
 
-Who waits for whom: generators in `reserve` (for room, newer weights, or a cancellation), reward workers in `lease_unscored`
+Who waits for whom: generators in `reserve` (for room or a cancellation), reward workers in `lease_unscored`
 (for rows), the learner in `lease_batch` (for ready groups). Every other call answers at once. All waits end at their
 deadline; every change of state wakes all of them; a lease that runs out wakes them too.
 
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import asyncrl.replay.schema as schema
-from asyncrl.errors import AsyncRLError, Fenced, Unavailable
+from asyncrl.errors import AsyncRLError, Closed, Fenced, Unavailable
+from asyncrl.replay.admission import TOO_OLD
 from asyncrl.replay.answers import LogSettings, RowLease, TrainRows
 from asyncrl.replay.core import Core
 from asyncrl.replay.log import ReplayLog
@@ -39,6 +40,7 @@ class ReplayStore:
         self._clock = clock
         self._lock = threading.Lock()
         self._waiters = Waiters()
+        self._closed = False
         self._seen: dict[str, int] = dict(self._core.ledger.workers)  # newest incarnation of each worker
         self._calls: dict[tuple[str, str], tuple[Key, object]] = {}  # newest call of each worker, by method
         self._answers: dict[tuple[str, str], tuple[Key, Any]] = {}
@@ -46,14 +48,18 @@ class ReplayStore:
     # ------------------------------------------------------------------------------------- generators
 
     async def reserve(self, key: Key, k: int, version: Version, held: Sequence[int], wait_s: float) -> Reserved:
-        """Waits until there is a ticket or a cancellation; the long poll itself counts as a sign of life."""
+        """Waits until there is a ticket or a cancellation; the long poll itself counts as a sign of life.
+
+        Answers at once that the weights are too old: the caller must swap, which it can't while it waits here.
+        """
 
         def arrive() -> None:
             self._core.arrive(key.worker, key.incarnation, held)
 
         def attempt() -> tuple[bool, Reserved]:
             answer = self._core.reserve(k, key.worker, key.incarnation, version, held)
-            return bool(answer.tickets or answer.cancelled or answer.ended), answer
+            done = answer.tickets or answer.cancelled or answer.ended or answer.waiting_for == TOO_OLD
+            return bool(done), answer
 
         return await self._poll("reserve", key, attempt, Reserved(), min(wait_s, self._plan.lease_s / 2), arrive)
 
@@ -150,9 +156,12 @@ class ReplayStore:
         return self._do(None, self._core.state)
 
     async def close(self) -> None:
-        """Hands everything to the disk. No call may follow."""
+        """Hands everything to the disk. Calls that still come, or wait, raise `Closed`."""
         with self._lock:
-            self._log.close()
+            if not self._closed:
+                self._log.close()
+            self._closed = True
+            self._waiters.wake()
 
     # ---------------------------------------------------------------------------------------- helpers
 
@@ -182,6 +191,8 @@ class ReplayStore:
         )
 
     def _check(self, key: Key | None) -> None:
+        if self._closed:
+            raise Closed("the replay store is closed: the run has stopped")
         if self._core.broken is not None:
             raise self._unavailable()
         if key is None:
@@ -247,7 +258,7 @@ class ReplayStore:
     async def _changed(self, seen: int, deadline: float) -> None:
         """Returns when something changed since `seen`, at the deadline, or when a lease runs out."""
         with self._lock:
-            if self._core.changes != seen:
+            if self._closed or self._core.changes != seen:
                 return
             future = self._waiters.add()
             expires = self._core.next_deadline()

@@ -103,7 +103,7 @@ def test_tails_cut_at_any_byte_recover_to_an_acknowledged_prefix(
     assert log.take(named, ["group"]).column("group").to_pylist() == [
         e.group for e in found if isinstance(e, ev.RolloutSubmitted)
     ]
-    ledger = Ledger()
+    ledger = Ledger(max_lag=4)
     for event in log.history:
         ledger.apply(event)
     more = submit(log, fakes, ledger.next_group)  # and it goes on
