@@ -1,6 +1,7 @@
 """asyncrl from Python: `launch(recipe, deployment)` for a whole run, `Trainer` for one that is led step by step."""
 
 import contextlib
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from asyncrl.config import Deployment, Recipe
 from asyncrl.errors import ConfigError
 from asyncrl.paths import resolve_paths
 from asyncrl.rundir import RunDir, redact, resolve_run_dir, write_atomic
+
+log = logging.getLogger(__name__)
 
 
 class RunResult(Struct, frozen=True, kw_only=True):
@@ -72,6 +75,8 @@ class Trainer:
         observe: Observer | None = None,
     ) -> None:
         self.paths = resolve_run_dir(name or recipe.name, runs_dir)
+        if resume_from is not None:
+            self.paths.require_checkpoint()
         self._deployment = deployment or Deployment()
         self._recipe = resolve_paths(recipe, self.paths)
         self._began = time.monotonic()
@@ -151,10 +156,7 @@ class Trainer:
         if resume_from is None:
             _set_aside(self.paths)
             self.paths.create()
-        elif (folder := Path(resume_from).absolute()) == self.paths.path:
-            if not self.paths.steps():
-                raise ConfigError(f"{folder} holds no checkpoint: nothing to resume; start it without --resume")
-        else:
+        elif (folder := Path(resume_from).absolute()) != self.paths.path:
             resume_at = self._update_of(folder)
         write_atomic(self.paths.recipe, msgspec.json.format(msgspec.json.encode(redact(self._recipe)), indent=2))
         write_atomic(self.paths.deployment, yaml.safe_dump(redact(self._deployment), sort_keys=False))
@@ -172,10 +174,12 @@ class Trainer:
     def _start(self, resume_at: int | None) -> Supervisor:
         recipe = self._recipe
         if recipe.prepare:
+            log.info("preparing what is not there yet: %s", recipe.prepare)
             load_callable(recipe.prepare, "prepare")(recipe, self.paths.path)
         from asyncrl.cluster import wiring  # imports transformers, and a wrong spec should fail before that
 
         stop_token_ids = wiring.prepare_prompts(recipe, self.paths)
+        log.info("starting the actors")
         session = self._resources.enter_context(RaySession(self._deployment))
         plan = Plan(
             recipe=recipe,

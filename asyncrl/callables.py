@@ -65,6 +65,8 @@ def check_callable(reference: str, what: str = "function") -> None:
 
 
 def _split(reference: str, what: str) -> tuple[str, str]:
+    if reference.endswith(".py"):
+        raise ConfigError(f"{what}={reference!r} names a file and no function; write {reference}:name")
     where, _, name = reference.rpartition(":") if ":" in reference else reference.rpartition(".")
     if not where or not all(part.isidentifier() for part in name.split(".")):
         raise ConfigError(f"{what}={reference!r} names no function; write package.module:name or path/to/file.py:name")

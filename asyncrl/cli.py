@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen, rest = _choose(sys.argv[1:] if argv is None else list(argv))
     try:
         _set_up_logging(os.environ.get("LOG_LEVEL", ""))
+        if not sys.stderr.isatty():  # progress bars of the hub and of transformers are for terminals
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         job = importlib.import_module(JOBS[chosen][0])
         parser = argparse.ArgumentParser(prog=f"asyncrl {chosen}", description=(job.__doc__ or "").partition("\n")[0])
         job.add_arguments(parser)
@@ -81,6 +83,8 @@ def _set_up_logging(level: str) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=level.upper() or logging.WARNING)
     logging.getLogger("asyncrl").setLevel(level.upper() or logging.INFO)
+    for library in ("huggingface_hub", "transformers"):
+        logging.getLogger(library).propagate = False  # they print their warnings themselves: once is enough
 
 
 if __name__ == "__main__":

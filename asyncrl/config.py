@@ -297,12 +297,17 @@ class BusSpec(Spec, frozen=True, kw_only=True):
 
 
 class LimitsSpec(Spec, frozen=True, kw_only=True):
-    """Seconds unless said otherwise. max_restarts: per actor. lease_s: silence after which a worker's work is reissued."""
+    """Seconds unless said otherwise. max_restarts: per actor. lease_s: silence after which a worker's work is reissued.
+
+    health_timeout_s: an actor that answers nothing for so long, or whose engine makes no step, is replaced.
+    stall_timeout_s: a run in which nothing moves for so long is given up, with a dump of who waits for what.
+    """
 
     max_restarts: int = 3
     lease_s: float = 30.0
     poll_s: float = 5.0
     start_timeout_s: float = 180.0
+    health_timeout_s: float = 60.0
     stall_timeout_s: float = 300.0
     stop_timeout_s: float = 15.0
 

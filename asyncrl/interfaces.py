@@ -23,7 +23,7 @@ from asyncrl.types import (
     Version,
 )
 
-Tensors = Mapping[str, Any]  # parameter name -> torch.Tensor, contiguous, on CPU
+Tensors = Mapping[str, Any]  # parameter name -> torch.Tensor
 Keep = Callable[[Sequence[float]], bool]  # rewards of a complete group -> worth training?
 
 
@@ -109,7 +109,11 @@ class LearnerStore(Protocol):
         `committed` are reopened, to be leased again first, in their logged order."""
 
     def lease_batch(self, update: int, wait_s: float) -> BatchLease:
-        """The next batch for the update that follows `update`; waits for ready groups. Ends only by commit or fence."""
+        """The next batch for the update that follows `update`; waits for ready groups. Ends only by commit or fence.
+
+        May run ahead of the commits, from another thread: in order, one batch per update, and the bound is that of `update`.
+        Asking again for the same update answers the same lease.
+        """
 
     def rows(self, groups: Sequence[int]) -> list[TrainRollout]:
         """The `ok` rollouts of leased groups, in group order, then rollout order."""
@@ -128,7 +132,10 @@ class WeightSink(Protocol):
     """The learner's end of the weight bus."""
 
     def publish(self, version: Version, tensors: Tensors) -> None:
-        """Blocks until staged (copied), not until delivered."""
+        """Blocks until staged (copied), not until delivered. Tensors may be on any device."""
+
+    def gauges(self) -> dict[str, float]:
+        """Figures for the learner's report: bytes sent, receivers, what was dropped."""
 
     def close(self) -> None: ...
 
@@ -139,9 +146,12 @@ class WeightSource(Protocol):
     def next(self, after: Version | None, wait_s: float) -> "tuple[Version, Tensors] | None":
         """The newest whole version, if it differs from and supersedes `after` (incarnation first, then update).
 
-        Returns None at the deadline. Raises `Unavailable` when no publisher could be found for longer than allowed.
-        The tensors stay valid until the following call.
+        Returns None at the deadline. Raises `Unavailable` when no publisher could be found for longer than allowed,
+        `BadTransfer` after repeated damage, `Closed`. The tensors are on CPU, and valid until the following call.
         """
+
+    def gauges(self) -> dict[str, float]:
+        """Figures for the generator's report: bytes received, transfers that failed, time to fetch."""
 
     def close(self) -> None: ...
 

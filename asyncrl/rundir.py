@@ -75,6 +75,11 @@ class RunDir:
         found = [(int(match[1]), folder) for folder in self.checkpoints.iterdir() if (match := _STEP.match(folder.name))]
         return [folder for _, folder in sorted(found) if folder.is_dir()]
 
+    def require_checkpoint(self) -> None:
+        """Raises ConfigError if there is none to resume from. Touches nothing."""
+        if not self.steps():
+            raise ConfigError(f"{self.path} holds no checkpoint: nothing to resume; start it without --resume")
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the run directory for this process; ends with the process, however that dies. Never waits.

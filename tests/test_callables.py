@@ -61,6 +61,7 @@ def test_a_file_is_executed_once(file):
         ("no_such_package_at_all.reward:grade", "no module 'no_such_package_at_all.reward'"),
         ("json.decoder:JSONDecode", "did you mean 'JSONDecoder'"),
         ("grade", "names no function"),
+        ("rewards.py", "names a file and no function; write rewards.py:name"),
         ("{file}:", "names no function"),
     ],
 )

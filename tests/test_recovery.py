@@ -21,10 +21,11 @@ STEPS = 120
 
 
 class Killer:
-    """Sends SIGKILL to actors when the run has committed so many updates: {update: actor}."""
+    """Sends a signal to actors when the run has committed so many updates: {update: actor}."""
 
-    def __init__(self, plan: dict[int, str]) -> None:
+    def __init__(self, plan: dict[int, str], what: signal.Signals = signal.SIGKILL) -> None:
         self._plan = dict(plan)
+        self._what = what
         self._victim = 0
         self.killed: list[str] = []
 
@@ -35,7 +36,7 @@ class Killer:
         if due and (name := self._plan[due[0]]) in status.pids:
             del self._plan[due[0]]
             self._victim = status.pids[name]
-            os.kill(self._victim, signal.SIGKILL)
+            os.kill(self._victim, self._what)
             self.killed.append(name)
 
 
@@ -94,6 +95,15 @@ def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_reci
     assert lost, "the learner was killed at a checkpoint: nothing was to be retrained"
     again = [c for c in surviving_commits(events) if c.version.incarnation == 2][: len(lost)]
     assert [set(c.groups) for c in again] == [set(c.groups) for c in lost], "the logged batches come first, in their order"
+
+
+@pytest.mark.timeout(120)
+def test_an_actor_that_hangs_is_replaced(local_ray, tiny_recipe, tmp_path):
+    killer = Killer({2: "generator-0"}, signal.SIGSTOP)
+    limits = LimitsSpec(poll_s=0.5, health_timeout_s=3.0)
+    result = run(tiny_recipe(total_steps=30), tmp_path, killer, Deployment(limits=limits))
+    assert (killer.killed, result.restarts, result.steps) == (["generator-0"], {"generator-0": 1}, 30)
+    assert_nothing_lost(history(result.run_dir), result)
 
 
 @pytest.mark.timeout(120)

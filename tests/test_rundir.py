@@ -32,6 +32,12 @@ def test_paths_and_steps(tmp_path: Path) -> None:
     assert RunDir(tmp_path / "none").steps() == []
 
 
+def test_nothing_to_resume_is_said_without_touching_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no checkpoint: nothing to resume"):
+        RunDir(tmp_path / "none").require_checkpoint()
+    assert not (tmp_path / "none").exists()
+
+
 def test_write_atomic_keeps_the_old_file_when_the_new_one_fails(tmp_path: Path) -> None:
     write_atomic(tmp_path / "sub/f", "old")
     with pytest.raises(UnicodeEncodeError):

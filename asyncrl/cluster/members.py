@@ -1,15 +1,18 @@
 """One actor slot under supervision: spawned, watched, replaced when it dies, until its restarts are used up."""
 
 import logging
+import time
 from typing import Any, Literal
 
 import ray
+from ray.exceptions import RayActorError
 
 from asyncrl.cluster.actors import StageActor, StoreActor
 from asyncrl.cluster.placement import Placement, beside_driver, reserve
 from asyncrl.cluster.plan import Plan
 from asyncrl.cluster.transport import STORE_CALLS
 from asyncrl.config import PlaceSpec
+from asyncrl.errors import Unavailable
 from asyncrl.types import Report
 
 log = logging.getLogger(__name__)
@@ -30,6 +33,7 @@ class Member:
         self.last_report: Report | None = None
         self._placement: Placement | None = None
         self._asked: Any = None
+        self._asked_at = 0.0
 
     def spawn(self, plan: Plan, known: dict[str, tuple[int, Any]]) -> None:
         """Creates the actor and begins `start`. `known` are the peers announced so far."""
@@ -56,18 +60,23 @@ class Member:
     def run(self, *arguments: Any) -> None:
         self.phase, self.task = "running", self.handle.run.remote(*arguments)
 
-    def poll_report(self) -> None:
-        """Takes the report asked for last time, if it has come, and asks for the next. Never waits."""
+    def poll_report(self, timeout_s: float) -> None:
+        """Takes the report asked for last time, if it has come, and asks for the next. Never waits.
+
+        Raises Unavailable for an actor that has not answered for `timeout_s`, and what its health check raised.
+        """
         if self.role == "store" or self.phase not in ("idle", "running"):
             return
         if self._asked is not None:
             if not ray.wait([self._asked], timeout=0)[0]:
+                if (silent_s := time.monotonic() - self._asked_at) > timeout_s:
+                    raise Unavailable(f"{self.name} (pid {self.pid}) has not answered for {silent_s:.0f} s")
                 return
             try:
                 self.last_report = ray.get(self._asked)
-            except ray.exceptions.RayError:
+            except RayActorError:
                 log.debug("%s: no report", self.name)  # its death arrives through `task`
-        self._asked = self.handle.report.remote()
+        self._asked, self._asked_at = self.handle.report.remote(), time.monotonic()
 
     def stop(self) -> Any:
         """Asks the actor to end; returns the reference to wait on, or None."""

@@ -1,7 +1,11 @@
 """Ray itself: joined or started for a run, and left as it was found."""
 
+import contextlib
 import logging
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from types import TracebackType
 
 import ray
@@ -9,6 +13,22 @@ import ray
 from asyncrl.config import Deployment
 
 log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keeps this program's handler. Ray puts two in its place: one exits with status 15 while Ray starts, the other prints
+    a native stack and aborts, before anything is cleaned up."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 class RaySession:
@@ -19,16 +39,17 @@ class RaySession:
         if not self._owned:
             return
         address = deployment.ray_address or os.environ.get("RAY_ADDRESS", "")
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=deployment.num_cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+        with _own_sigterm():
+            if address:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                ray.init(
+                    address="local",
+                    num_cpus=deployment.num_cpus,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
 
     def host(self) -> str:
         """Address that sockets of this run bind to: the loopback while the cluster has one node."""

@@ -83,8 +83,7 @@ class Supervisor:
         while self._learner.phase != "idle":
             self._tick()
         self._until = None
-        self._asked = None  # an answer on its way may be older than the learner's last request
-        while (report := self._tick()) is None or report.evals_pending:
+        while self._fresh_report().evals_pending:
             pass
 
     def finish(self) -> None:
@@ -97,9 +96,7 @@ class Supervisor:
                 told = self._store.edition
                 call_store(self._store.handle, "finish")
             self._tick()
-        self._asked = None
-        while self._tick() is None:
-            pass
+        self._fresh_report()
 
     def ask_learner(self, method: str, *arguments: Any, timeout_s: float = 600.0) -> Any:
         """Calls a method of the idle learner, e.g. `save_checkpoint`."""
@@ -111,6 +108,7 @@ class Supervisor:
         self._learner.spawn(msgspec.structs.replace(self._plan, resume_at=checkpoint), self._known)
         while self._learner.phase != "idle":
             self._tick()
+        self._fresh_report()
 
     def close(self) -> None:
         """Stops every actor: asks first, kills what has not ended after `stop_timeout_s`. Never raises for a dead one."""
@@ -127,6 +125,7 @@ class Supervisor:
 
     def _tick(self) -> StoreReport | None:
         """One round: waits for whatever ends first, restarts what died, passes on what the actors say of themselves."""
+        limits = self._plan.deployment.limits
         tasks = {member.task: member for member in self._members if member.task is not None}
         # While the run goes on, a round lasts until something ends; afterwards only until the store has answered.
         answer = [self._asked] if self._until is None and self._asked is not None else []
@@ -137,7 +136,10 @@ class Supervisor:
         for member in self._members:
             if member.phase == "starting" and time.monotonic() > self._deadlines[member.name]:
                 self._failed(member, Unavailable(f"{member.name} did not start within limits.start_timeout_s"))
-            member.poll_report()
+            try:
+                member.poll_report(limits.health_timeout_s)
+            except (Unavailable, RayTaskError) as error:
+                self._failed(member, error)
         report = self._poll_store()
         reports = tuple(member.last_report for member in self._members if member.last_report is not None)
         pids = {member.name: member.pid for member in self._members if member.pid}
@@ -204,6 +206,13 @@ class Supervisor:
         self._spawn(member)
 
     # -------------------------------------------------------------------------------------- watching progress
+
+    def _fresh_report(self) -> StoreReport:
+        """What the store says to a question asked from now on; one on its way may have been asked too early."""
+        self._asked = None
+        while (report := self._tick()) is None:
+            pass
+        return report
 
     def _poll_store(self) -> StoreReport | None:
         """The store's answer to the question asked some ticks ago, if it has come. Never waits."""

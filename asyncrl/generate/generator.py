@@ -20,14 +20,15 @@ from asyncrl.metrics import Ledger
 from asyncrl.types import Generation, Report, Reserved, Rollout, Ticket, Version
 
 JOIN_S = 30.0  # how long a thread may take to notice the end, beyond its long poll
+NOTICE_S = 0.5  # longest wait for weights: it can't be cut short, and so delays the end of every run
 
 
 class Generator:
     """Runs one engine for one store. Owns neither: whoever made them closes them.
 
     group_size: rollouts per training ticket; a ticket is asked for when that many slots are free. poll_s: longest wait for
-    weights, and for the next sign of life to the store (which is also when cancellations are heard while all slots are
-    taken). reserve_wait_s: long poll of one `reserve`; a swap waits for it, and a newer version is told only after it.
+    the next sign of life to the store, which is also when cancellations are heard while all slots are taken.
+    reserve_wait_s: long poll of one `reserve`; a swap waits for it, and a newer version is told only after it.
     """
 
     def __init__(
@@ -212,7 +213,7 @@ class Generator:
 
     def _sync(self) -> None:
         while not self._over():
-            news = self._weights.next(self._version, self._poll_s)
+            news = self._weights.next(self._version, min(self._poll_s, NOTICE_S))
             if news is None:
                 continue
             with self._cond:
@@ -250,4 +251,5 @@ class Generator:
             gauges["slots"] = float(self._engine.slots)
             gauges["held_groups"] = float(len(self._work.groups()))
             gauges["update"] = float(-1 if self._version is None else self._version.update)
+        gauges |= {f"bus/{name}": value for name, value in self._weights.gauges().items()}
         return Report(name=self._name, role="generator", seconds=self._ledger.seconds(), gauges=gauges)

@@ -192,15 +192,15 @@ class TorchEngine:
         """The engine is over: every unfinished future and `health` name the error. Called outside the gate."""
         failure = Unavailable(f"the torch engine failed: {type(error).__name__}: {error}; restart it")
         failure.__cause__ = error
-        self._end(failure)
-        self._settle_all(failure, joining)
+        self._settle_all(self._end(failure), joining)
 
-    def _end(self, reason: AsyncRLError) -> None:
-        """Refuses all further work. The first reason stays."""
+    def _end(self, reason: AsyncRLError) -> AsyncRLError:
+        """Refuses all further work. The first reason stays, and is returned."""
         with self._cond:
             if self._ended is None:
                 self._ended = reason
             self._cond.notify_all()
+            return self._ended
 
     def _settle_all(self, reason: AsyncRLError, joining: Sequence[Job] = ()) -> None:
         with self._cond:
@@ -276,11 +276,10 @@ class TorchEngine:
 
     def close(self, deadline_s: float = 30.0) -> None:
         """Ends the thread after its step; unfinished futures raise Closed. Raises Unavailable if the step takes longer."""
-        closed, thread = Closed("the engine was closed"), self._thread
-        self._end(closed)
+        reason, thread = self._end(Closed("the engine was closed")), self._thread
         if thread is not None:
             thread.join(deadline_s)
-        self._settle_all(closed)
+        self._settle_all(reason)
         if thread is not None and thread.is_alive():
             raise Unavailable(
                 f"the torch engine's thread did not end in {deadline_s} s: a forward pass hangs; kill the process"

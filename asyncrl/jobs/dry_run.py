@@ -103,7 +103,7 @@ def _lengths(recipe: Recipe, deployment: Deployment) -> str:
 
 
 def _batches(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
-    n, batch, epochs = recipe.sampling.n, recipe.learner.batch_groups, recipe.data.epochs
+    n, batch = recipe.sampling.n, recipe.learner.batch_groups
     if n == 1 and recipe.algorithm.adv_estimator.startswith("grpo"):
         raise ConfigError(
             f"sampling.n=1 with algorithm.adv_estimator={recipe.algorithm.adv_estimator!r}: an advantage is a reward against "
@@ -115,13 +115,15 @@ def _batches(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
             f"set deploy.generators.engine.slots={n} or more"
         )
     readable = [file for file in recipe.data.files if not _made(file, recipe, run_dir) and Path(file).is_file()]
-    if epochs is not None and len(readable) == len(recipe.data.files):
-        enough = -(-batch // epochs)
-        rows = sum(1 for _ in islice(read_rows(recipe.data), enough))
-        if rows < enough:
+    if len(readable) == len(recipe.data.files):
+        try:
+            rows = sum(1 for _ in islice(read_rows(recipe.data), batch))
+        except DataError:
+            rows = batch  # the check of the data file tells of it
+        if rows < batch:
             raise ConfigError(
-                f"{rows} rows × data.epochs={epochs} < learner.batch_groups={batch}: no batch could ever be filled; "
-                "raise data.epochs (null: as many as needed), add data, or lower learner.batch_groups"
+                f"{', '.join(recipe.data.files)}: {rows} rows < learner.batch_groups={batch}: an epoch cannot fill a batch, so "
+                f"one prompt would be in a batch twice; add data, or set learner.batch_groups={rows} or less"
             )
     bound = recipe.bound()
     most = bound.room(outstanding=0, committed=0, update=0)

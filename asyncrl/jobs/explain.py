@@ -26,6 +26,8 @@ def explain(error: msgspec.ValidationError, spec: type[msgspec.Struct], data: An
         full = f"{path}.{unknown[1]}".strip(".")
         value = data.get(unknown[1]) if isinstance(data, dict) else None
         return full, f"{full}={value!r}: {path or spec.__name__} has no field {unknown[1]!r}" + nearest(unknown[1], kind, spec)
+    if is_struct(kind) and not isinstance(data, dict):
+        return path, f"{path or spec.__name__}={data!r} must be a group of fields: {names(kind)}"
     if not path or is_struct(kind):
         return path, f"{path or spec.__name__}: {text}"
     return path, f"{path}={data!r} must be {expected(kind)}: {text}"

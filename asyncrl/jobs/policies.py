@@ -32,6 +32,9 @@ def locate(name: str, tokenizer: str = "", dtype: str = "") -> Policy:
     Raises ConfigError: an empty run, a checkpoint without a tokenizer; CheckpointError: none is whole.
     """
     path = Path(name).expanduser()
+    if path.name.startswith("step_") and not path.is_dir():
+        found = ", ".join(sorted(other.name for other in path.parent.glob("step_*"))) or "none"
+        raise ConfigError(f"no checkpoint {path}; beside it are: {found}")
     if path.name.startswith("step_") or (path / MANIFEST).is_file():
         return _checkpoint(path, verify_manifest(path), tokenizer, dtype)
     if (path / "checkpoints").is_dir() or (path / "recipe.json").is_file():

@@ -72,6 +72,8 @@ def dashboard(now: Snapshot, rate: Pace, width: int = 100) -> str:
         lines.append("lag      " + "  ".join(f"{lag} {_bar(share, 6)} {share:.0%}" for lag, share in lags))
     if now.counts is not None:
         lines.append("groups   " + _ledger(now.counts))  # fits 80 columns up to thousands
+    if unscored := _unscored(now.reports):
+        lines.append(f"unscored {unscored}")
     for name, shares in sorted(rate.shares.items()):
         if shares:
             lines.append(f"{name:<14} " + "  ".join(f"{state} {share:.0%}" for state, share in _ordered(shares)))
@@ -95,6 +97,8 @@ def one_line(now: Snapshot, rate: Pace) -> str:
         parts.append("busy " + " ".join(f"{name} {share:.0%}" for name, share in busy.items()))
     if now.counts is not None:
         parts.append(f"groups {_ledger(now.counts)}")
+    if unscored := _unscored(now.reports):
+        parts.append(f"unscored {unscored}")
     if now.restarts:
         parts.append(f"{sum(now.restarts.values())} restarts")
     return " · ".join([*parts, f"{_clock(now.elapsed_s)} elapsed", f"{_clock(rate.left_s)} left"])
@@ -179,6 +183,13 @@ def _lags(metrics: dict[str, float]) -> list[tuple[int, float]]:
 def _ledger(counts: Counts) -> str:
     ends = ("trained", "filtered", "evicted", "failed", "pending")
     return f"{counts.reserved} = " + " + ".join(f"{getattr(counts, end)} {end}" for end in ends)
+
+
+def _unscored(reports: Iterable[Report]) -> str:
+    """Samples on which the reward function failed; empty while there are none."""
+    reports = [report for report in reports if report.role == "reward"]
+    counts = {status: sum(report.gauges.get(status, 0.0) for report in reports) for status in ("invalid", "timeout")}
+    return " + ".join(f"{count:.0f} {status}" for status, count in counts.items() if count)
 
 
 def _scores(scores: tuple[float, ...]) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import signal
+import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs-dir", default="runs", metavar="D", help="folder of run directories (default: runs)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint of this run")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="recipe fields to change, e.g. learner.lr=1e-5")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="fields to change, e.g. learner.lr=1e-5")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -36,6 +37,8 @@ def main(args: argparse.Namespace) -> int:
 
     recipe, deployment = load_specs(args.recipe, args.deploy, args.overrides)
     paths = resolve_run_dir(args.name or recipe.name, args.runs_dir)
+    if args.resume:
+        paths.require_checkpoint()
     recipe = resolve_paths(recipe, paths, Path(args.recipe).parent)
     plan = dry_run.check(recipe, deployment, paths)
     if args.dry_run:
@@ -68,7 +71,8 @@ def _launch(recipe: Recipe, deployment: Deployment, args: argparse.Namespace) ->
         )
         progress.update(snapshot)
 
-    signal.signal(signal.SIGTERM, _interrupt)  # a job that is stopped cleans up like one that is interrupted
+    for number in (signal.SIGINT, signal.SIGTERM):  # a job that is stopped cleans up like one that is interrupted
+        signal.signal(number, _interrupt)
     try:
         return launch(recipe, deployment, name=args.name, runs_dir=args.runs_dir, resume=args.resume, observe=show)
     finally:
@@ -76,4 +80,6 @@ def _launch(recipe: Recipe, deployment: Deployment, args: argparse.Namespace) ->
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    """The first signal stops the actors in order; the second leaves them to Ray's end, which kills them."""
+    print("interrupted: stopping the actors; once more stops them at once", file=sys.stderr, flush=True)
     raise KeyboardInterrupt

@@ -1,9 +1,13 @@
 """The learner's main loop: leases full batches, trains, commits, publishes. Plain class; Ray is put on in `cluster/`.
 
-    fence(c₀) ─► publish c₀ ─► ┌ lease_batch ─► rows ─► update ─► commit ─► publish ─► (checkpoint) ─► (request_eval) ┐ ─► …
-                               └──────────────────────────────────────────────────────────────────────────────────────┘
-Waits only in `lease_batch`, a long poll, for the store's oldest full batch. Commit comes before publish, so that no
-generator ever holds weights that a restore would not reach again.
+    fence(c₀) ─► publish c₀ ─► ┌ take batch ─► update ─► commit ─► publish ─► (checkpoint) ─► (request_eval) ┐ ─► …
+                               └─────────────────────────────────────────────────────────────────────────────┘
+    beside it, in a helper:      lease_batch ─► rows of the next batch, for the update at which it will be trained
+Waits only for that batch: `lease_batch` is a long poll for the store's oldest full batch. Commit comes before publish, so
+that no generator ever holds weights that a restore would not reach again.
+
+Prefetching does not raise the lag of the groups chosen, which were the oldest ready ones anyway. A straggler that becomes
+ready during the update under way misses one batch: it trains one version later, or is masked, if it was at the bound.
 """
 
 import logging
@@ -19,10 +23,11 @@ from transformers import PreTrainedTokenizerBase
 from asyncrl.errors import CheckpointError, Closed
 from asyncrl.interfaces import LearnerStore, WeightSink
 from asyncrl.learn.checkpoint import Checkpoints
+from asyncrl.learn.prefetch import LeasedBatch, Prefetch
 from asyncrl.learn.trainer import PolicyTrainer
 from asyncrl.metrics import Ledger
 from asyncrl.models.loading import export, named_weights
-from asyncrl.types import BatchLease, Report, Version
+from asyncrl.types import Report, Version
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +107,8 @@ class Learner:
         try:
             if not self._started:
                 self.start()
-            while not self._stopping.is_set() and self.committed < until:
-                if not self._advance():
-                    break
+            with Prefetch(self._store, self._poll_s, self._stopping.is_set) as ahead:
+                self._train_until(until, ahead)
             if not self._stopping.is_set():
                 self._finish()
         except Closed:
@@ -128,7 +132,11 @@ class Learner:
             self._bus = None
 
     def report(self) -> Report:
-        return Report(name="learner", role="learner", seconds=self._ledger.seconds(), gauges={"update": float(self.committed)})
+        """Time per state of the main loop, and what the weight bus says of itself."""
+        bus = self._bus
+        gauges = {} if bus is None else {f"bus/{name}": value for name, value in bus.gauges().items()}
+        gauges["update"] = float(self.committed)
+        return Report(name="learner", role="learner", seconds=self._ledger.seconds(), gauges=gauges)
 
     def save_checkpoint(self) -> str:
         """Saves the current version, between runs, and returns the folder."""
@@ -140,25 +148,27 @@ class Learner:
         """Writes the current policy as a Hugging Face folder, tokenizer included."""
         export(self._trainer.model, self._tokenizer, Path(folder))
 
-    def _advance(self) -> bool:
-        """One long poll and, if it brought a batch, one update. False once the data has ended."""
-        with self._timed("wait:store", "timing_s/wait_batch"):
-            lease = self._store.lease_batch(self.committed, self._poll_s)
-        if lease.groups:
-            self._train(lease)
-        return not lease.ended
+    def _train_until(self, until: int, ahead: Prefetch) -> None:
+        """Updates up to `until`, or until the data has ended or `stop`. Never asks for a batch that it will not train."""
+        if self.committed < until:
+            ahead.ask(self.committed)
+        while not self._stopping.is_set() and self.committed < until:
+            with self._timed("wait:store", "timing_s/wait_batch"):
+                batch = ahead.take()
+            if batch is None:
+                return
+            if self.committed + 1 < until:
+                ahead.ask(self.committed + 1)
+            self._train(batch)
 
-    def _train(self, lease: BatchLease) -> None:
-        version = self._version
-        if lease.committed != version.update:
-            raise CheckpointError(f"the store leases for update {lease.committed + 1}, the learner stands at {version}")
-        with self._timed("wait:store", "timing_s/rows"):
-            rollouts = self._store.rows(lease.groups)
+    def _train(self, batch: LeasedBatch) -> None:
+        version, (lease, rollouts, rows_s) = self._version, batch
         self._started = False  # until the commit is in, these weights have no name: a failure starts from the checkpoint
         with self._timed("busy", "timing_s/step"):
             metrics = self._trainer.update(rollouts, version.update)
         metrics |= self._timings
         self._timings.clear()
+        metrics["timing_s/rows"] = rows_s  # in the helper, beside the update before
         metrics["training/groups"] = float(len(lease.groups))
         metrics["training/rollouts"] = float(len(rollouts))
         metrics["training/replayed"] = float(lease.replayed)
@@ -180,9 +190,8 @@ class Learner:
 
     def _publish(self) -> None:
         with self._timed("sync", "timing_s/publish"):
-            weights = named_weights(self._trainer.model)
             assert self._bus is not None, "published before start"
-            self._bus.publish(self._version, {name: tensor.cpu().contiguous() for name, tensor in weights.items()})
+            self._bus.publish(self._version, named_weights(self._trainer.model))
 
     def _save(self) -> Path:
         with self._timed("sync", "timing_s/checkpoint"):
@@ -192,7 +201,8 @@ class Learner:
         return path
 
     def _request_eval(self) -> None:
-        self._store.request_eval(self._version)
+        with self._ledger.span("wait:store"):
+            self._store.request_eval(self._version)
         self._evaluated = self.committed
 
     @contextmanager

@@ -53,11 +53,14 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> tuple
 
 def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by name, detached, without copies; of tied tensors only the first name."""
-    seen: dict[int, str] = {}
+    seen: set[tuple[object, ...]] = set()
     weights = {}
     for name, tensor in model.state_dict().items():
-        if seen.setdefault(tensor.data_ptr(), name) == name:
-            weights[name] = tensor.detach()
+        memory = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and memory in seen:  # empty tensors all have the address 0, and are no ties
+            continue
+        seen.add(memory)
+        weights[name] = tensor.detach()
     return weights
 
 

@@ -156,8 +156,8 @@ class Batches:
         counts = ledger.counts()
         error = f"; the last error: {ledger.last_error}" if ledger.last_error else ""
         raise ConfigError(
-            f"{ledger.fruitless} groups in a row gave nothing to train on (bound {most}; in all {counts.failed} failed for want "
-            f"of sampling.min_valid rewards, {counts.filtered} were filtered by sampling.keep): the learner would wait for ever; "
+            f"{ledger.fruitless} groups in a row gave nothing to train on (bound {most}; in all {counts.failed} had fewer "
+            f"rewards than sampling.min_valid, and sampling.keep filtered {counts.filtered}): the learner would wait for ever; "
             f"mend the reward function, or take easier prompts or sampling.keep='all'{error}"
         )
 

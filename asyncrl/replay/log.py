@@ -16,7 +16,6 @@ from asyncrl.errors import DataError, Unavailable
 from asyncrl.replay.schema import ROWS
 from asyncrl.replay.segments import Segment, Segments
 
-_LOCK_WAIT_S = 10.0  # for a predecessor that was just killed
 EVENTS = pa.schema(
     [
         ("seq", pa.int64()),
@@ -43,7 +42,7 @@ class ReplayLog:
 
     A tail that was cut is closed into a segment up to the last call whose rows and events are both whole.
     fsync `segment`: closed segments are synced; `call`: every acknowledged call, which also survives a power failure.
-    Raises `DataError` naming the file if a closed segment is damaged, `Unavailable` if another process has the log open.
+    Its owner holds `locked(folder)`. Raises `DataError` naming the file if a closed segment is damaged.
     """
 
     def __init__(
@@ -54,7 +53,6 @@ class ReplayLog:
         wall: Callable[[], float] = time.time,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(folder, _LOCK_WAIT_S)
         self._segment_bytes = segment_bytes
         self._wall = wall
         self._groups: dict[int, frozenset[int]] = {}  # of closed row segments, by number
@@ -102,7 +100,6 @@ class ReplayLog:
         self._events.sync()
         self._rows.release()
         self._events.release()
-        self._lock.close()
 
     # ---------------------------------------------------------------------------------------- recover
 
@@ -188,18 +185,19 @@ class ReplayLog:
         return self._groups[segment.number]
 
 
-def _locked(folder: Path, wait_s: float) -> BinaryIO:
+def locked(folder: Path, wait_s: float) -> BinaryIO:
     """A file that locks the log until it is closed, or the process ends, however it does.
 
     Two writers would cut each other's tails. Waits for the other one to end; raises `Unavailable` after wait_s.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     file = (folder / ".lock").open("wb")
     taker = threading.Thread(target=fcntl.flock, args=(file, fcntl.LOCK_EX), daemon=True)  # it has no deadline itself
     taker.start()
     taker.join(wait_s)
     if taker.is_alive():
         raise Unavailable(
-            f"{folder} is still open in another process after {wait_s:g} s: two stores would overwrite each other; stop that one"
+            f"{folder} is still open in another process after {wait_s:g} s: two stores would spoil it; stop that one"
         )
     return file
 

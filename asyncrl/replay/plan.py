@@ -68,5 +68,6 @@ class Plan(Struct, frozen=True, kw_only=True):
             )
         if size < batch:
             raise ConfigError(
-                f"{size} prompts < batch_groups={batch}: an epoch cannot fill one batch; add data or lower learner.batch_groups"
+                f"{size} prompts < batch_groups={batch}: an epoch cannot fill a batch, and one prompt would be in it twice; "
+                "add data or lower learner.batch_groups"
             )

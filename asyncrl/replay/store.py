@@ -20,12 +20,13 @@ from asyncrl.errors import AsyncRLError, Closed, Fenced, Unavailable
 from asyncrl.replay.admission import TOO_OLD
 from asyncrl.replay.answers import LogSettings, RowLease, TrainRows
 from asyncrl.replay.core import Core
-from asyncrl.replay.log import ReplayLog
+from asyncrl.replay.log import ReplayLog, locked
 from asyncrl.replay.plan import Plan
 from asyncrl.replay.waiting import Waiters
 from asyncrl.types import BatchLease, Fence, Key, Reserved, Score, StoreReport, Version
 
 T = TypeVar("T")
+_LOCK_WAIT_S = 10.0  # for a predecessor that was killed a moment ago
 
 
 class ReplayStore:
@@ -34,6 +35,7 @@ class ReplayStore:
     def __init__(self, plan: Plan, log: LogSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._plan = plan
         self._keep_all = log.keep_segments == "all"
+        self._folder = locked(Path(log.folder), _LOCK_WAIT_S)
         self._log = ReplayLog(Path(log.folder), log.segment_bytes, log.fsync)
         self._core = Core(plan, self._log.append_events, self._log.history, clock)
         self._log.history = []
@@ -160,6 +162,7 @@ class ReplayStore:
         with self._lock:
             if not self._closed:
                 self._log.close()
+                self._folder.close()
             self._closed = True
             self._waiters.wake()
 

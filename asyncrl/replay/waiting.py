@@ -25,6 +25,9 @@ class Waiters:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_resolve, future)
 
+    def __len__(self) -> int:
+        return len(self._futures)
+
 
 def _resolve(future: "asyncio.Future[None]") -> None:
     if not future.done():

@@ -1,5 +1,6 @@
 """The reward stage: leases finished rollouts from the store, has them scored, delivers the verdicts."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from asyncrl.reward.frames import Sample, Verdict
 from asyncrl.reward.pool import RewardPool
 from asyncrl.types import Report, Score, Unscored, UnscoredLease
 
+log = logging.getLogger(__name__)
+LOGGED_ERRORS = 20  # the first of them; all are in the replay log
 # While one process is stuck in a slow sample and another is free, the store is asked this often for more.
 _ASK_AGAIN_S = 0.1
 
@@ -125,6 +128,8 @@ class RewardWorker:
         by_lease: dict[Held, list[Score]] = {}
         for (held, item), verdict in verdicts:
             self._counts[verdict.status] += 1
+            if verdict.status != "ok" and self._counts["invalid"] + self._counts["timeout"] <= LOGGED_ERRORS:
+                log.warning("group %d, rollout %d: %s: %s", item.group, item.rollout, verdict.status, verdict.error)
             by_lease.setdefault(held, []).append(_score(item, verdict))
         for held, scores in by_lease.items():
             self._store.score(held.lease, scores)

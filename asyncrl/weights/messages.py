@@ -54,7 +54,7 @@ class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
 
 
 class Bye(Struct, frozen=True, kw_only=True, tag="bye"):
-    """I leave on purpose: don't report me as lost."""
+    """I leave on purpose: don't count me as lost."""
 
 
 class GetManifest(Struct, frozen=True, kw_only=True, tag="get_manifest"):

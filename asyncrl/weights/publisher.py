@@ -96,13 +96,6 @@ class WeightPublisher:
             self._stage_s, self._staged_bytes = time.monotonic() - begin, len(live.data)
             self._waker.set()
 
-    def health(self, deadline_s: float) -> None:
-        """Raises Unavailable if the I/O thread failed, or naming the receivers that died or were silent for `deadline_s`."""
-        with self._changed:
-            self._check_running()
-            if missing := self._serving.missing(deadline_s):
-                raise Unavailable(f"weight receivers gone: {'; '.join(missing)}; their generators get no new weights")
-
     def gauges(self) -> dict[str, float]:
         """stage_s, staged_bytes: the last publish. seal_s: its checksums. The rest: see `Serving.gauges`."""
         with self._changed:
@@ -174,7 +167,7 @@ class WeightPublisher:
                 self._serving.step(wait_s=1.0 if live is None else 0.0)
                 if live is not None:
                     self._seal_more(live)
-        except BaseException as error:  # kept for publish and health to raise: a thread has no caller
+        except BaseException as error:  # kept for publish to raise: a thread has no caller
             self._failure = error
         finally:
             with self._changed:

@@ -18,7 +18,6 @@ log = logging.getLogger(__name__)
 
 BATCH = 64  # requests answered between two looks at anything else
 PROBE_S = 5.0  # receivers silent for so long get a hint, which shows whether they still live
-FORGET_S = 600.0  # a lost receiver is reported for this long
 
 
 class Serving:
@@ -36,7 +35,7 @@ class Serving:
         self._receivers: dict[bytes, Receiver] = {}
         self._sequence = 0
         self._probed_at = clock()
-        self._counts = dict.fromkeys(("sent_bytes", "unsent", "bad_requests"), 0)
+        self._counts = dict.fromkeys(("sent_bytes", "unsent", "bad_requests", "receivers_lost"), 0)
         self._poller = zmq.Poller()
         self._poller.register(router, zmq.POLLIN)
         self._poller.register(waker.fileno(), zmq.POLLIN)
@@ -62,30 +61,18 @@ class Serving:
         """Makes a version visible and hints at it. Lock held."""
         self._shelf.add(live, self._clock())
         self._sequence += 1
-        for peer, receiver in self._receivers.items():
-            if not receiver.lost:
-                self._hint(peer)
+        for peer in self._receivers:
+            self._hint(peer)
 
     def make_room(self) -> None:
         """Leaves at most one version live. Lock held."""
         self._shelf.make_room(list(self._receivers.values()), self._clock())
 
-    def missing(self, deadline_s: float) -> list[str]:
-        """Receivers that died or were silent for `deadline_s`, each with what is known. Lock held."""
-        now = self._clock()
-        return [
-            f"{r.name} {'died' if r.lost else 'is silent'}, heard {now - r.heard_at:.1f} s ago, holding {r.holds or 'nothing'}"
-            for r in self._receivers.values()
-            if r.lost or now - r.heard_at > deadline_s
-        ]
-
     def gauges(self) -> dict[str, float]:
-        """sent_bytes, unsent (answers dropped), bad_requests: totals. The others: now. Lock held."""
-        lost = sum(r.lost for r in self._receivers.values())
+        """sent_bytes, unsent (answers dropped), bad_requests, receivers_lost: totals. The others: now. Lock held."""
         return {
             **{name: float(count) for name, count in self._counts.items()},
-            "receivers": float(len(self._receivers) - lost),
-            "receivers_lost": float(lost),
+            "receivers": float(len(self._receivers)),
             "live_versions": float(len(self._shelf)),
         }
 
@@ -119,23 +106,29 @@ class Serving:
                     receiver.pulling, receiver.heard_at = version, now
                 self._send_bucket(peer, version, index)
 
-    def _hint(self, peer: bytes, echo: int = 0) -> None:
+    def _hint(self, peer: bytes, echo: int = 0) -> bool:
         newest = self._shelf.newest
-        self._send(peer, Announce(version=newest.version if newest else None, sequence=self._sequence, echo=echo))
+        return self._send(peer, Announce(version=newest.version if newest else None, sequence=self._sequence, echo=echo))
 
     def _probe(self) -> None:
+        """Forgets receivers that are gone; that their generators died is the supervisor's to act on.
+
+        Only here: an answer that finds nobody proves nothing, for a goodbye may still be in the queue. After so long it isn't.
+        """
         now = self._clock()
         if now - self._probed_at < PROBE_S:
             return
         self._probed_at = now
-        for peer, receiver in self._receivers.items():
-            if not receiver.lost and now - receiver.heard_at > PROBE_S:
-                self._hint(peer)
+        for peer, receiver in list(self._receivers.items()):
+            if now - receiver.heard_at > PROBE_S and not self._hint(peer):
+                del self._receivers[peer]
+                self._counts["receivers_lost"] += 1
+                log.warning("weight receiver %s is silent and out of reach, holding %s", receiver.name, receiver.holds or "nothing")
 
     def _meet(self, peer: bytes, hello: Hello, now: float) -> None:
-        # A receiver that comes back under a new connection replaces its former self, and one lost long ago is forgotten.
+        # A receiver that comes back under a new connection replaces its former self.
         for other, known in list(self._receivers.items()):
-            if other != peer and (known.name == hello.receiver or (known.lost and now - known.heard_at > FORGET_S)):
+            if other != peer and known.name == hello.receiver:
                 del self._receivers[other]
         self._receivers[peer] = Receiver(name=hello.receiver, holds=hello.holds, pulling=hello.pulling, heard_at=now)
 
@@ -158,18 +151,9 @@ class Serving:
         try:
             # Copied: a frame that waits for a stalled receiver must not keep the memory of a whole version alive.
             self._router.send_multipart(frames, zmq.NOBLOCK)
-        except zmq.Again:
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):  # its queue is full, or it is gone
+                raise
             self._counts["unsent"] += 1
             return False
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
-            self._lose(peer)
-            return False
         return True
-
-    def _lose(self, peer: bytes) -> None:
-        receiver = self._receivers.get(peer)
-        if receiver is not None and not receiver.lost:
-            receiver.lost = True
-            log.warning("weight receiver %s died without a goodbye, holding %s", receiver.name, receiver.holds or "nothing")

@@ -29,7 +29,6 @@ class Receiver(Struct, kw_only=True):
     holds: Version | None = None
     pulling: Version | None = None
     heard_at: float = 0.0
-    lost: bool = False
 
 
 class Shelf:
@@ -58,7 +57,7 @@ class Shelf:
         if len(self._live) < 2:
             return
         older = self._live[0]
-        pulled = any(r.pulling == older.version and not r.lost and now - r.heard_at < FETCH_IDLE_S for r in receivers)
+        pulled = any(r.pulling == older.version and now - r.heard_at < FETCH_IDLE_S for r in receivers)
         keep_older = pulled and now - self._superseded_at < FETCH_MAX_S
         self._drop(1 if keep_older else 0)
 

@@ -209,6 +209,9 @@ class FakeWeights:
                 raise Closed("the bus was closed")
             return None if self.newest in (None, after) else (self.newest, {})
 
+    def gauges(self) -> dict[str, float]:
+        return {"versions": 1.0}
+
     def close(self) -> None:
         with self.changed:
             self.closed = True

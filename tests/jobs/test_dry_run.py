@@ -117,15 +117,13 @@ def test_columns_are_those_that_the_recipe_names(recipe: Recipe, run: RunDir) ->
         check(replace(recipe, data=wrong), Deployment(), run)
 
 
-@pytest.mark.parametrize(
-    ("epochs", "batch", "fits"), [(1, 10, True), (1, 11, False), (2, 20, True), (2, 21, False), (None, 99, True)]
-)
-def test_epochs_that_cannot_fill_a_batch(recipe: Recipe, run: RunDir, epochs: int | None, batch: int, fits: bool) -> None:
+@pytest.mark.parametrize(("epochs", "batch", "fits"), [(1, 10, True), (1, 11, False), (2, 20, False), (None, 11, False)])
+def test_an_epoch_that_cannot_fill_a_batch(recipe: Recipe, run: RunDir, epochs: int | None, batch: int, fits: bool) -> None:
     recipe = replace(recipe, data=replace(recipe.data, epochs=epochs), learner=LearnerSpec(batch_groups=batch))
     if fits:
         check(recipe, Deployment(), run)
         return
-    with pytest.raises(ConfigError, match=rf"10 rows × data\.epochs={epochs} < learner\.batch_groups={batch}: no batch"):
+    with pytest.raises(ConfigError, match=rf"10 rows < learner\.batch_groups={batch}: an epoch cannot fill .*batch_groups=10"):
         check(recipe, Deployment(), run)
 
 

@@ -113,6 +113,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over_but_not_when_named(run):
     assert locate(str(run.path)).checkpoint == run.checkpoint(0)
     with pytest.raises(CheckpointError, match=r"model\.safetensors has 4 bytes"):
         locate(str(run.checkpoint(1)))
+    with pytest.raises(ConfigError, match=r"no checkpoint .*step_000007; beside it are: step_000000, step_000001"):
+        locate(str(run.checkpoint(7)))
     (run.checkpoint(0) / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"no checkpoint of .* is whole"):
         locate(str(run.path))

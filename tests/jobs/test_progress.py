@@ -66,6 +66,16 @@ def test_the_dashboard_shows_everything() -> None:
     assert max(map(len, dashboard(NOW, pace(START, NOW), width=40).splitlines())) == 40
 
 
+def test_failing_rewards_are_shown_once_there_are_any() -> None:
+    def scoring(invalid: float, timeout: float) -> Snapshot:
+        one = Report(name="reward-0", role="reward", seconds={}, gauges={"scored": 9.0, "invalid": invalid, "timeout": timeout})
+        return replace(NOW, reports=(one, replace(one, name="reward-1")))
+
+    assert "unscored" not in one_line(scoring(0, 0), Pace()) + dashboard(scoring(0, 0), Pace())
+    assert " · unscored 6 invalid · " in one_line(scoring(3, 0), Pace())
+    assert "\nunscored 6 invalid + 2 timeout\n" in dashboard(scoring(3, 1), Pace())
+
+
 def test_before_the_first_step_there_are_no_figures_yet() -> None:
     text = dashboard(Snapshot(name="sums", elapsed_s=1.0, step=0, total_steps=10), Pace())
     assert "held-out –" in text

@@ -70,11 +70,15 @@ def rollouts(groups: int = 4, n: int = 3, seed: int = 0, oldest: int = 0) -> lis
 
 
 class FakeStore:
-    """Plays a script of leases; writes down every call. Rows are made from the group ids."""
+    """Plays a script of leases; writes down every call. Rows are made from the group ids.
+
+    calls: those of the learner's own thread. asked: updates for which a batch was asked, by its helper.
+    """
 
     def __init__(self, leases: Sequence[BatchLease], calls: list, fence: Fence | None = None) -> None:
         self.leases = list(leases)
         self.calls = calls
+        self.asked: list[int] = []
         self.answer = fence or Fence(incarnation=3, committed=0, reopened=0)
         self.metrics: list[dict[str, float]] = []
         self.on_lease: Callable[[], None] = lambda: None
@@ -84,7 +88,7 @@ class FakeStore:
         return self.answer
 
     def lease_batch(self, update: int, wait_s: float) -> BatchLease:
-        self.calls.append(("lease", update))
+        self.asked.append(update)
         self.on_lease()
         return self.leases.pop(0)
 
@@ -110,6 +114,9 @@ class FakeBus:
     def publish(self, version: Version, tensors: Mapping[str, torch.Tensor]) -> None:
         self.calls.append(("publish", str(version)))
         self.published[str(version)] = {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def gauges(self) -> dict[str, float]:
+        return {"receivers": 2.0}
 
     def close(self) -> None: ...
 

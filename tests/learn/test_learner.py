@@ -1,11 +1,12 @@
 """The loop against a scripted store and bus: what it calls, in which order, and how it ends."""
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from asyncrl.errors import CheckpointError, Closed, Fenced
+from asyncrl.errors import CheckpointError, Closed, Fenced, NonFinite, Unavailable
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.learner import Learner
 from asyncrl.rundir import RunDir
@@ -53,22 +54,39 @@ def test_calls_of_a_run_in_order(make_learner, tmp_path: Path) -> None:
         ("checkpointed", 0),
         ("publish", "3.0"),
         ("eval", "3.0"),
-        ("lease", 0),
         ("commit", 11, "3.1"),
         ("publish", "3.1"),
-        ("lease", 1),
-        ("lease", 1),  # the first poll came back empty-handed
         ("commit", 12, "3.2"),
         ("publish", "3.2"),
         ("checkpointed", 0),
         ("eval", "3.2"),
-        ("lease", 2),
         ("commit", 13, "3.3"),
         ("publish", "3.3"),
         ("checkpointed", 2),
         ("eval", "3.3"),  # the last version is saved and evaluated, whatever the frequencies
     ]
+    assert store.asked == [0, 1, 1, 2]  # the first poll for update 1 came back empty-handed; none goes beyond `until`
     assert [folder.name for folder in RunDir(tmp_path / "run").steps()] == ["step_000002", "step_000003"]
+
+
+def test_the_next_batch_is_fetched_while_the_learner_trains(make_learner) -> None:
+    learner, store, _, trainer = make_learner([lease(1, 0), lease(2, 0), lease(3, 2)], eval_freq=None)
+    fetched = {update: threading.Event() for update in (0, 1, 2)}
+    rows, update = store.rows, trainer.update
+
+    def note_rows(groups):
+        fetched[groups[0] // 2 - 1].set()
+        return rows(groups)
+
+    def train(rollouts, committed):
+        if committed < 2:
+            assert fetched[committed + 1].wait(10), f"batch {committed + 1} was not fetched while update {committed + 1} ran"
+        return update(rollouts, committed)
+
+    store.rows, trainer.update = note_rows, train
+    assert learner.run(3) == 3
+    assert [call[:2] for call in store.calls if call[0] == "commit"] == [("commit", 1), ("commit", 2), ("commit", 3)]
+    assert [figures["staleness/lag_max"] for figures in store.metrics] == [0.0, 1.0, 2.0]  # at the update that trains
 
 
 def test_what_is_published_is_what_was_trained(make_learner) -> None:
@@ -120,15 +138,18 @@ def test_a_finished_run_started_again_trains_nothing(make_learner) -> None:
 def test_fit_goes_on_where_it_was(make_learner) -> None:
     learner, store, _, _ = make_learner([lease(1, 0), lease(2, 1)], eval_freq=None)
     assert learner.run(1) == 1
+    assert store.asked == [0]  # nothing is leased that this call will not train
     assert learner.run(2) == 2
+    assert store.asked == [0, 1]
     assert store.calls.count(("fence", 0)) == 1
 
 
 def test_stop_ends_at_the_next_poll_without_the_last_rites(make_learner) -> None:
     learner, store, _, _ = make_learner([lease(1, 0), EMPTY, EMPTY])
-    store.on_lease = lambda: learner.stop() if store.calls.count(("lease", 1)) == 2 else None
+    store.on_lease = lambda: learner.stop() if store.asked.count(1) == 2 else None
     assert learner.run(10) == 1
-    assert store.calls[-1] == ("lease", 1)
+    assert store.asked == [0, 1, 1]
+    assert store.calls[-1] == ("publish", "3.1")
 
 
 def test_without_evaluation_none_is_requested(make_learner) -> None:
@@ -152,6 +173,37 @@ def test_a_closed_store_ends_it_and_a_fence_is_an_error(error: Exception, ends: 
             learner.run(1)
 
 
+def test_an_error_in_the_helper_is_raised_after_the_update_under_way(make_learner) -> None:
+    learner, store, _, _ = make_learner([lease(1, 0)])
+
+    def fail() -> None:
+        if store.asked[-1] == 1:
+            raise Unavailable("store: no answer")
+
+    store.on_lease = fail
+    with pytest.raises(Unavailable, match="no answer"):
+        learner.run(10)
+    assert learner.committed == 1
+
+
+def test_an_error_in_training_ends_the_helper(make_learner) -> None:
+    learner, store, _, trainer = make_learner([lease(1, 0)] + [EMPTY] * 1000)
+    polled = threading.Event()
+
+    def note() -> None:
+        if store.asked[-1] == 1:
+            polled.set()
+
+    def diverge(rollouts, committed):
+        assert polled.wait(10)
+        raise NonFinite("the loss is nan")
+
+    store.on_lease, trainer.update = note, diverge
+    with pytest.raises(NonFinite):
+        learner.run(10)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
 def test_weights_whose_commit_failed_are_given_up(make_learner) -> None:
     learner, store, _, trainer = make_learner([lease(1, 0), lease(1, 0)])
     commit, refused = store.commit, iter([Closed("stopping")])
@@ -172,9 +224,6 @@ def test_a_store_of_another_run_is_refused(make_learner) -> None:
     learner, _, _, _ = make_learner([], fence=Fence(incarnation=1, committed=7, reopened=0))
     with pytest.raises(CheckpointError, match="stands at update 7 after a fence at checkpoint 0"):
         learner.run(1)
-    learner, _, _, _ = make_learner([lease(1, 5)])
-    with pytest.raises(CheckpointError, match=r"leases for update 6, the learner stands at 3\.0"):
-        learner.run(1)
 
 
 def test_report_names_states_and_the_update(make_learner) -> None:
@@ -183,7 +232,7 @@ def test_report_names_states_and_the_update(make_learner) -> None:
     report = learner.report()
     assert report.role == "learner"
     assert {"busy", "sync", "wait:store", "wait:start"} <= report.seconds.keys()
-    assert report.gauges == {"update": 1.0}
+    assert report.gauges == {"update": 1.0, "bus/receivers": 2.0}
 
 
 def test_save_and_export_between_runs(make_learner, tmp_path: Path) -> None:

@@ -33,6 +33,17 @@ def test_tied_tensors_are_named_once_and_reach_both_ends() -> None:
     assert torch.equal(target.lm_head.weight, source.model.embed_tokens.weight)
 
 
+def test_empty_tensors_and_views_of_one_memory_keep_their_names() -> None:
+    model = torch.nn.Module()
+    memory = torch.arange(4.0)
+    model.register_buffer("none", torch.empty(0))
+    model.register_buffer("nothing", torch.empty(0))
+    model.register_buffer("all", memory)
+    model.register_buffer("part", memory[:2])
+    model.register_buffer("again", memory)
+    assert list(named_weights(model)) == ["none", "nothing", "all", "part"]
+
+
 def test_weights_of_another_model_are_refused_by_name_and_shape() -> None:
     model = tied_model()
     with pytest.raises(CheckpointError, match="1 names differ"):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from asyncrl.errors import CheckpointError, Closed, Fenced
+from asyncrl.errors import CheckpointError, Closed, ConfigError, Fenced
 from asyncrl.replay.keep import keep_varied
 from asyncrl.types import Version
 
@@ -21,7 +21,7 @@ def test_mask_takes_the_oldest_ready_groups_past_a_straggler(fakes: SimpleNamesp
     assert bench.train(1) == (straggler.group, c.group)
 
 
-def test_mask_leaves_out_rollouts_without_a_token_and_evicts_groups_without_a_rollout(fakes: SimpleNamespace) -> None:
+def test_mask_evicts_only_groups_without_a_token_to_train(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=1, batch=1))
     bench.core.fence(0)
     old, half = bench.reserve(2, 0).tickets
@@ -33,7 +33,7 @@ def test_mask_leaves_out_rollouts_without_a_token_and_evicts_groups_without_a_ro
     bench.score(half, 1.0, 1.0)
     lease = bench.core.lease_batch(1, 2)
     assert lease.groups == (half.group,)
-    assert [row for row, _, _ in bench.core.rows(1, lease.groups)] == [3]  # its second rollout: the fourth row
+    assert [row for row, _, _ in bench.core.rows(1, lease.groups)] == [2, 3]  # the learner masks the first, and uses its reward
     assert bench.core.ledger.counts().evicted == 1
     assert not bench.core.ledger.retries  # mask does not try again
 
@@ -211,3 +211,33 @@ def test_lengths_of_dispatched_and_trained(fakes: SimpleNamespace) -> None:
     assert gauges["length/trained_mean"] == 2.0
     bench.core.fence(0)
     assert bench.core.report(0).gauges["length/trained_mean"] == 0.0
+
+
+def test_groups_that_never_give_anything_to_train_on_end_the_run(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=0, batch=1, keep=keep_varied))
+    bench.core.fence(0)
+    bench.core.ledger.last_error = "ValueError: no number"
+    for _ in range(1023):
+        (ticket,) = bench.reserve(1, 0).tickets
+        bench.submit(ticket, 0)
+        bench.score(ticket, 1.0, 1.0)
+    assert bench.core.lease_batch(1, 0).waiting_for
+    (ticket,) = bench.reserve(1, 0).tickets
+    bench.submit(ticket, 0)
+    bench.score(ticket, 1.0, 1.0)
+    with pytest.raises(ConfigError, match=r"1024 groups in a row .*bound 1024; .* filtered 1024\): .* ValueError: no number"):
+        bench.core.lease_batch(1, 0)
+    assert bench.core.broken is None
+
+
+def test_a_rollout_masked_whole_does_not_count_as_trained_length(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=1, batch=1))
+    bench.core.fence(0)
+    (half,) = bench.reserve(1, 0).tickets
+    bench.core.ledger.committed = 2  # only their age matters here
+    bench.submit(half, 0, rollouts=[0])
+    bench.submit(half, 0, 1, rollouts=[1])
+    bench.score(half, 1.0, 1.0)
+    bench.train(2)
+    lengths = bench.core.ledger.lengths
+    assert (lengths.dispatched, lengths.trained) == (2, 1)

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from asyncrl.errors import DataError
+from asyncrl.errors import DataError, Unavailable
 from asyncrl.replay import events as ev
 from asyncrl.replay import schema
 from asyncrl.replay.ledger import Ledger
-from asyncrl.replay.log import ReplayLog
+from asyncrl.replay.log import ReplayLog, locked
 from asyncrl.types import Version
 
 
@@ -172,3 +172,20 @@ def test_truncation_keeps_segments_with_wanted_groups(fakes: SimpleNamespace, tm
 def test_every_call_can_be_synced(fakes: SimpleNamespace, tmp_path: Path) -> None:
     written = submit(ReplayLog(tmp_path, fsync="call"), fakes, 0)
     assert state(ReplayLog(tmp_path).history) == written
+
+
+def test_one_folder_has_one_writer(tmp_path: Path) -> None:
+    first = locked(tmp_path, 1.0)
+    with pytest.raises(Unavailable, match="still open in another process"):
+        locked(tmp_path, 0.05)
+    first.close()
+    locked(tmp_path, 10.0).close()  # also after the waiter that gave up had its turn
+
+
+def test_many_small_calls_are_joined_in_memory(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    log = ReplayLog(tmp_path)
+    for group in range(300):
+        log.append_rows(rows(fakes, group, tokens=1))
+    assert len(log._rows.batches) == 300 // 128 + 300 % 128
+    picked = log.take([599, 0, 256, 255, 511], ["group", "rollout"]).to_pydict()
+    assert picked == {"group": [299, 0, 128, 127, 255], "rollout": [1, 0, 0, 1, 1]}

@@ -125,9 +125,9 @@ class World:
 
     def check(self, update: int, answer: Any, rows: list[int]) -> None:
         assert rows
-        for row in rows:
-            lags = [update - u for u in self.tokens[row]]
-            inside = [0 <= lag <= self.rule.max_lag for lag in lags]
+        for group in answer.groups:
+            lags = [[update - u for u in self.tokens[r.row]] for r in self.bench.core.ledger.groups[group].ok()]
+            inside = [0 <= lag <= self.rule.max_lag for rollout in lags for lag in rollout]
             assert any(inside)  # something to train
             if self.rule.waits or self.rule.drops:
                 assert all(inside), (lags, self.rule)  # nothing is masked

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from asyncrl.errors import DataError, Fenced, Unavailable
+from asyncrl.errors import Closed, DataError, Fenced, Unavailable
 from asyncrl.replay import schema
 from asyncrl.replay.store import LogSettings, ReplayStore
 from asyncrl.types import Key, Version
@@ -30,6 +30,11 @@ class Caller:
 
     def __call__(self, method: str, *args: Any) -> Awaitable[Any]:
         return getattr(self.store, method)(self.key(), *args)
+
+
+def killed(store: ReplayStore) -> None:
+    """As far as its log is concerned."""
+    store._folder.close()
 
 
 def make(fakes: SimpleNamespace, folder: Path, **options: Any) -> ReplayStore:
@@ -150,6 +155,7 @@ def test_an_older_incarnation_is_fenced(fakes: SimpleNamespace, tmp_path: Path) 
         await Caller(store, incarnation=2)("reserve", 1, V, (), 1.0)
         with pytest.raises(Fenced, match="gen incarnation 1 < 2"):
             await Caller(store, incarnation=1)("reserve", 1, V, (), 1.0)
+        killed(store)
         again = make(fakes, tmp_path)  # the log remembers
         with pytest.raises(Fenced):
             await Caller(again, incarnation=1)("extend", 1)
@@ -166,8 +172,8 @@ def test_a_killed_store_goes_on_from_its_log(fakes: SimpleNamespace, tmp_path: P
         await generator("submit", rows(fakes, a, b))
         await reward("score", 0, [fakes.score(a, 0, 1.0)])
         before = await store.report(0)
-        for caller in (generator, reward, learner):
-            caller.store = make(fakes, tmp_path, max_lag=1, batch=2, n=1) if caller is generator else generator.store
+        killed(store)
+        generator.store = reward.store = learner.store = make(fakes, tmp_path, max_lag=1, batch=2, n=1)
         assert (await generator.store.report(0)).counts == before.counts
         held = await generator("reserve", 0, V, (c.group,), 0.0)
         assert held.cancelled == ()
@@ -214,6 +220,7 @@ def test_after_a_restart_the_end_is_told_by_finish_or_undone_by_a_resume(fakes: 
         learner = Caller(store, "learner")
         await learner("fence", 0)
         await store.finish()
+        killed(store)
         learner.store = resumed = make(fakes, tmp_path, max_lag=0, batch=1)
         early = asyncio.ensure_future(Caller(resumed, "gen")("reserve", 1, Version(2, 0), (), 60.0))
         reward = asyncio.ensure_future(Caller(resumed, "reward")("lease_unscored", 1, 60.0))
@@ -281,6 +288,7 @@ def test_after_a_failed_write_every_call_says_so(fakes: SimpleNamespace, tmp_pat
         for _ in range(2):
             with pytest.raises(Unavailable, match="No space left"):
                 await Caller(store)("reserve", 1, V, (), 1.0)
+        killed(store)
         assert (await make(fakes, tmp_path).report(0)).counts.reserved == 0  # nothing unacknowledged came back
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
@@ -294,5 +302,41 @@ def test_rows_of_another_schema_are_refused_and_do_no_harm(fakes: SimpleNamespac
         with pytest.raises(DataError):
             await Caller(store)("submit", foreign)
         await Caller(store)("submit", rows(fakes, ticket))
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_too_old_weights_are_told_at_once(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    """The caller has to swap, and can't while it waits."""
+
+    async def scenario() -> None:
+        store = make(fakes, tmp_path, max_lag=0, batch=1, n=1)
+        generator, reward, learner = Caller(store), Caller(store, "reward"), Caller(store, "learner")
+        await learner("fence", 0)
+        (ticket,) = (await generator("reserve", 1, V, (), 60.0)).tickets
+        await generator("submit", rows(fakes, ticket))
+        await reward("score", 0, [fakes.score(ticket, 0, 1.0)])
+        lease = await learner("lease_batch", 1, 0, 60.0)
+        full = asyncio.ensure_future(generator("reserve", 1, V, (), 60.0))
+        await waiting(store)
+        await learner("commit", lease.lease, Version(1, 1), {})
+        assert (await full).waiting_for == "weights too old"  # long before its deadline
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_a_call_after_the_close_is_refused_and_harms_nothing(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = make(fakes, tmp_path)
+        await Caller(store)("reserve", 1, V, (), 1.0)
+        poll = asyncio.ensure_future(Caller(store, "reward")("lease_unscored", 1, 60.0))
+        await waiting(store)
+        for _ in range(2):
+            await store.close()
+        with pytest.raises(Closed):
+            await poll
+        with pytest.raises(Closed):
+            await Caller(store, "late")("reserve", 1, V, (), 1.0)
+        assert (await make(fakes, tmp_path).report(0)).counts.reserved == 1
 
     asyncio.run(asyncio.wait_for(scenario(), 10))

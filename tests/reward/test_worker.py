@@ -70,7 +70,7 @@ def worker(tmp_path):
     return make
 
 
-def test_every_rollout_gets_one_verdict_and_the_end_is_clean(worker):
+def test_every_rollout_gets_one_verdict_and_the_end_is_clean(worker, caplog):
     store = FakeStore([rollout(0, "12"), rollout(1, "9"), rollout(2, "2")], [rollout(3, "12")])
     reward = worker(store)
     reward.run()
@@ -81,6 +81,7 @@ def test_every_rollout_gets_one_verdict_and_the_end_is_clean(worker):
     assert wrong == Score(group=2, status="ok", reward=0.0, parts={"length": 1.0}, **ids)
     assert (raised.status, raised.reward) == ("invalid", None)
     assert "ValueError: nine" in raised.error
+    assert "group 1, rollout 0: invalid: ValueError: nine" in caplog.text
     assert later.group == 3
     gauges = reward.report().gauges
     assert (gauges["scored"], gauges["invalid"], gauges["timeout"], gauges["process_restarts"]) == (4, 1, 0, 0)

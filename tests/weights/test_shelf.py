@@ -23,8 +23,8 @@ def shelf() -> Shelf:
     return made
 
 
-def puller(heard_at: float, lost: bool = False) -> Receiver:
-    return Receiver(name="g", pulling=Version(1, 1), heard_at=heard_at, lost=lost)
+def puller(heard_at: float) -> Receiver:
+    return Receiver(name="g", pulling=Version(1, 1), heard_at=heard_at)
 
 
 def test_the_first_two_versions_both_stay(shelf: Shelf) -> None:
@@ -38,7 +38,6 @@ def test_the_first_two_versions_both_stay(shelf: Shelf) -> None:
     [
         ([], 101.0, [2]),  # nobody pulls: the older goes
         ([puller(101.0)], 101.0, [1]),  # the older is being pulled: the one between is given up
-        ([puller(101.0, lost=True)], 101.0, [2]),  # its puller died
         ([puller(101.0 - FETCH_IDLE_S)], 101.0, [2]),  # its puller stalled
         ([puller(100.0 + FETCH_MAX_S)], 100.0 + FETCH_MAX_S, [2]),  # its puller takes for ever
         ([Receiver(name="g", holds=Version(1, 1), heard_at=101.0)], 101.0, [2]),  # holding isn't pulling

@@ -1,0 +1,87 @@
+"""Trainer and launch from Python, on the tiny model under real Ray."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from asyncrl import Trainer, launch
+from asyncrl.config import (
+    AlgorithmSpec,
+    BusSpec,
+    CheckpointSpec,
+    DataSpec,
+    Deployment,
+    EvaluationSpec,
+    GeneratorsSpec,
+    LearnerSpec,
+)
+from asyncrl.errors import ConfigError
+from asyncrl.replay import open as open_replay
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
+
+
+def weights_of(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_a_trainer_led_step_by_step(local_ray, tiny_recipe, tmp_path):
+    learner, kept = LearnerSpec(batch_groups=4, lr=1e-2), CheckpointSpec(save_freq=50, keep_last_n=4)
+    recipe = tiny_recipe(total_steps=20, learner=learner, checkpoint=kept)
+    with Trainer(recipe, runs_dir=tmp_path) as trainer:
+        assert trainer.fit(2).steps == 2
+        checkpoint = trainer.save_checkpoint()
+        trainer.export(tmp_path / "at-2")
+        assert trainer.fit(3).steps == 5
+        trainer.export(tmp_path / "at-5")
+        trainer.load_checkpoint(checkpoint)
+        trainer.export(tmp_path / "again-2")
+        result = trainer.fit(3)
+    assert (result.steps, result.samples) == (5, 5 * 16)
+    at_2, at_5, again_2 = (weights_of(tmp_path / name) for name in ("at-2", "at-5", "again-2"))
+    assert all(torch.equal(tensor, again_2[name]) for name, tensor in at_2.items())
+    assert not any(torch.equal(tensor, at_5[name]) for name, tensor in at_2.items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "at-5").chat_template
+
+
+def test_a_run_with_everything_switched_on(local_ray, tiny_recipe, tmp_path):
+    """Two generators over TCP, minibatches, epochs, KL to the reference, entropy bonus, evaluation of several samples."""
+    data = tiny_recipe().data.files[0]
+    recipe = tiny_recipe(
+        total_steps=12,
+        learner=LearnerSpec(batch_groups=4, mini_batch_groups=2, ppo_epochs=2, lr=1e-3, lr_schedule="cosine", warmup_steps=2),
+        algorithm=AlgorithmSpec(kl_coef=0.05, entropy_coef=0.01, clip_ratio_high=0.28, loss_agg="seq-mean-token-mean"),
+        evaluation=EvaluationSpec(files=(data,), freq=4, n=2, temperature=1.0, limit=16),
+    )
+    deployment = Deployment(generators=GeneratorsSpec(count=2), bus=BusSpec(transport="tcp", bucket_bytes=4096))
+    result = launch(recipe, deployment, runs_dir=tmp_path)
+    assert (result.steps, result.trained, result.restarts) == (12, 48, {})
+    assert result.first_score is not None
+    lines = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert all(line["actor/optimizer_steps"] == 4 for line in steps)
+    assert steps[-1]["actor/kl_loss"] > 0
+    evals = [line for line in lines if line["kind"] == "eval"]
+    assert [line["eval/count"] for line in evals] == [32.0] * len(evals)
+    workers = {row["worker"] for row in open_replay(tmp_path / "tiny").rollouts().to_pylist()}
+    assert workers == {"generator-0", "generator-1"}
+
+
+def test_the_end_of_the_data_is_a_clean_end(local_ray, tiny_recipe, tmp_path):
+    files = tiny_recipe().data.files
+    recipe = tiny_recipe(total_steps=1000, data=DataSpec(files=files, answer_key="answer", epochs=1))
+    result = launch(recipe, runs_dir=tmp_path)
+    assert (result.steps, result.trained, result.pending) == (16, 64, 0)
+
+
+def test_an_earlier_run_is_set_aside_and_a_foreign_checkpoint_refused(local_ray, tiny_recipe, tmp_path):
+    first = launch(tiny_recipe(total_steps=2), runs_dir=tmp_path)
+    second = launch(tiny_recipe(total_steps=2), runs_dir=tmp_path)
+    assert first.steps == second.steps == 2
+    assert (tmp_path / "tiny" / "previous-1" / "checkpoints" / "step_000002").is_dir()
+    with pytest.raises(ConfigError, match=r"is no checkpoint of the run(.|\n)*step_000002"):
+        Trainer(tiny_recipe(), runs_dir=tmp_path, resume_from=tmp_path / "other" / "step_000001")
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        launch(tiny_recipe(), name="fresh", runs_dir=tmp_path, resume=True)

@@ -1,0 +1,355 @@
+"""Whole runs through the command line, as a person starts, interrupts, kills and resumes them; and as a Ray job."""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from asyncrl.cluster.wiring import run_id
+from asyncrl.rundir import RunDir
+from asyncrl.weights import shm
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+RECIPE = """
+from asyncrl.config import *
+
+recipe = Recipe(
+    name="tiny",
+    model=ModelSpec(path="./model"),
+    data=DataSpec(files=("train.jsonl",), answer_key="answer"),
+    reward=RewardSpec(function="sevens.py:compute_score"),
+    sampling=SamplingSpec(n=4, max_response_length=6),
+    learner=LearnerSpec(batch_groups=4, lr=1e-3),
+    evaluation=EvaluationSpec(files=("train.jsonl",), limit=8, freq=3),
+    checkpoint=CheckpointSpec(save_freq=3),
+    total_steps=6,
+)
+"""
+REWARDS = """
+import time
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return solution_str.count(ground_truth) / 6
+
+def slow(*sample):
+    time.sleep(0.02)
+    return compute_score(*sample)
+
+def fails_on_odd(data_source, solution_str, ground_truth, extra_info=None):
+    print("not for standard output")
+    if len(solution_str) % 2:
+        raise ValueError("an odd answer")
+    return 1.0
+"""
+ASYNCRL = [sys.executable, "-m", "asyncrl.cli"]
+ENDLESS = ("total_steps=100000", "reward.function=sevens.py:slow")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A folder as a user has one: recipe, reward, data, model; runs go to its `runs`."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "recipe.py").write_text(RECIPE)
+    (folder / "sevens.py").write_text(REWARDS)
+    rows = [{"prompt": f"{i:02d}+{7 * i % 100:02d}=", "data_source": "sevens", "answer": "7"} for i in range(64)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(tiny_model, folder / "model")
+    return folder
+
+
+class Command:
+    """A command in a process of its own. Every process that comes of it is known by a mark in its environment."""
+
+    def __init__(self, folder: Path, *arguments: str, **environ: str) -> None:
+        self._mark = f"ASYNCRL_TEST={secrets.token_hex(8)}"
+        name, _, value = self._mark.partition("=")
+        inherited = {key: text for key, text in os.environ.items() if not key.startswith(("RAY_", "LOG_LEVEL"))}
+        outputs = folder / "outputs"
+        outputs.mkdir(exist_ok=True)
+        self._stdout, self._stderr = outputs / f"{value}.out", outputs / f"{value}.err"
+        with self._stdout.open("wb") as out, self._stderr.open("wb") as err:
+            self.process = subprocess.Popen(
+                arguments, cwd=folder, env={**inherited, **environ, name: value}, stdout=out, stderr=err
+            )
+
+    @property
+    def stdout(self) -> str:
+        return self._stdout.read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self._stderr.read_text()
+
+    def end(self, timeout_s: float = 90.0) -> int:
+        """Waits for the exit status; prints what was printed, for a test that fails."""
+        try:
+            return self.process.wait(timeout_s)
+        finally:
+            print(f"{self.process.args}: {self.process.poll()}\n{self.stdout}{self.stderr}")
+
+    def until(self, true: Callable[[], bool]) -> None:
+        """Waits until something holds while the command runs."""
+        wait_until(lambda: true() or self.process.poll() is not None, 90.0)
+        assert self.process.poll() is None, self.stderr
+
+    def left(self) -> list[int]:
+        """Pids of what came of this command and still lives."""
+        return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and self._lives(entry)]
+
+    def kill(self) -> None:
+        for pid in self.left():
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _lives(self, entry: Path) -> bool:
+        try:
+            marked = self._mark.encode() in (entry / "environ").read_bytes().split(b"\0")
+            return marked and (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:  # ended meanwhile
+            return False
+
+
+@pytest.fixture
+def command() -> Iterator[Callable[..., Command]]:
+    begun: list[Command] = []
+
+    def begin(*arguments: str | Path, **environ: str) -> Command:
+        folder, *rest = arguments
+        begun.append(Command(Path(folder), *map(str, rest), **environ))
+        return begun[-1]
+
+    yield begin
+    for each in begun:
+        each.kill()
+
+
+def wait_until(true: Callable[[], bool], timeout_s: float) -> None:
+    """Looks until it is true: other processes' files and ends send no word."""
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, f"not true within {timeout_s} s"
+        time.sleep(0.05)
+
+
+def start(command: Callable[..., Command], project: Path, name: str, *more: str) -> Command:
+    return command(project, *ASYNCRL, "run", "recipe.py", "--name", name, "deploy.limits.poll_s=0.5", *more)
+
+
+def metrics(run: RunDir, kind: str) -> list[dict]:
+    lines = run.metrics.read_text().splitlines() if run.metrics.exists() else []
+    whole = [json.loads(line) for line in lines if line.endswith("}")]
+    return [line for line in whole if line["kind"] == kind]
+
+
+def steps(run: RunDir) -> list[int]:
+    return [line["step"] for line in metrics(run, "step")]
+
+
+def shared_files(run: RunDir) -> list[Path]:
+    return list(shm.default_folder().glob(f"asyncrl-{run_id(run)}-*"))
+
+
+@pytest.fixture(scope="module")
+def finished(project: Path) -> RunDir:
+    """A run that went to its end; one line of JSON on standard output, and nothing left behind."""
+    whole = Command(project, *ASYNCRL, "run", "recipe.py", "--name", "finished", "deploy.limits.poll_s=0.5")
+    try:
+        assert whole.end() == 0
+        assert whole.left() == []
+    finally:
+        whole.kill()
+    (line,) = whole.stdout.splitlines()
+    result = json.loads(line)
+    run = RunDir(project / "runs" / "finished")
+    assert (result["run_dir"], result["steps"], result["samples"]) == (str(run.path), 6, 6 * 4 * 4)
+    assert result["max_trained_lag"] <= 4
+    assert result["restarts"] == {}
+    assert "|" not in whole.stderr, "a progress bar"
+    return run
+
+
+def test_a_run_leaves_a_whole_run_directory(finished: RunDir) -> None:
+    assert {entry.name for entry in finished.path.iterdir() if not entry.name.startswith(".")} == {
+        *("recipe.json", "deployment.yaml", "metrics.jsonl", "tensorboard"),
+        *("data", "replay", "checkpoints", "exports", "logs"),
+    }
+    assert steps(finished) == [1, 2, 3, 4, 5, 6]
+    evaluated = [line["step"] for line in metrics(finished, "eval")]
+    # One in between is given up where the updates come faster than a generator can stay at its version.
+    assert evaluated in ([0, 3, 6], [0, 6])
+    assert [folder.name for folder in finished.steps()] == ["step_000003", "step_000006"]
+    assert list(finished.tensorboard.glob("events.out.tfevents.*"))
+    assert shared_files(finished) == []
+
+
+def test_eval_says_the_same_twice_and_what_the_run_said(
+    finished: RunDir, project: Path, command: Callable[..., Command]
+) -> None:
+    asked = ("eval", finished.path, "--data", "train.jsonl", "--reward", "sevens.py", "--limit", "8")
+    both = [command(project, *ASYNCRL, *asked) for _ in range(2)]
+    assert [each.end() for each in both] == [0, 0]
+    first, second = (json.loads(each.stdout) for each in both)
+    assert first | {"wall_s": 0} == second | {"wall_s": 0}
+    assert first["samples"] == 8
+    # Greedy, over the same prompts; batched differently, so a near tie may fall the other way.
+    assert first["score"] == pytest.approx(metrics(finished, "eval")[-1]["eval/score"], abs=0.1)
+
+
+def test_an_exported_checkpoint_loads_with_equal_logits(
+    finished: RunDir, project: Path, command: Callable[..., Command], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "exported"
+    exported = command(project, *ASYNCRL, "export", finished.steps()[0], out)
+    assert exported.end() == 0
+    assert exported.stdout.strip() == str(out)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "12+34="}], tokenize=False, add_generation_prompt=True)
+    assert text == "<user>12+34=<assistant>"
+    ids = torch.tensor([tokenizer.encode(text)])
+    with torch.no_grad():
+        before = model(ids).logits
+        trained = load_file(finished.steps()[0] / "policy" / "model.safetensors")
+        model.load_state_dict(trained, strict=False)  # the head is tied, and not among them
+        assert torch.equal(model(ids).logits, before)
+        model.load_state_dict(load_file(project / "model" / "model.safetensors"), strict=False)
+        assert not torch.equal(model(ids).logits, before), "the policy never changed"
+
+
+def test_ctrl_c_stops_everything(project: Path, command: Callable[..., Command]) -> None:
+    run = RunDir(project / "runs" / "interrupted")
+    running = start(command, project, "interrupted", *ENDLESS)
+    running.until(lambda: len(steps(run)) >= 2)
+    assert len(running.left()) > 5
+    running.process.send_signal(signal.SIGINT)
+    assert running.end(30) == 130
+    assert running.stdout == ""
+    assert running.stderr.rstrip().endswith("interrupted")
+    assert "Traceback" not in running.stderr
+    wait_until(lambda: running.left() == [], 5)
+    assert shared_files(run) == []
+
+
+def test_sigterm_while_the_actors_start(project: Path, command: Callable[..., Command]) -> None:
+    starting = start(command, project, "terminated")
+    starting.until(lambda: "store is up" in starting.stderr)
+    starting.process.send_signal(signal.SIGTERM)
+    assert starting.end(30) == 130
+    assert "Traceback" not in starting.stderr
+    wait_until(lambda: starting.left() == [], 5)
+
+
+def test_a_killed_driver_takes_everything_with_it_and_the_run_resumes(project: Path, command: Callable[..., Command]) -> None:
+    run = RunDir(project / "runs" / "killed")
+    running = start(command, project, "killed", *ENDLESS)
+    running.until(lambda: len(steps(run)) >= 5)
+    running.process.kill()
+    running.process.wait()
+    wait_until(lambda: running.left() == [], 30)
+    last = steps(run)[-1]
+    until = last + 20  # the log may be some steps ahead of the metrics
+
+    resumed = start(command, project, "killed", "--resume", f"total_steps={until}")
+    assert resumed.end() == 0
+    assert json.loads(resumed.stdout)["steps"] == until
+    trained = {line["step"]: line["incarnation"] for line in metrics(run, "step")}
+    assert sorted(trained) == list(range(1, until + 1))
+    assert trained[until] == 2
+    lines = [(line["step"], line["incarnation"]) for line in metrics(run, "step")]
+    assert len(set(lines)) == len(lines), "a step was written twice"
+    assert shared_files(run) == [], "what the killed run left was not swept"
+
+
+def test_past_the_restart_cap_the_first_error_is_named(project: Path, command: Callable[..., Command]) -> None:
+    run = RunDir(project / "runs" / "capped")
+    running = start(command, project, "capped", *ENDLESS, "deploy.limits.max_restarts=0")
+    running.until(lambda: len(steps(run)) >= 1)
+    (line,) = (line for line in running.stderr.splitlines() if "generator-0 is up" in line)
+    os.kill(int(line.rpartition("pid ")[2].rstrip(")")), signal.SIGKILL)
+    assert running.end(30) == 1
+    assert running.stdout == ""
+    error = running.stderr[running.stderr.index("error: ") :]
+    assert error.startswith("error: generator-0 failed 1 times, limits.max_restarts=0; its first error:\nthe process died")
+    assert len(error.splitlines()) < 10
+    wait_until(lambda: running.left() == [], 5)
+
+
+def test_samples_whose_reward_fails_are_counted_and_never_trained(project: Path, command: Callable[..., Command]) -> None:
+    from asyncrl.replay import open as open_replay
+
+    run = RunDir(project / "runs" / "failing")
+    running = start(command, project, "failing", "reward.function=sevens.py:fails_on_odd", "evaluation.files=[]")
+    assert running.end() == 0
+    (line,) = running.stdout.splitlines()
+    assert json.loads(line)["steps"] == 6
+    # Every even answer scores 1 and the odd ones have no reward: any 0 among them would show in the mean.
+    assert {step["reward/mean"] for step in metrics(run, "step")} == {1.0}
+    assert metrics(run, "actors")[-1]["reward-0/invalid"] > 0
+    rows = open_replay(run.path).rollouts().to_pylist()
+    assert {row["reward"] for row in rows if row["status"] == "invalid"} == {None}
+    assert "invalid: ValueError: an odd answer" in (run.logs / "reward-0.log").read_text()
+    assert "not for standard output" in (run.logs / "reward-0.reward.log").read_text()
+
+
+# ------------------------------------------------------------------------------------------------- as a Ray job
+
+
+@pytest.fixture
+def ray_head(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A Ray of its own on free ports, beside whatever else runs here; yields the environment of its clients."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
+    port, dashboard, client, agent = (each.getsockname()[1] for each in sockets)
+    for each in sockets:
+        each.close()
+    # Ray asks for a token by default; this one is known to nobody else.
+    environ = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_COLOR_PREFIX": "0"}
+    head = Command(
+        tmp_path,
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
+        *(f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
+        *(f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"),
+        *("--min-worker-port=0", "--max-worker-port=0"),
+        **environ,
+    )
+    try:
+        wait_until(lambda: "Ray runtime started" in head.stdout + head.stderr or head.process.poll() is not None, 60)
+        if head.process.poll() is not None:
+            pytest.skip(f"`ray start` does not work here:\n{head.stdout}{head.stderr}"[:2000])
+        yield {**environ, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    finally:
+        head.process.terminate()
+        head.end(30)
+        head.kill()
+
+
+def test_as_a_ray_job(project: Path, ray_head: dict[str, str], command: Callable[..., Command], tmp_path: Path) -> None:
+    submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", ".", "--", *ASYNCRL, "run"]
+    (project / "broken.py").write_text(RECIPE + "\nraise RuntimeError('broken on purpose')\n")
+    out = tmp_path / "out"
+    job = command(project, *submit, "recipe.py", "--runs-dir", out, "deploy.limits.poll_s=0.5", **ray_head)
+    assert job.end() == 0
+    assert "succeeded" in job.stdout + job.stderr
+    assert steps(RunDir(out / "tiny")) == [1, 2, 3, 4, 5, 6]
+
+    for arguments, words in (
+        (("broken.py", "--runs-dir", out), "broken on purpose"),
+        (("recipe.py",), "--runs-dir 'runs' is relative, and this is a Ray job"),
+    ):
+        failing = command(project, *submit, *arguments, **ray_head)
+        assert failing.end() == 1
+        said = failing.stdout + failing.stderr
+        assert "failed" in said
+        assert words in said
