@@ -5,6 +5,7 @@ Standard output carries results only; logs, progress and errors go to standard e
 """
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -42,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         logging.getLogger(__name__).debug("where it came from", exc_info=True)
         return 2 if isinstance(error, ConfigError | DataError) else 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error}: nothing more could be saved; free disk space, then go on with --resume", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -305,7 +305,7 @@ class LimitsSpec(Spec, frozen=True, kw_only=True):
 
     max_restarts: int = 3
     lease_s: float = 30.0
-    poll_s: float = 5.0
+    poll_s: float = 2.0
     start_timeout_s: float = 180.0
     health_timeout_s: float = 60.0
     stall_timeout_s: float = 300.0

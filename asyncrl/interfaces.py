@@ -78,7 +78,8 @@ class GeneratorStore(Protocol):
     """What a generator asks of the store."""
 
     def reserve(self, k: int, version: Version, held: Sequence[int], wait_s: float) -> Reserved:
-        """Up to k tickets for weights `version`. Waits for "bound full", "weights too old" or "no data".
+        """Up to k tickets for weights `version`. Waits for "bound full" or "data"; "weights too old" is answered at
+        once, since only a swap can help.
 
         `held` are the groups this caller still works on: their leases are renewed. Groups that it does not name are
         taken as lost, and reissued. k = 0 only renews, and waits for a cancellation.

@@ -1,5 +1,6 @@
 """The command line as a person meets it: whole processes, one-screen errors, exit statuses, and no torch in the way."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -166,6 +167,7 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
         (ConfigError("x"), 2),
         (DataError("x"), 2),
         (ActorFailed("learner: hf_0123456789abcdefXYZ"), 1),
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
         (KeyboardInterrupt(), 130),
     ],
 )

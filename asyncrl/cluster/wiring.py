@@ -153,7 +153,14 @@ def _generator(name: str, plan: Plan, peers: Peers) -> Built:
     )
     store = _client(name, plan, peers)
     generator = Generator(
-        engine, store, weights, name=name, poll_s=limits.poll_s, ledger=Ledger(), group_size=plan.recipe.sampling.n
+        engine,
+        store,
+        weights,
+        name=name,
+        poll_s=limits.poll_s,
+        ledger=Ledger(),
+        group_size=plan.recipe.sampling.n,
+        health_timeout_s=limits.health_timeout_s,
     )
     engine.start()
     return Built(generator, None, (store.close, weights.close, engine.close))

@@ -29,6 +29,7 @@ class Generator:
     group_size: rollouts per training ticket; a ticket is asked for when that many slots are free. poll_s: longest wait for
     the next sign of life to the store, which is also when cancellations are heard while all slots are taken.
     reserve_wait_s: long poll of one `reserve`; a swap waits for it, and a newer version is told only after it.
+    health_timeout_s: an engine that has work and makes no step for so long is an error.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class Generator:
         ledger: Ledger,
         group_size: int,
         reserve_wait_s: float = 0.1,
+        health_timeout_s: float = 60.0,
     ) -> None:
         self._engine, self._store, self._weights = engine, store, weights
         self._name, self._poll_s, self._group_size = name, poll_s, group_size
-        self._reserve_wait_s = reserve_wait_s
+        self._reserve_wait_s, self._health_timeout_s = reserve_wait_s, health_timeout_s
         self._ledger = ledger
         # Guards everything below; notified at every change. Reentrant: a future may end inside `submit_group`.
         self._cond = threading.Condition()
@@ -63,7 +65,8 @@ class Generator:
     def run(self) -> None:
         """Blocks until the store has ended and all is submitted, or `stop`, or the first error, which it raises.
 
-        A store or bus that raises Closed or Fenced ends the run like `stop`.
+        A store or bus that raises Closed or Fenced ends the run like `stop`. An engine that hangs is Unavailable.
+        After an error the engine is left as it stands: close it.
         """
         loops = {"feed": self._feed, "submit": self._submit, "sync": self._sync}
         threads = [
@@ -75,10 +78,10 @@ class Generator:
             self._mark()
         for thread in threads:
             thread.start()
-        with self._cond:
-            self._cond.wait_for(lambda: self._over() or (self._ended and self._work.empty))
+        self._guard(self._watch)
         self.stop()
-        self._engine.abort()
+        if self._failure is None:  # an engine that hangs would keep us waiting for its step
+            self._engine.abort()
         deadline = time.monotonic() + self._poll_s + JOIN_S
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -95,6 +98,17 @@ class Generator:
 
     def _over(self) -> bool:
         return self._stopping or self._failure is not None
+
+    def _watch(self) -> None:
+        """Until the run is over: has the engine prove, again and again, that it makes progress."""
+        while True:
+            with self._cond:
+                over = self._cond.wait_for(
+                    lambda: self._over() or (self._ended and self._work.empty), timeout=self._health_timeout_s / 2
+                )
+            if over:
+                return
+            self._engine.health(self._health_timeout_s / 2)
 
     def _guard(self, loop: Callable[[], None]) -> None:
         try:

@@ -1,6 +1,8 @@
 """`asyncrl run RECIPE`: the main job. Everything that can be known to fail, fails before an actor starts."""
 
 import argparse
+import contextlib
+import os
 import signal
 import sys
 import time
@@ -44,12 +46,15 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("\n".join(plan))
         return 0
-    result = _launch(recipe, deployment, args)
+    with contextlib.redirect_stdout(sys.stderr):  # a recipe's `prepare` prints, and so does Ray
+        result = _launch(recipe, deployment, args)
     print(msgspec.json.encode(result).decode(), flush=True)
     return 0
 
 
 def _launch(recipe: Recipe, deployment: Deployment, args: argparse.Namespace) -> "RunResult":
+    # Ray tells of every death in a paragraph of guesses; the supervisor has a line. Read when ray is imported.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed")
     from asyncrl.api import launch
     from asyncrl.jobs.progress import Progress, Snapshot
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from asyncrl.learn.batch import Batch
+from asyncrl.learn.losses import LOG_RATIO_LIMIT
 from asyncrl.types import TrainRollout
 
 
@@ -20,13 +21,13 @@ def rollout_metrics(rollouts: Sequence[TrainRollout]) -> dict[str, float]:
         for name, value in rollout.parts.items():
             parts.setdefault(name, []).append(value)
     return {
+        **{f"reward/{name}": float(np.mean(values)) for name, values in parts.items()},
         "samples": float(len(rollouts)),
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         "response_length/mean": float(lengths.mean()),
         "response_length/max": float(lengths.max()),
         "response_length/clip_ratio": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
-        **{f"reward/{name}": float(np.mean(values)) for name, values in parts.items()},
     }
 
 
@@ -64,7 +65,8 @@ def gap_metrics(batch: Batch, proximal_n: torch.Tensor) -> dict[str, float]:
     delta_n, lag_n = delta_n[delta_n.isfinite()], batch.lag_n[delta_n.isfinite()]
     if not len(delta_n):
         return {}
-    figures = {"gap/k3": float((torch.expm1(delta_n) - delta_n).mean())}
+    ratio_n = delta_n.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)  # one token could make the mean infinite
+    figures = {"gap/k3": float((torch.expm1(ratio_n) - ratio_n).mean())}
     fresh = delta_n[lag_n == 0].abs()
     if len(fresh):
         figures["gap/logprob_mean_abs"] = float(fresh.mean())

@@ -1,7 +1,7 @@
 """The next batch, leased and read while the learner still trains the one before.
 
-    learner   take(c) ─► ask(c+1) ─► train c ─► commit ─► publish ─► take(c+1) ─► …
-    helper                  └─► lease_batch(c+1) ─► rows(c+1) ───────────┘
+learner   take(c) ─► ask(c+1) ─► train c ─► commit ─► publish ─► take(c+1) ─► …
+helper                  └─► lease_batch(c+1) ─► rows(c+1) ───────────┘
 """
 
 import threading

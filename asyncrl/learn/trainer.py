@@ -6,6 +6,7 @@
 Deterministic: the same model, rollouts and count give the same bits, on the same number of threads.
 """
 
+import logging
 import math
 import time
 from collections import defaultdict
@@ -31,6 +32,7 @@ from asyncrl.models.packed import Pack, PackedModel, make_pack
 from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
 
+log = logging.getLogger(__name__)
 CPU_PACK_TOKENS = 2048  # beyond it a CPU only loses its caches (measured: 16,384 is a third slower)
 
 
@@ -55,6 +57,13 @@ class PolicyTrainer:
     ) -> None:
         if algorithm.kl_coef and reference is None:
             raise ConfigError(f"algorithm.kl_coef={algorithm.kl_coef} needs a reference model; load one, or set kl_coef to 0")
+        if model.dtype != torch.float32:
+            log.warning(
+                "model.dtype=%s rounds away every optimizer step below 1/512 of a weight: learner.lr=%g may train nothing; "
+                "use model.dtype=float32",
+                str(model.dtype).removeprefix("torch."),
+                learner.lr,
+            )
         self.model = model.eval()  # dropout would make the learner another policy than the generators'
         self.optimizer = torch.optim.AdamW(
             model.parameters(),

@@ -11,7 +11,8 @@ from asyncrl.types import EvalResult, Ticket, Version
 class Evaluations:
     """One evaluation runs at a time; one more may wait, and a newer request replaces it.
 
-    The pin moves to a newer version, and partial results are dropped, only when no live holder works at the old one.
+    The pin moves to a newer version, and partial results are dropped, only when prompts are left to generate and no live
+    holder works at the old one.
     """
 
     def __init__(self, book: Book, holders: Holders) -> None:
@@ -35,7 +36,7 @@ class Evaluations:
         running, plan = self._book.ledger.round, self._book.plan.evaluation
         if running is None or plan is None or k < 1:
             return []
-        if version > running.version and not self._held(running):
+        if version > running.version and self._abandoned(running, len(plan.prompts)):
             self._book.record(ev.EvalPinned(version))
             running = self._book.ledger.round
             assert running is not None
@@ -58,8 +59,11 @@ class Evaluations:
         if all(g.scored() for g in running.groups.values()):
             self._book.record(ev.Evaluated(self._result(running), self._book.wall()))
 
-    def _held(self, running: EvalRound) -> bool:
-        return any(g.in_flight() and not self._holders.is_lost(g.id) for g in running.groups.values())
+    def _abandoned(self, running: EvalRound, prompts: int) -> bool:
+        in_flight = [g for g in running.groups.values() if g.in_flight()]
+        if not in_flight and running.next == prompts:
+            return False  # only verdicts are missing
+        return all(self._holders.is_lost(g.id) for g in in_flight)
 
     def _result(self, running: EvalRound) -> EvalResult:
         assert self._book.plan.evaluation is not None

@@ -17,7 +17,7 @@ from asyncrl.types import Counts, Outcome, Record, Version
 class Ledger:
     """groups: outstanding training groups by id (ascending age is ascending id, reopened ones apart). taken: those of them
     that are leased to a learner or reopened. ready: scored, kept and not taken. commits: by update, since the oldest
-    retained checkpoint. fruitless: groups failed or filtered since the last batch. max_lag: only for `lengths`."""
+    retained checkpoint. fruitless: groups failed or filtered since the last batch or start. max_lag: only for `lengths`."""
 
     max_lag: int
     groups: dict[int, Group] = field(default_factory=dict)
@@ -130,7 +130,7 @@ class Ledger:
     def _fenced(self, e: ev.LearnerFenced) -> None:
         """Void leases become ready, or reopened again; commits after the checkpoint are reopened before those."""
         self.incarnation = e.incarnation
-        self.ended = False
+        self.ended, self.fruitless = False, 0
         again = list(self.reopened)
         for lease in self.leases.values():
             if lease.replayed:

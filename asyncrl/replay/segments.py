@@ -151,9 +151,10 @@ class Segments:
         tail, count = self._path("tail"), self._rows - self.tail_first
         if count:
             beside, final = self._path("writing"), self._path("arrow")
-            table = pa.Table.from_batches(self.batches, self._schema).combine_chunks()
+            table = pa.Table.from_batches(self.batches, self._schema)
             with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, self._schema) as writer:
-                writer.write_table(table, max_chunksize=_CHUNK_ROWS)
+                for start in range(0, count, _CHUNK_ROWS):
+                    writer.write_table(table.slice(start, _CHUNK_ROWS).combine_chunks())
             _fsync(beside)
             segment = Segment(self._number, self.tail_first, count, _crc32(beside))
             os.rename(beside, final)

@@ -123,7 +123,9 @@ class Serving:
             if now - receiver.heard_at > PROBE_S and not self._hint(peer):
                 del self._receivers[peer]
                 self._counts["receivers_lost"] += 1
-                log.warning("weight receiver %s is silent and out of reach, holding %s", receiver.name, receiver.holds or "nothing")
+                log.warning(
+                    "weight receiver %s is silent and out of reach, holding %s", receiver.name, receiver.holds or "nothing"
+                )
 
     def _meet(self, peer: bytes, hello: Hello, now: float) -> None:
         # A receiver that comes back under a new connection replaces its former self.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from asyncrl.errors import Closed
+from asyncrl.errors import Closed, Unavailable
 from asyncrl.types import (
     Generation,
     GenerationRequest,
@@ -96,6 +96,7 @@ class FakeEngine:
         self.swaps: list[Version] = []
         self.aborted: list[int | None] = []
         self.changed = threading.Condition()
+        self.hangs = False
 
     def submit(self, request: GenerationRequest) -> "Future[Generation]":
         return self.submit_group([request])[0]
@@ -134,7 +135,12 @@ class FakeEngine:
             self.changed.notify_all()
         return SwapReport(version=version, pause_s=0.25, recomputed_tokens=3)
 
+    def health(self, deadline_s: float) -> None:
+        if self.hangs:
+            raise Unavailable(f"no step in {deadline_s} s")
+
     def abort(self, group: int | None = None) -> None:
+        assert not self.hangs, "an abort waits for the step that hangs"
         with self.changed:
             self.aborted.append(group)
             doomed = [id for id, (request, *_) in self.pending.items() if group in (None, request.group)]

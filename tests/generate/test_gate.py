@@ -2,6 +2,8 @@
 
 import threading
 
+import pytest
+
 from asyncrl.generate.gate import StepGate
 
 WAIT_S = 10.0
@@ -37,12 +39,11 @@ def test_an_outsider_gets_in_between_two_steps_of_a_busy_loop() -> None:
 
 def test_a_holder_that_fails_lets_the_next_one_in() -> None:
     gate = StepGate()
-    try:
-        with gate.step():
-            raise ValueError
-    except ValueError:
-        pass
+    entered = []
+    with pytest.raises(ValueError, match="step"), gate.step():
+        raise ValueError("step")
     with gate.between_steps():
-        pass
+        entered.append("outsider")
     with gate.step():
-        pass
+        entered.append("step")
+    assert entered == ["outsider", "step"]

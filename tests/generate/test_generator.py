@@ -196,7 +196,7 @@ def test_weights_too_old_are_waited_for_here_and_newer_ones_asked_with_at_once(
 def test_an_ended_store_ends_the_run_when_all_is_submitted(
     start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
 ) -> None:
-    one = start()
+    one = start(poll_s=6 * WAIT_S)  # longer than it may take to end
     fake_weights.publish(V0)
     fake_store.put(make_ticket(0))
     fake_engine.wait(lambda: len(fake_engine.pending) == 2)
@@ -241,6 +241,14 @@ def test_a_failing_request_is_raised(
     fake_engine.wait(lambda: len(fake_engine.pending) == 2)
     fake_engine.pending.pop("0/0/0")[1].set_exception(error)
     assert one.ends() is error
+
+
+def test_an_engine_that_hangs_is_raised(start: Callable[..., Running], fake_engine: Any, fake_weights: Any) -> None:
+    one = start(health_timeout_s=0.1)
+    fake_weights.publish(V0)
+    fake_engine.wait(lambda: fake_engine.swaps == [V0])  # alive and well
+    fake_engine.hangs = True
+    assert str(one.ends()) == "no step in 0.05 s"
 
 
 def test_a_real_engine_between_store_and_bus(

@@ -42,6 +42,13 @@ def test_gap_is_taken_on_fresh_tokens_and_k3_on_all(make_rollout) -> None:
     assert found["gap/k3"] == pytest.approx(np.mean([np.exp(d) - 1 - d for d in (-0.1, 0.2, -0.5)]), rel=1e-4)
 
 
+def test_one_absurd_token_does_not_make_the_gap_infinite(make_rollout) -> None:
+    batch = make_batch([make_rollout(0, 0, updates=(5,), logprobs=np.float32([-500]))], BOUND, 5, grpo)
+    found = gap_metrics(batch, torch.tensor([-1.0]))
+    assert found["gap/k3"] == pytest.approx(np.exp(20) - 21, rel=1e-4)
+    assert found["gap/logprob_max_abs"] == 499.0
+
+
 def test_tokens_that_were_not_scored_are_left_out(make_rollout) -> None:
     batch = make_batch([make_rollout(0, 0, updates=(5, 5), logprobs=np.float32([-1, -2]))], BOUND, 5, grpo)
     assert gap_metrics(batch, torch.tensor([float("nan"), -2.5]))["gap/logprob_max_abs"] == pytest.approx(0.5)

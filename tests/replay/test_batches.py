@@ -228,6 +228,8 @@ def test_groups_that_never_give_anything_to_train_on_end_the_run(fakes: SimpleNa
     with pytest.raises(ConfigError, match=r"1024 groups in a row .*bound 1024; .* filtered 1024\): .* ValueError: no number"):
         bench.core.lease_batch(1, 0)
     assert bench.core.broken is None
+    bench.core.fence(0)  # a resume, after the reward was mended, starts counting anew
+    assert bench.core.lease_batch(2, 0).waiting_for
 
 
 def test_a_rollout_masked_whole_does_not_count_as_trained_length(fakes: SimpleNamespace) -> None:

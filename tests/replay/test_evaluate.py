@@ -101,3 +101,16 @@ def test_requests_that_make_no_sense(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan())
     with pytest.raises(ConfigError, match=r"evaluation\.files"):
         bench.core.request_eval(Version(0, 0))
+
+
+def test_the_pin_stays_while_only_verdicts_are_missing(fakes: SimpleNamespace) -> None:
+    bench = bench_with_evals(fakes)
+    bench.core.request_eval(Version(1, 0))
+    tickets = eval_tickets(bench, 3, 0)
+    for ticket in tickets:
+        bench.submit(ticket, 0)
+    assert eval_tickets(bench, 3, 1) == []  # the generator has moved on
+    for ticket in tickets:
+        bench.score(ticket, 1.0)
+    (record,) = bench.core.report(0).records
+    assert (record.version, record.metrics["eval/score"]) == (Version(1, 0), 1.0)

@@ -15,6 +15,7 @@ from asyncrl.replay import events as ev
 from asyncrl.replay import schema
 from asyncrl.replay.ledger import Ledger
 from asyncrl.replay.log import ReplayLog, locked
+from asyncrl.replay.segments import Segments
 from asyncrl.types import Version
 
 
@@ -189,3 +190,13 @@ def test_many_small_calls_are_joined_in_memory(fakes: SimpleNamespace, tmp_path:
     assert len(log._rows.batches) == 300 // 128 + 300 % 128
     picked = log.take([599, 0, 256, 255, 511], ["group", "rollout"]).to_pydict()
     assert picked == {"group": [299, 0, 128, 127, 255], "rollout": [1, 0, 0, 1, 1]}
+
+
+def test_rows_are_found_across_the_chunks_of_a_closed_segment(tmp_path: Path) -> None:
+    numbers = pa.schema([("x", pa.int64())])
+    stream = Segments(tmp_path, "rows", numbers, False, {})
+    for start in range(0, 9000, 1500):
+        stream.append(pa.record_batch([pa.array(range(start, start + 1500))], schema=numbers))
+    stream.close_segment()
+    stream.append(pa.record_batch([pa.array([9000])], schema=numbers))
+    assert stream.take([8999, 4096, 4095, 9000, 0], ["x"]).column("x").to_pylist() == [8999, 4096, 4095, 9000, 0]
