@@ -77,7 +77,7 @@ def assert_nothing_lost(events, result):
 def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_recipe, tmp_path, max_lag):
     killer = Killer({2: "generator-0", 10: "reward-0", 20: "store", 35: "learner"})
     recipe = tiny_recipe(
-        total_steps=STEPS, staleness=StalenessSpec(max_lag=max_lag), checkpoint=CheckpointSpec(save_freq=20, keep_last_n=2)
+        total_steps=STEPS, staleness=StalenessSpec(max_lag=max_lag), checkpoint=CheckpointSpec(save_freq=1000)
     )
     result = run(recipe, tmp_path, killer, Deployment(limits=LimitsSpec(poll_s=0.5)))
 
@@ -92,7 +92,7 @@ def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_reci
     assert [fence.incarnation for fence in fences] == [1, 2]
     before = events[: events.index(fences[1])]
     lost = [c for c in before if isinstance(c, ev.BatchCommitted) and c.version.update > fences[1].committed]
-    assert lost, "the learner was killed at a checkpoint: nothing was to be retrained"
+    assert lost, "nothing was to be retrained"
     again = [c for c in surviving_commits(events) if c.version.incarnation == 2][: len(lost)]
     assert [set(c.groups) for c in again] == [set(c.groups) for c in lost], "the logged batches come first, in their order"
 

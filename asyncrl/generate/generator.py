@@ -55,6 +55,7 @@ class Generator:
         self._tally = Tally()
         self._version: Version | None = None
         self._reserving = self._swap_wanted = self._swapping = False
+        self._more_evals = False  # the last reserve brought eval tickets for our weights: the next may bring more
         self._ended = self._stopping = False
         self._failure: Exception | None = None
         self._too_old: Version | None = None  # weights for which the store has no ticket; newer ones are waited for
@@ -137,6 +138,10 @@ class Generator:
             return max(1, self._engine.slots // self._group_size)
         return max(0, self._engine.slots - self._work.unfinished) // self._group_size
 
+    def _evaluating(self) -> bool:
+        """Whether a swap would tear an evaluation that is pinned to the present weights."""
+        return self._work.unfinished_eval > 0 or self._more_evals
+
     def _since_heard(self) -> float:
         return time.monotonic() - self._heard
 
@@ -171,6 +176,7 @@ class Generator:
         with self._cond:
             if asked:
                 self._reserving = False
+                self._more_evals = any(ticket.pinned == version for ticket in reserved.tickets)
                 self._too_old = version if "too old" in reserved.waiting_for else None
                 self._tally.waited(reserved.waiting_for)
             self._ended = self._ended or reserved.ended
@@ -232,7 +238,7 @@ class Generator:
                 continue
             with self._cond:
                 self._swap_wanted = True
-                self._cond.wait_for(lambda: self._over() or not (self._reserving or self._work.unfinished_eval))
+                self._cond.wait_for(lambda: self._over() or not (self._reserving or self._evaluating()))
                 if self._over():
                     return
                 self._swapping, self._swap_wanted = True, False

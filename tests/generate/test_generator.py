@@ -167,6 +167,25 @@ def test_a_swap_waits_for_eval_requests(
     assert one.generator.report().gauges["pause_s_total"] == 0.5
 
 
+def test_a_swap_waits_for_the_whole_evaluation_even_with_few_slots(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    start()
+    groups = range(fake_engine.slots)  # of two rollouts each: twice what fits at once
+    fake_store.put(*(make_ticket(group, purpose="eval", pinned=V0) for group in groups))
+    fake_weights.publish(V0)
+    for group in groups:
+        fake_engine.wait(lambda group=group: f"{group}/1/0" in fake_engine.pending)
+        if group == 0:
+            fake_weights.publish(V1)
+        assert fake_engine.swaps == [V0]
+        fake_engine.answer(f"{group}/0/0")
+        fake_engine.answer(f"{group}/1/0")
+    fake_engine.wait(lambda: fake_engine.swaps == [V0, V1])
+    fake_store.wait(lambda: len(fake_store.rollouts) == 2 * len(groups))
+    assert {span.version for rollout in fake_store.rollouts for span in rollout.spans} == {V0}
+
+
 def test_eval_tickets_for_other_weights_are_left_to_others(
     start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
 ) -> None:
