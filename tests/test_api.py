@@ -66,7 +66,7 @@ def test_a_run_with_everything_switched_on(local_ray, tiny_recipe, tmp_path):
     evals = [line for line in lines if line["kind"] == "eval"]
     assert [line["eval/count"] for line in evals] == [32.0] * len(evals)
     workers = {row["worker"] for row in open_replay(tmp_path / "tiny").rollouts().to_pylist()}
-    assert workers == {"generator-0", "generator-1"}
+    assert workers <= {"generator-0", "generator-1"}  # one that is up late may find all work done
 
 
 def test_the_end_of_the_data_is_a_clean_end(local_ray, tiny_recipe, tmp_path):

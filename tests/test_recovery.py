@@ -76,9 +76,7 @@ def assert_nothing_lost(events, result):
 @pytest.mark.parametrize("max_lag", [0, 4])
 def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_recipe, tmp_path, max_lag):
     killer = Killer({2: "generator-0", 10: "reward-0", 20: "store", 35: "learner"})
-    recipe = tiny_recipe(
-        total_steps=STEPS, staleness=StalenessSpec(max_lag=max_lag), checkpoint=CheckpointSpec(save_freq=1000)
-    )
+    recipe = tiny_recipe(total_steps=STEPS, staleness=StalenessSpec(max_lag=max_lag), checkpoint=CheckpointSpec(save_freq=1000))
     result = run(recipe, tmp_path, killer, Deployment(limits=LimitsSpec(poll_s=0.5)))
 
     assert killer.killed == ["generator-0", "reward-0", "store", "learner"]

@@ -43,9 +43,6 @@ class RaySession:
             if address:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             else:
-                # When this process is killed, Ray's agents look for its dead control service so long before they end: a
-                # minute by default. On one machine it never comes back.
-                os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
                 ray.init(
                     address="local",
                     num_cpus=deployment.num_cpus,

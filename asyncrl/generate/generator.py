@@ -130,7 +130,7 @@ class Generator:
 
     def _room(self) -> int:
         """How many tickets to ask for now."""
-        waits_for_swap = self._swapping or (self._swap_wanted and self._work.unfinished_eval == 0)
+        waits_for_swap = self._swapping or (self._swap_wanted and not self._evaluating())
         too_old = self._too_old == self._version and self._since_heard() < self._poll_s
         if self._version is None or self._ended or waits_for_swap or too_old:
             return 0
