@@ -11,7 +11,6 @@ from asyncrl.generate.torch_engine import TorchEngine
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.learner import Learner
 from asyncrl.learn.trainer import PolicyTrainer
-from asyncrl.metrics import Ledger
 from asyncrl.models.loading import load_model, load_tokenizer
 from asyncrl.prompts.dataset import PromptFile, prepare
 from asyncrl.prompts.encoding import encoder, identity
@@ -82,9 +81,7 @@ def test_stages_composed_by_hand(tiny_recipe, tmp_path):
     engine = TorchEngine(load_model(model), slots=16, max_length=32)
     engine.start()
     weights = WeightSubscriber(lambda: buses[-1].address if buses else None)
-    generator = Generator(
-        engine, ReplayClient(store, "generator", 1), weights, name="generator", poll_s=1.0, ledger=Ledger(), group_size=4
-    )
+    generator = Generator(engine, ReplayClient(store, "generator", 1), weights, name="generator", poll_s=1.0, group_size=4)
     pool = RewardPool(recipe.reward.function)
     rewards = RewardWorker(
         ReplayClient(store, "reward", 1), pool, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), name="reward"

@@ -96,11 +96,12 @@ def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_reci
 
 
 @pytest.mark.timeout(120)
-def test_an_actor_that_hangs_is_replaced(local_ray, tiny_recipe, tmp_path):
-    killer = Killer({2: "generator-0"}, signal.SIGSTOP)
+@pytest.mark.parametrize("actor", ["generator-0", "store"])
+def test_an_actor_that_hangs_is_replaced(local_ray, tiny_recipe, tmp_path, actor):
+    killer = Killer({2: actor}, signal.SIGSTOP)
     limits = LimitsSpec(poll_s=0.5, health_timeout_s=3.0)
     result = run(tiny_recipe(total_steps=30), tmp_path, killer, Deployment(limits=limits))
-    assert (killer.killed, result.restarts, result.steps) == (["generator-0"], {"generator-0": 1}, 30)
+    assert (killer.killed, result.restarts, result.steps) == ([actor], {actor: 1}, 30)
     assert_nothing_lost(history(result.run_dir), result)
 
 

@@ -20,7 +20,8 @@ Phase = Literal["starting", "idle", "running", "ended"]
 
 
 class Member:
-    """A named slot. `edition` counts the actors that filled it; `task` is the Ray reference that ends with its phase."""
+    """A named slot. `edition` numbers the actors that filled it, `restarts` counts those that failed; `task` is the Ray
+    reference that ends with its phase."""
 
     def __init__(self, role: str, name: str, place: PlaceSpec) -> None:
         self.role, self.name, self.place = role, name, place
@@ -29,6 +30,7 @@ class Member:
         self.pid = 0
         self.handle: Any = None
         self.task: Any = None
+        self.restarts = 0
         self.first_error = ""
         self.last_report: Report | None = None
         self._placement: Placement | None = None

@@ -57,20 +57,20 @@ class Supervisor:
         self._until: int | None = None
         self._asked: Any = None
         self._seen = 0  # sequence number of the newest record taken from the store
-        self._moved: tuple[float, Any] = (
-            time.monotonic(),
-            None,
-        )  # when the run last made progress, and the state it was in then
+        self._asked_at = 0.0
+        self._finishing = False
+        # when the run last made progress, and the state it was in then
+        self._moved: tuple[float, Any] = (time.monotonic(), None)
 
     @property
     def restarts(self) -> dict[str, int]:
         """Restarts so far, of the members that had any."""
-        return {member.name: member.edition for member in self._members if member.edition > 0}
+        return {member.name: member.restarts for member in self._members if member.restarts > 0}
 
     def start(self) -> None:
         """Creates every actor and waits until the learner and the store are up. Raises the first hopeless error."""
         for member in self._members:
-            self._spawn(member)
+            self._spawn(member, self._plan)
         self._plan = msgspec.structs.replace(self._plan, resume_at=None)  # a later restart takes the newest checkpoint
         while self._learner.phase == "starting" or self._store.phase == "starting":
             self._tick()
@@ -80,17 +80,16 @@ class Supervisor:
         self._until = until
         if self._learner.phase == "idle":
             self._learner.run(until)
-        while self._learner.phase != "idle":
+        # A learner that dies while the last evaluation runs comes back, and asks for it again.
+        while self._learner.phase != "idle" or self._fresh_report().evals_pending:
             self._tick()
         self._until = None
-        while self._fresh_report().evals_pending:
-            pass
 
     def finish(self) -> None:
         """Settles what is outstanding and waits until generators and reward workers have ended by themselves."""
         workers = [member for member in self._members if member.role in ("generator", "reward")]
         deadline = time.monotonic() + self._plan.deployment.limits.stop_timeout_s
-        told = -1  # a store that restarts meanwhile has to be told again
+        self._finishing, told = True, -1  # a store that restarts meanwhile has to be told again
         while any(member.phase != "ended" for member in workers) and time.monotonic() < deadline:
             if self._store.phase == "running" and told < self._store.edition:
                 told = self._store.edition
@@ -105,7 +104,7 @@ class Supervisor:
     def restart_learner(self, checkpoint: int) -> None:
         """Replaces the idle learner by one that starts from `checkpoint`; later commits are reopened."""
         self._retire(self._learner)
-        self._learner.spawn(msgspec.structs.replace(self._plan, resume_at=checkpoint), self._known)
+        self._spawn(self._learner, msgspec.structs.replace(self._plan, resume_at=checkpoint))
         while self._learner.phase != "idle":
             self._tick()
         self._fresh_report()
@@ -123,12 +122,14 @@ class Supervisor:
 
     # ------------------------------------------------------------------------------------------- the loop
 
-    def _tick(self) -> StoreReport | None:
-        """One round: waits for whatever ends first, restarts what died, passes on what the actors say of themselves."""
+    def _tick(self, until_told: bool = False) -> StoreReport | None:
+        """One round: waits for whatever ends first, restarts what died, passes on what the actors say of themselves.
+
+        until_told: the store's answer ends the round too.
+        """
         limits = self._plan.deployment.limits
         tasks = {member.task: member for member in self._members if member.task is not None}
-        # While the run goes on, a round lasts until something ends; afterwards only until the store has answered.
-        answer = [self._asked] if self._until is None and self._asked is not None else []
+        answer = [self._asked] if until_told and self._asked is not None else []
         ready, _ = ray.wait([*tasks, *answer], num_returns=1, timeout=TICK_S)
         for ref in ready:
             if ref in tasks:
@@ -157,8 +158,12 @@ class Supervisor:
         if member.phase == "starting":
             member.pid, advert = value
             self._started(member, advert)
+        elif member is self._learner:
+            member.phase, member.task = "idle", None
+        elif self._finishing:
+            member.phase, member.task = "ended", None
         else:
-            member.phase, member.task = ("idle", None) if member is self._learner else ("ended", None)
+            self._failed(member, Unavailable(f"{member.name} ended before the run did; its log says why"))
 
     def _started(self, member: Member, advert: Any) -> None:
         log.info("%s is up (pid %d)", member.name, member.pid)
@@ -177,8 +182,8 @@ class Supervisor:
         for member in self._members:
             member.connect(peer, edition, value)
 
-    def _spawn(self, member: Member) -> None:
-        member.spawn(self._plan, self._known)
+    def _spawn(self, member: Member, plan: Plan) -> None:
+        member.spawn(plan, self._known)
         self._deadlines[member.name] = time.monotonic() + self._plan.deployment.limits.start_timeout_s
 
     def _retire(self, member: Member) -> None:
@@ -196,23 +201,30 @@ class Supervisor:
             write_atomic(self._plan.paths.logs / f"{member.name}.error", text + "\n")
         if isinstance(cause, HOPELESS):
             raise type(cause)(f"{member.name}: {cause}") from error
-        if member.edition >= self._plan.deployment.limits.max_restarts:
+        limit = self._plan.deployment.limits.max_restarts
+        if member.restarts >= limit:
             raise ActorFailed(
-                f"{member.name} failed {member.edition + 1} times, "
-                f"limits.max_restarts={self._plan.deployment.limits.max_restarts}; its first error:\n{member.first_error}"
+                f"{member.name} failed {member.restarts + 1} times, limits.max_restarts={limit}; its first error:\n"
+                f"{member.first_error}"
             ) from error
+        member.restarts += 1
         log.warning("%s died and is restarted: %s", member.name, text.strip().splitlines()[-1] if text.strip() else error)
         member.kill()
-        self._spawn(member)
+        self._spawn(member, self._plan)
 
     # -------------------------------------------------------------------------------------- watching progress
 
     def _fresh_report(self) -> StoreReport:
         """What the store says to a question asked from now on; one on its way may have been asked too early."""
         self._asked = None
-        while (report := self._tick()) is None:
+        if self._store.phase == "running":
+            self._ask_store()
+        while (report := self._tick(until_told=True)) is None:
             pass
         return report
+
+    def _ask_store(self) -> None:
+        self._asked, self._asked_at = call_store(self._store.handle, "report", self._seen), time.monotonic()
 
     def _poll_store(self) -> StoreReport | None:
         """The store's answer to the question asked some ticks ago, if it has come. Never waits."""
@@ -220,9 +232,13 @@ class Supervisor:
             self._asked = None
             return None
         if self._asked is None:
-            self._asked = call_store(self._store.handle, "report", self._seen)
+            self._ask_store()
             return None
         if not ray.wait([self._asked], timeout=0)[0]:
+            if (silent_s := time.monotonic() - self._asked_at) > self._plan.deployment.limits.health_timeout_s:
+                self._failed(
+                    self._store, Unavailable(f"the store (pid {self._store.pid}) has not answered for {silent_s:.0f} s")
+                )
             return None
         asked, self._asked = self._asked, None
         try:

@@ -13,7 +13,6 @@ from asyncrl.cluster.plan import Plan
 from asyncrl.cluster.transport import RayCall
 from asyncrl.config import DataSpec, PlaceSpec, Recipe
 from asyncrl.interfaces import Stage
-from asyncrl.metrics import Ledger
 from asyncrl.rundir import RunDir
 from asyncrl.types import Sampling
 
@@ -158,7 +157,6 @@ def _generator(name: str, plan: Plan, peers: Peers) -> Built:
         weights,
         name=name,
         poll_s=limits.poll_s,
-        ledger=Ledger(),
         group_size=plan.recipe.sampling.n,
         health_timeout_s=limits.health_timeout_s,
     )

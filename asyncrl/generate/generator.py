@@ -40,7 +40,6 @@ class Generator:
         *,
         name: str,
         poll_s: float,
-        ledger: Ledger,
         group_size: int,
         reserve_wait_s: float = 0.1,
         health_timeout_s: float = 60.0,
@@ -48,7 +47,7 @@ class Generator:
         self._engine, self._store, self._weights = engine, store, weights
         self._name, self._poll_s, self._group_size = name, poll_s, group_size
         self._reserve_wait_s, self._health_timeout_s = reserve_wait_s, health_timeout_s
-        self._ledger = ledger
+        self._ledger = Ledger()
         # Guards everything below; notified at every change. Reentrant: a future may end inside `submit_group`.
         self._cond = threading.Condition()
         self._work = Workload()

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from asyncrl.errors import Closed, Fenced, Unavailable
 from asyncrl.generate.generator import Generator
 from asyncrl.generate.torch_engine import TorchEngine
-from asyncrl.metrics import Ledger
 from asyncrl.models.loading import named_weights
 from asyncrl.types import Span, Ticket, Version
 
@@ -24,8 +23,7 @@ class Running:
 
     def __init__(self, engine: Any, store: Any, weights: Any, **settings: Any) -> None:
         settings = {"poll_s": 0.2, "group_size": 2, "reserve_wait_s": 0.02} | settings
-        self.ledger = Ledger()
-        self.generator = Generator(engine, store, weights, name="generator-0", ledger=self.ledger, **settings)
+        self.generator = Generator(engine, store, weights, name="generator-0", **settings)
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
