@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import yaml
 from msgspec import Struct
 
 from asyncrl.callables import load_callable
+from asyncrl.cluster import preflight
 from asyncrl.cluster.plan import Plan
 from asyncrl.cluster.session import RaySession
 from asyncrl.cluster.supervisor import Status, Supervisor
@@ -82,11 +84,15 @@ class Trainer:
         self._began = time.monotonic()
         self._resources = contextlib.ExitStack()
         try:
+            preflight.check(self._recipe, self._deployment, self.paths)
             self._resources.enter_context(self.paths.lock())
-            resume_at = self._open(resume_from)
+            if resume_from is not None:
+                _require_same_groups(self.paths, self._recipe)
+            resume_at = None if resume_from is None else self._update_of(Path(resume_from).resolve())
+            stop_token_ids = self._prepare(resuming=resume_from is not None)
             self._tally = Tally(self.paths, observe)
             self._resources.callback(self._tally.close)
-            self._supervisor = self._start(resume_at)
+            self._supervisor = self._start(resume_at, stop_token_ids)
         except BaseException:
             self._resources.close()
             raise
@@ -131,7 +137,7 @@ class Trainer:
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Goes back to one of this run's checkpoints. Updates after it are reopened: their batches are trained again first."""
-        self._supervisor.restart_learner(self._update_of(Path(folder)))
+        self._supervisor.restart_learner(self._update_of(Path(folder).resolve()))
 
     def export(self, folder: str | Path) -> Path:
         """Writes the policy as a Hugging Face folder; with its tokenizer and chat template."""
@@ -150,43 +156,49 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------
 
-    def _open(self, resume_from: str | Path | None) -> int | None:
-        """Makes the run directory ready; returns the checkpoint to start at (None: the newest, or none yet)."""
-        resume_at = None
-        if resume_from is None:
-            _set_aside(self.paths)
-            self.paths.create()
-        elif (folder := Path(resume_from).absolute()) != self.paths.path:
-            resume_at = self._update_of(folder)
-        write_atomic(self.paths.recipe, msgspec.json.format(msgspec.json.encode(redact(self._recipe)), indent=2))
-        write_atomic(self.paths.deployment, yaml.safe_dump(redact(self._deployment), sort_keys=False))
-        return resume_at
-
-    def _update_of(self, folder: Path) -> int:
+    def _update_of(self, folder: Path) -> int | None:
+        """Which checkpoint of this run a folder is; None, the newest, for the run directory itself."""
+        if folder == self.paths.path:
+            return None
         for step in self.paths.steps():
-            if step == folder.absolute():
+            if step == folder:
                 return int(step.name.removeprefix("step_"))
         found = ", ".join(step.name for step in self.paths.steps()) or "none"
         raise ConfigError(
             f"{folder} is no checkpoint of the run in {self.paths.path} (it has: {found}); resume a run in its own directory"
         )
 
-    def _start(self, resume_at: int | None) -> Supervisor:
+    def _prepare(self, *, resuming: bool) -> tuple[int, ...]:
+        """Makes data and prompts, then the run directory; an earlier run moves aside only when the new one can start.
+
+        Returns the tokens that end an answer.
+        """
         recipe = self._recipe
         if recipe.prepare:
             log.info("preparing what is not there yet: %s", recipe.prepare)
             load_callable(recipe.prepare, "prepare")(recipe, self.paths.path)
         from asyncrl.cluster import wiring  # imports transformers, and a wrong spec should fail before that
 
-        stop_token_ids = wiring.prepare_prompts(recipe, self.paths)
+        stop_token_ids = wiring.prepare_prompts(recipe, self.paths, resuming)
+        if not resuming:
+            _set_aside(self.paths)
+            self.paths.create()
+        write_atomic(self.paths.recipe, msgspec.json.format(msgspec.json.encode(redact(recipe)), indent=2))
+        write_atomic(self.paths.deployment, yaml.safe_dump(redact(self._deployment), sort_keys=False))
+        return stop_token_ids
+
+    def _start(self, resume_at: int | None, stop_token_ids: tuple[int, ...]) -> Supervisor:
+        from asyncrl.cluster import wiring
+
         log.info("starting the actors")
         session = self._resources.enter_context(RaySession(self._deployment))
         plan = Plan(
-            recipe=recipe,
+            recipe=self._recipe,
             deployment=self._deployment,
             run_dir=str(self.paths.path),
             run_id=wiring.run_id(self.paths),
-            host=session.host(),
+            started=wiring.mark_start(self.paths),
+            loopback=session.loopback,
             resume_at=resume_at,
             stop_token_ids=stop_token_ids,
         )
@@ -213,13 +225,29 @@ def launch(
         return trainer.finish()
 
 
+def _require_same_groups(paths: RunDir, recipe: Recipe) -> None:
+    """Refuses to resume with other prompts, order or group size: groups in the log would be finished with strangers."""
+    before = msgspec.json.decode(paths.recipe.read_bytes(), type=Recipe)
+    for name, old, new in (
+        ("seed", before.seed, recipe.seed),
+        ("data", before.data, recipe.data),
+        ("sampling.n", before.sampling.n, recipe.sampling.n),
+    ):
+        if old != new:
+            raise ConfigError(
+                f"resuming {paths.path} with {name}={new!r}, but it began with {old!r}: groups in its log would be finished "
+                "with other prompts; resume with the old value, or start anew under another --name"
+            )
+
+
 def _set_aside(paths: RunDir) -> None:
     """Moves what an earlier run left into `previous-N`; prepared data stays, as the cache that it is."""
     earlier = (paths.replay, paths.checkpoints, paths.metrics, paths.tensorboard, paths.logs, paths.exports)
     used = [path for path in earlier if path.is_file() or (path.is_dir() and any(path.iterdir()))]
     if not used:
         return
-    number = 1 + max((int(p.name.split("-")[1]) for p in paths.path.glob("previous-*")), default=0)
+    numbers = [int(match[1]) for path in paths.path.iterdir() if (match := re.fullmatch(r"previous-(\d+)", path.name))]
+    number = 1 + max(numbers, default=0)
     aside = paths.path / f"previous-{number}"
     aside.mkdir()
     for path in [*used, paths.recipe, paths.deployment]:

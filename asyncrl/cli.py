@@ -15,7 +15,7 @@ from typing import TextIO
 
 from asyncrl import __version__
 from asyncrl.errors import AsyncRLError, ConfigError, DataError
-from asyncrl.rundir import redact
+from asyncrl.rundir import redact, set_up_logging
 
 # Each module gives add_arguments(parser) and main(args) -> exit status.
 JOBS = {
@@ -75,20 +75,10 @@ class _Stderr(logging.StreamHandler[TextIO]):
         self.stream = sys.stderr
         super().emit(record)
 
-    def format(self, record: logging.LogRecord) -> str:
-        text: str = redact(super().format(record))
-        return text
-
 
 def _set_up_logging(level: str) -> None:
     """asyncrl logs from INFO, libraries from WARNING; LOG_LEVEL sets both. Secrets are masked."""
-    known = logging.getLevelNamesMapping()
-    if level and level.upper() not in known:
-        raise ConfigError(f"LOG_LEVEL={level!r} is no level; use one of {', '.join(known)}")
-    handler = _Stderr()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
-    logging.basicConfig(handlers=[handler], level=level.upper() or logging.WARNING)
-    logging.getLogger("asyncrl").setLevel(level.upper() or logging.INFO)
+    set_up_logging(_Stderr(), "%(asctime)s", level)
     for library in ("huggingface_hub", "transformers"):
         logging.getLogger(library).propagate = False  # they print their warnings themselves: once is enough
 

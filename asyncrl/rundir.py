@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -244,6 +245,26 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------- secrets
+
+
+def set_up_logging(handler: logging.Handler, prefix: str, level: str) -> None:
+    """Sends this process's log to `handler`, secrets masked: asyncrl from INFO, libraries from WARNING; `level` sets both.
+
+    Raises ConfigError for a level that does not exist.
+    """
+    known = logging.getLevelNamesMapping()
+    if level and level.upper() not in known:
+        raise ConfigError(f"LOG_LEVEL={level!r} is no level; use one of {', '.join(known)}")
+    handler.setFormatter(_Redacting(f"{prefix} %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=level.upper() or logging.WARNING, force=True)
+    logging.getLogger("asyncrl").setLevel(level.upper() or logging.INFO)
+
+
+class _Redacting(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text: str = redact(super().format(record))
+        return text
+
 
 MASK = "[redacted]"
 # Special tokens of a tokenizer, and figures per token, are no credentials.

@@ -259,7 +259,7 @@ class StoreReport(Struct, frozen=True, kw_only=True):
     """What the store says of itself: records after the sequence number asked for, and where everything stands now.
 
     evals_pending: evaluations asked for and not yet settled. activity: rises with every accepted call that moved data.
-    gauges: queue depths by name.
+    gauges: queue depths by name. seconds: time per state, as in a `Report`.
     """
 
     records: tuple[Record, ...]
@@ -268,6 +268,7 @@ class StoreReport(Struct, frozen=True, kw_only=True):
     evals_pending: int
     activity: int
     gauges: dict[str, float]
+    seconds: dict[str, float] = {}
 
 
 class SwapReport(Struct, frozen=True, kw_only=True):

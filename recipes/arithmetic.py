@@ -89,7 +89,10 @@ def prepare(recipe: Recipe, run_dir: Path) -> None:
     from asyncrl.rundir import atomic_folder, write_atomic
 
     folder = run_dir / "data"
-    made, settings = folder / "warm" / "made.json", json.dumps([recipe.seed, TRAIN, HELD_OUT, CARELESS_SHARE, WARM_STEPS])
+    made, settings = (
+        folder / "warm" / "made.json",
+        json.dumps([recipe.seed, TRAIN, HELD_OUT, CARELESS_SHARE, WARM_STEPS, WARM_BATCH, WARM_LR]),
+    )
     if made.exists() and made.read_text() == settings:
         return
     problems = _problems(recipe.seed)

@@ -157,7 +157,7 @@ def test_no_trained_token_exceeds_the_bound(
     assert result.steps == steps
     assert sorted(watcher.metrics) == list(range(1, steps + 1))
     assert min(result.filtered, result.failed) > 0, "the delays and failures under test did not happen"
-    assert {row["worker"] for row in rollouts} == {"generator-0", "generator-1"}
+    assert {row["worker"] for row in rollouts} <= {"generator-0", "generator-1"}
     assert_every_group_ended_once(result, events)
     assert_bound(recipe, rollouts, watcher.metrics)
     assert result.max_trained_lag <= max_lag

@@ -178,7 +178,7 @@ def finished(project: Path) -> RunDir:
     whole = Command(project, *ASYNCRL, "run", "recipe.py", "--name", "finished", "deploy.limits.poll_s=0.5")
     try:
         assert whole.end() == 0
-        assert whole.left() == []
+        wait_until(lambda: whole.left() == [], 5)
     finally:
         whole.kill()
     (line,) = whole.stdout.splitlines()
@@ -340,7 +340,7 @@ def ray_head(tmp_path: Path) -> Iterator[dict[str, str]]:
     try:
         wait_until(lambda: "Ray runtime started" in head.stdout + head.stderr or head.process.poll() is not None, 60)
         if head.process.poll() is not None:
-            pytest.skip(f"`ray start` does not work here:\n{head.stdout}{head.stderr}"[:2000])
+            pytest.fail(f"`ray start` does not work here:\n{head.stdout}{head.stderr}"[:2000])
         yield {**environ, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     finally:
         head.process.terminate()

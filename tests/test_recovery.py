@@ -17,7 +17,7 @@ from asyncrl.replay import events as ev
 from asyncrl.replay import open as open_replay
 
 pytestmark = pytest.mark.ray
-STEPS = 120
+STEPS = 160
 
 
 class Killer:
@@ -99,7 +99,7 @@ def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_reci
 @pytest.mark.parametrize("actor", ["generator-0", "store"])
 def test_an_actor_that_hangs_is_replaced(local_ray, tiny_recipe, tmp_path, actor):
     killer = Killer({2: actor}, signal.SIGSTOP)
-    limits = LimitsSpec(poll_s=0.5, health_timeout_s=3.0)
+    limits = LimitsSpec(poll_s=0.5, health_timeout_s=8.0)
     result = run(tiny_recipe(total_steps=30), tmp_path, killer, Deployment(limits=limits))
     assert (killer.killed, result.restarts, result.steps) == ([actor], {actor: 1}, 30)
     assert_nothing_lost(history(result.run_dir), result)

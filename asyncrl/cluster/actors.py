@@ -9,29 +9,26 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from asyncrl.cluster import wiring
 from asyncrl.cluster.peers import Peers
 from asyncrl.cluster.plan import Plan
+from asyncrl.rundir import set_up_logging
 from asyncrl.types import Report
 
 
-def _log_to(folder: str, name: str) -> None:
-    os.makedirs(folder, exist_ok=True)
-    logging.basicConfig(
-        filename=os.path.join(folder, f"{name}.log"),
-        level=os.environ.get("LOG_LEVEL", "INFO"),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        force=True,
-    )
+def _log_to(plan: Plan, name: str) -> None:
+    """This process's log goes to `logs/<name>.log` of the run directory, which must be the one that the driver sees."""
+    wiring.check_reach(plan)
+    set_up_logging(logging.FileHandler(plan.paths.logs / f"{name}.log"), "%(asctime)s", os.environ.get("LOG_LEVEL", ""))
 
 
 class StageActor:
     """A generator, reward worker or learner as an actor. Threaded: `run` occupies one thread for the actor's life,
     the other calls are answered beside it."""
 
-    def __init__(self, role: str, name: str, plan: Plan, threads: int) -> None:
+    def __init__(self, role: str, name: str, edition: int, plan: Plan, threads: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is first imported, which is later
-        _log_to(str(plan.paths.logs), name)
-        self._role, self._name, self._plan, self._threads = role, name, plan, threads
+        self._role, self._name, self._edition, self._plan = role, name, edition, plan
         self._peers = Peers()
         self._stage: Any = None
         self._closers: tuple[Callable[[], None], ...] = ()
@@ -43,9 +40,8 @@ class StageActor:
 
     def start(self) -> tuple[int, Any]:
         """Builds the stage: loads models, reaches peers. Returns its pid, and what its peers need to know of it."""
-        from asyncrl.cluster import wiring
-
-        self._stage, advert, self._closers = wiring.build(self._role, self._name, self._plan, self._peers, self._threads)
+        _log_to(self._plan, self._name)
+        self._stage, advert, self._closers = wiring.build(self._role, self._name, self._edition, self._plan, self._peers)
         return os.getpid(), advert
 
     def run(self, *arguments: Any) -> None:
@@ -81,15 +77,13 @@ class StoreActor:
     """The replay store as an actor: asynchronous, with a concurrency group, and so an event loop, per kind of caller."""
 
     def __init__(self, plan: Plan) -> None:
-        _log_to(str(plan.paths.logs), "store")
         self._plan = plan
         self._store: Any = None
         self._stopped = asyncio.Event()
 
     async def start(self) -> tuple[int, None]:
         """Opens the log, or rebuilds from it."""
-        from asyncrl.cluster import wiring
-
+        _log_to(self._plan, "store")
         self._store = wiring.build_store(self._plan)
         return os.getpid(), None
 

@@ -50,7 +50,9 @@ class Member:
             self.handle = actor.options(**self._placement.options).remote(plan)
         else:
             options = {**self._placement.options, "max_concurrency": 8}
-            self.handle = ray.remote(StageActor).options(**options).remote(self.role, self.name, plan, self.place.threads)
+            self.handle = (
+                ray.remote(StageActor).options(**options).remote(self.role, self.name, self.edition, plan, self.place.threads)
+            )
             for peer, (edition, value) in known.items():
                 self.connect(peer, edition, value)
         self.task = self.handle.start.remote()
@@ -65,7 +67,8 @@ class Member:
     def poll_report(self, timeout_s: float) -> None:
         """Takes the report asked for last time, if it has come, and asks for the next. Never waits.
 
-        Raises Unavailable for an actor that has not answered for `timeout_s`, and what its health check raised.
+        Raises Unavailable for an actor that has not answered for `timeout_s`, what its health check raised, and RayActorError
+        for one that died while it had nothing to do.
         """
         if self.role == "store" or self.phase not in ("idle", "running"):
             return
@@ -77,6 +80,8 @@ class Member:
             try:
                 self.last_report = ray.get(self._asked)
             except RayActorError:
+                if self.task is None:
+                    raise
                 log.debug("%s: no report", self.name)  # its death arrives through `task`
         self._asked, self._asked_at = self.handle.report.remote(), time.monotonic()
 

@@ -11,14 +11,17 @@ from asyncrl.rundir import RunDir
 class Plan(Struct, frozen=True, kw_only=True):
     """recipe and deployment: as checked, `{run}` resolved. run_id names shared memory and log entries.
 
-    host: address that sockets bind to. resume_at: the checkpoint (updates) to start from; None is the newest complete one.
+    started: when the driver started the run, in ns since the epoch; incarnations count from it. loopback: everything runs
+    on this machine, and its sockets bind to 127.0.0.1. resume_at: the checkpoint (updates) to start from; None is the
+    newest complete one.
     """
 
     recipe: Recipe
     deployment: Deployment
     run_dir: str
     run_id: str
-    host: str = "127.0.0.1"
+    started: int
+    loopback: bool
     resume_at: int | None = None
     stop_token_ids: tuple[int, ...] = ()
 

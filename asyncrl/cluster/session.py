@@ -11,6 +11,7 @@ from types import TracebackType
 import ray
 
 from asyncrl.config import Deployment
+from asyncrl.errors import ConfigError, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +37,19 @@ class RaySession:
 
     def __init__(self, deployment: Deployment) -> None:
         self._owned = not ray.is_initialized()
+        self.loopback = False  # whether everything is sure to run on this machine
         if not self._owned:
             return
         address = deployment.ray_address or os.environ.get("RAY_ADDRESS", "")
+        self.loopback = not address
+        if address.startswith("ray://"):
+            raise ConfigError(f"ray_address={address!r}: a run needs its driver in the cluster; use `ray job submit` instead")
         with _own_sigterm():
             if address:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+                try:
+                    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+                except (OSError, RuntimeError) as error:
+                    raise Unavailable(f"no Ray cluster answers at {address!r}: {error}") from error
             else:
                 ray.init(
                     address="local",
@@ -50,11 +58,6 @@ class RaySession:
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                 )
-
-    def host(self) -> str:
-        """Address that sockets of this run bind to: the loopback while the cluster has one node."""
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        return "127.0.0.1" if len(nodes) == 1 else ray.util.get_node_ip_address()
 
     def __enter__(self) -> "RaySession":
         return self

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import ray
 from msgspec import Struct
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from asyncrl.cluster.members import Member
 from asyncrl.cluster.plan import Plan
@@ -74,6 +74,7 @@ class Supervisor:
         self._plan = msgspec.structs.replace(self._plan, resume_at=None)  # a later restart takes the newest checkpoint
         while self._learner.phase == "starting" or self._store.phase == "starting":
             self._tick()
+        self._fresh_report()
 
     def train(self, until: int) -> None:
         """Runs until `until` updates are committed, or the data ends, and every evaluation asked for has come in."""
@@ -99,10 +100,13 @@ class Supervisor:
 
     def ask_learner(self, method: str, *arguments: Any, timeout_s: float = 600.0) -> Any:
         """Calls a method of the idle learner, e.g. `save_checkpoint`."""
-        return ray.get(self._learner.handle.ask.remote(method, *arguments), timeout=timeout_s)
+        try:
+            return ray.get(self._learner.handle.ask.remote(method, *arguments), timeout=timeout_s)
+        except (RayActorError, GetTimeoutError) as error:
+            raise Unavailable(f"learner: no answer to {method}: {_brief(error)}") from error
 
-    def restart_learner(self, checkpoint: int) -> None:
-        """Replaces the idle learner by one that starts from `checkpoint`; later commits are reopened."""
+    def restart_learner(self, checkpoint: int | None) -> None:
+        """Replaces the idle learner by one that starts from `checkpoint` (None: the newest); later commits are reopened."""
         self._retire(self._learner)
         self._spawn(self._learner, msgspec.structs.replace(self._plan, resume_at=checkpoint))
         while self._learner.phase != "idle":
@@ -130,16 +134,16 @@ class Supervisor:
         limits = self._plan.deployment.limits
         tasks = {member.task: member for member in self._members if member.task is not None}
         answer = [self._asked] if until_told and self._asked is not None else []
-        ready, _ = ray.wait([*tasks, *answer], num_returns=1, timeout=TICK_S)
-        for ref in ready:
-            if ref in tasks:
-                self._settle(tasks[ref])
+        ray.wait([*tasks, *answer], num_returns=1, timeout=TICK_S)
+        ready, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=0)
+        for ref in ready:  # all of them, before anybody's deadline is looked at: nobody may have ticked for a while
+            self._settle(tasks[ref])
         for member in self._members:
             if member.phase == "starting" and time.monotonic() > self._deadlines[member.name]:
                 self._failed(member, Unavailable(f"{member.name} did not start within limits.start_timeout_s"))
             try:
                 member.poll_report(limits.health_timeout_s)
-            except (Unavailable, RayTaskError) as error:
+            except (Unavailable, RayError) as error:
                 self._failed(member, error)
         report = self._poll_store()
         reports = tuple(member.last_report for member in self._members if member.last_report is not None)
@@ -219,8 +223,8 @@ class Supervisor:
         self._asked = None
         if self._store.phase == "running":
             self._ask_store()
-        while (report := self._tick(until_told=True)) is None:
-            pass
+        while (report := self._tick(until_told=True)) is None or report.records:
+            pass  # a report holds some hundred records at a time
         return report
 
     def _ask_store(self) -> None:
@@ -248,14 +252,16 @@ class Supervisor:
         except RayTaskError as error:  # alive, but broken: a full disk, or a `keep` that raises
             self._failed(self._store, error)
             return None
+        self._store.last_report = Report(name="store", role="store", seconds=report.seconds, gauges=report.gauges)
         self._seen = max([self._seen, *(record.sequence for record in report.records)])
         return report
 
     def _watch(self, report: StoreReport) -> None:
         """Aborts a run in which nothing has moved for `stall_timeout_s`, leaving a dump of who waits for what."""
-        state = (report.committed, report.counts, report.activity, len(self.restarts))
+        state = (report.committed, report.counts, report.activity, sum(self.restarts.values()))
         now = time.monotonic()
-        if self._until is None or state != self._moved[1]:
+        starting = any(member.phase == "starting" for member in self._members)  # these have a deadline of their own
+        if self._until is None or starting or state != self._moved[1]:
             self._moved = (now, state)
         elif now - self._moved[0] > self._plan.deployment.limits.stall_timeout_s:
             path = self._plan.paths.logs / "stall.json"
@@ -282,7 +288,7 @@ class Supervisor:
 
 def _brief(error: Exception) -> str:
     """A died process in one line (Ray's text holds a page of guesses); anything else as it is, traceback and all."""
-    if not isinstance(error, RayActorError):
+    if not isinstance(error, RayActorError) or error.actor_init_failed:
         return str(error)
     detail = re.search(r"(exit type: \w+|killed by|exit code|SIG[A-Z]+)[^.]*", str(error))
     return f"the process died ({detail.group(0) if detail else type(error).__name__})"

@@ -1,10 +1,13 @@
 """From specs to stages. The one place that knows every stage's constructor; each function runs inside its actor."""
 
 import hashlib
+import logging
+import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import ray
 from msgspec.structs import replace
 
 from asyncrl.callables import load_callable
@@ -12,13 +15,17 @@ from asyncrl.cluster.peers import Peers
 from asyncrl.cluster.plan import Plan
 from asyncrl.cluster.transport import RayCall
 from asyncrl.config import DataSpec, PlaceSpec, Recipe
+from asyncrl.errors import ConfigError
 from asyncrl.interfaces import Stage
-from asyncrl.rundir import RunDir
+from asyncrl.rundir import RunDir, write_atomic
 from asyncrl.types import Sampling
 
 if TYPE_CHECKING:
     from asyncrl.replay.client import ReplayClient
     from asyncrl.replay.store import ReplayStore
+
+log = logging.getLogger(__name__)
+STARTED = ".started"
 
 
 class Built(NamedTuple):
@@ -37,17 +44,31 @@ def run_id(paths: RunDir) -> str:
     return hashlib.blake2b(str(paths.path).encode(), digest_size=6).hexdigest()
 
 
-def prepare_prompts(recipe: Recipe, paths: RunDir) -> tuple[int, ...]:
-    """Tokenizes train and held-out prompts into the run directory, once; returns the tokens that end an answer."""
+def mark_start(paths: RunDir) -> int:
+    """Writes the moment of this start into the run directory, where every actor must be able to read it; returns it."""
+    started = time.time_ns()
+    write_atomic(paths.path / STARTED, str(started))
+    return started
+
+
+def prepare_prompts(recipe: Recipe, paths: RunDir, resuming: bool) -> tuple[int, ...]:
+    """Tokenizes train and held-out prompts into the run directory, once; returns the tokens that end an answer.
+
+    resuming: the prompts must be those that the run began with; else DataError.
+    """
     from asyncrl.models.loading import load_tokenizer, stop_token_ids
     from asyncrl.prompts.dataset import prepare
     from asyncrl.prompts.encoding import encoder, identity
 
     tokenizer = load_tokenizer(recipe.model)
     encode, tokenizer_id = encoder(tokenizer), identity(tokenizer)
-    prepare(recipe.data, encode, paths.data / "train.arrow", tokenizer_id)
+    made = [prepare(recipe.data, encode, paths.data / "train.arrow", tokenizer_id, must_reuse=resuming)]
     if recipe.evaluation.files:
-        prepare(_eval_data(recipe), encode, paths.data / "eval.arrow", tokenizer_id)
+        made.append(prepare(_eval_data(recipe), encode, paths.data / "eval.arrow", tokenizer_id))
+    for summary in made:
+        level = logging.WARNING if summary.too_long else logging.INFO
+        bound = f"longer than data.max_prompt_length={recipe.data.max_prompt_length}"
+        log.log(level, "%s: %d prompts; %d left out, %s", summary.path.stem, summary.prompts, summary.too_long, bound)
     return stop_token_ids(tokenizer, recipe.model)
 
 
@@ -111,35 +132,40 @@ def build_store(plan: Plan) -> "ReplayStore":
 # ------------------------------------------------------------------------------------------------------- the stages
 
 
-def build(role: str, name: str, plan: Plan, peers: Peers, threads: int) -> Built:
-    """Builds a stage of `role` in the calling process."""
-    if role == "reward":
-        return _reward(name, plan, peers)
-    import torch
-
-    torch.set_num_threads(threads)
-    return _generator(name, plan, peers) if role == "generator" else _learner(name, plan, peers)
-
-
-def _client(name: str, plan: Plan, peers: Peers) -> "ReplayClient":
+def build(role: str, name: str, edition: int, plan: Plan, peers: Peers) -> Built:
+    """Builds a stage of `role` in the calling process. edition: rises with every restart of this actor."""
     from asyncrl.replay.client import ReplayClient
 
-    limits = plan.deployment.limits
-    # Later starts of the same worker must have higher numbers, also after a restart of the driver: the clock gives them.
-    return ReplayClient(RayCall(peers), name, time.time_ns(), run=plan.run_id, retry_s=limits.start_timeout_s)
+    # Rises over restarts of the actor and of the driver, on one clock: the driver's.
+    incarnation = plan.started + edition
+    store = ReplayClient(RayCall(peers), name, incarnation, run=plan.run_id, retry_s=plan.deployment.limits.start_timeout_s)
+    if role == "reward":
+        return _reward(name, plan, store)
+    return _generator(name, plan, peers, store) if role == "generator" else _learner(plan, store)
+
+
+def check_reach(plan: Plan) -> None:
+    """Raises ConfigError on a node that does not see the run directory that the driver writes."""
+    mark = plan.paths.path / STARTED
+    if not mark.is_file() or mark.read_text() != str(plan.started):
+        raise ConfigError(
+            f"node {os.uname().nodename} does not see the run directory {plan.run_dir} that the driver uses: checkpoints and "
+            "logs would be lost there; put --runs-dir on a file system that all nodes share"
+        )
 
 
 def _device(place: PlaceSpec) -> str:
     return "cuda" if place.gpus else "cpu"
 
 
-def _generator(name: str, plan: Plan, peers: Peers) -> Built:
+def _generator(name: str, plan: Plan, peers: Peers, store: "ReplayClient") -> Built:
     from asyncrl.generate.generator import Generator
     from asyncrl.generate.torch_engine import TorchEngine
-    from asyncrl.models.loading import load_model
+    from asyncrl.models.loading import load_model, use_threads
     from asyncrl.weights.subscriber import WeightSubscriber
 
     spec, bus, limits = plan.deployment.generators.engine, plan.deployment.bus, plan.deployment.limits
+    use_threads(plan.deployment.generators.place.threads)
     engine = TorchEngine(
         load_model(plan.recipe.model, device=_device(plan.deployment.generators.place)),
         slots=spec.slots,
@@ -150,7 +176,6 @@ def _generator(name: str, plan: Plan, peers: Peers) -> Built:
     weights = WeightSubscriber(
         lambda: peers.peek("bus"), name=name, transport=bus.transport, credit=bus.credit, deadline_s=limits.start_timeout_s
     )
-    store = _client(name, plan, peers)
     generator = Generator(
         engine,
         store,
@@ -164,7 +189,7 @@ def _generator(name: str, plan: Plan, peers: Peers) -> Built:
     return Built(generator, None, (store.close, weights.close, engine.close))
 
 
-def _reward(name: str, plan: Plan, peers: Peers) -> Built:
+def _reward(name: str, plan: Plan, store: "ReplayClient") -> Built:
     from asyncrl.models.loading import load_tokenizer
     from asyncrl.reward.pool import RewardPool
     from asyncrl.reward.worker import RewardWorker
@@ -174,7 +199,6 @@ def _reward(name: str, plan: Plan, peers: Peers) -> Built:
     pool: RewardPool[Any] = RewardPool(
         spec.function, processes=rewards.processes, deadline_s=spec.deadline_s, log=plan.paths.logs / f"{name}.reward.log"
     )
-    store = _client(name, plan, peers)
     worker = RewardWorker(
         store,
         pool,
@@ -186,13 +210,14 @@ def _reward(name: str, plan: Plan, peers: Peers) -> Built:
     return Built(worker, None, (store.close,))
 
 
-def _learner(name: str, plan: Plan, peers: Peers) -> Built:
+def _learner(plan: Plan, store: "ReplayClient") -> Built:
     from asyncrl.learn.checkpoint import Checkpoints
     from asyncrl.learn.learner import Learner
     from asyncrl.learn.trainer import PolicyTrainer
-    from asyncrl.models.loading import load_model, load_tokenizer
+    from asyncrl.models.loading import load_model, load_tokenizer, use_threads
     from asyncrl.weights.publisher import WeightPublisher
 
+    use_threads(plan.deployment.learner.place.threads)
     recipe, bus, device = plan.recipe, plan.deployment.bus, _device(plan.deployment.learner.place)
     trainer = PolicyTrainer(
         load_model(recipe.model, device),
@@ -205,16 +230,14 @@ def _learner(name: str, plan: Plan, peers: Peers) -> Built:
         reference=load_model(recipe.model, device) if recipe.algorithm.kl_coef else None,
     )
 
-    publishers = []
+    publishers: list[WeightPublisher] = []
+    host = "127.0.0.1" if plan.loopback else ray.util.get_node_ip_address()
 
     def open_bus(incarnation: int) -> WeightPublisher:
-        publisher = WeightPublisher(
-            plan.run_id, incarnation, host=plan.host, transport=bus.transport, bucket_bytes=bus.bucket_bytes
-        )
+        publisher = WeightPublisher(plan.run_id, incarnation, host=host, transport=bus.transport, bucket_bytes=bus.bucket_bytes)
         publishers.append(publisher)
         return publisher
 
-    store = _client(name, plan, peers)
     learner = Learner(
         trainer,
         store,

@@ -16,7 +16,7 @@ from typing import Literal
 
 from msgspec import Struct, to_builtins
 
-from asyncrl.jobs.resources import count_gpus
+from asyncrl.cluster.resources import count_gpus
 
 SHM = Path("/dev/shm")
 MIN_SHM_BYTES = 1 << 30  # Ray's objects and two versions of the weights live there; containers often give 64 MiB

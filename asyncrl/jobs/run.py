@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the recipe. Standard output gets one line of JSON at the end; everything else goes to standard error."""
-    from asyncrl.jobs import dry_run
+    from asyncrl.cluster import preflight
     from asyncrl.jobs.specs import load_specs
     from asyncrl.paths import resolve_paths
     from asyncrl.rundir import resolve_run_dir
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     if args.resume:
         paths.require_checkpoint()
     recipe = resolve_paths(recipe, paths, Path(args.recipe).parent)
-    plan = dry_run.check(recipe, deployment, paths)
+    plan = preflight.check(recipe, deployment, paths)
     if args.dry_run:
         print("\n".join(plan))
         return 0

@@ -28,6 +28,7 @@ from asyncrl.learn.prefetch import LeasedBatch, Prefetch
 from asyncrl.learn.trainer import PolicyTrainer
 from asyncrl.metrics import Ledger
 from asyncrl.models.loading import export, named_weights
+from asyncrl.rundir import atomic_folder
 from asyncrl.types import Report, Version
 
 log = logging.getLogger(__name__)
@@ -147,7 +148,8 @@ class Learner:
 
     def export(self, folder: str) -> None:
         """Writes the current policy as a Hugging Face folder, tokenizer included."""
-        export(self._trainer.model, self._tokenizer, Path(folder))
+        with atomic_folder(folder) as beside:
+            export(self._trainer.model, self._tokenizer, beside)
 
     def _train_until(self, until: int, ahead: Prefetch) -> None:
         """Updates up to `until`, or until the data has ended or `stop`. Never asks for a batch that it will not train."""

@@ -17,6 +17,11 @@ from asyncrl.config import ModelSpec
 from asyncrl.errors import CheckpointError, ConfigError
 
 
+def use_threads(count: int) -> None:
+    """Sets how many threads this process computes with."""
+    torch.set_num_threads(count)
+
+
 def load_model(spec: ModelSpec, device: str = "cpu") -> PreTrainedModel:
     """A causal LM from a Hugging Face id or folder, in eval mode, with SDPA attention. Raises ConfigError naming the path."""
     try:

@@ -43,15 +43,21 @@ class PromptSummary(Struct, frozen=True, kw_only=True):
     reused: bool
 
 
-def prepare(spec: DataSpec, encode: Encode, out: Path, tokenizer_id: str) -> PromptSummary:
+def prepare(spec: DataSpec, encode: Encode, out: Path, tokenizer_id: str, must_reuse: bool = False) -> PromptSummary:
     """Tokenizes every row of `spec.files` into `out`, leaving out prompts longer than `max_prompt_length` tokens.
 
     Skipped if `out` was made from the same file contents, keys, bound and tokenizer (`tokenizer_id` stands for it, see
-    `encoding.identity`). Written beside and renamed. Raises DataError: a malformed row, or no prompt left.
+    `encoding.identity`). Written beside and renamed. Raises DataError: a malformed row, no prompt left, or, with
+    `must_reuse`, data or a tokenizer that are not those of `out`.
     """
     fingerprint = _fingerprint(spec, tokenizer_id)
     if (known := _existing(out, fingerprint)) is not None:
         return known
+    if must_reuse:
+        raise DataError(
+            f"{', '.join(map(str, spec.files))} or the tokenizer changed since {out} was made: groups in the run's log would "
+            "be finished with other prompts; put the old files back, or start anew under another --name"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:

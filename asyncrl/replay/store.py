@@ -15,8 +15,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from msgspec.structs import replace
+
 import asyncrl.replay.schema as schema
 from asyncrl.errors import AsyncRLError, Closed, Fenced, Unavailable
+from asyncrl.metrics import Ledger
 from asyncrl.replay.admission import TOO_OLD
 from asyncrl.replay.answers import LogSettings, RowLease, TrainRows
 from asyncrl.replay.core import Core
@@ -41,6 +44,7 @@ class ReplayStore:
         self._log.history = []
         self._clock = clock
         self._lock = threading.Lock()
+        self._ledger = Ledger("wait:calls")  # written under the lock
         self._waiters = Waiters()
         self._closed = False
         self._seen: dict[str, int] = dict(self._core.ledger.workers)  # newest incarnation of each worker
@@ -151,7 +155,7 @@ class ReplayStore:
     async def report(self, since: int) -> StoreReport:
         """What the driver needs for its metrics: each record after sequence `since` once, in order, whoever restarted."""
 
-        return self._do(None, lambda: self._core.report(since))
+        return replace(self._do(None, lambda: self._core.report(since)), seconds=self._ledger.seconds())
 
     async def state(self) -> dict[str, Any]:
         """A dump for the watchdog."""
@@ -170,7 +174,7 @@ class ReplayStore:
 
     def _do(self, key: Key | None, action: Callable[[], T]) -> T:
         """Runs one step of the core. Wakes everybody who waits if it changed something."""
-        with self._lock:
+        with self._lock, self._ledger.span("busy"):
             self._check(key)
             before = self._core.changes
             try:

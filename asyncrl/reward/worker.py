@@ -11,6 +11,7 @@ from asyncrl.interfaces import RewardStore
 from asyncrl.metrics import Ledger
 from asyncrl.reward.frames import Sample, Verdict
 from asyncrl.reward.pool import RewardPool
+from asyncrl.rundir import redact
 from asyncrl.types import Report, Score, Unscored, UnscoredLease
 
 log = logging.getLogger(__name__)
@@ -153,5 +154,5 @@ def _score(item: Unscored, verdict: Verdict) -> Score:
         status=verdict.status,
         reward=verdict.reward,
         parts=verdict.parts,
-        error=verdict.error,
+        error=redact(verdict.error),
     )

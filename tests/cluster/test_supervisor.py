@@ -15,8 +15,8 @@ def test_nothing_moving_ends_the_run_with_a_dump(local_ray, tiny_recipe, tmp_pat
     stuck = tmp_path / "stuck.py"
     stuck.write_text("def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    while True: pass\n")
     recipe = tiny_recipe(reward=RewardSpec(function=f"{stuck}:compute_score", deadline_s=600.0))
-    with pytest.raises(AsyncRLError, match=r"nothing has moved for limits.stall_timeout_s=3 s"):
-        launch(recipe, Deployment(limits=LimitsSpec(stall_timeout_s=3.0, poll_s=0.5)), runs_dir=tmp_path)
+    with pytest.raises(AsyncRLError, match=r"nothing has moved for limits.stall_timeout_s=5 s"):
+        launch(recipe, Deployment(limits=LimitsSpec(stall_timeout_s=5.0, poll_s=0.5)), runs_dir=tmp_path)
     dump = json.loads((tmp_path / "tiny" / "logs" / "stall.json").read_text())
     assert dump.keys() == {"store", "learner", "generator-0", "reward-0"}
     assert "lease_batch" in dump["learner"], "the stack shows what the learner waits in"
@@ -25,14 +25,15 @@ def test_nothing_moving_ends_the_run_with_a_dump(local_ray, tiny_recipe, tmp_pat
 
 def test_an_error_that_would_come_again_is_not_retried(local_ray, tiny_recipe, tmp_path):
     missing = tmp_path / "raises.py"
-    missing.write_text("raise RuntimeError('licence expired')\n")
+    missing.write_text("def compute_score(*arguments): return 0.0\n\nraise RuntimeError('licence expired')\n")
     recipe = tiny_recipe(reward=RewardSpec(function=f"{missing}:compute_score"))
     with pytest.raises(ConfigError, match=r"reward-0: (.|\n)*licence expired"):
         launch(recipe, runs_dir=tmp_path)
     assert "licence expired" in (tmp_path / "tiny" / "logs" / "reward-0.error").read_text()
 
 
-def test_a_generator_that_fits_nowhere_is_named(local_ray, tiny_recipe, tmp_path):
+def test_a_generator_that_fits_nowhere_is_named(local_ray, tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "a cluster, so that only joining it can tell")
     deployment = Deployment(generators=GeneratorsSpec(place=PlaceSpec(cpus=512)))
     with pytest.raises(PlacementError, match="generator-0 fits nowhere"):
         launch(tiny_recipe(), deployment, runs_dir=tmp_path)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from asyncrl.cluster.preflight import check
 from asyncrl.config import (
     AlgorithmSpec,
     DataSpec,
@@ -21,7 +22,6 @@ from asyncrl.config import (
     StalenessSpec,
 )
 from asyncrl.errors import ConfigError, DataError
-from asyncrl.jobs.dry_run import check
 from asyncrl.paths import resolve_paths
 from asyncrl.rundir import RunDir
 

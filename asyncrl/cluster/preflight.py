@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 
 from asyncrl.callables import check_callable
+from asyncrl.cluster.resources import check_placement
 from asyncrl.config import Deployment, Recipe
 from asyncrl.errors import ConfigError, DataError
-from asyncrl.jobs.resources import check_placement
 from asyncrl.prompts.reading import check_columns, read_rows
 from asyncrl.rundir import RunDir
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from asyncrl.cluster.resources import check_placement, count_gpus
 from asyncrl.config import Deployment, GeneratorsSpec, LearnerPlaceSpec, PlaceSpec
 from asyncrl.errors import ConfigError
-from asyncrl.jobs.resources import check_placement, count_gpus
 
 
 @pytest.fixture
