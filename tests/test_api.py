@@ -1,9 +1,13 @@
 """Trainer and launch from Python, on the tiny model under real Ray."""
 
 import json
+import os
+import signal
+from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncrl import Trainer, launch
@@ -17,7 +21,7 @@ from asyncrl.config import (
     GeneratorsSpec,
     LearnerSpec,
 )
-from asyncrl.errors import ConfigError
+from asyncrl.errors import ConfigError, DataError
 from asyncrl.replay import open as open_replay
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
@@ -85,3 +89,31 @@ def test_an_earlier_run_is_set_aside_and_a_foreign_checkpoint_refused(local_ray,
         Trainer(tiny_recipe(), runs_dir=tmp_path, resume_from=tmp_path / "other" / "step_000001")
     with pytest.raises(ConfigError, match="no checkpoint"):
         launch(tiny_recipe(), name="fresh", runs_dir=tmp_path, resume=True)
+
+
+def test_resuming_with_other_prompts_is_refused_and_harms_nothing(local_ray, tiny_recipe, tmp_path):
+    recipe = tiny_recipe(total_steps=2)
+    launch(recipe, runs_dir=tmp_path)
+    recorded = (tmp_path / "tiny" / "recipe.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"seed=1, but it began with 0"):
+        launch(tiny_recipe(total_steps=4, seed=1), runs_dir=tmp_path, resume=True)
+    data = Path(recipe.data.files[0])
+    before = data.read_text()
+    data.write_text(before.replace("00+00=", "01+01="))
+    for _ in range(2):  # a refused attempt must not make the next one pass
+        with pytest.raises(DataError, match="changed since"):
+            launch(replace(recipe, total_steps=4), runs_dir=tmp_path, resume=True)
+    assert (tmp_path / "tiny" / "recipe.json").read_bytes() == recorded
+    data.write_text(before)
+    assert launch(replace(recipe, total_steps=4), runs_dir=tmp_path, resume=True).steps == 4
+
+
+def test_a_learner_that_dies_between_two_fits_is_replaced(local_ray, tiny_recipe, tmp_path):
+    pids = {}
+    with Trainer(
+        tiny_recipe(total_steps=20), runs_dir=tmp_path, observe=lambda status, tally: pids.update(status.pids)
+    ) as trainer:
+        trainer.fit(3)
+        os.kill(pids["learner"], signal.SIGKILL)
+        result = trainer.fit(3)
+    assert (result.steps, result.samples, result.restarts) == (6, 6 * 16, {"learner": 1})
