@@ -79,7 +79,7 @@ def tiny_recipe(tmp_path: Path, tiny_model: Path) -> Callable[..., Recipe]:
         fields: dict[str, Any] = {
             "name": "tiny",
             "model": ModelSpec(path=str(tiny_model)),
-            "data": DataSpec(files=(str(data),), answer_key="answer"),
+            "data": DataSpec(files=(str(data),), answer_key="answer", max_prompt_length=8),
             "reward": RewardSpec(function=f"{reward}:compute_score"),
             "sampling": SamplingSpec(n=4, max_response_length=6),
             "staleness": StalenessSpec(max_lag=4),

@@ -15,7 +15,6 @@ from asyncrl.config import (
     AlgorithmSpec,
     BusSpec,
     CheckpointSpec,
-    DataSpec,
     Deployment,
     EvaluationSpec,
     GeneratorsSpec,
@@ -74,8 +73,7 @@ def test_a_run_with_everything_switched_on(local_ray, tiny_recipe, tmp_path):
 
 
 def test_the_end_of_the_data_is_a_clean_end(local_ray, tiny_recipe, tmp_path):
-    files = tiny_recipe().data.files
-    recipe = tiny_recipe(total_steps=1000, data=DataSpec(files=files, answer_key="answer", epochs=1))
+    recipe = tiny_recipe(total_steps=1000, data=replace(tiny_recipe().data, epochs=1))
     result = launch(recipe, runs_dir=tmp_path)
     assert (result.steps, result.trained, result.pending) == (16, 64, 0)
 

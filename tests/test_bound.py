@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from msgspec.structs import replace
 
 from asyncrl import Trainer
 from asyncrl.api import RunResult
 from asyncrl.cluster.supervisor import Status
 from asyncrl.cluster.tally import Tally
 from asyncrl.config import (
-    DataSpec,
     Deployment,
     EngineSpec,
     GeneratorsSpec,
@@ -170,7 +170,7 @@ def test_the_end_of_the_data_is_a_clean_end(local_ray, tiny_recipe, tmp_path, on
     """64 prompts, once, in batches of 6."""
     data = tiny_recipe().data
     recipe = tiny_recipe(
-        data=DataSpec(files=data.files, answer_key="answer", epochs=1),
+        data=replace(data, epochs=1),
         learner=LearnerSpec(batch_groups=6, lr=1e-3),
         staleness=StalenessSpec(max_lag=2, on_stale=on_stale),
         total_steps=100,
