@@ -14,7 +14,7 @@ import yaml
 from msgspec import Struct
 
 from asyncrl.callables import load_callable
-from asyncrl.cluster import preflight
+from asyncrl.cluster import preflight, wiring
 from asyncrl.cluster.plan import Plan
 from asyncrl.cluster.session import RaySession
 from asyncrl.cluster.supervisor import Status, Supervisor
@@ -177,8 +177,6 @@ class Trainer:
         if recipe.prepare:
             log.info("preparing what is not there yet: %s", recipe.prepare)
             load_callable(recipe.prepare, "prepare")(recipe, self.paths.path)
-        from asyncrl.cluster import wiring  # imports transformers, and a wrong spec should fail before that
-
         stop_token_ids = wiring.prepare_prompts(recipe, self.paths, resuming)
         if not resuming:
             _set_aside(self.paths)
@@ -188,8 +186,6 @@ class Trainer:
         return stop_token_ids
 
     def _start(self, resume_at: int | None, stop_token_ids: tuple[int, ...]) -> Supervisor:
-        from asyncrl.cluster import wiring
-
         log.info("starting the actors")
         session = self._resources.enter_context(RaySession(self._deployment))
         plan = Plan(

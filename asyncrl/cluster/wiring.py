@@ -66,9 +66,14 @@ def prepare_prompts(recipe: Recipe, paths: RunDir, resuming: bool) -> tuple[int,
     if recipe.evaluation.files:
         made.append(prepare(_eval_data(recipe), encode, paths.data / "eval.arrow", tokenizer_id))
     for summary in made:
-        level = logging.WARNING if summary.too_long else logging.INFO
-        bound = f"longer than data.max_prompt_length={recipe.data.max_prompt_length}"
-        log.log(level, "%s: %d prompts; %d left out, %s", summary.path.stem, summary.prompts, summary.too_long, bound)
+        log.log(
+            logging.WARNING if summary.too_long else logging.INFO,
+            "%s: %d prompts; %d left out, longer than data.max_prompt_length=%d",
+            summary.path.stem,
+            summary.prompts,
+            summary.too_long,
+            recipe.data.max_prompt_length,
+        )
     return stop_token_ids(tokenizer, recipe.model)
 
 
@@ -123,10 +128,10 @@ def build_store(plan: Plan) -> "ReplayStore":
         capacity_groups=recipe.staleness.capacity_groups,
         lease_s=plan.deployment.limits.lease_s,
     )
-    log = LogSettings(
+    settings = LogSettings(
         folder=str(plan.paths.replay), segment_bytes=spec.segment_bytes, fsync=spec.fsync, keep_segments=spec.keep_segments
     )
-    return ReplayStore(store_plan, log)
+    return ReplayStore(store_plan, settings)
 
 
 # ------------------------------------------------------------------------------------------------------- the stages
