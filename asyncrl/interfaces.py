@@ -155,9 +155,3 @@ class WeightSource(Protocol):
         """Figures for the generator's report: bytes received, transfers that failed, time to fetch."""
 
     def close(self) -> None: ...
-
-
-class ScoreFunction(Protocol):
-    """verl's reward signature. Returns a float, or a dict with `score` whose other numbers are logged by name."""
-
-    def __call__(self, data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None) -> Any: ...

@@ -103,7 +103,7 @@ class RunDir:
             file.truncate(0)
             file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
-            for folder in (self.path, self.checkpoints, self.exports):
+            for folder in (self.path, self.data, self.checkpoints, self.exports):
                 _sweep(folder)
             try:
                 yield
@@ -130,20 +130,28 @@ def resolve_run_dir(name: str, runs_dir: str | Path = "runs", environ: Mapping[s
 # ---------------------------------------------------------------------------------------- files and folders
 
 
-def write_atomic(path: str | Path, content: bytes | str) -> None:
-    """Writes beside `path`, syncs, and renames: a reader sees the old file or the new one, never a part."""
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yields a fresh name beside `path`; what is written there is synced and renamed at success, removed on failure.
+
+    A reader sees the old file or the new one, never a part.
+    """
     path = Path(path)
     beside = _beside(path)
     try:
-        with beside.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield beside
+        _sync_file(beside)
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def write_atomic(path: str | Path, content: bytes | str) -> None:
+    """Writes `content` to `path`, whole or not at all."""
+    with atomic_file(path) as beside:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ class Staleness(Struct, frozen=True, kw_only=True):
 
     def overdue(self, *, oldest: int, committed: int) -> bool:
         """Whether a token from update `oldest` is already too old for the next update."""
-        return committed - oldest > self.max_lag
+        return lag(committed=committed, update=oldest) > self.max_lag
 
     def trainable(self, updates: np.ndarray, committed: int) -> np.ndarray:
         """Mask [T] bool of the tokens that update `committed + 1` may train: 0 <= lag <= η."""

@@ -17,6 +17,7 @@ from asyncrl.callables import check_callable
 from asyncrl.config import DataSpec
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.jobs.policies import Policy, load, locate
+from asyncrl.rundir import atomic_file
 from asyncrl.types import Generation, GenerationRequest, Prompt, Sampling, Version, derive_seed
 
 if TYPE_CHECKING:
@@ -268,10 +269,5 @@ def _write_samples(path: Path, answers: Sequence[Answer]) -> None:
         }
         for answer in answers
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_file(path) as beside:
         pq.write_table(pa.Table.from_pylist(rows), beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

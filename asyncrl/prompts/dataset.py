@@ -2,7 +2,6 @@
 
 import bisect
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -16,6 +15,7 @@ from asyncrl.config import DataSpec
 from asyncrl.errors import DataError
 from asyncrl.prompts.encoding import Encode
 from asyncrl.prompts.reading import Row, read_rows
+from asyncrl.rundir import atomic_file
 from asyncrl.types import Prompt
 
 _FORMAT = 1
@@ -58,15 +58,10 @@ def prepare(spec: DataSpec, encode: Encode, out: Path, tokenizer_id: str, must_r
             f"{', '.join(map(str, spec.files))} or the tokenizer changed since {out} was made: groups in the run's log would "
             "be finished with other prompts; put the old files back, or start anew under another --name"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_file(out) as beside:
         rows, prompts, shortest = _write(spec, encode, beside, fingerprint)
         if prompts == 0:
             raise DataError(_nothing_left(spec, rows, shortest))
-        os.replace(beside, out)
-    finally:
-        beside.unlink(missing_ok=True)
     return PromptSummary(path=out, rows=rows, prompts=prompts, too_long=rows - prompts, reused=False)
 
 
