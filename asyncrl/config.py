@@ -237,18 +237,86 @@ class PlaceSpec(Spec, frozen=True, kw_only=True):
     resources: dict[str, float] = {}
 
 
-class EngineSpec(Spec, frozen=True, kw_only=True):
-    """kind `torch`: the embedded engine. slots: requests decoded together. max_length: prompt + response tokens.
+UpdateMode = Literal["in_flight", "keep_kv", "drain", "restart"]
 
-    update_mode: how new weights enter while requests run (DESIGN §5). deterministic: one group at a time, rows
-    constant, so that a run repeats to the bit.
+
+class SGLangSpec(Spec, frozen=True, kw_only=True):
+    """SGLang servers of one generator: `servers` launched and owned by it, or those at `urls`, which run already.
+
+    command: what starts a server; asyncrl adds the arguments. env: added to the server's environment.
+    args: any other server argument by its command line name, e.g. {"attention-backend": "fa3"}; true is a bare flag.
+    tp_size: GPUs of one server. dtype, mem_fraction: None leaves them to the model and to SGLang.
+    prefix_cache: share the KV cache of common prompts (SGLang's radix cache). An `in_flight` update then interrupts the
+    requests and resumes them after the swap; without, SGLang retracts them itself, which is faster for short prompts.
+    transfer: how weights reach a server. `shared`: shared memory of the node; `cuda_ipc`: the same, from this generator's
+    GPU; `distributed`: a torch.distributed group, to any node. `auto`: the fastest that fits.
+    stream_interval: tokens between two reports of a rollout; what was reported survives the death of its server.
     """
 
-    kind: Literal["torch"] = "torch"
+    urls: tuple[str, ...] = ()
+    servers: int = 1
+    command: tuple[str, ...] = ("python", "-m", "sglang.launch_server")
+    env: dict[str, str] = {}
+    args: dict[str, str | int | float | bool] = {}
+    tp_size: int = 1
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    mem_fraction: float | None = None
+    prefix_cache: bool = False
+    transfer: Literal["auto", "shared", "cuda_ipc", "distributed"] = "auto"
+    stream_interval: int = 64
+
+    def __post_init__(self) -> None:
+        _require(self.servers >= 1, f"engine.sglang.servers={self.servers} < 1: nobody would generate; use at least 1")
+        _require(self.tp_size >= 1, f"engine.sglang.tp_size={self.tp_size} < 1: a server needs a device; use at least 1")
+        _require(
+            self.mem_fraction is None or 0 < self.mem_fraction < 1,
+            f"engine.sglang.mem_fraction={self.mem_fraction} is outside (0, 1): it is the share of a GPU's memory for weights "
+            "and KV cache; null leaves it to SGLang",
+        )
+        _require(
+            self.stream_interval >= 1,
+            f"engine.sglang.stream_interval={self.stream_interval} < 1: no token would ever be reported; use at least 1",
+        )
+        for url in self.urls:
+            _require(
+                url.startswith(("http://", "https://")),
+                f"engine.sglang.urls: {url!r} is no address of a server; write http://HOST:PORT",
+            )
+
+
+class EngineSpec(Spec, frozen=True, kw_only=True):
+    """kind `torch`: the embedded engine; `sglang`: SGLang servers, as `sglang` says. max_length: prompt + response tokens.
+
+    slots: requests decoded together, at most; with SGLang per server, and fewer while its KV cache is short.
+    update_mode: how new weights enter while requests run (DESIGN §5). `in_flight` recomputes the KV cache of unfinished
+    rollouts and goes on; `keep_kv` goes on with the old one; `drain` waits for them; `restart` begins them anew.
+    deterministic: one group at a time, rows constant, so that a run repeats to the bit (torch only).
+    """
+
+    kind: Literal["torch", "sglang"] = "torch"
     slots: int = 64
     max_length: int = 2048
-    update_mode: Literal["in_flight", "keep_kv", "drain"] = "in_flight"
+    update_mode: UpdateMode = "in_flight"
     deterministic: bool = False
+    sglang: SGLangSpec = SGLangSpec()
+
+    def __post_init__(self) -> None:
+        if self.kind == "torch":
+            _require(
+                self.sglang == SGLangSpec(),
+                "engine.sglang is set, but engine.kind='torch': it would be ignored; set engine.kind: sglang, or leave it out",
+            )
+            return
+        _require(
+            not self.deterministic,
+            "engine.deterministic=true with engine.kind='sglang': SGLang's batches depend on timing, so nothing would repeat "
+            "to the bit; use kind: torch, or deterministic: false",
+        )
+        _require(
+            not (self.sglang.prefix_cache and self.update_mode == "keep_kv"),
+            "engine.sglang.prefix_cache=true with engine.update_mode='keep_kv': a cached prompt of old weights could be "
+            "labelled as new; turn the prefix cache off, or use update_mode: in_flight",
+        )
 
 
 class GeneratorsSpec(Spec, frozen=True, kw_only=True):

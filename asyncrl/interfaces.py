@@ -44,7 +44,7 @@ class Engine(Protocol):
 
     @property
     def slots(self) -> int:
-        """Requests decoded together at most."""
+        """Requests decoded together at most. May change at any time, also below what is in flight; asking never waits."""
 
     @property
     def version(self) -> Version | None:
@@ -69,6 +69,9 @@ class Engine(Protocol):
 
     def health(self, deadline_s: float) -> None:
         """Proves that the engine makes progress, or raises `Unavailable` before the deadline."""
+
+    def gauges(self) -> dict[str, float]:
+        """Figures for the generator's report, counters or present values. Never waits."""
 
     def close(self) -> None:
         """Stops the engine; unfinished futures raise `Closed`."""

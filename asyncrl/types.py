@@ -272,11 +272,16 @@ class StoreReport(Struct, frozen=True, kw_only=True):
 
 
 class SwapReport(Struct, frozen=True, kw_only=True):
-    """One weight update as an engine saw it. pause_s: how long no token was produced."""
+    """One weight update as an engine saw it. pause_s: how long no token was produced.
+
+    recomputed_tokens: whose cache was computed anew, prompts included; they stay part of their rollouts.
+    discarded_tokens: response tokens thrown away with the rollouts that began anew (`restart`).
+    """
 
     version: Version
     pause_s: float
     recomputed_tokens: int
+    discarded_tokens: int = 0
 
 
 class Report(Struct, frozen=True, kw_only=True):

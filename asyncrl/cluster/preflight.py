@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from asyncrl.callables import check_callable
+from asyncrl.cluster.engines import check_engine
 from asyncrl.cluster.resources import check_placement
 from asyncrl.config import Deployment, Recipe
 from asyncrl.errors import ConfigError, DataError
@@ -48,6 +49,7 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
     yield lambda: _callables(recipe)
     yield lambda: _lengths(recipe, deployment)
     yield lambda: _batches(recipe, deployment, run_dir)
+    yield lambda: f"engine      {check_engine(deployment)}"
     yield lambda: f"placement   {check_placement(deployment)}"
 
 

@@ -21,6 +21,8 @@ from asyncrl.rundir import RunDir, write_atomic
 from asyncrl.types import Sampling
 
 if TYPE_CHECKING:
+    from asyncrl.generate.sglang.engine import SGLangEngine
+    from asyncrl.generate.torch_engine import TorchEngine
     from asyncrl.replay.client import ReplayClient
     from asyncrl.replay.store import ReplayStore
 
@@ -159,25 +161,23 @@ def check_reach(plan: Plan) -> None:
         )
 
 
+def _host(plan: Plan) -> str:
+    """Where this node's sockets listen."""
+    return "127.0.0.1" if plan.loopback else ray.util.get_node_ip_address()
+
+
 def _device(place: PlaceSpec) -> str:
     return "cuda" if place.gpus else "cpu"
 
 
 def _generator(name: str, plan: Plan, peers: Peers, store: "ReplayClient") -> Built:
     from asyncrl.generate.generator import Generator
-    from asyncrl.generate.torch_engine import TorchEngine
-    from asyncrl.models.loading import load_model, use_threads
+    from asyncrl.models.loading import use_threads
     from asyncrl.weights.subscriber import WeightSubscriber
 
-    spec, bus, limits = plan.deployment.generators.engine, plan.deployment.bus, plan.deployment.limits
+    bus, limits = plan.deployment.bus, plan.deployment.limits
     use_threads(plan.deployment.generators.place.threads)
-    engine = TorchEngine(
-        load_model(plan.recipe.model, device=_device(plan.deployment.generators.place)),
-        slots=spec.slots,
-        max_length=spec.max_length,
-        update_mode=spec.update_mode,
-        deterministic=spec.deterministic,
-    )
+    engine = _sglang_engine(name, plan) if plan.deployment.generators.engine.kind == "sglang" else _torch_engine(plan)
     weights = WeightSubscriber(
         lambda: peers.peek("bus"), name=name, transport=bus.transport, credit=bus.credit, deadline_s=limits.start_timeout_s
     )
@@ -192,6 +192,38 @@ def _generator(name: str, plan: Plan, peers: Peers, store: "ReplayClient") -> Bu
     )
     engine.start()
     return Built(generator, None, (store.close, weights.close, engine.close))
+
+
+def _torch_engine(plan: Plan) -> "TorchEngine":
+    from asyncrl.generate.torch_engine import TorchEngine
+    from asyncrl.models.loading import load_model
+
+    spec, place = plan.deployment.generators.engine, plan.deployment.generators.place
+    return TorchEngine(
+        load_model(plan.recipe.model, device=_device(place)),
+        slots=spec.slots,
+        max_length=spec.max_length,
+        update_mode=spec.update_mode,
+        deterministic=spec.deterministic,
+    )
+
+
+def _sglang_engine(name: str, plan: Plan) -> "SGLangEngine":
+    from asyncrl.generate.sglang.build import sglang_engine
+
+    place, limits = plan.deployment.generators.place, plan.deployment.limits
+    return sglang_engine(
+        plan.deployment.generators.engine,
+        plan.recipe.model,
+        host=_host(plan),
+        gpus=place.gpus,
+        threads=place.threads,
+        logs=plan.paths.logs,
+        name=name,
+        least=plan.recipe.sampling.n,
+        health_timeout_s=limits.health_timeout_s,
+        start_timeout_s=limits.start_timeout_s,
+    )
 
 
 def _reward(name: str, plan: Plan, store: "ReplayClient") -> Built:
@@ -236,7 +268,7 @@ def _learner(plan: Plan, store: "ReplayClient") -> Built:
     )
 
     publishers: list[WeightPublisher] = []
-    host = "127.0.0.1" if plan.loopback else ray.util.get_node_ip_address()
+    host = _host(plan)
 
     def open_bus(incarnation: int) -> WeightPublisher:
         publisher = WeightPublisher(plan.run_id, incarnation, host=host, transport=bus.transport, bucket_bytes=bus.bucket_bytes)

@@ -81,6 +81,11 @@ class Batch:
         rows = range(self._rows.count)
         return self._decoder.fill([self._rows.known(row) for row in rows], [[row] for row in rows])
 
+    def clear(self) -> tuple[list[Job], int]:
+        """Throws all rows away. Returns the jobs without an answer, in the order in which they joined, and how many tokens
+        had been sampled for them."""
+        return self._rows.clear()
+
     def mark(self, version: Version) -> None:
         """Later tokens come from `version`."""
         self._rows.mark(version)

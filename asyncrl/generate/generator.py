@@ -128,7 +128,7 @@ class Generator:
     # --------------------------------------------------------------------------------------------- feed
 
     def _room(self) -> int:
-        """How many tickets to ask for now."""
+        """How many tickets to ask for now. The engine may have fewer slots than requests unfinished: then none."""
         waits_for_swap = self._swapping or (self._swap_wanted and not self._evaluating())
         too_old = self._too_old == self._version and self._since_heard() < self._poll_s
         if self._version is None or self._ended or waits_for_swap or too_old:
@@ -265,10 +265,11 @@ class Generator:
     def report(self) -> Report:
         """Time per state, and counters since the start of `run`."""
         with self._cond:
-            gauges = self._tally.gauges()
-            gauges["active_slots"] = float(min(self._work.unfinished, self._engine.slots))
-            gauges["slots"] = float(self._engine.slots)
+            gauges, slots = self._tally.gauges(), self._engine.slots
+            gauges["active_slots"] = float(min(self._work.unfinished, slots))
+            gauges["slots"] = float(slots)
             gauges["held_groups"] = float(len(self._work.groups()))
             gauges["update"] = float(-1 if self._version is None else self._version.update)
+        gauges |= {f"engine/{name}": value for name, value in self._engine.gauges().items()}
         gauges |= {f"bus/{name}": value for name, value in self._weights.gauges().items()}
         return Report(name=self._name, role="generator", seconds=self._ledger.seconds(), gauges=gauges)

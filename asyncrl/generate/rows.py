@@ -50,6 +50,8 @@ class Rows:
         self._prompt = np.zeros(slots, dtype=np.int64)
         self._limit = np.zeros(slots, dtype=np.int64)
         self._seed = np.zeros(slots, dtype=np.int64)
+        self._turn = np.zeros(slots, dtype=np.int64)  # rises in the order in which rows joined
+        self._turns = 0
         self._stops = np.full((slots, 1), -1, dtype=np.int64)
         self._temperature = np.ones(slots)
         self._top_p = np.ones(slots)
@@ -68,6 +70,7 @@ class Rows:
             self.length[row] = self._prompt[row] = size
             self._limit[row] = size + sampling.max_tokens
             self._seed[row] = request.seed
+            self._turn[row], self._turns = self._turns, self._turns + 1
             self._set_stops(row, sampling.stop_token_ids)
             self._temperature[row], self._top_p[row], self._top_k[row] = sampling.temperature, sampling.top_p, sampling.top_k
             self.alive[row] = True
@@ -155,13 +158,24 @@ class Rows:
         source = self._index[left:n][alive[left:]]
         for array in (self.tokens, self._logprobs, self._kept, self.length, self.alive, self._prompt, self._limit, self._seed):
             array[to] = array[source]
-        for array in (self._stops, self._temperature, self._top_p, self._top_k):
+        for array in (self._turn, self._stops, self._temperature, self._top_p, self._top_k):
             array[to] = array[source]
         for hole, mover in zip(to.tolist(), source.tolist(), strict=True):
             self._jobs[hole], self._starts[hole] = self._jobs[mover], self._starts[mover]
         del self._jobs[left:], self._starts[left:]
         self.count, self._sampling = left, None
         return to, source
+
+    def clear(self) -> tuple[list[Job], int]:
+        """Takes out all rows. Returns the jobs that have no answer, in the order in which they joined, and the number of
+        tokens sampled for them, which are lost."""
+        living = [int(row) for row in np.argsort(self._turn[: self.count]) if self.alive[row]]
+        jobs = [self._jobs[row] for row in living]
+        sampled = int((self.length[living] - self._prompt[living]).sum())
+        self._jobs.clear()
+        self._starts.clear()
+        self.count, self._sampling = 0, None
+        return jobs, sampled
 
     def jobs(self) -> list[Job]:
         """The jobs of the living rows."""

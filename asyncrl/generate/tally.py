@@ -11,7 +11,10 @@ class Tally:
     def __init__(self) -> None:
         self._since = time.monotonic()
         self._gauges = dict.fromkeys(
-            ("tokens", "rollouts", "swaps", "pause_s_total", "pause_s_last", "pause_s_max", "recomputed_tokens", "evals_left"),
+            (
+                *("tokens", "rollouts", "swaps", "pause_s_total", "pause_s_last", "pause_s_max"),
+                *("recomputed_tokens", "discarded_tokens", "evals_left"),
+            ),
             0.0,
         )
 
@@ -27,6 +30,7 @@ class Tally:
     def swap(self, report: SwapReport) -> None:
         self._gauges["swaps"] += 1
         self._gauges["recomputed_tokens"] += report.recomputed_tokens
+        self._gauges["discarded_tokens"] += report.discarded_tokens
         self._gauges["swapped_at"] = time.time()
         self._gauges["pause_s_last"] = report.pause_s
         self._gauges["pause_s_total"] += report.pause_s

@@ -12,10 +12,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
-from typing import Literal
 
 from transformers import PreTrainedModel
 
+from asyncrl.config import UpdateMode
 from asyncrl.errors import AsyncRLError, Closed, ConfigError, Unavailable
 from asyncrl.generate.admission import GroupAlone, JoinAtOnce
 from asyncrl.generate.batch import Batch
@@ -26,8 +26,6 @@ from asyncrl.generate.rows import Finished, Job
 from asyncrl.interfaces import Tensors
 from asyncrl.models.loading import load_weights
 from asyncrl.types import Generation, GenerationRequest, SwapReport, Version
-
-UpdateMode = Literal["in_flight", "keep_kv", "drain"]
 
 
 def _settle(job: Job, outcome: Generation | AsyncRLError) -> None:
@@ -47,7 +45,8 @@ class TorchEngine:
 
     slots: rows decoded together. max_length: prompt + response tokens (cut to what the model's positions allow).
     update_mode: `in_flight` recomputes the cache of unfinished rows, so every logprob is that of the tagged version;
-    `keep_kv` does not, which is faster and outside that guarantee; `drain` swaps when the running rows have ended.
+    `keep_kv` does not, which is faster and outside that guarantee; `drain` swaps when the running rows have ended;
+    `restart` begins unfinished rows anew from their prompts, so that a rollout is of one version and its work so far lost.
     deterministic: one group at a time, rows constant until all of it has ended; results repeat to the bit.
     """
 
@@ -124,14 +123,10 @@ class TorchEngine:
                 self._queue = deque(job for job in self._queue if group not in (None, job.request.group))
             finished = self._batch.abort(group)
         for job in queued:
-            finished.append(
-                Finished(
-                    job,
-                    Generation(
-                        id=job.request.id, token_ids=[], logprobs=[], kept_logmass=None, spans=(), finish_reason="abort"
-                    ),
-                )
+            nothing = Generation(
+                id=job.request.id, token_ids=[], logprobs=[], kept_logmass=None, spans=(), finish_reason="abort"
             )
+            finished.append(Finished(job, nothing))
         self._deliver(finished)
 
     # ----------------------------------------------------------------------------------------- stepping
@@ -223,17 +218,30 @@ class TorchEngine:
                 self._require_running()
                 started = self._clock()
                 load_weights(self._model, tensors)
-                # After a drain there is nothing to recompute.
+                discarded = self._begin_anew() if self._update_mode == "restart" else 0
+                # After a drain or a restart there is nothing to recompute.
                 recomputed = 0 if self._update_mode == "keep_kv" else self._batch.recompute()
                 self._batch.mark(version)
                 with self._cond:
                     self._version, self._draining = version, False
                     self._beats += 1
                     self._cond.notify_all()
-                return SwapReport(version=version, pause_s=self._clock() - started, recomputed_tokens=recomputed)
+                pause_s = self._clock() - started
+            return SwapReport(version=version, pause_s=pause_s, recomputed_tokens=recomputed, discarded_tokens=discarded)
         except Exception as error:
             self._fail(error)
             raise
+
+    def _begin_anew(self) -> int:
+        """Puts unfinished rows back at the head of the queue, in order. Returns how many tokens are lost with them.
+
+        They keep their seeds, and so their random numbers: under weights that hardly changed they come out nearly the same.
+        Fresh ones would favour short answers, since it is the long ones that a swap finds unfinished.
+        """
+        with self._cond:  # from batch to queue at once: `close` must find every job in one of them
+            jobs, discarded = self._batch.clear()
+            self._queue.extendleft(reversed(jobs))
+        return discarded
 
     def _drain(self) -> None:
         with self._cond:
@@ -273,6 +281,10 @@ class TorchEngine:
                     f"the torch engine made no step in {deadline_s} s with {self._batch.count} rows running and "
                     f"{len(self._queue)} requests queued; restart it"
                 )
+
+    def gauges(self) -> dict[str, float]:
+        """active: rows in every step. queued: requests that wait for a slot."""
+        return {"active": float(self._batch.count), "queued": float(len(self._queue))}
 
     def close(self, deadline_s: float = 30.0) -> None:
         """Ends the thread after its step; unfinished futures raise Closed. Raises Unavailable if the step takes longer."""

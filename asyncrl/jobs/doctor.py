@@ -7,6 +7,7 @@ import mmap
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -16,13 +17,13 @@ from typing import Literal
 
 from msgspec import Struct, to_builtins
 
+from asyncrl.cluster.engines import CPU_COMMAND, CPU_FIX, GPU_FIX, KERNELS, installed_version
 from asyncrl.cluster.resources import count_gpus
 
 SHM = Path("/dev/shm")
 MIN_SHM_BYTES = 1 << 30  # Ray's objects and two versions of the weights live there; containers often give 64 MiB
 
 OPTIONAL = {
-    "sglang": ("production engine", "pip install sglang"),
     "wandb": ("tracking", "pip install wandb"),
     "pandas": ("reading metrics and the replay log", "pip install pandas"),
     "duckdb": ("querying the replay log", "pip install duckdb"),
@@ -68,6 +69,9 @@ def examine() -> list[Finding]:
         ("zeromq", zeromq, "pyzmq"),
         ("arrow", arrow, "pyarrow"),
         ("shared memory", shared_memory, ""),
+        ("torch engine", torch_engine, "transformers"),
+        ("sglang (GPU)", sglang_gpu, ""),
+        ("sglang (CPU)", sglang_cpu, ""),
     ]
     findings = [guarded(*check) for check in checks]
     return [*findings, *(optional(name, use, fix) for name, (use, fix) in OPTIONAL.items())]
@@ -200,6 +204,42 @@ def shared_memory(folder: Path = SHM, least_bytes: int = MIN_SHM_BYTES) -> Findi
         detail += f": below {_gib(least_bytes)}, larger models will not fit"
         return Finding(name="shared memory", status="broken", detail=detail, fix=fix, required=False)
     return Finding(name="shared memory", status="ok", detail=f"{detail}, writable")
+
+
+def torch_engine() -> Finding:
+    """engine.kind: torch. It comes with asyncrl; importing what it needs is the check."""
+    importlib.import_module("asyncrl.generate.torch_engine")
+    return Finding(name="torch engine", status="ok", detail="embedded: any Hugging Face causal LM, CPU or GPU")
+
+
+def sglang_gpu(installed: Callable[[str], str] = installed_version) -> Finding:
+    """engine.kind: sglang, where there are GPUs. SGLang is found by its metadata, and not imported."""
+    version, kernels = installed("sglang"), installed(KERNELS)
+    if version and kernels:
+        detail = f"sglang {version}, {KERNELS} {kernels}: production engine"
+        return Finding(name="sglang (GPU)", status="ok", detail=detail, required=False)
+    why = f"; sglang {version} is here without its CUDA kernels" if version else ""
+    return Finding(name="sglang (GPU)", status="missing", detail=f"production engine{why}", fix=GPU_FIX, required=False)
+
+
+def sglang_cpu(
+    find: Callable[[str], str | None] = shutil.which,
+    installed: Callable[[str], str] = installed_version,
+    prefix: Path = Path(sys.prefix),
+) -> Finding:
+    """engine.kind: sglang, without GPUs: the command that deploy/sglang-cpu/install makes, and the sglang that it starts."""
+    name, use, own = "sglang (CPU)", "SGLang without GPUs", prefix / "bin" / CPU_COMMAND
+    found, version = find(CPU_COMMAND), installed("sglang")
+    if found and Path(found).resolve() != own.resolve():
+        return Finding(name=name, status="ok", detail=f"{found}, of another environment: {use}", required=False)
+    if not found and not own.exists():
+        return Finding(name=name, status="missing", detail=use, fix=CPU_FIX, required=False)
+    if not version:
+        return Finding(name=name, status="broken", detail=f"{own} without sglang", fix=CPU_FIX, required=False)
+    if not found:
+        fix = f". {prefix}/bin/activate"
+        return Finding(name=name, status="broken", detail=f"{own} is not on PATH", fix=fix, required=False)
+    return Finding(name=name, status="ok", detail=f"sglang {version}, {CPU_COMMAND}: {use}", required=False)
 
 
 def optional(name: str, use: str, fix: str) -> Finding:

@@ -36,6 +36,15 @@ def load_model(spec: ModelSpec, device: str = "cpu") -> PreTrainedModel:
     return model.to(device).eval()
 
 
+def context(spec: ModelSpec) -> tuple[int, int | None]:
+    """Size of the vocabulary, and how many positions the model knows (None: no bound), without loading its weights."""
+    try:
+        config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code).get_text_config(decoder=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={spec.path!r}: no configuration could be loaded: {error}") from error
+    return config.vocab_size, getattr(config, "max_position_embeddings", None)
+
+
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or the one named by `spec.tokenizer`."""
     path = spec.tokenizer or spec.path

@@ -19,6 +19,7 @@ from asyncrl.config import (
     Recipe,
     RewardSpec,
     SamplingSpec,
+    SGLangSpec,
     StalenessSpec,
 )
 from asyncrl.errors import ConfigError, DataError
@@ -66,6 +67,7 @@ def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
         "lengths     1024 prompt + 1024 response tokens of 2048",
         # The bound would admit (2 + 1) · 8 = 24; capacity_groups says 20.
         "batches     5 updates × 8 groups × 4 rollouts; max_lag 2 (mask), at most 20 groups outstanding; 1 × 64 slots",
+        "engine      torch: embedded, in_flight updates",
         "placement   4 actors on this machine ask for 0 of 2 CPUs",
     ]
     assert not run.path.exists()
@@ -132,6 +134,16 @@ def test_another_engine_and_estimator_lift_their_bounds(recipe: Recipe, run: Run
     deployment = Deployment(generators=GeneratorsSpec(engine=EngineSpec(max_length=4096)))
     assert "lengths     1024 prompt + 3072 response tokens of 4096" in check(long, deployment, run)
     assert check(replace(recipe, algorithm=AlgorithmSpec(adv_estimator="grpo_no_std")), Deployment(), run)
+
+
+def test_an_engine_that_cannot_be_started_is_told_with_the_rest(recipe: Recipe, run: RunDir) -> None:
+    engine = EngineSpec(kind="sglang", sglang=SGLangSpec(command=("no-such-server",)))
+    deployment = Deployment(generators=GeneratorsSpec(engine=engine))
+    with pytest.raises(ConfigError, match=r"'no-such-server' is not on PATH"):
+        check(recipe, deployment, run)
+    sampled = replace(recipe, sampling=SamplingSpec(n=65, top_p=0.9))
+    with pytest.raises(ConfigError, match=r"2 problems:\n  1\. .*sampling\.n=65\b.*\n  2\. .*'no-such-server' is not on PATH"):
+        check(sampled, deployment, run)
 
 
 def test_a_run_directory_that_cannot_be_made(recipe: Recipe, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ class FakeEngine:
     """Ends a request only when the test says `answer(id)`; swaps at once, and remembers all calls."""
 
     def __init__(self, slots: int = 4) -> None:
-        self.slots = slots
+        self.slots = slots  # a test may change it at any time
         self.version: Version | None = None
         self.pending: dict[str, tuple[GenerationRequest, Future[Generation], Version | None]] = {}
         self.swaps: list[Version] = []
@@ -133,7 +133,10 @@ class FakeEngine:
             self.version = version
             self.swaps.append(version)
             self.changed.notify_all()
-        return SwapReport(version=version, pause_s=0.25, recomputed_tokens=3)
+        return SwapReport(version=version, pause_s=0.25, recomputed_tokens=3, discarded_tokens=2)
+
+    def gauges(self) -> dict[str, float]:
+        return {"pending": float(len(self.pending))}
 
     def health(self, deadline_s: float) -> None:
         if self.hangs:

@@ -1,6 +1,7 @@
 """The generator as a plain object, between a scripted store, weight source and engine."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -86,6 +87,8 @@ def test_a_group_is_held_until_all_its_rollouts_are_submitted(
     gauges = one.generator.report().gauges
     assert (gauges["rollouts"], gauges["tokens"], gauges["swaps"], gauges["update"]) == (2, 4, 1, 0)
     assert gauges["waits/bound_full"] >= 1
+    assert (gauges["recomputed_tokens"], gauges["discarded_tokens"]) == (3, 2)
+    assert (gauges["engine/pending"], gauges["bus/versions"]) == (0, 1)
 
 
 def test_seeds_follow_the_missing_rollouts(
@@ -109,6 +112,41 @@ def test_a_freed_slot_is_offered_at_once_and_full_slots_only_send_signs_of_life(
         fake_engine.answer(id)
     fake_engine.wait(lambda: "2/0/0" in fake_engine.pending)
     assert all(k > 0 for k, *_ in fake_store.calls)
+
+
+def test_fewer_slots_than_requests_unfinished_ask_for_nothing_until_there_is_room(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    start(poll_s=0.05)
+    fake_weights.publish(V0)
+    fake_store.put(make_ticket(0), make_ticket(1))
+    fake_engine.wait(lambda: len(fake_engine.pending) == 4)
+    fake_store.wait(lambda: (0, V0, (0, 1)) in fake_store.calls)
+    fake_engine.slots = 3
+    seen, began = len(fake_store.calls), time.monotonic()
+    fake_engine.answer("0/0/0")
+    fake_engine.answer("0/1/0")  # 2 unfinished of 3 slots: no room for a group of 2
+    fake_store.wait(lambda: len(fake_store.rollouts) == 2 and len(fake_store.calls) >= seen + 4)
+    assert [k for k, *_ in fake_store.calls[seen:]] == [0] * (len(fake_store.calls) - seen)
+    # Signs of life only, at their pace: no busy loop. One more, as the first may have been due already.
+    assert len(fake_store.calls) - seen <= (time.monotonic() - began) / 0.05 + 1
+    fake_engine.slots = 4  # grown again: seen at the next sign of life at the latest
+    fake_store.wait(lambda: fake_store.calls[-1][0] == 1)
+
+
+def test_an_engine_with_less_than_a_group_of_slots_still_gets_one_group_at_a_time(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    fake_engine.slots = 1
+    start(poll_s=0.05)
+    fake_weights.publish(V0)
+    fake_store.put(make_ticket(0), make_ticket(1))
+    for group in (0, 1):
+        fake_engine.wait(lambda group=group: set(fake_engine.pending) == {f"{group}/0/0", f"{group}/1/0"})
+        fake_engine.answer(f"{group}/0/0")
+        fake_engine.answer(f"{group}/1/0")
+    fake_store.wait(lambda: len(fake_store.rollouts) == 4)
+    assert max(k for k, *_ in fake_store.calls) == 1
 
 
 def test_full_slots_hear_of_cancellations_by_heartbeat(

@@ -36,6 +36,22 @@ def test_ended_rows_are_filled_from_the_back(make_request: Callable[..., Generat
     assert aborted.generation.spans == (Span(V0, 1), Span(V1, 1))
 
 
+def test_rows_thrown_away_give_their_jobs_back_in_the_order_in_which_they_joined(
+    make_request: Callable[..., GenerationRequest],
+) -> None:
+    rows = Rows(slots=4, max_length=16, device=torch.device("cpu"))
+    rows.add([Job(make_request(id, max_tokens=1 if id == "a" else 5), Future()) for id in "abc"], V0)
+    rows.record(np.arange(3), np.full(3, -1.0), None)
+    rows.drop()  # c now stands before b
+    rows.add([Job(make_request("d", max_tokens=1), Future()), Job(make_request("e"), Future())], V0)
+    rows.record(np.arange(4), np.full(4, -1.0), None)  # d has ended, as a dummy: it has its answer
+    jobs, sampled = rows.clear()
+    assert [job.request.id for job in jobs] == ["b", "c", "e"]
+    assert (sampled, rows.count, rows.jobs()) == (2 + 2 + 1, 0, [])
+    assert rows.add([jobs[0]], V1) == [0]
+    assert rows.draw_keys()[1].tolist() == [0]  # its random numbers begin anew
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=1, max_size=6), st.integers(0, 5))
 def test_spans_cover_the_tokens_in_order(steps: list[tuple[int, int]], tail: int) -> None:

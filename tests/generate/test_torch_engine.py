@@ -151,6 +151,61 @@ def test_drain_swaps_when_the_running_rows_have_ended(
     assert versions == [(Span(V0, 20),)] * 2 + [(Span(V1, 20),)] * 2
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_restart_begins_unfinished_rollouts_anew_in_their_order(
+    make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest, deterministic: bool
+) -> None:
+    models = {V0: make_model(), V1: make_model(seed=1)}
+    engine = make_engine(slots=3, update_mode="restart", deterministic=deterministic)
+    # Slots for the first three: b, which ends, is replaced by d from the second group (or not yet, if deterministic).
+    lengths = {"a": 12, "b": 3, "c": 14, "d": 12, "e": 12}
+    requests = [
+        make_request(id, prompt=range(1, 4 + i), seed=i, group=i // 3, max_tokens=n)
+        for i, (id, n) in enumerate(lengths.items())
+    ]
+    futures = engine.submit_group(requests[:3]) + engine.submit_group(requests[3:])
+    for _ in range(5):
+        engine.step()
+    report = engine.update_weights(V1, weights(models[V1]))
+    # a and c had 5 tokens each; d joined after 3 steps.
+    assert (report.discarded_tokens, report.recomputed_tokens) == (5 + 5 + (0 if deterministic else 2), 0)
+    assert engine.gauges() == {"active": 0.0, "queued": 4.0}
+    assert [job.request.id for job in engine._queue] == ["a", "c", "d", "e"]
+    answers = finish(engine, *futures)
+    assert [answer.spans for answer in answers] == [(Span(V0 if id == "b" else V1, n),) for id, n in lengths.items()]
+    for request, answer in zip(requests, answers, strict=True):
+        np.testing.assert_allclose(full_logprobs(answer), recomputed(models, request, answer), atol=1e-5)
+
+
+def test_restart_under_the_same_weights_gives_the_same_rollout(
+    make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest
+) -> None:
+    """Its random numbers are those of its seed, whatever was thrown away: no second draw for what takes long."""
+    plain, engine = make_engine(), make_engine(update_mode="restart")
+    expected = finish(plain, plain.submit(make_request()))[0].token_ids
+    future = engine.submit(make_request())
+    for version in (V1, V2):
+        for _ in range(4):
+            engine.step()
+        engine.update_weights(version, weights(make_model()))
+    assert finish(engine, future)[0].token_ids == expected
+
+
+def test_restarts_of_a_running_engine_lose_nothing(
+    make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest
+) -> None:
+    versions = [Version(0, update) for update in range(1, 6)]
+    engine = make_engine(slots=4, max_length=96, update_mode="restart")
+    engine.start()
+    futures = [engine.submit(make_request(str(i), seed=i, max_tokens=10 + 5 * (i % 4))) for i in range(16)]
+    tensors = weights(make_model(seed=1))
+    reports = [engine.update_weights(version, tensors) for version in versions]
+    answers = [future.result(WAIT_S) for future in futures]
+    assert [len(answer.token_ids) for answer in answers] == [10 + 5 * (i % 4) for i in range(16)]
+    assert all(len(answer.spans) == 1 for answer in answers)
+    assert all(report.recomputed_tokens == 0 for report in reports)
+
+
 def test_requests_join_and_leave_at_any_step_and_give_what_they_give_alone(
     make_engine: Callable[..., TorchEngine], make_request: MakeRequest
 ) -> None:
@@ -301,6 +356,7 @@ def test_deterministic_rows_stay_until_their_group_has_ended(
     engine = make_engine(slots=4, deterministic=True)
     short, long = engine.submit_group([make_request("a", max_tokens=2), make_request("b", max_tokens=5)])
     other = engine.submit(make_request("c", group=1, max_tokens=1))
+    assert engine.gauges() == {"active": 0.0, "queued": 3.0}
     counts = []
     while engine.step():
         counts.append(engine.active)

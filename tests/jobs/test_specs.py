@@ -170,6 +170,15 @@ def test_the_gpu_deployment() -> None:
     assert deployment.limits == Deployment().limits
 
 
+def test_the_sglang_deployment_fits_the_shipped_recipe() -> None:
+    recipe, deployment = load_specs(REPOSITORY / "recipes/arithmetic.py", REPOSITORY / "deploy/local-sglang.yaml", [])
+    engine = deployment.generators.engine
+    assert (engine.kind, engine.sglang.command) == ("sglang", ("sglang-cpu-server",))
+    assert recipe.data.max_prompt_length + recipe.sampling.max_response_length <= engine.max_length
+    # Every slot can hold the longest rollout at once, so the server never retracts one for want of KV cache.
+    assert int(engine.sglang.args["max-total-tokens"]) >= engine.slots * engine.max_length
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,0 +1,112 @@
+"""From an engine's spec to an SGLangEngine: what each server is started with, or where it is, and how its weights get in."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from asyncrl.config import EngineSpec, ModelSpec, SGLangSpec
+from asyncrl.errors import ConfigError
+from asyncrl.generate.sglang.engine import SGLangEngine
+from asyncrl.generate.sglang.process import require_command
+from asyncrl.generate.sglang.server import Launch, Server
+from asyncrl.generate.sglang.transfer import SharedMemory, Transfer
+from asyncrl.models.loading import context
+
+HEADROOM = 16  # tokens of context that SGLang keeps for itself
+
+
+def sglang_engine(
+    spec: EngineSpec,
+    model: ModelSpec,
+    *,
+    host: str,
+    gpus: float = 0.0,
+    threads: int = 1,
+    logs: Path,
+    name: str,
+    least: int = 1,
+    health_timeout_s: float = 60.0,
+    start_timeout_s: float = 180.0,
+) -> SGLangEngine:
+    """An engine that is not yet started. Raises ConfigError if its command is not here, or its transfer can't work.
+
+    host: this node's address, for groups of `distributed` transfers. gpus: those of this process, which its servers share.
+    threads: of each server's computation on a CPU. logs: folder for one log per server, called after `name`. least:
+    requests per server at the least, best a group.
+    """
+    if not spec.sglang.urls:
+        require_command(spec.sglang.command)
+    vocabulary, positions = context(model)
+    max_length = min(spec.max_length, positions or spec.max_length)
+    transfer = _transfer(spec.sglang, host=host, gpus=gpus)
+    places: list[Launch | str] = list(spec.sglang.urls) or [
+        launch(spec, model, index=index, max_length=max_length, threads=threads, log=logs / f"{name}.sglang-{index}.log")
+        for index in range(spec.sglang.servers)
+    ]
+    return SGLangEngine(
+        [partial(Server, place, transfer) for place in places],
+        slots=spec.slots,
+        max_length=max_length,
+        vocabulary=vocabulary,
+        update_mode=spec.update_mode,
+        least=least,
+        stream_interval=spec.sglang.stream_interval,
+        probe_s=health_timeout_s / 2,
+        start_timeout_s=start_timeout_s,
+    )
+
+
+def launch(spec: EngineSpec, model: ModelSpec, *, index: int, max_length: int, threads: int, log: Path) -> Launch:
+    """How to start server number `index` of a generator. `sglang.args` come last, so they win over what asyncrl sets."""
+    sglang = spec.sglang
+    if own := {"port", "host", "model-path"} & {_name(name) for name in sglang.args}:
+        raise ConfigError(
+            f"engine.sglang.args: {', '.join(sorted(own))} is chosen by asyncrl; for a server that you start yourself, set "
+            "engine.sglang.urls"
+        )
+    arguments: dict[str, str | int | float | bool] = {
+        "model-path": model.path,
+        "trust-remote-code": model.trust_remote_code,
+        "dtype": sglang.dtype or model.dtype,
+        "host": "127.0.0.1",
+        "context-length": max_length + HEADROOM,
+        "max-running-requests": spec.slots,
+        "tensor-parallel-size": sglang.tp_size,
+        "base-gpu-id": index * sglang.tp_size,
+        "skip-tokenizer-init": True,  # token ids in, token ids out
+        "incremental-streaming-output": True,
+        "disable-radix-cache": not sglang.prefix_cache,
+        # Without a gap in its schedule, the step in flight would be labelled with the weights that come after it.
+        "disable-overlap-schedule": spec.update_mode == "keep_kv",
+        "log-level": "warning",
+    }
+    if sglang.mem_fraction is not None:
+        arguments["mem-fraction-static"] = sglang.mem_fraction
+    flags: list[str] = []
+    for name, value in (arguments | {_name(name): value for name, value in sglang.args.items()}).items():
+        if value is not False:
+            flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    # More threads than cores to themselves wait for each other in spin loops; and HEADROOM may pass the model's positions.
+    env = {"OMP_NUM_THREADS": str(threads), "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1", **sglang.env}
+    return Launch((*sglang.command, *flags), env, log)
+
+
+def _name(argument: str) -> str:
+    return argument.removeprefix("--").replace("_", "-")
+
+
+def _transfer(sglang: SGLangSpec, *, host: str, gpus: float) -> Callable[[int], Transfer]:
+    """What makes a server's way in, given its tensor-parallel size."""
+    kind = sglang.transfer
+    if kind == "auto":
+        kind = "distributed" if sglang.urls else "cuda_ipc" if gpus else "shared"
+    if kind == "cuda_ipc" and not gpus:
+        raise ConfigError(
+            "engine.sglang.transfer='cuda_ipc', but the generator has no GPU (generators.place.gpus=0): there is no memory "
+            "that it could share; give it the servers' GPUs, or use transfer: shared or distributed"
+        )
+    if kind == "distributed":
+        from asyncrl.generate.sglang.distributed import Distributed
+
+        return partial(Distributed, host, "nccl" if gpus else "gloo")
+    return partial(SharedMemory, device="cuda" if kind == "cuda_ipc" else "cpu")

@@ -1,0 +1,196 @@
+"""What a server reports of a request, and the request on its way to a Generation. Pure: no network.
+
+A request may take several *segments*: one per server or interruption. Each resumes with the tokens so far as its prefix, so a
+swap or the death of a server costs no token that was reported and whose version is known.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from msgspec import Struct
+
+from asyncrl.errors import Unavailable
+from asyncrl.types import FinishReason, Generation, GenerationRequest, Span, Version
+
+
+class Labelled(Struct, frozen=True):
+    """Tokens `start` to `end` of a segment came from the weights that were labelled `version`."""
+
+    version: str
+    start: int
+    end: int
+
+
+class Finish(Struct, frozen=True):
+    """Why a segment ended. An abort that nobody asked for says why in `message`."""
+
+    type: str
+    message: str = ""
+
+
+class Meta(Struct, frozen=True):
+    """completion_tokens: of the segment so far. The lists hold all of them or only the newest: their tails are what counts.
+
+    output_token_logprobs: (nats after temperature but before top-p and top-k, token id, …) per token;
+    output_token_sampling_logprobs: nats of the distribution sampled from; only if asked for.
+    """
+
+    completion_tokens: int = 0
+    finish_reason: Finish | None = None
+    output_token_logprobs: list[tuple[float | None, int, Any]] = []
+    output_token_sampling_logprobs: list[float | None] = []
+    weight_versions: list[Labelled] | None = None
+    num_retractions: int = 0
+
+
+class Chunk(Struct, frozen=True):
+    """One server-sent event of a batch: news of its row `index`."""
+
+    meta_info: Meta
+    output_ids: list[int] = []
+    index: int = 0
+
+
+class Row:
+    """One request: what is known of its answer. Not thread-safe; the engine's loop owns it.
+
+    A segment is *mixed* once weights were swapped while it ran: only its end tells which token came from which version.
+    """
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self.request = request
+        self.future: Future[Generation] = Future()
+        self.cut = request.sampling.temperature > 0 and (request.sampling.top_p < 1.0 or request.sampling.top_k > 0)
+        self.segments = 0
+        self.cancelled = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self.token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._sampled: list[float] = []
+        self._spans: list[Span] = []
+        self._pinned: Version | None = None
+        self._base = self._certain = 0
+        self.swaps = 0  # while the present segment ran
+
+    @property
+    def done(self) -> bool:
+        return self.future.done()
+
+    @property
+    def length(self) -> int:
+        """Prompt and answer so far, tokens."""
+        return len(self.request.prompt_ids) + len(self.token_ids)
+
+    def begin(self, version: Version) -> None:
+        """A segment starts, on weights `version`."""
+        self._pinned, self._base, self.swaps = version, len(self.token_ids), 0
+        self.segments += 1
+
+    def swapping(self) -> None:
+        """New weights come in while the segment runs: tokens that are not yet reported may be of either version."""
+        if self.swaps == 0:
+            self._certain = len(self.token_ids)
+        self.swaps += 1
+
+    def extend(self, chunk: Chunk) -> FinishReason | None:
+        """Takes the news of a chunk; returns why the segment ended, if it has. Raises Unavailable for what can't be right."""
+        meta = chunk.meta_info
+        new = self._base + meta.completion_tokens - len(self.token_ids)
+        if new:
+            news = meta.output_token_logprobs[-new:]
+            sampled = meta.output_token_sampling_logprobs[-new:] if self.cut else []
+            ids = [value[1] for value in news]
+            if new < 0 or chunk.output_ids[-new:] != ids or len(ids) != new or (self.cut and len(sampled) != new):
+                raise Unavailable(
+                    f"request {self.request.id}: the server reports {new} new tokens, with ids {chunk.output_ids[:8]}…, "
+                    f"logprobs {news[:3]}… and sampling logprobs {sampled[:3]}…, which don't agree; use SGLang 0.5.20"
+                )
+            self.token_ids += ids
+            self._logprobs += [float("nan") if value[0] is None else value[0] for value in news]
+            self._sampled += [float("nan") if value is None else value for value in sampled]
+        if meta.finish_reason is None:
+            return None
+        self._label(meta.weight_versions)
+        if meta.finish_reason.type == "stop" or (new and self.token_ids[-1] in self.request.sampling.stop_token_ids):
+            return "stop"
+        # An abort may come with the very token that was the last one.
+        return "length" if len(self.token_ids) == self.request.sampling.max_tokens else "abort"
+
+    def _label(self, labels: Sequence[Labelled] | None) -> None:
+        """Ends the segment: every token of it gets the version that the server says, which must be one that it was given."""
+        count = len(self.token_ids) - self._base
+        assert self._pinned is not None
+        if labels is None:
+            if self.swaps:
+                raise Unavailable(
+                    f"request {self.request.id}: the server doesn't say which tokens came before a swap (no weight_versions); "
+                    "use SGLang >= 0.5.20, or engine.sglang.prefix_cache: true, which interrupts requests instead"
+                )
+            labels = [Labelled(version=str(self._pinned), start=0, end=count)] if count else []
+        end = 0
+        for label in labels:
+            version = parse_label(label.version)
+            wrong = (
+                label.start != end or version is None or version < self._pinned or not (self.swaps or version == self._pinned)
+            )
+            if wrong or version is None:
+                raise Unavailable(
+                    f"request {self.request.id}: begun on weights {self._pinned}, but the server labels tokens {label.start} "
+                    f"to {label.end} with {label.version!r}: somebody else updates it, or it lost an update; it is restarted"
+                )
+            self._add(version, label.end - label.start)
+            end = label.end
+        if end != count:
+            raise Unavailable(f"request {self.request.id}: {count} tokens, but the server labels {end}; it is restarted")
+        self._pinned = None
+
+    def _add(self, version: Version, length: int) -> None:
+        if length == 0:
+            return
+        if self._spans and self._spans[-1].version == version:
+            self._spans[-1] = Span(version, self._spans[-1].length + length)
+        else:
+            self._spans.append(Span(version, length))
+
+    def lost(self) -> int:
+        """The server is gone in the middle of a segment: keeps the tokens whose version is certain. Returns how many go."""
+        if self._pinned is None:
+            return 0
+        keep = self._certain if self.swaps else len(self.token_ids)
+        gone = len(self.token_ids) - keep
+        for values in (self.token_ids, self._logprobs, self._sampled):
+            del values[keep:]
+        self._add(self._pinned, keep - self._base)
+        self._pinned = None
+        return gone
+
+    def restart(self) -> int:
+        """Begins anew from the prompt. Returns how many tokens go."""
+        gone = len(self.token_ids)
+        self._clear()
+        return gone
+
+    def generation(self, reason: FinishReason) -> Generation:
+        """The answer. Greedy rows: the distribution is a point mass, so every logprob is 0."""
+        logprobs, kept = self._logprobs, None
+        if self.request.sampling.temperature == 0:
+            logprobs = [0.0] * len(self.token_ids)
+        elif self.cut:
+            logprobs, kept = self._sampled, [full - cut for full, cut in zip(self._logprobs, self._sampled, strict=True)]
+        return Generation(
+            id=self.request.id,
+            token_ids=self.token_ids,
+            logprobs=logprobs,
+            kept_logmass=kept,
+            spans=tuple(self._spans),
+            finish_reason=reason,
+        )
+
+
+def parse_label(label: str) -> Version | None:
+    """The version that `str(version)` names; None if it names none."""
+    incarnation, dot, update = label.partition(".")
+    return Version(int(incarnation), int(update)) if dot and incarnation.isdecimal() and update.isdecimal() else None

@@ -1,0 +1,164 @@
+"""How weights get into an SGLang server on any node: broadcasts in a torch.distributed group of this process and the server.
+
+This process is rank 0, the server's tensor-parallel ranks follow. SGLang joins through its `init_custom_process_group`; both
+sides must use the same keys in the group's store, hence the same (private) function of torch, and the same version of it.
+"""
+
+import asyncio
+import datetime
+import functools
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from asyncrl.errors import Unavailable
+from asyncrl.generate.sglang.transfer import BUCKET_BYTES, Post, Stage, labelled
+
+
+class Distributed:
+    """One server's group. host: an address of this node that the server reaches; the group's store listens on it alone.
+
+    deadline_s: for joining, and again for each bucket. After Unavailable the group is given up: `open` makes a new one.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        backend: Literal["gloo", "nccl"],
+        tp_size: int,
+        *,
+        bucket_bytes: int = BUCKET_BYTES,
+        deadline_s: float = 120.0,
+    ) -> None:
+        self._host, self._backend, self._world = host, backend, 1 + tp_size
+        self._bucket_bytes, self._deadline_s = bucket_bytes, deadline_s
+        self._device = "cuda" if backend == "nccl" else "cpu"
+        # Longer than ours: we abort the group first. At its own timeout, NCCL's watchdog would end this process.
+        self._timeout = datetime.timedelta(seconds=2 * deadline_s)
+        self._name = ""
+        self._group: dist.ProcessGroup | None = None
+
+    async def open(self, post: Post) -> None:
+        """Meets the server in a new group: our side waits for its ranks in a thread, while it answers the POST."""
+        await self.close()
+        self._name = f"asyncrl-{uuid.uuid4().hex}"
+        store = self._listen()
+        body = {
+            "master_address": self._host,
+            "master_port": store.port,
+            "rank_offset": 1,
+            "world_size": self._world,
+            "group_name": self._name,
+            "backend": self._backend,
+        }
+        join = functools.partial(self._join, store, self._name)
+        _, self._group = await self._together(_call(post, "/init_weights_update_group", body), join, "joining a group")
+
+    async def send(self, post: Post, stage: Stage) -> None:
+        for slots, label in labelled(stage, self._bucket_bytes):
+            if self._group is None:
+                raise Unavailable("the server's update group is not open, so it can't take weights; open the transfer first")
+            body = {
+                "names": [slot.name for slot in slots],
+                "dtypes": [str(slot.dtype).removeprefix("torch.") for slot in slots],
+                "shapes": [slot.shape for slot in slots],
+                "group_name": self._name,
+                "flush_cache": False,
+                **label,
+            }
+            broadcast = functools.partial(self._broadcast, self._group, [stage.view(slot) for slot in slots])
+            await self._together(_call(post, "/update_weights_from_distributed", body), broadcast, "taking weights")
+
+    async def close(self) -> None:
+        """Destroys our side; the server sees closed connections. A thread of ours that still waits in the group gets an error."""
+        group, self._group, self._name = self._group, None, ""
+        if group is not None:
+            group.abort()
+            dist.destroy_process_group(group)
+
+    async def _together(self, theirs: Coroutine[Any, Any, Any], ours: Callable[[], Any], doing: str) -> list[Any]:
+        """Waits for both halves: the server's, which is a POST, and ours, in a thread. The first failure of either counts."""
+        halves = [asyncio.ensure_future(theirs), _in_thread(ours)]
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return list(await asyncio.gather(*halves))
+        except (TimeoutError, RuntimeError) as error:  # RuntimeError: torch.distributed's errors
+            cause = f"{type(error).__name__}: {error}" if str(error) else f"no end after {self._deadline_s:g} s"
+            raise Unavailable(
+                f"an SGLang server was lost while {doing} ({self._backend}, rank 0 at {self._host}): {cause}"
+            ) from error
+        finally:
+            if any(not half.done() or half.cancelled() or half.exception() for half in halves):
+                for half in halves:
+                    half.cancel()
+                await self.close()
+
+    def _listen(self) -> dist.TCPStore:
+        """The group's meeting point, on a free port. Our own socket, for the store itself would listen on every address."""
+        listener = socket.create_server((self._host, 0))
+        port = listener.getsockname()[1]
+        return dist.TCPStore(
+            self._host,
+            port,
+            self._world,
+            is_master=True,
+            timeout=self._timeout,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+
+    def _join(self, store: dist.TCPStore, name: str) -> dist.ProcessGroup:
+        if self._backend == "nccl":  # CleanUpOnly: a lost server must not take this process down, which is the default
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+        # What SGLang's init_custom_process_group does once it has connected to the store; no default group is needed.
+        prefixed = dist.PrefixStore(name, store)
+        group, _ = c10d._new_process_group_helper(
+            self._world, 0, [], dist.Backend(self._backend), prefixed, group_name=name, timeout=self._timeout
+        )
+        c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(self._world)}
+        if self._name != name:  # given up meanwhile
+            dist.destroy_process_group(group)
+            raise RuntimeError(f"group {name} came too late")
+        return group
+
+    def _broadcast(self, group: dist.ProcessGroup, tensors: Sequence[torch.Tensor]) -> None:
+        """All at once, in the server's order."""
+        sent = [tensor.to(self._device) for tensor in tensors]
+        works = [group.broadcast(tensor, 0, timeout=self._timeout) for tensor in sent]
+        for work in works:
+            work.wait()
+        if self._device == "cuda":
+            torch.cuda.synchronize()  # `wait` orders streams only, and `sent` must outlive the copies
+
+
+async def _call(post: Post, path: str, body: dict[str, Any]) -> Any:
+    return await post(path, body)
+
+
+def _in_thread(work: Callable[[], Any]) -> "asyncio.Future[Any]":
+    """Runs `work` in a daemon thread: it may stay in torch, until its timeout, after the server was lost, and holds up nobody."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if not future.done():
+            future.set_exception(error) if error else future.set_result(result)
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as caught:  # handed to whoever waits
+            error = caught
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="weights to sglang", daemon=True).start()
+    return future

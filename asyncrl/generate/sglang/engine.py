@@ -1,0 +1,317 @@
+"""The `sglang` engine: requests to one or several SGLang servers, which it starts, updates, watches and replaces.
+
+    submit_group ─► place ─► segment on a replica ─► rows end ─► futures
+                      ▲            │ interrupted by a swap, or its server died
+                      └────────────┘ go on elsewhere, with the tokens so far as prefix
+
+Everything below `submit_group` runs in one asyncio loop, in one thread. The replicas' lives are in replica.py.
+"""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotInTime
+from typing import Any, TypeVar
+
+from asyncrl.config import UpdateMode
+from asyncrl.errors import AsyncRLError, Closed, Unavailable
+from asyncrl.generate.requests import check_request
+from asyncrl.generate.sglang.changes import Changes
+from asyncrl.generate.sglang.chunks import Row
+from asyncrl.generate.sglang.replica import Counts, Replica
+from asyncrl.generate.sglang.router import Router
+from asyncrl.generate.sglang.server import Server
+from asyncrl.generate.sglang.transfer import Stage
+from asyncrl.generate.sglang.window import Window
+from asyncrl.interfaces import Tensors
+from asyncrl.types import Generation, GenerationRequest, SwapReport, Version
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+CLOSE_S = 30.0
+
+
+class SGLangEngine:
+    """An `Engine` (asyncrl.interfaces) over SGLang servers. Thread-safe. Nothing is decoded before the first weights.
+
+    servers: each makes one server, anew after every death. slots: requests per server, at most; `least`: at least, however
+    short its KV cache is. update_mode: see config.EngineSpec. stream_interval: tokens between two reports of a request.
+    probe_s: silence after which a server must generate a token, in as long again, or is replaced.
+    start_timeout_s: how long a server may take to be ready.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[Callable[[], Server]],
+        *,
+        slots: int,
+        max_length: int,
+        vocabulary: int,
+        update_mode: UpdateMode = "in_flight",
+        least: int = 1,
+        stream_interval: int = 64,
+        probe_s: float = 30.0,
+        start_timeout_s: float = 180.0,
+    ) -> None:
+        self.max_length = max_length
+        self._most, self._vocabulary, self._mode = slots, vocabulary, update_mode
+        self._stage = Stage()
+        self._changes = Changes()
+        self._counts = Counts()
+        self._router = Router([slots] * len(servers))
+        self._replicas = [
+            Replica(
+                index,
+                make,
+                Window(slots, min(least, slots)),
+                mode=update_mode,
+                stage=self._stage,
+                router=self._router,
+                changes=self._changes,
+                counts=self._counts,
+                stream_interval=stream_interval,
+                probe_s=probe_s,
+                start_timeout_s=start_timeout_s,
+            )
+            for index, make in enumerate(servers)
+        ]
+        self._version: Version | None = None
+        self._paused = self._swapping = False
+        self._rows: set[Row] = set()  # unfinished
+        self._updating = asyncio.Lock()  # one update of weights at a time, a restarted server's included
+        self._ended: AsyncRLError | None = None
+        self._lock = threading.Lock()  # between `_ended` and new submissions
+        self._loop = asyncio.new_event_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._thread = threading.Thread(target=self._run, name="sglang-engine", daemon=True)
+
+    @property
+    def slots(self) -> int:
+        """Requests that the servers take now: the sum of their windows; all of them while none is up."""
+        up = [replica.window.slots for replica in self._replicas if replica.up]
+        return sum(up) if up else self._most * len(self._replicas)
+
+    @property
+    def version(self) -> Version | None:
+        return self._version
+
+    # ------------------------------------------------------------------------------------------ asking
+
+    def submit(self, request: GenerationRequest) -> "Future[Generation]":
+        """Queues a request. Its future raises ConfigError if it can't fit, Closed after `close`, Unavailable on failure."""
+        return self.submit_group([request])[0]
+
+    def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
+        """Queues requests together: they go to one server as one batch. Futures in the same order."""
+        rows = [Row(request) for request in requests]
+        futures = [row.future for row in rows]
+        sound = []
+        for row in rows:
+            refusal = check_request(row.request, max_length=self.max_length, vocabulary=self._vocabulary)
+            if refusal is not None:
+                row.future.set_exception(refusal)
+            else:
+                sound.append(row)
+        with self._lock:
+            ended = self._ended
+            if ended is None and sound:
+                self._loop.call_soon_threadsafe(self._accept, sound)
+        if ended is not None:
+            for row in sound:
+                row.future.set_exception(ended)
+        return futures
+
+    def abort(self, group: int | None = None) -> None:
+        """Ends a group's unfinished requests, or all, with finish_reason `abort` and the tokens reported so far, soon."""
+        with contextlib.suppress(Closed):
+            self._ask(self._abort(group)).result()
+
+    # ------------------------------------------------------------------------------------------ serving
+
+    def _accept(self, rows: list[Row]) -> None:
+        self._rows.update(rows)
+        self._spawn(self._serve(rows))
+
+    async def _serve(self, rows: Sequence[Row]) -> None:
+        """Until every row has ended: finds a replica for those that have not, and has it take them further."""
+        while rows := [row for row in rows if not row.done]:
+            if cancelled := [row for row in rows if row.cancelled]:
+                for row in cancelled:
+                    self._settle(row, row.generation("abort"))
+                continue
+            place: int | None = None
+
+            def ready(rows: Sequence[Row] = rows) -> bool:
+                nonlocal place
+                if any(row.cancelled or row.done for row in rows):
+                    return True
+                place = self._router.pick(rows[0].request.group, len(rows)) if self._open else None
+                return place is not None
+
+            await self._changes.until(ready)
+            if place is not None:
+                await self._replicas[place].segment(rows, self._settle)
+
+    @property
+    def _open(self) -> bool:
+        """Whether requests may start: there are weights, and nothing waits for the servers to be idle."""
+        return self._version is not None and not self._paused and not self._swapping
+
+    def _settle(self, row: Row, outcome: Generation | AsyncRLError) -> None:
+        self._rows.discard(row)
+        self._changes.notify()
+        if row.done:
+            return
+        if isinstance(outcome, Generation):
+            row.future.set_result(outcome)
+        else:
+            row.future.set_exception(outcome)
+
+    async def _abort(self, group: int | None) -> None:
+        for row in self._rows:
+            row.cancelled = row.cancelled or group in (None, row.request.group)
+        self._changes.notify()
+        for replica in self._replicas:
+            await replica.cancel()
+
+    # ------------------------------------------------------------------------------------------ weights
+
+    def update_weights(self, version: Version, tensors: Tensors) -> SwapReport:
+        """Swaps all servers at once, at a step boundary of each. Waits first until one is up. One that dies meanwhile is
+        replaced, and gets these weights before it serves. Raises CheckpointError for weights of another model."""
+        return self._ask(self._update(version, tensors)).result()
+
+    async def _update(self, version: Version, tensors: Tensors) -> SwapReport:
+        async with self._updating:
+            await asyncio.to_thread(self._stage.put, version, tensors)
+        # A replica that comes up meanwhile takes them from the stage.
+        await self._changes.until(lambda: any(replica.up for replica in self._replicas))
+        async with self._updating:
+            stale = [replica for replica in self._replicas if replica.up and replica.version != version]
+            try:
+                self._swapping = True  # requests wait here meanwhile: a server's queue could not tell their version
+                reports = await asyncio.gather(*(replica.swap(version) for replica in stale))
+                self._version = version
+            finally:
+                self._swapping = False
+                self._changes.notify()
+        return SwapReport(
+            version=version,
+            pause_s=max((report.pause_s for report in reports), default=0.0),
+            recomputed_tokens=sum(report.recomputed_tokens for report in reports),
+            discarded_tokens=sum(report.discarded_tokens for report in reports),
+        )
+
+    # ----------------------------------------------------------------------------------------- life
+
+    def start(self) -> None:
+        """Starts the servers; returns at once. `close` ends them."""
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        for replica in self._replicas:
+            self._spawn(self._keep(replica))
+        self._loop.run_forever()
+        self._loop.close()
+
+    async def _keep(self, replica: Replica) -> None:
+        try:
+            await replica.keep(self._updating)
+        except AsyncRLError as error:
+            self._end(error)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            failure = Unavailable(f"the sglang engine failed: {type(error).__name__}: {error}; restart it")
+            failure.__cause__ = error
+            self._end(failure)
+
+    def _end(self, reason: AsyncRLError) -> None:
+        """The engine is over: every unfinished future and `health` name the first reason."""
+        with self._lock:
+            self._ended = self._ended or reason
+        for row in list(self._rows):
+            self._settle(row, self._ended)
+        self._changes.notify()
+
+    def _ask(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Runs it in the loop. Its future raises why the engine ended, if it does first."""
+        with self._lock:
+            if self._ended is None and self._thread.is_alive():
+                return asyncio.run_coroutine_threadsafe(self._unless_ended(work), self._loop)
+        work.close()
+        raise self._ended or Closed("the engine was not started")
+
+    async def _unless_ended(self, work: Coroutine[Any, Any, T]) -> T:
+        task = self._loop.create_task(work)
+        end = self._loop.create_task(self._changes.until(lambda: self._ended is not None))
+        await asyncio.wait({task, end}, return_when=asyncio.FIRST_COMPLETED)
+        end.cancel()
+        if not task.done():
+            task.cancel()
+            assert self._ended is not None
+            raise self._ended
+        return task.result()
+
+    def pause(self) -> None:
+        """Interrupts what runs and keeps it for `resume`."""
+        self._ask(self._pause()).result()
+
+    async def _pause(self) -> None:
+        self._paused = True
+        await asyncio.gather(*(replica.empty() for replica in self._replicas))
+
+    def resume(self) -> None:
+        self._ask(self._resume()).result()
+
+    async def _resume(self) -> None:
+        self._paused = False
+        self._changes.notify()
+
+    def health(self, deadline_s: float) -> None:
+        """Raises why the engine ended, or Unavailable if its loop doesn't turn. Each server is probed by its replica, all the
+        time, and replaced if it hangs; only one that can't be brought back ends the engine."""
+        try:
+            self._ask(asyncio.sleep(0)).result(deadline_s)
+        except NotInTime:
+            raise Unavailable(f"the sglang engine's thread did not answer in {deadline_s} s; restart it") from None
+
+    def gauges(self) -> dict[str, float]:
+        """Counters since the start, and where every server stands now."""
+        up = [replica for replica in self._replicas if replica.up]
+        return {
+            **self._counts.gauges(),
+            "servers_up": float(len(up)),
+            "slots": float(self.slots),
+            "in_flight": float(len(self._rows)),
+            "waiting": float(sum(replica.load.num_waiting_reqs for replica in up)),
+            "kv_usage": max((replica.load.token_usage for replica in up), default=0.0),
+        }
+
+    def close(self, deadline_s: float = CLOSE_S) -> None:
+        """Ends the servers that it started; unfinished futures raise Closed."""
+        if not self._thread.is_alive():
+            self._end(Closed("the engine was closed"))
+            return
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(deadline_s)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(deadline_s)
+        self._stage.close()
+
+    async def _close(self) -> None:
+        self._end(Closed("the engine was closed"))
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(replica.close() for replica in self._replicas))

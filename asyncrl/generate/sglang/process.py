@@ -1,0 +1,105 @@
+"""A server process that this process owns: started in a session of its own, and gone when its owner is gone."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from asyncrl.errors import ConfigError
+
+GUARD = Path(__file__).with_name("guard.py")
+LOG_TAIL = 15  # lines of its log that an error about a server shows
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on now. A server that loses the race for it is started again."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ServerProcess:
+    """The command, and every process that it starts. Standard output and error go to `log`, appended.
+
+    env is added to this process's environment. Raises ConfigError if there is no such command.
+    """
+
+    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], log: Path) -> None:
+        lifeline, self._lifeline = os.pipe()
+        self._log = log
+        program = sys.executable if command[0] == "python" else command[0]
+        try:
+            with open(log, "ab") as output:
+                self._start = output.tell()
+                self._process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", str(GUARD), str(lifeline), program, *command[1:]],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env={**os.environ, **env},
+                    pass_fds=(lifeline,),
+                    start_new_session=True,
+                )
+        except BaseException:
+            os.close(self._lifeline)
+            raise
+        finally:
+            os.close(lifeline)
+
+    def alive(self) -> bool:
+        """Whether the command runs, and no process under it has crashed (SGLang itself needs seconds to notice)."""
+        return self._process.poll() is None and not any(_defunct(pid) for pid in self.pids())
+
+    def pids(self) -> list[int]:
+        """Every process of the session, on Linux; the guard comes first."""
+        found, frontier = [], [self._process.pid]
+        while frontier:
+            pid = frontier.pop(0)
+            found.append(pid)
+            try:
+                tasks = os.listdir(f"/proc/{pid}/task")
+                for task in tasks:
+                    with open(f"/proc/{pid}/task/{task}/children") as children:
+                        frontier.extend(int(child) for child in children.read().split())
+            except OSError:  # it ended meanwhile
+                continue
+        return found
+
+    def log_tail(self) -> str:
+        """The last lines that it wrote."""
+        with open(self._log, "rb") as log:
+            log.seek(self._start)
+            lines = log.read().decode(errors="replace").splitlines()
+        return "\n".join(lines[-LOG_TAIL:])
+
+    def kill(self) -> None:
+        """Ends it and all that it started, at once. Idempotent."""
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def _defunct(pid: int) -> bool:
+    """Whether a process has died and nobody has reaped it."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return False
+
+
+def require_command(command: Sequence[str]) -> None:
+    """Raises ConfigError unless the program that starts a server can be found on this machine."""
+    if command[0] != "python" and shutil.which(command[0]) is None:
+        raise ConfigError(
+            f"engine.sglang.command: {command[0]!r} is not on PATH, so no SGLang server could be started; on a CPU run "
+            "deploy/sglang-cpu/install, with GPUs pip install 'asyncrl[sglang]' and leave the command out"
+        )

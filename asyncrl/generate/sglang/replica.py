@@ -1,0 +1,315 @@
+"""One place in the engine for a server: brings one up, hands it rows, swaps its weights, and replaces it when it dies."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from asyncrl.config import UpdateMode
+from asyncrl.errors import AsyncRLError, ConfigError, Unavailable
+from asyncrl.generate.sglang.changes import Changes
+from asyncrl.generate.sglang.chunks import Row
+from asyncrl.generate.sglang.client import request_id
+from asyncrl.generate.sglang.router import Router
+from asyncrl.generate.sglang.server import CALL_S, Core, Server
+from asyncrl.generate.sglang.transfer import Stage
+from asyncrl.generate.sglang.window import Load, Window
+from asyncrl.types import Generation, SwapReport, Version
+
+log = logging.getLogger(__name__)
+WATCH_S = 0.5  # between two looks at a server that serves
+AGAIN_S = 0.1  # an abort misses requests that the server has not yet read: repeated until all have ended
+MAX_LOSSES = 3  # deaths in a row without one finished rollout in between: then it is not chance
+Settle = Callable[[Row, Generation | AsyncRLError], None]
+
+
+class Counts:
+    """What befell servers and rows, over all replicas of an engine."""
+
+    def __init__(self) -> None:
+        self.restarts = self.resumed = self.reissued = self.lost_tokens = self.interrupted = self.retracted = 0
+        self.recovery_s = 0.0  # of the last server that was replaced: from its loss until it served again
+
+    def gauges(self) -> dict[str, float]:
+        """restarts of servers; rows resumed with their prefix, and reissued without, after one; tokens lost with it; rows
+        interrupted by a swap; times that a server retracted a request for want of KV cache."""
+        return {name: float(value) for name, value in vars(self).items()}
+
+
+class Replica:
+    """Of the engine's loop only. `up` while its server may be given rows."""
+
+    def __init__(
+        self,
+        index: int,
+        make: Callable[[], Server],
+        window: Window,
+        *,
+        mode: UpdateMode,
+        stage: Stage,
+        router: Router,
+        changes: Changes,
+        counts: Counts,
+        stream_interval: int,
+        probe_s: float,
+        start_timeout_s: float,
+    ) -> None:
+        self.index, self.window = index, window
+        self.load = Core()
+        self.version: Version | None = None
+        self.up = False
+        self._make, self._mode = make, mode
+        self._stage, self._router, self._changes, self._counts = stage, router, changes, counts
+        self._stream_interval, self._probe_s, self._start_timeout_s = stream_interval, probe_s, start_timeout_s
+        self._server: Server | None = None
+        self._rows: set[Row] = set()
+        self._lost: Unavailable | None = None
+        self._lost_at: float | None = None
+        self._emptying = False
+        self._losses = 0
+        self._served = False
+        self._heard = time.monotonic()
+        self._retracted = 0
+
+    # ------------------------------------------------------------------------------------------- life
+
+    async def keep(self, updating: asyncio.Lock) -> None:
+        """For ever: a server, brought up to date, watched, and replaced. Raises when that is in vain.
+
+        updating: held while weights go in, so that a server which comes up does not race a swap.
+        """
+        while True:
+            self._lost = None
+            self._server = server = self._make()
+            try:
+                await server.open(self._start_timeout_s)
+                self._check(server)
+                async with updating:
+                    if self._stage.version is not None:
+                        await server.update(self._stage)
+                    self.version = self._stage.version
+                    self._rise()
+                await self._watch(server)
+            except Unavailable as error:
+                self._fall(error)
+            finally:
+                self.up = False
+                self._router.down(self.index)
+                await server.close()
+            self._losses += 1
+            assert self._lost is not None
+            if not self._served or self._losses > MAX_LOSSES:
+                raise self._lost
+            self._counts.restarts += 1
+            log.warning("server %d is replaced: %s", self.index, self._lost)
+
+    def _rise(self) -> None:
+        self.up = self._served = True
+        self._heard = time.monotonic()
+        if self._lost_at is not None:
+            self._counts.recovery_s, self._lost_at = self._heard - self._lost_at, None
+        self._router.up(self.index)
+        self._changes.notify()
+
+    def _fall(self, error: Unavailable) -> None:
+        """The server is not to be trusted any more; `keep` replaces it."""
+        self._lost = self._lost or error
+        self._lost_at = self._lost_at or time.monotonic()
+        self.up = False
+        self._router.down(self.index)
+        self._changes.notify()
+
+    def _check(self, server: Server) -> None:
+        if self._mode != "keep_kv":
+            return
+        if not server.facts.disable_radix_cache:
+            raise ConfigError(
+                f"{server.client.url} has a prefix cache, and engine.update_mode is 'keep_kv': prompts cached under old "
+                "weights would be labelled as new; start it with --disable-radix-cache, or use update_mode: in_flight"
+            )
+        if not server.facts.disable_overlap_schedule:
+            raise ConfigError(
+                f"{server.client.url} overlaps its schedule, and engine.update_mode is 'keep_kv': the step in flight would be "
+                "labelled with weights that come after it; start it with --disable-overlap-schedule, or use in_flight"
+            )
+
+    async def _watch(self, server: Server) -> None:
+        """Returns never: raises Unavailable when the server is lost, dies, or is silent and can't generate a token."""
+        while True:
+            try:
+                async with asyncio.timeout(WATCH_S):
+                    await self._changes.until(lambda: self._lost is not None)
+            except TimeoutError:
+                pass
+            if self._lost is not None:
+                raise self._lost
+            server.check_alive()
+            self.load = await server.load()
+            self._adapt()
+            if time.monotonic() - self._heard > self._probe_s and not self._emptying:
+                await server.probe(self._probe_s)
+                self._heard = time.monotonic()
+
+    def _adapt(self) -> None:
+        """Has the window follow the server's load."""
+        self.window.observe(
+            Load(
+                running=self.load.num_running_reqs,
+                waiting=self.load.num_waiting_reqs,
+                kv_usage=self.load.token_usage,
+                retracted=self._retracted,
+                in_flight=len(self._rows),
+            )
+        )
+        self._counts.retracted += self._retracted
+        self._retracted = 0
+        self._router.set_window(self.index, self.window.slots)
+
+    async def close(self) -> None:
+        if self._server is not None:
+            await self._server.close()
+
+    # ---------------------------------------------------------------------------------------- serving
+
+    async def segment(self, rows: Sequence[Row], settle: Settle) -> None:
+        """Has the server take the rows further; returns when it has ended each, for good or for now, or is lost.
+
+        Rows that are neither settled nor cancelled go on in another segment.
+        """
+        server, version = self._server, self.version
+        assert server is not None
+        assert version is not None
+        for row in rows:
+            row.begin(version)
+        self._rows.update(rows)
+        self._router.began(self.index, len(rows))
+        salt = None if server.facts.disable_radix_cache else str(version)
+        try:
+            async for chunk in server.client.generate(rows, salt=salt, stream_interval=self._stream_interval):
+                self._heard = time.monotonic()
+                row = rows[chunk.index]
+                reason = row.extend(chunk)
+                if reason is not None:
+                    # A swap retracts too, but not for want of cache.
+                    self._retracted += max(0, chunk.meta_info.num_retractions - row.swaps)
+                    self._leave(row)
+                    if reason != "abort" or row.cancelled or not self._emptying:
+                        self._losses = 0
+                        settle(row, row.generation(reason))
+                        self._explain(row, chunk.meta_info.finish_reason)
+        except Unavailable as error:
+            self._fall(error)
+            self._give_up(rows)
+        except ConfigError as error:
+            for row in rows:
+                self._leave(row)
+                settle(row, error)
+        finally:
+            for row in rows:
+                self._leave(row)
+
+    def _leave(self, row: Row) -> None:
+        if row in self._rows:
+            self._rows.discard(row)
+            self._router.ended(self.index, 1)
+            self._changes.notify()
+
+    def _give_up(self, rows: Sequence[Row]) -> None:
+        """Counts what of each row survives its server."""
+        for row in rows:
+            if row not in self._rows:
+                continue
+            self._counts.lost_tokens += row.lost()
+            if row.token_ids:
+                self._counts.resumed += 1
+            else:
+                self._counts.reissued += 1
+
+    @staticmethod
+    def _explain(row: Row, finish: object) -> None:
+        if not row.cancelled and getattr(finish, "type", "") == "abort":
+            log.warning("the server aborted request %s: %s", row.request.id, getattr(finish, "message", ""))
+
+    async def cancel(self) -> None:
+        """Tells the server which of its rows nobody wants any more."""
+        await self._tell([request_id(row) for row in self._rows if row.cancelled])
+
+    async def _tell(self, requests: Sequence[str]) -> None:
+        server = self._server
+        if server is None or not self.up:
+            return
+        try:
+            for request in requests:
+                await server.client.post("/abort_request", {"rid": request}, CALL_S)
+        except Unavailable as error:
+            self._fall(error)
+
+    # ---------------------------------------------------------------------------------------- weights
+
+    @property
+    def must_idle(self) -> bool:
+        """Whether the server must be empty while weights go in, so that requests have to wait outside."""
+        cached = self._server is not None and not self._server.facts.disable_radix_cache
+        return self._mode in ("drain", "restart") or (self._mode == "in_flight" and cached)
+
+    async def swap(self, version: Version) -> SwapReport:
+        """Takes the staged weights. A server that fails at it is lost, and replaced; that is no error here."""
+        server = self._server
+        assert server is not None
+        started, recomputed, discarded = time.monotonic(), 0, 0
+        try:
+            if self.must_idle:
+                unfinished = await self.empty(wait_only=self._mode == "drain")
+                if self._mode == "drain":
+                    started = time.monotonic()
+                elif self._mode == "restart":
+                    discarded = sum(row.restart() for row in unfinished)
+                recomputed = sum(row.length for row in unfinished)
+                await server.update(self._stage)
+            else:
+                for row in self._rows:
+                    row.swapping()
+                recomputed = 0 if self._mode == "keep_kv" else sum(row.length for row in self._rows)
+                await self._update_paused(server)
+            self.version = version
+        except Unavailable as error:
+            self._fall(error)
+        return SwapReport(
+            version=version,
+            pause_s=time.monotonic() - started,
+            recomputed_tokens=recomputed,
+            discarded_tokens=discarded,
+        )
+
+    async def _update_paused(self, server: Server) -> None:
+        """SGLang keeps the requests: `retract` frees their KV cache, so that it is computed anew; `in_place` leaves it.
+
+        Never with flush_cache: SGLang's scheduler dies of it while requests wait.
+        """
+        mode = "in_place" if self._mode == "keep_kv" else "retract"
+        await server.client.post("/pause_generation", {"mode": mode}, CALL_S)
+        await server.update(self._stage)
+        await server.client.post("/continue_generation", {}, CALL_S)
+
+    async def empty(self, wait_only: bool = False) -> list[Row]:
+        """Waits until no row is on the server: to their ends (wait_only), or interrupting them. Returns the unfinished ones."""
+        running = list(self._rows)
+        self._emptying = not wait_only
+        try:
+            while self._rows and self.up:
+                if not wait_only:
+                    await self._tell_all()
+                try:
+                    async with asyncio.timeout(None if wait_only else AGAIN_S):
+                        await self._changes.until(lambda: not self._rows or not self.up)
+                except TimeoutError:
+                    pass
+        finally:
+            self._emptying = False
+        interrupted = [row for row in running if not row.done]
+        self._counts.interrupted += len(interrupted)
+        return interrupted
+
+    async def _tell_all(self) -> None:
+        assert self._server is not None
+        await self._server.client.post("/abort_request", {"abort_all": True}, CALL_S)

@@ -1,0 +1,128 @@
+"""One running SGLang server as the engine sees it: how it is started or found, how weights get in, how its health shows."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from msgspec import Struct, convert
+
+from asyncrl.errors import Unavailable
+from asyncrl.generate.sglang.client import Client
+from asyncrl.generate.sglang.process import ServerProcess, free_port
+from asyncrl.generate.sglang.transfer import Stage, Transfer
+
+LOOK_S = 0.2  # between two looks at a server that is starting
+CALL_S = 30.0  # longest that a call which moves no weights may take
+UPDATE_S = 300.0  # longest that one transfer of weights may take
+
+
+class Facts(Struct, frozen=True):
+    """What a server says of itself, of what asyncrl must know."""
+
+    tp_size: int = 1
+    disable_radix_cache: bool = False
+    disable_overlap_schedule: bool = False
+
+
+class Core(Struct, frozen=True):
+    """One entry of /v1/loads."""
+
+    num_running_reqs: int = 0
+    num_waiting_reqs: int = 0
+    token_usage: float = 0.0
+
+
+class Launch(NamedTuple):
+    """How to start a server: the command with its arguments but the port's, what to add to the environment, and the log."""
+
+    command: tuple[str, ...]
+    env: Mapping[str, str]
+    log: Path
+
+
+class Server:
+    """A server from its start (or from when it was found at `url`) to its end. Of the engine's loop only.
+
+    at: how to start one, or the URL of one that runs already. transfer: makes its way in for weights, given its
+    tensor-parallel size.
+    """
+
+    def __init__(self, at: Launch | str, transfer: Callable[[int], Transfer]) -> None:
+        self._transfer_of = transfer
+        self._process: ServerProcess | None = None
+        if isinstance(at, str):
+            url = at
+        else:
+            port = free_port()
+            url = f"http://127.0.0.1:{port}"
+            self._process = ServerProcess((*at.command, "--port", str(port)), env=at.env, log=at.log)
+        self.client = Client(url)
+        self.facts = Facts()
+        self._transfer: Transfer | None = None
+
+    @property
+    def owned(self) -> bool:
+        return self._process is not None
+
+    def pids(self) -> list[int]:
+        """Its processes, if it is ours."""
+        return self._process.pids() if self._process else []
+
+    async def open(self, deadline_s: float) -> None:
+        """Waits until it answers a real request. Raises Unavailable, with the end of its log, if it ends or takes too long."""
+        deadline = time.monotonic() + deadline_s
+        while True:
+            self.check_alive()
+            try:
+                await self.client.get("/health", CALL_S)
+                break
+            except Unavailable as error:
+                if time.monotonic() > deadline:
+                    raise Unavailable(
+                        f"{self.client.url} is not ready after {deadline_s:g} s ({error}){self._log()}"
+                    ) from error
+            await asyncio.sleep(LOOK_S)
+        self.facts = convert(await self.client.get("/server_info", CALL_S), Facts)
+        self._transfer = self._transfer_of(self.facts.tp_size)
+        await self._transfer.open(self._post_weights)
+
+    def check_alive(self) -> None:
+        """Raises Unavailable if a process of it has died."""
+        if self._process is not None and not self._process.alive():
+            raise Unavailable(f"the SGLang server at {self.client.url} died{self._log()}")
+
+    def _log(self) -> str:
+        return f"; the end of its log:\n{self._process.log_tail()}" if self._process else ""
+
+    async def load(self) -> Core:
+        """How busy it is, summed over data-parallel ranks; the fullest KV cache of them."""
+        ranks = convert((await self.client.get("/v1/loads?include=core", CALL_S))["loads"], list[Core])
+        return Core(
+            num_running_reqs=sum(rank.num_running_reqs for rank in ranks),
+            num_waiting_reqs=sum(rank.num_waiting_reqs for rank in ranks),
+            token_usage=max((rank.token_usage for rank in ranks), default=0.0),
+        )
+
+    async def probe(self, deadline_s: float) -> None:
+        """Has it generate a token. Raises Unavailable if it doesn't."""
+        await self.client.post(
+            "/generate", {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "ignore_eos": True}}, deadline_s
+        )
+
+    async def update(self, stage: Stage) -> None:
+        """Takes the staged weights while nothing of it is computing: when it is idle, or paused."""
+        assert self._transfer is not None
+        await self._transfer.send(self._post_weights, stage)
+
+    async def _post_weights(self, path: str, body: dict[str, Any]) -> Any:
+        return await self.client.post(path, body, UPDATE_S)
+
+    async def close(self) -> None:
+        """Ends it if it is ours; whatever waits for its answers gets Unavailable. Idempotent."""
+        if self._process is not None:
+            self._process.kill()
+        await self.client.close()
+        if self._transfer is not None:
+            await self._transfer.close()
