@@ -12,6 +12,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -77,7 +78,7 @@ class Distributed:
             await self._together(_call(post, "/update_weights_from_distributed", body), broadcast, "taking weights")
 
     async def close(self) -> None:
-        """Destroys our side; the server sees closed connections. A thread of ours that still waits in the group gets an error."""
+        """Destroys our side; the server sees closed connections."""
         group, self._group, self._name = self._group, None, ""
         if group is not None:
             group.abort()
@@ -120,7 +121,7 @@ class Distributed:
         # What SGLang's init_custom_process_group does once it has connected to the store; no default group is needed.
         prefixed = dist.PrefixStore(name, store)
         group, _ = c10d._new_process_group_helper(
-            self._world, 0, [], dist.Backend(self._backend), prefixed, group_name=name, timeout=self._timeout
+            self._world, 0, [], dist.Backend(self._backend), prefixed, group_name=c10d.GroupName(name), timeout=self._timeout
         )
         c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(self._world)}
         if self._name != name:  # given up meanwhile
@@ -143,7 +144,7 @@ async def _call(post: Post, path: str, body: dict[str, Any]) -> Any:
 
 
 def _in_thread(work: Callable[[], Any]) -> "asyncio.Future[Any]":
-    """Runs `work` in a daemon thread: it may stay in torch, until its timeout, after the server was lost, and holds up nobody."""
+    """Runs `work` in a daemon thread: after a server was lost it may stay in torch until its timeout, and holds up nobody."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
 
@@ -157,7 +158,7 @@ def _in_thread(work: Callable[[], Any]) -> "asyncio.Future[Any]":
             result = work()
         except Exception as caught:  # handed to whoever waits
             error = caught
-        if not loop.is_closed():
+        with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
             loop.call_soon_threadsafe(settle, result, error)
 
     threading.Thread(target=run, name="weights to sglang", daemon=True).start()

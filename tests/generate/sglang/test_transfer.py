@@ -1,52 +1,25 @@
-"""Weights into a server: what a payload says, who reads which memory, and that a lost server is named in bounded time."""
+"""Weights for a server of this node: what a payload says, who reads which memory, and when that memory goes."""
 
 import asyncio
 import base64
-import functools
 import io
 import os
 import pickle
-import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from asyncrl.errors import ConfigError, Unavailable
-from asyncrl.generate.sglang.client import Client
-from asyncrl.generate.sglang.distributed import Distributed
-from asyncrl.generate.sglang.transfer import Post, SharedMemory, Stage, Transfer
-from asyncrl.models.loading import named_weights
+from asyncrl.generate.sglang.transfer import SharedMemory, Stage
 from asyncrl.types import Version
 
-WAIT_S = 20.0
 ONE, TWO = Version(1, 1), Version(1, 2)
-
-# Joins a group as SGLang's init_custom_process_group does, prints the sum of what it receives, and waits for its stdin.
-PEER = """
-import datetime, sys, torch, torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
-port, world, name, shape = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], [int(n) for n in sys.argv[4].split(",")]
-timeout = datetime.timedelta(seconds=20)
-store, _, _ = next(c10d.rendezvous(f"tcp://127.0.0.1:{port}", 1, world, timeout=timeout))
-store = dist.PrefixStore(name, store)
-group, _ = c10d._new_process_group_helper(world, 1, [], dist.Backend("gloo"), store, group_name=name, timeout=timeout)
-print("joined", flush=True)
-while sys.stdin.readline():
-    tensor = torch.zeros(shape)
-    group.broadcast(tensor, 0).wait()
-    print(tensor.sum().item(), flush=True)
-"""
 
 READER = """
 import base64, pickle, sys
@@ -116,7 +89,8 @@ def test_put_copies_and_keeps_its_memory_until_the_layout_changes(stage: Stage) 
     (first,) = stage.buckets(1 << 20)
     assert dict(first)["a"].tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
     stage.put(TWO, {"a": torch.full((3, 2), 9.0), "b": torch.tensor(8)})
-    assert dict(first)["a"].tolist() == [[9.0] * 2] * 3 and dict(first)["b"].item() == 8  # the same memory
+    assert dict(first)["a"].tolist() == [[9.0] * 2] * 3
+    assert dict(first)["b"].item() == 8
     stage.put(TWO, {"a": torch.ones(3, 2, dtype=torch.bfloat16)})
     assert dict(first)["b"].item() == 8  # new memory: what somebody still holds stays as it was
     (second,) = stage.buckets(1 << 20)
@@ -143,13 +117,13 @@ def test_more_than_the_machine_has_is_refused_with_the_size(stage: Stage) -> Non
 
 
 def test_memory_goes_with_the_stage_and_leaves_no_file() -> None:
-    files, fds = sorted(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))
+    fds = len(os.listdir("/proc/self/fd"))
     stage = Stage()
     for update in range(5):
         stage.put(Version(1, update), {"a": torch.ones(1000 + update)})
         assert len(payloads(stage)) == 1
         assert len(os.listdir("/proc/self/fd")) == fds + 2  # the file, and its mapping's own descriptor
-    assert [name for name in os.listdir("/dev/shm") if name not in files and "torch" in name] == []
+    assert [name for name in os.listdir("/dev/shm") if f"torch_{os.getpid()}" in name] == []
     stage.close()
     assert len(os.listdir("/proc/self/fd")) == fds
 
@@ -185,7 +159,9 @@ def test_a_payload_gives_back_exactly_the_tensors(layout: list[tuple[tuple[int, 
     }
     assert list(read) == list(tensors)
     for name, tensor in tensors.items():
-        assert read[name].dtype == tensor.dtype and read[name].shape == tensor.shape and torch.equal(read[name], tensor)
+        assert read[name].dtype == tensor.dtype
+        assert read[name].shape == tensor.shape
+        assert torch.equal(read[name], tensor)
     stage.close()
 
 
@@ -228,219 +204,3 @@ def test_after_a_lost_server_the_next_one_takes_all_buckets(stage: Stage) -> Non
     asyncio.run(transfer.send(post, stage))
     read = [unpickled(body["serialized_named_tensors"][0]) for body in post.bodies]
     assert [list(names) for names in read] == [["a"], ["b"], ["c"]]
-
-
-# --------------------------------------------------------------------------------------------------------- distributed
-
-
-@pytest.fixture(autouse=True)
-def threads_end() -> Iterator[None]:
-    """No thread outlives its test: one that returns from torch while Python shuts down would abort the process."""
-    yield
-    for thread in threading.enumerate():
-        if thread.name == "weights to sglang":
-            thread.join(WAIT_S)
-            assert not thread.is_alive()
-
-
-class PeerPost:
-    """A child process in place of a server's scheduler. on_update: what it does when weights come."""
-
-    def __init__(self, shape: tuple[int, ...], on_update: str = "receive") -> None:
-        self.labels: list[str | None] = []
-        self.sums: list[float] = []
-        self._shape, self._on_update = shape, on_update
-        self.peer: asyncio.subprocess.Process
-
-    async def __call__(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        if path == "/init_weights_update_group":
-            where = [str(body["master_port"]), str(body["world_size"]), body["group_name"], ",".join(map(str, self._shape))]
-            self.peer = await asyncio.create_subprocess_exec(
-                sys.executable, "-c", PEER, *where, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            )
-            assert await self._line() == "joined"
-            return {"success": True}
-        assert path == "/update_weights_from_distributed" and body["flush_cache"] is False
-        if self._on_update == "refuse":
-            raise Unavailable("no such parameter")
-        if self._on_update == "die":
-            self.peer.kill()
-        if self._on_update != "receive":
-            await asyncio.Event().wait()  # no answer ever comes
-        for shape, dtype in zip(body["shapes"], body["dtypes"], strict=True):
-            assert tuple(shape) == self._shape and dtype == "float32"
-            assert self.peer.stdin is not None
-            self.peer.stdin.write(b"next\n")
-            self.sums.append(float(await self._line()))
-        self.labels.append(body.get("weight_version"))
-        return {"success": True}
-
-    async def _line(self) -> str:
-        assert self.peer.stdout is not None
-        return (await asyncio.wait_for(self.peer.stdout.readline(), WAIT_S)).decode().strip()
-
-    async def end(self) -> None:
-        if self.peer.returncode is None:
-            self.peer.kill()
-        await self.peer.wait()
-
-
-def test_broadcasts_reach_the_group_in_order_and_again_after_reopening(stage: Stage) -> None:
-    async def run() -> None:
-        transfer = Distributed("127.0.0.1", "gloo", 1, bucket_bytes=128, deadline_s=WAIT_S)
-        for _ in range(2):  # the second time as after a restart of the server
-            post = PeerPost((4, 4))
-            await transfer.open(post)
-            stage.put(ONE, {"a": torch.full((4, 4), 1.0), "b": torch.full((4, 4), 2.0), "c": torch.full((4, 4), 3.0)})
-            await transfer.send(post, stage)
-            assert post.sums == [16.0, 32.0, 48.0] and post.labels == [None, "1.1"]
-            await post.end()
-        await transfer.close()
-
-    asyncio.run(run())
-
-
-@pytest.mark.parametrize(
-    ("on_update", "match"), [("die", "lost while taking weights"), ("refuse", "no such"), ("hang", "no end after 1 s")]
-)
-def test_a_server_lost_during_a_broadcast_is_named_before_the_deadline(stage: Stage, on_update: str, match: str) -> None:
-    async def run() -> None:
-        post = PeerPost((1000, 1000), on_update)
-        stage.put(ONE, {"a": torch.ones(1000, 1000)})
-        transfer = Distributed("127.0.0.1", "gloo", 1, deadline_s=WAIT_S)
-        await transfer.open(post)
-        transfer._deadline_s = 1.0 if on_update == "hang" else WAIT_S
-        start = time.monotonic()
-        with pytest.raises(Unavailable, match=match):
-            await transfer.send(post, stage)
-        assert time.monotonic() - start < WAIT_S / 2
-        with pytest.raises(Unavailable, match="not open"):
-            await transfer.send(post, stage)
-        await post.end()
-
-    asyncio.run(run())
-
-
-def test_a_server_that_does_not_join_is_named_at_the_deadline() -> None:
-    async def silent(path: str, body: dict[str, Any]) -> None:
-        await asyncio.Event().wait()
-
-    with pytest.raises(Unavailable, match="joining a group .* no end after 0.5 s"):
-        asyncio.run(Distributed("127.0.0.1", "gloo", 1, deadline_s=0.5).open(silent))
-
-
-# ------------------------------------------------------------------------------------------------------- a real server
-
-PROMPT = list(range(5, 25))
-
-
-def changed(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
-    return model
-
-
-async def gap(post: Post, model: PreTrainedModel) -> tuple[float, float, str]:
-    """Max and mean |logprob of the server − Hugging Face forward| over a greedy answer, and the server's label."""
-    sampling = {"max_new_tokens": 64, "temperature": 0.0, "ignore_eos": True}
-    answer = await post("/generate", {"input_ids": PROMPT, "sampling_params": sampling, "return_logprob": True})
-    ids = answer["output_ids"]
-    served = torch.tensor([entry[0] for entry in answer["meta_info"]["output_token_logprobs"]])
-    with torch.no_grad():
-        logits = model(torch.tensor([PROMPT + ids])).logits[0, len(PROMPT) - 1 : -1].float()
-    own = logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
-    differences = (served - own).abs()
-    return differences.max().item(), differences.mean().item(), answer["meta_info"]["weight_version"]
-
-
-def of_kind(kind: str, bucket_bytes: int = 200_000) -> Transfer:
-    """With buckets so small that the test model needs 17."""
-    if kind == "shared":
-        return SharedMemory(1, bucket_bytes=bucket_bytes)
-    return Distributed("127.0.0.1", "gloo", 1, bucket_bytes=bucket_bytes, deadline_s=WAIT_S)
-
-
-@pytest.mark.parametrize("kind", ["shared", "distributed"])
-def test_a_server_generates_from_the_weights_it_was_sent(
-    sglang_server: str, sglang_model: Path, stage: Stage, kind: str
-) -> None:
-    async def run() -> None:
-        model = AutoModelForCausalLM.from_pretrained(sglang_model).eval()
-        transfer = of_kind(kind)
-        async with Client(sglang_server) as client:
-            post = functools.partial(client.post, deadline_s=WAIT_S)
-            await transfer.open(post)
-            for version in (ONE, TWO):
-                assert (await gap(post, changed(model, version.update)))[0] > 0.01  # the server still has others
-                stage.put(version, named_weights(model))
-                await transfer.send(post, stage)
-                largest, _, label = await gap(post, model)
-                assert largest <= 5e-5 and label == str(version)
-        await transfer.close()
-
-    asyncio.run(run())
-
-
-@pytest.mark.parametrize("kind", ["shared", "distributed"])
-def test_twenty_updates_leave_nothing_behind(sglang_server: str, sglang_model: Path, stage: Stage, kind: str) -> None:
-    async def run() -> None:
-        model = AutoModelForCausalLM.from_pretrained(sglang_model).eval()
-        transfer = of_kind(kind, bucket_bytes=1 << 20)
-        async with Client(sglang_server) as client:
-            post = functools.partial(client.post, deadline_s=WAIT_S)
-            await transfer.open(post)
-            before: tuple[set[str], int] | None = None
-            for update in range(20):
-                stage.put(Version(2, update), named_weights(changed(model, update)))
-                await transfer.send(post, stage)
-                if before is None:
-                    before = {name for name in os.listdir("/dev/shm") if "torch" in name}, len(os.listdir("/proc/self/fd"))
-            after = {name for name in os.listdir("/dev/shm") if "torch" in name}
-            assert after <= before[0] and len(os.listdir("/proc/self/fd")) == before[1]
-            largest, _, label = await gap(post, model)
-            assert largest <= 5e-5 and label == "2.19"
-        await transfer.close()
-
-    asyncio.run(run())
-
-
-def test_a_server_killed_during_a_send_is_named_and_bfloat16_is_served(
-    serve_sglang: Callable[..., AbstractContextManager[tuple[str, int]]], sglang_model: Path, stage: Stage
-) -> None:
-    async def run(url: str, process_group: int) -> None:
-        model = changed(AutoModelForCausalLM.from_pretrained(sglang_model, dtype=torch.bfloat16).eval(), 1)
-        stage.put(ONE, named_weights(model))
-        transfers = [of_kind("shared"), of_kind("distributed")]
-        async with Client(url) as client:
-            post = functools.partial(client.post, deadline_s=WAIT_S)
-            for transfer in transfers:
-                await transfer.open(post)
-                await transfer.send(post, stage)
-                # Measured between two bf16 forwards of the same weights: 0.13 at most. Of other weights: above 1.
-                largest, mean, label = await gap(post, model.float())
-                assert largest <= 0.3 and mean <= 0.06 and label == str(ONE)
-            calls = 0
-
-            async def kill_at_the_third(path: str, body: dict[str, Any]) -> Any:
-                nonlocal calls
-                calls += 1
-                answer = asyncio.ensure_future(post(path, body))
-                if calls == 3:
-                    os.killpg(process_group, signal.SIGKILL)
-                return await answer
-
-            for transfer in transfers:
-                start = time.monotonic()
-                with pytest.raises(Unavailable):
-                    await transfer.send(kill_at_the_third, stage)
-                assert time.monotonic() - start < 10
-                await transfer.close()
-
-    with serve_sglang(sglang_model, "--disable-radix-cache", dtype="bfloat16") as (url, process_group):
-        asyncio.run(run(url, process_group))
-    post = RecordingPost()  # the stage serves the next one
-    asyncio.run(of_kind("shared").send(post, stage))
-    read = {name: tensor for body in post.bodies for name, tensor in unpickled(body["serialized_named_tensors"][0]).items()}
-    assert torch.equal(read["model.norm.weight"], dict(next(iter(stage.buckets(1 << 30))))["model.norm.weight"])

@@ -1,0 +1,106 @@
+"""Whole runs with a real SGLang server on CPU: it learns, and a killed scheduler costs time and nothing else."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from asyncrl import launch
+from asyncrl.cluster.supervisor import Status
+from asyncrl.cluster.tally import Tally
+from asyncrl.config import CheckpointSpec, StalenessSpec
+from asyncrl.jobs.specs import load_deployment, load_specs
+from asyncrl.paths import resolve_paths
+from asyncrl.replay import events as ev
+from asyncrl.replay import open as open_replay
+from asyncrl.rundir import RunDir
+
+ROOT = Path(__file__).resolve().parents[1]
+DEPLOYMENT = ROOT / "deploy" / "local-sglang.yaml"
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(autouse=True)
+def sglang_on_cpu() -> None:
+    if shutil.which("sglang-cpu-server") is None:
+        missing = "sglang-cpu-server is not on PATH: run deploy/sglang-cpu/install"
+        (pytest.fail if os.environ.get("ASYNCRL_REQUIRE_SGLANG") else pytest.skip)(missing)
+
+
+def gauges(run_dir: Path, name: str) -> list[float]:
+    """A gauge of the generator's engine over the run."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if (key := f"generator-0/engine/{name}") in line]
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *descendants(int(child))]
+    return found
+
+
+class KillScheduler:
+    """SIGKILLs the process that computes for SGLang, once, when so many updates are committed."""
+
+    def __init__(self, update: int) -> None:
+        self._update = update
+        self.killed: list[int] = []
+
+    def __call__(self, status: Status, tally: Tally) -> None:
+        if self.killed or tally.committed < self._update or "generator-0" not in status.pids:
+            return
+        for pid in descendants(status.pids["generator-0"]):
+            if Path(f"/proc/{pid}/comm").read_text().startswith("sglang::schedul"):
+                os.kill(pid, signal.SIGKILL)
+                self.killed.append(pid)
+
+
+@pytest.mark.timeout(600)
+def test_arithmetic_learns_with_sglang(local_ray, tmp_path):
+    """80 of the 200 updates: held-out exact match from at most 0.5 to at least 0.85."""
+    recipe, deployment = load_specs(ROOT / "recipes" / "arithmetic.py", DEPLOYMENT, ["total_steps=80"])
+    recipe = resolve_paths(recipe, RunDir(tmp_path / "arithmetic"), ROOT / "recipes")
+    result = launch(recipe, deployment, runs_dir=tmp_path)
+    assert result.steps == 80
+    assert result.restarts == {}
+    assert result.max_trained_lag <= 4
+    assert result.first_score is not None
+    assert result.last_score is not None
+    assert result.first_score <= 0.5
+    assert result.last_score >= 0.85
+    assert result.pending == 0
+    lines = [json.loads(line) for line in (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    gaps = [line["gap/logprob_max_abs"] for line in lines if "gap/logprob_max_abs" in line]
+    assert gaps, "no token was trained by the very weights that made it: the gap between engine and learner is not seen"
+    assert max(gaps) < 1e-4  # fp32: the same weights in two implementations
+    assert gauges(Path(result.run_dir), "restarts")[-1] == 0
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_scheduler_is_replaced_and_nothing_is_lost(local_ray, tiny_recipe, tmp_path):
+    killer = KillScheduler(10)
+    recipe = tiny_recipe(
+        total_steps=60,
+        staleness=StalenessSpec(max_lag=2),
+        checkpoint=CheckpointSpec(save_freq=1000),
+    )
+    result = launch(recipe, load_deployment(DEPLOYMENT), runs_dir=tmp_path, observe=killer)
+    assert len(killer.killed) == 1
+    assert result.restarts == {}, "the generator replaces its server by itself"
+    assert result.steps == 60
+    assert result.pending == 0
+    assert gauges(Path(result.run_dir), "restarts")[-1] == 1
+    assert gauges(Path(result.run_dir), "servers_up")[-1] == 1
+    events = [ev.decode(payload) for payload in open_replay(result.run_dir).events().column("payload").to_pylist()]
+    commits = [event for event in events if isinstance(event, ev.BatchCommitted)]
+    assert [commit.version.update for commit in commits] == list(range(1, 61))
+    trained = [group for commit in commits for group in commit.groups]
+    assert len(set(trained)) == len(trained) == result.trained
+    reserved = {e.group for e in events if isinstance(e, ev.GroupReserved) and e.purpose == "train"}
+    assert len(reserved) == result.trained + result.filtered + result.evicted + result.failed
