@@ -326,6 +326,18 @@ class GeneratorsSpec(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _require(self.count >= 1, f"generators.count={self.count} < 1: nobody would generate; use at least 1")
+        sglang = self.engine.sglang
+        _require(
+            self.count == 1 or not sglang.urls,
+            f"generators.count={self.count} with engine.sglang.urls: every generator would update the same servers; use "
+            "count: 1, which serves all of the URLs",
+        )
+        needed = sglang.servers * sglang.tp_size
+        _require(
+            self.engine.kind == "torch" or bool(sglang.urls) or self.place.gpus in (0, needed) or self.place.gpus < needed == 1,
+            f"generators.place.gpus={self.place.gpus:g}, but engine.sglang.servers={sglang.servers} × tp_size={sglang.tp_size} "
+            f"need {needed}: servers would share a GPU or leave one idle; set generators.place.gpus={needed}",
+        )
 
 
 class RewardsSpec(Spec, frozen=True, kw_only=True):

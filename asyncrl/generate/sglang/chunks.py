@@ -71,7 +71,8 @@ class Row:
         self._logprobs: list[float] = []
         self._sampled: list[float] = []
         self._spans: list[Span] = []
-        self._pinned: Version | None = None
+        self._pinned: Version | None = None  # of the segment's start; None between segments
+        self._newest: Version | None = None  # that the server may have by now
         self._base = self._certain = 0
         self.swaps = 0  # while the present segment ran
 
@@ -86,14 +87,20 @@ class Row:
 
     def begin(self, version: Version) -> None:
         """A segment starts, on weights `version`."""
-        self._pinned, self._base, self.swaps = version, len(self.token_ids), 0
+        self._pinned = self._newest = version
+        self._base, self.swaps = len(self.token_ids), 0
         self.segments += 1
 
-    def swapping(self) -> None:
-        """New weights come in while the segment runs: tokens that are not yet reported may be of either version."""
+    def swapping(self, version: Version) -> None:
+        """`version` comes in while the segment runs: tokens that are not yet reported may be of it or of an older one."""
         if self.swaps == 0:
             self._certain = len(self.token_ids)
+        self._newest = version
         self.swaps += 1
+
+    def distrust(self) -> None:
+        """The server contradicted itself, over this row or another one: `lost` then keeps nothing of the segment."""
+        self._certain, self.swaps = self._base, max(self.swaps, 1)
 
     def extend(self, chunk: Chunk) -> FinishReason | None:
         """Takes the news of a chunk; returns why the segment ended, if it has. Raises Unavailable for what can't be right."""
@@ -123,6 +130,7 @@ class Row:
         """Ends the segment: every token of it gets the version that the server says, which must be one that it was given."""
         count = len(self.token_ids) - self._base
         assert self._pinned is not None
+        assert self._newest is not None
         if labels is None:
             if self.swaps:
                 raise Unavailable(
@@ -130,21 +138,20 @@ class Row:
                     "use SGLang >= 0.5.20, or engine.sglang.prefix_cache: true, which interrupts requests instead"
                 )
             labels = [Labelled(version=str(self._pinned), start=0, end=count)] if count else []
-        end = 0
+        end, oldest, spans = 0, self._pinned, []
         for label in labels:
             version = parse_label(label.version)
-            wrong = (
-                label.start != end or version is None or version < self._pinned or not (self.swaps or version == self._pinned)
-            )
-            if wrong or version is None:
+            if label.start != end or label.end < end or version is None or not oldest <= version <= self._newest:
                 raise Unavailable(
                     f"request {self.request.id}: begun on weights {self._pinned}, but the server labels tokens {label.start} "
                     f"to {label.end} with {label.version!r}: somebody else updates it, or it lost an update; it is restarted"
                 )
-            self._add(version, label.end - label.start)
-            end = label.end
+            spans.append(Span(version, label.end - end))
+            end, oldest = label.end, version
         if end != count:
             raise Unavailable(f"request {self.request.id}: {count} tokens, but the server labels {end}; it is restarted")
+        for span in spans:
+            self._add(span.version, span.length)
         self._pinned = None
 
     def _add(self, version: Version, length: int) -> None:

@@ -1,17 +1,24 @@
 """HTTP to one SGLang server. Every call has a deadline, except `generate`, which lasts as long as tokens do."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import msgspec
+from msgspec import structs
 
 from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.generate.sglang.chunks import Chunk, Row
+from asyncrl.types import GenerationRequest
 
+T = TypeVar("T")
 _EVENT = b"data: "
 _DONE = b"[DONE]"
+# SGLang says what top-p and top-k kept only for a bounded top_k (its --sampling-mask-max-tokens); top_p alone gets this one.
+MAX_TOP_K = 4096
 _FAILURES = (aiohttp.ClientError, TimeoutError, OSError)
 
 
@@ -26,9 +33,16 @@ class Client:
             headers={"content-type": "application/json"},
         )
         self._chunks = msgspec.json.Decoder(Chunk)
+        self._batches = msgspec.json.Decoder(list[Chunk])
+        self._scopes: set[asyncio.Timeout] = set()  # of what waits now
         self._encoder = msgspec.json.Encoder()
 
     async def close(self) -> None:
+        """Whoever waits for an answer gets Unavailable. Idempotent."""
+        if self._session.closed:
+            return
+        for scope in self._scopes:
+            scope.reschedule(0)
         await self._session.close()
 
     async def __aenter__(self) -> "Client":
@@ -38,6 +52,21 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    @asynccontextmanager
+    async def _while_open(self) -> AsyncIterator[None]:
+        """Has what waits inside raise Unavailable at `close`. By itself, aiohttp lets it wait for ever."""
+        scope = asyncio.timeout(0 if self._session.closed else None)
+        self._scopes.add(scope)
+        try:
+            async with scope:
+                yield
+        except TimeoutError as error:
+            if scope.expired():
+                raise Unavailable(f"{self.url} was given up") from error
+            raise
+        finally:
+            self._scopes.discard(scope)
 
     async def get(self, path: str, deadline_s: float) -> Any:
         """The JSON answer."""
@@ -51,7 +80,10 @@ class Client:
         data = None if body is None else self._encoder.encode(body)
         timeout = aiohttp.ClientTimeout(total=deadline_s)
         try:
-            async with self._session.request(method, self.url + path, data=data, timeout=timeout) as response:
+            async with (
+                self._while_open(),
+                self._session.request(method, self.url + path, data=data, timeout=timeout) as response,
+            ):
                 text = await response.read()
         except TimeoutError as error:
             raise Unavailable(f"{self.url}{path} did not answer in {deadline_s:g} s") from error
@@ -71,38 +103,66 @@ class Client:
         salt: keeps the server's prefix cache from mixing versions; None where there is no such cache.
         Raises ConfigError for a request that the server refuses; Unavailable if it ends before all rows have.
         """
+        parameters = [_sampling(row, stream_interval) for row in rows]
+        # What ends before it would be reported comes in one piece, which costs the server and us half as much.
+        stream = any(of_row["max_new_tokens"] > stream_interval for of_row in parameters)
         body: dict[str, Any] = {
             "input_ids": [[*row.request.prompt_ids, *row.token_ids] for row in rows],
-            "sampling_params": [_sampling(row, stream_interval) for row in rows],
+            "sampling_params": parameters,
             "rid": [request_id(row) for row in rows],
-            "return_logprob": [True] * len(rows),
+            "return_logprob": True,
             "return_sampling_mask": [row.cut for row in rows],
-            "stream": True,
+            "stream": stream,
         }
         if salt is not None:
             body["extra_key"] = [salt] * len(rows)
         try:
-            async with self._session.post(f"{self.url}/generate", data=self._encoder.encode(body)) as response:
+            async with self._while_open():
+                response = await self._session.post(f"{self.url}/generate", data=self._encoder.encode(body))
+            async with response:
+                if response.status >= 400 or not stream:
+                    async with self._while_open():
+                        whole = await response.read()
                 if response.status >= 400:
-                    _refused(self.url, response.status, await response.read())
+                    _refused(self.url, response.status, whole)
+                if not stream:
+                    chunks = self._decode(self._batches, whole)
+                    for index, chunk in enumerate(chunks):
+                        yield structs.replace(chunk, index=index)
+                    return
                 rest = b""
-                async for data in response.content.iter_any():
+                while data := await self._read(response):
                     *events, rest = (rest + data).split(b"\n\n")
                     for event in events:
                         if event == _EVENT + _DONE:
                             return
-                        yield self._decode(event)
+                        yield self._decode(self._chunks, event.removeprefix(_EVENT))
                 raise Unavailable(f"{self.url}/generate ended before all of its requests had")
         except _FAILURES as error:
             raise Unavailable(f"{self.url}/generate: {type(error).__name__}: {error}") from error
 
-    def _decode(self, event: bytes) -> Chunk:
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+        """What came next; nothing at its end."""
+        async with self._while_open():
+            return await response.content.readany()
+
+    def _decode(self, decoder: msgspec.json.Decoder[T], text: bytes) -> T:
         try:
-            return self._chunks.decode(event.removeprefix(_EVENT))
+            return decoder.decode(text)
         except msgspec.DecodeError as error:
-            if b'"error"' in event:
-                _refused(self.url, 400, event)
-            raise Unavailable(f"{self.url}/generate sent what asyncrl can't read ({error}): {event[:300]!r}") from error
+            if b'"error"' in text:
+                _refused(self.url, 400, text)
+            raise Unavailable(f"{self.url}/generate sent what asyncrl can't read ({error}): {text[:300]!r}") from error
+
+
+def check_top_k(request: GenerationRequest) -> ConfigError | None:
+    """None, or the error for a request whose logprobs SGLang could not give."""
+    if request.sampling.top_k <= MAX_TOP_K:
+        return None
+    return ConfigError(
+        f"request {request.id}: top_k={request.sampling.top_k} > {MAX_TOP_K}: SGLang does not say what mass so many keep, "
+        "so its logprobs would be wrong; lower top_k, or turn it off with 0"
+    )
 
 
 def request_id(row: Row) -> str:
@@ -115,7 +175,7 @@ def _sampling(row: Row, stream_interval: int) -> dict[str, Any]:
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": sampling.top_k or -1,
+        "top_k": sampling.top_k or (MAX_TOP_K if row.cut else -1),
         "max_new_tokens": sampling.max_tokens - len(row.token_ids),
         "stop_token_ids": list(sampling.stop_token_ids),
         # Without this, the model's own end of sequence would stop a request that names no stop token.

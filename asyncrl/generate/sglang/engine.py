@@ -21,6 +21,7 @@ from asyncrl.errors import AsyncRLError, Closed, Unavailable
 from asyncrl.generate.requests import check_request
 from asyncrl.generate.sglang.changes import Changes
 from asyncrl.generate.sglang.chunks import Row
+from asyncrl.generate.sglang.client import check_top_k
 from asyncrl.generate.sglang.replica import Counts, Replica
 from asyncrl.generate.sglang.router import Router
 from asyncrl.generate.sglang.server import Server
@@ -111,6 +112,7 @@ class SGLangEngine:
         sound = []
         for row in rows:
             refusal = check_request(row.request, max_length=self.max_length, vocabulary=self._vocabulary)
+            refusal = refusal or check_top_k(row.request)
             if refusal is not None:
                 row.future.set_exception(refusal)
             else:
@@ -297,6 +299,14 @@ class SGLangEngine:
             "waiting": float(sum(replica.load.num_waiting_reqs for replica in up)),
             "kv_usage": max((replica.load.token_usage for replica in up), default=0.0),
         }
+
+    def urls(self) -> list[str]:
+        """Where its servers listen now."""
+        return [replica.server.client.url for replica in self._replicas if replica.server is not None]
+
+    def pids(self) -> list[int]:
+        """Every process of the servers that it started."""
+        return [pid for replica in self._replicas if replica.server is not None for pid in replica.server.pids()]
 
     def close(self, deadline_s: float = CLOSE_S) -> None:
         """Ends the servers that it started; unfinished futures raise Closed."""

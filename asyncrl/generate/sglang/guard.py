@@ -2,7 +2,8 @@
 
 LIFELINE is the read end of a pipe whose other end the owner holds. When the owner ends, however it ends, the pipe closes,
 and everything in this process group is killed; likewise when the command ends, so that none of its children stays behind.
-Standard library only, and never imported: it must start in milliseconds.
+It is two processes, of which the inner one does all this when the outer one is killed too: a Ray worker that exits kills its
+direct children, and only these. Standard library only, and never imported: it must start in milliseconds.
 """
 
 import os
@@ -14,9 +15,12 @@ import sys
 
 def main(lifeline: int, command: list[str]) -> None:
     os.set_inheritable(lifeline, False)
+    outer = os.pidfd_open(os.getpid())
+    if os.fork():
+        signal.pause()
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     ended = os.pidfd_open(process.pid)
-    select.select([lifeline, ended], [], [])
+    select.select([lifeline, ended, outer], [], [])
     if (code := process.poll()) is not None:
         print(f"guard: {command[0]} ended with exit code {code}", file=sys.stderr, flush=True)
     os.killpg(0, signal.SIGKILL)

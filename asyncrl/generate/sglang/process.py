@@ -7,12 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from asyncrl.errors import ConfigError
 
 GUARD = Path(__file__).with_name("guard.py")
+REAP_S = 0.1  # in which a parent that lives has reaped a child that ended
 LOG_TAIL = 15  # lines of its log that an error about a server shows
 
 
@@ -26,12 +28,13 @@ def free_port() -> int:
 class ServerProcess:
     """The command, and every process that it starts. Standard output and error go to `log`, appended.
 
-    env is added to this process's environment. Raises ConfigError if there is no such command.
+    env is added to this process's environment. A command that can't be started shows as one that has died, its log says why.
     """
 
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str], log: Path) -> None:
         lifeline, self._lifeline = os.pipe()
         self._log = log
+        self._defunct: dict[int, float] = {}  # pid -> when it was first seen so
         program = sys.executable if command[0] == "python" else command[0]
         try:
             with open(log, "ab") as output:
@@ -52,8 +55,13 @@ class ServerProcess:
             os.close(lifeline)
 
     def alive(self) -> bool:
-        """Whether the command runs, and no process under it has crashed (SGLang itself needs seconds to notice)."""
-        return self._process.poll() is None and not any(_defunct(pid) for pid in self.pids())
+        """Whether the command runs, and no process under it has crashed (SGLang itself needs seconds to notice).
+
+        Every process is defunct for a moment when it ends. One that still is after REAP_S has crashed.
+        """
+        now = time.monotonic()
+        self._defunct = {pid: self._defunct.get(pid, now) for pid in self.pids() if _defunct(pid)}
+        return self._process.poll() is None and not any(now - since > REAP_S for since in self._defunct.values())
 
     def pids(self) -> list[int]:
         """Every process of the session, on Linux; the guard comes first."""

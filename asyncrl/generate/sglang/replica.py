@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from asyncrl.config import UpdateMode
 from asyncrl.errors import AsyncRLError, ConfigError, Unavailable
 from asyncrl.generate.sglang.changes import Changes
-from asyncrl.generate.sglang.chunks import Row
+from asyncrl.generate.sglang.chunks import Chunk, Row
 from asyncrl.generate.sglang.client import request_id
 from asyncrl.generate.sglang.router import Router
 from asyncrl.generate.sglang.server import CALL_S, Core, Server
 from asyncrl.generate.sglang.transfer import Stage
 from asyncrl.generate.sglang.window import Load, Window
-from asyncrl.types import Generation, SwapReport, Version
+from asyncrl.types import FinishReason, Generation, SwapReport, Version
 
 log = logging.getLogger(__name__)
 WATCH_S = 0.5  # between two looks at a server that serves
@@ -61,7 +61,7 @@ class Replica:
         self._make, self._mode = make, mode
         self._stage, self._router, self._changes, self._counts = stage, router, changes, counts
         self._stream_interval, self._probe_s, self._start_timeout_s = stream_interval, probe_s, start_timeout_s
-        self._server: Server | None = None
+        self.server: Server | None = None
         self._rows: set[Row] = set()
         self._lost: Unavailable | None = None
         self._lost_at: float | None = None
@@ -80,7 +80,7 @@ class Replica:
         """
         while True:
             self._lost = None
-            self._server = server = self._make()
+            self.server = server = self._make()
             try:
                 await server.open(self._start_timeout_s)
                 self._check(server)
@@ -91,7 +91,7 @@ class Replica:
                     self._rise()
                 await self._watch(server)
             except Unavailable as error:
-                self._fall(error)
+                self._fall(server, error)
             finally:
                 self.up = False
                 self._router.down(self.index)
@@ -111,8 +111,10 @@ class Replica:
         self._router.up(self.index)
         self._changes.notify()
 
-    def _fall(self, error: Unavailable) -> None:
+    def _fall(self, server: Server, error: Unavailable) -> None:
         """The server is not to be trusted any more; `keep` replaces it."""
+        if server is not self.server:  # news of its predecessor
+            return
         self._lost = self._lost or error
         self._lost_at = self._lost_at or time.monotonic()
         self.up = False
@@ -146,6 +148,7 @@ class Replica:
             server.check_alive()
             self.load = await server.load()
             self._adapt()
+            await self.cancel()  # again: it misses requests that the server had not yet read
             if time.monotonic() - self._heard > self._probe_s and not self._emptying:
                 await server.probe(self._probe_s)
                 self._heard = time.monotonic()
@@ -166,8 +169,8 @@ class Replica:
         self._router.set_window(self.index, self.window.slots)
 
     async def close(self) -> None:
-        if self._server is not None:
-            await self._server.close()
+        if self.server is not None:
+            await self.server.close()
 
     # ---------------------------------------------------------------------------------------- serving
 
@@ -176,7 +179,7 @@ class Replica:
 
         Rows that are neither settled nor cancelled go on in another segment.
         """
-        server, version = self._server, self.version
+        server, version = self.server, self.version
         assert server is not None
         assert version is not None
         for row in rows:
@@ -188,7 +191,7 @@ class Replica:
             async for chunk in server.client.generate(rows, salt=salt, stream_interval=self._stream_interval):
                 self._heard = time.monotonic()
                 row = rows[chunk.index]
-                reason = row.extend(chunk)
+                reason = self._take(row, chunk)
                 if reason is not None:
                     # A swap retracts too, but not for want of cache.
                     self._retracted += max(0, chunk.meta_info.num_retractions - row.swaps)
@@ -198,7 +201,7 @@ class Replica:
                         settle(row, row.generation(reason))
                         self._explain(row, chunk.meta_info.finish_reason)
         except Unavailable as error:
-            self._fall(error)
+            self._fall(server, error)
             self._give_up(rows)
         except ConfigError as error:
             for row in rows:
@@ -207,6 +210,14 @@ class Replica:
         finally:
             for row in rows:
                 self._leave(row)
+
+    def _take(self, row: Row, chunk: Chunk) -> FinishReason | None:
+        try:
+            return row.extend(chunk)
+        except Unavailable:
+            for other in self._rows:
+                other.distrust()
+            raise
 
     def _leave(self, row: Row) -> None:
         if row in self._rows:
@@ -232,29 +243,29 @@ class Replica:
 
     async def cancel(self) -> None:
         """Tells the server which of its rows nobody wants any more."""
-        await self._tell([request_id(row) for row in self._rows if row.cancelled])
+        for request in [request_id(row) for row in self._rows if row.cancelled]:
+            await self._tell({"rid": request})
 
-    async def _tell(self, requests: Sequence[str]) -> None:
-        server = self._server
+    async def _tell(self, whom: dict[str, str | bool]) -> None:
+        server = self.server
         if server is None or not self.up:
             return
         try:
-            for request in requests:
-                await server.client.post("/abort_request", {"rid": request}, CALL_S)
+            await server.client.post("/abort_request", whom, CALL_S)
         except Unavailable as error:
-            self._fall(error)
+            self._fall(server, error)
 
     # ---------------------------------------------------------------------------------------- weights
 
     @property
     def must_idle(self) -> bool:
         """Whether the server must be empty while weights go in, so that requests have to wait outside."""
-        cached = self._server is not None and not self._server.facts.disable_radix_cache
+        cached = self.server is not None and not self.server.facts.disable_radix_cache
         return self._mode in ("drain", "restart") or (self._mode == "in_flight" and cached)
 
     async def swap(self, version: Version) -> SwapReport:
         """Takes the staged weights. A server that fails at it is lost, and replaced; that is no error here."""
-        server = self._server
+        server = self.server
         assert server is not None
         started, recomputed, discarded = time.monotonic(), 0, 0
         try:
@@ -268,12 +279,12 @@ class Replica:
                 await server.update(self._stage)
             else:
                 for row in self._rows:
-                    row.swapping()
+                    row.swapping(version)
                 recomputed = 0 if self._mode == "keep_kv" else sum(row.length for row in self._rows)
                 await self._update_paused(server)
             self.version = version
         except Unavailable as error:
-            self._fall(error)
+            self._fall(server, error)
         return SwapReport(
             version=version,
             pause_s=time.monotonic() - started,
@@ -292,24 +303,25 @@ class Replica:
         await server.client.post("/continue_generation", {}, CALL_S)
 
     async def empty(self, wait_only: bool = False) -> list[Row]:
-        """Waits until no row is on the server: to their ends (wait_only), or interrupting them. Returns the unfinished ones."""
-        running = list(self._rows)
+        """Waits until no row is on the server: to their ends (wait_only), or interrupting them. Returns the unfinished ones.
+
+        A server that does not let go of them is lost, as is one that dies meanwhile; that is no error here.
+        """
+        running, server, deadline = list(self._rows), self.server, time.monotonic() + self._probe_s
         self._emptying = not wait_only
         try:
             while self._rows and self.up:
                 if not wait_only:
-                    await self._tell_all()
+                    await self._tell({"abort_all": True})
                 try:
                     async with asyncio.timeout(None if wait_only else AGAIN_S):
                         await self._changes.until(lambda: not self._rows or not self.up)
                 except TimeoutError:
-                    pass
+                    if time.monotonic() > deadline and server is not None:
+                        url, count = server.client.url, len(self._rows)
+                        self._fall(server, Unavailable(f"{url} did not end {count} aborted requests in {self._probe_s:g} s"))
         finally:
             self._emptying = False
         interrupted = [row for row in running if not row.done]
         self._counts.interrupted += len(interrupted)
         return interrupted
-
-    async def _tell_all(self) -> None:
-        assert self._server is not None
-        await self._server.client.post("/abort_request", {"abort_all": True}, CALL_S)

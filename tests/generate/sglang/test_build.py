@@ -1,0 +1,186 @@
+"""From a deployment's words to a server's command line and its way in for weights."""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Qwen3Config
+
+from asyncrl.config import EngineSpec, ModelSpec, SGLangSpec
+from asyncrl.errors import ConfigError
+from asyncrl.generate.sglang.build import launch, sglang_engine
+from asyncrl.generate.sglang.distributed import Distributed
+from asyncrl.generate.sglang.server import Launch
+from asyncrl.generate.sglang.transfer import SharedMemory
+from asyncrl.types import GenerationRequest, Sampling
+
+MODEL = ModelSpec(path="/models/qwen", dtype="bfloat16")
+
+
+def flags(command: tuple[str, ...]) -> dict[str, str | bool]:
+    """{"--name": value}; True for a bare flag."""
+    found: dict[str, str | bool] = {}
+    for word, after in zip(command, (*command[1:], "--"), strict=True):
+        if word.startswith("--"):
+            found[word] = True if after.startswith("--") else after
+    return found
+
+
+def launched(index: int = 0, max_length: int = 512, threads: int = 1, mode: Any = "in_flight", **sglang: Any) -> Launch:
+    spec = EngineSpec(kind="sglang", slots=48, update_mode=mode, sglang=SGLangSpec(**sglang))
+    return launch(spec, MODEL, index=index, max_length=max_length, threads=threads, log=Path("log"))
+
+
+def test_a_server_is_started_with_what_asyncrl_relies_on() -> None:
+    start = launched()
+    assert start.command[:3] == ("python", "-m", "sglang.launch_server")
+    assert start.log == Path("log")
+    assert flags(start.command) == {
+        "--model-path": "/models/qwen",
+        "--dtype": "bfloat16",
+        "--host": "127.0.0.1",
+        "--context-length": "528",  # 512, and 16 that SGLang keeps for itself
+        "--max-running-requests": "48",
+        "--tensor-parallel-size": "1",
+        "--base-gpu-id": "0",
+        "--skip-tokenizer-init": True,
+        "--incremental-streaming-output": True,
+        "--disable-radix-cache": True,
+        "--log-level": "warning",
+    }
+    assert start.env == {"OMP_NUM_THREADS": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+
+
+def test_servers_of_one_generator_take_gpus_one_after_the_other() -> None:
+    assert [flags(launched(index, tp_size=2).command)["--base-gpu-id"] for index in range(3)] == ["0", "2", "4"]
+    assert flags(launched(tp_size=2).command)["--tensor-parallel-size"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("mode", "prefix_cache", "shown"),
+    [
+        ("in_flight", False, {"--disable-radix-cache"}),
+        ("in_flight", True, set()),
+        ("drain", True, set()),
+        ("keep_kv", False, {"--disable-radix-cache", "--disable-overlap-schedule"}),
+    ],
+)
+def test_the_update_mode_decides_over_cache_and_schedule(mode: str, prefix_cache: bool, shown: set[str]) -> None:
+    found = flags(launched(mode=mode, prefix_cache=prefix_cache).command)
+    assert found.keys() & {"--disable-radix-cache", "--disable-overlap-schedule"} == shown
+
+
+def test_any_other_argument_goes_through_and_wins() -> None:
+    arguments: dict[str, Any] = {
+        "attention-backend": "fa3",
+        "--log_level": "info",
+        "enable_metrics": True,
+        "incremental-streaming-output": False,
+        "max-total-tokens": 4096,
+        "schedule-conservativeness": 0.5,
+    }
+    found = flags(launched(args=arguments).command)
+    assert found["--attention-backend"] == "fa3"
+    assert found["--log-level"] == "info"
+    assert found["--enable-metrics"] is True
+    assert found["--max-total-tokens"] == "4096"
+    assert found["--schedule-conservativeness"] == "0.5"
+    assert "--incremental-streaming-output" not in found
+
+
+def test_what_the_deployment_says_of_dtype_memory_threads_and_environment() -> None:
+    start = launched(dtype="float16", mem_fraction=0.7, threads=4, env={"A": "b"}, command=("my-server", "--extra"))
+    assert start.command[:2] == ("my-server", "--extra")
+    assert (flags(start.command)["--dtype"], flags(start.command)["--mem-fraction-static"]) == ("float16", "0.7")
+    assert (start.env["OMP_NUM_THREADS"], start.env["A"]) == ("4", "b")
+    assert launched(env={"OMP_NUM_THREADS": "2"}, threads=4).env["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.parametrize("name", ["port", "--host", "model_path"])
+def test_where_a_server_listens_and_what_it_serves_is_not_for_args(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"is chosen by asyncrl.*engine\.sglang\.urls"):
+        launched(args={name: "x"})
+
+
+# ---------------------------------------------------------------------------------------- the engine
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    """A configuration without weights: building an engine reads no more of a model."""
+    folder = tmp_path_factory.mktemp("model")
+    Qwen3Config(vocab_size=100, max_position_embeddings=64).save_pretrained(folder)
+    return ModelSpec(path=str(folder))
+
+
+Build = Callable[..., Any]
+
+
+@pytest.fixture
+def build(model: ModelSpec, tmp_path: Path) -> Build:
+    """build(gpus=…, max_length=…, **SGLangSpec): an engine of this machine's own python that is never started."""
+
+    def make(gpus: float = 0.0, max_length: int = 2048, **sglang: Any) -> Any:
+        spec = EngineSpec(kind="sglang", max_length=max_length, sglang=SGLangSpec(**({"command": (sys.executable,)} | sglang)))
+        return sglang_engine(spec, model, host="127.0.0.1", gpus=gpus, logs=tmp_path, name="gen-0")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("transfer", "urls", "gpus", "expected"),
+    [
+        ("auto", (), 0.0, (SharedMemory, "cpu")),
+        ("auto", (), 1.0, (SharedMemory, "cuda")),
+        ("auto", ("http://there:1",), 0.0, (Distributed, "gloo")),
+        ("auto", ("http://there:1",), 1.0, (Distributed, "nccl")),
+        ("shared", ("http://there:1",), 1.0, (SharedMemory, "cpu")),
+        ("shared", (), 1.0, (SharedMemory, "cpu")),
+        ("cuda_ipc", (), 1.0, (SharedMemory, "cuda")),
+        ("distributed", (), 0.0, (Distributed, "gloo")),
+    ],
+)
+def test_weights_take_the_fastest_way_that_fits(
+    transfer: Any, urls: tuple[str, ...], gpus: float, expected: tuple[type, str]
+) -> None:
+    from asyncrl.generate.sglang.build import _transfer
+
+    made = _transfer(SGLangSpec(transfer=transfer, urls=urls), host="10.0.0.1", gpus=gpus)
+    assert isinstance(made, partial)
+    told = (*made.args, *made.keywords.values())
+    assert (made.func, told) == (expected[0], ("10.0.0.1", expected[1]) if expected[0] is Distributed else (expected[1],))
+
+
+def test_cuda_ipc_without_a_gpu_is_refused(build: Build) -> None:
+    with pytest.raises(ConfigError, match=r"transfer='cuda_ipc'.*gpus=0"):
+        build(transfer="cuda_ipc")
+
+
+def test_a_command_that_is_not_there_is_refused(build: Build) -> None:
+    with pytest.raises(ConfigError, match="'no-such-server' is not on PATH"):
+        build(command=("no-such-server",))
+    build(command=("no-such-server",), urls=("http://there:1",)).close()  # nothing is started here
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    spec = EngineSpec(kind="sglang", sglang=SGLangSpec(command=(sys.executable,)))
+    with pytest.raises(ConfigError, match=r"model\.path"):
+        sglang_engine(spec, ModelSpec(path=str(tmp_path)), host="127.0.0.1", logs=tmp_path, name="gen-0")
+
+
+def test_length_is_bounded_by_the_model_and_slots_are_per_server(build: Build) -> None:
+    engine = build(servers=3)
+    assert (engine.max_length, engine.slots, engine.version) == (64, 192, None)
+    assert build(max_length=32).max_length == 32
+
+
+def test_before_its_start_an_engine_has_no_process_and_after_its_end_it_says_closed(build: Build) -> None:
+    engine = build()
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=8, stop_token_ids=())
+    request = GenerationRequest(id="a", group=0, prompt_ids=(1,), sampling=sampling, seed=0)
+    assert (engine.pids(), engine.urls()) == ([], [])
+    engine.close()
+    assert "closed" in str(engine.submit(request).exception(0))
