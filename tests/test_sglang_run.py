@@ -63,17 +63,17 @@ class KillScheduler:
 
 @pytest.mark.timeout(600)
 def test_arithmetic_learns_with_sglang(local_ray, tmp_path):
-    """80 of the 200 updates: held-out exact match from at most 0.5 to at least 0.85."""
-    recipe, deployment = load_specs(ROOT / "recipes" / "arithmetic.py", DEPLOYMENT, ["total_steps=80"])
+    """60 of the 200 updates: held-out exact match from at most 0.5 to at least 0.75."""
+    recipe, deployment = load_specs(ROOT / "recipes" / "arithmetic.py", DEPLOYMENT, ["total_steps=60"])
     recipe = resolve_paths(recipe, RunDir(tmp_path / "arithmetic"), ROOT / "recipes")
     result = launch(recipe, deployment, runs_dir=tmp_path)
-    assert result.steps == 80
+    assert result.steps == 60
     assert result.restarts == {}
     assert result.max_trained_lag <= 4
     assert result.first_score is not None
     assert result.last_score is not None
     assert result.first_score <= 0.5
-    assert result.last_score >= 0.85
+    assert result.last_score >= 0.75
     assert result.pending == 0
     lines = [json.loads(line) for line in (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()]
     gaps = [line["gap/logprob_max_abs"] for line in lines if "gap/logprob_max_abs" in line]
@@ -84,22 +84,22 @@ def test_arithmetic_learns_with_sglang(local_ray, tmp_path):
 
 @pytest.mark.timeout(300)
 def test_a_killed_scheduler_is_replaced_and_nothing_is_lost(local_ray, tiny_recipe, tmp_path):
-    killer = KillScheduler(10)
+    killer = KillScheduler(5)
     recipe = tiny_recipe(
-        total_steps=60,
+        total_steps=30,
         staleness=StalenessSpec(max_lag=2),
         checkpoint=CheckpointSpec(save_freq=1000),
     )
     result = launch(recipe, load_deployment(DEPLOYMENT), runs_dir=tmp_path, observe=killer)
     assert len(killer.killed) == 1
     assert result.restarts == {}, "the generator replaces its server by itself"
-    assert result.steps == 60
+    assert result.steps == 30
     assert result.pending == 0
     assert gauges(Path(result.run_dir), "restarts")[-1] == 1
     assert gauges(Path(result.run_dir), "servers_up")[-1] == 1
     events = [ev.decode(payload) for payload in open_replay(result.run_dir).events().column("payload").to_pylist()]
     commits = [event for event in events if isinstance(event, ev.BatchCommitted)]
-    assert [commit.version.update for commit in commits] == list(range(1, 61))
+    assert [commit.version.update for commit in commits] == list(range(1, 31))
     trained = [group for commit in commits for group in commit.groups]
     assert len(set(trained)) == len(trained) == result.trained
     reserved = {e.group for e in events if isinstance(e, ev.GroupReserved) and e.purpose == "train"}

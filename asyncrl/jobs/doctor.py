@@ -7,7 +7,6 @@ import mmap
 import os
 import platform
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -19,6 +18,7 @@ from msgspec import Struct, to_builtins
 
 from asyncrl.cluster.engines import CPU_COMMAND, CPU_FIX, GPU_FIX, KERNELS, installed_version
 from asyncrl.cluster.resources import count_gpus
+from asyncrl.generate.sglang.process import find_program
 
 SHM = Path("/dev/shm")
 MIN_SHM_BYTES = 1 << 30  # Ray's objects and two versions of the weights live there; containers often give 64 MiB
@@ -223,7 +223,7 @@ def sglang_gpu(installed: Callable[[str], str] = installed_version) -> Finding:
 
 
 def sglang_cpu(
-    find: Callable[[str], str | None] = shutil.which,
+    find: Callable[[str], str | None] = find_program,
     installed: Callable[[str], str] = installed_version,
     prefix: Path = Path(sys.prefix),
 ) -> Finding:
@@ -236,9 +236,6 @@ def sglang_cpu(
         return Finding(name=name, status="missing", detail=use, fix=CPU_FIX, required=False)
     if not version:
         return Finding(name=name, status="broken", detail=f"{own} without sglang", fix=CPU_FIX, required=False)
-    if not found:
-        fix = f". {prefix}/bin/activate"
-        return Finding(name=name, status="broken", detail=f"{own} is not on PATH", fix=fix, required=False)
     return Finding(name=name, status="ok", detail=f"sglang {version}, {CPU_COMMAND}: {use}", required=False)
 
 

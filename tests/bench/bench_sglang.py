@@ -65,7 +65,7 @@ def running(model: ModelSpec, folder: Path, weights: Tensors, **sglang: Any) -> 
         slots=SLOTS,
         max_length=1024,
         update_mode=mode,
-        sglang=SGLangSpec(**({"command": ("sglang-cpu-server",), "args": ARGS} | sglang)),
+        sglang=SGLangSpec(**({"command": ("sglang-cpu-server",), "args": ARGS, "stream_interval": 16} | sglang)),
     )
     engine = sglang_engine(spec, model, host="127.0.0.1", logs=folder, name=f"{mode}-{len(sglang)}", least=GROUP)
     engine.start()
@@ -244,32 +244,36 @@ class Load:
             assert self._cond.wait_for(lambda: self._unfinished == 0, timeout=300)
 
 
-def rate(load: Load, rollouts: int) -> float:
-    """Tokens per second while so many more rollouts end."""
-    began, tokens = time.perf_counter(), load.tokens
-    load.until(load.rollouts + rollouts)
-    return (load.tokens - tokens) / (time.perf_counter() - began)
+@contextmanager
+def clocked(engine: SGLangEngine) -> Iterator[list[float]]:
+    """Seconds, and tokens per second that the servers reported, of what happens inside; known at its end."""
+    figures: list[float] = []
+    began, tokens = time.perf_counter(), engine.gauges()["tokens"]
+    yield figures
+    seconds = time.perf_counter() - began
+    figures += [seconds, (engine.gauges()["tokens"] - tokens) / seconds]
 
 
 def updates(model: ModelSpec, folder: Path, weights: Tensors, mode: UpdateMode, prefix_cache: bool = False) -> None:
     with running(model, folder, weights, update_mode=mode, prefix_cache=prefix_cache) as engine:
         load = Load(engine, rows=32)
         load.until(32)
-        undisturbed = rate(load, 64)
-        reports, began, tokens = [], time.perf_counter(), load.tokens
-        for update in range(1, 21):
-            threading.Event().wait(1.0)  # the learner's step
-            reports.append(engine.update_weights(Version(1, update), weights))
-        meanwhile = (load.tokens - tokens) / (time.perf_counter() - began)
-        seconds = time.perf_counter() - began
+        with clocked(engine) as undisturbed:
+            load.until(load.rollouts + 64)
+        reports = []
+        with clocked(engine) as disturbed:
+            for update in range(1, 21):
+                threading.Event().wait(1.0)  # the learner's step
+                reports.append(engine.update_weights(Version(1, update), weights))
         load.stop()
         pauses = sorted(report.pause_s for report in reports)
         name = mode + (" + prefix cache" if prefix_cache else "")
+        recomputed, discarded = sum(r.recomputed_tokens for r in reports), sum(r.discarded_tokens for r in reports)
         print(
-            f"updates, {name:24s} pause median {1e3 * statistics.median(pauses):5.1f} ms, p99 (worst) {1e3 * pauses[-1]:6.1f} "
-            f"ms; 20 updates in {seconds:5.1f} s; {meanwhile:5.0f} tokens/s meanwhile, {meanwhile / undisturbed:.2f} of "
-            f"undisturbed; {sum(r.recomputed_tokens for r in reports)} tokens recomputed, {sum(r.discarded_tokens for r in reports)} "
-            f"discarded; {load.rollouts} rollouts ended, {load.bad} of them wrong",
+            f"updates, {name:24s} pause median {1e3 * statistics.median(pauses):5.1f} ms, p99 (the worst) "
+            f"{1e3 * pauses[-1]:6.1f} ms; 20 updates in {disturbed[0]:5.1f} s; {disturbed[1]:5.0f} tokens/s meanwhile, "
+            f"{disturbed[1] / undisturbed[1]:.2f} of undisturbed; {recomputed} tokens recomputed, {discarded} discarded; "
+            f"{load.rollouts} rollouts ended, {load.bad} of them wrong",
             flush=True,
         )
 

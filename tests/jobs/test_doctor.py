@@ -104,4 +104,4 @@ def test_the_cpu_server_of_this_environment(tmp_path: Path) -> None:
     command.touch()
     assert verdict(command, "0.5.20") == ("ok", "sglang 0.5.20, sglang-cpu-server: SGLang without GPUs", "")
     assert verdict(command, "") == ("broken", f"{command} without sglang", install)
-    assert verdict(None, "0.5.20") == ("broken", f"{command} is not on PATH", f". {tmp_path}/bin/activate")
+    assert verdict(None, "0.5.20")[0] == "ok"  # the environment is not activated, and asyncrl looks beside its own Python

@@ -9,20 +9,18 @@ Everything below `submit_group` runs in one asyncio loop, in one thread. The rep
 
 import asyncio
 import contextlib
-import logging
-import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotInTime
-from typing import Any, TypeVar
 
 from asyncrl.config import UpdateMode
 from asyncrl.errors import AsyncRLError, Closed, Unavailable
 from asyncrl.generate.requests import check_request
-from asyncrl.generate.sglang.changes import Changes
 from asyncrl.generate.sglang.chunks import Row
 from asyncrl.generate.sglang.client import check_top_k
-from asyncrl.generate.sglang.replica import Counts, Replica
+from asyncrl.generate.sglang.counts import Counts
+from asyncrl.generate.sglang.loop import LoopThread
+from asyncrl.generate.sglang.replica import Replica
 from asyncrl.generate.sglang.router import Router
 from asyncrl.generate.sglang.server import Server
 from asyncrl.generate.sglang.transfer import Stage
@@ -30,8 +28,6 @@ from asyncrl.generate.sglang.window import Window
 from asyncrl.interfaces import Tensors
 from asyncrl.types import Generation, GenerationRequest, SwapReport, Version
 
-log = logging.getLogger(__name__)
-T = TypeVar("T")
 CLOSE_S = 30.0
 
 
@@ -60,7 +56,8 @@ class SGLangEngine:
         self.max_length = max_length
         self._most, self._vocabulary, self._mode = slots, vocabulary, update_mode
         self._stage = Stage()
-        self._changes = Changes()
+        self._loop = LoopThread("the sglang engine", self._drop)
+        self._changes = self._loop.changes
         self._counts = Counts()
         self._router = Router([slots] * len(servers))
         self._replicas = [
@@ -83,11 +80,6 @@ class SGLangEngine:
         self._paused = self._swapping = False
         self._rows: set[Row] = set()  # unfinished
         self._updating = asyncio.Lock()  # one update of weights at a time, a restarted server's included
-        self._ended: AsyncRLError | None = None
-        self._lock = threading.Lock()  # between `_ended` and new submissions
-        self._loop = asyncio.new_event_loop()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._thread = threading.Thread(target=self._run, name="sglang-engine", daemon=True)
 
     @property
     def slots(self) -> int:
@@ -117,11 +109,7 @@ class SGLangEngine:
                 row.future.set_exception(refusal)
             else:
                 sound.append(row)
-        with self._lock:
-            ended = self._ended
-            if ended is None and sound:
-                self._loop.call_soon_threadsafe(self._accept, sound)
-        if ended is not None:
+        if sound and (ended := self._loop.call(self._accept, sound)) is not None:
             for row in sound:
                 row.future.set_exception(ended)
         return futures
@@ -129,13 +117,13 @@ class SGLangEngine:
     def abort(self, group: int | None = None) -> None:
         """Ends a group's unfinished requests, or all, with finish_reason `abort` and the tokens reported so far, soon."""
         with contextlib.suppress(Closed):
-            self._ask(self._abort(group)).result()
+            self._loop.ask(self._abort(group)).result()
 
     # ------------------------------------------------------------------------------------------ serving
 
     def _accept(self, rows: list[Row]) -> None:
         self._rows.update(rows)
-        self._spawn(self._serve(rows))
+        self._loop.spawn(self._serve(rows))
 
     async def _serve(self, rows: Sequence[Row]) -> None:
         """Until every row has ended: finds a replica for those that have not, and has it take them further."""
@@ -183,8 +171,8 @@ class SGLangEngine:
 
     def update_weights(self, version: Version, tensors: Tensors) -> SwapReport:
         """Swaps all servers at once, at a step boundary of each. Waits first until one is up. One that dies meanwhile is
-        replaced, and gets these weights before it serves. Raises CheckpointError for weights of another model."""
-        return self._ask(self._update(version, tensors)).result()
+        replaced, and gets these weights before it serves. Raises why the engine ended, if it does."""
+        return self._loop.ask(self._update(version, tensors)).result()
 
     async def _update(self, version: Version, tensors: Tensors) -> SwapReport:
         async with self._updating:
@@ -211,70 +199,28 @@ class SGLangEngine:
 
     def start(self) -> None:
         """Starts the servers; returns at once. `close` ends them."""
-        self._thread.start()
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
         for replica in self._replicas:
-            self._spawn(self._keep(replica))
-        self._loop.run_forever()
-        self._loop.close()
+            self._loop.call(self._keep, replica)
+        self._loop.start()
 
-    async def _keep(self, replica: Replica) -> None:
-        try:
-            await replica.keep(self._updating)
-        except AsyncRLError as error:
-            self._end(error)
+    def _keep(self, replica: Replica) -> None:
+        self._loop.spawn(replica.keep(self._updating))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
-
-    def _finished(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            failure = Unavailable(f"the sglang engine failed: {type(error).__name__}: {error}; restart it")
-            failure.__cause__ = error
-            self._end(failure)
-
-    def _end(self, reason: AsyncRLError) -> None:
-        """The engine is over: every unfinished future and `health` name the first reason."""
-        with self._lock:
-            self._ended = self._ended or reason
+    def _drop(self, reason: AsyncRLError) -> None:
+        """The engine is over: every unfinished future names the reason."""
         for row in list(self._rows):
-            self._settle(row, self._ended)
-        self._changes.notify()
-
-    def _ask(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
-        """Runs it in the loop. Its future raises why the engine ended, if it does first."""
-        with self._lock:
-            if self._ended is None and self._thread.is_alive():
-                return asyncio.run_coroutine_threadsafe(self._unless_ended(work), self._loop)
-        work.close()
-        raise self._ended or Closed("the engine was not started")
-
-    async def _unless_ended(self, work: Coroutine[Any, Any, T]) -> T:
-        task = self._loop.create_task(work)
-        end = self._loop.create_task(self._changes.until(lambda: self._ended is not None))
-        await asyncio.wait({task, end}, return_when=asyncio.FIRST_COMPLETED)
-        end.cancel()
-        if not task.done():
-            task.cancel()
-            assert self._ended is not None
-            raise self._ended
-        return task.result()
+            self._settle(row, reason)
 
     def pause(self) -> None:
         """Interrupts what runs and keeps it for `resume`."""
-        self._ask(self._pause()).result()
+        self._loop.ask(self._pause()).result()
 
     async def _pause(self) -> None:
         self._paused = True
         await asyncio.gather(*(replica.empty() for replica in self._replicas))
 
     def resume(self) -> None:
-        self._ask(self._resume()).result()
+        self._loop.ask(self._resume()).result()
 
     async def _resume(self) -> None:
         self._paused = False
@@ -284,7 +230,7 @@ class SGLangEngine:
         """Raises why the engine ended, or Unavailable if its loop doesn't turn. Each server is probed by its replica, all the
         time, and replaced if it hangs; only one that can't be brought back ends the engine."""
         try:
-            self._ask(asyncio.sleep(0)).result(deadline_s)
+            self._loop.ask(asyncio.sleep(0)).result(deadline_s)
         except NotInTime:
             raise Unavailable(f"the sglang engine's thread did not answer in {deadline_s} s; restart it") from None
 
@@ -310,18 +256,8 @@ class SGLangEngine:
 
     def close(self, deadline_s: float = CLOSE_S) -> None:
         """Ends the servers that it started; unfinished futures raise Closed."""
-        if not self._thread.is_alive():
-            self._end(Closed("the engine was closed"))
-            return
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(deadline_s)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(deadline_s)
+        self._loop.close(Closed("the engine was closed"), self._close, deadline_s)
         self._stage.close()
 
     async def _close(self) -> None:
-        self._end(Closed("the engine was closed"))
-        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(replica.close() for replica in self._replicas))

@@ -19,7 +19,7 @@ LOG_TAIL = 15  # lines of its log that an error about a server shows
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now. A server that loses the race for it is started again."""
+    """A TCP port of the loopback interface that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -35,7 +35,7 @@ class ServerProcess:
         lifeline, self._lifeline = os.pipe()
         self._log = log
         self._defunct: dict[int, float] = {}  # pid -> when it was first seen so
-        program = sys.executable if command[0] == "python" else command[0]
+        program = find_program(command[0]) or command[0]
         try:
             with open(log, "ab") as output:
                 self._start = output.tell()
@@ -104,10 +104,18 @@ def _defunct(pid: int) -> bool:
         return False
 
 
+def find_program(name: str) -> str | None:
+    """Where a command is: this Python, on PATH, or beside this Python, whose environment may not be activated."""
+    if name == "python":
+        return sys.executable
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+
+
 def require_command(command: Sequence[str]) -> None:
     """Raises ConfigError unless the program that starts a server can be found on this machine."""
-    if command[0] != "python" and shutil.which(command[0]) is None:
+    if find_program(command[0]) is None:
         raise ConfigError(
-            f"engine.sglang.command: {command[0]!r} is not on PATH, so no SGLang server could be started; on a CPU run "
-            "deploy/sglang-cpu/install, with GPUs pip install 'asyncrl[sglang]' and leave the command out"
+            f"engine.sglang.command: {command[0]!r} is not on PATH, nor beside {sys.executable}, so no SGLang server could "
+            "be started; on a CPU run deploy/sglang-cpu/install, with GPUs pip install 'asyncrl[sglang]' and leave the command "
+            "out"
         )

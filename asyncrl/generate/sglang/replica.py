@@ -10,6 +10,7 @@ from asyncrl.errors import AsyncRLError, ConfigError, Unavailable
 from asyncrl.generate.sglang.changes import Changes
 from asyncrl.generate.sglang.chunks import Chunk, Row
 from asyncrl.generate.sglang.client import request_id
+from asyncrl.generate.sglang.counts import Counts
 from asyncrl.generate.sglang.router import Router
 from asyncrl.generate.sglang.server import CALL_S, Core, Server
 from asyncrl.generate.sglang.transfer import Stage
@@ -21,19 +22,6 @@ WATCH_S = 0.5  # between two looks at a server that serves
 AGAIN_S = 0.1  # an abort misses requests that the server has not yet read: repeated until all have ended
 MAX_LOSSES = 3  # deaths in a row without one finished rollout in between: then it is not chance
 Settle = Callable[[Row, Generation | AsyncRLError], None]
-
-
-class Counts:
-    """What befell servers and rows, over all replicas of an engine."""
-
-    def __init__(self) -> None:
-        self.restarts = self.resumed = self.reissued = self.lost_tokens = self.interrupted = self.retracted = 0
-        self.recovery_s = 0.0  # of the last server that was replaced: from its loss until it served again
-
-    def gauges(self) -> dict[str, float]:
-        """restarts of servers; rows resumed with their prefix, and reissued without, after one; tokens lost with it; rows
-        interrupted by a swap; times that a server retracted a request for want of KV cache."""
-        return {name: float(value) for name, value in vars(self).items()}
 
 
 class Replica:
@@ -83,7 +71,7 @@ class Replica:
             self.server = server = self._make()
             try:
                 await server.open(self._start_timeout_s)
-                self._check(server)
+                server.require(self._mode)
                 async with updating:
                     if self._stage.version is not None:
                         await server.update(self._stage)
@@ -120,20 +108,6 @@ class Replica:
         self.up = False
         self._router.down(self.index)
         self._changes.notify()
-
-    def _check(self, server: Server) -> None:
-        if self._mode != "keep_kv":
-            return
-        if not server.facts.disable_radix_cache:
-            raise ConfigError(
-                f"{server.client.url} has a prefix cache, and engine.update_mode is 'keep_kv': prompts cached under old "
-                "weights would be labelled as new; start it with --disable-radix-cache, or use update_mode: in_flight"
-            )
-        if not server.facts.disable_overlap_schedule:
-            raise ConfigError(
-                f"{server.client.url} overlaps its schedule, and engine.update_mode is 'keep_kv': the step in flight would be "
-                "labelled with weights that come after it; start it with --disable-overlap-schedule, or use in_flight"
-            )
 
     async def _watch(self, server: Server) -> None:
         """Returns never: raises Unavailable when the server is lost, dies, or is silent and can't generate a token."""
@@ -212,8 +186,11 @@ class Replica:
                 self._leave(row)
 
     def _take(self, row: Row, chunk: Chunk) -> FinishReason | None:
+        before = len(row.token_ids)
         try:
-            return row.extend(chunk)
+            reason = row.extend(chunk)
+            self._counts.tokens += len(row.token_ids) - before
+            return reason
         except Unavailable:
             for other in self._rows:
                 other.distrust()

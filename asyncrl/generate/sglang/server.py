@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from msgspec import Struct, convert
 
-from asyncrl.errors import Unavailable
+from asyncrl.config import UpdateMode
+from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.generate.sglang.client import Client
 from asyncrl.generate.sglang.process import ServerProcess, free_port
 from asyncrl.generate.sglang.transfer import Stage, Transfer
@@ -84,9 +85,24 @@ class Server:
                         f"{self.client.url} is not ready after {deadline_s:g} s ({error}){self._log()}"
                     ) from error
             await asyncio.sleep(LOOK_S)
+        if not self.owned:  # whoever updated it last may have died in the middle of that
+            await self.client.post("/continue_generation", {}, CALL_S)
         self.facts = convert(await self.client.get("/server_info", CALL_S), Facts)
         self._transfer = self._transfer_of(self.facts.tp_size)
         await self._transfer.open(self._post_weights)
+
+    def require(self, mode: UpdateMode) -> None:
+        """Raises ConfigError if this server could not label its tokens truly in an update of this mode."""
+        if mode == "keep_kv" and not self.facts.disable_radix_cache:
+            raise ConfigError(
+                f"{self.client.url} has a prefix cache, and engine.update_mode is 'keep_kv': prompts cached under old weights "
+                "would be labelled as new; start it with --disable-radix-cache, or use update_mode: in_flight"
+            )
+        if mode == "keep_kv" and not self.facts.disable_overlap_schedule:
+            raise ConfigError(
+                f"{self.client.url} overlaps its schedule, and engine.update_mode is 'keep_kv': the step in flight would be "
+                "labelled with weights that come after it; start it with --disable-overlap-schedule, or use in_flight"
+            )
 
     def check_alive(self) -> None:
         """Raises Unavailable if a process of it has died."""

@@ -397,3 +397,17 @@ def test_a_wedged_scheduler_is_replaced_even_in_the_middle_of_an_update(rig: Rig
 def test_a_server_that_cannot_start_ends_the_engine_with_the_end_of_its_log(open_rig: Open) -> None:
     with pytest.raises(Unavailable, match="unrecognized arguments: --no-such-flag"), open_rig(args={"no-such-flag": True}):
         pass
+
+
+def test_the_window_follows_a_kv_cache_that_is_too_small(open_rig: Open) -> None:
+    """64 rollouts of 220 tokens in a cache for 13 of them: the server queues and retracts, so fewer are asked of it."""
+    with open_rig(args={"max-total-tokens": 3000}) as rig:
+        assert rig.engine.slots == 64
+        asked = rig.ask(8, 8, length=200)
+        until(lambda: rig.engine.slots < 64)
+        rig.update()
+        answers = rig.check(asked)
+        assert len(answers) == 64
+        gauges = rig.engine.gauges()
+        print(f"window {gauges['slots']:.0f}, {gauges['retracted']:.0f} retracted, KV cache {gauges['kv_usage']:.2f} full")
+        assert gauges["restarts"] == 0
