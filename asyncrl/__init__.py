@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from asyncrl.config import Deployment, Recipe
+from asyncrl.config import Recipe
+from asyncrl.deployment import Deployment
 
 if TYPE_CHECKING:
     from asyncrl.api import RunResult, Trainer, launch

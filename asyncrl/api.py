@@ -19,7 +19,8 @@ from asyncrl.cluster.plan import Plan
 from asyncrl.cluster.session import RaySession
 from asyncrl.cluster.supervisor import Status, Supervisor
 from asyncrl.cluster.tally import Tally
-from asyncrl.config import Deployment, Recipe
+from asyncrl.config import Recipe
+from asyncrl.deployment import Deployment
 from asyncrl.errors import ConfigError
 from asyncrl.paths import resolve_paths
 from asyncrl.rundir import RunDir, redact, resolve_run_dir, write_atomic

@@ -16,19 +16,8 @@ from asyncrl import Trainer
 from asyncrl.api import RunResult
 from asyncrl.cluster.supervisor import Status
 from asyncrl.cluster.tally import Tally
-from asyncrl.config import (
-    Deployment,
-    EngineSpec,
-    GeneratorsSpec,
-    LearnerSpec,
-    LimitsSpec,
-    Recipe,
-    RewardSpec,
-    RewardsSpec,
-    SamplingSpec,
-    StalenessSpec,
-    StoreSpec,
-)
+from asyncrl.config import LearnerSpec, Recipe, RewardSpec, SamplingSpec, StalenessSpec
+from asyncrl.deployment import Deployment, EngineSpec, GeneratorsSpec, LimitsSpec, RewardsSpec, StoreSpec
 from asyncrl.replay import events as ev
 from asyncrl.replay import open as open_replay
 from asyncrl.types import Report

@@ -11,17 +11,15 @@ import pytest
 from asyncrl.config import (
     CheckpointSpec,
     DataSpec,
-    Deployment,
     EvaluationSpec,
-    GeneratorsSpec,
     LearnerSpec,
     ModelSpec,
     Recipe,
     RewardSpec,
-    RewardsSpec,
     SamplingSpec,
     StalenessSpec,
 )
+from asyncrl.deployment import Deployment, GeneratorsSpec, RewardsSpec
 from asyncrl.errors import ConfigError
 
 

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from asyncrl import Trainer
-from asyncrl.config import Deployment, EngineSpec, GeneratorsSpec, LearnerSpec, StalenessSpec
+from asyncrl.config import LearnerSpec, StalenessSpec
+from asyncrl.deployment import Deployment, EngineSpec, GeneratorsSpec
 from asyncrl.generate.torch_engine import TorchEngine
 from asyncrl.learn.trainer import PolicyTrainer
 from asyncrl.models.loading import load_model, load_tokenizer, named_weights

@@ -11,7 +11,8 @@ import pytest
 from asyncrl import Trainer
 from asyncrl.cluster.supervisor import Status
 from asyncrl.cluster.tally import Tally
-from asyncrl.config import CheckpointSpec, Deployment, LearnerSpec, LimitsSpec, StalenessSpec
+from asyncrl.config import CheckpointSpec, LearnerSpec, StalenessSpec
+from asyncrl.deployment import Deployment, LimitsSpec
 from asyncrl.errors import ActorFailed
 from asyncrl.replay import events as ev
 from asyncrl.replay import open as open_replay

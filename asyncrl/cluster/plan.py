@@ -4,7 +4,8 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from asyncrl.config import Deployment, Recipe
+from asyncrl.config import Recipe
+from asyncrl.deployment import Deployment
 from asyncrl.rundir import RunDir
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from asyncrl.callables import check_callable
 from asyncrl.cluster.engines import check_engine
 from asyncrl.cluster.resources import check_placement
-from asyncrl.config import Deployment, Recipe
+from asyncrl.config import Recipe
+from asyncrl.deployment import Deployment
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.prompts.reading import check_columns, read_rows
 from asyncrl.rundir import RunDir

@@ -14,7 +14,8 @@ from asyncrl.callables import load_callable
 from asyncrl.cluster.peers import Peers
 from asyncrl.cluster.plan import Plan
 from asyncrl.cluster.transport import RayCall
-from asyncrl.config import DataSpec, PlaceSpec, Recipe
+from asyncrl.config import DataSpec, Recipe
+from asyncrl.deployment import PlaceSpec
 from asyncrl.errors import ConfigError
 from asyncrl.interfaces import Stage
 from asyncrl.rundir import RunDir, write_atomic
@@ -211,18 +212,16 @@ def _torch_engine(plan: Plan) -> "TorchEngine":
 def _sglang_engine(name: str, plan: Plan) -> "SGLangEngine":
     from asyncrl.generate.sglang.build import sglang_engine
 
-    place, limits = plan.deployment.generators.place, plan.deployment.limits
+    generators = plan.deployment.generators
     return sglang_engine(
-        plan.deployment.generators.engine,
+        generators.engine,
         plan.recipe.model,
+        generators.place,
+        plan.deployment.limits,
         host=_host(plan),
-        gpus=place.gpus,
-        threads=place.threads,
         logs=plan.paths.logs,
         name=name,
         least=plan.recipe.sampling.n,
-        health_timeout_s=limits.health_timeout_s,
-        start_timeout_s=limits.start_timeout_s,
     )
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import Future, InvalidStateError
 
 from transformers import PreTrainedModel
 
-from asyncrl.config import UpdateMode
+from asyncrl.deployment import UpdateMode
 from asyncrl.errors import AsyncRLError, Closed, ConfigError, Unavailable
 from asyncrl.generate.admission import GroupAlone, JoinAtOnce
 from asyncrl.generate.batch import Batch

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from asyncrl.config import Deployment, Recipe
+from asyncrl.config import Recipe
+from asyncrl.deployment import Deployment
 
 if TYPE_CHECKING:
     from asyncrl.api import RunResult

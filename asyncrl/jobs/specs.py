@@ -18,7 +18,8 @@ import msgspec
 import yaml
 
 from asyncrl import config
-from asyncrl.config import Deployment, Recipe
+from asyncrl.config import Recipe
+from asyncrl.deployment import Deployment
 from asyncrl.errors import AsyncRLError, ConfigError
 from asyncrl.jobs.explain import expected, explain, is_struct, names, near_files, nearest, reason
 

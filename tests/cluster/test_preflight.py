@@ -10,18 +10,15 @@ from asyncrl.cluster.preflight import check
 from asyncrl.config import (
     AlgorithmSpec,
     DataSpec,
-    Deployment,
-    EngineSpec,
     EvaluationSpec,
-    GeneratorsSpec,
     LearnerSpec,
     ModelSpec,
     Recipe,
     RewardSpec,
     SamplingSpec,
-    SGLangSpec,
     StalenessSpec,
 )
+from asyncrl.deployment import Deployment, EngineSpec, GeneratorsSpec, SGLangSpec
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.paths import resolve_paths
 from asyncrl.rundir import RunDir

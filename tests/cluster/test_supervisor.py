@@ -5,7 +5,8 @@ import json
 import pytest
 
 from asyncrl import launch
-from asyncrl.config import Deployment, GeneratorsSpec, LimitsSpec, PlaceSpec, RewardSpec
+from asyncrl.config import RewardSpec
+from asyncrl.deployment import Deployment, GeneratorsSpec, LimitsSpec, PlaceSpec
 from asyncrl.errors import AsyncRLError, ConfigError, PlacementError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]

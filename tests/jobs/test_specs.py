@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncrl.config import Deployment, PlaceSpec, Recipe
+from asyncrl.config import Recipe
+from asyncrl.deployment import Deployment, PlaceSpec
 from asyncrl.errors import ConfigError
 from asyncrl.jobs.specs import load_deployment, load_recipe, load_specs, override
 

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from asyncrl.config import EngineSpec, ModelSpec, SGLangSpec
+from asyncrl.config import ModelSpec
+from asyncrl.deployment import EngineSpec, LimitsSpec, PlaceSpec, SGLangSpec
 from asyncrl.errors import ConfigError
 from asyncrl.generate.sglang.engine import SGLangEngine
 from asyncrl.generate.sglang.process import require_command
+from asyncrl.generate.sglang.replica import Settings
 from asyncrl.generate.sglang.server import Launch, Server
 from asyncrl.generate.sglang.transfer import SharedMemory, Transfer
 from asyncrl.models.loading import context
@@ -18,42 +20,39 @@ HEADROOM = 16  # tokens of context that SGLang keeps for itself
 def sglang_engine(
     spec: EngineSpec,
     model: ModelSpec,
+    place: PlaceSpec,
+    limits: LimitsSpec,
     *,
     host: str,
-    gpus: float = 0.0,
-    threads: int = 1,
     logs: Path,
     name: str,
     least: int = 1,
-    health_timeout_s: float = 60.0,
-    start_timeout_s: float = 180.0,
 ) -> SGLangEngine:
     """An engine that is not yet started. Raises ConfigError if its command is not here, or its transfer can't work.
 
-    host: this node's address, for groups of `distributed` transfers. gpus: those of this process, which its servers share.
-    threads: of each server's computation on a CPU. logs: folder for one log per server, called after `name`. least:
-    requests per server at the least, best a group.
+    place: of this process: its GPUs are those of its servers, which compute with `threads` on a CPU. host: this node's address,
+    for groups of `distributed` transfers. logs: folder for one log per server, called after `name`. least: requests per
+    server at the least, best a group.
     """
     if not spec.sglang.urls:
         require_command(spec.sglang.command)
     vocabulary, positions = context(model)
     max_length = min(spec.max_length, positions or spec.max_length)
-    transfer = _transfer(spec.sglang, host=host, gpus=gpus)
-    places: list[Launch | str] = list(spec.sglang.urls) or [
-        launch(spec, model, index=index, max_length=max_length, threads=threads, log=logs / f"{name}.sglang-{index}.log")
+    transfer = _transfer(spec.sglang, host=host, gpus=place.gpus)
+    where: list[Launch | str] = list(spec.sglang.urls) or [
+        launch(spec, model, index=index, max_length=max_length, threads=place.threads, log=logs / f"{name}.sglang-{index}.log")
         for index in range(spec.sglang.servers)
     ]
-    return SGLangEngine(
-        [partial(Server, place, transfer) for place in places],
+    settings = Settings(
         slots=spec.slots,
-        max_length=max_length,
-        vocabulary=vocabulary,
-        update_mode=spec.update_mode,
         least=least,
+        mode=spec.update_mode,
         stream_interval=spec.sglang.stream_interval,
-        probe_s=health_timeout_s / 2,
-        start_timeout_s=start_timeout_s,
+        probe_s=limits.health_timeout_s / 2,
+        start_timeout_s=limits.start_timeout_s,
     )
+    servers = [partial(Server, at, transfer) for at in where]
+    return SGLangEngine(servers, max_length=max_length, vocabulary=vocabulary, settings=settings)
 
 
 def launch(spec: EngineSpec, model: ModelSpec, *, index: int, max_length: int, threads: int, log: Path) -> Launch:

@@ -13,18 +13,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotInTime
 
-from asyncrl.config import UpdateMode
 from asyncrl.errors import AsyncRLError, Closed, Unavailable
 from asyncrl.generate.requests import check_request
 from asyncrl.generate.sglang.chunks import Row
 from asyncrl.generate.sglang.client import check_top_k
 from asyncrl.generate.sglang.counts import Counts
 from asyncrl.generate.sglang.loop import LoopThread
-from asyncrl.generate.sglang.replica import Replica
+from asyncrl.generate.sglang.replica import Replica, Settings
 from asyncrl.generate.sglang.router import Router
 from asyncrl.generate.sglang.server import Server
 from asyncrl.generate.sglang.transfer import Stage
-from asyncrl.generate.sglang.window import Window
 from asyncrl.interfaces import Tensors
 from asyncrl.types import Generation, GenerationRequest, SwapReport, Version
 
@@ -34,45 +32,33 @@ CLOSE_S = 30.0
 class SGLangEngine:
     """An `Engine` (asyncrl.interfaces) over SGLang servers. Thread-safe. Nothing is decoded before the first weights.
 
-    servers: each makes one server, anew after every death. slots: requests per server, at most; `least`: at least, however
-    short its KV cache is. update_mode: see config.EngineSpec. stream_interval: tokens between two reports of a request.
-    probe_s: silence after which a server must generate a token, in as long again, or is replaced.
-    start_timeout_s: how long a server may take to be ready.
+    servers: each makes one server, anew after every death. vocabulary: of the model, tokens.
     """
 
     def __init__(
         self,
         servers: Sequence[Callable[[], Server]],
         *,
-        slots: int,
         max_length: int,
         vocabulary: int,
-        update_mode: UpdateMode = "in_flight",
-        least: int = 1,
-        stream_interval: int = 64,
-        probe_s: float = 30.0,
-        start_timeout_s: float = 180.0,
+        settings: Settings,
     ) -> None:
         self.max_length = max_length
-        self._most, self._vocabulary, self._mode = slots, vocabulary, update_mode
+        self._most, self._vocabulary = settings.slots, vocabulary
         self._stage = Stage()
         self._loop = LoopThread("the sglang engine", self._drop)
         self._changes = self._loop.changes
         self._counts = Counts()
-        self._router = Router([slots] * len(servers))
+        self._router = Router([settings.slots] * len(servers))
         self._replicas = [
             Replica(
                 index,
                 make,
-                Window(slots, min(least, slots)),
-                mode=update_mode,
+                settings,
                 stage=self._stage,
                 router=self._router,
                 changes=self._changes,
                 counts=self._counts,
-                stream_interval=stream_interval,
-                probe_s=probe_s,
-                start_timeout_s=start_timeout_s,
             )
             for index, make in enumerate(servers)
         ]

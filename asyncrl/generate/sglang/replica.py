@@ -4,8 +4,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from asyncrl.config import UpdateMode
+from asyncrl.deployment import UpdateMode
 from asyncrl.errors import AsyncRLError, ConfigError, Unavailable
 from asyncrl.generate.sglang.changes import Changes
 from asyncrl.generate.sglang.chunks import Chunk, Row
@@ -24,6 +25,21 @@ MAX_LOSSES = 3  # deaths in a row without one finished rollout in between: then 
 Settle = Callable[[Row, Generation | AsyncRLError], None]
 
 
+class Settings(NamedTuple):
+    """slots: requests per server, at most; `least`: at least, however short its KV cache is. mode: see deployment.EngineSpec.
+
+    stream_interval: tokens between two reports of a request. probe_s: silence after which a server must generate a token, in
+    as long again, or is replaced. start_timeout_s: how long a server may take to be ready.
+    """
+
+    slots: int
+    least: int = 1
+    mode: UpdateMode = "in_flight"
+    stream_interval: int = 64
+    probe_s: float = 30.0
+    start_timeout_s: float = 180.0
+
+
 class Replica:
     """Of the engine's loop only. `up` while its server may be given rows."""
 
@@ -31,24 +47,19 @@ class Replica:
         self,
         index: int,
         make: Callable[[], Server],
-        window: Window,
+        settings: Settings,
         *,
-        mode: UpdateMode,
         stage: Stage,
         router: Router,
         changes: Changes,
         counts: Counts,
-        stream_interval: int,
-        probe_s: float,
-        start_timeout_s: float,
     ) -> None:
-        self.index, self.window = index, window
+        self.index, self.window = index, Window(settings.slots, min(settings.least, settings.slots))
         self.load = Core()
         self.version: Version | None = None
         self.up = False
-        self._make, self._mode = make, mode
+        self._make, self._settings, self._mode = make, settings, settings.mode
         self._stage, self._router, self._changes, self._counts = stage, router, changes, counts
-        self._stream_interval, self._probe_s, self._start_timeout_s = stream_interval, probe_s, start_timeout_s
         self.server: Server | None = None
         self._rows: set[Row] = set()
         self._lost: Unavailable | None = None
@@ -70,7 +81,7 @@ class Replica:
             self._lost = None
             self.server = server = self._make()
             try:
-                await server.open(self._start_timeout_s)
+                await server.open(self._settings.start_timeout_s)
                 server.require(self._mode)
                 async with updating:
                     if self._stage.version is not None:
@@ -123,8 +134,8 @@ class Replica:
             self.load = await server.load()
             self._adapt()
             await self.cancel()  # again: it misses requests that the server had not yet read
-            if time.monotonic() - self._heard > self._probe_s and not self._emptying:
-                await server.probe(self._probe_s)
+            if time.monotonic() - self._heard > self._settings.probe_s and not self._emptying:
+                await server.probe(self._settings.probe_s)
                 self._heard = time.monotonic()
 
     def _adapt(self) -> None:
@@ -162,7 +173,7 @@ class Replica:
         self._router.began(self.index, len(rows))
         salt = None if server.facts.disable_radix_cache else str(version)
         try:
-            async for chunk in server.client.generate(rows, salt=salt, stream_interval=self._stream_interval):
+            async for chunk in server.client.generate(rows, salt=salt, stream_interval=self._settings.stream_interval):
                 self._heard = time.monotonic()
                 row = rows[chunk.index]
                 reason = self._take(row, chunk)
@@ -284,7 +295,7 @@ class Replica:
 
         A server that does not let go of them is lost, as is one that dies meanwhile; that is no error here.
         """
-        running, server, deadline = list(self._rows), self.server, time.monotonic() + self._probe_s
+        running, server, deadline = list(self._rows), self.server, time.monotonic() + self._settings.probe_s
         self._emptying = not wait_only
         try:
             while self._rows and self.up:
@@ -296,7 +307,9 @@ class Replica:
                 except TimeoutError:
                     if time.monotonic() > deadline and server is not None:
                         url, count = server.client.url, len(self._rows)
-                        self._fall(server, Unavailable(f"{url} did not end {count} aborted requests in {self._probe_s:g} s"))
+                        self._fall(
+                            server, Unavailable(f"{url} did not end {count} aborted requests in {self._settings.probe_s:g} s")
+                        )
         finally:
             self._emptying = False
         interrupted = [row for row in running if not row.done]

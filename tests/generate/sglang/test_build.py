@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from transformers import Qwen3Config
 
-from asyncrl.config import EngineSpec, ModelSpec, SGLangSpec
+from asyncrl.config import ModelSpec
+from asyncrl.deployment import EngineSpec, LimitsSpec, PlaceSpec, SGLangSpec
 from asyncrl.errors import ConfigError
 from asyncrl.generate.sglang.build import launch, sglang_engine
 from asyncrl.generate.sglang.distributed import Distributed
@@ -125,7 +126,7 @@ def build(model: ModelSpec, tmp_path: Path) -> Build:
 
     def make(gpus: float = 0.0, max_length: int = 2048, **sglang: Any) -> Any:
         spec = EngineSpec(kind="sglang", max_length=max_length, sglang=SGLangSpec(**({"command": (sys.executable,)} | sglang)))
-        return sglang_engine(spec, model, host="127.0.0.1", gpus=gpus, logs=tmp_path, name="gen-0")
+        return sglang_engine(spec, model, PlaceSpec(gpus=gpus), LimitsSpec(), host="127.0.0.1", logs=tmp_path, name="gen-0")
 
     return make
 
@@ -168,7 +169,9 @@ def test_a_command_that_is_not_there_is_refused(build: Build) -> None:
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
     spec = EngineSpec(kind="sglang", sglang=SGLangSpec(command=(sys.executable,)))
     with pytest.raises(ConfigError, match=r"model\.path"):
-        sglang_engine(spec, ModelSpec(path=str(tmp_path)), host="127.0.0.1", logs=tmp_path, name="gen-0")
+        sglang_engine(
+            spec, ModelSpec(path=str(tmp_path)), PlaceSpec(), LimitsSpec(), host="127.0.0.1", logs=tmp_path, name="gen-0"
+        )
 
 
 def test_length_is_bounded_by_the_model_and_slots_are_per_server(build: Build) -> None:

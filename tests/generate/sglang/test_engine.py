@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from asyncrl.config import EngineSpec, ModelSpec, SGLangSpec
+from asyncrl.config import ModelSpec
+from asyncrl.deployment import EngineSpec, LimitsSpec, PlaceSpec, SGLangSpec
 from asyncrl.errors import Closed, ConfigError, Unavailable
 from asyncrl.generate.sglang.build import sglang_engine
 from asyncrl.generate.sglang.engine import SGLangEngine
@@ -171,10 +172,11 @@ def open_rig(serve_sglang: object, policy: Policy, sglang_model: Path, tmp_path_
                 sglang=SGLangSpec(command=("sglang-cpu-server",), stream_interval=16, args=arguments, **sglang),
             ),
             ModelSpec(path=str(sglang_model), dtype="float32"),
+            PlaceSpec(),
+            LimitsSpec(health_timeout_s=2 * PROBE_S),
             host="127.0.0.1",
             logs=tmp_path_factory.mktemp("logs"),
             name="test",
-            health_timeout_s=2 * PROBE_S,
         )
         rig = Rig(engine, policy)
         try:
