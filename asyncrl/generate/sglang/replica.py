@@ -255,7 +255,9 @@ class Replica:
         """Takes the staged weights. A server that fails at it is lost, and replaced; that is no error here."""
         server = self.server
         assert server is not None
-        started, recomputed, discarded = time.monotonic(), 0, 0
+        # It was silent for want of work; from here on it has some.
+        self._heard = started = time.monotonic()
+        recomputed = discarded = 0
         try:
             if self.must_idle:
                 unfinished = await self.empty(wait_only=self._mode == "drain")
