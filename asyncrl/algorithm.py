@@ -33,7 +33,7 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     correction: weights that bring behaviour to proximal. behaviour_cap: truncation of exp(proximal − behaviour) for
     decoupled*; tis_cap: for tis*. masks: tokens left out of the policy loss, any number, within *_bounds and m2po_bound.
     kl_coef: weight of the KL to the reference (the starting policy); 0 loads no reference. kl_in: a term of the `loss`, or
-    a price on the `reward`. kl_control `adaptive` moves the coefficient so that the KL per token nears kl_target;
+    a price on the `reward` (of the tokens that are trained). kl_control `adaptive` moves the coefficient so that the KL per token nears kl_target;
     kl_horizon: rollouts over which it changes by 20 % at most.
     loss_scale_factor: tokens that seq-mean-token-sum-norm divides by; usually sampling.max_response_length.
     """
@@ -91,8 +91,12 @@ def _check_ratio(spec: AlgorithmSpec) -> None:
         f"algorithm.correction={spec.correction!r} with ratio_to='behaviour': the ratio already holds the step from behaviour "
         "to proximal, so the weight would correct for it twice; use correction='none', or ratio_to='proximal'",
     )
-    for field in ("clip_ratio", "clip_high"):
-        value = getattr(spec, field)
+    require(
+        spec.ratio_to == "proximal" or spec.policy_loss != "pg",
+        "algorithm.ratio_to='behaviour' with policy_loss='pg': it takes no ratio, so stale tokens would not be corrected for; "
+        "use ratio_to='proximal' with a correction",
+    )
+    for field, value in (("clip_ratio", spec.clip_ratio), ("clip_ratio_high", spec.clip_high)):
         require(value >= 0, f"algorithm.{field}={value} < 0: every token would be clipped; use >= 0")
     c = spec.clip_ratio_c
     require(c is None or c > 1, f"algorithm.clip_ratio_c={c} <= 1: ratios that never moved would be clipped; use > 1, or null")

@@ -21,12 +21,13 @@ from asyncrl.errors import ConfigError
             for name in get_args(CorrectionName)
             if name != "none"
         ),
+        ({"ratio_to": "behaviour", "correction": "none", "policy_loss": "pg"}, r"policy_loss='pg': it takes no ratio"),
         ({"masks": ("m2po", "icepop", "m2po")}, r"masks=\('m2po', 'icepop', 'm2po'\) names one twice"),
         ({"icepop_bounds": (5.0, 0.5)}, r"icepop_bounds=\(5\.0, 0\.5\) must enclose the ratio 1"),
         ({"geometric_bounds": (1.1, 1.2)}, r"geometric_bounds=\(1\.1, 1\.2\) must enclose"),
         ({"m2po_bound": 0.0}, r"m2po_bound=0\.0 <= 0: every token would be masked"),
         ({"clip_ratio": -0.1}, r"clip_ratio=-0\.1 < 0"),
-        ({"clip_ratio_high": -0.1}, r"clip_high=-0\.1 < 0"),
+        ({"clip_ratio_high": -0.1}, r"clip_ratio_high=-0\.1 < 0"),
         ({"clip_ratio_c": 1.0}, r"clip_ratio_c=1\.0 <= 1: .* use > 1, or null"),
         ({"clip_ratio_c": 3.0, "policy_loss": "gspo"}, r"clip_ratio_c=3\.0 with policy_loss='gspo': it would be ignored"),
         ({"behaviour_cap": 0.0}, r"behaviour_cap=0\.0 <= 0"),

@@ -28,7 +28,7 @@ ALGORITHMS: dict[str, dict] = {
     "pg": {"policy_loss": "pg", "masks": ("m2po", "icepop"), "entropy_coef": 0.01},
     "reinforce_plus_plus": {"adv_estimator": "reinforce_plus_plus", **KL},
     "baseline form": {"adv_estimator": "reinforce_plus_plus_baseline", "kl_control": "adaptive", **KL},
-    "grpo, KL in both ways": {"kl_control": "adaptive", "kl_coef": 0.2},
+    "grpo, adaptive KL in the loss": {"kl_control": "adaptive", "kl_coef": 0.2},
 }
 
 
