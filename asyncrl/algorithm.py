@@ -33,8 +33,8 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     correction: weights that bring behaviour to proximal. behaviour_cap: truncation of exp(proximal − behaviour) for
     decoupled*; tis_cap: for tis*. masks: tokens left out of the policy loss, any number, within *_bounds and m2po_bound.
     kl_coef: weight of the KL to the reference (the starting policy); 0 loads no reference. kl_in: a term of the `loss`, or
-    a price on the `reward` (of the tokens that are trained). kl_control `adaptive` moves the coefficient so that the KL per token nears kl_target;
-    kl_horizon: rollouts over which it changes by 20 % at most.
+    a price on the `reward` (of the tokens that are trained). kl_control `adaptive` moves the coefficient so that the KL per
+    token nears kl_target; kl_horizon: rollouts over which it changes by 20 % at most.
     loss_scale_factor: tokens that seq-mean-token-sum-norm divides by; usually sampling.max_response_length.
     """
 
