@@ -6,20 +6,10 @@ Every default lives here, once. Paths may hold `{run}`: the run directory. Calla
 
 from typing import Literal
 
-from msgspec import Struct
-
-from asyncrl.errors import ConfigError
+from asyncrl.algorithm import AlgorithmSpec
+from asyncrl.spec import Spec
+from asyncrl.spec import require as _require
 from asyncrl.staleness import OnStale, SelectorName, Staleness
-
-
-class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every spec: frozen, keyword-only, refuses fields it does not know."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
 
 # ------------------------------------------------------------------------------------------------- recipe
 
@@ -110,25 +100,6 @@ class StalenessSpec(Spec, frozen=True, kw_only=True):
     on_stale: OnStale = "mask"
     selector: SelectorName = "oldest"
     capacity_groups: int | None = None
-
-
-class AlgorithmSpec(Spec, frozen=True, kw_only=True):
-    """Pure functions composed by name: estimator × loss × correction × KL × aggregation.
-
-    clip_ratio: ε around the proximal policy. behaviour_cap: truncation of exp(proximal − behaviour).
-    kl_coef: weight of the KL to the reference (the starting policy) in the loss; 0 loads no reference.
-    """
-
-    adv_estimator: Literal["grpo", "grpo_no_std"] = "grpo"
-    policy_loss: Literal["ppo"] = "ppo"
-    correction: Literal["decoupled", "none"] = "decoupled"
-    clip_ratio: float = 0.2
-    clip_ratio_high: float | None = None
-    behaviour_cap: float = 5.0
-    kl_coef: float = 0.0
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    entropy_coef: float = 0.0
-    loss_agg: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
 
 
 class LearnerSpec(Spec, frozen=True, kw_only=True):

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from asyncrl.config import Spec, _require
+from asyncrl.spec import Spec, require
 
 
 class PlaceSpec(Spec, frozen=True, kw_only=True):
@@ -43,19 +43,19 @@ class SGLangSpec(Spec, frozen=True, kw_only=True):
     stream_interval: int = 64
 
     def __post_init__(self) -> None:
-        _require(self.servers >= 1, f"engine.sglang.servers={self.servers} < 1: nobody would generate; use at least 1")
-        _require(self.tp_size >= 1, f"engine.sglang.tp_size={self.tp_size} < 1: a server needs a device; use at least 1")
-        _require(
+        require(self.servers >= 1, f"engine.sglang.servers={self.servers} < 1: nobody would generate; use at least 1")
+        require(self.tp_size >= 1, f"engine.sglang.tp_size={self.tp_size} < 1: a server needs a device; use at least 1")
+        require(
             self.mem_fraction is None or 0 < self.mem_fraction < 1,
             f"engine.sglang.mem_fraction={self.mem_fraction} is outside (0, 1): it is the share of a GPU's memory for weights "
             "and KV cache; null leaves it to SGLang",
         )
-        _require(
+        require(
             self.stream_interval >= 1,
             f"engine.sglang.stream_interval={self.stream_interval} < 1: no token would ever be reported; use at least 1",
         )
         for url in self.urls:
-            _require(
+            require(
                 url.startswith(("http://", "https://")),
                 f"engine.sglang.urls: {url!r} is no address of a server; write http://HOST:PORT",
             )
@@ -79,17 +79,17 @@ class EngineSpec(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.kind == "torch":
-            _require(
+            require(
                 self.sglang == SGLangSpec(),
                 "engine.sglang is set, but engine.kind='torch': it would be ignored; set engine.kind: sglang, or leave it out",
             )
             return
-        _require(
+        require(
             not self.deterministic,
             "engine.deterministic=true with engine.kind='sglang': SGLang's batches depend on timing, so nothing would repeat "
             "to the bit; use kind: torch, or deterministic: false",
         )
-        _require(
+        require(
             not (self.sglang.prefix_cache and self.update_mode == "keep_kv"),
             "engine.sglang.prefix_cache=true with engine.update_mode='keep_kv': a cached prompt of old weights could be "
             "labelled as new; turn the prefix cache off, or use update_mode: in_flight",
@@ -102,15 +102,15 @@ class GeneratorsSpec(Spec, frozen=True, kw_only=True):
     engine: EngineSpec = EngineSpec()
 
     def __post_init__(self) -> None:
-        _require(self.count >= 1, f"generators.count={self.count} < 1: nobody would generate; use at least 1")
+        require(self.count >= 1, f"generators.count={self.count} < 1: nobody would generate; use at least 1")
         sglang = self.engine.sglang
-        _require(
+        require(
             self.count == 1 or not sglang.urls,
             f"generators.count={self.count} with engine.sglang.urls: every generator would update the same servers; use "
             "count: 1, which serves all of the URLs",
         )
         needed = sglang.servers * sglang.tp_size
-        _require(
+        require(
             self.engine.kind == "torch" or bool(sglang.urls) or self.place.gpus in (0, needed) or self.place.gpus < needed == 1,
             f"generators.place.gpus={self.place.gpus:g}, but engine.sglang.servers={sglang.servers} × tp_size={sglang.tp_size} "
             f"need {needed}: servers would share a GPU or leave one idle; set generators.place.gpus={needed}",
@@ -126,8 +126,8 @@ class RewardsSpec(Spec, frozen=True, kw_only=True):
     place: PlaceSpec = PlaceSpec()
 
     def __post_init__(self) -> None:
-        _require(self.count >= 1, f"rewards.count={self.count} < 1: nothing would be scored; use at least 1")
-        _require(self.processes >= 1, f"rewards.processes={self.processes} < 1: nothing would be scored; use at least 1")
+        require(self.count >= 1, f"rewards.count={self.count} < 1: nothing would be scored; use at least 1")
+        require(self.processes >= 1, f"rewards.processes={self.processes} < 1: nothing would be scored; use at least 1")
 
 
 class LearnerPlaceSpec(Spec, frozen=True, kw_only=True):

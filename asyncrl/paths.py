@@ -31,6 +31,8 @@ def resolve_paths(recipe: Recipe, run_dir: RunDir, folder: str | Path | None = N
         data["model"][key] = _model(data["model"][key], folders)
     data["reward"]["function"] = _callable(data["reward"]["function"], folders)
     data["sampling"]["keep"] = _callable(data["sampling"]["keep"], folders)
+    for key in ("adv_estimator", "policy_loss"):
+        data["algorithm"][key] = _callable(data["algorithm"][key], folders)
     data["prepare"] = _callable(data["prepare"], folders)
     return msgspec.convert(data, Recipe)
 

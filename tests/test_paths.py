@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from asyncrl.config import DataSpec, EvaluationSpec, ModelSpec, Recipe, RewardSpec, SamplingSpec
+from asyncrl.config import AlgorithmSpec, DataSpec, EvaluationSpec, ModelSpec, Recipe, RewardSpec, SamplingSpec
 from asyncrl.paths import resolve_paths
 from asyncrl.rundir import RunDir
 
@@ -18,6 +18,7 @@ def recipe() -> Recipe:
         data=DataSpec(files=("{run}/data/train.parquet", "extra.jsonl")),
         reward=RewardSpec(function="rewards.py:score"),
         sampling=SamplingSpec(keep="varied"),
+        algorithm=AlgorithmSpec(policy_loss="own.py:loss"),
         evaluation=EvaluationSpec(files=("{run}/data/heldout.parquet",)),
         prepare="package.module:prepare",
         total_steps=1,
@@ -34,6 +35,8 @@ def test_the_run_directory_and_the_recipes_folder(recipe: Recipe, tmp_path: Path
     assert resolved.reward.function == f"{tmp_path}/recipes/rewards.py:score"
     assert resolved.prepare == "package.module:prepare"
     assert resolved.sampling.keep == "varied"
+    assert resolved.algorithm.policy_loss == f"{tmp_path}/recipes/own.py:loss"
+    assert resolved.algorithm.adv_estimator == "grpo"
     assert resolve_paths(resolved, RunDir("elsewhere"), "/") == resolved
 
 

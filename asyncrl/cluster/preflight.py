@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from asyncrl.algorithm import ESTIMATOR_NAMES, LOSS_NAMES, UNGROUPED
 from asyncrl.callables import check_callable
 from asyncrl.cluster.engines import check_engine
 from asyncrl.cluster.resources import check_placement
@@ -88,6 +89,10 @@ def _callables(recipe: Recipe) -> str:
     check_callable(recipe.reward.function, "reward.function")
     if recipe.sampling.keep not in ("all", "varied"):
         check_callable(recipe.sampling.keep, "sampling.keep")
+    if recipe.algorithm.adv_estimator not in ESTIMATOR_NAMES:
+        check_callable(recipe.algorithm.adv_estimator, "algorithm.adv_estimator")
+    if recipe.algorithm.policy_loss not in LOSS_NAMES:
+        check_callable(recipe.algorithm.policy_loss, "algorithm.policy_loss")
     if recipe.prepare:
         check_callable(recipe.prepare, "prepare")
     return f"reward      {recipe.reward.function}, at most {recipe.reward.deadline_s:g} s a sample"
@@ -107,7 +112,7 @@ def _lengths(recipe: Recipe, deployment: Deployment) -> str:
 
 def _batches(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
     n, batch = recipe.sampling.n, recipe.learner.batch_groups
-    if n == 1 and recipe.algorithm.adv_estimator.startswith("grpo"):
+    if n == 1 and recipe.algorithm.adv_estimator in ESTIMATOR_NAMES and recipe.algorithm.adv_estimator not in UNGROUPED:
         raise ConfigError(
             f"sampling.n=1 with algorithm.adv_estimator={recipe.algorithm.adv_estimator!r}: an advantage is a reward against "
             "its own group's mean, so all would be 0 and nothing learned; use sampling.n >= 2"

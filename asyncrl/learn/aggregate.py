@@ -5,8 +5,11 @@ packed can't change a step. counts_s [S]: trained tokens of each sequence of the
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+
+from asyncrl.algorithm import AlgorithmSpec
 
 Aggregation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -26,8 +29,24 @@ def seq_mean_token_mean(counts_s: torch.Tensor) -> torch.Tensor:
     return 1.0 / (counts_s * len(counts_s))
 
 
+def seq_mean_token_sum_norm(counts_s: torch.Tensor, scale: int) -> torch.Tensor:
+    """Sum over a sequence's tokens over a constant, mean over sequences: 1 / (S · scale). Dr. GRPO (Liu et al. 2025).
+
+    scale: tokens, usually the longest response; the same in every step, or steps would weigh differently.
+    """
+    return seq_mean_token_sum(counts_s) / scale
+
+
 AGGREGATIONS: dict[str, Aggregation] = {
     "token-mean": token_mean,
     "seq-mean-token-sum": seq_mean_token_sum,
     "seq-mean-token-mean": seq_mean_token_mean,
 }
+
+
+def aggregation(spec: AlgorithmSpec) -> Aggregation:
+    """The recipe's aggregation."""
+    if spec.loss_agg == "seq-mean-token-sum-norm":
+        assert spec.loss_scale_factor is not None, "refused when the recipe was made"
+        return partial(seq_mean_token_sum_norm, scale=spec.loss_scale_factor)
+    return AGGREGATIONS[spec.loss_agg]

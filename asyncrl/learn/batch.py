@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from asyncrl.learn.advantages import Estimator
+from asyncrl.learn.estimators import Estimator, Outcomes
 from asyncrl.models.packed import TokenSequence
 from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
@@ -17,7 +17,7 @@ class Batch(NamedTuple):
 
     groups [S] int64; lengths [S] int64, response tokens, trained or not; counts_s [S] float32, trained tokens;
     sequence_n [N] int64; behaviour_n [N] float32, full-softmax logprobs of the policy that sampled; advantages_n [N]
-    float32; lag_n [N] int64, versions.
+    float32; lag_n [N] int64, versions. outcomes: what the advantages were made of, to make them anew once the KL is known.
     """
 
     sequences: list[TokenSequence]
@@ -28,6 +28,7 @@ class Batch(NamedTuple):
     behaviour_n: torch.Tensor
     advantages_n: torch.Tensor
     lag_n: torch.Tensor
+    outcomes: Outcomes
 
     @property
     def tokens(self) -> int:
@@ -50,8 +51,12 @@ def make_batch(rollouts: Sequence[TrainRollout], bound: Staleness, committed: in
     others stay as context. A rollout without a trained token is left out after its reward has counted.
     """
     trained = [np.asarray(r.loss_mask, dtype=bool) & bound.trainable(r.updates, committed) for r in rollouts]
-    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
-    advantages = estimator(rewards, torch.tensor([r.group for r in rollouts], dtype=torch.int64)).float()
+    outcomes = Outcomes(
+        rewards_s=torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
+        groups_s=torch.tensor([r.group for r in rollouts], dtype=torch.int64),
+        lengths_s=torch.tensor([int(r.loss_mask.sum()) for r in rollouts], dtype=torch.int64),
+        sequence_n=torch.repeat_interleave(torch.tensor([int(mask.sum()) for mask in trained], dtype=torch.int64)),
+    )
     kept = [i for i, mask in enumerate(trained) if mask.any()]
     counts = torch.tensor([int(trained[i].sum()) for i in kept], dtype=torch.int64)
 
@@ -65,8 +70,9 @@ def make_batch(rollouts: Sequence[TrainRollout], bound: Staleness, committed: in
         counts_s=counts.float(),
         sequence_n=torch.repeat_interleave(torch.arange(len(kept)), counts),
         behaviour_n=column([behaviour_logprobs(rollouts[i])[trained[i]] for i in kept], np.float32),
-        advantages_n=torch.repeat_interleave(advantages[kept], counts),
+        advantages_n=estimator(outcomes).float(),
         lag_n=column([committed - rollouts[i].updates[trained[i]] for i in kept], np.int64),
+        outcomes=outcomes,
     )
 
 

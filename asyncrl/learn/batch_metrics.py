@@ -59,16 +59,39 @@ def gap_metrics(batch: Batch, proximal_n: torch.Tensor) -> dict[str, float]:
     """Learner against generator. proximal_n [N]: logprobs at the start of the update; NaN where none were computed.
 
     On tokens of lag 0 both sides hold the same weights: their difference is engine error alone, and must stay flat.
-    gap/k3 over all tokens estimates KL(behaviour ‖ proximal), staleness included.
+    gap/k3 over all tokens estimates KL(behaviour ‖ proximal), staleness included; gap/k3_lag_* the same by lag.
     """
     delta_n = proximal_n - batch.behaviour_n
     delta_n, lag_n = delta_n[delta_n.isfinite()], batch.lag_n[delta_n.isfinite()]
     if not len(delta_n):
         return {}
     ratio_n = delta_n.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)  # one token could make the mean infinite
-    figures = {"gap/k3": float((torch.expm1(ratio_n) - ratio_n).mean())}
+    k3_n = torch.expm1(ratio_n) - ratio_n
+    figures = {"gap/k3": float(k3_n.mean())}
+    figures |= {f"gap/k3_lag_{lag}": float(k3_n[lag_n == lag].mean()) for lag in lag_n.unique().tolist()}
     fresh = delta_n[lag_n == 0].abs()
     if len(fresh):
         figures["gap/logprob_mean_abs"] = float(fresh.mean())
         figures["gap/logprob_max_abs"] = float(fresh.max())
+    return figures
+
+
+def correction_metrics(
+    lag_n: torch.Tensor, weights_n: torch.Tensor, capped_n: torch.Tensor, masked_n: torch.Tensor
+) -> dict[str, float]:
+    """How much of the batch the off-policy correction leaves, over all tokens and by lag; as of their last epoch.
+
+    weights_n [N]: 0 where masked, NaN where no step was made. ess: effective sample size (Σw)²/(N·Σw²), as a share of the
+    tokens; 0 if all are masked. cap_share: weights that were truncated. masked_share: tokens that a mask left out.
+    """
+    made_n = weights_n.isfinite()
+    weights_n, lag_n = weights_n[made_n].double(), lag_n[made_n]
+    shares = {"cap_share": capped_n[made_n].double(), "masked_share": masked_n[made_n].double()}
+    figures = {}
+    for suffix, chosen_n in [("", lag_n >= 0), *((f"_lag_{lag}", lag_n == lag) for lag in lag_n.unique().tolist())]:
+        if chosen_n.any():
+            chosen = weights_n[chosen_n]
+            squares = float(chosen.square().sum())
+            figures[f"correction/ess{suffix}"] = float(chosen.sum()) ** 2 / (len(chosen) * squares) if squares else 0.0
+            figures |= {f"correction/{name}{suffix}": float(share_n[chosen_n].mean()) for name, share_n in shares.items()}
     return figures

@@ -9,6 +9,7 @@ update count, and the place in the store's log is that count too, so neither nee
 import logging
 import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,17 @@ class Checkpoints:
         self._run_dir = run_dir
         self._keep_last_n = keep_last_n
 
-    def save(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, version: Version) -> Path:
-        """Writes `step_<update>`, whole or not at all, and returns its folder. An older one of that name is replaced."""
+    def save(
+        self,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        version: Version,
+        state: Mapping[str, float] | None = None,
+    ) -> Path:
+        """Writes `step_<update>`, whole or not at all, and returns its folder. An older one of that name is replaced.
+
+        state: the trainer's own figures, kept in the manifest.
+        """
         path = self._run_dir.checkpoint(version.update)
         with atomic_folder(path) as folder:
             save_policy(model, folder / "policy")
@@ -44,12 +54,20 @@ class Checkpoints:
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "dtype": str(model.dtype).removeprefix("torch."),
             }
-            write_manifest(folder, {"update": version.update, "incarnation": version.incarnation, "model": summary})
+            extra = {"update": version.update, "incarnation": version.incarnation, "model": summary, "state": dict(state or {})}
+            write_manifest(folder, extra)
         return path
 
-    def restore(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, at: int | None = None) -> int | None:
+    def restore(
+        self,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        at: int | None = None,
+        state: dict[str, float] | None = None,
+    ) -> int | None:
         """Loads the newest complete checkpoint, or that of update `at`, random states included; returns its update count.
 
+        state: figures to overwrite in place with those that were saved; others that were saved are ignored.
         None in a run that has none yet. Incomplete ones are skipped with a warning. Checkpoints of later updates belong to
         the lineage that is given up here, and are deleted. Raises CheckpointError if `at` is not there, or none is whole.
         """
@@ -66,6 +84,8 @@ class Checkpoints:
         load_policy(model, wanted / "policy")
         optimizer.load_state_dict(_load(wanted / "optimizer.pt"))
         _set_rng_state(_load(wanted / "rng.pt"))
+        if state is not None:
+            state |= {name: value for name, value in extra.get("state", {}).items() if name in state}
         for folder in folders[folders.index(wanted) + 1 :]:
             log.warning("deleting %s: the run goes on from %s", folder, wanted.name)
             shutil.rmtree(folder)

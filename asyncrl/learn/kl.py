@@ -1,4 +1,6 @@
-"""Per-token estimators of KL(policy ‖ reference) as a loss term. Flat layout [T]; pure; differentiable in logp_t.
+"""Per-token estimators of KL(policy ‖ reference), as a loss term or a price on the reward; and the coefficient's control.
+
+Flat layout [T]; pure; differentiable in logp_t.
 
 With δ = logp − reference (Schulman, "Approximating KL divergence", 2020): k1 = δ, k2 = δ²/2, k3 = exp(−δ) − 1 + δ.
 δ is clamped to ±20: past it a token keeps its value and has no gradient, instead of an overflow.
@@ -40,3 +42,11 @@ def k3(logp_t: torch.Tensor, reference_t: torch.Tensor) -> torch.Tensor:
 
 
 KL_ESTIMATORS: dict[str, KLEstimator] = {"k1": k1, "k2": k2, "k3": k3}
+
+
+def adapted(coef: float, kl: float, *, target: float, horizon: int, rollouts: int) -> float:
+    """The coefficient after a batch whose KL per token was `kl`: β·(1 + clip(kl/target − 1, ±0.2)·rollouts/horizon).
+
+    The controller of Ziegler et al. 2019, in rollouts. Its whole state is the coefficient.
+    """
+    return coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * rollouts / horizon)

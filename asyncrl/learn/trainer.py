@@ -17,13 +17,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from asyncrl.config import AlgorithmSpec, LearnerSpec
+from asyncrl.algorithm import AlgorithmSpec
+from asyncrl.config import LearnerSpec
 from asyncrl.errors import ConfigError
 from asyncrl.learn import objective as objectives
-from asyncrl.learn.advantages import ESTIMATORS
-from asyncrl.learn.aggregate import AGGREGATIONS
+from asyncrl.learn.aggregate import aggregation
 from asyncrl.learn.batch import Batch, make_batch, minibatches
-from asyncrl.learn.batch_metrics import gap_metrics, rollout_metrics, staleness_metrics
+from asyncrl.learn.batch_metrics import correction_metrics, gap_metrics, rollout_metrics, staleness_metrics
+from asyncrl.learn.estimators import estimator
+from asyncrl.learn.kl import KL_ESTIMATORS, adapted
+from asyncrl.learn.masks import m2po
 from asyncrl.learn.packing import split_into_packs
 from asyncrl.learn.refused import RefusedSteps
 from asyncrl.learn.schedule import learning_rate
@@ -40,7 +43,8 @@ class PolicyTrainer:
     """Owns the policy, its optimizer and, with kl_coef > 0, a frozen reference (the starting policy, its own copy).
 
     temperature: of the sampling; logprobs are taken at it. total_steps: updates over which the schedule runs.
-    refused_dir: where batches of refused steps are kept.
+    refused_dir: where batches of refused steps are kept. state: figures that go from update to update and belong into a
+    checkpoint: the KL coefficient, where it adapts.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class PolicyTrainer:
         self._learner = learner
         self._algorithm = algorithm
         self._bound = bound
+        self.state = {"kl_coef": algorithm.kl_coef} if algorithm.kl_control == "adaptive" else {}
         self._temperature = temperature
         self._total_steps = total_steps
         self._refused = RefusedSteps(refused_dir, learner.max_refused_steps)
@@ -91,19 +96,23 @@ class PolicyTrainer:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate
         started = time.perf_counter()
-        batch = make_batch(rollouts, self._bound, committed, ESTIMATORS[self._algorithm.adv_estimator])
+        spec = self._algorithm
+        batch = make_batch(rollouts, self._bound, committed, estimator(spec.adv_estimator))
         run = _Run(batch.to(self.model.device), committed + 1)
         steps = [
             (members, self._packs(batch, members)) for members in minibatches(batch.groups, self._learner.mini_batch_groups)
         ]
         # A single step's own forward pass is made by the proximal policy: no extra pass is needed.
-        run.recomputed = len(steps) * self._learner.ppo_epochs > 1
+        several = len(steps) * self._learner.ppo_epochs > 1
+        run.recomputed = (several and objectives.needs_proximal(spec)) or "m2po" in spec.masks or spec.kl_in == "reward"
         with _timed(run.timings, "timing_s/old_log_prob"):
             packs = [pack for _, minibatch in steps for pack in minibatch]
             if run.recomputed:
                 self._score(self._policy, packs, run.proximal_n)
             if self._reference is not None:
                 run.reference_n = self._score(self._reference, packs, torch.empty_like(run.proximal_n))
+        if spec.kl_in == "reward":
+            self._charge_kl(run)
         for _ in range(self._learner.ppo_epochs):
             for members, minibatch in steps:
                 self._step(run, members, minibatch)
@@ -112,7 +121,9 @@ class PolicyTrainer:
             **rollout_metrics(rollouts),
             **staleness_metrics(rollouts, batch),
             **gap_metrics(batch, run.proximal_n.cpu()),
+            **correction_metrics(batch.lag_n, run.weights_n.cpu(), run.capped_n.cpu(), run.masked_n.cpu()),
             **objectives.metrics(run.sums, run.accepted),
+            **self._control_kl(run, len(rollouts)),
             "actor/lr": rate,
             "actor/optimizer_steps": float(run.accepted),
             "actor/refused_steps": float(run.refused),
@@ -164,31 +175,73 @@ class PolicyTrainer:
         """Accumulates the minibatch's gradient pack by pack; returns sums over its tokens, the loss among them."""
         spec, batch = self._algorithm, run.batch
         coefficient_s = torch.zeros_like(batch.counts_s)
-        coefficient_s[members] = AGGREGATIONS[spec.loss_agg](batch.counts_s[members])
+        coefficient_s[members] = aggregation(spec)(batch.counts_s[members])
+        kept_n = self._keep(run, packs, spec.m2po_bound) if "m2po" in spec.masks else None
         totals: dict[str, torch.Tensor] = {}
         for pack in packs:
             logits_tv = self._policy.logits(pack)
             logp_t = sampled_logprobs(logits_tv, pack.target_ids_t, self._temperature)
             with nullcontext() if spec.entropy_coef else torch.no_grad():
                 entropy_t = entropy(logits_tv, self._temperature)
-            if not run.recomputed:
+            if not run.recomputed and not run.tried:
                 run.proximal_n[pack.flat_t] = logp_t.detach()
             columns = objectives.Columns(
                 coefficients_t=coefficient_s[batch.sequence_n[pack.flat_t]],
                 advantages_t=batch.advantages_n[pack.flat_t],
                 behaviour_t=batch.behaviour_n[pack.flat_t],
                 proximal_t=run.proximal_n[pack.flat_t],
-                reference_t=None if run.reference_n is None else run.reference_n[pack.flat_t],
+                sequence_t=batch.sequence_n[pack.flat_t],
+                lag_t=batch.lag_n[pack.flat_t],
+                reference_t=None if run.reference_n is None or spec.kl_in == "reward" else run.reference_n[pack.flat_t],
+                kept_t=None if kept_n is None else kept_n[pack.flat_t],
             )
-            loss, sums = objectives.objective(spec, columns, logp_t, entropy_t)
+            loss, sums, counted = objectives.objective(spec, columns, logp_t, entropy_t, self.state.get("kl_coef"))
             loss.backward()
+            run.remember(pack, counted)
             for name, value in {**sums, "loss": loss.detach()}.items():
                 totals[name] = totals.get(name, 0.0) + value.double()
         return {name: value.item() for name, value in totals.items()}
 
+    @staticmethod
+    def _keep(run: "_Run", packs: Sequence[Pack], bound: float) -> torch.Tensor:
+        """What m2po leaves of a minibatch [N] bool; False outside of it."""
+        flat_m = torch.cat([pack.flat_t for pack in packs])
+        kept_n = torch.zeros_like(run.masked_n)
+        kept_n[flat_m] = m2po(run.proximal_n[flat_m] - run.batch.behaviour_n[flat_m], bound)
+        return kept_n
+
+    def _kl(self, run: "_Run") -> torch.Tensor:
+        """KL per token [N] of the proximal policy to the reference, by the recipe's estimator; NaN where not known."""
+        assert run.reference_n is not None, "asked for a KL without a reference"
+        return KL_ESTIMATORS[self._algorithm.kl_estimator](run.proximal_n, run.reference_n)
+
+    def _charge_kl(self, run: "_Run") -> None:
+        """Takes β·KL off what each trained token earned, and makes the advantages anew (Ziegler et al. 2019; verl)."""
+        coef = self.state.get("kl_coef", self._algorithm.kl_coef)
+        outcomes = run.batch.outcomes._replace(shaping_n=-coef * self._kl(run).cpu().double())
+        advantages_n = estimator(self._algorithm.adv_estimator)(outcomes).float()
+        run.batch = run.batch._replace(advantages_n=advantages_n.to(self.model.device))
+
+    def _control_kl(self, run: "_Run", rollouts: int) -> dict[str, float]:
+        """Moves the coefficient, where it adapts, by this batch's KL; figures of both, under verl's names."""
+        if run.reference_n is None:
+            return {}
+        spec, figures = self._algorithm, {}
+        coef = self.state.get("kl_coef", spec.kl_coef)
+        kl_n = self._kl(run)
+        kl = float(kl_n[kl_n.isfinite()].mean()) if kl_n.isfinite().any() else None
+        if spec.kl_in == "reward" and kl is not None:
+            figures["actor/reward_kl_penalty"] = kl
+        if self.state and kl is not None:
+            self.state["kl_coef"] = adapted(coef, kl, target=spec.kl_target, horizon=spec.kl_horizon, rollouts=rollouts)
+        return {**figures, "actor/reward_kl_penalty_coeff" if spec.kl_in == "reward" else "actor/kl_coef": coef}
+
 
 class _Run:
-    """One update in progress. proximal_n [N]: NaN until computed; recomputed: by a pass of its own, before the first step."""
+    """One update in progress. proximal_n [N]: NaN until computed; recomputed: by a pass of its own, before the first step.
+
+    weights_n, capped_n, masked_n [N]: the correction of each token, when it was last trained; weights NaN before.
+    """
 
     def __init__(self, batch: Batch, number: int) -> None:
         self.batch = batch
@@ -196,10 +249,23 @@ class _Run:
         self.recomputed = False
         self.proximal_n = torch.full_like(batch.behaviour_n, math.nan)
         self.reference_n: torch.Tensor | None = None
+        self.weights_n = torch.full_like(batch.behaviour_n, math.nan)
+        self.capped_n = torch.zeros_like(batch.behaviour_n, dtype=torch.bool)
+        self.masked_n = torch.zeros_like(batch.behaviour_n, dtype=torch.bool)
         self.sums: dict[str, float] = defaultdict(float)
         self.timings: dict[str, float] = defaultdict(float)
         self.accepted = 0
         self.refused = 0
+
+    @property
+    def tried(self) -> int:
+        """Optimizer steps so far, refused ones among them."""
+        return self.accepted + self.refused
+
+    def remember(self, pack: Pack, counted: objectives.TokenWeights) -> None:
+        self.weights_n[pack.flat_t] = counted.weights_t
+        self.capped_n[pack.flat_t] = counted.capped_t
+        self.masked_n[pack.flat_t] = counted.masked_t
 
 
 @contextmanager

@@ -94,7 +94,14 @@ def test_what_prepare_makes_need_not_exist_yet(recipe: Recipe, run: RunDir, tmp_
         ({"reward": RewardSpec(function="/nowhere.py:f")}, ConfigError, r"reward\.function='/nowhere\.py:f'"),
         ({"prepare": "/nowhere.py:f"}, ConfigError, r"prepare='/nowhere\.py:f'"),
         ({"sampling": SamplingSpec(keep="/nowhere.py:f")}, ConfigError, r"sampling\.keep='/nowhere\.py:f'"),
+        ({"algorithm": AlgorithmSpec(adv_estimator="/nowhere.py:f")}, ConfigError, r"adv_estimator='/nowhere\.py:f'"),
+        ({"algorithm": AlgorithmSpec(policy_loss="/nowhere.py:f")}, ConfigError, r"policy_loss='/nowhere\.py:f'"),
         ({"sampling": SamplingSpec(n=1, min_valid=1)}, ConfigError, r"sampling\.n=1 with .*'grpo'.* all would be 0"),
+        (
+            {"sampling": SamplingSpec(n=1, min_valid=1), "algorithm": AlgorithmSpec(adv_estimator="rloo")},
+            ConfigError,
+            r"sampling\.n=1 with .*'rloo'.* all would be 0",
+        ),
         ({"sampling": SamplingSpec(n=65)}, ConfigError, r"engine\.slots=64 < sampling\.n=65"),
         (
             {"sampling": SamplingSpec(max_response_length=1025)},
@@ -131,6 +138,8 @@ def test_another_engine_and_estimator_lift_their_bounds(recipe: Recipe, run: Run
     deployment = Deployment(generators=GeneratorsSpec(engine=EngineSpec(max_length=4096)))
     assert "lengths     1024 prompt + 3072 response tokens of 4096" in check(long, deployment, run)
     assert check(replace(recipe, algorithm=AlgorithmSpec(adv_estimator="grpo_no_std")), Deployment(), run)
+    alone = AlgorithmSpec(adv_estimator="reinforce_plus_plus")
+    assert check(replace(recipe, algorithm=alone, sampling=SamplingSpec(n=1, min_valid=1)), Deployment(), run)
 
 
 def test_an_engine_that_cannot_be_started_is_told_with_the_rest(recipe: Recipe, run: RunDir) -> None:

@@ -97,6 +97,8 @@ def test_mistakes_in_a_recipe_name_file_and_line(recipe_file: Path, old: str, ne
         ("name=a=b", "a=b"),
         ("model.tokenizer=null", "null"),  # text, as the field is
         ("staleness.on_stale=drop", "drop"),
+        ("algorithm.masks=[icepop, m2po]", ("icepop", "m2po")),
+        ("algorithm.policy_loss=own.py:loss", "own.py:loss"),
     ],
 )
 def test_an_override_is_typed_by_its_field(recipe: Recipe, text: str, value: object) -> None:
@@ -128,6 +130,8 @@ def test_overrides_are_checked_together(recipe: Recipe) -> None:
         ("data.files={a: 1}", r"data\.files must be a list of str"),
         ("data.files=[a", r"not YAML"),
         ("staleness.on_stale=masc", r"one of 'mask', 'wait', 'drop', not 'masc'"),
+        ("algorithm.correction=tisk", r"one of 'decoupled', 'decoupled_loglinear', 'tis', 'tis_sequence', 'none', not 'tisk'"),
+        ("algorithm.policy_loss=gsop", r"algorithm\.policy_loss='gsop' is unknown; did you mean 'gspo'\?"),
         ("learner.lrr=1", r"learner has no field 'lrr'; did you mean 'lr'\?"),
         ("lr=1", r"Recipe has no field 'lr'; did you mean 'learner\.lr'\?"),
         ("lerner.lr=1", r"Recipe has no field 'lerner'; did you mean 'learner'\?"),

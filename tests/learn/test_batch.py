@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
 
-from asyncrl.learn.advantages import grpo_no_std
 from asyncrl.learn.batch import make_batch, minibatches
+from asyncrl.learn.estimators import ESTIMATORS
 from asyncrl.staleness import Staleness
 
 BOUND = Staleness(max_lag=2, batch_groups=2)
+grpo_no_std = ESTIMATORS["grpo_no_std"]
 
 
 def test_columns_by_hand(make_rollout) -> None:
@@ -19,6 +20,8 @@ def test_columns_by_hand(make_rollout) -> None:
     assert batch.behaviour_n.tolist() == [*first.logprobs[1:].tolist(), other.logprobs[0]]
     assert batch.sequences[0].ids.tolist() == [4, 9, 1, 2, 3]
     assert batch.sequences[0].scored.tolist() == [3, 4]
+    assert batch.outcomes.sequence_n.tolist() == [0, 0, 1]
+    assert batch.outcomes.lengths_s.tolist() == [3, 1]  # tokens that the policy chose, of any age
     assert batch.sequences[0].shared == 1  # the last prompt token predicts, so it is each rollout's own
 
 
@@ -38,6 +41,18 @@ def test_a_rollout_too_old_to_train_still_counts_in_its_groups_mean(make_rollout
     batch = make_batch([fresh, old], BOUND, 9, grpo_no_std)
     assert len(batch.sequences) == 1
     assert batch.advantages_n.tolist() == [-2.0]
+    assert batch.outcomes.rewards_s.tolist() == [1.0, 5.0]
+    assert batch.sequence_n.tolist() == batch.outcomes.sequence_n.tolist() == [0]
+
+
+def test_an_empty_row_before_others_shifts_nobody(make_rollout) -> None:
+    empty = make_rollout(0, 0, updates=(9, 9), reward=4.0, loss_mask=np.array([False, False]))
+    inner = make_rollout(0, 1, updates=(9, 9, 9), reward=1.0, loss_mask=np.array([True, False, True]))
+    batch = make_batch([empty, inner], BOUND, 9, grpo_no_std)
+    assert batch.outcomes.sequence_n.tolist() == [1, 1]  # among all rollouts
+    assert batch.sequence_n.tolist() == [0, 0]  # among those that are trained
+    assert batch.advantages_n.tolist() == [-1.5, -1.5]
+    assert batch.behaviour_n.tolist() == [inner.logprobs[0], inner.logprobs[2]]
 
 
 def test_minibatches_keep_groups_whole_and_in_order() -> None:

@@ -110,3 +110,33 @@ def test_nothing_to_restore_and_nothing_whole(run_dir: RunDir, make_trainer) -> 
     (save(checkpoints, trainer, 0) / "rng.pt").unlink()
     with pytest.raises(CheckpointError, match="none of"):
         checkpoints.restore(trainer.model, trainer.optimizer)
+
+
+def test_an_adaptive_kl_coefficient_survives(run_dir: RunDir, make_trainer, make_model, make_rollouts) -> None:
+    algorithm = {"kl_coef": 0.2, "kl_control": "adaptive", "kl_target": 0.05, "kl_horizon": 70}
+
+    def trainer():
+        return make_trainer(learner=LEARNER, algorithm=algorithm, max_lag=9, reference=make_model(seed=3))
+
+    whole, checkpoints = trainer(), Checkpoints(run_dir, 2)
+    for committed in range(4):
+        if committed == 2:
+            checkpoints.save(whole.model, whole.optimizer, Version(1, 2), whole.state)
+            saved = whole.state["kl_coef"]
+        whole.update(make_rollouts(seed=committed), committed)
+    second = trainer()
+    assert checkpoints.restore(second.model, second.optimizer, state=second.state) == 2
+    assert second.state == {"kl_coef": saved} != {"kl_coef": 0.2}
+    for committed in (2, 3):
+        second.update(make_rollouts(seed=committed), committed)
+    assert second.state == whole.state
+    assert all(torch.equal(a, b) for a, b in zip(state(whole), state(second), strict=True))
+
+
+def test_a_state_of_another_recipe_is_left_alone(run_dir: RunDir, make_trainer) -> None:
+    trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 2)
+    checkpoints.save(trainer.model, trainer.optimizer, Version(1, 0), {"kl_coef": 0.7})
+    fixed, adaptive, other = {}, {"kl_coef": 0.1}, {"else": 1.0}
+    for figures in (fixed, adaptive, other):
+        checkpoints.restore(trainer.model, trainer.optimizer, state=figures)
+    assert (fixed, adaptive, other) == ({}, {"kl_coef": 0.7}, {"else": 1.0})

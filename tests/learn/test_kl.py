@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from asyncrl.learn.kl import KL_ESTIMATORS, k1, k2, k3
+from asyncrl.learn.kl import KL_ESTIMATORS, adapted, k1, k2, k3
 
 
 def value_and_gradient(estimator, delta: float) -> tuple[float, float]:
@@ -56,3 +56,17 @@ def test_far_apart_policies_stay_finite(name: str, delta: float) -> None:
     value, gradient = value_and_gradient(KL_ESTIMATORS[name], delta)
     assert math.isfinite(value)
     assert gradient == 0.0
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (0.1, 0.5),  # at the target
+        (0.11, 0.5 * (1 + 0.1 * 64 / 1000)),
+        (9.0, 0.5 * (1 + 0.2 * 64 / 1000)),  # at most 20 % an epoch of `horizon` rollouts
+        (0.0, 0.5 * (1 - 0.2 * 64 / 1000)),
+        (-5.0, 0.5 * (1 - 0.2 * 64 / 1000)),  # k1 may be negative
+    ],
+)
+def test_the_coefficient_nears_the_target(kl: float, expected: float) -> None:
+    assert adapted(0.5, kl, target=0.1, horizon=1000, rollouts=64) == pytest.approx(expected)

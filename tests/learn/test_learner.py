@@ -241,3 +241,13 @@ def test_save_and_export_between_runs(make_learner, tmp_path: Path) -> None:
     assert learner.save_checkpoint().endswith("checkpoints/step_000001")
     learner.export(str(tmp_path / "out"))
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_what_the_trainer_carries_from_update_to_update_is_saved_and_restored(make_learner) -> None:
+    learner, _, _, trainer = make_learner([lease(11, 0), lease(12, 1)])
+    trainer.state = {"kl_coef": 0.5}
+    learner.run(2)
+    second, _, _, restored = make_learner([], fence=Fence(incarnation=4, committed=2, reopened=0))
+    restored.state = {"kl_coef": 0.1}
+    second.start()
+    assert restored.state == {"kl_coef": 0.5}

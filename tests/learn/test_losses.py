@@ -1,23 +1,21 @@
+"""Every token loss by hand, and against a reference of its own in plain Python: value and gradient, one token at a time."""
+
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from asyncrl.learn.losses import clipped_ppo
+from asyncrl.learn.losses import cispo, clipped_ppo, dppo_kl, dppo_tv, policy_gradient, sapo
 
 
-def ppo(ratio: float, advantage: float, low: float = 0.2, high: float = 0.3) -> tuple[float, float, bool]:
-    """Loss, its gradient in logp, and whether it was clipped, in float64."""
-    logp = torch.tensor([math.log(ratio) - 1.0], dtype=torch.float64, requires_grad=True)
-    loss, clipped = clipped_ppo(
-        logp,
-        torch.tensor([-1.0], dtype=torch.float64),
-        torch.tensor([advantage], dtype=torch.float64),
-        clip_low=low,
-        clip_high=high,
-    )
-    loss.sum().backward()
-    return loss.item(), logp.grad.item(), bool(clipped)
+def one(loss: Callable[..., tuple], ratio: float, advantage: float, old: float = -1.0, **bounds) -> tuple[float, float, dict]:
+    """Loss, its gradient in logp, and figures of a single token, in float64."""
+    logp = torch.tensor([math.log(ratio) + old], dtype=torch.float64, requires_grad=True)
+    columns = (torch.tensor([old], dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64))
+    value, figures = loss(logp, *columns, **bounds)
+    value.sum().backward()
+    return value.item(), logp.grad.item(), {name: bool(flag) for name, flag in figures.items()}
 
 
 @pytest.mark.parametrize(
@@ -31,24 +29,161 @@ def ppo(ratio: float, advantage: float, low: float = 0.2, high: float = 0.3) -> 
         (1.5, -2.0, 3.0, 3.0, False),  # a bad token that became likely is always pushed down
     ],
 )
-def test_by_hand(ratio: float, advantage: float, loss: float, gradient: float, clipped: bool) -> None:
-    found = ppo(ratio, advantage)
+def test_ppo_by_hand(ratio: float, advantage: float, loss: float, gradient: float, clipped: bool) -> None:
+    found = one(clipped_ppo, ratio, advantage, clip_low=0.2, clip_high=0.3)
     assert found[:2] == pytest.approx((loss, gradient))
-    assert found[2] is clipped
+    assert found[2] == {"pg_clipfrac": clipped}
 
 
-def test_huge_ratios_stay_finite() -> None:
-    loss, gradient, _ = ppo(math.exp(500), -1.0)
-    assert math.isfinite(loss)
-    assert gradient == 0.0
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient", "lower"),
+    [
+        (4.0, -2.0, 6.0, 0.0, True),  # 8 is held at 3·2
+        (2.9, -2.0, 5.8, 5.8, False),
+        (4.0, 2.0, -2.6, 0.0, False),  # good tokens are not its business
+        (0.5, -2.0, 1.6, 0.0, False),
+    ],
+)
+def test_dual_clip_by_hand(ratio: float, advantage: float, loss: float, gradient: float, lower: bool) -> None:
+    found = one(clipped_ppo, ratio, advantage, clip_low=0.2, clip_high=0.3, dual=3.0)
+    assert found[:2] == pytest.approx((loss, gradient))
+    assert found[2]["pg_clipfrac_lower"] is lower
 
 
-def test_unclipped_gradient_is_that_of_the_plain_ratio() -> None:
+@pytest.mark.parametrize(
+    ("ratio", "weight", "clipped"), [(1.0, 1.0, False), (1.3, 1.2, True), (0.1, 0.1, False), (1.1, 1.1, False)]
+)
+def test_cispo_clips_the_weight_and_keeps_the_gradient(ratio: float, weight: float, clipped: bool) -> None:
+    loss, gradient, figures = one(cispo, ratio, 2.0, clip_high=0.2)
+    assert gradient == pytest.approx(-weight * 2.0)
+    assert loss == pytest.approx(-weight * 2.0 * (math.log(ratio) - 1.0))
+    assert figures == {"pg_clipfrac": clipped}
+
+
+@pytest.mark.parametrize(("advantage", "tau"), [(2.0, 1.5), (-2.0, 3.0)])
+def test_sapo_by_hand(advantage: float, tau: float) -> None:
+    taus = {"tau_positive": 1.5, "tau_negative": 3.0}
+    assert one(sapo, 1.0, advantage, **taus)[:2] == pytest.approx((-2 / tau * advantage, -advantage))  # the gate's slope is 1
+    gate = 1 / (1 + math.exp(-tau * 0.5))
+    loss, gradient, figures = one(sapo, 1.5, advantage, **taus)
+    assert loss == pytest.approx(-4 / tau * gate * advantage)
+    assert gradient == pytest.approx(-4 * gate * (1 - gate) * 1.5 * advantage)
+    assert figures == {}
+
+
+def test_policy_gradient_by_hand() -> None:
+    logp = torch.tensor([-0.5, -2.0], dtype=torch.float64, requires_grad=True)
+    loss, figures = policy_gradient(logp, torch.tensor([3.0, -1.0], dtype=torch.float64))
+    assert loss.tolist() == [1.5, -2.0]
+    assert torch.autograd.grad(loss.sum(), logp)[0].tolist() == [-3.0, 1.0]
+    assert figures == {}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "advantage", "out"),
+    [
+        (0.5, 0.65, 1.0, True),  # a good token rose by 0.15 > 0.1
+        (0.5, 0.58, 1.0, False),
+        (0.5, 0.2, 1.0, False),  # it fell: to be pulled back
+        (0.5, 0.38, -1.0, False),  # a bad token fell by 0.12 < 0.2
+        (0.5, 0.25, -1.0, True),
+        (0.001, 0.01, 1.0, False),  # ten times as likely, and still rare: PPO would have clipped it
+    ],
+)
+def test_dppo_bounds_the_difference_of_probabilities(old: float, new: float, advantage: float, out: bool) -> None:
+    loss, gradient, figures = one(dppo_tv, new / old, advantage, math.log(old), clip_low=0.2, clip_high=0.1)
+    expected = 0.0 if out else -new / old * advantage
+    assert (loss, gradient) == pytest.approx((expected, expected))
+    assert figures == {"pg_clipfrac": out}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "advantage", "out"),
+    [
+        (0.5, 0.8, 1.0, True),  # KL 0.223
+        (0.5, 0.6, 1.0, False),  # KL 0.0204
+        (0.5, 0.2, 1.0, False),  # as far as 0.8, but in the other direction
+        (0.5, 0.2, -1.0, True),
+        (0.5, 0.8, -1.0, False),
+    ],
+)
+def test_dppo_bounds_the_binary_kl(old: float, new: float, advantage: float, out: bool) -> None:
+    loss, gradient, figures = one(dppo_kl, new / old, advantage, math.log(old), clip_low=0.1, clip_high=0.05)
+    expected = 0.0 if out else -new / old * advantage
+    assert (loss, gradient) == pytest.approx((expected, expected))
+    assert figures == {"pg_clipfrac": out}
+
+
+# ---------------------------------------------------------------------------------- against a plain reference
+
+
+def plain(name: str, logp: float, old: float, advantage: float) -> tuple[float, float]:
+    """Value and derivative in logp, from the papers' formulas. ε 0.2 and 0.3, dual 2, τ 1 and 1.05."""
+    ratio = math.exp(logp - old)
+    if name == "ppo":
+        surrogate, bounded = ratio * advantage, min(max(ratio, 0.8), 1.3) * advantage
+        value, slope = (-surrogate, -surrogate) if surrogate <= bounded else (-bounded, 0.0)
+        return (-2 * advantage, 0.0) if advantage < 0 and value > -2 * advantage else (value, slope)
+    if name == "cispo":
+        weight = min(ratio, 1.3)
+        return -weight * advantage * logp, -weight * advantage
+    if name == "sapo":
+        tau = 1.0 if advantage > 0 else 1.05
+        gate = 1 / (1 + math.exp(-tau * (ratio - 1)))
+        return -4 / tau * gate * advantage, -4 * gate * (1 - gate) * ratio * advantage
+    if name == "pg":
+        return -advantage * logp, -advantage
+    p, q = math.exp(logp), math.exp(old)
+    apart = abs(p - q) if name == "dppo_tv" else q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+    out = apart > (0.3 if advantage > 0 else 0.2) and (p - q) * advantage > 0
+    return (0.0, 0.0) if out else (-ratio * advantage, -ratio * advantage)
+
+
+LOSSES: dict[str, Callable] = {
+    "ppo": lambda *columns: clipped_ppo(*columns, clip_low=0.2, clip_high=0.3, dual=2.0),
+    "cispo": lambda *columns: cispo(*columns, clip_high=0.3),
+    "sapo": lambda *columns: sapo(*columns, tau_positive=1.0, tau_negative=1.05),
+    "pg": lambda logp, old, advantages: policy_gradient(logp, advantages),
+    "dppo_tv": lambda *columns: dppo_tv(*columns, clip_low=0.2, clip_high=0.3),
+    "dppo_kl": lambda *columns: dppo_kl(*columns, clip_low=0.2, clip_high=0.3),
+}
+
+
+def columns(tokens: int = 300) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    logp, proximal, advantages = torch.randn(3, 50, dtype=torch.float64, generator=generator).unbind()
-    logp.requires_grad_()
-    loss, clipped = clipped_ppo(logp, proximal, advantages, clip_low=0.2, clip_high=0.2)
+    old = -torch.rand(tokens, dtype=torch.float64, generator=generator).mul(3) - 0.05
+    logp = (old + 0.7 * torch.randn(tokens, dtype=torch.float64, generator=generator)).clamp(max=-1e-3)
+    return logp.requires_grad_(), old, torch.randn(tokens, dtype=torch.float64, generator=generator)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_value_and_gradient_equal_the_plain_reference(name: str) -> None:
+    logp, old, advantages = columns()
+    loss, figures = LOSSES[name](logp, old, advantages)
     (gradient,) = torch.autograd.grad(loss.sum(), logp)
-    expected = -(logp - proximal).exp() * advantages
-    torch.testing.assert_close(gradient, torch.where(clipped, 0.0, expected.detach()))
-    assert 0 < clipped.sum() < 50
+    expected = [plain(name, *token) for token in zip(logp.tolist(), old.tolist(), advantages.tolist(), strict=True)]
+    values, slopes = torch.tensor(expected, dtype=torch.float64).unbind(1)
+    torch.testing.assert_close(loss.detach(), values, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(gradient, slopes, atol=1e-12, rtol=1e-12)
+    assert all(0 < flags.sum() < len(logp) for flags in figures.values())  # both branches were met
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
+@pytest.mark.parametrize("distance", [-500.0, 500.0])
+def test_policies_far_apart_stay_finite(name: str, advantage: float, distance: float) -> None:
+    old = torch.tensor([-500.0 if distance > 0 else 0.0])
+    logp = (old + distance).requires_grad_()
+    loss, _ = LOSSES[name](logp, old, torch.tensor([advantage]))
+    (gradient,) = torch.autograd.grad(loss.sum(), logp)
+    assert loss.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_policy_itself_has_the_plain_policy_gradient(name: str) -> None:
+    """At r = 1 every loss is REINFORCE."""
+    _, old, advantages = columns()
+    logp = old.clone().requires_grad_()
+    loss, _ = LOSSES[name](logp, old, advantages)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), logp)[0], -advantages)

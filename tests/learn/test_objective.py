@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from asyncrl.config import AlgorithmSpec
-from asyncrl.learn.objective import Columns, metrics, objective
+from asyncrl.algorithm import AlgorithmSpec
+from asyncrl.learn.objective import Columns, metrics, needs_proximal, objective
 
 
 def random_columns(tokens: int = 40) -> tuple[Columns, torch.Tensor, torch.Tensor]:
@@ -15,65 +15,151 @@ def random_columns(tokens: int = 40) -> tuple[Columns, torch.Tensor, torch.Tenso
     def draw() -> torch.Tensor:
         return -2 + torch.randn(tokens, dtype=torch.float64, generator=generator)
 
-    columns = Columns(draw().abs() / tokens, draw() + 2, draw(), draw(), draw())
+    coefficients, advantages, behaviour, shift, reference = draw().abs() / tokens, draw() + 2, draw(), draw() + 2, draw()
+    columns = Columns(
+        coefficients,
+        advantages,
+        behaviour,
+        proximal_t=behaviour + 0.6 * shift,
+        sequence_t=torch.arange(tokens) // 7,  # the last is short
+        lag_t=torch.arange(tokens) % 4,
+        reference_t=reference,
+        kept_t=torch.arange(tokens) % 5 != 3,
+    )
     logp = (columns.proximal_t + 0.3 * (draw() + 2)).requires_grad_()
     return columns, logp, draw().abs().requires_grad_()
+
+
+def weight_and_old(spec: AlgorithmSpec, columns: Columns, logp: list[float], i: int) -> tuple[float, float]:
+    """The correction's weight of token i, and the logprob that its ratio is taken to."""
+    behaviour, proximal = columns.behaviour_t.tolist(), columns.proximal_t.tolist()
+    own = [k for k, s in enumerate(columns.sequence_t.tolist()) if s == columns.sequence_t[i]]
+    old = proximal[i]
+    if spec.ratio_to == "behaviour":
+        return 1.0, behaviour[i]
+    if spec.correction == "decoupled_loglinear":
+        alpha = 1 / max(1, int(columns.lag_t[i]))
+        old = alpha * behaviour[i] + (1 - alpha) * logp[i]
+    ratio = math.exp(old - behaviour[i])
+    weight = {
+        "decoupled": min(ratio, spec.behaviour_cap),
+        "decoupled_loglinear": min(ratio, spec.behaviour_cap),
+        "tis": min(ratio, spec.tis_cap),
+        "tis_sequence": min(math.exp(sum(proximal[k] - behaviour[k] for k in own)), spec.tis_cap),
+        "none": 1.0,
+    }[spec.correction]
+    return weight, old
+
+
+def stays(spec: AlgorithmSpec, columns: Columns, i: int) -> bool:
+    delta = (columns.proximal_t - columns.behaviour_t).tolist()
+    own = [k for k, s in enumerate(columns.sequence_t.tolist()) if s == columns.sequence_t[i]]
+    mean = sum(delta[k] for k in own) / len(own)
+    return (
+        ("icepop" not in spec.masks or spec.icepop_bounds[0] <= math.exp(delta[i]) <= spec.icepop_bounds[1])
+        and ("geometric" not in spec.masks or spec.geometric_bounds[0] <= math.exp(mean) <= spec.geometric_bounds[1])
+        and (columns.kept_t is None or bool(columns.kept_t[i]))
+    )
 
 
 def by_token(spec: AlgorithmSpec, columns: Columns, logp: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.float64)
     high = spec.clip_ratio_high or spec.clip_ratio
     for i, advantage in enumerate(columns.advantages_t.tolist()):
-        ratio = math.e ** (logp[i] - columns.proximal_t[i])
+        weight, old = weight_and_old(spec, columns, logp.tolist(), i)
+        ratio = math.e ** (logp[i] - old)
         bounded = min(max(ratio.item(), 1 - spec.clip_ratio), 1 + high)
         surrogate = min(ratio.item() * advantage, bounded * advantage)
-        policy = -ratio * advantage if surrogate == ratio.item() * advantage else torch.tensor(-surrogate)
-        if spec.correction == "decoupled":
-            policy = policy * min(math.exp(columns.proximal_t[i] - columns.behaviour_t[i]), spec.behaviour_cap)
+        policy = -ratio * advantage if surrogate == ratio.item() * advantage else logp.new_tensor(-surrogate)
+        if spec.policy_loss == "pg":
+            policy = -logp[i] * advantage
         delta = logp[i] - columns.reference_t[i]
         kl = {"k2": delta**2 / 2, "k3": torch.exp(-delta) - 1 + delta}[spec.kl_estimator]
+        policy = policy * weight * stays(spec, columns, i)
         total = total + columns.coefficients_t[i] * (policy + spec.kl_coef * kl - spec.entropy_coef * entropy[i])
     return total
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        AlgorithmSpec(kl_coef=0.1, entropy_coef=0.01),
-        AlgorithmSpec(kl_coef=0.1, kl_estimator="k2", correction="none", clip_ratio_high=0.4),
-        AlgorithmSpec(behaviour_cap=1.5),
-    ],
-)
-def test_value_and_gradient_equal_the_token_by_token_reference(spec: AlgorithmSpec) -> None:
+MASKS = {"icepop_bounds": (0.7, 1.6), "geometric_bounds": (0.8, 1.3)}
+SPECS = [
+    AlgorithmSpec(kl_coef=0.1, entropy_coef=0.01),
+    AlgorithmSpec(kl_coef=0.1, kl_estimator="k2", correction="none", clip_ratio_high=0.4),
+    AlgorithmSpec(behaviour_cap=1.5),
+    AlgorithmSpec(ratio_to="behaviour", correction="none"),
+    *(
+        AlgorithmSpec(
+            correction=correction, policy_loss=loss, masks=masks, behaviour_cap=1.5, tis_cap=1.2, kl_coef=0.1, **MASKS
+        )
+        for correction in ("decoupled", "decoupled_loglinear", "tis", "tis_sequence", "none")
+        for loss in ("ppo", "pg")
+        for masks in ((), ("icepop",), ("geometric",), ("geometric", "icepop"))
+    ),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.policy_loss}-{spec.correction}-{'+'.join(spec.masks)}")
+@pytest.mark.parametrize("minibatch_mask", [False, True])
+def test_value_and_gradient_equal_the_token_by_token_reference(spec: AlgorithmSpec, minibatch_mask: bool) -> None:
     columns, logp, entropy = random_columns()
-    loss, _ = objective(spec, columns, logp, entropy)
+    columns = columns if minibatch_mask else columns._replace(kept_t=None)
+    loss, _, counted = objective(spec, columns, logp, entropy)
     expected = by_token(spec, columns, logp, entropy)
-    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-12)
     found = torch.autograd.grad(loss, (logp, entropy), allow_unused=True, materialize_grads=True)
     wanted = torch.autograd.grad(expected, (logp, entropy), allow_unused=True, materialize_grads=True)
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
+    assert counted.masked_t.tolist() == [not stays(spec, columns, i) for i in range(len(logp))]
+    assert (counted.weights_t[counted.masked_t] == 0).all()
+    if spec.masks:
+        assert 0 < counted.masked_t.sum() < len(logp)
 
 
-def test_a_pack_split_in_two_has_the_same_loss() -> None:
-    spec = AlgorithmSpec(kl_coef=0.1, entropy_coef=0.01)
+def sliced(columns: Columns, part: slice) -> Columns:
+    return Columns(*(c[part] for c in columns))
+
+
+@pytest.mark.parametrize("name", ["ppo", "gspo", "gmpo", "cispo", "dppo_tv", "dppo_kl", "sapo", "pg"])
+def test_a_pack_split_between_sequences_has_the_same_loss(name: str) -> None:
+    spec = AlgorithmSpec(
+        policy_loss=name, correction="tis_sequence", masks=("icepop", "geometric"), kl_coef=0.1, entropy_coef=0.01, **MASKS
+    )
     columns, logp, entropy = random_columns()
-    whole, _ = objective(spec, columns, logp, entropy)
-    halves = [
-        objective(spec, Columns(*(c[part] for c in columns)), logp[part], entropy[part])[0]
-        for part in (slice(13), slice(13, 40))
-    ]
-    torch.testing.assert_close(sum(halves), whole)
+    whole = objective(spec, columns, logp, entropy)[0]
+    parts = [objective(spec, sliced(columns, p), logp[p], entropy[p])[0] for p in (slice(14), slice(14, 40))]
+    torch.testing.assert_close(sum(parts), whole, atol=1e-12, rtol=1e-12)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    shuffled = objective(spec, Columns(*(c[order] for c in columns)), logp[order], entropy[order])[0]
+    torch.testing.assert_close(shuffled, whole, atol=1e-12, rtol=1e-12)
+
+
+def test_the_coefficient_of_the_kl_may_come_from_outside() -> None:
+    columns, logp, entropy = random_columns()
+    expected = objective(AlgorithmSpec(kl_coef=0.3), columns, logp, entropy)[0]
+    torch.testing.assert_close(objective(AlgorithmSpec(kl_coef=0.1), columns, logp, entropy, 0.3)[0], expected)
+
+
+def test_what_needs_the_policy_at_the_start_of_the_update() -> None:
+    assert needs_proximal(AlgorithmSpec())
+    assert needs_proximal(AlgorithmSpec(correction="none"))
+    assert not needs_proximal(AlgorithmSpec(correction="decoupled_loglinear"))
+    assert not needs_proximal(AlgorithmSpec(correction="none", ratio_to="behaviour"))
+    assert needs_proximal(AlgorithmSpec(correction="none", ratio_to="behaviour", masks=("icepop",)))
+    for spec in (AlgorithmSpec(correction="decoupled_loglinear"), AlgorithmSpec(correction="none", ratio_to="behaviour")):
+        columns, logp, entropy = random_columns()
+        columns = columns._replace(proximal_t=torch.full_like(logp, math.nan), kept_t=None)
+        assert objective(spec, columns, logp, entropy)[0].isfinite()
 
 
 def test_metrics_by_hand() -> None:
-    values = [torch.tensor(v) for v in ([0.5, 0.5], [1.0, 1.0], [-1.0, -1.0 - math.log(9)], [-1.0, -1.0])]
-    columns = Columns(*values, reference_t=None)
-    _, sums = objective(AlgorithmSpec(), columns, torch.tensor([-1.0, -1.0 + math.log(2)]), torch.tensor([0.2, 0.4]))
+    values = [torch.tensor(v) for v in ([0.5, 0.5], [1.0, 1.0], [-1.0, -1.0 - math.log(9)], [-1.0, -1.0], [0, 0], [0, 1])]
+    logp = torch.tensor([-1.0, -1.0 + math.log(2)])
+    _, sums, counted = objective(AlgorithmSpec(), Columns(*values), logp, torch.tensor([0.2, 0.4]))
     found = metrics({**{k: float(v) for k, v in sums.items()}, "grad_norm": 3.0}, 1)
     assert found["actor/pg_loss"] == pytest.approx(0.5 * -1.0 + 0.5 * 5 * -1.2)  # second: weight 9 capped at 5, ratio 2 at 1.2
     assert found["actor/entropy"] == pytest.approx(0.3)
     assert found["actor/ppo_kl"] == pytest.approx(-math.log(2) / 2)
-    assert found["actor/pg_clipfrac"] == found["correction/cap_share"] == 0.5
-    assert found["correction/ess"] == pytest.approx(36 / (2 * 26))  # (1 + 5)² / (n · (1 + 25))
+    assert found["actor/pg_clipfrac"] == 0.5
     assert found["actor/grad_norm"] == 3.0
+    assert counted.weights_t.tolist() == pytest.approx([1.0, 5.0])
+    assert counted.capped_t.tolist() == [False, True]
     assert metrics({}, 0) == {}

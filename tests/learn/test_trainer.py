@@ -44,6 +44,7 @@ def plain_step(model, rollouts, committed: int, max_lag: int, aggregation: str, 
         "token-mean": lambda: torch.cat(losses).mean(),
         "seq-mean-token-sum": lambda: torch.stack([x.sum() for x in losses]).mean(),
         "seq-mean-token-mean": lambda: torch.stack([x.mean() for x in losses]).mean(),
+        "seq-mean-token-sum-norm": lambda: torch.stack([x.sum() / 6 for x in losses]).mean(),
     }[aggregation]()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1, eps=1e-3)
     total.backward()
@@ -52,10 +53,11 @@ def plain_step(model, rollouts, committed: int, max_lag: int, aggregation: str, 
     return total.item(), norm.item()
 
 
-@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
 def test_one_update_equals_a_plain_float64_step(aggregation: str, make_trainer, make_model, make_rollouts) -> None:
     rollouts = make_rollouts(oldest=-1)  # at committed = 2 the first token of every rollout lags by 3
-    trainer = make_trainer(learner={"weight_decay": 0.1, "eps": 1e-3}, algorithm={"loss_agg": aggregation})
+    algorithm = {"loss_agg": aggregation, "loss_scale_factor": 6 if aggregation.endswith("norm") else None}
+    trainer = make_trainer(learner={"weight_decay": 0.1, "eps": 1e-3}, algorithm=algorithm)
     metrics = trainer.update(rollouts, 2)
     model = make_model()
     loss, norm = plain_step(model, rollouts, 2, 2, aggregation, 1e-2)

@@ -1,0 +1,92 @@
+"""Advantage estimators by name: from a batch's outcomes to one advantage per trained token. Pure.
+
+Most see rollouts and give every token of one the same; REINFORCE++ sees tokens. The user's own is named in the recipe as
+`file.py:name` and is a function of rollouts: `f(rewards_s, groups_s) -> advantages_s`, all [S], float64.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from asyncrl.callables import load_callable
+from asyncrl.errors import ConfigError
+from asyncrl.learn.advantages import GroupEstimator, grpo, grpo_no_std, opo, rloo
+from asyncrl.learn.token_advantages import reinforce_plus_plus, reinforce_plus_plus_baseline
+
+
+class Outcomes(NamedTuple):
+    """What an estimator sees, float64 and on the CPU: S rollouts, trained or not, and N trained tokens of them.
+
+    rewards_s, groups_s [S]; lengths_s [S]: tokens that the policy chose; sequence_n [N], ascending: each token's rollout;
+    shaping_n [N]: what a token earns beside the reward (−β·KL), or None.
+    """
+
+    rewards_s: torch.Tensor
+    groups_s: torch.Tensor
+    lengths_s: torch.Tensor
+    sequence_n: torch.Tensor
+    shaping_n: torch.Tensor | None = None
+
+    def shaped_s(self) -> torch.Tensor:
+        """Rewards with the sum of what their tokens earned beside [S], as verl has it for estimators of whole rollouts."""
+        return self.rewards_s if self.shaping_n is None else self.rewards_s.index_add(0, self.sequence_n, self.shaping_n)
+
+
+Estimator = Callable[[Outcomes], torch.Tensor]
+
+
+def per_rollout(function: GroupEstimator) -> Estimator:
+    """Makes an estimator of tokens from one of rollouts: each token gets its rollout's advantage."""
+
+    def estimate(outcomes: Outcomes) -> torch.Tensor:
+        return function(outcomes.shaped_s(), outcomes.groups_s)[outcomes.sequence_n]
+
+    return estimate
+
+
+def _opo(outcomes: Outcomes) -> torch.Tensor:
+    return opo(outcomes.shaped_s(), outcomes.groups_s, outcomes.lengths_s)[outcomes.sequence_n]
+
+
+def _reinforce_plus_plus(outcomes: Outcomes) -> torch.Tensor:
+    shaping_n = outcomes.shaping_n
+    if shaping_n is None:
+        shaping_n = outcomes.rewards_s.new_zeros(len(outcomes.sequence_n))
+    return reinforce_plus_plus(outcomes.rewards_s, shaping_n, outcomes.sequence_n)
+
+
+def _reinforce_plus_plus_baseline(outcomes: Outcomes) -> torch.Tensor:
+    return reinforce_plus_plus_baseline(grpo_no_std(outcomes.shaped_s(), outcomes.groups_s), outcomes.sequence_n)
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "grpo": per_rollout(grpo),
+    "grpo_no_std": per_rollout(grpo_no_std),
+    "dr_grpo": per_rollout(grpo_no_std),
+    "rloo": per_rollout(rloo),
+    "opo": _opo,
+    "reinforce_plus_plus": _reinforce_plus_plus,
+    "reinforce_plus_plus_baseline": _reinforce_plus_plus_baseline,
+}
+
+
+@cache
+def estimator(name: str) -> Estimator:
+    """A built-in estimator, or the user's. Raises ConfigError where a user's can't be loaded, or (later) gives no [S]."""
+    if name in ESTIMATORS:
+        return ESTIMATORS[name]
+    function = load_callable(name, "algorithm.adv_estimator")
+
+    def checked(rewards_s: torch.Tensor, groups_s: torch.Tensor) -> torch.Tensor:
+        advantages_s = function(rewards_s, groups_s)
+        if not isinstance(advantages_s, torch.Tensor) or advantages_s.shape != rewards_s.shape:
+            found = tuple(getattr(advantages_s, "shape", ())) or type(advantages_s).__name__
+            raise ConfigError(
+                f"algorithm.adv_estimator={name!r} returned {found} for {len(rewards_s)} rollouts: their advantages could not "
+                f"be told apart; return one per rollout, a tensor of shape {tuple(rewards_s.shape)}"
+            )
+        return advantages_s
+
+    return per_rollout(checked)

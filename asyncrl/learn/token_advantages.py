@@ -1,0 +1,63 @@
+"""Advantages per token. Flat layout [N]: the trained tokens of all rollouts, sequence after sequence; pure.
+
+sequence_n [N], ascending: the rollout of each token. Tokens that are not trained are not there: returns and values go from
+one trained token to the next. A rollout without a trained token has no entry, and none is needed.
+"""
+
+import torch
+
+WHITEN_EPS = 1e-8
+
+
+def whitened(values_n: torch.Tensor) -> torch.Tensor:
+    """(x − mean) / sqrt(variance + 1e-8) over all tokens, variance unbiased. Equal values, or a single one, give 0."""
+    centered_n = values_n - values_n.mean()
+    variance = centered_n.square().sum() / max(1, len(values_n) - 1)
+    return centered_n * (variance + WHITEN_EPS).rsqrt()
+
+
+def returns_to_go(rewards_n: torch.Tensor, sequence_n: torch.Tensor) -> torch.Tensor:
+    """Sum of a sequence's rewards from each token to its end [N], undiscounted."""
+    rest_n = rewards_n.flip(0).cumsum(0).flip(0)  # of this sequence and all later ones
+    following_n = torch.searchsorted(sequence_n, sequence_n, right=True)
+    return rest_n - torch.cat((rest_n, rest_n.new_zeros(1)))[following_n]
+
+
+def reinforce_plus_plus(rewards_s: torch.Tensor, shaping_n: torch.Tensor, sequence_n: torch.Tensor) -> torch.Tensor:
+    """The return from each token on, whitened over the batch. REINFORCE++ (Hu et al. 2025), γ = 1. Needs no groups.
+
+    rewards_s [S]: due at a rollout's end. shaping_n [N]: what each token earns beside it, such as −β·KL.
+    """
+    return whitened(rewards_s[sequence_n] + returns_to_go(shaping_n, sequence_n))
+
+
+def reinforce_plus_plus_baseline(centered_s: torch.Tensor, sequence_n: torch.Tensor) -> torch.Tensor:
+    """r − mean(group), given as centered_s [S], whitened over the batch's tokens. REINFORCE++-baseline (Hu et al. 2025)."""
+    return whitened(centered_s[sequence_n])
+
+
+def gae(
+    rewards_n: torch.Tensor, values_n: torch.Tensor, sequence_n: torch.Tensor, *, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages and returns (what a critic learns) [N] each. GAE (Schulman et al. 2016).
+
+    δ = r + γ·V(next) − V, A = Σ (γλ)^k·δ_k. rewards_n: what each token earned, the rollout's own reward at its last one.
+    values_n: the critic's V before each token. After a sequence's last token comes nothing: V = 0.
+    """
+    _, row_n, count_s = torch.unique_consecutive(sequence_n, return_inverse=True, return_counts=True)
+    column_n = torch.arange(len(row_n), device=row_n.device) - (count_s.cumsum(0) - count_s)[row_n]
+    shape = (len(count_s), int(count_s.max()) + 1 if len(count_s) else 1)  # the last column: V and A after the end
+
+    def dense(flat_n: torch.Tensor) -> torch.Tensor:
+        return flat_n.new_zeros(shape).index_put((row_n, column_n), flat_n)
+
+    rewards_st, values_st = dense(rewards_n), dense(values_n)
+    delta_st = rewards_st[:, :-1] + gamma * values_st[:, 1:] - values_st[:, :-1]
+    advantage_s = values_n.new_zeros(len(count_s))
+    columns = []
+    for t in reversed(range(shape[1] - 1)):
+        advantage_s = delta_st[:, t] + gamma * lam * advantage_s
+        columns.append(advantage_s)
+    advantages_st = torch.stack(columns[::-1], dim=1) if columns else delta_st
+    advantages_n = advantages_st[row_n, column_n]
+    return advantages_n, advantages_n + values_n

@@ -1,0 +1,15 @@
+"""What every spec has in common: the base struct, and how a wrong value is refused. No torch."""
+
+from msgspec import Struct
+
+from asyncrl.errors import ConfigError
+
+
+class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every spec: frozen, keyword-only, refuses fields it does not know."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError with `message` (value, bound, consequence, fix) unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)

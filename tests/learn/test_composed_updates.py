@@ -1,0 +1,155 @@
+"""Whole optimizer steps of composed algorithms: nothing that is only layout may change them."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from msgspec.structs import replace
+
+from asyncrl.learn.kl import adapted
+from asyncrl.types import TrainRollout
+
+TEMPERATURE = 0.8  # as in make_trainer
+WIDE = {"icepop_bounds": (0.1, 4.0), "geometric_bounds": (0.3, 3.0), "m2po_bound": 0.5}  # behaviour here is random
+KL = {"kl_coef": 0.2, "kl_in": "reward", "kl_estimator": "k1"}
+
+ALGORITHMS: dict[str, dict] = {
+    "dual clip": {"clip_ratio_c": 1.2, "clip_ratio_high": 0.28},
+    "dr_grpo": {"adv_estimator": "dr_grpo", "loss_agg": "seq-mean-token-sum-norm", "loss_scale_factor": 6},
+    "rloo": {"adv_estimator": "rloo", "correction": "decoupled_loglinear"},
+    "opo": {"adv_estimator": "opo", "correction": "none", "loss_agg": "seq-mean-token-sum"},
+    "gspo": {"policy_loss": "gspo", "correction": "tis_sequence", "loss_agg": "seq-mean-token-mean"},
+    "gmpo": {"policy_loss": "gmpo", "correction": "none", "ratio_to": "behaviour", "loss_agg": "seq-mean-token-mean"},
+    "cispo": {"policy_loss": "cispo", "correction": "tis", "masks": ("icepop",)},
+    "dppo_tv": {"policy_loss": "dppo_tv", "correction": "none", "ratio_to": "behaviour"},
+    "dppo_kl": {"policy_loss": "dppo_kl", "masks": ("geometric",)},
+    "sapo": {"policy_loss": "sapo", "masks": ("m2po", "geometric"), "loss_agg": "seq-mean-token-mean"},
+    "pg": {"policy_loss": "pg", "masks": ("m2po", "icepop"), "entropy_coef": 0.01},
+    "reinforce_plus_plus": {"adv_estimator": "reinforce_plus_plus", **KL},
+    "baseline form": {"adv_estimator": "reinforce_plus_plus_baseline", "kl_control": "adaptive", **KL},
+    "grpo, adaptive KL in the loss": {"kl_control": "adaptive", "kl_coef": 0.2},
+}
+
+
+@pytest.fixture
+def awkward(make_rollouts) -> list[TrainRollout]:
+    """Four groups of three with tool tokens inside, a row without a trained token, a group of two and one of one."""
+    rollouts = make_rollouts(oldest=-1)  # at committed = 2 the first token of each lags by 3 > 2
+    found = []
+    for i, r in enumerate(rollouts):
+        mask = np.ones(len(r.response_ids), dtype=bool)
+        mask[1:-1:2] = False
+        found.append(replace(r, loss_mask=mask if i != 4 else np.zeros_like(mask)))
+    return [r for i, r in enumerate(found) if i not in (2, 10, 11)]
+
+
+@pytest.fixture
+def step(make_trainer, make_model) -> Callable[..., tuple[list[torch.Tensor], dict[str, float]]]:
+    """Weights after two updates with the named algorithm, and the metrics of the second."""
+
+    def run(name: str, rollouts: list[TrainRollout], **learner) -> tuple[list[torch.Tensor], dict[str, float]]:
+        algorithm = {**WIDE, **ALGORITHMS[name]}
+        trainer = make_trainer(
+            algorithm=algorithm,
+            learner={"eps": 1e-3, "ppo_epochs": 2, **learner},
+            reference=make_model(seed=3) if "kl_coef" in algorithm else None,
+        )
+        trainer.update(rollouts, 2)
+        metrics = trainer.update(rollouts, 2)
+        return [parameter.detach().clone() for parameter in trainer.model.parameters()], metrics
+
+    return run
+
+
+def assert_same(first: tuple, second: tuple) -> None:
+    for a, b in zip(first[0], second[0], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
+    layout = ("timing_s/", "response_length/", "staleness/", "tokens/", "samples")
+    names = {name for name in first[1] if not name.startswith(layout)}
+    assert {name: first[1][name] for name in names} == pytest.approx({n: second[1][n] for n in names}, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_size_of_a_pack_does_not_change_the_step(name: str, step, awkward) -> None:
+    whole = step(name, awkward, mini_batch_groups=2)
+    assert_same(whole, step(name, awkward, mini_batch_groups=2, max_tokens_per_pack=9))
+    assert all(np.isfinite(value) for value in whole[1].values())
+    if ALGORITHMS[name].get("masks"):
+        assert 0 < whole[1]["correction/masked_share"] < 1
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_order_of_rows_does_not_change_the_step(name: str, step, awkward) -> None:
+    permuted = [awkward[i] for i in np.random.default_rng(0).permutation(len(awkward))]
+    assert_same(step(name, awkward), step(name, permuted))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_masked_tokens_at_the_end_do_not_change_the_step(name: str, step, awkward) -> None:
+    """What padding would be: tokens after a response that the policy did not choose."""
+
+    def padded(r: TrainRollout) -> TrainRollout:
+        def longer(column: np.ndarray, value: float) -> np.ndarray:
+            return np.concatenate((column, np.full(4, value, dtype=column.dtype)))
+
+        return replace(
+            r,
+            response_ids=longer(r.response_ids, 1),
+            loss_mask=longer(r.loss_mask, False),
+            logprobs=longer(r.logprobs, np.nan),
+            updates=longer(r.updates, 2),
+        )
+
+    assert_same(step(name, awkward), step(name, [padded(r) for r in awkward]))
+
+
+# ------------------------------------------------------------------------------------------ KL in the reward
+
+
+def token_kl(model, reference, r: TrainRollout) -> torch.Tensor:
+    """k1 of each response token, one sequence at a time, in float64."""
+    ids = torch.tensor(np.concatenate((r.prompt_ids, r.response_ids)))[None]
+    start = len(r.prompt_ids)
+    logp, against = (
+        (m.double()(input_ids=ids).logits[0] / TEMPERATURE).log_softmax(-1)[
+            torch.arange(start - 1, ids.shape[1] - 1), ids[0, start:]
+        ]
+        for m in (model, reference)
+    )
+    return (logp - against).detach()
+
+
+def test_kl_in_the_reward_equals_rewards_less_their_kl(make_trainer, make_model, make_rollouts) -> None:
+    rollouts = make_rollouts()
+    algorithm = {"adv_estimator": "rloo"}
+    priced = make_trainer(algorithm={**algorithm, **KL}, learner={"eps": 1e-3}, reference=make_model(seed=3))
+    metrics = priced.update(rollouts, 1)
+    kls = [token_kl(make_model(), make_model(seed=3), r) for r in rollouts]
+    lowered = [replace(r, reward=r.reward - 0.2 * float(kl.sum())) for r, kl in zip(rollouts, kls, strict=True)]
+    plain = make_trainer(algorithm=algorithm, learner={"eps": 1e-3})
+    plain.update(lowered, 1)
+    for a, b in zip(priced.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
+    assert metrics["actor/reward_kl_penalty"] == pytest.approx(float(torch.cat(kls).mean()), rel=1e-4)
+    assert metrics["actor/reward_kl_penalty_coeff"] == 0.2
+    assert "actor/kl_loss" not in metrics  # it is not in the loss a second time
+
+
+def test_an_adaptive_coefficient_follows_the_kl(make_trainer, make_model, make_rollouts) -> None:
+    algorithm = {"kl_coef": 0.2, "kl_control": "adaptive", "kl_target": 0.05, "kl_horizon": 100}
+    trainer = make_trainer(algorithm=algorithm, reference=make_model(seed=3), max_lag=9)
+    first, second = (trainer.update(make_rollouts(), committed) for committed in (0, 1))
+    assert first["actor/kl_coef"] == 0.2
+    expected = adapted(0.2, first["actor/kl_loss"], target=0.05, horizon=100, rollouts=12)
+    assert second["actor/kl_coef"] == pytest.approx(expected)
+    assert expected > 0.2  # the two models are far apart
+    fixed = make_trainer(algorithm={"kl_coef": 0.2}, reference=make_model(seed=3))
+    assert fixed.state == {}
+
+
+def test_reinforce_plus_plus_learns_from_groups_of_one(make_trainer, make_rollout) -> None:
+    rollouts = [make_rollout(group, 0, reward=float(group % 2)) for group in range(4)]
+    trainer = make_trainer(algorithm={"adv_estimator": "reinforce_plus_plus"})
+    assert trainer.update(rollouts, 0)["actor/grad_norm"] > 0.1
+    assert make_trainer().update(rollouts, 0)["actor/grad_norm"] == 0.0  # grpo has nothing to compare with

@@ -1,0 +1,64 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from asyncrl.algorithm import ESTIMATOR_NAMES
+from asyncrl.errors import ConfigError
+from asyncrl.learn.advantages import grpo
+from asyncrl.learn.estimators import ESTIMATORS, Outcomes, estimator
+
+# Group 0: rewards 3 and 1; group 1 alone, evicted but for it. Rollout 1 has no trained token.
+OUTCOMES = Outcomes(
+    rewards_s=torch.tensor([3.0, 1.0, 4.0], dtype=torch.float64),
+    groups_s=torch.tensor([0, 0, 1]),
+    lengths_s=torch.tensor([3, 1, 2]),
+    sequence_n=torch.tensor([0, 0, 2]),
+)
+SHAPED = OUTCOMES._replace(shaping_n=torch.tensor([-0.25, -0.75, -1.0], dtype=torch.float64))
+
+
+def test_the_recipe_and_the_learner_know_the_same_names() -> None:
+    assert set(ESTIMATORS) == set(ESTIMATOR_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "shaped"),
+    [
+        ("grpo", [2**-0.5, 2**-0.5, 0], [2**-0.5, 2**-0.5, 0]),  # std of 3, 1 is √2; of 2, 1 is √½
+        ("grpo_no_std", [1, 1, 0], [0.5, 0.5, 0]),
+        ("dr_grpo", [1, 1, 0], [0.5, 0.5, 0]),
+        ("rloo", [2, 2, 0], [1, 1, 0]),
+        ("opo", [0.5, 0.5, 0], [0.25, 0.25, 0]),  # (3·3 + 1·1) / 4 = 2.5; (3·2 + 1·1) / 4 = 1.75
+        ("reinforce_plus_plus", [-(3**-0.5), -(3**-0.5), 2 * 3**-0.5], None),  # tokens 3, 3, 4: mean 10/3, variance 1/3
+        ("reinforce_plus_plus_baseline", [3**-0.5, 3**-0.5, -2 * 3**-0.5], None),  # tokens 1, 1, 0
+    ],
+)
+def test_tokens_get_the_advantage_of_their_rollout(name: str, plain: list[float], shaped: list[float] | None) -> None:
+    assert estimator(name)(OUTCOMES).tolist() == pytest.approx(plain, abs=1e-5)
+    if shaped is not None:  # the KL of a rollout's tokens in sum
+        assert estimator(name)(SHAPED).tolist() == pytest.approx(shaped, abs=1e-5)
+
+
+def test_a_token_of_reinforce_plus_plus_pays_only_for_what_follows() -> None:
+    # Returns: 3 − 1, 3 − 0.75, 4 − 1; mean 2.41667.
+    returns = torch.tensor([2.0, 2.25, 3.0], dtype=torch.float64)
+    expected = (returns - returns.mean()) / (returns.var() + 1e-8).sqrt()
+    torch.testing.assert_close(estimator("reinforce_plus_plus")(SHAPED), expected)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_batches_without_tokens_or_rollouts(name: str) -> None:
+    nothing = torch.empty(0, dtype=torch.int64)
+    assert len(estimator(name)(OUTCOMES._replace(sequence_n=nothing))) == 0
+    assert len(estimator(name)(Outcomes(nothing.double(), nothing, nothing, nothing))) == 0
+
+
+def test_the_users_own(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def halved(rewards_s, groups_s): return rewards_s / 2\ndef wrong(r, g): return r[:1]\n")
+    assert estimator(f"{tmp_path}/own.py:halved")(OUTCOMES).tolist() == [1.5, 1.5, 2.0]
+    assert estimator("asyncrl.learn.advantages:grpo")(OUTCOMES).equal(grpo(*OUTCOMES[:2])[OUTCOMES.sequence_n])
+    with pytest.raises(ConfigError, match=r"own\.py:wrong' returned \(1,\) for 3 rollouts: .* shape \(3,\)"):
+        estimator(f"{tmp_path}/own.py:wrong")(OUTCOMES)
+    with pytest.raises(ConfigError, match="has no 'halfed'; did you mean 'halved'"):
+        estimator(f"{tmp_path}/own.py:halfed")

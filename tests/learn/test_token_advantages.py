@@ -1,0 +1,96 @@
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncrl.learn.token_advantages import gae, reinforce_plus_plus, reinforce_plus_plus_baseline, returns_to_go, whitened
+
+Sequences = list[list[tuple[float, float]]]  # (reward, value) per token
+SEQUENCES = st.lists(st.lists(st.tuples(st.floats(-3, 3), st.floats(-3, 3)), max_size=6), max_size=6)
+
+
+def flat(sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rewards, values and sequence of each token; sequences without tokens leave a gap in the numbers."""
+    tokens = [(reward, value, i) for i, sequence in enumerate(sequences) for reward, value in sequence]
+    columns = list(zip(*tokens, strict=True)) or [(), (), ()]
+    return (
+        torch.tensor(columns[0], dtype=torch.float64),
+        torch.tensor(columns[1], dtype=torch.float64),
+        torch.tensor(columns[2], dtype=torch.int64),
+    )
+
+
+def plain_gae(sequences: Sequences, gamma: float, lam: float) -> list[float]:
+    found = []
+    for sequence in sequences:
+        advantages = []
+        following_value = following = 0.0
+        for reward, value in reversed(sequence):
+            following = reward + gamma * following_value - value + gamma * lam * following
+            following_value = value
+            advantages.insert(0, following)
+        found += advantages
+    return found
+
+
+def test_gae_by_hand() -> None:
+    rewards = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    values = torch.tensor([0.5, 0.25, 1.0], dtype=torch.float64)
+    advantages, returns = gae(rewards, values, torch.tensor([0, 0, 4]), gamma=0.5, lam=0.5)
+    # δ = −0.375, 0.75 | 1; A = −0.375 + 0.25·0.75, 0.75 | 1
+    assert advantages.tolist() == pytest.approx([-0.1875, 0.75, 1.0])
+    assert returns.tolist() == pytest.approx([0.3125, 1.0, 2.0])
+
+
+@given(SEQUENCES, st.floats(0, 1), st.floats(0, 1))
+def test_gae_equals_its_recursion(sequences: Sequences, gamma: float, lam: float) -> None:
+    rewards, values, index = flat(sequences)
+    advantages, returns = gae(rewards, values, index, gamma=gamma, lam=lam)
+    assert advantages.tolist() == pytest.approx(plain_gae(sequences, gamma, lam), abs=1e-9)
+    assert returns.tolist() == pytest.approx((advantages + values).tolist())
+
+
+@given(SEQUENCES)
+def test_gae_at_its_ends(sequences: Sequences) -> None:
+    """λ = 1, γ = 1: the return minus the value. λ = 0: one step of temporal difference."""
+    rewards, values, index = flat(sequences)
+    advantages, returns = gae(rewards, values, index, gamma=1.0, lam=1.0)
+    torch.testing.assert_close(returns, returns_to_go(rewards, index))
+    torch.testing.assert_close(advantages, returns - values)
+
+
+@given(SEQUENCES)
+def test_returns_are_sums_to_the_end_of_the_own_sequence(sequences: Sequences) -> None:
+    rewards, _, index = flat(sequences)
+    expected = [sum(reward for reward, _ in sequence[k:]) for sequence in sequences for k in range(len(sequence))]
+    assert returns_to_go(rewards, index).tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_whitening_by_hand() -> None:
+    assert whitened(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)).tolist() == pytest.approx([-1, 0, 1])
+    assert whitened(torch.tensor([5.0], dtype=torch.float64)).tolist() == [0.0]
+    assert whitened(torch.tensor([0.1] * 7, dtype=torch.float64)).tolist() == pytest.approx([0.0] * 7, abs=1e-9)
+    assert len(whitened(torch.empty(0))) == 0
+
+
+@given(SEQUENCES)
+def test_reinforce_plus_plus_equals_its_plain_form(sequences: Sequences) -> None:
+    shaping, _, index = flat(sequences)
+    ends = torch.tensor([0.5 * i for i in range(len(sequences))], dtype=torch.float64)
+    returns = [
+        0.5 * i + sum(reward for reward, _ in sequence[k:])
+        for i, sequence in enumerate(sequences)
+        for k in range(len(sequence))
+    ]
+    found = reinforce_plus_plus(ends, shaping, index)
+    variance = statistics.variance(returns) if len(returns) > 1 else 0.0
+    mean = statistics.fmean(returns) if returns else 0.0
+    assert found.tolist() == pytest.approx([(r - mean) / (variance + 1e-8) ** 0.5 for r in returns], abs=1e-7)
+
+
+def test_the_baseline_form_counts_tokens_not_rollouts() -> None:
+    """Centered rewards 1 and −1, on three tokens and one: mean 0.5, variance 1."""
+    found = reinforce_plus_plus_baseline(torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64), torch.tensor([0, 0, 0, 2]))
+    assert found.tolist() == pytest.approx([0.5, 0.5, 0.5, -1.5])
