@@ -7,9 +7,14 @@ Every default lives here, once. Paths may hold `{run}`: the run directory. Calla
 from typing import Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from asyncrl.errors import ConfigError
 from asyncrl.staleness import OnStale, SelectorName, Staleness
+
+RewardStyle = Literal["auto", "verl", "trl"]
+# Under these names shaping logs what it adds, and the reward before it.
+SHAPING_PARTS = ("unshaped", "overlong_penalty", "length_penalty", "repetition_penalty")
 
 
 class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,17 +61,90 @@ class DataSpec(Spec, frozen=True, kw_only=True):
         )
 
 
-class RewardSpec(Spec, frozen=True, kw_only=True):
-    """function: verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`, a float or a dict with `score`.
+class RewardTerm(Spec, frozen=True, kw_only=True):
+    """One of several rewards. `weight` times its value enters the sum; its unweighted value is logged as `reward/<name>`.
 
-    deadline_s: wall clock for one sample; past it the process is killed and the sample is `timeout`.
+    function, style: as in RewardSpec. name: empty is the function's own. arguments: passed by keyword with every call.
     """
 
     function: str
+    weight: float = 1.0
+    name: str = ""
+    style: RewardStyle = "auto"
+    arguments: dict[str, str | int | float | bool] = {}
+
+
+class ShapingSpec(Spec, frozen=True, kw_only=True):
+    """What is added to the rewards of training rollouts, after the functions; evaluation is never shaped. 0 is off.
+
+    overlong_buffer, overlong_penalty: DAPO's soft punishment: none up to max_response_length − overlong_buffer tokens, then
+    linear down to −overlong_penalty at max_response_length. length_penalty: what an answer of max_response_length costs,
+    shorter ones in proportion. repetition_penalty: times the share of token n-grams (of repetition_ngram tokens) that stood
+    in the answer before. clip: [low, high] bounds of the result, last of all.
+    """
+
+    overlong_buffer: int = 0
+    overlong_penalty: float = 1.0
+    length_penalty: float = 0.0
+    repetition_penalty: float = 0.0
+    repetition_ngram: int = 4
+    clip: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.overlong_buffer >= 0, f"reward.shaping.overlong_buffer={self.overlong_buffer} < 0 tokens; 0 turns it off")
+        for name in ("overlong_penalty", "length_penalty", "repetition_penalty"):
+            value = getattr(self, name)
+            _require(value >= 0, f"reward.shaping.{name}={value} < 0: it is subtracted, so this would pay for it; use >= 0")
+        _require(
+            self.repetition_ngram >= 1,
+            f"reward.shaping.repetition_ngram={self.repetition_ngram} < 1 token: nothing could repeat; use at least 1",
+        )
+        _require(
+            self.clip is None or self.clip[0] < self.clip[1],
+            f"reward.shaping.clip={self.clip}: low is not below high, so all rewards would be equal; write [low, high]",
+        )
+
+
+class RewardSpec(Spec, frozen=True, kw_only=True):
+    """function: verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`, a float or a dict with `score`;
+    or TRL's `f(prompts, completions, **columns) -> list[float | None]`, called with lists of one.
+
+    functions: several instead; the reward is their weighted sum. style `auto` tells the two kinds apart by their parameters.
+    deadline_s: wall clock for one sample; past it the process is killed and the sample is `timeout`.
+    """
+
+    function: str = ""
+    functions: tuple[RewardTerm, ...] = ()
+    style: RewardStyle = "auto"
+    shaping: ShapingSpec = ShapingSpec()
     deadline_s: float = 10.0
 
     def __post_init__(self) -> None:
         _require(self.deadline_s > 0, f"reward.deadline_s={self.deadline_s}: every sample would time out; use seconds > 0")
+        _require(
+            bool(self.function) != bool(self.functions),
+            f"reward.function={self.function!r} and {len(self.functions)} reward.functions: it is not clear what scores; set "
+            "one of the two",
+        )
+        _require(
+            not self.functions or self.style == "auto",
+            f"reward.style={self.style!r} with reward.functions would be ignored; set the style of each function instead",
+        )
+        names = [term.name for term in self.terms()]
+        taken = [name for name in names if name in ("mean", "std", *SHAPING_PARTS) or names.count(name) > 1]
+        _require(
+            not taken,
+            f"reward.functions: the name {taken[0] if taken else ''!r} is taken, so two figures would be logged as one; set "
+            "the function's `name`",
+        )
+
+    def terms(self) -> tuple[RewardTerm, ...]:
+        """What scores: the functions, each with a name; or the one function, whose name is empty: its parts keep theirs."""
+        if self.function:
+            return (RewardTerm(function=self.function, style=self.style),)
+        return tuple(
+            replace(term, name=term.name or term.function.replace(":", ".").rpartition(".")[2]) for term in self.functions
+        )
 
 
 class SamplingSpec(Spec, frozen=True, kw_only=True):
@@ -212,6 +290,12 @@ class Recipe(Spec, frozen=True, kw_only=True):
             capacity is None or batch <= capacity,
             f"learner.batch_groups={batch} > staleness.capacity_groups={capacity}: a batch could never be admitted and "
             "the learner would wait for ever; raise staleness.capacity_groups or lower learner.batch_groups",
+        )
+        buffer, longest = self.reward.shaping.overlong_buffer, self.sampling.max_response_length
+        _require(
+            buffer <= longest,
+            f"reward.shaping.overlong_buffer={buffer} > sampling.max_response_length={longest}: every answer would be punished "
+            "for its length; lower the buffer",
         )
         self.bound()
 

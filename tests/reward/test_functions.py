@@ -19,7 +19,7 @@ SAMPLE = Sample("gsm8k", "it is #### 72", '"72"', '{"index":3}')
         (True, Verdict("ok", 1.0)),
         (np.float32(0.25), Verdict("ok", 0.25)),
         (np.array(0.25), Verdict("ok", 0.25)),
-        ({"score": 1, "acc": True, "pred": "72", "len": 3}, Verdict("ok", 1.0, {"acc": 1.0, "len": 3.0})),
+        ({"score": 1, "acc": True, "pred": "72", "len": 3}, Verdict("ok", 1.0, {"acc": 1.0, "len": 3.0}, answer="72")),
         ({"score": 1, "gap": math.nan}, Verdict("ok", 1.0, {})),
     ],
 )
