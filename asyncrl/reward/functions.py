@@ -13,7 +13,7 @@ from asyncrl.callables import describe, load_callable
 from asyncrl.config import RewardStyle
 from asyncrl.errors import ConfigError
 from asyncrl.reward.frames import Sample, Verdict
-from asyncrl.reward.trl import is_trl, trl_call
+from asyncrl.reward.trl import awaited, is_trl, trl_call
 
 _NAMES = ("data_source", "solution_str", "ground_truth", "extra_info")
 _json = msgspec.json.Decoder()
@@ -65,8 +65,8 @@ def _verl_call(function: Callable[..., Any], reference: str, arguments: Mapping[
             "extra_info": _json.decode(sample.extra_info),
         }
         if positional:
-            return function(*[values[name] for name in _NAMES[:positional]], **arguments)
-        return function(**{name: values[name] for name in keywords}, **arguments)
+            return awaited(function(*[values[name] for name in _NAMES[:positional]], **arguments))
+        return awaited(function(**{name: values[name] for name in keywords}, **arguments))
 
     return ask
 

@@ -75,7 +75,11 @@ def some(solution_str, ground_truth, method="strict", format_score=0.0, score=1.
     return score if method == "strict" and solution_str.endswith(ground_truth) else format_score
 
 
-@pytest.mark.parametrize("function", [verl, keyword_only, everything, renamed, three, some])
+async def awaitable(data_source, solution_str, ground_truth, extra_info=None):
+    return verl(data_source, solution_str, ground_truth, extra_info)
+
+
+@pytest.mark.parametrize("function", [verl, keyword_only, everything, renamed, three, some, awaitable])
 def test_calling_conventions(function):
     assert judge(function)(SAMPLE) == Verdict("ok", 1.0)
 

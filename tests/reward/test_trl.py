@@ -1,3 +1,4 @@
+import asyncio
 import json
 
 import pytest
@@ -31,14 +32,41 @@ def ids_only(completion_ids, **kwargs):
 
 
 def takes_all(prompts, completions, **kwargs):
-    assert set(kwargs) == {"completion_ids", "solution", "level", "data_source", "ground_truth", "extra_info"}
+    columns = {"completion_ids", "solution", "level", "data_source", "ground_truth", "extra_info"}
+    assert set(kwargs) == columns | {"log_extra", "log_metric"}
     return [2.0]
 
 
-@pytest.mark.parametrize("function", [completions_only, every_keyword, ids_only, takes_all])
+async def waits(completions, **kwargs):
+    await asyncio.sleep(0)
+    return [2.0]
+
+
+class Instance:
+    def __call__(self, completion_ids, **kwargs):
+        return [float(len(completion_ids[0]))]
+
+
+@pytest.mark.parametrize("function", [completions_only, every_keyword, ids_only, takes_all, waits, Instance()])
 def test_it_is_called_as_trl_calls_it(function):
     assert is_trl(function)
     assert judge(function)(sample("12")) == Verdict("ok", 2.0)
+
+
+def test_metrics_that_it_logs_become_parts():
+    def logs(completions, log_extra=None, log_metric=None, **kwargs):
+        log_extra("seen", completions)
+        log_metric("words", 3.0)
+        return [0.5]
+
+    assert judge(logs)(sample("12")) == Verdict("ok", 0.5, {"words": 3.0})
+
+
+def test_what_only_a_trainer_knows_is_named():
+    def scheduled(completions, trainer_state, **kwargs):
+        return [1.0]
+
+    assert "it takes ['trainer_state'], which the dataset row does not have" in judge(scheduled)(sample("12")).error
 
 
 def test_a_plain_prompt_has_plain_completions():
