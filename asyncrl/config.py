@@ -6,10 +6,15 @@ Every default lives here, once. Paths may hold `{run}`: the run directory. Calla
 
 from typing import Literal
 
+from msgspec.structs import replace
+
 from asyncrl.algorithm import AlgorithmSpec
-from asyncrl.spec import Spec
-from asyncrl.spec import require as _require
+from asyncrl.spec import Spec, require
 from asyncrl.staleness import OnStale, SelectorName, Staleness
+
+RewardStyle = Literal["auto", "verl", "trl"]
+# Under these names shaping logs what it adds, and the reward before it.
+SHAPING_PARTS = ("unshaped", "overlong_penalty", "length_penalty", "repetition_penalty")
 
 # ------------------------------------------------------------------------------------------------- recipe
 
@@ -39,24 +44,97 @@ class DataSpec(Spec, frozen=True, kw_only=True):
     epochs: int | None = None
 
     def __post_init__(self) -> None:
-        _require(len(self.files) > 0, "data.files=(): there is nothing to train on; name at least one parquet or JSONL file")
-        _require(
+        require(len(self.files) > 0, "data.files=(): there is nothing to train on; name at least one parquet or JSONL file")
+        require(
             self.epochs is None or self.epochs >= 1,
             f"data.epochs={self.epochs} < 1: nothing would be trained; use null or >= 1",
         )
 
 
-class RewardSpec(Spec, frozen=True, kw_only=True):
-    """function: verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`, a float or a dict with `score`.
+class RewardTerm(Spec, frozen=True, kw_only=True):
+    """One of several rewards. `weight` times its value enters the sum; its unweighted value is logged as `reward/<name>`.
 
-    deadline_s: wall clock for one sample; past it the process is killed and the sample is `timeout`.
+    function, style: as in RewardSpec. name: empty is the function's own. arguments: passed by keyword with every call.
     """
 
     function: str
+    weight: float = 1.0
+    name: str = ""
+    style: RewardStyle = "auto"
+    arguments: dict[str, str | int | float | bool] = {}
+
+
+class ShapingSpec(Spec, frozen=True, kw_only=True):
+    """What is added to the rewards of training rollouts, after the functions; evaluation is never shaped. 0 is off.
+
+    overlong_buffer, overlong_penalty: DAPO's soft punishment: none up to max_response_length − overlong_buffer tokens, then
+    linear down to −overlong_penalty at max_response_length. length_penalty: what an answer of max_response_length costs,
+    shorter ones in proportion. repetition_penalty: times the share of token n-grams (of repetition_ngram tokens) that stood
+    in the answer before. clip: [low, high] bounds of the result, last of all.
+    """
+
+    overlong_buffer: int = 0
+    overlong_penalty: float = 1.0
+    length_penalty: float = 0.0
+    repetition_penalty: float = 0.0
+    repetition_ngram: int = 4
+    clip: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        require(self.overlong_buffer >= 0, f"reward.shaping.overlong_buffer={self.overlong_buffer} < 0 tokens; 0 turns it off")
+        for name in ("overlong_penalty", "length_penalty", "repetition_penalty"):
+            value = getattr(self, name)
+            require(value >= 0, f"reward.shaping.{name}={value} < 0: it is subtracted, so this would pay for it; use >= 0")
+        require(
+            self.repetition_ngram >= 1,
+            f"reward.shaping.repetition_ngram={self.repetition_ngram} < 1 token: nothing could repeat; use at least 1",
+        )
+        require(
+            self.clip is None or self.clip[0] < self.clip[1],
+            f"reward.shaping.clip={self.clip}: low is not below high, so all rewards would be equal; write [low, high]",
+        )
+
+
+class RewardSpec(Spec, frozen=True, kw_only=True):
+    """function: verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`, a float or a dict with `score`;
+    or TRL's `f(prompts, completions, **columns) -> list[float | None]`, called with lists of one.
+
+    functions: several instead; the reward is their weighted sum. style `auto` tells the two kinds apart by their parameters.
+    deadline_s: wall clock for one sample; past it the process is killed and the sample is `timeout`.
+    """
+
+    function: str = ""
+    functions: tuple[RewardTerm, ...] = ()
+    style: RewardStyle = "auto"
+    shaping: ShapingSpec = ShapingSpec()
     deadline_s: float = 10.0
 
     def __post_init__(self) -> None:
-        _require(self.deadline_s > 0, f"reward.deadline_s={self.deadline_s}: every sample would time out; use seconds > 0")
+        require(self.deadline_s > 0, f"reward.deadline_s={self.deadline_s}: every sample would time out; use seconds > 0")
+        require(
+            bool(self.function) != bool(self.functions),
+            f"reward.function={self.function!r} and {len(self.functions)} reward.functions: it is not clear what scores; set "
+            "one of the two",
+        )
+        require(
+            not self.functions or self.style == "auto",
+            f"reward.style={self.style!r} with reward.functions would be ignored; set the style of each function instead",
+        )
+        names = [term.name for term in self.terms()]
+        taken = [name for name in names if name in ("mean", "std", *SHAPING_PARTS) or names.count(name) > 1]
+        require(
+            not taken,
+            f"reward.functions: the name {taken[0] if taken else ''!r} is taken, so two figures would be logged as one; set "
+            "the function's `name`",
+        )
+
+    def terms(self) -> tuple[RewardTerm, ...]:
+        """What scores: the functions, each with a name; or the one function, whose name is empty: its parts keep theirs."""
+        if self.function:
+            return (RewardTerm(function=self.function, style=self.style),)
+        return tuple(
+            replace(term, name=term.name or term.function.replace(":", ".").rpartition(".")[2]) for term in self.functions
+        )
 
 
 class SamplingSpec(Spec, frozen=True, kw_only=True):
@@ -77,19 +155,19 @@ class SamplingSpec(Spec, frozen=True, kw_only=True):
     keep: str = "all"
 
     def __post_init__(self) -> None:
-        _require(self.n >= 1, f"sampling.n={self.n} < 1: a group needs at least one rollout")
-        _require(self.temperature > 0, f"sampling.temperature={self.temperature}: training needs a stochastic policy; use > 0")
-        _require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p} is outside (0, 1]; 1 turns it off")
-        _require(self.top_k >= 0, f"sampling.top_k={self.top_k} < 0; 0 turns it off")
-        _require(
+        require(self.n >= 1, f"sampling.n={self.n} < 1: a group needs at least one rollout")
+        require(self.temperature > 0, f"sampling.temperature={self.temperature}: training needs a stochastic policy; use > 0")
+        require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p} is outside (0, 1]; 1 turns it off")
+        require(self.top_k >= 0, f"sampling.top_k={self.top_k} < 0; 0 turns it off")
+        require(
             self.max_response_length >= 1,
             f"sampling.max_response_length={self.max_response_length} < 1: no token could be sampled",
         )
-        _require(
+        require(
             1 <= self.min_valid <= self.n,
             f"sampling.min_valid={self.min_valid} is outside [1, n={self.n}]: no group could ever be complete; lower it",
         )
-        _require(self.max_attempts >= 1, f"sampling.max_attempts={self.max_attempts} < 1: no prompt could be tried")
+        require(self.max_attempts >= 1, f"sampling.max_attempts={self.max_attempts} < 1: no prompt could be tried")
 
 
 class StalenessSpec(Spec, frozen=True, kw_only=True):
@@ -126,13 +204,13 @@ class LearnerSpec(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         mini = self.mini_batch_groups
-        _require(
+        require(
             mini is None or (mini >= 1 and self.batch_groups % mini == 0),
             f"learner.mini_batch_groups={mini} does not divide learner.batch_groups={self.batch_groups}: "
             "the last minibatch would weigh more; choose a divisor",
         )
-        _require(self.ppo_epochs >= 1, f"learner.ppo_epochs={self.ppo_epochs} < 1: nothing would be trained")
-        _require(self.lr >= 0, f"learner.lr={self.lr} < 0: the policy would be driven away from reward")
+        require(self.ppo_epochs >= 1, f"learner.ppo_epochs={self.ppo_epochs} < 1: nothing would be trained")
+        require(self.lr >= 0, f"learner.lr={self.lr} < 0: the policy would be driven away from reward")
 
 
 class EvaluationSpec(Spec, frozen=True, kw_only=True):
@@ -145,7 +223,7 @@ class EvaluationSpec(Spec, frozen=True, kw_only=True):
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.freq >= 1, f"evaluation.freq={self.freq} < 1; to turn evaluation off leave evaluation.files empty")
+        require(self.freq >= 1, f"evaluation.freq={self.freq} < 1; to turn evaluation off leave evaluation.files empty")
 
 
 class CheckpointSpec(Spec, frozen=True, kw_only=True):
@@ -155,8 +233,8 @@ class CheckpointSpec(Spec, frozen=True, kw_only=True):
     keep_last_n: int = 2
 
     def __post_init__(self) -> None:
-        _require(self.save_freq >= 1, f"checkpoint.save_freq={self.save_freq} < 1: a killed learner could not be restored")
-        _require(self.keep_last_n >= 1, f"checkpoint.keep_last_n={self.keep_last_n} < 1: there would be nothing to resume from")
+        require(self.save_freq >= 1, f"checkpoint.save_freq={self.save_freq} < 1: a killed learner could not be restored")
+        require(self.keep_last_n >= 1, f"checkpoint.keep_last_n={self.keep_last_n} < 1: there would be nothing to resume from")
 
 
 class Recipe(Spec, frozen=True, kw_only=True):
@@ -177,12 +255,18 @@ class Recipe(Spec, frozen=True, kw_only=True):
     checkpoint: CheckpointSpec = CheckpointSpec()
 
     def __post_init__(self) -> None:
-        _require(self.total_steps >= 1, f"total_steps={self.total_steps} < 1: nothing would be trained")
+        require(self.total_steps >= 1, f"total_steps={self.total_steps} < 1: nothing would be trained")
         capacity, batch = self.staleness.capacity_groups, self.learner.batch_groups
-        _require(
+        require(
             capacity is None or batch <= capacity,
             f"learner.batch_groups={batch} > staleness.capacity_groups={capacity}: a batch could never be admitted and "
             "the learner would wait for ever; raise staleness.capacity_groups or lower learner.batch_groups",
+        )
+        buffer, longest = self.reward.shaping.overlong_buffer, self.sampling.max_response_length
+        require(
+            buffer <= longest,
+            f"reward.shaping.overlong_buffer={buffer} > sampling.max_response_length={longest}: every answer would be punished "
+            "for its length; lower the buffer",
         )
         self.bound()
 

@@ -29,7 +29,8 @@ def resolve_paths(recipe: Recipe, run_dir: RunDir, folder: str | Path | None = N
         data[section]["files"] = [_file(name, folders) for name in data[section]["files"]]
     for key in ("path", "tokenizer"):
         data["model"][key] = _model(data["model"][key], folders)
-    data["reward"]["function"] = _callable(data["reward"]["function"], folders)
+    for reward in (data["reward"], *data["reward"]["functions"]):
+        reward["function"] = _callable(reward["function"], folders)
     data["sampling"]["keep"] = _callable(data["sampling"]["keep"], folders)
     for key in ("adv_estimator", "policy_loss"):
         data["algorithm"][key] = _callable(data["algorithm"][key], folders)

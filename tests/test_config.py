@@ -16,7 +16,9 @@ from asyncrl.config import (
     ModelSpec,
     Recipe,
     RewardSpec,
+    RewardTerm,
     SamplingSpec,
+    ShapingSpec,
     StalenessSpec,
 )
 from asyncrl.deployment import Deployment, GeneratorsSpec, RewardsSpec
@@ -42,6 +44,25 @@ def recipe(**fields: Any) -> Recipe:
         (lambda: DataSpec(files=()), r"data\.files=\(\)"),
         (lambda: DataSpec(files=("f",), epochs=0), r"data\.epochs=0 < 1"),
         (lambda: RewardSpec(function="m:f", deadline_s=0), r"reward\.deadline_s=0: every sample would time out"),
+        (lambda: RewardSpec(), r"reward\.function='' and 0 reward\.functions: it is not clear what scores"),
+        (lambda: RewardSpec(function="m:f", functions=(RewardTerm(function="m:g"),)), r"reward\.function='m:f' and 1 reward"),
+        (
+            lambda: RewardSpec(functions=(RewardTerm(function="m:f"),), style="trl"),
+            r"reward\.style='trl' with reward\.functions",
+        ),
+        (lambda: RewardSpec(functions=(RewardTerm(function="m:f"), RewardTerm(function="n.f"))), r"the name 'f' is taken"),
+        (lambda: RewardSpec(functions=(RewardTerm(function="m:mean"),)), r"the name 'mean' is taken"),
+        (lambda: ShapingSpec(overlong_buffer=-1), r"overlong_buffer=-1 < 0 tokens"),
+        (lambda: ShapingSpec(length_penalty=-0.1), r"length_penalty=-0\.1 < 0: it is subtracted"),
+        (lambda: ShapingSpec(repetition_ngram=0), r"repetition_ngram=0 < 1"),
+        (lambda: ShapingSpec(clip=(1.0, 0.0)), r"clip=\(1\.0, 0\.0\): low is not below high"),
+        (
+            lambda: recipe(
+                reward=RewardSpec(function="m:f", shaping=ShapingSpec(overlong_buffer=9)),
+                sampling=SamplingSpec(max_response_length=8),
+            ),
+            r"overlong_buffer=9 > sampling\.max_response_length=8",
+        ),
         (lambda: SamplingSpec(n=0), r"sampling\.n=0 < 1"),
         (lambda: SamplingSpec(temperature=0), r"sampling\.temperature=0: training needs a stochastic policy"),
         (lambda: SamplingSpec(top_p=1.5), r"sampling\.top_p=1\.5 is outside \(0, 1\]"),
@@ -88,3 +109,11 @@ def test_importing_asyncrl_and_its_specs_loads_neither_torch_nor_ray() -> None:
     code = "import sys, asyncrl.config, asyncrl.cli; print(sorted({'torch', 'transformers', 'ray'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_reward_terms_have_names() -> None:
+    one = RewardSpec(function="rewards.py:f", style="trl")
+    assert one.terms() == (RewardTerm(function="rewards.py:f", style="trl"),)
+    several = RewardSpec(functions=(RewardTerm(function="a/b.py:right", weight=2.0), RewardTerm(function="m.f", name="form")))
+    assert [(term.name, term.weight) for term in several.terms()] == [("right", 2.0), ("form", 1.0)]
+    assert msgspec.json.decode(msgspec.json.encode(several), type=RewardSpec) == several

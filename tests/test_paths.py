@@ -5,7 +5,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from asyncrl.config import AlgorithmSpec, DataSpec, EvaluationSpec, ModelSpec, Recipe, RewardSpec, SamplingSpec
+from asyncrl.config import (
+    AlgorithmSpec,
+    DataSpec,
+    EvaluationSpec,
+    ModelSpec,
+    Recipe,
+    RewardSpec,
+    RewardTerm,
+    SamplingSpec,
+)
 from asyncrl.paths import resolve_paths
 from asyncrl.rundir import RunDir
 
@@ -55,3 +64,10 @@ def test_the_recipes_folder_goes_before_the_working_directory(
     assert resolved.data.files[1] == str(beside / "extra.jsonl")
     assert resolved.reward.function == f"{here}/rewards.py:score"  # only there
     assert resolve_paths(recipe, RunDir("runs/a")).model.path == str(here / "model")
+
+
+def test_every_reward_function_is_found(recipe: Recipe, tmp_path: Path) -> None:
+    terms = (RewardTerm(function="rewards.py:score", weight=2.0), RewardTerm(function="package.module:score", name="other"))
+    several = msgspec.structs.replace(recipe, reward=RewardSpec(functions=terms))
+    found = resolve_paths(several, RunDir("runs/a"), tmp_path).reward.functions
+    assert [term.function for term in found] == [f"{tmp_path}/rewards.py:score", "package.module:score"]

@@ -86,7 +86,9 @@ def _data_file(what: str, file: str, recipe: Recipe, run_dir: RunDir) -> str:
 
 
 def _callables(recipe: Recipe) -> str:
-    check_callable(recipe.reward.function, "reward.function")
+    terms = recipe.reward.terms()
+    for term in terms:
+        check_callable(term.function, "reward.function")
     if recipe.sampling.keep not in ("all", "varied"):
         check_callable(recipe.sampling.keep, "sampling.keep")
     if recipe.algorithm.adv_estimator not in ESTIMATOR_NAMES:
@@ -95,7 +97,7 @@ def _callables(recipe: Recipe) -> str:
         check_callable(recipe.algorithm.policy_loss, "algorithm.policy_loss")
     if recipe.prepare:
         check_callable(recipe.prepare, "prepare")
-    return f"reward      {recipe.reward.function}, at most {recipe.reward.deadline_s:g} s a sample"
+    return f"reward      {', '.join(term.function for term in terms)}, at most {recipe.reward.deadline_s:g} s a sample"
 
 
 def _lengths(recipe: Recipe, deployment: Deployment) -> str:

@@ -227,19 +227,25 @@ def _sglang_engine(name: str, plan: Plan) -> "SGLangEngine":
 
 def _reward(name: str, plan: Plan, store: "ReplayClient") -> Built:
     from asyncrl.models.loading import load_tokenizer
+    from asyncrl.prompts.dataset import PromptFile
     from asyncrl.reward.pool import RewardPool
+    from asyncrl.reward.shaping import shape
     from asyncrl.reward.worker import RewardWorker
 
-    spec, rewards = plan.recipe.reward, plan.deployment.rewards
-    tokenizer = load_tokenizer(plan.recipe.model)
+    recipe, spec, rewards = plan.recipe, plan.recipe.reward, plan.deployment.rewards
+    tokenizer = load_tokenizer(recipe.model)
+    used = ("train", "eval") if recipe.evaluation.files else ("train",)
+    prompts = {purpose: PromptFile(plan.paths.data / f"{purpose}.arrow") for purpose in used}
     pool: RewardPool[Any] = RewardPool(
-        spec.function, processes=rewards.processes, deadline_s=spec.deadline_s, log=plan.paths.logs / f"{name}.reward.log"
+        spec.terms(), processes=rewards.processes, deadline_s=spec.deadline_s, log=plan.paths.logs / f"{name}.reward.log"
     )
     worker = RewardWorker(
         store,
         pool,
         lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         name=name,
+        record=lambda item: prompts[item.purpose].record(item.prompt.row),
+        shape=lambda reward, ids: shape(reward, ids, spec.shaping, recipe.sampling.max_response_length),
         lease_size=rewards.lease_size,
         poll_s=plan.deployment.limits.poll_s,
     )

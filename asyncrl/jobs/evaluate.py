@@ -11,43 +11,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from msgspec import Struct
 
 from asyncrl.callables import check_callable
-from asyncrl.config import DataSpec
+from asyncrl.config import DataSpec, RewardTerm
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.jobs.policies import Policy, load, locate
-from asyncrl.rundir import atomic_file
+from asyncrl.jobs.samples import Answer, summary, write_samples
 from asyncrl.types import Generation, GenerationRequest, Prompt, Sampling, Version, derive_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from asyncrl.reward.frames import Verdict
-
 _RESPONSE_LENGTH = 1024  # where neither the command nor a run's recipe says
-
-
-class Answer(Struct, frozen=True, kw_only=True):
-    """One sampled response and what the reward says of it."""
-
-    prompt: Prompt
-    rollout: int
-    seed: int
-    generation: Generation
-    response: str
-    verdict: "Verdict"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL_OR_CHECKPOINT", help="Hugging Face id or folder, runs/NAME, or …/checkpoints/step_N"
     )
-    parser.add_argument("--data", required=True, action="append", metavar="F", help="parquet or JSONL file; may be repeated")
     parser.add_argument(
-        "--reward", required=True, metavar="F", help="file.py (its compute_score), file.py:name or package.module:name"
+        "--data",
+        action="append",
+        metavar="F",
+        help="parquet or JSONL file; repeatable (default: the run's held-out files)",
+    )
+    parser.add_argument(
+        "--reward",
+        metavar="F",
+        help="file.py (its compute_score), file.py:name or package.module:name (default: the run's, unshaped)",
     )
     parser.add_argument("--n", type=int, default=1, help="responses per prompt (default 1)")
+    parser.add_argument("--k", metavar="K,K,…", help="pass@k and maj@k for these (default: 1, 2, 4, … and n)")
+    parser.add_argument("--pass-score", type=float, default=1.0, help="a response passes from this score on (default 1)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (the default)")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument(
@@ -71,39 +66,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Whatever can be known to fail does so before a model is loaded."""
+    """Whatever can be known to fail does so before a model is loaded.
+
+    The line on standard output, and the samples, are the same each time: seeds fix the responses, batches the rounding.
+    """
     began = time.monotonic()
     _check_numbers(args)
-    reward = f"{args.reward}:compute_score" if args.reward.endswith(".py") else args.reward
-    check_callable(reward, "--reward")
     policy = locate(args.model, args.tokenizer, args.dtype)
-    data = _data(args, policy)
+    terms, data = _terms(args, policy), _data(args, policy)
+    for term in terms:
+        check_callable(term.function, "--reward")
     _check_data(data)
 
-    answers = _evaluate(args, policy, data, reward)
+    answers = _evaluate(args, policy, data, terms)
     if args.out is not None:
-        _write_samples(args.out, answers)
-    report = {"model": args.model, "data": args.data, **summary(answers), "n": args.n, "temperature": args.temperature}
-    print(json.dumps({**report, "seed": args.seed, "wall_s": round(time.monotonic() - began, 2)}))
+        write_samples(args.out, answers)
+    figures = summary(answers, _ks(args.k, args.n), args.pass_score)
+    report = {"model": args.model, "data": list(data.files), **figures, "n": args.n, "temperature": args.temperature}
+    print(json.dumps({**report, "seed": args.seed}))
+    print(f"{len(answers)} samples in {time.monotonic() - began:.1f} s", file=sys.stderr)
     return 0
-
-
-def summary(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Mean score over all samples; `invalid` and `timeout` ones count as 0 in it, and are reported. mean_length: tokens."""
-
-    def mean(of: Sequence[Answer]) -> float:
-        return sum(answer.verdict.reward or 0.0 for answer in of) / len(of)
-
-    sources = sorted({answer.prompt.data_source for answer in answers})
-    by_source = {source: [answer for answer in answers if answer.prompt.data_source == source] for source in sources}
-    return {
-        "samples": len(answers),
-        "score": mean(answers),
-        "by_source": {source: mean(of) for source, of in by_source.items()},
-        "invalid": sum(answer.verdict.status == "invalid" for answer in answers),
-        "timeout": sum(answer.verdict.status == "timeout" for answer in answers),
-        "mean_length": sum(len(answer.generation.token_ids) for answer in answers) / len(answers),
-    }
 
 
 def generate(
@@ -142,27 +124,29 @@ def generate(
     return [future.result(timeout=0) for future in futures]
 
 
-def _evaluate(args: argparse.Namespace, policy: Policy, data: DataSpec, reward: str) -> list[Answer]:
+def _evaluate(args: argparse.Namespace, policy: Policy, data: DataSpec, terms: Sequence[RewardTerm]) -> list[Answer]:
     from asyncrl.reward.frames import Sample
     from asyncrl.reward.pool import RewardPool
 
-    pool: RewardPool[int] = RewardPool(reward, processes=args.reward_processes, deadline_s=args.reward_deadline)
+    pool: RewardPool[int] = RewardPool(terms, processes=args.reward_processes, deadline_s=args.reward_deadline)
     with pool:  # first: a reward that can't be loaded is known before the model is
         import torch
 
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, tokenizer = load(policy, device)
-        prompts = _prompts(data, tokenizer, args.limit)
+        rows = _rows(data, tokenizer, args.limit)
+        prompts = [prompt for prompt, _ in rows]
         sampling = _sampling(args, policy, model, tokenizer, max(len(prompt.ids) for prompt in prompts))
         print(f"{len(prompts)} prompts × {args.n}, at most {sampling.max_tokens} tokens each, on {device}", file=sys.stderr)
         generations = generate(model, prompts, sampling, n=args.n, slots=args.batch, seed=args.seed)
         texts = [tokenizer.decode(generation.token_ids, skip_special_tokens=True) for generation in generations]
-        asked = [(prompt, rollout) for prompt in prompts for rollout in range(args.n)]
-        samples = [
-            Sample(prompt.data_source, text, prompt.ground_truth, prompt.extra_info)
-            for (prompt, _), text in zip(asked, texts, strict=True)
-        ]
-        verdicts = pool.map(samples)
+        asked = [(prompt, record, rollout) for prompt, record in rows for rollout in range(args.n)]
+        verdicts = pool.map(
+            [
+                Sample(prompt.data_source, text, prompt.ground_truth, prompt.extra_info, record, generation.token_ids)
+                for (prompt, record, _), text, generation in zip(asked, texts, generations, strict=True)
+            ]
+        )
     return [
         Answer(
             prompt=prompt,
@@ -172,17 +156,18 @@ def _evaluate(args: argparse.Namespace, policy: Policy, data: DataSpec, reward: 
             response=text,
             verdict=verdict,
         )
-        for (prompt, rollout), generation, text, verdict in zip(asked, generations, texts, verdicts, strict=True)
+        for (prompt, _, rollout), generation, text, verdict in zip(asked, generations, texts, verdicts, strict=True)
     ]
 
 
-def _prompts(data: DataSpec, tokenizer: "PreTrainedTokenizerBase", limit: int | None) -> list[Prompt]:
-    from asyncrl.prompts.dataset import as_prompt
+def _rows(data: DataSpec, tokenizer: "PreTrainedTokenizerBase", limit: int | None) -> list[tuple[Prompt, str]]:
+    """The prompts, each with the JSON of its whole row."""
+    from asyncrl.prompts.dataset import as_prompt, as_record
     from asyncrl.prompts.encoding import encoder
     from asyncrl.prompts.reading import read_rows
 
     encode = encoder(tokenizer)
-    return [as_prompt(row, encode) for row in itertools.islice(read_rows(data), limit)]
+    return [(as_prompt(row, encode), as_record(row)) for row in itertools.islice(read_rows(data), limit)]
 
 
 def _sampling(
@@ -213,10 +198,34 @@ def _sampling(
     )
 
 
+def _terms(args: argparse.Namespace, policy: Policy) -> tuple[RewardTerm, ...]:
+    if args.reward is not None:
+        return (RewardTerm(function=f"{args.reward}:compute_score" if args.reward.endswith(".py") else args.reward),)
+    if policy.recipe is None:
+        raise ConfigError(f"{args.model} is no run with a recipe, so nothing says how to score; add --reward file.py:name")
+    return policy.recipe.reward.terms()
+
+
 def _data(args: argparse.Namespace, policy: Policy) -> DataSpec:
-    base = policy.recipe.data if policy.recipe else DataSpec(files=tuple(args.data))
+    files = tuple(args.data or (policy.recipe.evaluation.files if policy.recipe else ()))
+    if not files:
+        raise ConfigError(f"{args.model} is no run with held-out files, so there are no prompts; add --data FILE")
+    base = policy.recipe.data if policy.recipe else DataSpec(files=files)
     given = {key: getattr(args, key) for key in ("prompt_key", "answer_key", "source_key") if getattr(args, key) is not None}
-    return msgspec.structs.replace(base, files=tuple(args.data), **given)
+    return msgspec.structs.replace(base, files=files, **given)
+
+
+def _ks(text: str | None, n: int) -> list[int]:
+    """The k of pass@k and maj@k, rising. Raises ConfigError for what is no number of responses out of n."""
+    if text is None:
+        return sorted({n, *(1 << power for power in range(n.bit_length()))})
+    try:
+        ks = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise ConfigError(f"--k={text}: expected numbers with commas between, for example 1,8") from None
+    if not 1 <= ks[0] <= ks[-1] <= n:
+        raise ConfigError(f"--k={text} is outside [1, --n={n}]: k responses are drawn from n; raise --n")
+    return ks
 
 
 def _check_data(data: DataSpec) -> None:
@@ -239,35 +248,10 @@ def _check_numbers(args: argparse.Namespace) -> None:
     for name, holds, bound in bounds:
         if not holds(value := getattr(args, name)):
             raise ConfigError(f"--{name.replace('_', '-')}={value}: it must be {bound}")
+    _ks(args.k, args.n)
     if args.out is not None and args.out.suffix != ".parquet":
         raise ConfigError(f"--out={args.out}: samples are written as parquet; name a .parquet file")
     if args.n > 1 and args.temperature == 0:
         raise ConfigError(
             f"--n={args.n} with --temperature=0: greedy decoding would give {args.n} equal responses; set --temperature"
         )
-
-
-def _write_samples(path: Path, answers: Sequence[Answer]) -> None:
-    """One row per response, written beside and renamed."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = [
-        {
-            "row": answer.prompt.row,
-            "rollout": answer.rollout,
-            "data_source": answer.prompt.data_source,
-            "ground_truth": answer.prompt.ground_truth,
-            "response": answer.response,
-            "score": answer.verdict.reward,
-            "parts": json.dumps(answer.verdict.parts),
-            "status": answer.verdict.status,
-            "error": answer.verdict.error,
-            "response_length": len(answer.generation.token_ids),
-            "finish_reason": answer.generation.finish_reason,
-            "seed": answer.seed,
-        }
-        for answer in answers
-    ]
-    with atomic_file(path) as beside:
-        pq.write_table(pa.Table.from_pylist(rows), beside)

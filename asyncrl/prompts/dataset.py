@@ -18,7 +18,7 @@ from asyncrl.prompts.reading import Row, read_rows
 from asyncrl.rundir import atomic_file
 from asyncrl.types import Prompt
 
-_FORMAT = 1
+_FORMAT = 2
 _BATCH_ROWS = 1024
 _FINGERPRINT = b"asyncrl.fingerprint"
 _ROWS_READ = b"asyncrl.rows_read"
@@ -29,8 +29,10 @@ _SCHEMA = pa.schema(
         ("data_source", pa.string()),
         ("ground_truth", pa.string()),
         ("extra_info", pa.string()),
+        ("record", pa.string()),
     ]
 )
+_PROMPT_COLUMNS = _SCHEMA.names[:-1]
 
 
 class PromptSummary(Struct, frozen=True, kw_only=True):
@@ -91,10 +93,8 @@ class PromptFile(Sequence[Prompt]):
         place = index + len(self) if index < 0 else index
         if not 0 <= place < len(self):
             raise IndexError(f"prompt {index} of {len(self)}")
-        number = bisect.bisect_right(self._ends, place)
-        batch = self._batches[number]
-        at = place - (self._ends[number] - batch.num_rows)
-        row, ids, source, truth, extra = (batch.column(name)[at] for name in _SCHEMA.names)
+        batch, at = self._locate(place)
+        row, ids, source, truth, extra = (batch.column(name)[at] for name in _PROMPT_COLUMNS)
         return Prompt(
             row=row.as_py(),
             ids=tuple(ids.values.to_numpy().tolist()),
@@ -102,6 +102,27 @@ class PromptFile(Sequence[Prompt]):
             ground_truth=truth.as_py(),
             extra_info=extra.as_py(),
         )
+
+    def record(self, row: int) -> str:
+        """JSON of the whole dataset row that `Prompt.row` names, its prompt under "prompt".
+
+        An empty object if the row is not here: held-out files may change between a run and its resumption, and a rollout that
+        still waits for its score from before must cost at most itself.
+        """
+        place = bisect.bisect_left(range(len(self)), row, key=self._row)  # rows stand in rising order
+        if place == len(self) or self._row(place) != row:
+            return "{}"
+        batch, at = self._locate(place)
+        return str(batch.column("record")[at].as_py())
+
+    def _row(self, place: int) -> int:
+        batch, at = self._locate(place)
+        return int(batch.column("row")[at].as_py())
+
+    def _locate(self, place: int) -> tuple[pa.RecordBatch, int]:
+        number = bisect.bisect_right(self._ends, place)
+        batch = self._batches[number]
+        return batch, place - (self._ends[number] - batch.num_rows)
 
 
 def to_json(value: Any) -> str:
@@ -121,6 +142,18 @@ def as_prompt(row: Row, encode: Encode) -> Prompt:
     return Prompt(row=row.row, ids=tuple(ids), data_source=row.data_source, ground_truth=truth, extra_info=extra)
 
 
+def as_record(row: Row) -> str:
+    """The row's columns as one JSON object, its prompt under "prompt". What JSON can't hold is left out: a reward function
+    that asks for such a column is told which ones there are."""
+    fields = []
+    for name, value in {**row.columns, "prompt": row.prompt}.items():
+        try:
+            fields.append(f"{to_json(name)}:{to_json(value)}")
+        except (TypeError, ValueError, OverflowError):
+            continue
+    return "{" + ",".join(fields) + "}"
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
@@ -133,7 +166,7 @@ def _write(spec: DataSpec, encode: Encode, path: Path, fingerprint: str) -> tupl
     """Returns rows read, prompts kept, and the length in tokens of the shortest."""
     rows = kept = 0
     shortest = 0
-    pending: list[Prompt] = []
+    pending: list[tuple[Prompt, str]] = []
     schema = _SCHEMA.with_metadata({_FINGERPRINT: fingerprint})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for row in read_rows(spec):
@@ -143,7 +176,7 @@ def _write(spec: DataSpec, encode: Encode, path: Path, fingerprint: str) -> tupl
             if len(prompt.ids) > spec.max_prompt_length:
                 continue
             kept += 1
-            pending.append(prompt)
+            pending.append((prompt, as_record(row)))
             if len(pending) == _BATCH_ROWS:
                 writer.write_batch(_batch(pending))
                 pending.clear()
@@ -154,8 +187,9 @@ def _write(spec: DataSpec, encode: Encode, path: Path, fingerprint: str) -> tupl
     return rows, kept, shortest
 
 
-def _batch(prompts: list[Prompt]) -> pa.RecordBatch:
-    columns = [pa.array([getattr(p, field.name) for p in prompts], field.type) for field in _SCHEMA]
+def _batch(prompts: list[tuple[Prompt, str]]) -> pa.RecordBatch:
+    columns = [pa.array([getattr(p, name) for p, _ in prompts], _SCHEMA.field(name).type) for name in _PROMPT_COLUMNS]
+    columns.append(pa.array([record for _, record in prompts], pa.string()))
     return pa.record_batch(columns, schema=_SCHEMA)
 
 

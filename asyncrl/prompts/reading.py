@@ -1,7 +1,7 @@
 """Dataset rows from verl's parquet schema and from JSONL, checked as they stream."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ _BATCH_ROWS = 1024
 
 
 class Row(Struct, frozen=True, kw_only=True):
-    """One dataset row. `row` counts from 0 over all files, in order; `where` names file and place, for errors."""
+    """One dataset row. `row` counts from 0 over all files, in order; `where` names file and place, for errors.
+
+    columns: all that the row holds, by name.
+    """
 
     row: int
     where: str
@@ -28,13 +31,14 @@ class Row(Struct, frozen=True, kw_only=True):
     data_source: str
     ground_truth: Any
     extra_info: Any
+    columns: Mapping[str, Any] = {}
 
 
 def read_rows(spec: DataSpec) -> Iterator[Row]:
     """Every row of `spec.files`, in order. Raises DataError naming file, row or line, and the columns found."""
     number = 0
     for file in spec.files:
-        for where, record in _records(Path(file), _wanted(spec)):
+        for where, record in _records(Path(file)):
             yield _row(number, where, record, spec, Path(file))
             number += 1
 
@@ -47,27 +51,24 @@ def check_columns(files: Sequence[str], spec: DataSpec) -> None:
             raise DataError(f"{file} holds no rows: there is nothing to train on or to evaluate")
 
 
-def _records(path: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.*")], n=1, cutoff=0.5)
         raise DataError(f"no data file {path.absolute()}" + (f"; did you mean {path.with_name(near[0])}?" if near else ""))
     if path.suffix == ".parquet":
-        return _parquet_records(path, wanted)
+        return _parquet_records(path)
     if path.suffix in {".jsonl", ".json", ".ndjson"}:
         return _json_records(path)
     raise DataError(f"{path}: the format {path.suffix or 'without a suffix'!r} is not known; use .parquet or .jsonl")
 
 
-def _parquet_records(path: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parquet_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
-            found = file.schema_arrow.names
-            columns = [name for name in found if name in set(wanted)]
             number = 0
-            for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
+            for batch in file.iter_batches(_BATCH_ROWS):
                 for record in batch.to_pylist():
-                    # Columns that are not read stay known by name, for the error of a missing one.
-                    yield f"{path}, row {number}", {**dict.fromkeys(found), **record}
+                    yield f"{path}, row {number}", record
                     number += 1
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} can't be read as parquet: {error}") from error
@@ -88,11 +89,6 @@ def _json_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield where, record
 
 
-def _wanted(spec: DataSpec) -> set[str]:
-    keys = (spec.prompt_key, spec.answer_key, spec.source_key)
-    return {*keys, *(key.split(".")[0] for key in keys), "extra_info"}
-
-
 def _row(number: int, where: str, record: Mapping[str, Any], spec: DataSpec, path: Path) -> Row:
     """An empty answer_key means no ground truth, an empty source_key the file's name."""
     prompt = _prompt(_at(record, spec.prompt_key, "data.prompt_key", where), spec.prompt_key, where)
@@ -106,6 +102,7 @@ def _row(number: int, where: str, record: Mapping[str, Any], spec: DataSpec, pat
         data_source=source,
         ground_truth=_at(record, spec.answer_key, "data.answer_key", where) if spec.answer_key else None,
         extra_info=record.get("extra_info"),
+        columns=record,
     )
 
 

@@ -17,21 +17,31 @@ _HEADER = struct.Struct("<I")
 
 
 class Sample(Struct, frozen=True, array_like=True):
-    """One response to score. ground_truth and extra_info are JSON texts."""
+    """One response to score. ground_truth, extra_info and record are JSON texts.
+
+    record: an object, the dataset row by column, its prompt under "prompt". response_ids: the response's tokens. TRL's
+    functions may ask for both.
+    """
 
     data_source: str
     solution_str: str
     ground_truth: str
     extra_info: str
+    record: str = "{}"
+    response_ids: list[int] = []
 
 
 class Verdict(Struct, frozen=True, array_like=True, tag="verdict"):
-    """Only `ok` carries a reward; `parts` are the other numbers that the function returned, by name."""
+    """Only `ok` carries a reward; `parts` are the other numbers that the function returned, by name.
+
+    answer: what the function took out of the response as its answer (`pred` in its dict); majority votes count these.
+    """
 
     status: Literal["ok", "invalid", "timeout"]
     reward: float | None = None
     parts: dict[str, float] = {}
     error: str = ""
+    answer: str | None = None
 
 
 class Ready(Struct, frozen=True, array_like=True, tag="ready"):

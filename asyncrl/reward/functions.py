@@ -1,16 +1,19 @@
-"""verl's reward convention: how a user's function is called, and what its answer means."""
+"""How a user's reward function is called, by verl's convention or TRL's (reward/trl.py), and what its answer means."""
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from numbers import Real
 from typing import Any
 
 import msgspec
 
 from asyncrl.callables import describe, load_callable
+from asyncrl.config import RewardStyle
 from asyncrl.errors import ConfigError
 from asyncrl.reward.frames import Sample, Verdict
+from asyncrl.reward.trl import awaited, is_trl, trl_call
 
 _NAMES = ("data_source", "solution_str", "ground_truth", "extra_info")
 _json = msgspec.json.Decoder()
@@ -18,30 +21,54 @@ _json = msgspec.json.Decoder()
 Judge = Callable[[Sample], Verdict]
 
 
-def load_judge(reference: str) -> Judge:
-    """Loads the reward function and returns what turns a sample into a verdict. Raises ConfigError."""
-    return judge(load_callable(reference, "reward.function"), reference)
+def load_judge(reference: str, style: RewardStyle = "auto", arguments: Mapping[str, Any] | None = None) -> Judge:
+    """Loads the reward function and returns what turns a sample into a verdict. Raises ConfigError.
+
+    A function may carry an attribute `warm_up`, called here: slow imports in it cost no sample its deadline.
+    """
+    function = load_callable(reference, "reward.function")
+    getattr(function, "warm_up", lambda: None)()
+    return judge(function, reference, style, arguments)
 
 
-def judge(function: Callable[..., Any], reference: str = "reward.function") -> Judge:
-    """Wraps a reward function: whatever it raises becomes `invalid` with the error's text, never a silent 0."""
-    keywords, positional = _convention(function, reference)
+def judge(
+    function: Callable[..., Any],
+    reference: str = "reward.function",
+    style: RewardStyle = "auto",
+    arguments: Mapping[str, Any] | None = None,
+) -> Judge:
+    """Wraps a reward function: whatever it raises becomes `invalid` with the error's text, never a silent 0.
+
+    `ok` without a reward: a function of TRL's kind says that it does not apply. arguments: more keywords for every call.
+    """
+    is_of_trl = style == "trl" or (style == "auto" and is_trl(function))
+    ask = trl_call(function, arguments or {}) if is_of_trl else _verl_call(function, reference, arguments or {})
 
     def verdict(sample: Sample) -> Verdict:
         try:
-            values = {
-                "data_source": sample.data_source,
-                "solution_str": sample.solution_str,
-                "ground_truth": _json.decode(sample.ground_truth),
-                "extra_info": _json.decode(sample.extra_info),
-            }
-            if positional:
-                return read_result(function(*[values[name] for name in _NAMES[:positional]]))
-            return read_result(function(**{name: values[name] for name in keywords}))
+            value = ask(sample)
+            return Verdict("ok") if value is None and is_of_trl else read_result(value)
         except BaseException as error:  # sys.exit in a user's function must cost one sample, not the process
             return Verdict("invalid", error=describe(error))
 
     return verdict
+
+
+def _verl_call(function: Callable[..., Any], reference: str, arguments: Mapping[str, Any]) -> Callable[[Sample], Any]:
+    keywords, positional = _convention(partial(function, **arguments), reference)
+
+    def ask(sample: Sample) -> Any:
+        values = {
+            "data_source": sample.data_source,
+            "solution_str": sample.solution_str,
+            "ground_truth": _json.decode(sample.ground_truth),
+            "extra_info": _json.decode(sample.extra_info),
+        }
+        if positional:
+            return awaited(function(*[values[name] for name in _NAMES[:positional]], **arguments))
+        return awaited(function(**{name: values[name] for name in keywords}, **arguments))
+
+    return ask
 
 
 def _convention(function: Callable[..., Any], reference: str) -> tuple[tuple[str, ...], int]:
@@ -77,7 +104,11 @@ def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
 
 
 def read_result(result: Any) -> Verdict:
-    """A finite number, or a dict with a finite `score` whose other finite numbers become parts. Else `invalid`."""
+    """A finite number, or a dict with a finite `score` whose other finite numbers become parts. Else `invalid`.
+
+    A text under `pred` is the answer that the function saw in the response, as verl's own verifiers return it.
+    """
+    answer: str | None = None
     if not isinstance(result, dict):
         score, parts = _number(result), {}
         shown = f"{type(result).__name__} {result!r}"
@@ -85,6 +116,7 @@ def read_result(result: Any) -> Verdict:
         score = _number(result["score"])
         numbers = ((str(name), _number(value)) for name, value in result.items() if name != "score")
         parts = {name: value for name, value in numbers if value is not None and math.isfinite(value)}
+        answer = pred if isinstance(pred := result.get("pred"), str) else None
         shown = f"score={result['score']!r}"
     else:
         return Verdict("invalid", error=f"returned a dict without 'score'; its keys are {sorted(map(str, result))}"[:500])
@@ -92,7 +124,7 @@ def read_result(result: Any) -> Verdict:
         return Verdict("invalid", error=f"returned {shown}"[:400] + "; expected a finite number or a dict with 'score'")
     if not math.isfinite(score):
         return Verdict("invalid", error=f"returned {score}; expected a finite number")
-    return Verdict("ok", score, parts)
+    return Verdict("ok", score, parts, answer=answer)
 
 
 def _number(value: Any) -> float | None:

@@ -8,6 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+import msgspec
+
+from asyncrl.config import RewardTerm
 from asyncrl.errors import ConfigError
 from asyncrl.reward.frames import Sample, Verdict
 from asyncrl.reward.scorer import Scorer, died
@@ -28,12 +31,13 @@ class RewardPool(Generic[T]):
     started are killed and replaced, and the sample is `timeout`. A process that dies leaves its sample `invalid`.
     Samples that waited behind it in the same process are scored again from their start. `T` tags a sample.
 
-    Use from one thread. `log`: where the functions' prints go; None: standard error.
+    Use from one thread. rewards: one function, or `RewardSpec.terms()`. `log`: where the functions' prints go; None: standard
+    error.
     """
 
     def __init__(
         self,
-        function: str,
+        rewards: str | Sequence[RewardTerm],
         *,
         processes: int = 1,
         deadline_s: float = 10.0,
@@ -41,7 +45,9 @@ class RewardPool(Generic[T]):
         log: Path | None = None,
     ) -> None:
         self.restarts = 0
-        self._function = function
+        terms = (RewardTerm(function=rewards),) if isinstance(rewards, str) else tuple(rewards)
+        self._functions = ", ".join(term.function for term in terms)
+        self._terms = msgspec.json.encode(terms).decode()
         self._count = processes
         self._deadline_s = deadline_s
         self._start_timeout_s = start_timeout_s
@@ -119,7 +125,7 @@ class RewardPool(Generic[T]):
         self.close()
 
     def _spawn(self) -> Scorer[T]:
-        return Scorer(self._function, self._log, self._selector)
+        return Scorer(self._terms, self._log, self._selector)
 
     def _hand_out(self) -> None:
         for scorer in self._scorers:
@@ -148,7 +154,7 @@ class RewardPool(Generic[T]):
         if not scorer.ready:
             how = died(code) if code is not None else f"not loaded after start_timeout_s={self._start_timeout_s:g}"
             where = f"see {self._log}" if self._log else "see standard error"
-            raise ConfigError(f"reward.function={self._function!r}: {how} while its file was being loaded; {where}")
+            raise ConfigError(f"reward.function={self._functions!r}: {how} while its file was being loaded; {where}")
         if scorer.flight:
             tag, _ = scorer.flight.popleft()
             if code is not None:

@@ -1,7 +1,7 @@
-"""One scoring process: `python -m asyncrl.reward.process FUNCTION LIFELINE_FD`, started by `Scorer` and by nobody else.
+"""One scoring process: `python -m asyncrl.reward.process TERMS LIFELINE_FD`, started by `Scorer` and by nobody else.
 
-Samples come in on the first standard input, verdicts leave on the first standard output; both are then moved away,
-so that what the user's function prints goes to standard error, and cannot break a frame.
+TERMS: the reward terms as JSON. Samples come in on the first standard input, verdicts leave on the first standard output; both
+are then moved away, so that what the user's function prints goes to standard error, and cannot break a frame.
 """
 
 import fcntl
@@ -10,16 +10,20 @@ import signal
 import sys
 import threading
 
+import msgspec
+
+from asyncrl.config import RewardTerm
 from asyncrl.errors import ConfigError
 from asyncrl.reward.frames import Broken, FrameReader, Ready, Verdict, frame, samples
-from asyncrl.reward.functions import Judge, load_judge
+from asyncrl.reward.functions import Judge
+from asyncrl.reward.terms import load_terms
 
 
-def main(reference: str, lifeline: int) -> int:
+def main(terms: str, lifeline: int) -> int:
     _die_with_parent(lifeline)
     tasks, results = _private_pipes()
     try:
-        judge = load_judge(reference)
+        judge = load_terms(msgspec.json.decode(terms, type=tuple[RewardTerm, ...]))
     except ConfigError as error:
         _write(results, frame(Broken(str(error))))
         return 1

@@ -19,15 +19,15 @@ T = TypeVar("T")
 class Scorer(Generic[T]):
     """One process in a session of its own. Owned by one thread; never blocks, but for the reaping of a killed process.
 
-    `flight`: what it was given and has not answered, in order; it scores the first, since `since` (monotonic seconds).
+    terms: the reward terms as JSON, for its command line. `flight`: what it was given and has not answered, in order; it
+    scores the first, since `since` (monotonic seconds).
     """
 
-    def __init__(self, function: str, log: Path | None, selector: selectors.BaseSelector) -> None:
+    def __init__(self, terms: str, log: Path | None, selector: selectors.BaseSelector) -> None:
         self.flight: deque[tuple[T, Sample]] = deque()
         self.since = time.monotonic()
         self.ready = False
         self.mean_s = float("inf")  # running mean of seconds per sample; unknown before the first
-        self._function = function
         self._selector = selector
         self._reader = FrameReader()
         self._unsent = memoryview(b"")
@@ -35,7 +35,7 @@ class Scorer(Generic[T]):
         output = open(log, "ab") if log else None  # noqa: SIM115  # closed below, once the process has its own
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "asyncrl.reward.process", function, str(lifeline)],
+                [sys.executable, "-m", "asyncrl.reward.process", terms, str(lifeline)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from asyncrl.errors import Closed
@@ -20,6 +20,7 @@ LOGGED_ERRORS = 20  # the first of them; all are in the replay log
 _ASK_AGAIN_S = 0.1
 
 Tag = tuple["Held", Unscored]
+Shape = Callable[[float, Sequence[int]], tuple[float, dict[str, float]]]
 
 
 @dataclass(eq=False)
@@ -41,6 +42,8 @@ class RewardWorker:
     Verdicts are delivered as they come: a slow sample holds up nobody else's. New rollouts are leased as soon as a
     process is free, and leases are renewed at a third of their time. The main loop waits for the store (`wait:store`)
     or works (`busy`). `run` owns the pool and closes it. `decode`: token ids to text, special tokens left out.
+    `record`: the dataset row of a rollout as JSON, for TRL's functions. `shape`: what becomes of the reward of a training
+    rollout, given its response's tokens, and named parts to add to the function's; evaluation is scored as it is.
     """
 
     def __init__(
@@ -50,6 +53,8 @@ class RewardWorker:
         decode: Callable[[list[int]], str],
         *,
         name: str,
+        record: Callable[[Unscored], str] = lambda item: "{}",
+        shape: Shape = lambda reward, response_ids: (reward, {}),
         lease_size: int = 64,
         poll_s: float = 5.0,
         ledger: Ledger | None = None,
@@ -58,6 +63,8 @@ class RewardWorker:
         self._pool = pool
         self._decode = decode
         self._name = name
+        self._record = record
+        self._shape = shape
         self._lease_size = lease_size
         self._poll_s = poll_s
         self._ledger = ledger or Ledger()
@@ -122,8 +129,9 @@ class RewardWorker:
         self._pool.submit(((held, item), self._sample(item)) for item in lease.items)
 
     def _sample(self, item: Unscored) -> Sample:
-        prompt = item.prompt
-        return Sample(prompt.data_source, self._decode(item.response_ids), prompt.ground_truth, prompt.extra_info)
+        prompt, text = item.prompt, self._decode(item.response_ids)
+        record = self._record(item)
+        return Sample(prompt.data_source, text, prompt.ground_truth, prompt.extra_info, record, item.response_ids)
 
     def _deliver(self, verdicts: list[tuple[Tag, Verdict]]) -> None:
         by_lease: dict[Held, list[Score]] = {}
@@ -131,7 +139,7 @@ class RewardWorker:
             self._counts[verdict.status] += 1
             if verdict.status != "ok" and self._counts["invalid"] + self._counts["timeout"] <= LOGGED_ERRORS:
                 log.warning("group %d, rollout %d: %s: %s", item.group, item.rollout, verdict.status, verdict.error)
-            by_lease.setdefault(held, []).append(_score(item, verdict))
+            by_lease.setdefault(held, []).append(self._score(item, verdict))
         for held, scores in by_lease.items():
             self._store.score(held.lease, scores)
             held.owed -= len(scores)
@@ -145,14 +153,17 @@ class RewardWorker:
                 self._store.extend(held.lease)
                 held.renew_at = now + held.lease_s / 3
 
-
-def _score(item: Unscored, verdict: Verdict) -> Score:
-    return Score(
-        group=item.group,
-        rollout=item.rollout,
-        attempt=item.attempt,
-        status=verdict.status,
-        reward=verdict.reward,
-        parts=verdict.parts,
-        error=redact(verdict.error),
-    )
+    def _score(self, item: Unscored, verdict: Verdict) -> Score:
+        reward, parts = verdict.reward, verdict.parts
+        if reward is not None and item.purpose == "train":
+            reward, added = self._shape(reward, item.response_ids)
+            parts = {**parts, **added}
+        return Score(
+            group=item.group,
+            rollout=item.rollout,
+            attempt=item.attempt,
+            status=verdict.status,
+            reward=reward,
+            parts=parts,
+            error=redact(verdict.error),
+        )

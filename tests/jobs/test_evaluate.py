@@ -9,13 +9,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
-from asyncrl.config import DataSpec, ModelSpec, Recipe, RewardSpec, SamplingSpec
+from asyncrl.config import DataSpec, EvaluationSpec, ModelSpec, Recipe, RewardSpec, RewardTerm, SamplingSpec, ShapingSpec
 from asyncrl.errors import ConfigError, DataError
-from asyncrl.jobs.evaluate import Answer, add_arguments, main, summary
+from asyncrl.jobs.evaluate import add_arguments, main
 from asyncrl.learn.checkpoint import Checkpoints
-from asyncrl.reward.frames import Verdict
 from asyncrl.rundir import RunDir
-from asyncrl.types import Generation, Prompt, Version
+from asyncrl.types import Version
 
 LETTERS = "0123456789+=?"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
@@ -93,7 +92,13 @@ def test_one_json_line_and_every_sample_on_disk(model, data, reward, tmp_path, c
     assert report["score"] == pytest.approx(0.375)  # 3 prompts of 0.5, and one that is invalid
     assert report["by_source"] == {"other": pytest.approx(0.5), "sums": pytest.approx(1 / 3)}
     assert (report["invalid"], report["timeout"]) == (2, 0)
-    assert report["wall_s"] > 0
+    figures = report["estimates"]["overall"]
+    assert list(figures) == ["score", "pass@1", "pass@2", "maj@1", "maj@2"]
+    # Per prompt 0.5, 0.5, 0, 0.5: s² = 0.0625, standard error 0.125
+    assert figures["score"] == pytest.approx({"mean": 0.375, "low": 0.1300045, "high": 0.6199955})
+    assert figures["pass@2"]["mean"] == 0.0  # half a point is no pass
+    assert figures["maj@2"]["mean"] == pytest.approx(0.375)
+    assert report["estimates"]["by_source"]["other"]["score"] == {"mean": 0.5, "low": None, "high": None}
     rows = pq.read_table(out).to_pylist()
     assert [(row["row"], row["rollout"]) for row in rows] == [(i, r) for i in range(4) for r in range(2)]
     assert report["mean_length"] == sum(row["response_length"] for row in rows) / 8
@@ -114,6 +119,36 @@ def test_the_same_seed_gives_the_same_samples_and_another_does_not(model, data, 
     first = responses("a", 1)
     assert responses("b", 1) == first
     assert responses("c", 2) != first
+
+
+def test_the_same_command_gives_the_same_bytes(model, data, reward, tmp_path, capsys):
+    command = (model, "--data", data, "--reward", reward, "--temperature", 1, "--n", 2, "--max-response-length", 4)
+    written, printed = [], []
+    for name in ("a", "b"):
+        evaluate(*command, "--out", tmp_path / f"{name}.parquet")
+        written.append((tmp_path / f"{name}.parquet").read_bytes())
+        printed.append(capsys.readouterr().out)
+    assert written[0] == written[1]
+    assert printed[0] == printed[1]
+
+
+def test_jsonl_chosen_ks_and_the_score_that_passes(model, reward, tmp_path, capsys):
+    path = tmp_path / "test.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{i}+{i}=", "label": 2 * i, "extra_info": {"index": i}}) + "\n" for i in (0, 1))
+    )
+    keys = ("--answer-key", "label", "--source-key", "")
+    sampled = ("--n", 3, "--temperature", 1, "--max-response-length", 3, "--k", "3,2", "--pass-score", 0.5)
+    evaluate(model, "--data", path, "--reward", reward, *keys, *sampled)
+    figures = json.loads(capsys.readouterr().out)["estimates"]
+    assert {name: figure["mean"] for name, figure in figures["overall"].items()} == {
+        "score": 0.5,
+        "pass@2": 1.0,
+        "pass@3": 1.0,
+        "maj@2": 0.5,
+        "maj@3": 0.5,
+    }
+    assert list(figures["by_source"]) == ["test"]
 
 
 def test_limit_takes_the_first_prompts(model, data, reward, capsys):
@@ -144,11 +179,47 @@ def test_a_run_is_evaluated_at_its_newest_checkpoint_with_its_recipe(model, data
     assert json.loads(capsys.readouterr().out.splitlines()[0])["model"] == str(run.path)
 
 
+def test_a_run_brings_its_rewards_and_its_held_out_files(model, data, reward, tmp_path, capsys):
+    path = tmp_path / "trl.py"
+    path.write_text("def prompted(prompts, completions, **columns):\n    return [float(len(prompts[0]))]\n")
+    terms = (RewardTerm(function=f"{path}:prompted", weight=2.0), RewardTerm(function=f"{reward}:compute_score", weight=4.0))
+    recipe = Recipe(
+        name="r",
+        model=ModelSpec(path=str(model)),
+        data=DataSpec(files=("train.parquet",)),
+        reward=RewardSpec(functions=terms, shaping=ShapingSpec(length_penalty=9.0)),
+        evaluation=EvaluationSpec(files=(str(data),)),
+        sampling=SamplingSpec(max_response_length=3),
+        total_steps=1,
+    )
+    run = RunDir(tmp_path / "run").create()
+    run.recipe.write_bytes(msgspec.json.encode(recipe))
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    Checkpoints(run, keep_last_n=1).save(policy, torch.optim.AdamW(policy.parameters()), Version(0, 0))
+    evaluate(run.path, "--out", tmp_path / "samples.parquet")
+    assert json.loads(capsys.readouterr().out)["data"] == [str(data)]
+    rows = pq.read_table(tmp_path / "samples.parquet").to_pylist()
+    assert [row["score"] for row in rows] == [4.0, 4.0, None, 4.0]  # 2 × 1 chat message + 4 × 0.5
+    parts = json.loads(rows[0]["parts"])
+    assert (parts["prompted"], parts["compute_score"]) == (1.0, 0.5)
+    assert rows[2]["error"].startswith("compute_score: ValueError: unreadable")
+
+
+@pytest.mark.parametrize("missing", ["--data", "--reward"])
+def test_a_model_alone_brings_neither(model, data, reward, missing):
+    given = {"--data": data, "--reward": reward}
+    given.pop(missing)
+    with pytest.raises(ConfigError, match=f"is no run with .*; add {missing}"):
+        evaluate(model, *[word for pair in given.items() for word in pair])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"--n": 0}, "--n=0: it must be >= 1"),
         ({"--n": 2}, "--n=2 with --temperature=0: greedy decoding would give 2 equal responses"),
+        ({"--k": "2"}, "--k=2 is outside [1, --n=1]: k responses are drawn from n; raise --n"),
+        ({"--k": "1;2"}, "--k=1;2: expected numbers with commas between"),
         ({"--top-p": 1.5}, "--top-p=1.5: it must be in (0, 1]"),
         ({"--out": "x.json"}, "name a .parquet file"),
         ({"--reward": "{folder}/nothing.py"}, "--reward='{folder}/nothing.py:compute_score': no file"),
@@ -165,25 +236,3 @@ def test_mistakes_are_named(model, data, reward, tmp_path, change, words):
     with pytest.raises((ConfigError, DataError)) as caught:
         evaluate(model, *[word for pair in options.items() for word in pair])
     assert words.format(folder=tmp_path) in str(caught.value)
-
-
-def test_failures_count_as_zero_in_the_mean():
-    def answer(source, status, reward, length):
-        generation = Generation(id="", token_ids=[0] * length, logprobs=[], kept_logmass=None, spans=(), finish_reason="stop")
-        prompt = Prompt(row=0, ids=(1,), data_source=source)
-        return Answer(prompt=prompt, rollout=0, seed=0, generation=generation, response="", verdict=Verdict(status, reward))
-
-    answers = [
-        answer("a", "ok", 1.0, 1),
-        answer("a", "invalid", None, 2),
-        answer("b", "timeout", None, 3),
-        answer("b", "ok", 0.5, 6),
-    ]
-    assert summary(answers) == {
-        "samples": 4,
-        "score": 0.375,
-        "by_source": {"a": 0.5, "b": 0.25},
-        "invalid": 1,
-        "timeout": 1,
-        "mean_length": 3.0,
-    }

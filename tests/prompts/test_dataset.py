@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from asyncrl.config import DataSpec
 from asyncrl.errors import DataError
-from asyncrl.prompts.dataset import PromptFile, prepare, to_json
+from asyncrl.prompts.dataset import PromptFile, as_record, prepare, to_json
+from asyncrl.prompts.reading import Row
 from asyncrl.types import Prompt
 
 
@@ -141,3 +142,19 @@ plain = st.recursive(
 @given(plain)
 def test_json_round_trips(value):
     assert msgspec.json.decode(to_json(value)) == value
+
+
+def test_the_whole_row_is_kept_beside_its_prompt(tmp_path, encode):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": "1+1 is?" * (1 + 9 * (i == 1)), "label": i, "level": {"grade": i}} for i in range(4)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    spec = DataSpec(files=(str(path),), prompt_key="question", answer_key="label", source_key="", max_prompt_length=10)
+    prompts = PromptFile(prepare(spec, encode, tmp_path / "train.arrow", "characters").path)
+    assert [prompt.row for prompt in prompts] == [0, 2, 3]  # row 1 is too long
+    assert [json.loads(prompts.record(row)) for row in (0, 2, 3)] == [rows[i] | {"prompt": "1+1 is?"} for i in (0, 2, 3)]
+    assert [prompts.record(row) for row in (1, 4)] == ["{}", "{}"]
+
+
+def test_a_column_that_json_cannot_hold_is_left_out_of_the_record():
+    row = Row(row=0, where="", prompt="1+1", data_source="", ground_truth=None, extra_info=None, columns={"a": 1, "b": 1j})
+    assert json.loads(as_record(row)) == {"a": 1, "prompt": "1+1"}

@@ -19,7 +19,7 @@ SAMPLE = Sample("gsm8k", "it is #### 72", '"72"', '{"index":3}')
         (True, Verdict("ok", 1.0)),
         (np.float32(0.25), Verdict("ok", 0.25)),
         (np.array(0.25), Verdict("ok", 0.25)),
-        ({"score": 1, "acc": True, "pred": "72", "len": 3}, Verdict("ok", 1.0, {"acc": 1.0, "len": 3.0})),
+        ({"score": 1, "acc": True, "pred": "72", "len": 3}, Verdict("ok", 1.0, {"acc": 1.0, "len": 3.0}, answer="72")),
         ({"score": 1, "gap": math.nan}, Verdict("ok", 1.0, {})),
     ],
 )
@@ -75,7 +75,11 @@ def some(solution_str, ground_truth, method="strict", format_score=0.0, score=1.
     return score if method == "strict" and solution_str.endswith(ground_truth) else format_score
 
 
-@pytest.mark.parametrize("function", [verl, keyword_only, everything, renamed, three, some])
+async def awaitable(data_source, solution_str, ground_truth, extra_info=None):
+    return verl(data_source, solution_str, ground_truth, extra_info)
+
+
+@pytest.mark.parametrize("function", [verl, keyword_only, everything, renamed, three, some, awaitable])
 def test_calling_conventions(function):
     assert judge(function)(SAMPLE) == Verdict("ok", 1.0)
 

@@ -62,10 +62,10 @@ def worker(tmp_path):
     path = tmp_path / "reward.py"
     path.write_text(SOURCE)
 
-    def make(store, processes=1, deadline_s=20.0, poll_s=5.0):
+    def make(store, processes=1, deadline_s=20.0, poll_s=5.0, **fields):
         pool = RewardPool(f"{path}:compute_score", processes=processes, deadline_s=deadline_s)
         decode = lambda ids: "".join(map(str, ids))  # noqa: E731
-        return RewardWorker(store, pool, decode, name="reward-0", lease_size=8, poll_s=poll_s)
+        return RewardWorker(store, pool, decode, name="reward-0", lease_size=8, poll_s=poll_s, **fields)
 
     return make
 
@@ -176,3 +176,25 @@ def test_time_divides_into_busy_and_waiting(worker):
     seconds = ledger.seconds()
     assert set(seconds) == {"wait:start", "busy", "wait:store", "wait:end"}
     assert sum(seconds.values()) == next(clock) - 1
+
+
+def test_training_rewards_are_shaped_and_held_out_ones_are_not(worker):
+    held_out = msgspec.structs.replace(rollout(1, "12"), purpose="eval")
+    store = FakeStore([rollout(0, "12"), held_out, rollout(2, "9")])
+    worker(store, shape=lambda reward, ids: (reward - len(ids), {"penalty": -float(len(ids))})).run()
+    scores = {score.group: score for _, score in store.scores}
+    assert (scores[0].reward, scores[0].parts) == (-1.0, {"length": 2.0, "penalty": -2.0})
+    assert (scores[1].reward, scores[1].parts) == (1.0, {"length": 2.0})
+    assert (scores[2].status, scores[2].reward, scores[2].parts) == ("invalid", None, {})
+
+
+def test_a_function_of_trls_kind_sees_its_row_and_the_tokens(tmp_path):
+    path = tmp_path / "trl.py"
+    path.write_text(
+        "def f(prompts, completion_ids, level, **columns):\n    return [len(prompts[0]) + level[0] + sum(completion_ids[0])]"
+    )
+    store = FakeStore([rollout(4, "12")])
+    record = lambda item: json.dumps({"prompt": "6+6=", "level": 10 * item.prompt.row})  # noqa: E731
+    pool = RewardPool(f"{path}:f")
+    RewardWorker(store, pool, lambda ids: "".join(map(str, ids)), name="reward-0", record=record).run()
+    assert [score.reward for _, score in store.scores] == [4 + 40 + 3]

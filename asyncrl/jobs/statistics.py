@@ -1,0 +1,101 @@
+"""The statistics of an evaluation. Pure: numbers in, numbers out, no seed, so that the same samples give the same figures."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+Z95 = 1.959963984540054  # the 97.5% quantile of the normal distribution
+
+Vote = tuple[str, float]  # an answer, and the score of the response that gave it
+
+
+class Estimate(Struct, frozen=True, kw_only=True):
+    """A mean over prompts and its 95% confidence interval; the bounds are None for a single prompt."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """values: one per prompt, an unbiased estimate made from its own responses.
+
+    The prompts are the sample; the responses to one prompt are correlated and count as a cluster. With equally many each, the
+    clustered standard error is that of the per-prompt values: s / sqrt(P), with s unbiased (Miller 2024, "Adding Error Bars to
+    Evals", arXiv 2411.00640, sections 2.1 and 2.2). A normal approximation: too narrow below some 30 prompts, and where all
+    prompts agree it has no width.
+    """
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count < 2:
+        return Estimate(mean=mean, low=None, high=None)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    half = Z95 * math.sqrt(variance / count)
+    return Estimate(mean=mean, low=mean - half, high=mean + half)
+
+
+def pass_at_k(n: int, passed: int, k: int) -> float:
+    """The chance that k of n responses, drawn without replacement, hold one of the `passed`: 1 − C(n−c, k) / C(n, k).
+
+    Unbiased for the pass rate of k fresh samples (Chen et al. 2021, "Evaluating Large Language Models Trained on Code", eq. 1).
+    Raises ValueError unless 1 <= k <= n.
+    """
+    _check(n, k)
+    return 1.0 - math.comb(n - passed, k) / math.comb(n, k)
+
+
+def maj_at_k(votes: Sequence[Vote], k: int) -> float:
+    """The expected score of the majority answer among k responses drawn without replacement (Wang et al. 2022,
+    "Self-Consistency"), exactly: over all C(n, k) subsets, ties broken by a fair draw among the most frequent answers.
+
+    An answer's score is the mean over the responses that gave it. Raises ValueError unless 1 <= k <= n.
+
+    For each winning count t: a generating function with one factor per answer, sum over u < t of C(count, u) x^u for an answer
+    that got fewer votes, C(count, t) x^t for one that shares the lead; x counts votes, and the number of leaders j is kept
+    apart, since each leader wins with chance 1/j. For up to 1,000 responses: C(n, k) must fit a float.
+    """
+    _check(len(votes), k)
+    scores: dict[str, list[float]] = defaultdict(list)
+    for answer, score in votes:
+        scores[answer].append(score)
+    answers = [(len(own), math.fsum(own) / len(own)) for own in scores.values()]
+    won = math.fsum(_won(answers, t, k) for t in range(1, min(k, max(count for count, _ in answers)) + 1))
+    return won / math.comb(len(votes), k)
+
+
+def _won(answers: Sequence[tuple[int, float]], t: int, k: int) -> float:
+    """Sum over the subsets of k whose leaders have exactly t votes, of the leaders' mean score."""
+    most = k // t
+    # [leaders][votes]: how many subsets, and the sum over them of their leaders' scores
+    subsets: list[list[float]] = [[0] * (k + 1) for _ in range(most + 1)]
+    totals: list[list[float]] = [[0] * (k + 1) for _ in range(most + 1)]
+    subsets[0][0] = 1
+    for count, score in answers:
+        fewer = [math.comb(count, u) for u in range(min(t - 1, count) + 1)]
+        ways = math.comb(count, t)
+        next_subsets = [_times(row, fewer) for row in subsets]
+        next_totals = [_times(row, fewer) for row in totals]
+        if ways:
+            for leaders in range(most):
+                for held in range(k - t + 1):
+                    more = ways * subsets[leaders][held]
+                    next_subsets[leaders + 1][held + t] += more
+                    next_totals[leaders + 1][held + t] += ways * totals[leaders][held] + more * score
+        subsets, totals = next_subsets, next_totals
+    return math.fsum(totals[leaders][k] / leaders for leaders in range(1, most + 1))
+
+
+def _times(row: list[float], factor: list[int]) -> list[float]:
+    """The product of two polynomials, cut to the length of the first. Integers stay integers, so counts are exact."""
+    product: list[float] = [0] * len(row)
+    for power, coefficient in enumerate(factor):
+        for held in range(len(row) - power):
+            product[held + power] += row[held] * coefficient
+    return product
+
+
+def _check(n: int, k: int) -> None:
+    if not 1 <= k <= n:
+        raise ValueError(f"k={k} is outside [1, n={n}]: k responses must be drawn from the n that there are")

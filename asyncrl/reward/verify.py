@@ -1,0 +1,147 @@
+"""Verifiers to name in a recipe, e.g. `reward.function=asyncrl.reward.verify:gsm8k`: 1 for a right answer, else 0.
+
+All take verl's `compute_score` parameters and return `{"score", "pred"}`, pred being the answer as read: majority votes count
+it. Answers in mathematics are read and compared by math-verify (Hugging Face; `pip install 'asyncrl[math]'`), JSON is checked
+by jsonschema. None has a clock of its own: math-verify's uses SIGALRM, which works in a main thread only and turns a timeout
+into "wrong". Here the scoring process has a deadline (`reward.deadline_s`), past which the sample is `timeout`.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, TypeVar
+
+from asyncrl.errors import ConfigError
+
+Result = dict[str, Any]
+F = TypeVar("F", bound=Callable[..., Result])
+
+_FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
+
+
+def _warmed_by(load: Callable[[], object]) -> Callable[[F], F]:
+    """Sets `warm_up` (reward/functions.py): a missing library is known, and imported, before the first sample."""
+
+    def mark(function: F) -> F:
+        function.warm_up = load  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def _math_verify() -> ModuleType:
+    try:
+        import math_verify
+    except ImportError as error:
+        raise ConfigError(
+            f"the verifiers gsm8k and math need math-verify, which can't be imported ({error}); pip install 'asyncrl[math]'"
+        ) from error
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once per process that its own clock is off
+    return math_verify
+
+
+def _jsonschema() -> ModuleType:
+    try:
+        import jsonschema
+    except ImportError as error:
+        raise ConfigError(
+            f"the verifier json_schema needs jsonschema, which can't be imported ({error}); pip install jsonschema"
+        ) from error
+    return jsonschema
+
+
+@_warmed_by(_math_verify)
+def gsm8k(data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None) -> Result:
+    """GSM8K (Cobbe et al. 2021): what follows the last `####`, or the last number of a response that has none.
+
+    ground_truth: the number, or GSM8K's whole answer with its `####`.
+    """
+    return _compare(_after_marks(str(ground_truth)), _after_marks(solution_str))
+
+
+@_warmed_by(_math_verify)
+def math(data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None) -> Result:
+    r"""MATH (Hendrycks et al. 2021): the last `\boxed{}` of a response, else its last formula, equal as mathematics.
+
+    ground_truth: the answer in LaTeX, or a whole solution that holds it as `\boxed{}` or between dollars.
+    """
+    gold = str(ground_truth)
+    gold = gold if "\\boxed" in gold or "$" in gold else f"\\boxed{{{gold}}}"
+    return _compare(_last_box(gold), _last_box(solution_str))
+
+
+def exact_match(
+    data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None, ignore_case: bool = False
+) -> Result:
+    """The whole response, blanks around it aside, is the ground truth, or one of them where it is a list."""
+    answer = _folded(solution_str, ignore_case)
+    accepted = ground_truth if isinstance(ground_truth, list) else [ground_truth]
+    return {"score": float(answer in {_folded(str(one), ignore_case) for one in accepted}), "pred": answer}
+
+
+def regex(data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None, pattern: str = "") -> Result:
+    """Whether the pattern occurs in the response; `.` matches newlines too. pattern empty: the ground truth is the pattern."""
+    found = re.search(pattern or str(ground_truth), solution_str, re.DOTALL)
+    return {"score": float(found is not None)}
+
+
+def regex_answer(data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None, *, pattern: str) -> Result:
+    """The first group of the pattern's last occurrence in the response, blanks aside, is the ground truth."""
+    answer = next((found[1].strip() for found in reversed(list(re.finditer(pattern, solution_str, re.DOTALL)))), None)
+    return {"score": float(answer is not None and answer == str(ground_truth).strip()), "pred": answer}
+
+
+@_warmed_by(_jsonschema)
+def json_schema(data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None) -> Result:
+    """Whether the response, or its last fenced block, is JSON that fits the schema.
+
+    The schema, an object or its text, is the ground truth or, failing that, `schema` in extra_info.
+    """
+    schema = (extra_info or {})["schema"] if ground_truth is None else ground_truth
+    schema = json.loads(schema) if isinstance(schema, str) else schema
+    validator = _jsonschema().validators.validator_for(schema)
+    validator.check_schema(schema)  # a wrong schema is the data's fault, not the response's: it raises
+    blocks = _FENCED.findall(solution_str)
+    try:
+        value = json.loads(blocks[-1] if blocks else solution_str)
+    except (ValueError, RecursionError):
+        return {"score": 0.0}
+    return {"score": float(validator(schema).is_valid(value)), "pred": json.dumps(value, sort_keys=True)}
+
+
+def _after_marks(text: str) -> str:
+    return text.rpartition("####")[2]
+
+
+def _last_box(text: str) -> str:
+    """From the last box on: of several, math-verify would make one answer, a set."""
+    return text[max(text.rfind("\\boxed"), 0) :]
+
+
+def _folded(text: str, ignore_case: bool) -> str:
+    return text.strip().casefold() if ignore_case else text.strip()
+
+
+def _compare(gold: str, response: str) -> Result:
+    """By math-verify. Raises ValueError for a ground truth that it can't read: that is no wrong answer."""
+    library = _math_verify()
+    truth = library.parse(gold, parsing_timeout=None)
+    if not truth:
+        raise ValueError(f"the ground truth {gold[:200]!r} holds no mathematical expression")
+    answer = library.parse(response, parsing_timeout=None)
+    score = float(library.verify(truth, answer, timeout_seconds=None))
+    return {"score": score, "pred": _written(answer)}
+
+
+def _written(answer: list[Any]) -> str | None:
+    """How an answer is written, so that 0.5 and 1/2 are one: numbers as fractions, all else as in the response."""
+    if not answer:
+        return None
+    value, text = answer[0], str(answer[-1])
+    if getattr(value, "is_Float", False) or getattr(value, "is_Rational", False):
+        import sympy
+
+        return str(sympy.Rational(str(value)))
+    return re.sub(r"\s+", "", text)

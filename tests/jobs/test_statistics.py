@@ -1,0 +1,116 @@
+"""Figures by hand, and against brute force over every subset."""
+
+import math
+from collections import Counter
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncrl.jobs.statistics import Estimate, estimate, maj_at_k, pass_at_k
+
+
+@pytest.mark.parametrize(
+    ("n", "passed", "k", "expected"),
+    [
+        (1, 1, 1, 1.0),
+        (4, 0, 2, 0.0),
+        (4, 1, 1, 0.25),
+        (4, 1, 2, 0.5),  # 3 of the 6 pairs hold it
+        (4, 2, 2, 5 / 6),  # one pair of six misses both
+        (4, 3, 2, 1.0),
+        (10, 3, 5, 11 / 12),  # 1 − 21/252
+    ],
+)
+def test_pass_at_k_by_hand(n, passed, k, expected):
+    assert pass_at_k(n, passed, k) == pytest.approx(expected)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=9), st.data())
+def test_pass_at_k_is_the_share_of_subsets_with_a_pass(passes, data):
+    k = data.draw(st.integers(1, len(passes)))
+    subsets = list(combinations(passes, k))
+    assert pass_at_k(len(passes), sum(passes), k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_k_must_be_drawable(k):
+    with pytest.raises(ValueError, match=rf"k={k} is outside \[1, n=2\]"):
+        pass_at_k(2, 1, k)
+    with pytest.raises(ValueError, match=rf"k={k} is outside \[1, n=2\]"):
+        maj_at_k([("a", 1.0), ("b", 0.0)], k)
+
+
+@pytest.mark.parametrize(
+    ("votes", "k", "expected"),
+    [
+        ([("7", 1.0)], 1, 1.0),
+        ([("7", 1.0), ("8", 0.0)], 1, 0.5),
+        ([("7", 1.0), ("8", 0.0)], 2, 0.5),  # a tie, broken by a coin
+        ([("7", 1.0), ("7", 1.0), ("8", 0.0)], 3, 1.0),
+        ([("7", 1.0), ("7", 1.0), ("8", 0.0)], 2, 2 / 3),  # 77 wins; 78 twice is a tie
+        ([("7", 1.0), ("8", 0.0), ("8", 0.0)], 3, 0.0),
+        ([("7", 1.0), ("8", 0.0), ("9", 0.0)], 3, 1 / 3),
+        ([("7", 1.0), ("7", 0.0)], 2, 0.5),  # one answer scored twice over
+    ],
+)
+def test_maj_at_k_by_hand(votes, k, expected):
+    assert maj_at_k(votes, k) == pytest.approx(expected)
+
+
+def brute_force(votes, k):
+    scores = {answer: [score for a, score in votes if a == answer] for answer, _ in votes}
+    means = {answer: sum(own) / len(own) for answer, own in scores.items()}
+    values = []
+    for subset in combinations([answer for answer, _ in votes], k):
+        counts = Counter(subset)
+        leaders = [answer for answer, count in counts.items() if count == max(counts.values())]
+        values.append(sum(means[answer] for answer in leaders) / len(leaders))
+    return sum(values) / len(values)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=8), st.data())
+def test_maj_at_k_is_the_mean_over_all_subsets(votes, data):
+    k = data.draw(st.integers(1, len(votes)))
+    assert maj_at_k(votes, k) == pytest.approx(brute_force(votes, k))
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 1)), min_size=1, max_size=12))
+def test_the_majority_of_one_is_the_mean_score(votes):
+    assert maj_at_k(votes, 1) == pytest.approx(sum(score for _, score in votes) / len(votes))
+
+
+def test_many_votes_stay_exact():
+    votes = [("right", 1.0)] * 33 + [("wrong", 0.0)] * 31
+    # Of 64 drawn all count: the majority is right. Of 63, 33:30 or 32:31, right both times.
+    assert maj_at_k(votes, 64) == 1.0
+    assert maj_at_k(votes, 63) == 1.0
+    assert maj_at_k(votes, 1) == 33 / 64
+    assert maj_at_k([("right", 1.0)] * 60 + [("wrong", 0.0)] * 60, 60) == pytest.approx(0.5)
+
+
+def test_the_interval_by_hand():
+    # mean 0.5; s² = 4 × 0.25 / 3; standard error √(1/12) = 0.288675
+    found = estimate([0.0, 1.0, 0.0, 1.0])
+    assert found.mean == 0.5
+    assert (found.low, found.high) == pytest.approx((0.5 - 1.959964 * math.sqrt(1 / 12), 0.5 + 1.959964 * math.sqrt(1 / 12)))
+
+
+def test_the_interval_at_its_edges():
+    assert estimate([0.75]) == Estimate(mean=0.75, low=None, high=None)
+    assert estimate([1.0, 1.0]) == Estimate(mean=1.0, low=1.0, high=1.0)
+
+
+def test_the_interval_covers_what_it_says():
+    """200 evaluations of 100 prompts with 4 responses each: the true mean of 0.5 lies inside in about 95% of them."""
+    import random
+
+    source = random.Random(0)
+    covered = 0
+    for _ in range(200):
+        easiness = [source.random() for _ in range(100)]  # clusters: responses to one prompt share its easiness
+        found = estimate([sum(source.random() < p for _ in range(4)) / 4 for p in easiness])
+        covered += found.low <= 0.5 <= found.high
+    assert 0.91 <= covered / 200 <= 0.99

@@ -1,0 +1,144 @@
+import json
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from asyncrl.reward import verify
+from asyncrl.reward.frames import Sample
+from asyncrl.reward.pool import RewardPool
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+def score(function, response, truth, **arguments):
+    return function("test", response, truth, None, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("response", "truth", "right", "answer"),
+    [
+        ("so\n#### 1,172", "1172", 1.0, "1172"),
+        ("5 + 7 = 12\n#### 12", "a * b = <<3*4=12>>12\n#### 12", 1.0, "12"),  # GSM8K's own answer
+        ("3 apples.\n#### 72 apples", 72, 1.0, "72"),
+        ("#### $1,172.50", "1172.5", 1.0, "2345/2"),
+        ("#### -3", "-3", 1.0, "-3"),
+        ("#### 71", "72", 0.0, "71"),
+        ("the answer is 72.", "72", 1.0, "72"),
+        ("no idea", "72", 0.0, None),
+    ],
+)
+def test_gsm8k(response, truth, right, answer):
+    pytest.importorskip("math_verify")
+    assert score(verify.gsm8k, response, truth) == {"score": right, "pred": answer}
+
+
+@pytest.mark.parametrize(
+    ("response", "truth", "right", "answer"),
+    [
+        (r"thus $\boxed{\frac12}$.", "0.5", 1.0, "1/2"),
+        (r"\boxed{x^2 + 2x + 1}", "(x+1)^2", 1.0, "x^2+2x+1"),
+        (r"\boxed{4}, no: \boxed{3}", "3", 1.0, "3"),
+        (r"\boxed{3}, no: \boxed{4}", "3", 0.0, "4"),
+        (r"$(1,2)$", r"we see $\boxed{(1, 2)}$ at once", 1.0, "(1,2)"),
+        (r"The answer is $\frac{1}{3}$.", r"$\frac{1}{3}$", 1.0, "1/3"),
+        (r"\boxed{\text{west}}", r"\text{east}", 0.0, r"\text{west}"),
+        ("nothing here", "3", 0.0, None),
+    ],
+)
+def test_math(response, truth, right, answer):
+    pytest.importorskip("math_verify")
+    assert score(verify.math, response, truth) == {"score": right, "pred": answer}
+
+
+def test_a_ground_truth_that_cannot_be_read_is_no_wrong_answer():
+    pytest.importorskip("math_verify")
+    with pytest.raises(ValueError, match="holds no mathematical expression"):
+        score(verify.math, r"\boxed{3}", "")
+
+
+def test_it_needs_no_main_thread():
+    pytest.importorskip("math_verify")
+    results = []
+    thread = threading.Thread(target=lambda: results.append(score(verify.math, r"\boxed{\frac{1}{2}}", "0.5")))
+    thread.start()
+    thread.join(20)
+    assert results == [{"score": 1.0, "pred": "1/2"}]
+
+
+def test_an_answer_that_never_ends_costs_its_own_sample_only():
+    pytest.importorskip("math_verify")
+    endless, easy = (Sample("m", text, '"3"', "null") for text in (r"\boxed{9^{9^{9^{9}}}}", r"\boxed{3}"))
+    with RewardPool[int]("asyncrl.reward.verify:math", deadline_s=0.5) as pool:
+        verdicts = pool.map([endless, easy])
+    assert [(verdict.status, verdict.reward) for verdict in verdicts] == [("timeout", None), ("ok", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "fix"),
+    [
+        ("math_verify", "gsm8k", "pip install 'asyncrl[math]'"),
+        ("math_verify", "math", "pip install 'asyncrl[math]'"),
+        ("jsonschema", "json_schema", "pip install jsonschema"),
+    ],
+)
+def test_a_missing_library_is_known_before_the_first_sample(module, function, fix):
+    program = f"""
+import sys
+sys.modules[{module!r}] = None
+from asyncrl.errors import ConfigError
+from asyncrl.reward.functions import load_judge
+load_judge("asyncrl.reward.verify:exact_match")
+try:
+    load_judge("asyncrl.reward.verify:{function}")
+except ConfigError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert fix in done.stdout
+
+
+def test_exact_match():
+    assert score(verify.exact_match, " Paris\n", "Paris") == {"score": 1.0, "pred": "Paris"}
+    assert score(verify.exact_match, "paris", "Paris")["score"] == 0.0
+    assert score(verify.exact_match, "paris", "Paris", ignore_case=True) == {"score": 1.0, "pred": "paris"}
+    assert score(verify.exact_match, "12", 12)["score"] == 1.0
+    assert score(verify.exact_match, "b", ["a", "b"])["score"] == 1.0
+
+
+def test_regex():
+    assert score(verify.regex, "<think>\nhm\n</think> 4", "^<think>.*</think>") == {"score": 1.0}
+    assert score(verify.regex, "4", "^<think>") == {"score": 0.0}
+    assert score(verify.regex, "4", "ignored", pattern=r"^\d$") == {"score": 1.0}
+
+
+def test_regex_answer():
+    pattern = r"Answer: ?(\w+)"
+    assert score(verify.regex_answer, "Answer: 3. No, Answer: 4", 4, pattern=pattern) == {"score": 1.0, "pred": "4"}
+    assert score(verify.regex_answer, "Answer: 3", "4", pattern=pattern) == {"score": 0.0, "pred": "3"}
+    assert score(verify.regex_answer, "4", "4", pattern=pattern) == {"score": 0.0, "pred": None}
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ('{"a": 3}', 1.0),
+        ('{"a": "3"}', 0.0),
+        ("{}", 0.0),
+        ("a = 3", 0.0),
+        ('```json\n{"a": "x"}\n```\nbetter:\n```json\n{"a": 1}\n```', 1.0),
+        ("[" * 100_000, 0.0),
+    ],
+)
+def test_json_schema(response, right):
+    pytest.importorskip("jsonschema")
+    assert score(verify.json_schema, response, SCHEMA)["score"] == right
+    assert score(verify.json_schema, response, json.dumps(SCHEMA))["score"] == right
+    assert verify.json_schema("test", response, None, {"schema": SCHEMA})["score"] == right
+
+
+def test_a_wrong_schema_is_no_wrong_answer():
+    jsonschema = pytest.importorskip("jsonschema")
+    with pytest.raises(jsonschema.SchemaError):
+        score(verify.json_schema, "{}", {"type": "objekt"})
