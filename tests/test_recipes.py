@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from asyncrl import launch
+from asyncrl.callables import load_callable
+from asyncrl.cli import main
 from asyncrl.jobs.specs import load_specs
 from asyncrl.paths import resolve_paths
 from asyncrl.rundir import RunDir
@@ -37,6 +40,29 @@ def test_arithmetic_problems_are_distinct_and_seeded(arithmetic):
 
 def test_arithmetic_reward_is_exact(arithmetic):
     assert [arithmetic.compute_score("addition", text, "750") for text in ("750", "75", "7500", "")] == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_own_loss_by_hand():
+    my_loss = load_callable(f"{ROOT / 'recipes' / 'own_loss.py'}:my_loss")
+    logp_t = torch.tensor([1.0, 1.5, 1.5, 1.2, 0.5]).log().requires_grad_()
+    advantages_t = torch.tensor([2.0, 1.0, -1.0, 3.0, 0.0])
+    loss_t, figures = my_loss(logp_t, torch.zeros(5), advantages_t, torch.zeros(5, dtype=torch.long))
+    # |A|/0.4·(r − 1)² − r·A: the penalty is 0.25/0.4 = 0.625 at r = 1.5, and 3·0.04/0.4 = 0.3 at r = 1.2
+    torch.testing.assert_close(loss_t.detach(), torch.tensor([-2.0, 0.625 - 1.5, 0.625 + 1.5, 0.3 - 3.6, 0.0]))
+    loss_t.sum().backward()
+    # r·(|A|/0.2·(r − 1) − A): as policy gradient at r = 1; draws back from 1.5; nothing at r = 1 + ε, where A > 0
+    torch.testing.assert_close(logp_t.grad, torch.tensor([-2.0, 2.25, 5.25, 0.0, 0.0]), rtol=0, atol=1e-5)
+    assert figures["outside"].tolist()[:3] == [False, True, True]
+    assert figures["outside"][4]
+
+
+def test_own_loss_dry_run(tmp_path, capsys):
+    assert main(["run", str(ROOT / "recipes" / "own_loss.py"), "--runs-dir", str(tmp_path), "--dry-run"]) == 0
+    assert "own_loss" in capsys.readouterr().out
+    recipe, _ = load_specs(ROOT / "recipes" / "own_loss.py", None, [])
+    resolved = resolve_paths(recipe, RunDir(tmp_path / "own_loss"), ROOT / "recipes")
+    assert resolved.algorithm.policy_loss == f"{ROOT / 'recipes' / 'own_loss.py'}:my_loss"
+    assert resolved.prepare == f"{ROOT / 'recipes' / 'arithmetic.py'}:prepare"
 
 
 @pytest.mark.ray

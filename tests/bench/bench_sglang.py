@@ -288,6 +288,9 @@ def death(model: ModelSpec, folder: Path, weights: Tensors) -> None:
     with running(model, folder, weights) as engine:
         load = Load(engine, rows=32)
         load.until(64)
+        begun = engine.gauges()["tokens"]
+        while engine.gauges()["tokens"] < begun + 32 * 128:  # in the middle of their answers
+            threading.Event().wait(0.02)
         scheduler = [pid for pid in engine.pids() if Path(f"/proc/{pid}/comm").read_text().startswith("sglang::schedul")]
         os.kill(scheduler[0], signal.SIGKILL)
         ended = load.rollouts
