@@ -203,8 +203,10 @@ def test_a_run_leaves_a_whole_run_directory(finished: RunDir) -> None:
     }
     assert steps(finished) == [1, 2, 3, 4, 5, 6]
     evaluated = [line["step"] for line in metrics(finished, "eval")]
-    # One in between is given up where the updates come faster than a generator can stay at its version.
-    assert evaluated in ([0, 3, 6], [0, 6])
+    # One in between is taken at a later version, or given up, where updates come faster than a generator can take each.
+    assert (evaluated[0], evaluated[-1]) == (0, 6)
+    assert all(3 <= step < 6 for step in evaluated[1:-1])
+    assert len(evaluated) <= 3
     assert [folder.name for folder in finished.steps()] == ["step_000003", "step_000006"]
     assert list(finished.tensorboard.glob("events.out.tfevents.*"))
     assert shared_files(finished) == []

@@ -40,7 +40,7 @@ def sglang_engine(
     max_length = min(spec.max_length, positions or spec.max_length)
     transfer = _transfer(spec.sglang, host=host, gpus=place.gpus)
     where: list[Launch | str] = list(spec.sglang.urls) or [
-        launch(spec, model, index=index, max_length=max_length, threads=place.threads, log=logs / f"{name}.sglang-{index}.log")
+        launch(spec, model, place, index=index, max_length=max_length, log=logs / f"{name}.sglang-{index}.log")
         for index in range(spec.sglang.servers)
     ]
     settings = Settings(
@@ -55,7 +55,7 @@ def sglang_engine(
     return SGLangEngine(servers, max_length=max_length, vocabulary=vocabulary, settings=settings)
 
 
-def launch(spec: EngineSpec, model: ModelSpec, *, index: int, max_length: int, threads: int, log: Path) -> Launch:
+def launch(spec: EngineSpec, model: ModelSpec, place: PlaceSpec, *, index: int, max_length: int, log: Path) -> Launch:
     """How to start server number `index` of a generator. `sglang.args` come last, so they win over what asyncrl sets."""
     sglang = spec.sglang
     if own := {"port", "host", "model-path"} & {_name(name) for name in sglang.args}:
@@ -71,7 +71,6 @@ def launch(spec: EngineSpec, model: ModelSpec, *, index: int, max_length: int, t
         "context-length": max_length + HEADROOM,
         "max-running-requests": spec.slots,
         "tensor-parallel-size": sglang.tp_size,
-        "base-gpu-id": index * sglang.tp_size,
         "skip-tokenizer-init": True,  # token ids in, token ids out
         "incremental-streaming-output": True,
         "disable-radix-cache": not sglang.prefix_cache,
@@ -79,6 +78,8 @@ def launch(spec: EngineSpec, model: ModelSpec, *, index: int, max_length: int, t
         "disable-overlap-schedule": spec.update_mode == "keep_kv",
         "log-level": "warning",
     }
+    if place.gpus:  # on a CPU, SGLang takes it for a NUMA node
+        arguments["base-gpu-id"] = index * sglang.tp_size
     if sglang.mem_fraction is not None:
         arguments["mem-fraction-static"] = sglang.mem_fraction
     flags: list[str] = []
@@ -86,7 +87,7 @@ def launch(spec: EngineSpec, model: ModelSpec, *, index: int, max_length: int, t
         if value is not False:
             flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     # More threads than cores to themselves wait for each other in spin loops; and HEADROOM may pass the model's positions.
-    env = {"OMP_NUM_THREADS": str(threads), "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1", **sglang.env}
+    env = {"OMP_NUM_THREADS": str(place.threads), "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1", **sglang.env}
     return Launch((*sglang.command, *flags), env, log)
 
 

@@ -30,9 +30,12 @@ def flags(command: tuple[str, ...]) -> dict[str, str | bool]:
     return found
 
 
-def launched(index: int = 0, max_length: int = 512, threads: int = 1, mode: Any = "in_flight", **sglang: Any) -> Launch:
+def launched(
+    index: int = 0, max_length: int = 512, threads: int = 1, gpus: float = 0, mode: Any = "in_flight", **sglang: Any
+) -> Launch:
+    place = PlaceSpec(threads=threads, gpus=gpus)
     spec = EngineSpec(kind="sglang", slots=48, update_mode=mode, sglang=SGLangSpec(**sglang))
-    return launch(spec, MODEL, index=index, max_length=max_length, threads=threads, log=Path("log"))
+    return launch(spec, MODEL, place, index=index, max_length=max_length, log=Path("log"))
 
 
 def test_a_server_is_started_with_what_asyncrl_relies_on() -> None:
@@ -46,7 +49,6 @@ def test_a_server_is_started_with_what_asyncrl_relies_on() -> None:
         "--context-length": "528",  # 512, and 16 that SGLang keeps for itself
         "--max-running-requests": "48",
         "--tensor-parallel-size": "1",
-        "--base-gpu-id": "0",
         "--skip-tokenizer-init": True,
         "--incremental-streaming-output": True,
         "--disable-radix-cache": True,
@@ -56,7 +58,8 @@ def test_a_server_is_started_with_what_asyncrl_relies_on() -> None:
 
 
 def test_servers_of_one_generator_take_gpus_one_after_the_other() -> None:
-    assert [flags(launched(index, tp_size=2).command)["--base-gpu-id"] for index in range(3)] == ["0", "2", "4"]
+    assert [flags(launched(index, gpus=6, tp_size=2).command)["--base-gpu-id"] for index in range(3)] == ["0", "2", "4"]
+    assert "--base-gpu-id" not in flags(launched(1).command)  # on a CPU, it would be a NUMA node
     assert flags(launched(tp_size=2).command)["--tensor-parallel-size"] == "2"
 
 

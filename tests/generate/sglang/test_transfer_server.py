@@ -5,8 +5,8 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,15 @@ def stage() -> Iterator[Stage]:
 
 
 PROMPT = list(range(5, 25))
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[Client]:
+    client = Client(url)
+    try:
+        yield client
+    finally:
+        await client.close()
 
 
 def changed(model: PreTrainedModel, seed: int) -> PreTrainedModel:
@@ -70,7 +79,7 @@ def test_a_server_generates_from_the_weights_it_was_sent(
     async def run() -> None:
         model = AutoModelForCausalLM.from_pretrained(sglang_model).eval()
         transfer = of_kind(kind)
-        async with Client(sglang_server) as client:
+        async with connected(sglang_server) as client:
             post = functools.partial(client.post, deadline_s=WAIT_S)
             await transfer.open(post)
             for version in (ONE, TWO):
@@ -90,7 +99,7 @@ def test_twenty_updates_leave_nothing_behind(sglang_server: str, sglang_model: P
     async def run() -> None:
         model = AutoModelForCausalLM.from_pretrained(sglang_model).eval()
         transfer = of_kind(kind, bucket_bytes=1 << 20)
-        async with Client(sglang_server) as client:
+        async with connected(sglang_server) as client:
             post = functools.partial(client.post, deadline_s=WAIT_S)
             await transfer.open(post)
             open_files = 0
@@ -115,7 +124,7 @@ def test_bfloat16_is_served_and_after_a_kill_during_a_send_the_next_server_takes
         model = changed(AutoModelForCausalLM.from_pretrained(sglang_model, dtype=torch.bfloat16).eval(), 1)
         stage.put(ONE, named_weights(model))
         transfers = [of_kind("shared"), of_kind("distributed")]
-        async with Client(url) as client:
+        async with connected(url) as client:
             post = functools.partial(client.post, deadline_s=WAIT_S)
             for transfer in transfers:
                 await transfer.open(post)
@@ -147,7 +156,7 @@ def test_bfloat16_is_served_and_after_a_kill_during_a_send_the_next_server_takes
 
     async def next_server() -> None:
         model = changed(AutoModelForCausalLM.from_pretrained(sglang_model, dtype=torch.bfloat16).eval(), 1)
-        async with Client(sglang_server) as client:
+        async with connected(sglang_server) as client:
             post = functools.partial(client.post, deadline_s=WAIT_S)
             await of_kind("shared").send(post, stage)
             largest, _, label = await gap(post, model.float())
