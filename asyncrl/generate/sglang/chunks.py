@@ -6,12 +6,14 @@ swap or the death of a server costs no token that was reported and whose version
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 from msgspec import Struct
 
 from asyncrl.errors import Unavailable
 from asyncrl.types import FinishReason, Generation, GenerationRequest, Span, Version
+
+T = TypeVar("T")
 
 
 class Labelled(Struct, frozen=True):
@@ -30,7 +32,7 @@ class Finish(Struct, frozen=True):
 
 
 class Meta(Struct, frozen=True):
-    """completion_tokens: of the segment so far. The lists hold all of them or only the newest: their tails are what counts.
+    """completion_tokens: of the segment so far. The lists hold all of them (and maybe later ones), or only the newest.
 
     output_token_logprobs: (nats after temperature but before top-p and top-k, token id, …) per token;
     output_token_sampling_logprobs: nats of the distribution sampled from; only if asked for.
@@ -107,10 +109,11 @@ class Row:
         meta = chunk.meta_info
         new = self._base + meta.completion_tokens - len(self.token_ids)
         if new:
-            news = meta.output_token_logprobs[-new:]
-            sampled = meta.output_token_sampling_logprobs[-new:] if self.cut else []
+            have = len(self.token_ids) - self._base
+            news = _news(meta.output_token_logprobs, have, new)
+            sampled = _news(meta.output_token_sampling_logprobs, have, new) if self.cut else []
             ids = [value[1] for value in news]
-            if new < 0 or chunk.output_ids[-new:] != ids or len(ids) != new or (self.cut and len(sampled) != new):
+            if new < 0 or _news(chunk.output_ids, have, new) != ids or len(ids) != new or (self.cut and len(sampled) != new):
                 raise Unavailable(
                     f"request {self.request.id}: the server reports {new} new tokens, with ids {chunk.output_ids[:8]}…, "
                     f"logprobs {news[:3]}… and sampling logprobs {sampled[:3]}…, which don't agree; use SGLang 0.5.20"
@@ -195,6 +198,14 @@ class Row:
             spans=tuple(self._spans),
             finish_reason=reason,
         )
+
+
+def _news(values: list[T], have: int, new: int) -> list[T]:
+    """The `new` values after the first `have`, of a list that holds only these, or all of the segment.
+
+    One that holds all may run ahead of the count: without incremental streaming, SGLang goes on filling it until it is sent.
+    """
+    return values if len(values) <= new else values[have : have + new]
 
 
 def parse_label(label: str) -> Version | None:

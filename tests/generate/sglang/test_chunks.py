@@ -364,3 +364,24 @@ def test_whatever_happens_the_answer_is_the_same(
 )
 def test_a_label_names_a_version_or_none(label: str, version: Version | None) -> None:
     assert parse_label(label) == version
+
+
+def test_a_cumulative_chunk_that_runs_ahead_of_its_count_is_cut_to_it() -> None:
+    """Without incremental streaming, SGLang appends to the lists of a chunk until it is sent."""
+    asked = GenerationRequest(
+        id="0/0",
+        group=0,
+        prompt_ids=(5,),
+        sampling=Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=4, stop_token_ids=()),
+        seed=0,
+    )
+    row = Row(asked)
+    row.begin(Version(1, 1))
+    everything = [(-0.1 * token, token, None) for token in (11, 12, 13, 14)]
+    for count, seen in ((1, 2), (2, 4), (4, 4)):
+        finish = Finish(type="length") if count == 4 else None
+        meta = Meta(completion_tokens=count, finish_reason=finish, output_token_logprobs=everything[:seen])
+        row.extend(Chunk(meta_info=meta, output_ids=[11, 12, 13, 14][:seen]))
+        assert row.token_ids == [11, 12, 13, 14][:count]
+    answer = row.generation("length")
+    assert (answer.token_ids, answer.logprobs) == ([11, 12, 13, 14], [value[0] for value in everything])
