@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +28,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in gpu:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def sglang_on_cpu() -> None:
+    """Skips where there is no SGLang for this CPU; fails instead where CI says that there must be."""
+    if shutil.which("sglang-cpu-server") is None:
+        missing = "sglang-cpu-server is not on PATH: run deploy/sglang-cpu/install"
+        (pytest.fail if os.environ.get("ASYNCRL_REQUIRE_SGLANG") else pytest.skip)(missing)
 
 
 @pytest.fixture(scope="session")

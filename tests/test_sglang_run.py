@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 from pathlib import Path
 
@@ -21,14 +20,7 @@ from asyncrl.rundir import RunDir
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOYMENT = ROOT / "deploy" / "local-sglang.yaml"
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(autouse=True)
-def sglang_on_cpu() -> None:
-    if shutil.which("sglang-cpu-server") is None:
-        missing = "sglang-cpu-server is not on PATH: run deploy/sglang-cpu/install"
-        (pytest.fail if os.environ.get("ASYNCRL_REQUIRE_SGLANG") else pytest.skip)(missing)
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("sglang_on_cpu")]
 
 
 def gauges(run_dir: Path, name: str) -> list[float]:

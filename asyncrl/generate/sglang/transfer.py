@@ -80,11 +80,6 @@ class Stage:
             plan[-1].append(slot)
         return plan
 
-    def buckets(self, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        """The weights, bucket by bucket."""
-        for slots in self.plan(bucket_bytes):
-            yield [(slot.name, self.view(slot)) for slot in slots]
-
     def flat(self, slots: Sequence[Slot]) -> torch.Tensor:
         """The bytes of neighbouring tensors, uint8, gaps included."""
         return self._flat[slots[0].offset : slots[-1].offset + slots[-1].nbytes]

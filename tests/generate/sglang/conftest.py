@@ -1,7 +1,6 @@
 """A real SGLang server on CPU (deploy/sglang-cpu), for the whole session, and the tiny random model that it serves."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -50,11 +49,8 @@ def sglang_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def serve_sglang(tmp_path_factory: pytest.TempPathFactory) -> Serve:
+def serve_sglang(sglang_on_cpu: None, tmp_path_factory: pytest.TempPathFactory) -> Serve:
     """serve_sglang(model, *arguments) is a context: (URL, pid of the process group) of a server that is gone at its end."""
-    if shutil.which(COMMAND) is None:
-        missing = f"{COMMAND} is not on PATH: run deploy/sglang-cpu/install"
-        (pytest.fail if os.environ.get("ASYNCRL_REQUIRE_SGLANG") else pytest.skip)(missing)
 
     @contextmanager
     def serve(model: Path, *arguments: str, dtype: str = "float32") -> Iterator[tuple[str, int]]:
