@@ -9,9 +9,8 @@ Deterministic: the same model, rollouts and count give the same bits, on the sam
 import logging
 import math
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -25,11 +24,12 @@ from asyncrl.learn.aggregate import aggregation
 from asyncrl.learn.batch import Batch, make_batch, minibatches
 from asyncrl.learn.batch_metrics import correction_metrics, gap_metrics, rollout_metrics, staleness_metrics
 from asyncrl.learn.estimators import estimator
-from asyncrl.learn.kl import KL_ESTIMATORS, adapted
+from asyncrl.learn.kl_control import KLControl
 from asyncrl.learn.masks import m2po
 from asyncrl.learn.packing import split_into_packs
 from asyncrl.learn.refused import RefusedSteps
 from asyncrl.learn.schedule import learning_rate
+from asyncrl.learn.update import Update
 from asyncrl.models.logprobs import entropy, sampled_logprobs
 from asyncrl.models.packed import Pack, PackedModel, make_pack
 from asyncrl.staleness import Staleness
@@ -82,7 +82,8 @@ class PolicyTrainer:
         self._learner = learner
         self._algorithm = algorithm
         self._bound = bound
-        self.state = {"kl_coef": algorithm.kl_coef} if algorithm.kl_control == "adaptive" else {}
+        self._kl = KLControl(algorithm)
+        self.state = self._kl.state
         self._temperature = temperature
         self._total_steps = total_steps
         self._refused = RefusedSteps(refused_dir, learner.max_refused_steps)
@@ -98,36 +99,35 @@ class PolicyTrainer:
         started = time.perf_counter()
         spec = self._algorithm
         batch = make_batch(rollouts, self._bound, committed, estimator(spec.adv_estimator))
-        run = _Run(batch.to(self.model.device), committed + 1)
+        update = Update(batch.to(self.model.device), committed + 1)
         steps = [
             (members, self._packs(batch, members)) for members in minibatches(batch.groups, self._learner.mini_batch_groups)
         ]
         # A single step's own forward pass is made by the proximal policy: no extra pass is needed.
         several = len(steps) * self._learner.ppo_epochs > 1
-        run.recomputed = (several and objectives.needs_proximal(spec)) or "m2po" in spec.masks or spec.kl_in == "reward"
-        with _timed(run.timings, "timing_s/old_log_prob"):
+        update.recomputed = (several and objectives.needs_proximal(spec)) or "m2po" in spec.masks or spec.kl_in == "reward"
+        with update.timed("timing_s/old_log_prob"):
             packs = [pack for _, minibatch in steps for pack in minibatch]
-            if run.recomputed:
-                self._score(self._policy, packs, run.proximal_n)
+            if update.recomputed:
+                self._score(self._policy, packs, update.proximal_n)
             if self._reference is not None:
-                run.reference_n = self._score(self._reference, packs, torch.empty_like(run.proximal_n))
-        if spec.kl_in == "reward":
-            self._charge_kl(run)
+                update.reference_n = self._score(self._reference, packs, torch.empty_like(update.proximal_n))
+        self._remake_advantages(update)
         for _ in range(self._learner.ppo_epochs):
             for members, minibatch in steps:
-                self._step(run, members, minibatch)
-        run.timings["timing_s/update"] = time.perf_counter() - started
+                self._step(update, members, minibatch)
+        update.timings["timing_s/update"] = time.perf_counter() - started
         return {
             **rollout_metrics(rollouts),
             **staleness_metrics(rollouts, batch),
-            **gap_metrics(batch, run.proximal_n.cpu()),
-            **correction_metrics(batch.lag_n, run.weights_n.cpu(), run.capped_n.cpu(), run.masked_n.cpu()),
-            **objectives.metrics(run.sums, run.accepted),
-            **self._control_kl(run, len(rollouts)),
+            **gap_metrics(batch, update.proximal_n.cpu()),
+            **correction_metrics(batch.lag_n, update.weights_n.cpu(), update.capped_n.cpu(), update.masked_n.cpu()),
+            **objectives.metrics(update.sums, update.accepted),
+            **self._kl.control(update, len(rollouts)),
             "actor/lr": rate,
-            "actor/optimizer_steps": float(run.accepted),
-            "actor/refused_steps": float(run.refused),
-            **run.timings,
+            "actor/optimizer_steps": float(update.accepted),
+            "actor/refused_steps": float(update.refused),
+            **update.timings,
         }
 
     def _packs(self, batch: Batch, members: Sequence[int]) -> list[Pack]:
@@ -145,15 +145,22 @@ class PolicyTrainer:
             out_n[pack.flat_t] = sampled_logprobs(scorer.logits(pack), pack.target_ids_t, self._temperature)
         return out_n
 
-    def _step(self, run: "_Run", members: Sequence[int], packs: Sequence[Pack]) -> None:
+    def _remake_advantages(self, update: Update) -> None:
+        """Makes the advantages anew, of what is known only after scoring: the price of the KL."""
+        spec = self._algorithm
+        if spec.kl_in == "reward":
+            outcomes = update.batch.outcomes._replace(shaping_n=self._kl.price(update))
+            update.set_advantages(estimator(spec.adv_estimator)(outcomes))
+
+    def _step(self, update: Update, members: Sequence[int], packs: Sequence[Pack]) -> None:
         """One optimizer step over a minibatch, or none if anything in it is not finite."""
         cause = ""
-        if not all(run.batch.behaviour_n[pack.flat_t].isfinite().all() for pack in packs):
+        if not all(update.batch.behaviour_n[pack.flat_t].isfinite().all() for pack in packs):
             cause = "a behaviour logprob is not finite"
         else:
-            with _timed(run.timings, "timing_s/forward_backward"):
-                sums = self._backward(run, members, packs)
-            with _timed(run.timings, "timing_s/optimizer"):
+            with update.timed("timing_s/forward_backward"):
+                sums = self._backward(update, members, packs)
+            with update.timed("timing_s/optimizer"):
                 norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._learner.max_grad_norm or math.inf).item()
                 if not math.isfinite(sums["loss"]):
                     cause = f"the loss is {sums['loss']}"
@@ -163,113 +170,54 @@ class PolicyTrainer:
                     self.optimizer.step()
         self.optimizer.zero_grad()
         if cause:
-            run.refused += 1
-            self._refused.refuse(run.batch, members, run.number, cause)
+            update.refused += 1
+            self._refused.refuse(update.batch, members, update.number, cause)
             return
         self._refused.accepted()
-        run.accepted += 1
+        update.accepted += 1
         for name, value in {**sums, "grad_norm": norm}.items():
-            run.sums[name] += value
+            update.sums[name] += value
 
-    def _backward(self, run: "_Run", members: Sequence[int], packs: Sequence[Pack]) -> dict[str, float]:
+    def _backward(self, update: Update, members: Sequence[int], packs: Sequence[Pack]) -> dict[str, float]:
         """Accumulates the minibatch's gradient pack by pack; returns sums over its tokens, the loss among them."""
-        spec, batch = self._algorithm, run.batch
-        coefficient_s = torch.zeros_like(batch.counts_s)
-        coefficient_s[members] = aggregation(spec)(batch.counts_s[members])
-        kept_n = self._keep(run, packs, spec.m2po_bound) if "m2po" in spec.masks else None
+        spec, batch = self._algorithm, update.batch
+        coefficient_s = self._coefficients(update, members)
+        kept_n = self._keep(update, packs, spec.m2po_bound) if "m2po" in spec.masks else None
         totals: dict[str, torch.Tensor] = {}
         for pack in packs:
             logits_tv = self._policy.logits(pack)
             logp_t = sampled_logprobs(logits_tv, pack.target_ids_t, self._temperature)
             with nullcontext() if spec.entropy_coef else torch.no_grad():
                 entropy_t = entropy(logits_tv, self._temperature)
-            if not run.recomputed and not run.tried:
-                run.proximal_n[pack.flat_t] = logp_t.detach()
+            if not update.recomputed and not update.tried:
+                update.proximal_n[pack.flat_t] = logp_t.detach()
             columns = objectives.Columns(
                 coefficients_t=coefficient_s[batch.sequence_n[pack.flat_t]],
                 advantages_t=batch.advantages_n[pack.flat_t],
                 behaviour_t=batch.behaviour_n[pack.flat_t],
-                proximal_t=run.proximal_n[pack.flat_t],
+                proximal_t=update.proximal_n[pack.flat_t],
                 sequence_t=batch.sequence_n[pack.flat_t],
                 lag_t=batch.lag_n[pack.flat_t],
-                reference_t=None if run.reference_n is None or spec.kl_in == "reward" else run.reference_n[pack.flat_t],
+                reference_t=None if update.reference_n is None or spec.kl_in == "reward" else update.reference_n[pack.flat_t],
                 kept_t=None if kept_n is None else kept_n[pack.flat_t],
             )
-            loss, sums, counted = objectives.objective(spec, columns, logp_t, entropy_t, self.state.get("kl_coef"))
+            loss, sums, counted = objectives.objective(spec, columns, logp_t, entropy_t, self._kl.coef)
             loss.backward()
-            run.remember(pack, counted)
+            update.remember(pack, counted)
             for name, value in {**sums, "loss": loss.detach()}.items():
                 totals[name] = totals.get(name, 0.0) + value.double()
         return {name: value.item() for name, value in totals.items()}
 
+    def _coefficients(self, update: Update, members: Sequence[int]) -> torch.Tensor:
+        """What a token of each sequence weighs in this minibatch's loss [S]; 0 for sequences of other minibatches."""
+        coefficient_s = torch.zeros_like(update.batch.counts_s)
+        coefficient_s[members] = aggregation(self._algorithm)(update.batch.counts_s[members])
+        return coefficient_s
+
     @staticmethod
-    def _keep(run: "_Run", packs: Sequence[Pack], bound: float) -> torch.Tensor:
+    def _keep(update: Update, packs: Sequence[Pack], bound: float) -> torch.Tensor:
         """What m2po leaves of a minibatch [N] bool; False outside of it."""
         flat_m = torch.cat([pack.flat_t for pack in packs])
-        kept_n = torch.zeros_like(run.masked_n)
-        kept_n[flat_m] = m2po(run.proximal_n[flat_m] - run.batch.behaviour_n[flat_m], bound)
+        kept_n = torch.zeros_like(update.masked_n)
+        kept_n[flat_m] = m2po(update.proximal_n[flat_m] - update.batch.behaviour_n[flat_m], bound)
         return kept_n
-
-    def _kl(self, run: "_Run") -> torch.Tensor:
-        """KL per token [N] of the proximal policy to the reference, by the recipe's estimator; NaN where not known."""
-        assert run.reference_n is not None, "asked for a KL without a reference"
-        return KL_ESTIMATORS[self._algorithm.kl_estimator](run.proximal_n, run.reference_n)
-
-    def _charge_kl(self, run: "_Run") -> None:
-        """Takes β·KL off what each trained token earned, and makes the advantages anew (Ziegler et al. 2019; verl)."""
-        coef = self.state.get("kl_coef", self._algorithm.kl_coef)
-        outcomes = run.batch.outcomes._replace(shaping_n=-coef * self._kl(run).cpu().double())
-        advantages_n = estimator(self._algorithm.adv_estimator)(outcomes).float()
-        run.batch = run.batch._replace(advantages_n=advantages_n.to(self.model.device))
-
-    def _control_kl(self, run: "_Run", rollouts: int) -> dict[str, float]:
-        """Moves the coefficient, where it adapts, by this batch's KL; figures of both, under verl's names."""
-        if run.reference_n is None:
-            return {}
-        spec, figures = self._algorithm, {}
-        coef = self.state.get("kl_coef", spec.kl_coef)
-        kl_n = self._kl(run)
-        kl = float(kl_n[kl_n.isfinite()].mean()) if kl_n.isfinite().any() else None
-        if spec.kl_in == "reward" and kl is not None:
-            figures["actor/reward_kl_penalty"] = kl
-        if self.state and kl is not None:
-            self.state["kl_coef"] = adapted(coef, kl, target=spec.kl_target, horizon=spec.kl_horizon, rollouts=rollouts)
-        return {**figures, "actor/reward_kl_penalty_coeff" if spec.kl_in == "reward" else "actor/kl_coef": coef}
-
-
-class _Run:
-    """One update in progress. proximal_n [N]: NaN until computed; recomputed: by a pass of its own, before the first step.
-
-    weights_n, capped_n, masked_n [N]: the correction of each token, when it was last trained; weights NaN before.
-    """
-
-    def __init__(self, batch: Batch, number: int) -> None:
-        self.batch = batch
-        self.number = number
-        self.recomputed = False
-        self.proximal_n = torch.full_like(batch.behaviour_n, math.nan)
-        self.reference_n: torch.Tensor | None = None
-        self.weights_n = torch.full_like(batch.behaviour_n, math.nan)
-        self.capped_n = torch.zeros_like(batch.behaviour_n, dtype=torch.bool)
-        self.masked_n = torch.zeros_like(batch.behaviour_n, dtype=torch.bool)
-        self.sums: dict[str, float] = defaultdict(float)
-        self.timings: dict[str, float] = defaultdict(float)
-        self.accepted = 0
-        self.refused = 0
-
-    @property
-    def tried(self) -> int:
-        """Optimizer steps so far, refused ones among them."""
-        return self.accepted + self.refused
-
-    def remember(self, pack: Pack, counted: objectives.TokenWeights) -> None:
-        self.weights_n[pack.flat_t] = counted.weights_t
-        self.capped_n[pack.flat_t] = counted.capped_t
-        self.masked_n[pack.flat_t] = counted.masked_t
-
-
-@contextmanager
-def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    timings[name] += time.perf_counter() - started
