@@ -11,7 +11,7 @@ from asyncrl.spec import Spec, require
 BuiltinEstimator = Literal[
     "grpo", "grpo_no_std", "dr_grpo", "rloo", "opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"
 ]
-BuiltinLoss = Literal["ppo", "gspo", "gmpo", "cispo", "dppo_tv", "dppo_kl", "sapo", "pg"]
+BuiltinLoss = Literal["ppo", "gspo", "gmpo", "cispo", "dppo_tv", "dppo_kl", "sapo", "pg", "dpo", "kto"]
 CorrectionName = Literal["decoupled", "decoupled_loglinear", "tis", "tis_sequence", "none"]
 MaskName = Literal["icepop", "geometric", "m2po"]
 AggregationName = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
@@ -19,6 +19,7 @@ AggregationName = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-me
 ESTIMATOR_NAMES: tuple[str, ...] = get_args(BuiltinEstimator)
 LOSS_NAMES: tuple[str, ...] = get_args(BuiltinLoss)
 UNGROUPED = ("reinforce_plus_plus",)  # the only one that learns from a group of one
+PREFERENCE_LOSSES = ("dpo", "kto")
 
 
 class AlgorithmSpec(Spec, frozen=True, kw_only=True):
@@ -36,9 +37,14 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     a price on the `reward` (of the tokens that are trained). kl_control `adaptive` moves the coefficient so that the KL per
     token nears kl_target; kl_horizon: rollouts over which it changes by 20 % at most.
     loss_scale_factor: tokens that seq-mean-token-sum-norm divides by; usually sampling.max_response_length.
+    policy_loss `dpo` or `kto` learns from how rewards rank a group's rollouts, against the reference, which they load whatever
+    kl_coef is. preference_beta: β of the implied reward β·log(π/π_ref). dpo_pairs: best against worst of a group, or all of
+    different rewards. kto_*_weight: λ. They take no estimator, correction or mask; loss_agg is for KL and entropy only.
+    reward_normalization: to mean 0 and standard deviation 1, of the `batch`, or of all rollouts trained so far (`running`).
     """
 
     adv_estimator: str = "grpo"
+    reward_normalization: Literal["none", "batch", "running"] = "none"
     policy_loss: str = "ppo"
     ratio_to: Literal["proximal", "behaviour"] = "proximal"
     correction: CorrectionName = "decoupled"
@@ -62,6 +68,10 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     entropy_coef: float = 0.0
     loss_agg: AggregationName = "token-mean"
     loss_scale_factor: int | None = None
+    preference_beta: float = 0.1
+    dpo_pairs: Literal["best_worst", "all"] = "best_worst"
+    kto_desirable_weight: float = 1.0
+    kto_undesirable_weight: float = 1.0
 
     def __post_init__(self) -> None:
         _known("adv_estimator", self.adv_estimator, ESTIMATOR_NAMES)
@@ -70,6 +80,19 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
         _check_masks(self)
         _check_kl(self)
         _check_aggregation(self)
+        _check_preferences(self)
+
+    @property
+    def learns_preferences(self) -> bool:
+        return self.policy_loss in PREFERENCE_LOSSES
+
+    @property
+    def kl_in_loss(self) -> bool:
+        return self.kl_coef > 0 and self.kl_in == "loss"
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_coef > 0 or self.learns_preferences
 
     @property
     def clip_high(self) -> float:
@@ -149,3 +172,27 @@ def _check_aggregation(spec: AlgorithmSpec) -> None:
         "use loss_agg='seq-mean-token-sum-norm', or null",
     )
     require(scale is None or scale >= 1, f"algorithm.loss_scale_factor={scale} < 1: use the longest response in tokens, >= 1")
+
+
+def _check_preferences(spec: AlgorithmSpec) -> None:
+    for field in ("preference_beta", "kto_desirable_weight", "kto_undesirable_weight"):
+        value = getattr(spec, field)
+        require(value > 0, f"algorithm.{field}={value} <= 0: nothing would be learned from what is preferred; use > 0")
+    loss = spec.policy_loss
+    require(
+        spec.dpo_pairs == "best_worst" or loss == "dpo",
+        f"algorithm.dpo_pairs={spec.dpo_pairs!r} with policy_loss={loss!r}: there are no pairs, it would be ignored; use 'dpo'",
+    )
+    if not spec.learns_preferences:
+        return
+    unused = {"adv_estimator": ("grpo",), "reward_normalization": ("none",), "ratio_to": ("proximal",), "masks": ((),)}
+    unused |= {"correction": ("decoupled", "none"), "kl_in": ("loss",)}
+    if not spec.kl_coef and not spec.entropy_coef:
+        unused["loss_agg"] = ("token-mean",)
+    for field, may_be in unused.items():
+        value = getattr(spec, field)
+        require(
+            value in may_be,
+            f"algorithm.{field}={value!r} with policy_loss={loss!r}: it learns from how rewards rank a group's rollouts, so this "
+            f"would be ignored; leave it at {may_be[0]!r}",
+        )

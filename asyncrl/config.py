@@ -268,6 +268,12 @@ class Recipe(Spec, frozen=True, kw_only=True):
             f"reward.shaping.overlong_buffer={buffer} > sampling.max_response_length={longest}: every answer would be punished "
             "for its length; lower the buffer",
         )
+        loss, n = self.algorithm.policy_loss, self.sampling.n
+        require(
+            n >= 2 or not self.algorithm.learns_preferences,
+            f"sampling.n={n} with algorithm.policy_loss={loss!r}: rollouts are ranked within their group, so nothing would be "
+            "learned; use sampling.n >= 2",
+        )
         self.bound()
 
     def bound(self) -> Staleness:

@@ -269,7 +269,7 @@ def _learner(plan: Plan, store: "ReplayClient") -> Built:
         temperature=recipe.sampling.temperature,
         total_steps=recipe.total_steps,
         refused_dir=plan.paths.logs / "refused",
-        reference=load_model(recipe.model, device) if recipe.algorithm.kl_coef else None,
+        reference=load_model(recipe.model, device) if recipe.algorithm.needs_reference else None,
     )
 
     publishers: list[WeightPublisher] = []

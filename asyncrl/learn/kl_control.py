@@ -8,7 +8,8 @@ from asyncrl.learn.update import Update
 
 
 class KLControl:
-    """Owns the coefficient. state: it, where it adapts, for the checkpoint; overwritten in place by a restore."""
+    """Owns the coefficient. state: it, where it adapts, for the checkpoint; overwritten in place by a restore, and
+    shared with others that keep figures there."""
 
     def __init__(self, spec: AlgorithmSpec) -> None:
         self._spec = spec
@@ -24,9 +25,9 @@ class KLControl:
 
     def control(self, update: Update, rollouts: int) -> dict[str, float]:
         """Moves the coefficient, where it adapts, by this batch's KL; figures of both, under verl's names."""
-        if update.reference_n is None:
-            return {}
         spec, coef = self._spec, self.coef
+        if not spec.kl_coef:
+            return {}
         figures = {"actor/reward_kl_penalty_coeff" if spec.kl_in == "reward" else "actor/kl_coef": coef}
         kl_n = self._kl(update)
         kl_n = kl_n[kl_n.isfinite()]
@@ -35,7 +36,7 @@ class KLControl:
         kl = float(kl_n.mean())
         if spec.kl_in == "reward":
             figures["actor/reward_kl_penalty"] = kl
-        if self.state:
+        if "kl_coef" in self.state:
             self.state["kl_coef"] = adapted(coef, kl, target=spec.kl_target, horizon=spec.kl_horizon, rollouts=rollouts)
         return figures
 

@@ -20,6 +20,7 @@ from asyncrl.algorithm import AlgorithmSpec
 from asyncrl.config import LearnerSpec
 from asyncrl.errors import ConfigError
 from asyncrl.learn import objective as objectives
+from asyncrl.learn import preference_step
 from asyncrl.learn.aggregate import aggregation
 from asyncrl.learn.batch import Batch, make_batch, minibatches
 from asyncrl.learn.batch_metrics import correction_metrics, gap_metrics, rollout_metrics, staleness_metrics
@@ -28,6 +29,7 @@ from asyncrl.learn.kl_control import KLControl
 from asyncrl.learn.masks import m2po
 from asyncrl.learn.packing import split_into_packs
 from asyncrl.learn.refused import RefusedSteps
+from asyncrl.learn.reward_normalization import RewardNormalizer
 from asyncrl.learn.schedule import learning_rate
 from asyncrl.learn.update import Update
 from asyncrl.models.logprobs import entropy, sampled_logprobs
@@ -40,11 +42,11 @@ CPU_PACK_TOKENS = 2048  # beyond it a CPU only loses its caches (measured: 16,38
 
 
 class PolicyTrainer:
-    """Owns the policy, its optimizer and, with kl_coef > 0, a frozen reference (the starting policy, its own copy).
+    """Owns the policy, its optimizer and, where the algorithm needs one, a frozen reference (the starting policy, its own copy).
 
     temperature: of the sampling; logprobs are taken at it. total_steps: updates over which the schedule runs.
     refused_dir: where batches of refused steps are kept. state: figures that go from update to update and belong into a
-    checkpoint: the KL coefficient, where it adapts.
+    checkpoint: the KL coefficient, where it adapts, and running moments of the rewards.
     """
 
     def __init__(
@@ -59,8 +61,9 @@ class PolicyTrainer:
         refused_dir: Path,
         reference: PreTrainedModel | None = None,
     ) -> None:
-        if algorithm.kl_coef and reference is None:
-            raise ConfigError(f"algorithm.kl_coef={algorithm.kl_coef} needs a reference model; load one, or set kl_coef to 0")
+        if algorithm.needs_reference and reference is None:
+            asks = f"policy_loss={algorithm.policy_loss!r}" if algorithm.learns_preferences else f"kl_coef={algorithm.kl_coef}"
+            raise ConfigError(f"algorithm.{asks} needs a reference model; load one, or set policy_loss='ppo' and kl_coef=0")
         if model.dtype != torch.float32:
             log.warning(
                 "model.dtype=%s rounds away every optimizer step below 1/512 of a weight: learner.lr=%g may train nothing; "
@@ -78,12 +81,13 @@ class PolicyTrainer:
             fused=True,
         )
         self._policy = PackedModel(model)
-        self._reference = PackedModel(reference.eval()) if algorithm.kl_coef and reference is not None else None
+        self._reference = PackedModel(reference.eval()) if algorithm.needs_reference and reference is not None else None
         self._learner = learner
         self._algorithm = algorithm
         self._bound = bound
         self._kl = KLControl(algorithm)
         self.state = self._kl.state
+        self._normalizer = RewardNormalizer(algorithm.reward_normalization, self.state)
         self._temperature = temperature
         self._total_steps = total_steps
         self._refused = RefusedSteps(refused_dir, learner.max_refused_steps)
@@ -98,14 +102,15 @@ class PolicyTrainer:
             parameters["lr"] = rate
         started = time.perf_counter()
         spec = self._algorithm
-        batch = make_batch(rollouts, self._bound, committed, estimator(spec.adv_estimator))
+        batch = make_batch(rollouts, self._bound, committed, estimator(spec.adv_estimator), self._normalizer)
         update = Update(batch.to(self.model.device), committed + 1)
         steps = [
             (members, self._packs(batch, members)) for members in minibatches(batch.groups, self._learner.mini_batch_groups)
         ]
         # A single step's own forward pass is made by the proximal policy: no extra pass is needed.
         several = len(steps) * self._learner.ppo_epochs > 1
-        update.recomputed = (several and objectives.needs_proximal(spec)) or "m2po" in spec.masks or spec.kl_in == "reward"
+        beforehand = "m2po" in spec.masks or spec.kl_in == "reward" or spec.learns_preferences
+        update.recomputed = (several and objectives.needs_proximal(spec)) or beforehand
         with update.timed("timing_s/old_log_prob"):
             packs = [pack for _, minibatch in steps for pack in minibatch]
             if update.recomputed:
@@ -123,6 +128,7 @@ class PolicyTrainer:
             **gap_metrics(batch, update.proximal_n.cpu()),
             **correction_metrics(batch.lag_n, update.weights_n.cpu(), update.capped_n.cpu(), update.masked_n.cpu()),
             **objectives.metrics(update.sums, update.accepted),
+            **preference_step.metrics(update.sums),
             **self._kl.control(update, len(rollouts)),
             "actor/lr": rate,
             "actor/optimizer_steps": float(update.accepted),
@@ -180,8 +186,10 @@ class PolicyTrainer:
 
     def _backward(self, update: Update, members: Sequence[int], packs: Sequence[Pack]) -> dict[str, float]:
         """Accumulates the minibatch's gradient pack by pack; returns sums over its tokens, the loss among them."""
-        spec, batch = self._algorithm, update.batch
+        spec = self._algorithm
         coefficient_s = self._coefficients(update, members)
+        preferred = self._prefer(update, members, packs, coefficient_s) if spec.learns_preferences else {}
+        batch = update.batch
         kept_n = self._keep(update, packs, spec.m2po_bound) if "m2po" in spec.masks else None
         totals: dict[str, torch.Tensor] = {}
         for pack in packs:
@@ -198,7 +206,7 @@ class PolicyTrainer:
                 proximal_t=update.proximal_n[pack.flat_t],
                 sequence_t=batch.sequence_n[pack.flat_t],
                 lag_t=batch.lag_n[pack.flat_t],
-                reference_t=None if update.reference_n is None or spec.kl_in == "reward" else update.reference_n[pack.flat_t],
+                reference_t=update.reference_n[pack.flat_t] if update.reference_n is not None and spec.kl_in_loss else None,
                 kept_t=None if kept_n is None else kept_n[pack.flat_t],
             )
             loss, sums, counted = objectives.objective(spec, columns, logp_t, entropy_t, self._kl.coef)
@@ -206,7 +214,14 @@ class PolicyTrainer:
             update.remember(pack, counted)
             for name, value in {**sums, "loss": loss.detach()}.items():
                 totals[name] = totals.get(name, 0.0) + value.double()
-        return {name: value.item() for name, value in totals.items()}
+        return {name: value.item() for name, value in totals.items()} | preferred
+
+    def _prefer(
+        self, update: Update, members: Sequence[int], packs: Sequence[Pack], coefficient_s: torch.Tensor
+    ) -> dict[str, float]:
+        """Turns preferences of the minibatch into advantages. The first step's logprobs are there: the proximal ones."""
+        logp_n = self._score(self._policy, packs, update.proximal_n.clone()) if update.tried else update.proximal_n
+        return preference_step.prefer(self._algorithm, update, members, logp_n, coefficient_s)
 
     def _coefficients(self, update: Update, members: Sequence[int]) -> torch.Tensor:
         """What a token of each sequence weighs in this minibatch's loss [S]; 0 for sequences of other minibatches."""

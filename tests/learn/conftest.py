@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from asyncrl.config import AlgorithmSpec, LearnerSpec
@@ -134,6 +135,17 @@ def make_rollout() -> Callable[..., TrainRollout]:
 @pytest.fixture
 def make_rollouts() -> Callable[..., list[TrainRollout]]:
     return rollouts
+
+
+@pytest.fixture
+def awkward() -> list[TrainRollout]:
+    """Four groups of three with tool tokens inside, a row without a trained token, a group of two and one of one."""
+    found = []
+    for i, r in enumerate(rollouts(oldest=-1)):  # at committed = 2 the first token of each lags by 3 > 2
+        mask = np.ones(len(r.response_ids), dtype=bool)
+        mask[1:-1:2] = False
+        found.append(replace(r, loss_mask=mask if i != 4 else np.zeros_like(mask)))
+    return [r for i, r in enumerate(found) if i not in (2, 10, 11)]
 
 
 @pytest.fixture
