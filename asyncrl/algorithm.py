@@ -185,14 +185,14 @@ def _check_preferences(spec: AlgorithmSpec) -> None:
     )
     if not spec.learns_preferences:
         return
-    unused = {"adv_estimator": ("grpo",), "reward_normalization": ("none",), "ratio_to": ("proximal",), "masks": ((),)}
-    unused |= {"correction": ("decoupled", "none"), "kl_in": ("loss",)}
+    may_be: dict[str, tuple[object, ...]] = {"adv_estimator": ("grpo",), "reward_normalization": ("none",)}
+    may_be |= {"ratio_to": ("proximal",), "correction": ("decoupled", "none"), "masks": ((),), "kl_in": ("loss",)}
     if not spec.kl_coef and not spec.entropy_coef:
-        unused["loss_agg"] = ("token-mean",)
-    for field, may_be in unused.items():
-        value = getattr(spec, field)
+        may_be["loss_agg"] = ("token-mean",)
+    for field, values in may_be.items():
+        found = getattr(spec, field)
         require(
-            value in may_be,
-            f"algorithm.{field}={value!r} with policy_loss={loss!r}: it learns from how rewards rank a group's rollouts, so this "
-            f"would be ignored; leave it at {may_be[0]!r}",
+            found in values,
+            f"algorithm.{field}={found!r} with policy_loss={loss!r}: it learns from how rewards rank a group's rollouts alone, "
+            f"so this would be ignored; leave it at {values[0]!r}",
         )

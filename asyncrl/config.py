@@ -142,7 +142,8 @@ class SamplingSpec(Spec, frozen=True, kw_only=True):
 
     keep: which complete groups are worth training: `all`, `varied` (rewards not all equal), or a user's
     `keep(rewards) -> bool`. min_valid: fewer `ok` rollouts than this and the group is `failed`.
-    max_attempts: how often one prompt may be tried after failures.
+    max_attempts: how often one prompt may be tried after failures. max_empty_batches: the run ends, with a message, when so
+    many times learner.batch_groups groups in a row gave nothing to train on; None: 32 times, and at least 1024 groups.
     """
 
     n: int = 8
@@ -153,6 +154,7 @@ class SamplingSpec(Spec, frozen=True, kw_only=True):
     min_valid: int = 2
     max_attempts: int = 3
     keep: str = "all"
+    max_empty_batches: int | None = None
 
     def __post_init__(self) -> None:
         require(self.n >= 1, f"sampling.n={self.n} < 1: a group needs at least one rollout")
@@ -168,6 +170,11 @@ class SamplingSpec(Spec, frozen=True, kw_only=True):
             f"sampling.min_valid={self.min_valid} is outside [1, n={self.n}]: no group could ever be complete; lower it",
         )
         require(self.max_attempts >= 1, f"sampling.max_attempts={self.max_attempts} < 1: no prompt could be tried")
+        empty = self.max_empty_batches
+        require(
+            empty is None or empty >= 1,
+            f"sampling.max_empty_batches={empty} < 1: the run would end before its first group; use >= 1, or null",
+        )
 
 
 class StalenessSpec(Spec, frozen=True, kw_only=True):

@@ -54,7 +54,10 @@ from asyncrl.errors import ConfigError
         ({"kto_undesirable_weight": -1.0}, r"kto_undesirable_weight=-1\.0 <= 0"),
         ({"dpo_pairs": "all"}, r"dpo_pairs='all' with policy_loss='ppo': there are no pairs"),
         ({"dpo_pairs": "all", "policy_loss": "kto"}, r"dpo_pairs='all' with policy_loss='kto'"),
-        ({"policy_loss": "dpo", "adv_estimator": "rloo"}, r"adv_estimator='rloo' with policy_loss='dpo': .* leave it at 'grpo'"),
+        (
+            {"policy_loss": "dpo", "adv_estimator": "rloo"},
+            r"adv_estimator='rloo' with policy_loss='dpo': .* leave it at 'grpo'",
+        ),
         ({"policy_loss": "dpo", "reward_normalization": "batch"}, r"reward_normalization='batch' with policy_loss='dpo'"),
         ({"policy_loss": "dpo", "correction": "tis"}, r"correction='tis' with policy_loss='dpo': .* leave it at 'decoupled'"),
         ({"policy_loss": "kto", "masks": ("icepop",)}, r"masks=\('icepop',\) with policy_loss='kto'"),

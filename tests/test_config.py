@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from asyncrl.config import (
+    AlgorithmSpec,
     CheckpointSpec,
     DataSpec,
     EvaluationSpec,
@@ -52,6 +53,11 @@ def recipe(**fields: Any) -> Recipe:
         ),
         (lambda: RewardSpec(functions=(RewardTerm(function="m:f"), RewardTerm(function="n.f"))), r"the name 'f' is taken"),
         (lambda: RewardSpec(functions=(RewardTerm(function="m:mean"),)), r"the name 'mean' is taken"),
+        (lambda: SamplingSpec(max_empty_batches=0), r"max_empty_batches=0 < 1: the run would end before its first group"),
+        (
+            lambda: recipe(sampling=SamplingSpec(n=1, min_valid=1), algorithm=AlgorithmSpec(policy_loss="kto")),
+            r"sampling\.n=1 with algorithm\.policy_loss='kto': .* use sampling\.n >= 2",
+        ),
         (lambda: ShapingSpec(overlong_buffer=-1), r"overlong_buffer=-1 < 0 tokens"),
         (lambda: ShapingSpec(length_penalty=-0.1), r"length_penalty=-0\.1 < 0: it is subtracted"),
         (lambda: ShapingSpec(repetition_ngram=0), r"repetition_ngram=0 < 1"),

@@ -126,6 +126,7 @@ def build_store(plan: Plan) -> "ReplayStore":
             min_valid=grouping.min_valid,
             max_attempts=grouping.max_attempts,
             keep=KEEPS.get(grouping.keep) or load_callable(grouping.keep, "sampling.keep"),
+            max_empty_batches=grouping.max_empty_batches,
         ),
         evaluation=evaluation,
         capacity_groups=recipe.staleness.capacity_groups,

@@ -42,7 +42,7 @@ CPU_PACK_TOKENS = 2048  # beyond it a CPU only loses its caches (measured: 16,38
 
 
 class PolicyTrainer:
-    """Owns the policy, its optimizer and, where the algorithm needs one, a frozen reference (the starting policy, its own copy).
+    """Owns the policy, its optimizer and, where the algorithm asks for one, a frozen reference (a copy of the starting policy).
 
     temperature: of the sampling; logprobs are taken at it. total_steps: updates over which the schedule runs.
     refused_dir: where batches of refused steps are kept. state: figures that go from update to update and belong into a
