@@ -34,9 +34,9 @@ def prefer(
     means = {**figures, "objective/kl": ratio_s[members].mean()}
     return {
         "pg_loss": loss.item(),
-        "preference_steps": float(told > 0),
+        "preference_steps": float(bool(figures)),
         "preferences": float(told),
-        **{f"preference/{name}": value.item() for name, value in means.items() if told},
+        **{f"preference/{name}": value.item() for name, value in means.items() if figures},
     }
 
 
@@ -53,7 +53,7 @@ def _loss(spec: AlgorithmSpec, update: Update, members: Sequence[int], h_m: torc
 
 
 def metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Figures of an update under TRL's names, from sums over its accepted steps: means over those that had a preference."""
+    """Figures of an update under TRL's names, from sums over its accepted steps: means over those that had any."""
     steps = sums.get("preference_steps", 0.0)
     if not steps:
         return {}

@@ -33,7 +33,7 @@ def rank_pairs(rewards_s: torch.Tensor, groups_s: torch.Tensor, kind: Literal["b
 
     best_worst: a group's best against its worst; each group that has a pair weighs the same. Several best or worst ones
     share its weight, which is what drawing among them gives on average. all: every two different rewards; each pair weighs
-    the same. A group of equal rewards has no pair.
+    the same. A group of equal rewards has no pair. Compares all with all: S² booleans.
     """
     better_ss = (groups_s[:, None] == groups_s) & (rewards_s[:, None] > rewards_s)
     if kind == "best_worst":

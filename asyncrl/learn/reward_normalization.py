@@ -1,8 +1,8 @@
 """Rewards on one scale, before the estimator: mean 0 and standard deviation 1, of a batch or of all rollouts so far.
 
-For estimators that don't rescale by themselves, above all with a critic, whose targets then stay in range. After `grpo` and
-the REINFORCE++ pair nothing of it is left: they subtract a mean and divide by a standard deviation of their own. `grpo_no_std`,
-`rloo` and `opo` keep the scale, not the shift.
+For estimators that don't rescale by themselves, above all with a critic, whose targets then stay in range. `grpo` and the
+REINFORCE++ pair undo it: they subtract a mean and divide by a standard deviation of their own. `grpo_no_std`, `rloo` and `opo`
+keep the scale, not the shift. With kl_in="reward" the scale is also what the KL is priced against, whatever the estimator.
 """
 
 from typing import Literal

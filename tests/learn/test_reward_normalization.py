@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.reward_normalization import RewardNormalizer, merged
 from asyncrl.rundir import RunDir
 from asyncrl.types import Version
@@ -75,9 +76,7 @@ def test_the_estimator_sees_normalized_rewards_and_the_log_the_real_ones(make_tr
 
 
 def test_running_moments_survive_a_checkpoint_to_the_bit(make_trainer, make_rollouts, tmp_path) -> None:
-    from asyncrl.learn.checkpoint import Checkpoints
-
-    algorithm = {"adv_estimator": "rloo", "reward_normalization": "running", "kl_coef": 0.0}
+    algorithm = {"adv_estimator": "rloo", "reward_normalization": "running"}
     going, resumed = make_trainer(algorithm=algorithm, max_lag=9), make_trainer(algorithm=algorithm, max_lag=9)
     going.update(make_rollouts(seed=1), 0)
     checkpoints = Checkpoints(RunDir(tmp_path / "run"), 1)
