@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from asyncrl.spec import Spec, require
 
 BuiltinEstimator = Literal[
-    "grpo", "grpo_no_std", "dr_grpo", "rloo", "opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"
+    "grpo", "grpo_no_std", "dr_grpo", "rloo", "opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae"
 ]
 BuiltinLoss = Literal["ppo", "gspo", "gmpo", "cispo", "dppo_tv", "dppo_kl", "sapo", "pg", "dpo", "kto"]
 CorrectionName = Literal["decoupled", "decoupled_loglinear", "tis", "tis_sequence", "none"]
@@ -18,7 +18,7 @@ AggregationName = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-me
 
 ESTIMATOR_NAMES: tuple[str, ...] = get_args(BuiltinEstimator)
 LOSS_NAMES: tuple[str, ...] = get_args(BuiltinLoss)
-UNGROUPED = ("reinforce_plus_plus",)  # the only one that learns from a group of one
+UNGROUPED = ("reinforce_plus_plus", "gae")  # those that learn from a group of one
 PREFERENCE_LOSSES = ("dpo", "kto")
 
 
@@ -28,6 +28,7 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     A user's estimator is `f(rewards_s, groups_s) -> advantages_s`, a loss `f(logp_t, old_t, advantages_t, sequence_t) ->
     (loss_t, {figure: values_t})`: see learn/estimators.py and learn/policy_loss.py.
 
+    gamma, lam: of gae, the only estimator with a critic (CriticSpec). Both 1, as in verl: return − value.
     clip_ratio, clip_ratio_high: ε below and above (None: the same), around the policy that `ratio_to` names: the `proximal`
     one (at the start of the update), or `behaviour` (that sampled). For dppo_* they bound a divergence instead, for gmpo a
     log-ratio; gspo wants about 3e-4. clip_ratio_c: dual clip of ppo, > 1; None: off. sapo_tau_*: temperatures of sapo.
@@ -45,6 +46,8 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
 
     adv_estimator: str = "grpo"
     reward_normalization: Literal["none", "batch", "running"] = "none"
+    gamma: float = 1.0
+    lam: float = 1.0
     policy_loss: str = "ppo"
     ratio_to: Literal["proximal", "behaviour"] = "proximal"
     correction: CorrectionName = "decoupled"
@@ -76,6 +79,7 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         _known("adv_estimator", self.adv_estimator, ESTIMATOR_NAMES)
         _known("policy_loss", self.policy_loss, LOSS_NAMES)
+        _check_discounts(self)
         _check_ratio(self)
         _check_masks(self)
         _check_kl(self)
@@ -95,6 +99,10 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
         return self.kl_coef > 0 or self.learns_preferences
 
     @property
+    def needs_critic(self) -> bool:
+        return self.adv_estimator == "gae"
+
+    @property
     def clip_high(self) -> float:
         return self.clip_ratio if self.clip_ratio_high is None else self.clip_ratio_high
 
@@ -106,6 +114,16 @@ def _known(field: str, name: str, names: tuple[str, ...]) -> None:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names)},"
     require(False, f"algorithm.{field}={name!r} is unknown; {hint} or name your own function: path/to/file.py:name")
+
+
+def _check_discounts(spec: AlgorithmSpec) -> None:
+    for field in ("gamma", "lam"):
+        value = getattr(spec, field)
+        require(0 <= value <= 1, f"algorithm.{field}={value} is outside [0, 1]: returns would grow with length; 1 turns it off")
+        require(
+            value == 1 or spec.needs_critic,
+            f"algorithm.{field}={value} with adv_estimator={spec.adv_estimator!r}: it would be ignored; use 'gae', or 1",
+        )
 
 
 def _check_ratio(spec: AlgorithmSpec) -> None:

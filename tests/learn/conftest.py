@@ -9,8 +9,11 @@ import torch
 from msgspec.structs import replace
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from asyncrl.config import AlgorithmSpec, LearnerSpec
+from asyncrl.config import AlgorithmSpec, CriticSpec, LearnerSpec
+from asyncrl.learn.critic import Critic
+from asyncrl.learn.refused import RefusedSteps
 from asyncrl.learn.trainer import PolicyTrainer
+from asyncrl.models.value import OwnValues, SharedValues
 from asyncrl.staleness import Staleness
 from asyncrl.types import BatchLease, Fence, TrainRollout, Version
 
@@ -161,11 +164,18 @@ def make_bus() -> type[FakeBus]:
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., PolicyTrainer]:
     def make(
-        *, learner: dict | None = None, algorithm: dict | None = None, max_lag: int = 2, model=None, reference=None
+        *,
+        learner: dict | None = None,
+        algorithm: dict | None = None,
+        max_lag: int = 2,
+        model=None,
+        reference=None,
+        critic: dict | None = None,
     ) -> PolicyTrainer:
         spec = LearnerSpec(**{"batch_groups": 4, "lr": 1e-2, **(learner or {})})
+        model = model or tiny_model()
         return PolicyTrainer(
-            model or tiny_model(),
+            model,
             spec,
             AlgorithmSpec(**(algorithm or {})),
             Staleness(max_lag=max_lag, batch_groups=spec.batch_groups),
@@ -173,6 +183,17 @@ def make_trainer(tmp_path: Path) -> Callable[..., PolicyTrainer]:
             total_steps=20,
             refused_dir=tmp_path / "refused",
             reference=reference,
+            critic=None if critic is None else tiny_critic(model, tmp_path / "refused" / "critic", critic),
         )
 
     return make
+
+
+def tiny_critic(policy: PreTrainedModel, refused_dir: Path, fields: dict) -> Critic:
+    """A critic whose head does not start at zero, own or on `policy`."""
+    spec = CriticSpec(**{"lr": 1e-2, "eps": 1e-3, **fields})
+    values = SharedValues(policy) if spec.backbone == "shared" else OwnValues(tiny_model(seed=7))
+    head = values.module if isinstance(values, SharedValues) else values.module.get_output_embeddings()
+    torch.manual_seed(8)
+    torch.nn.init.normal_(head.weight, std=0.3)
+    return Critic(values, spec, RefusedSteps(refused_dir, 3), total_steps=20)
