@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from asyncrl.algorithm import AlgorithmSpec
-from asyncrl.learn.estimators import Outcomes, generalized
+from asyncrl.learn.estimators import Outcomes, gae_advantages
 from asyncrl.learn.optimizer import Optimization, step
 from asyncrl.learn.refused import RefusedSteps
 from asyncrl.learn.update import Update
@@ -57,7 +57,7 @@ class Critic:
     def estimate(update: Update, outcomes: Outcomes, spec: AlgorithmSpec) -> None:
         """Fills the update's returns and advantages from its values."""
         values_n = update.values_n.cpu().double()
-        advantages_n, returns_n = generalized(outcomes, values_n, gamma=spec.gamma, lam=spec.lam)
+        advantages_n, returns_n = gae_advantages(outcomes, values_n, gamma=spec.gamma, lam=spec.lam)
         update.returns_n = returns_n.to(update.values_n)
         update.set_advantages(advantages_n)
 
@@ -78,19 +78,20 @@ class Critic:
         return loss, {"vf_loss": loss.detach(), "vf_clipped": clipped_t.sum(), "vf_tokens": values_t.new_tensor(len(values_t))}
 
     def _step(self, update: Update, members: Sequence[int], packs: Sequence[Pack]) -> None:
-        totals: dict[str, float] = {}
+        totals: dict[str, torch.Tensor] = {}
         for pack in packs:
             loss, sums = self.loss(update, members, pack, self._values(pack))
             loss.backward()
             for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + value.item()
-        (norm,), cause = step(totals["vf_loss"], self.optimization)
+                totals[name] = totals.get(name, 0.0) + value.double()
+        figures = {name: value.item() for name, value in totals.items()}
+        (norm,), cause = step(figures["vf_loss"], self.optimization)
         if cause:
             update.critic.refused += 1
             self._refused.refuse(update.batch, members, update.number, f"critic: {cause}")
             return
         self._refused.accepted()
-        update.critic.accept({**totals, "grad_norm": norm})
+        update.critic.accept({**figures, "grad_norm": norm})
 
     def metrics(self, update: Update) -> dict[str, float]:
         """vf_loss and grad_norm: mean over steps. Values are those at the start; explained_var too: before they learned."""

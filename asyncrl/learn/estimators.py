@@ -68,7 +68,9 @@ def _unknown(outcomes: Outcomes) -> torch.Tensor:
     return torch.full_like(outcomes.sequence_n, math.nan, dtype=torch.float64)
 
 
-def generalized(outcomes: Outcomes, values_n: torch.Tensor, *, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
+def gae_advantages(
+    outcomes: Outcomes, values_n: torch.Tensor, *, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """GAE's advantages, whitened over the batch's tokens, and returns (raw advantage + value) [N] each; as in verl.
 
     values_n [N] float64: V before each trained token. The reward falls due at a rollout's last *trained* token, what shapes

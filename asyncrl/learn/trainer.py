@@ -183,23 +183,25 @@ class PolicyTrainer:
                 self._step(update, members, packs)
 
     def _step(self, update: Update, members: Sequence[int], packs: Sequence[Pack]) -> None:
-        """One optimizer step over a minibatch, or none if anything in it is not finite."""
-        joint = [self.critic.optimization] if self.critic is not None and self._head is not None else []
+        """One optimizer step over a minibatch (a shared critic's with it), or none if anything in it is not finite."""
+        joint = [(self._optimization, update.actor)]
+        if self.critic is not None and self._head is not None:
+            joint.append((self.critic.optimization, update.critic))
         if all(update.batch.behaviour_n[pack.flat_t].isfinite().all() for pack in packs):
             with update.timed("timing_s/forward_backward"):
                 sums = self._backward(update, members, packs)
             with update.timed("timing_s/optimizer"):
-                norms, cause = step(sums["loss"], self._optimization, *joint)
+                norms, cause = step(sums["loss"], *(optimization for optimization, _ in joint))
         else:
             cause = "a behaviour logprob is not finite"
         if cause:
-            update.actor.refused += 1
+            for _, steps in joint:
+                steps.refused += 1
             self._refused.refuse(update.batch, members, update.number, cause)
             return
         self._refused.accepted()
-        update.actor.accept({**sums, "grad_norm": norms[0]})
-        if joint:
-            update.critic.accept({**sums, "grad_norm": norms[1]})
+        for (_, steps), norm in zip(joint, norms, strict=True):
+            steps.accept({**sums, "grad_norm": norm})
 
     def _backward(self, update: Update, members: Sequence[int], packs: Sequence[Pack]) -> dict[str, float]:
         """Accumulates the minibatch's gradient pack by pack; returns sums over its tokens, the loss among them."""

@@ -6,7 +6,7 @@ import torch
 from asyncrl.algorithm import ESTIMATOR_NAMES
 from asyncrl.errors import ConfigError
 from asyncrl.learn.advantages import grpo
-from asyncrl.learn.estimators import ESTIMATORS, Outcomes, estimator, generalized
+from asyncrl.learn.estimators import ESTIMATORS, Outcomes, estimator, gae_advantages
 
 # Group 0: rewards 3 and 1; group 1 alone, evicted but for it. Rollout 1 has no trained token.
 OUTCOMES = Outcomes(
@@ -51,12 +51,12 @@ def test_generalized_advantages_by_hand() -> None:
     values = torch.tensor([0.5, 0.25, 1.0], dtype=torch.float64)
     # Rollouts 0 (two tokens, reward 3) and 2 (one, reward 4); rollout 1 has none, and its reward goes nowhere.
     # earned: −0.25, 3 − 0.75 | 4 − 1; δ: −0.25 + 0.5·0.25 − 0.5, 2.25 − 0.25 | 3 − 1; A: −0.625 + 0.25·2, 2 | 2
-    advantages, returns = generalized(SHAPED, values, gamma=0.5, lam=0.5)
+    advantages, returns = gae_advantages(SHAPED, values, gamma=0.5, lam=0.5)
     raw = torch.tensor([-0.125, 2.0, 2.0], dtype=torch.float64)
     torch.testing.assert_close(returns, raw + values)
     torch.testing.assert_close(advantages, (raw - raw.mean()) / (raw.var() + 1e-8).sqrt())
     # γ = λ = 1 and no shaping: the reward less the value
-    advantages, returns = generalized(OUTCOMES, values, gamma=1.0, lam=1.0)
+    advantages, returns = gae_advantages(OUTCOMES, values, gamma=1.0, lam=1.0)
     assert returns.tolist() == [3.0, 3.0, 4.0]
     assert OUTCOMES.rewards_s.tolist() == [3.0, 1.0, 4.0]
     assert SHAPED.shaping_n is not None
@@ -65,7 +65,7 @@ def test_generalized_advantages_by_hand() -> None:
 
 def test_generalized_advantages_without_tokens() -> None:
     nothing = OUTCOMES._replace(sequence_n=torch.empty(0, dtype=torch.int64))
-    assert [len(part) for part in generalized(nothing, torch.empty(0).double(), gamma=1.0, lam=1.0)] == [0, 0]
+    assert [len(part) for part in gae_advantages(nothing, torch.empty(0).double(), gamma=1.0, lam=1.0)] == [0, 0]
 
 
 def test_gae_has_no_advantages_before_values_are_known() -> None:
