@@ -9,16 +9,17 @@ from typing import Literal, get_args
 from asyncrl.spec import Spec, require
 
 BuiltinEstimator = Literal[
-    "grpo", "grpo_no_std", "dr_grpo", "rloo", "opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"
+    "grpo", "grpo_no_std", "dr_grpo", "rloo", "opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae"
 ]
-BuiltinLoss = Literal["ppo", "gspo", "gmpo", "cispo", "dppo_tv", "dppo_kl", "sapo", "pg"]
+BuiltinLoss = Literal["ppo", "gspo", "gmpo", "cispo", "dppo_tv", "dppo_kl", "sapo", "pg", "dpo", "kto"]
 CorrectionName = Literal["decoupled", "decoupled_loglinear", "tis", "tis_sequence", "none"]
 MaskName = Literal["icepop", "geometric", "m2po"]
 AggregationName = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 ESTIMATOR_NAMES: tuple[str, ...] = get_args(BuiltinEstimator)
 LOSS_NAMES: tuple[str, ...] = get_args(BuiltinLoss)
-UNGROUPED = ("reinforce_plus_plus",)  # the only one that learns from a group of one
+UNGROUPED = ("reinforce_plus_plus", "gae")  # those that learn from a group of one
+PREFERENCE_LOSSES = ("dpo", "kto")
 
 
 class AlgorithmSpec(Spec, frozen=True, kw_only=True):
@@ -27,6 +28,7 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     A user's estimator is `f(rewards_s, groups_s) -> advantages_s`, a loss `f(logp_t, old_t, advantages_t, sequence_t) ->
     (loss_t, {figure: values_t})`: see learn/estimators.py and learn/policy_loss.py.
 
+    gamma, lam: of gae, the only estimator with a critic (CriticSpec). Both 1, as in verl: return − value.
     clip_ratio, clip_ratio_high: ε below and above (None: the same), around the policy that `ratio_to` names: the `proximal`
     one (at the start of the update), or `behaviour` (that sampled). For dppo_* they bound a divergence instead, for gmpo a
     log-ratio; gspo wants about 3e-4. clip_ratio_c: dual clip of ppo, > 1; None: off. sapo_tau_*: temperatures of sapo.
@@ -36,9 +38,16 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     a price on the `reward` (of the tokens that are trained). kl_control `adaptive` moves the coefficient so that the KL per
     token nears kl_target; kl_horizon: rollouts over which it changes by 20 % at most.
     loss_scale_factor: tokens that seq-mean-token-sum-norm divides by; usually sampling.max_response_length.
+    policy_loss `dpo` or `kto` learns from how rewards rank a group's rollouts, against the reference, which they load whatever
+    kl_coef is. preference_beta: β of the implied reward β·log(π/π_ref). dpo_pairs: best against worst of a group, or all of
+    different rewards. kto_*_weight: λ. They take no estimator, correction or mask; loss_agg is for KL and entropy only.
+    reward_normalization: to mean 0 and standard deviation 1, of the `batch`, or of all rollouts trained so far (`running`).
     """
 
     adv_estimator: str = "grpo"
+    reward_normalization: Literal["none", "batch", "running"] = "none"
+    gamma: float = 1.0
+    lam: float = 1.0
     policy_loss: str = "ppo"
     ratio_to: Literal["proximal", "behaviour"] = "proximal"
     correction: CorrectionName = "decoupled"
@@ -62,14 +71,36 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     entropy_coef: float = 0.0
     loss_agg: AggregationName = "token-mean"
     loss_scale_factor: int | None = None
+    preference_beta: float = 0.1
+    dpo_pairs: Literal["best_worst", "all"] = "best_worst"
+    kto_desirable_weight: float = 1.0
+    kto_undesirable_weight: float = 1.0
 
     def __post_init__(self) -> None:
         _known("adv_estimator", self.adv_estimator, ESTIMATOR_NAMES)
         _known("policy_loss", self.policy_loss, LOSS_NAMES)
+        _check_discounts(self)
         _check_ratio(self)
         _check_masks(self)
         _check_kl(self)
         _check_aggregation(self)
+        _check_preferences(self)
+
+    @property
+    def learns_preferences(self) -> bool:
+        return self.policy_loss in PREFERENCE_LOSSES
+
+    @property
+    def kl_in_loss(self) -> bool:
+        return self.kl_coef > 0 and self.kl_in == "loss"
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_coef > 0 or self.learns_preferences
+
+    @property
+    def needs_critic(self) -> bool:
+        return self.adv_estimator == "gae"
 
     @property
     def clip_high(self) -> float:
@@ -83,6 +114,16 @@ def _known(field: str, name: str, names: tuple[str, ...]) -> None:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names)},"
     require(False, f"algorithm.{field}={name!r} is unknown; {hint} or name your own function: path/to/file.py:name")
+
+
+def _check_discounts(spec: AlgorithmSpec) -> None:
+    for field in ("gamma", "lam"):
+        value = getattr(spec, field)
+        require(0 <= value <= 1, f"algorithm.{field}={value} is outside [0, 1]: returns would grow with length; 1 turns it off")
+        require(
+            value == 1 or spec.needs_critic,
+            f"algorithm.{field}={value} with adv_estimator={spec.adv_estimator!r}: it would be ignored; use 'gae', or 1",
+        )
 
 
 def _check_ratio(spec: AlgorithmSpec) -> None:
@@ -149,3 +190,27 @@ def _check_aggregation(spec: AlgorithmSpec) -> None:
         "use loss_agg='seq-mean-token-sum-norm', or null",
     )
     require(scale is None or scale >= 1, f"algorithm.loss_scale_factor={scale} < 1: use the longest response in tokens, >= 1")
+
+
+def _check_preferences(spec: AlgorithmSpec) -> None:
+    for field in ("preference_beta", "kto_desirable_weight", "kto_undesirable_weight"):
+        value = getattr(spec, field)
+        require(value > 0, f"algorithm.{field}={value} <= 0: nothing would be learned from what is preferred; use > 0")
+    loss = spec.policy_loss
+    require(
+        spec.dpo_pairs == "best_worst" or loss == "dpo",
+        f"algorithm.dpo_pairs={spec.dpo_pairs!r} with policy_loss={loss!r}: there are no pairs, it would be ignored; use 'dpo'",
+    )
+    if not spec.learns_preferences:
+        return
+    may_be: dict[str, tuple[object, ...]] = {"adv_estimator": ("grpo",), "reward_normalization": ("none",)}
+    may_be |= {"ratio_to": ("proximal",), "correction": ("decoupled", "none"), "masks": ((),), "kl_in": ("loss",)}
+    if not spec.kl_coef and not spec.entropy_coef:
+        may_be["loss_agg"] = ("token-mean",)
+    for field, values in may_be.items():
+        found = getattr(spec, field)
+        require(
+            found in values,
+            f"algorithm.{field}={found!r} with policy_loss={loss!r}: it learns from how rewards rank a group's rollouts alone, "
+            f"so this would be ignored; leave it at {values[0]!r}",
+        )

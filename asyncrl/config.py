@@ -9,6 +9,7 @@ from typing import Literal
 from msgspec.structs import replace
 
 from asyncrl.algorithm import AlgorithmSpec
+from asyncrl.learning import CriticSpec, LearnerSpec, ModelSpec
 from asyncrl.spec import Spec, require
 from asyncrl.staleness import OnStale, SelectorName, Staleness
 
@@ -17,15 +18,6 @@ RewardStyle = Literal["auto", "verl", "trl"]
 SHAPING_PARTS = ("unshaped", "overlong_penalty", "length_penalty", "repetition_penalty")
 
 # ------------------------------------------------------------------------------------------------- recipe
-
-
-class ModelSpec(Spec, frozen=True, kw_only=True):
-    """path: Hugging Face id or folder. tokenizer: likewise; empty means the model's own."""
-
-    path: str
-    tokenizer: str = ""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    trust_remote_code: bool = False
 
 
 class DataSpec(Spec, frozen=True, kw_only=True):
@@ -142,7 +134,8 @@ class SamplingSpec(Spec, frozen=True, kw_only=True):
 
     keep: which complete groups are worth training: `all`, `varied` (rewards not all equal), or a user's
     `keep(rewards) -> bool`. min_valid: fewer `ok` rollouts than this and the group is `failed`.
-    max_attempts: how often one prompt may be tried after failures.
+    max_attempts: how often one prompt may be tried after failures. max_empty_batches: the run ends, with a message, when so
+    many times learner.batch_groups groups in a row gave nothing to train on; None: 32 times, and at least 1024 groups.
     """
 
     n: int = 8
@@ -153,6 +146,7 @@ class SamplingSpec(Spec, frozen=True, kw_only=True):
     min_valid: int = 2
     max_attempts: int = 3
     keep: str = "all"
+    max_empty_batches: int | None = None
 
     def __post_init__(self) -> None:
         require(self.n >= 1, f"sampling.n={self.n} < 1: a group needs at least one rollout")
@@ -168,6 +162,11 @@ class SamplingSpec(Spec, frozen=True, kw_only=True):
             f"sampling.min_valid={self.min_valid} is outside [1, n={self.n}]: no group could ever be complete; lower it",
         )
         require(self.max_attempts >= 1, f"sampling.max_attempts={self.max_attempts} < 1: no prompt could be tried")
+        empty = self.max_empty_batches
+        require(
+            empty is None or empty >= 1,
+            f"sampling.max_empty_batches={empty} < 1: the run would end before its first group; use >= 1, or null",
+        )
 
 
 class StalenessSpec(Spec, frozen=True, kw_only=True):
@@ -178,39 +177,6 @@ class StalenessSpec(Spec, frozen=True, kw_only=True):
     on_stale: OnStale = "mask"
     selector: SelectorName = "oldest"
     capacity_groups: int | None = None
-
-
-class LearnerSpec(Spec, frozen=True, kw_only=True):
-    """batch_groups: groups per update. mini_batch_groups: groups per optimizer step (None: the whole batch).
-
-    max_tokens_per_pack: tokens in one forward pass (on CPU at most 2,048, which is faster). max_grad_norm 0: no clipping.
-    lr_schedule decays to min_lr_ratio·lr over total_steps.
-    max_refused_steps: non-finite steps in a row before the run stops.
-    """
-
-    batch_groups: int = 64
-    mini_batch_groups: int | None = None
-    ppo_epochs: int = 1
-    lr: float = 1e-6
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    min_lr_ratio: float = 0.0
-    max_grad_norm: float = 1.0
-    max_tokens_per_pack: int = 16384
-    max_refused_steps: int = 3
-
-    def __post_init__(self) -> None:
-        mini = self.mini_batch_groups
-        require(
-            mini is None or (mini >= 1 and self.batch_groups % mini == 0),
-            f"learner.mini_batch_groups={mini} does not divide learner.batch_groups={self.batch_groups}: "
-            "the last minibatch would weigh more; choose a divisor",
-        )
-        require(self.ppo_epochs >= 1, f"learner.ppo_epochs={self.ppo_epochs} < 1: nothing would be trained")
-        require(self.lr >= 0, f"learner.lr={self.lr} < 0: the policy would be driven away from reward")
 
 
 class EvaluationSpec(Spec, frozen=True, kw_only=True):
@@ -251,6 +217,7 @@ class Recipe(Spec, frozen=True, kw_only=True):
     staleness: StalenessSpec = StalenessSpec()
     algorithm: AlgorithmSpec = AlgorithmSpec()
     learner: LearnerSpec = LearnerSpec()
+    critic: CriticSpec = CriticSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
 
@@ -267,6 +234,23 @@ class Recipe(Spec, frozen=True, kw_only=True):
             buffer <= longest,
             f"reward.shaping.overlong_buffer={buffer} > sampling.max_response_length={longest}: every answer would be punished "
             "for its length; lower the buffer",
+        )
+        loss, n = self.algorithm.policy_loss, self.sampling.n
+        require(
+            n >= 2 or not self.algorithm.learns_preferences,
+            f"sampling.n={n} with algorithm.policy_loss={loss!r}: rollouts are ranked within their group, so nothing would be "
+            "learned; use sampling.n >= 2",
+        )
+        critic, gae = self.critic, self.algorithm.needs_critic
+        require(
+            gae or critic == CriticSpec(),
+            f"critic settings with algorithm.adv_estimator={self.algorithm.adv_estimator!r}: it has no critic, they would be "
+            "ignored; use adv_estimator='gae', or leave them out",
+        )
+        require(
+            critic.critic_warmup < self.total_steps,
+            f"critic.critic_warmup={critic.critic_warmup} >= total_steps={self.total_steps}: the policy would never move; "
+            "lower it",
         )
         self.bound()
 

@@ -20,15 +20,16 @@ def resolve_paths(recipe: Recipe, run_dir: RunDir, folder: str | Path | None = N
     """The same recipe with `{run}` replaced everywhere and local files made absolute. Idempotent.
 
     folder: the recipe file's; None for a recipe built in Python (the working directory alone). Files that exist in
-    neither place are taken to belong to the first, where the error about them will point. `model.path` and
-    `model.tokenizer` stay Hugging Face ids unless such a folder exists or they look like a path (`./x`, `/x`, `~/x`).
+    neither place are taken to belong to the first, where the error about them will point. `path` and `tokenizer` of a
+    model stay Hugging Face ids unless such a folder exists or they look like a path (`./x`, `/x`, `~/x`).
     """
     folders = tuple(dict.fromkeys(Path(base).resolve() for base in (folder, Path.cwd()) if base is not None))
     data = _replace(msgspec.to_builtins(recipe), str(run_dir.path.resolve()))
     for section in ("data", "evaluation"):
         data[section]["files"] = [_file(name, folders) for name in data[section]["files"]]
-    for key in ("path", "tokenizer"):
-        data["model"][key] = _model(data["model"][key], folders)
+    for model in filter(None, (data["model"], data["critic"]["model"])):
+        for key in ("path", "tokenizer"):
+            model[key] = _model(model[key], folders)
     for reward in (data["reward"], *data["reward"]["functions"]):
         reward["function"] = _callable(reward["function"], folders)
     data["sampling"]["keep"] = _callable(data["sampling"]["keep"], folders)

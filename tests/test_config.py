@@ -9,7 +9,9 @@ import msgspec
 import pytest
 
 from asyncrl.config import (
+    AlgorithmSpec,
     CheckpointSpec,
+    CriticSpec,
     DataSpec,
     EvaluationSpec,
     LearnerSpec,
@@ -52,6 +54,11 @@ def recipe(**fields: Any) -> Recipe:
         ),
         (lambda: RewardSpec(functions=(RewardTerm(function="m:f"), RewardTerm(function="n.f"))), r"the name 'f' is taken"),
         (lambda: RewardSpec(functions=(RewardTerm(function="m:mean"),)), r"the name 'mean' is taken"),
+        (lambda: SamplingSpec(max_empty_batches=0), r"max_empty_batches=0 < 1: the run would end before its first group"),
+        (
+            lambda: recipe(sampling=SamplingSpec(n=1, min_valid=1), algorithm=AlgorithmSpec(policy_loss="kto")),
+            r"sampling\.n=1 with algorithm\.policy_loss='kto': .* use sampling\.n >= 2",
+        ),
         (lambda: ShapingSpec(overlong_buffer=-1), r"overlong_buffer=-1 < 0 tokens"),
         (lambda: ShapingSpec(length_penalty=-0.1), r"length_penalty=-0\.1 < 0: it is subtracted"),
         (lambda: ShapingSpec(repetition_ngram=0), r"repetition_ngram=0 < 1"),
@@ -68,6 +75,25 @@ def recipe(**fields: Any) -> Recipe:
         (lambda: SamplingSpec(top_p=1.5), r"sampling\.top_p=1\.5 is outside \(0, 1\]"),
         (lambda: SamplingSpec(n=2, min_valid=3), r"sampling\.min_valid=3 is outside \[1, n=2\]"),
         (lambda: LearnerSpec(batch_groups=10, mini_batch_groups=4), r"mini_batch_groups=4 does not divide .*batch_groups=10"),
+        (lambda: CriticSpec(lr=-1.0), r"critic\.lr=-1\.0 < 0"),
+        (lambda: CriticSpec(value_clip=0.0), r"critic\.value_clip=0\.0 <= 0: no value could move; use > 0, or null"),
+        (lambda: CriticSpec(value_coef=0.0, backbone="shared"), r"critic\.value_coef=0\.0 <= 0"),
+        (lambda: CriticSpec(ppo_epochs=0), r"critic\.ppo_epochs=0 < 1"),
+        (lambda: CriticSpec(critic_warmup=-1), r"critic\.critic_warmup=-1 < 0"),
+        (lambda: CriticSpec(backbone="shared", model=ModelSpec(path="m")), r"critic\.model='m' with backbone='shared'"),
+        (
+            lambda: CriticSpec(backbone="shared", ppo_epochs=2),
+            r"ppo_epochs=2 with backbone='shared': .* set learner\.ppo_epochs",
+        ),
+        (lambda: CriticSpec(value_coef=0.5), r"critic\.value_coef=0\.5 with backbone='own': it would be ignored"),
+        (
+            lambda: recipe(critic=CriticSpec(lr=1e-4)),
+            r"critic settings with algorithm\.adv_estimator='grpo': .* ignored; use adv_estimator='gae', or leave them out",
+        ),
+        (
+            lambda: recipe(total_steps=5, algorithm=AlgorithmSpec(adv_estimator="gae"), critic=CriticSpec(critic_warmup=5)),
+            r"critic_warmup=5 >= total_steps=5: the policy would never move",
+        ),
         (lambda: EvaluationSpec(freq=0), r"evaluation\.freq=0 < 1"),
         (lambda: CheckpointSpec(keep_last_n=0), r"checkpoint\.keep_last_n=0 < 1: there would be nothing to resume from"),
         (lambda: GeneratorsSpec(count=0), r"generators\.count=0 < 1: nobody would generate"),

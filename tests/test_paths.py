@@ -7,6 +7,7 @@ import pytest
 
 from asyncrl.config import (
     AlgorithmSpec,
+    CriticSpec,
     DataSpec,
     EvaluationSpec,
     ModelSpec,
@@ -71,3 +72,10 @@ def test_every_reward_function_is_found(recipe: Recipe, tmp_path: Path) -> None:
     several = msgspec.structs.replace(recipe, reward=RewardSpec(functions=terms))
     found = resolve_paths(several, RunDir("runs/a"), tmp_path).reward.functions
     assert [term.function for term in found] == [f"{tmp_path}/rewards.py:score", "package.module:score"]
+
+
+def test_a_critics_model_is_found_like_the_policys(recipe: Recipe, tmp_path: Path) -> None:
+    critic = CriticSpec(model=ModelSpec(path="./critic", tokenizer="{run}/t"))
+    recipe = msgspec.structs.replace(recipe, algorithm=AlgorithmSpec(adv_estimator="gae"), critic=critic)
+    resolved = resolve_paths(recipe, RunDir(tmp_path / "run"), tmp_path).critic.model
+    assert resolved == ModelSpec(path=f"{tmp_path}/critic", tokenizer=f"{tmp_path}/run/t")

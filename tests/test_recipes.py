@@ -1,13 +1,14 @@
 """The shipped recipes, run for real: what the README promises, in a shorter form."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from asyncrl import launch
+from asyncrl import RunResult, launch
 from asyncrl.callables import load_callable
 from asyncrl.cli import main
 from asyncrl.jobs.specs import load_specs
@@ -56,23 +57,34 @@ def test_own_loss_by_hand():
     assert figures["outside"][4]
 
 
-def test_own_loss_dry_run(tmp_path, capsys):
-    assert main(["run", str(ROOT / "recipes" / "own_loss.py"), "--runs-dir", str(tmp_path), "--dry-run"]) == 0
-    assert "own_loss" in capsys.readouterr().out
-    recipe, _ = load_specs(ROOT / "recipes" / "own_loss.py", None, [])
-    resolved = resolve_paths(recipe, RunDir(tmp_path / "own_loss"), ROOT / "recipes")
-    assert resolved.algorithm.policy_loss == f"{ROOT / 'recipes' / 'own_loss.py'}:my_loss"
+@pytest.mark.parametrize("name", ["own_loss", "arithmetic_ppo"])
+def test_dry_run_of_recipes_over_arithmetic(name, tmp_path, capsys):
+    assert main(["run", str(ROOT / "recipes" / f"{name}.py"), "--runs-dir", str(tmp_path), "--dry-run"]) == 0
+    assert name in capsys.readouterr().out
+    recipe, _ = load_specs(ROOT / "recipes" / f"{name}.py", None, [])
+    resolved = resolve_paths(recipe, RunDir(tmp_path / name), ROOT / "recipes")
+    if name == "own_loss":
+        assert resolved.algorithm.policy_loss == f"{ROOT / 'recipes' / 'own_loss.py'}:my_loss"
     assert resolved.prepare == f"{ROOT / 'recipes' / 'arithmetic.py'}:prepare"
+
+
+def run_recipe(name: str, runs_dir: Path, *overrides: str) -> RunResult:
+    recipe, deployment = load_specs(ROOT / "recipes" / f"{name}.py", None, overrides)
+    return launch(resolve_paths(recipe, RunDir(runs_dir / name), ROOT / "recipes"), deployment, runs_dir=runs_dir)
+
+
+@pytest.fixture(scope="module")
+def arithmetic_run(local_ray, tmp_path_factory) -> RunResult:
+    """One seed, 120 of the 200 updates."""
+    return run_recipe("arithmetic", tmp_path_factory.mktemp("runs"), "total_steps=120")
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(400)
-def test_arithmetic_learns(local_ray, tmp_path):
-    """One seed, 120 of the 200 updates: held-out exact match from at most 0.5 to at least 0.9, then a second run
-    that finds the warm policy in the run directory."""
-    recipe, deployment = load_specs(ROOT / "recipes" / "arithmetic.py", None, ["total_steps=120"])
-    recipe = resolve_paths(recipe, RunDir(tmp_path / "arithmetic"), ROOT / "recipes")
-    result = launch(recipe, deployment, runs_dir=tmp_path)
+def test_arithmetic_learns(arithmetic_run):
+    """Held-out exact match from at most 0.5 to at least 0.9, then a second run that finds the warm policy in the run
+    directory."""
+    result = arithmetic_run
     assert result.steps == 120
     assert result.first_score is not None
     assert result.first_score <= 0.5
@@ -98,10 +110,23 @@ def test_arithmetic_learns(local_ray, tmp_path):
 
     warm = run / "data" / "warm" / "made.json"
     made_at = warm.stat().st_mtime_ns
-    again = resolve_paths(
-        load_specs(ROOT / "recipes" / "arithmetic.py", None, ["total_steps=2"])[0], RunDir(run), ROOT / "recipes"
-    )
-    second = launch(again, deployment, runs_dir=tmp_path)
+    second = run_recipe("arithmetic", run.parent, "total_steps=2")
     assert second.steps == 2
     assert warm.stat().st_mtime_ns == made_at, "the warm-up was done again"
     assert second.first_score == result.first_score
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_arithmetic_ppo_learns(arithmetic_run, tmp_path):
+    """The beginning of the recipe, from the same warm policy: the critic explains returns, and the policy improves."""
+    shutil.copytree(Path(arithmetic_run.run_dir) / "data", tmp_path / "arithmetic_ppo" / "data")
+    overrides = ["total_steps=24", "critic.critic_warmup=4", "learner.warmup_steps=8"]
+    result = run_recipe("arithmetic_ppo", tmp_path, *overrides)
+    assert result.first_score == arithmetic_run.first_score
+    assert result.last_score >= result.first_score + 0.15
+    lines = [json.loads(line) for line in (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert [line["actor/optimizer_steps"] for line in steps] == [0.0] * 4 + [4.0] * 20
+    assert {line["critic/optimizer_steps"] for line in steps} == {4.0}
+    assert steps[0]["critic/vf_loss"] > 1.2 * steps[4]["critic/vf_loss"]

@@ -44,7 +44,9 @@ def check(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> list[str]:
 
 def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator[Check]:
     yield lambda: _run_dir(run_dir)
-    yield lambda: _model(recipe, run_dir)
+    yield lambda: _model("model", recipe.model.path, recipe, run_dir)
+    if critic := recipe.critic.model:
+        yield lambda: _model("critic.model", critic.path, recipe, run_dir)
     for what, files in (("data", recipe.data.files), ("evaluation", recipe.evaluation.files)):
         for file in files:
             yield lambda what=what, file=file: _data_file(what, file, recipe, run_dir)  # type: ignore[misc]
@@ -66,16 +68,15 @@ def _made(path: str, recipe: Recipe, run_dir: RunDir) -> bool:
     return bool(recipe.prepare) and Path(path).is_relative_to(run_dir.path)
 
 
-def _model(recipe: Recipe, run_dir: RunDir) -> str:
-    path = recipe.model.path
+def _model(field: str, path: str, recipe: Recipe, run_dir: RunDir) -> str:
     if _made(path, recipe, run_dir):
-        return f"model       {path} (made by prepare)"
+        return f"{field:<11} {path} (made by prepare)"
     if not Path(path).is_absolute():
-        return f"model       {path} (Hugging Face)"
+        return f"{field:<11} {path} (Hugging Face)"
     if not (Path(path) / "config.json").is_file():
         missing = "has no config.json" if Path(path).is_dir() else "does not exist"
-        raise ConfigError(f"model.path={path!r} {missing}: no model could be loaded; name a Hugging Face folder or id")
-    return f"model       {path}"
+        raise ConfigError(f"{field}.path={path!r} {missing}: no model could be loaded; name a Hugging Face folder or id")
+    return f"{field:<11} {path}"
 
 
 def _data_file(what: str, file: str, recipe: Recipe, run_dir: RunDir) -> str:

@@ -126,6 +126,7 @@ def build_store(plan: Plan) -> "ReplayStore":
             min_valid=grouping.min_valid,
             max_attempts=grouping.max_attempts,
             keep=KEEPS.get(grouping.keep) or load_callable(grouping.keep, "sampling.keep"),
+            max_empty_batches=grouping.max_empty_batches,
         ),
         evaluation=evaluation,
         capacity_groups=recipe.staleness.capacity_groups,
@@ -253,25 +254,16 @@ def _reward(name: str, plan: Plan, store: "ReplayClient") -> Built:
 
 
 def _learner(plan: Plan, store: "ReplayClient") -> Built:
+    from asyncrl.learn.build import policy_trainer
     from asyncrl.learn.checkpoint import Checkpoints
     from asyncrl.learn.learner import Learner
-    from asyncrl.learn.trainer import PolicyTrainer
-    from asyncrl.models.loading import load_model, load_tokenizer, use_threads
+    from asyncrl.models.loading import load_tokenizer, use_threads
     from asyncrl.weights.publisher import WeightPublisher
 
     use_threads(plan.deployment.learner.place.threads)
-    recipe, bus, device = plan.recipe, plan.deployment.bus, _device(plan.deployment.learner.place)
-    trainer = PolicyTrainer(
-        load_model(recipe.model, device),
-        recipe.learner,
-        recipe.algorithm,
-        recipe.bound(),
-        temperature=recipe.sampling.temperature,
-        total_steps=recipe.total_steps,
-        refused_dir=plan.paths.logs / "refused",
-        reference=load_model(recipe.model, device) if recipe.algorithm.kl_coef else None,
-    )
-
+    recipe, bus = plan.recipe, plan.deployment.bus
+    device = _device(plan.deployment.learner.place)
+    trainer = policy_trainer(recipe, device=device, refused_dir=plan.paths.logs / "refused")
     publishers: list[WeightPublisher] = []
     host = _host(plan)
 

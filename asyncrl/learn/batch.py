@@ -1,6 +1,6 @@
 """One update's rollouts as flat columns: N trained tokens of S sequences, sequence after sequence."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,15 +44,21 @@ class Batch(NamedTuple):
         )
 
 
-def make_batch(rollouts: Sequence[TrainRollout], bound: Staleness, committed: int, estimator: Estimator) -> Batch:
-    """Columns for update `committed + 1`.
+def make_batch(
+    rollouts: Sequence[TrainRollout],
+    bound: Staleness,
+    committed: int,
+    estimator: Estimator,
+    normalized: Callable[[torch.Tensor], torch.Tensor] = lambda rewards_s: rewards_s,
+) -> Batch:
+    """Columns for update `committed + 1`. normalized: what estimators see of the rewards [S], float64.
 
     Advantages see every rollout; tokens are trained where the policy chose them and the bound allows (DESIGN §2). All
     others stay as context. A rollout without a trained token is left out after its reward has counted.
     """
     trained = [np.asarray(r.loss_mask, dtype=bool) & bound.trainable(r.updates, committed) for r in rollouts]
     outcomes = Outcomes(
-        rewards_s=torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
+        rewards_s=normalized(torch.tensor([r.reward for r in rollouts], dtype=torch.float64)),
         groups_s=torch.tensor([r.group for r in rollouts], dtype=torch.int64),
         lengths_s=torch.tensor([int(r.loss_mask.sum()) for r in rollouts], dtype=torch.int64),
         sequence_n=torch.repeat_interleave(torch.tensor([int(mask.sum()) for mask in trained], dtype=torch.int64)),

@@ -1,6 +1,7 @@
 """Checkpoints of the learner: everything that continuing to the bit needs, written atomically, found by verifying.
 
     checkpoints/step_000100/  policy/ (config.json, model.safetensors)  optimizer.pt  rng.pt  manifest.json
+                              critic/ (model.safetensors, optimizer.pt), of runs that have one
 
 Nothing in them is pickled code: tensors are safetensors, or loaded with `weights_only`. The schedule is a function of the
 update count, and the place in the store's log is that count too, so neither needs a file.
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from asyncrl.errors import CheckpointError
+from asyncrl.learn.critic import Critic
 from asyncrl.models.loading import load_weights, named_weights
 from asyncrl.rundir import RunDir, atomic_folder, verify_manifest, write_manifest
 from asyncrl.types import Version
@@ -39,6 +41,7 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         version: Version,
         state: Mapping[str, float] | None = None,
+        critic: Critic | None = None,
     ) -> Path:
         """Writes `step_<update>`, whole or not at all, and returns its folder. An older one of that name is replaced.
 
@@ -49,6 +52,8 @@ class Checkpoints:
             save_policy(model, folder / "policy")
             torch.save(optimizer.state_dict(), folder / "optimizer.pt")
             torch.save(_rng_state(), folder / "rng.pt")
+            if critic is not None:
+                _save_critic(critic, folder / "critic")
             summary = {
                 "type": model.config.model_type,
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -64,10 +69,12 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         at: int | None = None,
         state: dict[str, float] | None = None,
+        critic: Critic | None = None,
     ) -> int | None:
         """Loads the newest complete checkpoint, or that of update `at`, random states included; returns its update count.
 
-        state: figures to overwrite in place with those that were saved; others that were saved are ignored.
+        state: figures to overwrite in place with those that were saved; others that were saved are ignored. So is a critic
+        where none is given; one that is given must be in the checkpoint.
         None in a run that has none yet. Incomplete ones are skipped with a warning. Checkpoints of later updates belong to
         the lineage that is given up here, and are deleted. Raises CheckpointError if `at` is not there, or none is whole.
         """
@@ -83,6 +90,8 @@ class Checkpoints:
             wanted, extra = _newest_complete(folders)
         load_policy(model, wanted / "policy")
         optimizer.load_state_dict(_load(wanted / "optimizer.pt"))
+        if critic is not None:
+            _load_critic(critic, wanted / "critic")
         _set_rng_state(_load(wanted / "rng.pt"))
         if state is not None:
             state |= {name: value for name, value in extra.get("state", {}).items() if name in state}
@@ -112,6 +121,23 @@ def save_policy(model: PreTrainedModel, folder: Path) -> None:
 def load_policy(model: torch.nn.Module, folder: Path) -> None:
     """Copies a checkpoint's weights into a model of the same shape. Raises CheckpointError where they don't fit."""
     load_weights(model, load_file(folder / "model.safetensors"))
+
+
+def _save_critic(critic: Critic, folder: Path) -> None:
+    folder.mkdir()
+    weights = {name: tensor.contiguous() for name, tensor in named_weights(critic.module).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    torch.save(critic.optimizer.state_dict(), folder / "optimizer.pt")
+
+
+def _load_critic(critic: Critic, folder: Path) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder.parent} holds no critic, but the recipe has one: untrained values would mislead a trained policy; resume "
+            "with the run's own algorithm.adv_estimator, or export the policy and start a new run from it"
+        )
+    load_weights(critic.module, load_file(folder / "model.safetensors"))
+    critic.optimizer.load_state_dict(_load(folder / "optimizer.pt"))
 
 
 def _newest_complete(folders: list[Path]) -> tuple[Path, dict[str, Any]]:

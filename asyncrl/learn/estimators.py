@@ -1,9 +1,11 @@
 """Advantage estimators by name: from a batch's outcomes to one advantage per trained token. Pure.
 
-Most see rollouts and give every token of one the same; REINFORCE++ sees tokens. The user's own is named in the recipe as
-`file.py:name` and is a function of rollouts: `f(rewards_s, groups_s) -> advantages_s`, all [S], float64.
+Most see rollouts and give every token of one the same; REINFORCE++ sees tokens, and GAE a critic's values too. The user's
+own is named in the recipe as `file.py:name` and is a function of rollouts: `f(rewards_s, groups_s) -> advantages_s`, all
+[S], float64.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -13,7 +15,7 @@ import torch
 from asyncrl.callables import load_callable
 from asyncrl.errors import ConfigError
 from asyncrl.learn.advantages import GroupEstimator, grpo, grpo_no_std, opo, rloo
-from asyncrl.learn.token_advantages import reinforce_plus_plus, reinforce_plus_plus_baseline
+from asyncrl.learn.token_advantages import gae, reinforce_plus_plus, reinforce_plus_plus_baseline, whitened
 
 
 class Outcomes(NamedTuple):
@@ -61,6 +63,29 @@ def _reinforce_plus_plus_baseline(outcomes: Outcomes) -> torch.Tensor:
     return reinforce_plus_plus_baseline(grpo_no_std(outcomes.shaped_s(), outcomes.groups_s), outcomes.sequence_n)
 
 
+def _unknown(outcomes: Outcomes) -> torch.Tensor:
+    """GAE's place until values are known: NaN, so that no step could be made of it unnoticed."""
+    return torch.full_like(outcomes.sequence_n, math.nan, dtype=torch.float64)
+
+
+def gae_advantages(
+    outcomes: Outcomes, values_n: torch.Tensor, *, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GAE's advantages, whitened over the batch's tokens, and returns (raw advantage + value) [N] each; as in verl.
+
+    values_n [N] float64: V before each trained token. The reward falls due at a rollout's last *trained* token, what shapes
+    it at its own token. Tokens that are not trained (of tools, or too old) are not there: nothing is discounted over them.
+    A rollout without a trained token teaches nothing, its reward included.
+    """
+    earned_n = torch.zeros_like(values_n) if outcomes.shaping_n is None else outcomes.shaping_n.clone()
+    sequence_n = outcomes.sequence_n
+    if len(sequence_n):
+        last_n = torch.cat((sequence_n[1:] != sequence_n[:-1], sequence_n.new_ones(1, dtype=torch.bool)))
+        earned_n[last_n] += outcomes.rewards_s[sequence_n[last_n]]
+    advantages_n, returns_n = gae(earned_n, values_n, sequence_n, gamma=gamma, lam=lam)
+    return whitened(advantages_n), returns_n
+
+
 ESTIMATORS: dict[str, Estimator] = {
     "grpo": per_rollout(grpo),
     "grpo_no_std": per_rollout(grpo_no_std),
@@ -69,6 +94,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "opo": _opo,
     "reinforce_plus_plus": _reinforce_plus_plus,
     "reinforce_plus_plus_baseline": _reinforce_plus_plus_baseline,
+    "gae": _unknown,
 }
 
 

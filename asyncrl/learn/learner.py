@@ -77,7 +77,8 @@ class Learner:
         In a new run this is version 0 of the starting weights, saved as step_000000. `run` calls it if nobody has.
         """
         with self._timed("sync", "timing_s/restore"):
-            restored = self._checkpoints.restore(self._trainer.model, self._trainer.optimizer, at, self._trainer.state)
+            trainer = self._trainer
+            restored = self._checkpoints.restore(trainer.model, trainer.optimizer, at, trainer.state, trainer.critic)
             committed = restored or 0
             fence = self._store.fence(committed)
         if fence.committed != committed:
@@ -198,7 +199,8 @@ class Learner:
 
     def _save(self) -> Path:
         with self._timed("sync", "timing_s/checkpoint"):
-            path = self._checkpoints.save(self._trainer.model, self._trainer.optimizer, self._version, self._trainer.state)
+            trainer = self._trainer
+            path = self._checkpoints.save(trainer.model, trainer.optimizer, self._version, trainer.state, trainer.critic)
             self._saved = self.committed
             self._store.checkpointed(self._checkpoints.prune())
         return path

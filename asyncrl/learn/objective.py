@@ -78,7 +78,8 @@ def _old(spec: AlgorithmSpec, columns: Columns, logp_t: torch.Tensor) -> torch.T
 
 
 def _count(spec: AlgorithmSpec, columns: Columns, old_t: torch.Tensor) -> TokenWeights:
-    weights_t, capped_t = CORRECTIONS[spec.correction](spec, old_t, columns.behaviour_t, columns.sequence_t)
+    correction = "none" if spec.learns_preferences else spec.correction
+    weights_t, capped_t = CORRECTIONS[correction](spec, old_t, columns.behaviour_t, columns.sequence_t)
     within_t = pack_mask(spec, (columns.proximal_t - columns.behaviour_t).detach(), columns.sequence_t)
     kept = [kept_t for kept_t in (within_t, columns.kept_t) if kept_t is not None]
     if not kept:

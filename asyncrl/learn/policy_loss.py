@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from asyncrl.algorithm import AlgorithmSpec
+from asyncrl.algorithm import PREFERENCE_LOSSES, AlgorithmSpec
 from asyncrl.callables import load_callable
 from asyncrl.errors import ConfigError
 from asyncrl.learn.losses import Loss, cispo, clipped_ppo, dppo_kl, dppo_tv, policy_gradient, sapo
@@ -33,6 +33,7 @@ POLICY_LOSSES: dict[str, Callable[[AlgorithmSpec], PolicyLoss]] = {
     ),
     "pg": lambda spec: lambda logp_t, _, advantages_t, __: policy_gradient(logp_t, advantages_t),
 }
+POLICY_LOSSES |= dict.fromkeys(PREFERENCE_LOSSES, POLICY_LOSSES["pg"])  # with the advantages of preference_step
 
 
 @cache

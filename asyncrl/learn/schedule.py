@@ -2,10 +2,10 @@
 
 import math
 
-from asyncrl.config import LearnerSpec
+from asyncrl.learning import OptimizerSpec
 
 
-def learning_rate(spec: LearnerSpec, committed: int, total_steps: int) -> float:
+def learning_rate(spec: OptimizerSpec, committed: int, total_steps: int) -> float:
     """Rate of update `committed + 1`: linear warm-up over warmup_steps, then constant, or a cosine to min_lr_ratio·lr."""
     if committed < spec.warmup_steps:
         return spec.lr * (committed + 1) / spec.warmup_steps

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from asyncrl.config import LearnerSpec
 from asyncrl.errors import ConfigError
 from asyncrl.learn.packing import split_into_packs
 from asyncrl.learn.schedule import learning_rate
+from asyncrl.learning import OptimizerSpec
 from asyncrl.models.logprobs import sampled_logprobs
 from asyncrl.models.packed import PackedModel, TokenSequence, make_pack
 
@@ -36,7 +36,7 @@ def fit(
     sequences = [_sequence(i, prompt, response) for i, (prompt, response) in enumerate(examples)]
     if not sequences:
         raise ConfigError("a warm start on 0 examples would learn nothing; give at least one")
-    spec = LearnerSpec(lr=lr, warmup_steps=warmup_steps, lr_schedule="cosine", min_lr_ratio=0.1)
+    spec = OptimizerSpec(lr=lr, warmup_steps=warmup_steps, lr_schedule="cosine", min_lr_ratio=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     packed = PackedModel(model)
     order = _Order(len(sequences), seed)

@@ -1,50 +1,50 @@
 """One update of the policy from one batch of scored rollouts. No store, no bus, no clock but for its own timings.
 
-    rollouts ─► make_batch ─► packs ─► proximal (and reference) logprobs, once per batch
+    rollouts ─► make_batch ─► packs ─► proximal (and reference) logprobs, values, once per batch ─► advantages of them
                                  └──► per minibatch and epoch: forward, objective, backward over its packs ─► AdamW step
 
 Deterministic: the same model, rollouts and count give the same bits, on the same number of threads.
 """
 
-import logging
-import math
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from asyncrl.algorithm import AlgorithmSpec
-from asyncrl.config import LearnerSpec
 from asyncrl.errors import ConfigError
 from asyncrl.learn import objective as objectives
+from asyncrl.learn import preference_step
 from asyncrl.learn.aggregate import aggregation
 from asyncrl.learn.batch import Batch, make_batch, minibatches
 from asyncrl.learn.batch_metrics import correction_metrics, gap_metrics, rollout_metrics, staleness_metrics
+from asyncrl.learn.critic import Critic, Minibatches
 from asyncrl.learn.estimators import estimator
-from asyncrl.learn.kl import KL_ESTIMATORS, adapted
+from asyncrl.learn.kl_control import KLControl
 from asyncrl.learn.masks import m2po
+from asyncrl.learn.optimizer import Optimization, step
 from asyncrl.learn.packing import split_into_packs
 from asyncrl.learn.refused import RefusedSteps
-from asyncrl.learn.schedule import learning_rate
+from asyncrl.learn.reward_normalization import RewardNormalizer
+from asyncrl.learn.update import Update
+from asyncrl.learning import LearnerSpec
 from asyncrl.models.logprobs import entropy, sampled_logprobs
 from asyncrl.models.packed import Pack, PackedModel, make_pack
 from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
 
-log = logging.getLogger(__name__)
 CPU_PACK_TOKENS = 2048  # beyond it a CPU only loses its caches (measured: 16,384 is a third slower)
 
 
 class PolicyTrainer:
-    """Owns the policy, its optimizer and, with kl_coef > 0, a frozen reference (the starting policy, its own copy).
+    """Owns the policy, its optimizer and, where the algorithm asks for one, a frozen reference (a copy of the starting policy).
 
     temperature: of the sampling; logprobs are taken at it. total_steps: updates over which the schedule runs.
     refused_dir: where batches of refused steps are kept. state: figures that go from update to update and belong into a
-    checkpoint: the KL coefficient, where it adapts.
+    checkpoint: the KL coefficient, where it adapts, and running moments of the rewards. critic: with adv_estimator "gae".
     """
 
     def __init__(
@@ -58,76 +58,66 @@ class PolicyTrainer:
         total_steps: int,
         refused_dir: Path,
         reference: PreTrainedModel | None = None,
+        critic: Critic | None = None,
     ) -> None:
-        if algorithm.kl_coef and reference is None:
-            raise ConfigError(f"algorithm.kl_coef={algorithm.kl_coef} needs a reference model; load one, or set kl_coef to 0")
-        if model.dtype != torch.float32:
-            log.warning(
-                "model.dtype=%s rounds away every optimizer step below 1/512 of a weight: learner.lr=%g may train nothing; "
-                "use model.dtype=float32",
-                str(model.dtype).removeprefix("torch."),
-                learner.lr,
+        if algorithm.needs_reference and reference is None:
+            asks = f"policy_loss={algorithm.policy_loss!r}" if algorithm.learns_preferences else f"kl_coef={algorithm.kl_coef}"
+            raise ConfigError(f"algorithm.{asks} needs a reference model; load one, or set policy_loss='ppo' and kl_coef=0")
+        if algorithm.needs_critic != (critic is not None):
+            raise ConfigError(
+                f"algorithm.adv_estimator={algorithm.adv_estimator!r} {'needs' if critic is None else 'has no use for'} a "
+                "critic: advantages could not be made as the recipe says; give one with 'gae', and none else"
             )
         self.model = model.eval()  # dropout would make the learner another policy than the generators'
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=learner.lr,
-            betas=learner.betas,
-            eps=learner.eps,
-            weight_decay=learner.weight_decay,
-            fused=True,
-        )
+        self.critic = critic
+        self._head = critic.shared if critic is not None else None
+        self._optimization = Optimization(model, learner, total_steps, "learner")
         self._policy = PackedModel(model)
-        self._reference = PackedModel(reference.eval()) if algorithm.kl_coef and reference is not None else None
+        self._reference = PackedModel(reference.eval()) if algorithm.needs_reference and reference is not None else None
         self._learner = learner
         self._algorithm = algorithm
         self._bound = bound
-        self.state = {"kl_coef": algorithm.kl_coef} if algorithm.kl_control == "adaptive" else {}
+        self._kl = KLControl(algorithm)
+        self.state = self._kl.state
+        self._normalizer = RewardNormalizer(algorithm.reward_normalization, self.state)
         self._temperature = temperature
-        self._total_steps = total_steps
         self._refused = RefusedSteps(refused_dir, learner.max_refused_steps)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._optimization.adamw
 
     def update(self, rollouts: Sequence[TrainRollout], committed: int) -> dict[str, float]:
         """Makes update `committed + 1` and returns its metrics; with nothing to train the weights stay as they are.
 
         Raises NonFinite after max_refused_steps refused optimizer steps in a row.
         """
-        rate = learning_rate(self._learner, committed, self._total_steps)
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = rate
         started = time.perf_counter()
-        spec = self._algorithm
-        batch = make_batch(rollouts, self._bound, committed, estimator(spec.adv_estimator))
-        run = _Run(batch.to(self.model.device), committed + 1)
+        rate = self._optimization.schedule(committed)
+        if self.critic is not None:
+            self.critic.optimization.schedule(committed)
+        batch = make_batch(rollouts, self._bound, committed, estimator(self._algorithm.adv_estimator), self._normalizer)
+        update = Update(batch.to(self.model.device), committed + 1)
         steps = [
             (members, self._packs(batch, members)) for members in minibatches(batch.groups, self._learner.mini_batch_groups)
         ]
-        # A single step's own forward pass is made by the proximal policy: no extra pass is needed.
-        several = len(steps) * self._learner.ppo_epochs > 1
-        run.recomputed = (several and objectives.needs_proximal(spec)) or "m2po" in spec.masks or spec.kl_in == "reward"
-        with _timed(run.timings, "timing_s/old_log_prob"):
-            packs = [pack for _, minibatch in steps for pack in minibatch]
-            if run.recomputed:
-                self._score(self._policy, packs, run.proximal_n)
-            if self._reference is not None:
-                run.reference_n = self._score(self._reference, packs, torch.empty_like(run.proximal_n))
-        if spec.kl_in == "reward":
-            self._charge_kl(run)
-        for _ in range(self._learner.ppo_epochs):
-            for members, minibatch in steps:
-                self._step(run, members, minibatch)
-        run.timings["timing_s/update"] = time.perf_counter() - started
+        self._score(update, steps)
+        self._remake_advantages(update)
+        self._train(update, steps)
+        update.timings["timing_s/update"] = time.perf_counter() - started
         return {
             **rollout_metrics(rollouts),
             **staleness_metrics(rollouts, batch),
-            **gap_metrics(batch, run.proximal_n.cpu()),
-            **correction_metrics(batch.lag_n, run.weights_n.cpu(), run.capped_n.cpu(), run.masked_n.cpu()),
-            **objectives.metrics(run.sums, run.accepted),
-            **self._control_kl(run, len(rollouts)),
+            **gap_metrics(batch, update.proximal_n.cpu()),
+            **correction_metrics(batch.lag_n, update.weights_n.cpu(), update.capped_n.cpu(), update.masked_n.cpu()),
+            **objectives.metrics(update.actor.sums, update.actor.accepted),
+            **preference_step.metrics(update.actor.sums),
+            **self._kl.control(update, len(rollouts)),
+            **(self.critic.metrics(update) if self.critic is not None else {}),
             "actor/lr": rate,
-            "actor/optimizer_steps": float(run.accepted),
-            "actor/refused_steps": float(run.refused),
-            **run.timings,
+            "actor/optimizer_steps": float(update.actor.accepted),
+            "actor/refused_steps": float(update.actor.refused),
+            **update.timings,
         }
 
     def _packs(self, batch: Batch, members: Sequence[int]) -> list[Pack]:
@@ -138,138 +128,135 @@ class PolicyTrainer:
             make_pack(batch.sequences, pack, self.model.device) for pack in split_into_packs(batch.sequences, members, bound)
         ]
 
+    def _score(self, update: Update, steps: Minibatches) -> None:
+        """What the models say at the start of the update: proximal and reference logprobs, and values, where needed."""
+        spec, packs = self._algorithm, [pack for _, minibatch in steps for pack in minibatch]
+        # A single step's own forward pass is made by the proximal policy: no extra pass is needed.
+        several = len(steps) * self._learner.ppo_epochs > 1
+        asked = "m2po" in spec.masks or spec.kl_in == "reward" or spec.learns_preferences or self._head is not None
+        update.recomputed = (several and objectives.needs_proximal(spec)) or asked
+        with update.timed("timing_s/old_log_prob"), torch.no_grad():
+            for pack in packs if update.recomputed else ():
+                logits_tv, values_t = self._forward(pack)
+                update.proximal_n[pack.flat_t] = self._logprobs(logits_tv, pack)
+                if values_t is not None:
+                    update.values_n[pack.flat_t] = values_t
+            if self._reference is not None:
+                update.reference_n = self._scored(self._reference, packs, torch.empty_like(update.proximal_n))
+        if self.critic is not None and self._head is None:
+            self.critic.score(update, packs)
+
     @torch.no_grad()
-    def _score(self, scorer: PackedModel, packs: Sequence[Pack], out_n: torch.Tensor) -> torch.Tensor:
+    def _scored(self, scorer: PackedModel, packs: Sequence[Pack], out_n: torch.Tensor) -> torch.Tensor:
         """Fills out_n [N] with logprobs of the packs' tokens."""
         for pack in packs:
-            out_n[pack.flat_t] = sampled_logprobs(scorer.logits(pack), pack.target_ids_t, self._temperature)
+            out_n[pack.flat_t] = self._logprobs(scorer.logits(pack), pack)
         return out_n
 
-    def _step(self, run: "_Run", members: Sequence[int], packs: Sequence[Pack]) -> None:
-        """One optimizer step over a minibatch, or none if anything in it is not finite."""
-        cause = ""
-        if not all(run.batch.behaviour_n[pack.flat_t].isfinite().all() for pack in packs):
-            cause = "a behaviour logprob is not finite"
+    def _forward(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The policy's logits [T, V], and the values [T] of a head on it."""
+        if self._head is None:
+            return self._policy.logits(pack), None
+        logits_tv, hidden_th = self._policy.logits_and_hidden(pack)
+        return logits_tv, self._head.of(hidden_th)
+
+    def _logprobs(self, logits_tv: torch.Tensor, pack: Pack) -> torch.Tensor:
+        return sampled_logprobs(logits_tv, pack.target_ids_t, self._temperature)
+
+    def _remake_advantages(self, update: Update) -> None:
+        """Makes the advantages anew, of what is known only after scoring: the price of the KL, and values."""
+        spec, outcomes = self._algorithm, update.batch.outcomes
+        if spec.kl_in == "reward":
+            outcomes = outcomes._replace(shaping_n=self._kl.price(update))
+        if self.critic is not None:
+            self.critic.estimate(update, outcomes, spec)
+        elif spec.kl_in == "reward":
+            update.set_advantages(estimator(spec.adv_estimator)(outcomes))
+
+    def _train(self, update: Update, steps: Minibatches) -> None:
+        """The steps of an own critic, and of the policy; while the critic warms up, of the critic (or its head) alone."""
+        alone = self.critic is not None and self.critic.alone(update)
+        if self.critic is not None and (alone or self._head is None):
+            self.critic.train(update, steps)
+        for _ in range(0 if alone else self._learner.ppo_epochs):
+            for members, packs in steps:
+                self._step(update, members, packs)
+
+    def _step(self, update: Update, members: Sequence[int], packs: Sequence[Pack]) -> None:
+        """One optimizer step over a minibatch (a shared critic's with it), or none if anything in it is not finite."""
+        joint = [(self._optimization, update.actor)]
+        if self.critic is not None and self._head is not None:
+            joint.append((self.critic.optimization, update.critic))
+        if all(update.batch.behaviour_n[pack.flat_t].isfinite().all() for pack in packs):
+            with update.timed("timing_s/forward_backward"):
+                sums = self._backward(update, members, packs)
+            with update.timed("timing_s/optimizer"):
+                norms, cause = step(sums["loss"], *(optimization for optimization, _ in joint))
         else:
-            with _timed(run.timings, "timing_s/forward_backward"):
-                sums = self._backward(run, members, packs)
-            with _timed(run.timings, "timing_s/optimizer"):
-                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._learner.max_grad_norm or math.inf).item()
-                if not math.isfinite(sums["loss"]):
-                    cause = f"the loss is {sums['loss']}"
-                elif not math.isfinite(norm):
-                    cause = f"the gradient norm is {norm}"
-                else:
-                    self.optimizer.step()
-        self.optimizer.zero_grad()
+            cause = "a behaviour logprob is not finite"
         if cause:
-            run.refused += 1
-            self._refused.refuse(run.batch, members, run.number, cause)
+            for _, steps in joint:
+                steps.refused += 1
+            self._refused.refuse(update.batch, members, update.number, cause)
             return
         self._refused.accepted()
-        run.accepted += 1
-        for name, value in {**sums, "grad_norm": norm}.items():
-            run.sums[name] += value
+        for (_, steps), norm in zip(joint, norms, strict=True):
+            steps.accept({**sums, "grad_norm": norm})
 
-    def _backward(self, run: "_Run", members: Sequence[int], packs: Sequence[Pack]) -> dict[str, float]:
+    def _backward(self, update: Update, members: Sequence[int], packs: Sequence[Pack]) -> dict[str, float]:
         """Accumulates the minibatch's gradient pack by pack; returns sums over its tokens, the loss among them."""
-        spec, batch = self._algorithm, run.batch
-        coefficient_s = torch.zeros_like(batch.counts_s)
-        coefficient_s[members] = aggregation(spec)(batch.counts_s[members])
-        kept_n = self._keep(run, packs, spec.m2po_bound) if "m2po" in spec.masks else None
+        spec = self._algorithm
+        coefficient_s = self._coefficients(update, members)
+        preferred = self._prefer(update, members, packs, coefficient_s) if spec.learns_preferences else {}
+        batch = update.batch
+        kept_n = self._keep(update, packs, spec.m2po_bound) if "m2po" in spec.masks else None
         totals: dict[str, torch.Tensor] = {}
         for pack in packs:
-            logits_tv = self._policy.logits(pack)
-            logp_t = sampled_logprobs(logits_tv, pack.target_ids_t, self._temperature)
+            logits_tv, values_t = self._forward(pack)
+            logp_t = self._logprobs(logits_tv, pack)
             with nullcontext() if spec.entropy_coef else torch.no_grad():
                 entropy_t = entropy(logits_tv, self._temperature)
-            if not run.recomputed and not run.tried:
-                run.proximal_n[pack.flat_t] = logp_t.detach()
+            if not update.recomputed and not update.actor.tried:
+                update.proximal_n[pack.flat_t] = logp_t.detach()
             columns = objectives.Columns(
                 coefficients_t=coefficient_s[batch.sequence_n[pack.flat_t]],
                 advantages_t=batch.advantages_n[pack.flat_t],
                 behaviour_t=batch.behaviour_n[pack.flat_t],
-                proximal_t=run.proximal_n[pack.flat_t],
+                proximal_t=update.proximal_n[pack.flat_t],
                 sequence_t=batch.sequence_n[pack.flat_t],
                 lag_t=batch.lag_n[pack.flat_t],
-                reference_t=None if run.reference_n is None or spec.kl_in == "reward" else run.reference_n[pack.flat_t],
+                reference_t=update.reference_n[pack.flat_t] if update.reference_n is not None and spec.kl_in_loss else None,
                 kept_t=None if kept_n is None else kept_n[pack.flat_t],
             )
-            loss, sums, counted = objectives.objective(spec, columns, logp_t, entropy_t, self.state.get("kl_coef"))
+            loss, sums, counted = objectives.objective(spec, columns, logp_t, entropy_t, self._kl.coef)
+            if self.critic is not None and values_t is not None:
+                value_loss, value_sums = self.critic.loss(update, members, pack, values_t)
+                loss, sums = loss + self.critic.value_coef * value_loss, {**sums, **value_sums}
             loss.backward()
-            run.remember(pack, counted)
+            update.remember(pack, counted)
             for name, value in {**sums, "loss": loss.detach()}.items():
                 totals[name] = totals.get(name, 0.0) + value.double()
-        return {name: value.item() for name, value in totals.items()}
+        return {name: value.item() for name, value in totals.items()} | preferred
+
+    def _prefer(
+        self, update: Update, members: Sequence[int], packs: Sequence[Pack], coefficient_s: torch.Tensor
+    ) -> dict[str, float]:
+        """Turns preferences of the minibatch into advantages. The first step's logprobs are there: the proximal ones."""
+        logp_n = update.proximal_n
+        if update.actor.tried:
+            logp_n = self._scored(self._policy, packs, torch.empty_like(logp_n))
+        return preference_step.prefer(self._algorithm, update, members, logp_n, coefficient_s)
+
+    def _coefficients(self, update: Update, members: Sequence[int]) -> torch.Tensor:
+        """What a token of each sequence weighs in this minibatch's loss [S]; 0 for sequences of other minibatches."""
+        coefficient_s = torch.zeros_like(update.batch.counts_s)
+        coefficient_s[members] = aggregation(self._algorithm)(update.batch.counts_s[members])
+        return coefficient_s
 
     @staticmethod
-    def _keep(run: "_Run", packs: Sequence[Pack], bound: float) -> torch.Tensor:
+    def _keep(update: Update, packs: Sequence[Pack], bound: float) -> torch.Tensor:
         """What m2po leaves of a minibatch [N] bool; False outside of it."""
         flat_m = torch.cat([pack.flat_t for pack in packs])
-        kept_n = torch.zeros_like(run.masked_n)
-        kept_n[flat_m] = m2po(run.proximal_n[flat_m] - run.batch.behaviour_n[flat_m], bound)
+        kept_n = torch.zeros_like(update.masked_n)
+        kept_n[flat_m] = m2po(update.proximal_n[flat_m] - update.batch.behaviour_n[flat_m], bound)
         return kept_n
-
-    def _kl(self, run: "_Run") -> torch.Tensor:
-        """KL per token [N] of the proximal policy to the reference, by the recipe's estimator; NaN where not known."""
-        assert run.reference_n is not None, "asked for a KL without a reference"
-        return KL_ESTIMATORS[self._algorithm.kl_estimator](run.proximal_n, run.reference_n)
-
-    def _charge_kl(self, run: "_Run") -> None:
-        """Takes β·KL off what each trained token earned, and makes the advantages anew (Ziegler et al. 2019; verl)."""
-        coef = self.state.get("kl_coef", self._algorithm.kl_coef)
-        outcomes = run.batch.outcomes._replace(shaping_n=-coef * self._kl(run).cpu().double())
-        advantages_n = estimator(self._algorithm.adv_estimator)(outcomes).float()
-        run.batch = run.batch._replace(advantages_n=advantages_n.to(self.model.device))
-
-    def _control_kl(self, run: "_Run", rollouts: int) -> dict[str, float]:
-        """Moves the coefficient, where it adapts, by this batch's KL; figures of both, under verl's names."""
-        if run.reference_n is None:
-            return {}
-        spec, figures = self._algorithm, {}
-        coef = self.state.get("kl_coef", spec.kl_coef)
-        kl_n = self._kl(run)
-        kl = float(kl_n[kl_n.isfinite()].mean()) if kl_n.isfinite().any() else None
-        if spec.kl_in == "reward" and kl is not None:
-            figures["actor/reward_kl_penalty"] = kl
-        if self.state and kl is not None:
-            self.state["kl_coef"] = adapted(coef, kl, target=spec.kl_target, horizon=spec.kl_horizon, rollouts=rollouts)
-        return {**figures, "actor/reward_kl_penalty_coeff" if spec.kl_in == "reward" else "actor/kl_coef": coef}
-
-
-class _Run:
-    """One update in progress. proximal_n [N]: NaN until computed; recomputed: by a pass of its own, before the first step.
-
-    weights_n, capped_n, masked_n [N]: the correction of each token, when it was last trained; weights NaN before.
-    """
-
-    def __init__(self, batch: Batch, number: int) -> None:
-        self.batch = batch
-        self.number = number
-        self.recomputed = False
-        self.proximal_n = torch.full_like(batch.behaviour_n, math.nan)
-        self.reference_n: torch.Tensor | None = None
-        self.weights_n = torch.full_like(batch.behaviour_n, math.nan)
-        self.capped_n = torch.zeros_like(batch.behaviour_n, dtype=torch.bool)
-        self.masked_n = torch.zeros_like(batch.behaviour_n, dtype=torch.bool)
-        self.sums: dict[str, float] = defaultdict(float)
-        self.timings: dict[str, float] = defaultdict(float)
-        self.accepted = 0
-        self.refused = 0
-
-    @property
-    def tried(self) -> int:
-        """Optimizer steps so far, refused ones among them."""
-        return self.accepted + self.refused
-
-    def remember(self, pack: Pack, counted: objectives.TokenWeights) -> None:
-        self.weights_n[pack.flat_t] = counted.weights_t
-        self.capped_n[pack.flat_t] = counted.capped_t
-        self.masked_n[pack.flat_t] = counted.masked_t
-
-
-@contextmanager
-def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    timings[name] += time.perf_counter() - started

@@ -169,6 +169,17 @@ class PackedModel:
         )
         return output.logits[0]
 
+    def logits_and_hidden(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [T, V], and what the output layer made them of: the last hidden states [T, H]."""
+        read: list[torch.Tensor] = []
+        output = self.model.get_output_embeddings()
+        hook = output.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].flatten(0, -2)))
+        try:
+            logits_tv = self.logits(pack)
+        finally:
+            hook.remove()
+        return logits_tv, read[0] if self._flat else torch.cat(read)[pack.collect_u[pack.select_t]]
+
     def _logits_by_rows(self, pack: Pack) -> torch.Tensor:
         """For any other causal LM: one forward per run, as equal-length rows. Exact, without padding, but more calls."""
         ids_by_run = pack.input_ids_u[pack.expand_s].split([count * length for count, length in pack.runs])

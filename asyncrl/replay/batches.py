@@ -14,7 +14,7 @@ from asyncrl.replay.records import Group, Lease, RolloutState
 from asyncrl.staleness import Staleness
 from asyncrl.types import BatchLease, Fence, Version, derive_seed
 
-_FRUITLESS_GROUPS, _FRUITLESS_BATCHES = 1024, 32  # the larger of the two ends the run
+_EMPTY_GROUPS, _EMPTY_BATCHES = 1024, 32  # without max_empty_batches the larger of the two ends the run
 
 
 class Pick(Struct, frozen=True):
@@ -149,16 +149,20 @@ class Batches:
             self._book.record(ev.CheckpointRetained(oldest_retained))
 
     def _check_fruitful(self) -> None:
-        """A reward that always raises, or rewards that never vary, would otherwise generate for ever."""
-        ledger, most = self._book.ledger, max(_FRUITLESS_GROUPS, _FRUITLESS_BATCHES * self._book.plan.rule.batch_groups)
-        if ledger.fruitless < most or ledger.ready:
+        """A reward that always raises, or rewards that never vary, would otherwise generate for ever. Every ready group allows
+        for as many fruitless ones again: what comes slowly still comes."""
+        ledger, plan = self._book.ledger, self._book.plan
+        size, batches = plan.rule.batch_groups, plan.grouping.max_empty_batches
+        most = max(_EMPTY_GROUPS, _EMPTY_BATCHES * size) if batches is None else batches * size
+        if ledger.fruitless < most * (1 + len(ledger.ready)):
             return
         counts = ledger.counts()
         error = f"; the last error: {ledger.last_error}" if ledger.last_error else ""
         raise ConfigError(
-            f"{ledger.fruitless} groups in a row gave nothing to train on (bound {most}; in all {counts.failed} had fewer "
-            f"rewards than sampling.min_valid, and sampling.keep filtered {counts.filtered}): the learner would wait for ever; "
-            f"mend the reward function, or take easier prompts or sampling.keep='all'{error}"
+            f"{ledger.fruitless} groups since the last batch gave nothing to train on, {len(ledger.ready)} did; {most} in a "
+            f"row end the run (sampling.max_empty_batches={batches or 'null'}; in all {counts.failed} had fewer rewards than "
+            f"sampling.min_valid, and sampling.keep filtered {counts.filtered}): the learner would wait for ever; mend the "
+            f"reward function, or take easier prompts, sampling.keep='all' or a larger sampling.max_empty_batches{error}"
         )
 
     def _grant(self, update: int, groups: tuple[int, ...], replayed: bool) -> BatchLease:

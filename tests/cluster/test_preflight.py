@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from asyncrl.cluster.preflight import check
 from asyncrl.config import (
     AlgorithmSpec,
+    CriticSpec,
     DataSpec,
     EvaluationSpec,
     LearnerSpec,
@@ -88,6 +89,14 @@ def test_what_prepare_makes_need_not_exist_yet(recipe: Recipe, run: RunDir, tmp_
     ("fields", "error", "message"),
     [
         ({"model": ModelSpec(path="/nowhere/model")}, ConfigError, r"model\.path='/nowhere/model' does not exist"),
+        (
+            {
+                "algorithm": AlgorithmSpec(adv_estimator="gae"),
+                "critic": CriticSpec(model=ModelSpec(path="/nowhere/critic")),
+            },
+            ConfigError,
+            r"critic\.model\.path='/nowhere/critic' does not exist",
+        ),
         ({"model": ModelSpec(path="/")}, ConfigError, r"model\.path='/' has no config\.json"),
         ({"data": DataSpec(files=("/nowhere/a.jsonl",))}, DataError, r"no data file /nowhere/a\.jsonl"),
         ({"evaluation": EvaluationSpec(files=("/nowhere/a.jsonl",))}, DataError, r"no data file /nowhere/a\.jsonl"),

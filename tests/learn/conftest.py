@@ -6,10 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from asyncrl.config import AlgorithmSpec, LearnerSpec
+from asyncrl.config import AlgorithmSpec, CriticSpec, LearnerSpec
+from asyncrl.learn.critic import Critic
+from asyncrl.learn.refused import RefusedSteps
 from asyncrl.learn.trainer import PolicyTrainer
+from asyncrl.models.value import OwnValues, SharedValues
 from asyncrl.staleness import Staleness
 from asyncrl.types import BatchLease, Fence, TrainRollout, Version
 
@@ -137,6 +141,17 @@ def make_rollouts() -> Callable[..., list[TrainRollout]]:
 
 
 @pytest.fixture
+def awkward() -> list[TrainRollout]:
+    """Four groups of three with tool tokens inside, a row without a trained token, a group of two and one of one."""
+    found = []
+    for i, r in enumerate(rollouts(oldest=-1)):  # at committed = 2 the first token of each lags by 3 > 2
+        mask = np.ones(len(r.response_ids), dtype=bool)
+        mask[1:-1:2] = False
+        found.append(replace(r, loss_mask=mask if i != 4 else np.zeros_like(mask)))
+    return [r for i, r in enumerate(found) if i not in (2, 10, 11)]
+
+
+@pytest.fixture
 def make_store() -> type[FakeStore]:
     return FakeStore
 
@@ -149,11 +164,18 @@ def make_bus() -> type[FakeBus]:
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., PolicyTrainer]:
     def make(
-        *, learner: dict | None = None, algorithm: dict | None = None, max_lag: int = 2, model=None, reference=None
+        *,
+        learner: dict | None = None,
+        algorithm: dict | None = None,
+        max_lag: int = 2,
+        model=None,
+        reference=None,
+        critic: dict | None = None,
     ) -> PolicyTrainer:
         spec = LearnerSpec(**{"batch_groups": 4, "lr": 1e-2, **(learner or {})})
+        model = model or tiny_model()
         return PolicyTrainer(
-            model or tiny_model(),
+            model,
             spec,
             AlgorithmSpec(**(algorithm or {})),
             Staleness(max_lag=max_lag, batch_groups=spec.batch_groups),
@@ -161,6 +183,17 @@ def make_trainer(tmp_path: Path) -> Callable[..., PolicyTrainer]:
             total_steps=20,
             refused_dir=tmp_path / "refused",
             reference=reference,
+            critic=None if critic is None else tiny_critic(model, tmp_path / "refused" / "critic", critic),
         )
 
     return make
+
+
+def tiny_critic(policy: PreTrainedModel, refused_dir: Path, fields: dict) -> Critic:
+    """A critic whose head does not start at zero, own or on `policy`."""
+    spec = CriticSpec(**{"lr": 1e-2, "eps": 1e-3, **fields})
+    values = SharedValues(policy) if spec.backbone == "shared" else OwnValues(tiny_model(seed=7))
+    head = values.module if isinstance(values, SharedValues) else values.module.get_output_embeddings()
+    torch.manual_seed(8)
+    torch.nn.init.normal_(head.weight, std=0.3)
+    return Critic(values, spec, RefusedSteps(refused_dir, 3), total_steps=20)

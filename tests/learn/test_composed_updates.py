@@ -29,19 +29,11 @@ ALGORITHMS: dict[str, dict] = {
     "reinforce_plus_plus": {"adv_estimator": "reinforce_plus_plus", **KL},
     "baseline form": {"adv_estimator": "reinforce_plus_plus_baseline", "kl_control": "adaptive", **KL},
     "grpo, adaptive KL in the loss": {"kl_control": "adaptive", "kl_coef": 0.2},
+    "running rewards": {"adv_estimator": "rloo", "reward_normalization": "running"},
+    "dpo": {"policy_loss": "dpo"},
+    "dpo, all pairs": {"policy_loss": "dpo", "dpo_pairs": "all", "entropy_coef": 0.01, "kl_coef": 0.2},
+    "kto": {"policy_loss": "kto", "kto_undesirable_weight": 0.5, "loss_agg": "seq-mean-token-sum", "kl_coef": 0.2},
 }
-
-
-@pytest.fixture
-def awkward(make_rollouts) -> list[TrainRollout]:
-    """Four groups of three with tool tokens inside, a row without a trained token, a group of two and one of one."""
-    rollouts = make_rollouts(oldest=-1)  # at committed = 2 the first token of each lags by 3 > 2
-    found = []
-    for i, r in enumerate(rollouts):
-        mask = np.ones(len(r.response_ids), dtype=bool)
-        mask[1:-1:2] = False
-        found.append(replace(r, loss_mask=mask if i != 4 else np.zeros_like(mask)))
-    return [r for i, r in enumerate(found) if i not in (2, 10, 11)]
 
 
 @pytest.fixture
@@ -53,7 +45,7 @@ def step(make_trainer, make_model) -> Callable[..., tuple[list[torch.Tensor], di
         trainer = make_trainer(
             algorithm=algorithm,
             learner={"eps": 1e-3, "ppo_epochs": 2, **learner},
-            reference=make_model(seed=3) if "kl_coef" in algorithm else None,
+            reference=make_model(seed=3),
         )
         trainer.update(rollouts, 2)
         metrics = trainer.update(rollouts, 2)

@@ -6,7 +6,7 @@ import torch
 from asyncrl.algorithm import ESTIMATOR_NAMES
 from asyncrl.errors import ConfigError
 from asyncrl.learn.advantages import grpo
-from asyncrl.learn.estimators import ESTIMATORS, Outcomes, estimator
+from asyncrl.learn.estimators import ESTIMATORS, Outcomes, estimator, gae_advantages
 
 # Group 0: rewards 3 and 1; group 1 alone, evicted but for it. Rollout 1 has no trained token.
 OUTCOMES = Outcomes(
@@ -45,6 +45,31 @@ def test_a_token_of_reinforce_plus_plus_pays_only_for_what_follows() -> None:
     returns = torch.tensor([2.0, 2.25, 3.0], dtype=torch.float64)
     expected = (returns - returns.mean()) / (returns.var() + 1e-8).sqrt()
     torch.testing.assert_close(estimator("reinforce_plus_plus")(SHAPED), expected)
+
+
+def test_generalized_advantages_by_hand() -> None:
+    values = torch.tensor([0.5, 0.25, 1.0], dtype=torch.float64)
+    # Rollouts 0 (two tokens, reward 3) and 2 (one, reward 4); rollout 1 has none, and its reward goes nowhere.
+    # earned: −0.25, 3 − 0.75 | 4 − 1; δ: −0.25 + 0.5·0.25 − 0.5, 2.25 − 0.25 | 3 − 1; A: −0.625 + 0.25·2, 2 | 2
+    advantages, returns = gae_advantages(SHAPED, values, gamma=0.5, lam=0.5)
+    raw = torch.tensor([-0.125, 2.0, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(returns, raw + values)
+    torch.testing.assert_close(advantages, (raw - raw.mean()) / (raw.var() + 1e-8).sqrt())
+    # γ = λ = 1 and no shaping: the reward less the value
+    advantages, returns = gae_advantages(OUTCOMES, values, gamma=1.0, lam=1.0)
+    assert returns.tolist() == [3.0, 3.0, 4.0]
+    assert OUTCOMES.rewards_s.tolist() == [3.0, 1.0, 4.0]
+    assert SHAPED.shaping_n is not None
+    assert SHAPED.shaping_n.tolist() == [-0.25, -0.75, -1.0]  # arguments stay as they were
+
+
+def test_generalized_advantages_without_tokens() -> None:
+    nothing = OUTCOMES._replace(sequence_n=torch.empty(0, dtype=torch.int64))
+    assert [len(part) for part in gae_advantages(nothing, torch.empty(0).double(), gamma=1.0, lam=1.0)] == [0, 0]
+
+
+def test_gae_has_no_advantages_before_values_are_known() -> None:
+    assert estimator("gae")(OUTCOMES).isnan().all()
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

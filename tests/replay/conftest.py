@@ -46,13 +46,14 @@ def plan(
     evals: int = 0,
     capacity: int | None = None,
     lease_s: float = 30.0,
+    max_empty_batches: int | None = None,
 ) -> Plan:
     rule = Staleness(max_lag=max_lag, batch_groups=batch, on_stale=on_stale, selector=selector)  # type: ignore[arg-type]
     evaluation = Evaluation(prompts=prompts(evals), sampling=SAMPLING, n=1) if evals else None
     return Plan(
         rule=rule,
         source=Source(prompts=prompts(size), sampling=SAMPLING, seed=7, shuffle=shuffle, epochs=epochs),
-        grouping=Grouping(n=n, min_valid=min_valid, max_attempts=max_attempts, keep=keep),
+        grouping=Grouping(n=n, min_valid=min_valid, max_attempts=max_attempts, keep=keep, max_empty_batches=max_empty_batches),
         evaluation=evaluation,
         capacity_groups=capacity,
         lease_s=lease_s,

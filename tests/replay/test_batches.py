@@ -225,11 +225,47 @@ def test_groups_that_never_give_anything_to_train_on_end_the_run(fakes: SimpleNa
     (ticket,) = bench.reserve(1, 0).tickets
     bench.submit(ticket, 0)
     bench.score(ticket, 1.0, 1.0)
-    with pytest.raises(ConfigError, match=r"1024 groups in a row .*bound 1024; .* filtered 1024\): .* ValueError: no number"):
+    with pytest.raises(ConfigError, match=r"1024 groups since .* to train on, 0 did; .* filtered 1024\): .* ValueError: no"):
         bench.core.lease_batch(1, 0)
     assert bench.core.broken is None
     bench.core.fence(0)  # a resume, after the reward was mended, starts counting anew
     assert bench.core.lease_batch(2, 0).waiting_for
+
+
+def test_the_cap_on_empty_batches_is_a_setting_and_every_ready_group_allows_for_as_many_again(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=9, batch=2, keep=keep_varied, max_empty_batches=3))
+    bench.core.fence(0)
+
+    def group(*rewards: float) -> None:
+        (ticket,) = bench.reserve(1, 0).tickets
+        bench.submit(ticket, 0)
+        bench.score(ticket, *rewards)
+
+    group(0.0, 1.0)  # ready: one of the two that make a batch
+    for _ in range(11):
+        group(1.0, 1.0)
+    assert bench.core.lease_batch(1, 0).waiting_for  # 11 < 3 batches · 2 groups · (1 + 1 ready)
+    group(0.0, 1.0)
+    bench.train(0)
+    for _ in range(5):
+        group(1.0, 1.0)
+    assert bench.core.lease_batch(1, 1).waiting_for  # a batch was trained: counted anew
+    group(1.0, 1.0)
+    with pytest.raises(
+        ConfigError, match=r"6 groups since the last batch .* 0 did; 6 in a row end the run \(sampling\.max_empty_batches=3;"
+    ):
+        bench.core.lease_batch(1, 1)
+
+
+def test_a_few_ready_groups_do_not_keep_a_fruitless_run_alive(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=9, batch=2, keep=keep_varied, max_empty_batches=1))
+    bench.core.fence(0)
+    for rewards in [(0.0, 1.0), *[(1.0, 1.0)] * 4]:
+        (ticket,) = bench.reserve(1, 0).tickets
+        bench.submit(ticket, 0)
+        bench.score(ticket, *rewards)
+    with pytest.raises(ConfigError, match=r"4 groups since the last batch gave nothing to train on, 1 did"):
+        bench.core.lease_batch(1, 0)
 
 
 def test_a_rollout_masked_whole_does_not_count_as_trained_length(fakes: SimpleNamespace) -> None:

@@ -1,0 +1,43 @@
+"""From a recipe to its trainer: which models it loads, and for what."""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from asyncrl.config import Recipe
+from asyncrl.errors import ConfigError
+from asyncrl.learn.critic import Critic
+from asyncrl.learn.refused import RefusedSteps
+from asyncrl.learn.trainer import PolicyTrainer
+from asyncrl.models.loading import load_model
+from asyncrl.models.value import OwnValues, SharedValues
+
+
+def policy_trainer(recipe: Recipe, *, device: str, refused_dir: Path) -> PolicyTrainer:
+    """The policy; where needed its frozen reference; with GAE the critic. refused_dir: for batches of refused steps."""
+    policy = load_model(recipe.model, device)
+    return PolicyTrainer(
+        policy,
+        recipe.learner,
+        recipe.algorithm,
+        recipe.bound(),
+        temperature=recipe.sampling.temperature,
+        total_steps=recipe.total_steps,
+        refused_dir=refused_dir,
+        reference=load_model(recipe.model, device) if recipe.algorithm.needs_reference else None,
+        critic=_critic(recipe, policy, device, refused_dir / "critic") if recipe.algorithm.needs_critic else None,
+    )
+
+
+def _critic(recipe: Recipe, policy: PreTrainedModel, device: str, refused_dir: Path) -> Critic:
+    spec, refused = recipe.critic, RefusedSteps(refused_dir, recipe.learner.max_refused_steps)
+    if spec.backbone == "shared":
+        return Critic(SharedValues(policy), spec, refused, total_steps=recipe.total_steps)
+    model = load_model(spec.model or recipe.model, device)
+    own, needed = model.get_input_embeddings().weight.shape[0], policy.get_input_embeddings().weight.shape[0]
+    if own < needed:
+        raise ConfigError(
+            f"critic.model.path={spec.model.path if spec.model else ''!r} knows {own} tokens, the policy {needed}: it can not "
+            "read every rollout; use a model with the policy's tokenizer"
+        )
+    return Critic(OwnValues(model), spec, refused, total_steps=recipe.total_steps)

@@ -1,0 +1,112 @@
+"""The critic's side of an update: values, what they should have been, and the steps towards that.
+
+    packs ─► values (by the critic as it is now) ─► GAE ─► advantages, for the policy
+                                                     └──► returns ─► clipped value loss ─► AdamW step per minibatch
+
+Values are made at the start of the update that trains on them, not stored when tokens are sampled: they are those of the
+present critic, on tokens of policies that may be older.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from asyncrl.algorithm import AlgorithmSpec
+from asyncrl.learn.estimators import Outcomes, gae_advantages
+from asyncrl.learn.optimizer import Optimization, step
+from asyncrl.learn.refused import RefusedSteps
+from asyncrl.learn.update import Update
+from asyncrl.learn.value_loss import clipped_value_loss, explained_variance
+from asyncrl.learning import CriticSpec
+from asyncrl.models.packed import Pack
+from asyncrl.models.value import OwnValues, SharedValues
+
+Minibatches = Sequence[tuple[Sequence[int], Sequence[Pack]]]  # members (indices of the batch's sequences), their packs
+
+
+class Critic:
+    """Owns a value function (or the head of a shared one), its optimizer and schedule. shared: the head, else None.
+
+    module and optimizer: what a checkpoint holds. refused: where batches of refused steps go.
+    """
+
+    def __init__(self, values: OwnValues | SharedValues, spec: CriticSpec, refused: RefusedSteps, *, total_steps: int) -> None:
+        self.module = values.module
+        self.shared = values if isinstance(values, SharedValues) else None
+        self.optimization = Optimization(values.module, spec, total_steps, "critic")
+        self.value_coef = spec.value_coef
+        self._values = values
+        self._spec = spec
+        self._refused = refused
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.optimization.adamw
+
+    def alone(self, update: Update) -> bool:
+        """Whether only the critic learns in this update."""
+        return update.number <= self._spec.critic_warmup
+
+    def score(self, update: Update, packs: Sequence[Pack]) -> None:
+        """Fills the update's values. (Of a head on the policy, the trainer has them from the policy's own pass.)"""
+        with update.timed("timing_s/values"), torch.no_grad():
+            for pack in packs:
+                update.values_n[pack.flat_t] = self._values(pack)
+
+    @staticmethod
+    def estimate(update: Update, outcomes: Outcomes, spec: AlgorithmSpec) -> None:
+        """Fills the update's returns and advantages from its values."""
+        values_n = update.values_n.cpu().double()
+        advantages_n, returns_n = gae_advantages(outcomes, values_n, gamma=spec.gamma, lam=spec.lam)
+        update.returns_n = returns_n.to(update.values_n)
+        update.set_advantages(advantages_n)
+
+    def train(self, update: Update, minibatches: Minibatches) -> None:
+        """Steps of the critic by itself: ppo_epochs over the minibatches."""
+        with update.timed("timing_s/update_critic"):
+            for _ in range(self._spec.ppo_epochs):
+                for members, packs in minibatches:
+                    self._step(update, members, packs)
+
+    def loss(
+        self, update: Update, members: Sequence[int], pack: Pack, values_t: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """This pack's share of the minibatch's mean loss per token (a scalar to sum over packs), and sums for the metrics."""
+        old_t, returns_t = update.values_n[pack.flat_t], update.returns_n[pack.flat_t]
+        loss_t, clipped_t = clipped_value_loss(values_t, old_t, returns_t, self._spec.value_clip)
+        loss = loss_t.sum() / update.batch.counts_s[members].sum()
+        return loss, {"vf_loss": loss.detach(), "vf_clipped": clipped_t.sum(), "vf_tokens": values_t.new_tensor(len(values_t))}
+
+    def _step(self, update: Update, members: Sequence[int], packs: Sequence[Pack]) -> None:
+        totals: dict[str, torch.Tensor] = {}
+        for pack in packs:
+            loss, sums = self.loss(update, members, pack, self._values(pack))
+            loss.backward()
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + value.double()
+        figures = {name: value.item() for name, value in totals.items()}
+        (norm,), cause = step(figures["vf_loss"], self.optimization)
+        if cause:
+            update.critic.refused += 1
+            self._refused.refuse(update.batch, members, update.number, f"critic: {cause}")
+            return
+        self._refused.accepted()
+        update.critic.accept({**figures, "grad_norm": norm})
+
+    def metrics(self, update: Update) -> dict[str, float]:
+        """vf_loss and grad_norm: mean over steps. Values are those at the start; explained_var too: before they learned."""
+        steps = update.critic
+        figures = {
+            "critic/lr": self.optimizer.param_groups[0]["lr"],
+            "critic/optimizer_steps": float(steps.accepted),
+            "critic/refused_steps": float(steps.refused),
+        }
+        if steps.accepted:
+            figures["critic/vf_loss"] = steps.sums["vf_loss"] / steps.accepted
+            figures["critic/vf_clipfrac"] = steps.sums["vf_clipped"] / steps.sums["vf_tokens"]
+            figures["critic/grad_norm"] = steps.sums["grad_norm"] / steps.accepted
+        if len(update.values_n):
+            figures["critic/values_mean"] = float(update.values_n.double().mean())
+            figures["critic/returns_mean"] = float(update.returns_n.double().mean())
+        explained = explained_variance(update.values_n, update.returns_n)
+        return figures if explained is None else {**figures, "critic/vf_explained_var": explained}

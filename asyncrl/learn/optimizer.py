@@ -1,0 +1,57 @@
+"""AdamW with a schedule, clipping, and the guard against non-finite steps."""
+
+import logging
+import math
+
+import torch
+
+from asyncrl.learn.schedule import learning_rate
+from asyncrl.learning import OptimizerSpec
+
+log = logging.getLogger(__name__)
+
+
+class Optimization:
+    """Trains the parameters of `module` as `spec` says. name: of the spec in the recipe. adamw: what a checkpoint holds."""
+
+    def __init__(self, module: torch.nn.Module, spec: OptimizerSpec, total_steps: int, name: str) -> None:
+        dtype = next(module.parameters()).dtype
+        if dtype != torch.float32:
+            log.warning(
+                "model.dtype=%s rounds away every optimizer step below 1/512 of a weight: %s.lr=%g may train nothing; "
+                "use model.dtype=float32",
+                str(dtype).removeprefix("torch."),
+                name,
+                spec.lr,
+            )
+        self.adamw = torch.optim.AdamW(
+            module.parameters(), lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True
+        )
+        self._module = module
+        self._spec = spec
+        self._total_steps = total_steps
+
+    def schedule(self, committed: int) -> float:
+        """Sets, and returns, the learning rate of update `committed + 1`."""
+        rate = learning_rate(self._spec, committed, self._total_steps)
+        for parameters in self.adamw.param_groups:
+            parameters["lr"] = rate
+        return rate
+
+    def clip(self) -> float:
+        """Clips the gradient; returns the norm that it had."""
+        return torch.nn.utils.clip_grad_norm_(self._module.parameters(), self._spec.max_grad_norm or math.inf).item()
+
+
+def step(loss: float, *optimizations: Optimization) -> tuple[list[float], str]:
+    """One step of all, or of none where the loss or a gradient is not finite. Returns gradient norms, and why not, or ""."""
+    norms = [optimization.clip() for optimization in optimizations]
+    cause = "" if math.isfinite(loss) else f"the loss is {loss}"
+    for norm in norms:
+        if not cause and not math.isfinite(norm):
+            cause = f"the gradient norm is {norm}"
+    for optimization in optimizations:
+        if not cause:
+            optimization.adamw.step()
+        optimization.adamw.zero_grad()
+    return norms, cause

@@ -1,0 +1,54 @@
+"""Values from any causal LM: a linear head of one output in place of, or beside, the output layer.
+
+A value head starts at zero. All values are then 0, and the first advantages plain returns: random values would only be
+noise, which whitening blows up to the size of a signal. The head's own gradient, Σ (V − R)·h, is not zero there.
+"""
+
+import torch
+from transformers import PreTrainedModel
+
+from asyncrl.models.packed import Pack, PackedModel
+
+
+def value_head(model: PreTrainedModel) -> torch.nn.Linear:
+    """A zero head [H] -> [1] for the hidden states that the model's output layer reads; float32."""
+    output = model.get_output_embeddings()
+    head = torch.nn.Linear(output.weight.shape[-1], 1, device=output.weight.device)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    return head
+
+
+class OwnValues:
+    """A causal LM made into a value model: its output layer becomes the head. Takes the model over; `module` is all of it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config.get_text_config(decoder=True)
+        config.tie_word_embeddings = False
+        if getattr(config, "final_logit_softcapping", None):
+            config.final_logit_softcapping = None  # it would bound values like logits
+        model.set_output_embeddings(value_head(model).to(model.dtype))
+        self.module: torch.nn.Module = model.eval()
+        self._packed = PackedModel(model)
+
+    def __call__(self, pack: Pack) -> torch.Tensor:
+        """V [T] before each scored token of the pack, float32, with gradient."""
+        return self._packed.logits(pack)[:, 0].float()
+
+
+class SharedValues:
+    """A head on the policy's last hidden states. `module` is the head alone."""
+
+    def __init__(self, policy: PreTrainedModel) -> None:
+        self.module: torch.nn.Module = value_head(policy)
+        self._packed = PackedModel(policy)
+
+    def __call__(self, pack: Pack) -> torch.Tensor:
+        """As with OwnValues, but the gradient stops at the policy's hidden states."""
+        with torch.no_grad():
+            _, hidden_th = self._packed.logits_and_hidden(pack)
+        return self.of(hidden_th)
+
+    def of(self, hidden_th: torch.Tensor) -> torch.Tensor:
+        """V [T] of hidden states [T, H], float32; the gradient goes on into them."""
+        return self.module(hidden_th.float())[:, 0]
