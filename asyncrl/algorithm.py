@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from asyncrl.spec import Spec, require
 
 BuiltinEstimator = Literal[
-    "grpo", "grpo_no_std", "dr_grpo", "rloo", "opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"
+    "grpo", "grpo_no_std", "dr_grpo", "rloo", "opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax"
 ]
 BuiltinLoss = Literal["ppo", "gspo", "gmpo", "cispo", "dppo_tv", "dppo_kl", "sapo", "pg"]
 CorrectionName = Literal["decoupled", "decoupled_loglinear", "tis", "tis_sequence", "none"]
@@ -18,7 +18,7 @@ AggregationName = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-me
 
 ESTIMATOR_NAMES: tuple[str, ...] = get_args(BuiltinEstimator)
 LOSS_NAMES: tuple[str, ...] = get_args(BuiltinLoss)
-UNGROUPED = ("reinforce_plus_plus",)  # the only one that learns from a group of one
+UNGROUPED = ("reinforce_plus_plus", "remax")  # these learn from a group of one
 
 
 class AlgorithmSpec(Spec, frozen=True, kw_only=True):
@@ -70,6 +70,11 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
         _check_masks(self)
         _check_kl(self)
         _check_aggregation(self)
+
+    @property
+    def wants_baseline(self) -> bool:
+        """Whether each prompt gets a greedy rollout more, which is scored and never trained."""
+        return self.adv_estimator == "remax"
 
     @property
     def clip_high(self) -> float:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from asyncrl.learn.estimators import Estimator, Outcomes
+from asyncrl.learn.token_rewards import credited
 from asyncrl.models.packed import TokenSequence
 from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
@@ -51,12 +52,7 @@ def make_batch(rollouts: Sequence[TrainRollout], bound: Staleness, committed: in
     others stay as context. A rollout without a trained token is left out after its reward has counted.
     """
     trained = [np.asarray(r.loss_mask, dtype=bool) & bound.trainable(r.updates, committed) for r in rollouts]
-    outcomes = Outcomes(
-        rewards_s=torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
-        groups_s=torch.tensor([r.group for r in rollouts], dtype=torch.int64),
-        lengths_s=torch.tensor([int(r.loss_mask.sum()) for r in rollouts], dtype=torch.int64),
-        sequence_n=torch.repeat_interleave(torch.tensor([int(mask.sum()) for mask in trained], dtype=torch.int64)),
-    )
+    outcomes = _outcomes(rollouts, trained)
     kept = [i for i, mask in enumerate(trained) if mask.any()]
     counts = torch.tensor([int(trained[i].sum()) for i in kept], dtype=torch.int64)
 
@@ -73,6 +69,30 @@ def make_batch(rollouts: Sequence[TrainRollout], bound: Staleness, committed: in
         advantages_n=estimator(outcomes).float(),
         lag_n=column([committed - rollouts[i].updates[trained[i]] for i in kept], np.int64),
         outcomes=outcomes,
+    )
+
+
+def _outcomes(rollouts: Sequence[TrainRollout], trained: Sequence[np.ndarray]) -> Outcomes:
+    """What the rollouts came to. trained: of each, which of its tokens [T] bool."""
+    baselines = [r.baseline for r in rollouts if r.baseline is not None]
+    outcomes = Outcomes(
+        rewards_s=torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
+        groups_s=torch.tensor([r.group for r in rollouts], dtype=torch.int64),
+        lengths_s=torch.tensor([int(r.loss_mask.sum()) for r in rollouts], dtype=torch.int64),
+        sequence_n=torch.repeat_interleave(torch.tensor([int(mask.sum()) for mask in trained], dtype=torch.int64)),
+        baselines_s=torch.tensor(baselines, dtype=torch.float64) if len(baselines) == len(rollouts) else None,
+    )
+    if all(r.token_rewards is None for r in rollouts):
+        return outcomes
+    earned, before = zip(
+        *(
+            credited(np.zeros(len(mask)) if r.token_rewards is None else r.token_rewards, mask)
+            for r, mask in zip(rollouts, trained, strict=True)
+        ),
+        strict=True,
+    )
+    return outcomes._replace(
+        shaping_n=torch.from_numpy(np.concatenate(earned)), before_s=torch.tensor(before, dtype=torch.float64)
     )
 
 

@@ -1,7 +1,7 @@
 """Advantage estimators by name: from a batch's outcomes to one advantage per trained token. Pure.
 
-Most see rollouts and give every token of one the same; REINFORCE++ sees tokens. The user's own is named in the recipe as
-`file.py:name` and is a function of rollouts: `f(rewards_s, groups_s) -> advantages_s`, all [S], float64.
+Most see rollouts and give every token of one the same; REINFORCE++ and ReMax see tokens. The user's own is named in the
+recipe as `file.py:name` and is a function of rollouts: `f(rewards_s, groups_s) -> advantages_s`, all [S], float64.
 """
 
 from collections.abc import Callable
@@ -13,14 +13,16 @@ import torch
 from asyncrl.callables import load_callable
 from asyncrl.errors import ConfigError
 from asyncrl.learn.advantages import GroupEstimator, grpo, grpo_no_std, opo, rloo
-from asyncrl.learn.token_advantages import reinforce_plus_plus, reinforce_plus_plus_baseline
+from asyncrl.learn.token_advantages import reinforce_plus_plus, reinforce_plus_plus_baseline, remax
 
 
 class Outcomes(NamedTuple):
     """What an estimator sees, float64 and on the CPU: S rollouts, trained or not, and N trained tokens of them.
 
-    rewards_s, groups_s [S]; lengths_s [S]: tokens that the policy chose; sequence_n [N], ascending: each token's rollout;
-    shaping_n [N]: what a token earns beside the reward (−β·KL), or None.
+    rewards_s [S], due at a rollout's end; groups_s [S]; lengths_s [S]: tokens that the policy chose; sequence_n [N],
+    ascending: each token's rollout; shaping_n [N]: what a token earns beside the reward (its own reward, −β·KL), or None.
+    before_s [S]: what tokens earned before the first trained one, or None. baselines_s [S]: what the greedy rollout of the
+    same prompt earned in all, or None.
     """
 
     rewards_s: torch.Tensor
@@ -28,10 +30,21 @@ class Outcomes(NamedTuple):
     lengths_s: torch.Tensor
     sequence_n: torch.Tensor
     shaping_n: torch.Tensor | None = None
+    before_s: torch.Tensor | None = None
+    baselines_s: torch.Tensor | None = None
 
     def shaped_s(self) -> torch.Tensor:
         """Rewards with the sum of what their tokens earned beside [S], as verl has it for estimators of whole rollouts."""
-        return self.rewards_s if self.shaping_n is None else self.rewards_s.index_add(0, self.sequence_n, self.shaping_n)
+        rewards_s = self.rewards_s if self.before_s is None else self.rewards_s + self.before_s
+        return rewards_s if self.shaping_n is None else rewards_s.index_add(0, self.sequence_n, self.shaping_n)
+
+    def token_shaping_n(self) -> torch.Tensor:
+        """shaping_n [N], zeros where it is None."""
+        return self.rewards_s.new_zeros(len(self.sequence_n)) if self.shaping_n is None else self.shaping_n
+
+    def with_shaping(self, added_n: torch.Tensor) -> "Outcomes":
+        """Each token earns added_n [N] more."""
+        return self._replace(shaping_n=added_n if self.shaping_n is None else self.shaping_n + added_n)
 
 
 Estimator = Callable[[Outcomes], torch.Tensor]
@@ -51,14 +64,20 @@ def _opo(outcomes: Outcomes) -> torch.Tensor:
 
 
 def _reinforce_plus_plus(outcomes: Outcomes) -> torch.Tensor:
-    shaping_n = outcomes.shaping_n
-    if shaping_n is None:
-        shaping_n = outcomes.rewards_s.new_zeros(len(outcomes.sequence_n))
-    return reinforce_plus_plus(outcomes.rewards_s, shaping_n, outcomes.sequence_n)
+    return reinforce_plus_plus(outcomes.rewards_s, outcomes.token_shaping_n(), outcomes.sequence_n)
 
 
 def _reinforce_plus_plus_baseline(outcomes: Outcomes) -> torch.Tensor:
     return reinforce_plus_plus_baseline(grpo_no_std(outcomes.shaped_s(), outcomes.groups_s), outcomes.sequence_n)
+
+
+def _remax(outcomes: Outcomes) -> torch.Tensor:
+    if outcomes.baselines_s is None:
+        raise ConfigError(
+            "algorithm.adv_estimator='remax' on rollouts without a baseline: there is nothing to compare them with; generate "
+            "them with replay.plan.Grouping(baseline=True)"
+        )
+    return remax(outcomes.rewards_s, outcomes.baselines_s, outcomes.token_shaping_n(), outcomes.sequence_n)
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -69,6 +88,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "opo": _opo,
     "reinforce_plus_plus": _reinforce_plus_plus,
     "reinforce_plus_plus_baseline": _reinforce_plus_plus_baseline,
+    "remax": _remax,
 }
 
 

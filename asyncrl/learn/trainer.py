@@ -149,7 +149,7 @@ class PolicyTrainer:
         """Makes the advantages anew, of what is known only after scoring: the price of the KL."""
         spec = self._algorithm
         if spec.kl_in == "reward":
-            outcomes = update.batch.outcomes._replace(shaping_n=self._kl.price(update))
+            outcomes = update.batch.outcomes.with_shaping(self._kl.price(update))
             update.set_advantages(estimator(spec.adv_estimator)(outcomes))
 
     def _step(self, update: Update, members: Sequence[int], packs: Sequence[Pack]) -> None:
