@@ -84,15 +84,13 @@ def _outcomes(rollouts: Sequence[TrainRollout], trained: Sequence[np.ndarray]) -
     )
     if all(r.token_rewards is None for r in rollouts):
         return outcomes
-    earned, before = zip(
-        *(
-            credited(np.zeros(len(mask)) if r.token_rewards is None else r.token_rewards, mask)
-            for r, mask in zip(rollouts, trained, strict=True)
-        ),
-        strict=True,
-    )
+    found = [
+        credited(np.zeros(len(mask)) if r.token_rewards is None else r.token_rewards, mask)
+        for r, mask in zip(rollouts, trained, strict=True)
+    ]
     return outcomes._replace(
-        shaping_n=torch.from_numpy(np.concatenate(earned)), before_s=torch.tensor(before, dtype=torch.float64)
+        shaping_n=torch.from_numpy(np.concatenate([earned_n for earned_n, _ in found])),
+        before_s=torch.tensor([before for _, before in found], dtype=torch.float64),
     )
 
 

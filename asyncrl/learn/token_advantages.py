@@ -36,8 +36,8 @@ def remax(
 ) -> torch.Tensor:
     """The return from each token on, minus what the greedy rollout of the same prompt earned [N]. ReMax (Li et al. 2023).
 
-    rewards_s, shaping_n: as in reinforce_plus_plus. baselines_s [S]: of each rollout's prompt; a constant to the gradient,
-    which it leaves unbiased. Needs no groups, and nothing is whitened.
+    rewards_s, shaping_n: as in reinforce_plus_plus. baselines_s [S]: of each rollout's prompt; it does not depend on what was
+    sampled, so the gradient stays unbiased. As in verl it pays no KL. Needs no groups, and nothing is whitened.
     """
     return (rewards_s - baselines_s)[sequence_n] + returns_to_go(shaping_n, sequence_n)
 
