@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from asyncrl.spec import Spec, require
 
 BuiltinEstimator = Literal[
-    "grpo", "grpo_no_std", "dr_grpo", "rloo", "opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae"
+    "grpo", "grpo_no_std", "dr_grpo", "rloo", "opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "gae"
 ]
 BuiltinLoss = Literal["ppo", "gspo", "gmpo", "cispo", "dppo_tv", "dppo_kl", "sapo", "pg", "dpo", "kto"]
 CorrectionName = Literal["decoupled", "decoupled_loglinear", "tis", "tis_sequence", "none"]
@@ -18,7 +18,7 @@ AggregationName = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-me
 
 ESTIMATOR_NAMES: tuple[str, ...] = get_args(BuiltinEstimator)
 LOSS_NAMES: tuple[str, ...] = get_args(BuiltinLoss)
-UNGROUPED = ("reinforce_plus_plus", "gae")  # those that learn from a group of one
+UNGROUPED = ("reinforce_plus_plus", "remax", "gae")  # those that learn from a group of one
 PREFERENCE_LOSSES = ("dpo", "kto")
 
 
@@ -85,6 +85,7 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
         _check_kl(self)
         _check_aggregation(self)
         _check_preferences(self)
+        _check_baseline(self)
 
     @property
     def learns_preferences(self) -> bool:
@@ -101,6 +102,11 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     @property
     def needs_critic(self) -> bool:
         return self.adv_estimator == "gae"
+
+    @property
+    def wants_baseline(self) -> bool:
+        """Whether each prompt gets a greedy rollout more, which is scored and never trained."""
+        return self.adv_estimator == "remax"
 
     @property
     def clip_high(self) -> float:
@@ -190,6 +196,14 @@ def _check_aggregation(spec: AlgorithmSpec) -> None:
         "use loss_agg='seq-mean-token-sum-norm', or null",
     )
     require(scale is None or scale >= 1, f"algorithm.loss_scale_factor={scale} < 1: use the longest response in tokens, >= 1")
+
+
+def _check_baseline(spec: AlgorithmSpec) -> None:
+    require(
+        not (spec.wants_baseline and spec.reward_normalization != "none"),
+        f"algorithm.reward_normalization={spec.reward_normalization!r} with adv_estimator='remax': rewards would be compared "
+        "with a greedy rollout's on another scale; use 'none'",
+    )
 
 
 def _check_preferences(spec: AlgorithmSpec) -> None:

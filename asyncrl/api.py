@@ -229,6 +229,7 @@ def _require_same_groups(paths: RunDir, recipe: Recipe) -> None:
         ("seed", before.seed, recipe.seed),
         ("data", before.data, recipe.data),
         ("sampling.n", before.sampling.n, recipe.sampling.n),
+        ("a baseline per group (adv_estimator='remax')", before.algorithm.wants_baseline, recipe.algorithm.wants_baseline),
     ):
         if old != new:
             raise ConfigError(

@@ -16,6 +16,7 @@ from asyncrl.staleness import OnStale, SelectorName, Staleness
 RewardStyle = Literal["auto", "verl", "trl"]
 # Under these names shaping logs what it adds, and the reward before it.
 SHAPING_PARTS = ("unshaped", "overlong_penalty", "length_penalty", "repetition_penalty")
+_TAKEN = ("mean", "std", "token_sum", "baseline", *SHAPING_PARTS)
 
 # ------------------------------------------------------------------------------------------------- recipe
 
@@ -88,8 +89,9 @@ class ShapingSpec(Spec, frozen=True, kw_only=True):
 
 
 class RewardSpec(Spec, frozen=True, kw_only=True):
-    """function: verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`, a float or a dict with `score`;
-    or TRL's `f(prompts, completions, **columns) -> list[float | None]`, called with lists of one.
+    """function: verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`, a float or a dict with `score`
+    and, for what is earned beside it, `turn_rewards` or `token_rewards`; or TRL's `f(prompts, completions, **columns) ->
+    list[float | None]`, called with lists of one.
 
     functions: several instead; the reward is their weighted sum. style `auto` tells the two kinds apart by their parameters.
     deadline_s: wall clock for one sample; past it the process is killed and the sample is `timeout`.
@@ -113,7 +115,7 @@ class RewardSpec(Spec, frozen=True, kw_only=True):
             f"reward.style={self.style!r} with reward.functions would be ignored; set the style of each function instead",
         )
         names = [term.name for term in self.terms()]
-        taken = [name for name in names if name in ("mean", "std", *SHAPING_PARTS) or names.count(name) > 1]
+        taken = [name for name in names if name in _TAKEN or names.count(name) > 1]
         require(
             not taken,
             f"reward.functions: the name {taken[0] if taken else ''!r} is taken, so two figures would be logged as one; set "
@@ -253,6 +255,11 @@ class Recipe(Spec, frozen=True, kw_only=True):
             "lower it",
         )
         self.bound()
+
+    @property
+    def rollouts_per_group(self) -> int:
+        """Those generated together: the sampled ones and, where the estimator wants it, their baseline."""
+        return self.sampling.n + self.algorithm.wants_baseline
 
     def bound(self) -> Staleness:
         """The staleness rule that the store and the learner both run."""

@@ -120,7 +120,8 @@ class LearnerStore(Protocol):
         """
 
     def rows(self, groups: Sequence[int]) -> list[TrainRollout]:
-        """The `ok` rollouts of leased groups, in group order, then rollout order."""
+        """The `ok` rollouts of leased groups, in group order, then rollout order. A group's baseline is not among them: each
+        of its rollouts says what it earned."""
 
     def commit(self, lease: int, version: Version, metrics: Mapping[str, float]) -> None:
         """Counts the leased groups as trained by `version`. The metrics are logged with it, exactly once."""

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 
 Purpose = Literal["train", "eval"]
 FinishReason = Literal["stop", "length", "abort"]
@@ -66,12 +67,17 @@ class Sampling(Struct, frozen=True, kw_only=True):
     max_tokens: int
     stop_token_ids: tuple[int, ...]
 
+    def greedy(self) -> "Sampling":
+        """The same, without chance."""
+        return replace(self, temperature=0.0, top_p=1.0, top_k=0)
+
 
 class Ticket(Struct, frozen=True, kw_only=True):
     """The right to generate `rollouts` of one group: a reservation in the store.
 
     `rollouts` are the indices still missing (all of them at first, fewer after a reissue); `seeds` is parallel to it.
-    An eval ticket is pinned: every token must come from the weights `pinned`.
+    An eval ticket is pinned: every token must come from the weights `pinned`. baseline: the index of the rollout that is to
+    be greedy, and is compared with, not trained (ReMax); None: there is none.
     """
 
     group: int
@@ -82,6 +88,7 @@ class Ticket(Struct, frozen=True, kw_only=True):
     sampling: Sampling
     purpose: Purpose = "train"
     pinned: Version | None = None
+    baseline: int | None = None
 
 
 class Reserved(Struct, frozen=True, kw_only=True):
@@ -128,6 +135,7 @@ class Rollout(Struct, frozen=True, kw_only=True):
     loss_mask: 1 where the policy chose the token, 0 for tool and environment tokens.
     turns: start offsets of the turns in response_ids; (0,) for a single turn.
     times: seconds since the epoch, at each hop's name ("reserved", "started", "finished").
+    baseline: greedy, scored like the others and never trained.
     """
 
     group: int
@@ -144,10 +152,11 @@ class Rollout(Struct, frozen=True, kw_only=True):
     worker: str
     times: dict[str, float]
     purpose: Purpose = "train"
+    baseline: bool = False
 
 
 class Unscored(Struct, frozen=True, kw_only=True):
-    """One rollout handed to a reward worker. response_ids still hold the stop token."""
+    """One rollout handed to a reward worker. response_ids still hold the stop token. turns: as in `Rollout`."""
 
     group: int
     rollout: int
@@ -156,6 +165,7 @@ class Unscored(Struct, frozen=True, kw_only=True):
     response_ids: list[int]
     purpose: Purpose
     finish_reason: FinishReason
+    turns: tuple[int, ...] = (0,)
 
 
 class UnscoredLease(Struct, frozen=True, kw_only=True):
@@ -168,7 +178,10 @@ class UnscoredLease(Struct, frozen=True, kw_only=True):
 
 
 class Score(Struct, frozen=True, kw_only=True):
-    """The verdict on one rollout. Only `ok` carries a reward; a failure is never a silent 0."""
+    """The verdict on one rollout. Only `ok` carries a reward; a failure is never a silent 0.
+
+    reward: due at the end. token_rewards: what each response token earns beside it, one number per token, or None.
+    """
 
     group: int
     rollout: int
@@ -177,6 +190,7 @@ class Score(Struct, frozen=True, kw_only=True):
     reward: float | None = None
     parts: dict[str, float] = {}
     error: str = ""
+    token_rewards: list[float] | None = None
 
 
 class BatchLease(Struct, frozen=True, kw_only=True):
@@ -198,6 +212,8 @@ class TrainRollout(Struct, frozen=True, kw_only=True):
 
     prompt_ids [P] int64; response_ids [T] int64; loss_mask [T] bool; logprobs [T] float32 nats, of the sampled
     distribution; kept_logmass [T] float32 or None; updates [T] int64, the policy update that produced each token.
+    token_rewards [T] float64 or None: what each token earned beside `reward`, which is due at the end. baseline: what the
+    greedy rollout of the same prompt earned in all, None where none was asked for.
     """
 
     group: int
@@ -213,6 +229,8 @@ class TrainRollout(Struct, frozen=True, kw_only=True):
     reward: float
     parts: dict[str, float]
     finish_reason: FinishReason
+    token_rewards: np.ndarray | None = None
+    baseline: float | None = None
 
 
 class Fence(Struct, frozen=True, kw_only=True):

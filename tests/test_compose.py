@@ -40,7 +40,8 @@ def one_thread():
 
 
 @pytest.mark.timeout(120)
-def test_stages_composed_by_hand(tiny_recipe, tmp_path):
+@pytest.mark.parametrize("estimator", ["grpo", "remax"])
+def test_stages_composed_by_hand(tiny_recipe, tmp_path, estimator):
     recipe, run = tiny_recipe(), RunDir(tmp_path / "by-hand").create()
     model = ModelSpec(path=recipe.model.path)
     tokenizer = load_tokenizer(model)
@@ -50,13 +51,14 @@ def test_stages_composed_by_hand(tiny_recipe, tmp_path):
     rule = Staleness(max_lag=2, batch_groups=4)
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=6, stop_token_ids=(tokenizer.eos_token_id,))
     source = Source(prompts=PromptFile(run.data / "train.arrow"), sampling=sampling)
-    grouping = Grouping(n=4, min_valid=2, max_attempts=3, keep=keep_all)
+    algorithm = AlgorithmSpec(adv_estimator=estimator)
+    grouping = Grouping(n=4, min_valid=2, max_attempts=3, keep=keep_all, baseline=algorithm.wants_baseline)
     store = LocalTransport(ReplayStore(Plan(rule=rule, source=source, grouping=grouping), LogSettings(folder=str(run.replay))))
 
     trainer = PolicyTrainer(
         load_model(model),
         LearnerSpec(batch_groups=4, lr=1e-3),
-        AlgorithmSpec(),
+        algorithm,
         rule,
         temperature=1.0,
         total_steps=STEPS,
@@ -81,7 +83,8 @@ def test_stages_composed_by_hand(tiny_recipe, tmp_path):
     engine = TorchEngine(load_model(model), slots=16, max_length=32)
     engine.start()
     weights = WeightSubscriber(lambda: buses[-1].address if buses else None)
-    generator = Generator(engine, ReplayClient(store, "generator", 1), weights, name="generator", poll_s=1.0, group_size=4)
+    size = grouping.n + grouping.baseline
+    generator = Generator(engine, ReplayClient(store, "generator", 1), weights, name="generator", poll_s=1.0, group_size=size)
     pool = RewardPool(recipe.reward.function)
     rewards = RewardWorker(
         ReplayClient(store, "reward", 1), pool, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), name="reward"
@@ -103,4 +106,6 @@ def test_stages_composed_by_hand(tiny_recipe, tmp_path):
     assert report.counts.pending == 0
     assert report.counts.reserved == report.counts.trained + report.counts.evicted
     assert max(record.metrics["staleness/lag_max"] for record in report.records) <= 2
+    assert [record.metrics["samples"] for record in report.records] == [16.0] * STEPS
+    assert all(("reward/baseline" in record.metrics) == (estimator == "remax") for record in report.records)
     assert [step.name for step in run.steps()] == ["step_000003", "step_000006"]

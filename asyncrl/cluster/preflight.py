@@ -120,10 +120,11 @@ def _batches(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
             f"sampling.n=1 with algorithm.adv_estimator={recipe.algorithm.adv_estimator!r}: an advantage is a reward against "
             "its own group's mean, so all would be 0 and nothing learned; use sampling.n >= 2"
         )
-    if (slots := deployment.generators.engine.slots) < n:
+    size, added = recipe.rollouts_per_group, " + 1 for its baseline" if recipe.algorithm.wants_baseline else ""
+    if (slots := deployment.generators.engine.slots) < size:
         raise ConfigError(
-            f"generators.engine.slots={slots} < sampling.n={n}: a group could never be decoded together; "
-            f"set deploy.generators.engine.slots={n} or more"
+            f"generators.engine.slots={slots} < sampling.n={n}{added}: a group could never be decoded together; "
+            f"set deploy.generators.engine.slots={size} or more"
         )
     readable = [file for file in recipe.data.files if not _made(file, recipe, run_dir) and Path(file).is_file()]
     if len(readable) == len(recipe.data.files):
@@ -141,6 +142,6 @@ def _batches(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
     capacity = min(most, recipe.staleness.capacity_groups or most)
     rule = "wait" if bound.waits else bound.on_stale
     return (
-        f"batches     {recipe.total_steps} updates × {batch} groups × {n} rollouts; max_lag {bound.max_lag} ({rule}), at most "
-        f"{capacity} groups outstanding; {deployment.generators.count} × {deployment.generators.engine.slots} slots"
+        f"batches     {recipe.total_steps} updates × {batch} groups × {n} rollouts{added}; max_lag {bound.max_lag} ({rule}), "
+        f"at most {capacity} groups outstanding; {deployment.generators.count} × {deployment.generators.engine.slots} slots"
     )

@@ -127,6 +127,7 @@ def build_store(plan: Plan) -> "ReplayStore":
             max_attempts=grouping.max_attempts,
             keep=KEEPS.get(grouping.keep) or load_callable(grouping.keep, "sampling.keep"),
             max_empty_batches=grouping.max_empty_batches,
+            baseline=recipe.algorithm.wants_baseline,
         ),
         evaluation=evaluation,
         capacity_groups=recipe.staleness.capacity_groups,
@@ -189,7 +190,7 @@ def _generator(name: str, plan: Plan, peers: Peers, store: "ReplayClient") -> Bu
         weights,
         name=name,
         poll_s=limits.poll_s,
-        group_size=plan.recipe.sampling.n,
+        group_size=plan.recipe.rollouts_per_group,
         health_timeout_s=limits.health_timeout_s,
     )
     engine.start()
@@ -222,7 +223,7 @@ def _sglang_engine(name: str, plan: Plan) -> "SGLangEngine":
         host=_host(plan),
         logs=plan.paths.logs,
         name=name,
-        least=plan.recipe.sampling.n,
+        least=plan.recipe.rollouts_per_group,
     )
 
 

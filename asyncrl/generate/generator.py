@@ -26,9 +26,9 @@ NOTICE_S = 0.5  # longest wait for weights: it can't be cut short, and so delays
 class Generator:
     """Runs one engine for one store. Owns neither: whoever made them closes them.
 
-    group_size: rollouts per training ticket; a ticket is asked for when that many slots are free. poll_s: longest wait for
-    the next sign of life to the store, which is also when cancellations are heard while all slots are taken.
-    reserve_wait_s: long poll of one `reserve`; a swap waits for it, and a newer version is told only after it.
+    group_size: rollouts per training ticket, its baseline included; a ticket is asked for when that many slots are free.
+    poll_s: longest wait for the next sign of life to the store, which is also when cancellations are heard while all slots are
+    taken. reserve_wait_s: long poll of one `reserve`; a swap waits for it, and a newer version is told only after it.
     health_timeout_s: an engine that has work and makes no step for so long is an error.
     """
 

@@ -75,13 +75,13 @@ class Workload:
 
 
 def requests_of(ticket: Ticket) -> list[GenerationRequest]:
-    """One request per missing rollout of the ticket."""
+    """One request per missing rollout of the ticket; that of the baseline is greedy."""
     return [
         GenerationRequest(
             id=f"{ticket.group}/{rollout}/{ticket.attempt}",
             group=ticket.group,
             prompt_ids=ticket.prompt.ids,
-            sampling=ticket.sampling,
+            sampling=ticket.sampling.greedy() if rollout == ticket.baseline else ticket.sampling,
             seed=seed,
         )
         for rollout, seed in zip(ticket.rollouts, ticket.seeds, strict=True)
@@ -106,4 +106,5 @@ def rollout_of(done: Done, generation: Generation, worker: str) -> Rollout:
         worker=worker,
         times={"reserved": held.reserved, "started": held.started, "finished": done.finished},
         purpose=held.ticket.purpose,
+        baseline=done.rollout == held.ticket.baseline,
     )

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from asyncrl.learn.estimators import Estimator, Outcomes
+from asyncrl.learn.token_rewards import credited
 from asyncrl.models.packed import TokenSequence
 from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
@@ -51,18 +52,14 @@ def make_batch(
     estimator: Estimator,
     normalized: Callable[[torch.Tensor], torch.Tensor] = lambda rewards_s: rewards_s,
 ) -> Batch:
-    """Columns for update `committed + 1`. normalized: what estimators see of the rewards [S], float64.
+    """Columns for update `committed + 1`. normalized: what estimators see of the rewards [S], float64; token
+    rewards stay as they are.
 
     Advantages see every rollout; tokens are trained where the policy chose them and the bound allows (DESIGN §2). All
     others stay as context. A rollout without a trained token is left out after its reward has counted.
     """
     trained = [np.asarray(r.loss_mask, dtype=bool) & bound.trainable(r.updates, committed) for r in rollouts]
-    outcomes = Outcomes(
-        rewards_s=normalized(torch.tensor([r.reward for r in rollouts], dtype=torch.float64)),
-        groups_s=torch.tensor([r.group for r in rollouts], dtype=torch.int64),
-        lengths_s=torch.tensor([int(r.loss_mask.sum()) for r in rollouts], dtype=torch.int64),
-        sequence_n=torch.repeat_interleave(torch.tensor([int(mask.sum()) for mask in trained], dtype=torch.int64)),
-    )
+    outcomes = _outcomes(rollouts, trained, normalized)
     kept = [i for i, mask in enumerate(trained) if mask.any()]
     counts = torch.tensor([int(trained[i].sum()) for i in kept], dtype=torch.int64)
 
@@ -79,6 +76,30 @@ def make_batch(
         advantages_n=estimator(outcomes).float(),
         lag_n=column([committed - rollouts[i].updates[trained[i]] for i in kept], np.int64),
         outcomes=outcomes,
+    )
+
+
+def _outcomes(
+    rollouts: Sequence[TrainRollout], trained: Sequence[np.ndarray], normalized: Callable[[torch.Tensor], torch.Tensor]
+) -> Outcomes:
+    """What the rollouts came to. trained: of each, which of its tokens [T] bool. normalized: see `make_batch`."""
+    baselines = [r.baseline for r in rollouts if r.baseline is not None]
+    outcomes = Outcomes(
+        rewards_s=normalized(torch.tensor([r.reward for r in rollouts], dtype=torch.float64)),
+        groups_s=torch.tensor([r.group for r in rollouts], dtype=torch.int64),
+        lengths_s=torch.tensor([int(r.loss_mask.sum()) for r in rollouts], dtype=torch.int64),
+        sequence_n=torch.repeat_interleave(torch.tensor([int(mask.sum()) for mask in trained], dtype=torch.int64)),
+        baselines_s=torch.tensor(baselines, dtype=torch.float64) if len(baselines) == len(rollouts) else None,
+    )
+    if all(r.token_rewards is None for r in rollouts):
+        return outcomes
+    found = [
+        credited(np.zeros(len(mask)) if r.token_rewards is None else r.token_rewards, mask)
+        for r, mask in zip(rollouts, trained, strict=True)
+    ]
+    return outcomes._replace(
+        shaping_n=torch.from_numpy(np.concatenate([earned_n for earned_n, _ in found])),
+        before_s=torch.tensor([before for _, before in found], dtype=torch.float64),
     )
 
 

@@ -11,7 +11,11 @@ from asyncrl.types import TrainRollout
 
 
 def rollout_metrics(rollouts: Sequence[TrainRollout]) -> dict[str, float]:
-    """Rewards (and their named parts) and response lengths of every rollout of the batch, trained or masked."""
+    """Rewards (and their named parts) and response lengths of every rollout of the batch, trained or masked.
+
+    reward/mean is of what was due at the end; reward/token_sum is the mean of what a rollout's tokens earned beside it, where
+    any did; reward/baseline the mean over prompts of what the greedy rollout earned, where there is one.
+    """
     if not rollouts:
         return {}
     rewards = np.array([r.reward for r in rollouts])
@@ -20,6 +24,10 @@ def rollout_metrics(rollouts: Sequence[TrainRollout]) -> dict[str, float]:
     for rollout in rollouts:
         for name, value in rollout.parts.items():
             parts.setdefault(name, []).append(value)
+    if any(r.token_rewards is not None for r in rollouts):
+        parts["token_sum"] = [0.0 if r.token_rewards is None else float(r.token_rewards.sum()) for r in rollouts]
+    if baselines := {r.group: r.baseline for r in rollouts if r.baseline is not None}:
+        parts["baseline"] = list(baselines.values())
     return {
         **{f"reward/{name}": float(np.mean(values)) for name, values in parts.items()},
         "samples": float(len(rollouts)),

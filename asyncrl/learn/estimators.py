@@ -1,8 +1,8 @@
 """Advantage estimators by name: from a batch's outcomes to one advantage per trained token. Pure.
 
-Most see rollouts and give every token of one the same; REINFORCE++ sees tokens, and GAE a critic's values too. The user's
-own is named in the recipe as `file.py:name` and is a function of rollouts: `f(rewards_s, groups_s) -> advantages_s`, all
-[S], float64.
+Most see rollouts and give every token of one the same; REINFORCE++ and ReMax see tokens, and GAE a critic's values too. The
+user's own is named in the recipe as `file.py:name` and is a function of rollouts: `f(rewards_s, groups_s) -> advantages_s`,
+all [S], float64.
 """
 
 import math
@@ -15,14 +15,16 @@ import torch
 from asyncrl.callables import load_callable
 from asyncrl.errors import ConfigError
 from asyncrl.learn.advantages import GroupEstimator, grpo, grpo_no_std, opo, rloo
-from asyncrl.learn.token_advantages import gae, reinforce_plus_plus, reinforce_plus_plus_baseline, whitened
+from asyncrl.learn.token_advantages import gae, reinforce_plus_plus, reinforce_plus_plus_baseline, remax, whitened
 
 
 class Outcomes(NamedTuple):
     """What an estimator sees, float64 and on the CPU: S rollouts, trained or not, and N trained tokens of them.
 
-    rewards_s, groups_s [S]; lengths_s [S]: tokens that the policy chose; sequence_n [N], ascending: each token's rollout;
-    shaping_n [N]: what a token earns beside the reward (−β·KL), or None.
+    rewards_s [S], due at a rollout's end; groups_s [S]; lengths_s [S]: tokens that the policy chose; sequence_n [N],
+    ascending: each token's rollout; shaping_n [N]: what a token earns beside the reward (its own reward, −β·KL), or None.
+    before_s [S]: what tokens earned before the first trained one, or None. baselines_s [S]: what the greedy rollout of the
+    same prompt earned in all, or None.
     """
 
     rewards_s: torch.Tensor
@@ -30,10 +32,21 @@ class Outcomes(NamedTuple):
     lengths_s: torch.Tensor
     sequence_n: torch.Tensor
     shaping_n: torch.Tensor | None = None
+    before_s: torch.Tensor | None = None
+    baselines_s: torch.Tensor | None = None
 
     def shaped_s(self) -> torch.Tensor:
         """Rewards with the sum of what their tokens earned beside [S], as verl has it for estimators of whole rollouts."""
-        return self.rewards_s if self.shaping_n is None else self.rewards_s.index_add(0, self.sequence_n, self.shaping_n)
+        rewards_s = self.rewards_s if self.before_s is None else self.rewards_s + self.before_s
+        return rewards_s if self.shaping_n is None else rewards_s.index_add(0, self.sequence_n, self.shaping_n)
+
+    def token_shaping_n(self) -> torch.Tensor:
+        """shaping_n [N], zeros where it is None."""
+        return self.rewards_s.new_zeros(len(self.sequence_n)) if self.shaping_n is None else self.shaping_n
+
+    def with_shaping(self, added_n: torch.Tensor) -> "Outcomes":
+        """Each token earns added_n [N] more."""
+        return self._replace(shaping_n=added_n if self.shaping_n is None else self.shaping_n + added_n)
 
 
 Estimator = Callable[[Outcomes], torch.Tensor]
@@ -53,10 +66,7 @@ def _opo(outcomes: Outcomes) -> torch.Tensor:
 
 
 def _reinforce_plus_plus(outcomes: Outcomes) -> torch.Tensor:
-    shaping_n = outcomes.shaping_n
-    if shaping_n is None:
-        shaping_n = outcomes.rewards_s.new_zeros(len(outcomes.sequence_n))
-    return reinforce_plus_plus(outcomes.rewards_s, shaping_n, outcomes.sequence_n)
+    return reinforce_plus_plus(outcomes.rewards_s, outcomes.token_shaping_n(), outcomes.sequence_n)
 
 
 def _reinforce_plus_plus_baseline(outcomes: Outcomes) -> torch.Tensor:
@@ -77,13 +87,22 @@ def gae_advantages(
     it at its own token. Tokens that are not trained (of tools, or too old) are not there: nothing is discounted over them.
     A rollout without a trained token teaches nothing, its reward included.
     """
-    earned_n = torch.zeros_like(values_n) if outcomes.shaping_n is None else outcomes.shaping_n.clone()
+    earned_n = outcomes.token_shaping_n().clone()
     sequence_n = outcomes.sequence_n
     if len(sequence_n):
         last_n = torch.cat((sequence_n[1:] != sequence_n[:-1], sequence_n.new_ones(1, dtype=torch.bool)))
         earned_n[last_n] += outcomes.rewards_s[sequence_n[last_n]]
     advantages_n, returns_n = gae(earned_n, values_n, sequence_n, gamma=gamma, lam=lam)
     return whitened(advantages_n), returns_n
+
+
+def _remax(outcomes: Outcomes) -> torch.Tensor:
+    if outcomes.baselines_s is None:
+        raise ConfigError(
+            "algorithm.adv_estimator='remax' on rollouts without a baseline: there is nothing to compare them with; generate "
+            "them with replay.plan.Grouping(baseline=True)"
+        )
+    return remax(outcomes.rewards_s, outcomes.baselines_s, outcomes.token_shaping_n(), outcomes.sequence_n)
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -95,6 +114,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "reinforce_plus_plus": _reinforce_plus_plus,
     "reinforce_plus_plus_baseline": _reinforce_plus_plus_baseline,
     "gae": _unknown,
+    "remax": _remax,
 }
 
 

@@ -31,6 +31,17 @@ def reinforce_plus_plus(rewards_s: torch.Tensor, shaping_n: torch.Tensor, sequen
     return whitened(rewards_s[sequence_n] + returns_to_go(shaping_n, sequence_n))
 
 
+def remax(
+    rewards_s: torch.Tensor, baselines_s: torch.Tensor, shaping_n: torch.Tensor, sequence_n: torch.Tensor
+) -> torch.Tensor:
+    """The return from each token on, minus what the greedy rollout of the same prompt earned [N]. ReMax (Li et al. 2023).
+
+    rewards_s, shaping_n: as in reinforce_plus_plus. baselines_s [S]: of each rollout's prompt; it does not depend on what was
+    sampled, so the gradient stays unbiased. As in verl it pays no KL. Needs no groups, and nothing is whitened.
+    """
+    return (rewards_s - baselines_s)[sequence_n] + returns_to_go(shaping_n, sequence_n)
+
+
 def reinforce_plus_plus_baseline(centered_s: torch.Tensor, sequence_n: torch.Tensor) -> torch.Tensor:
     """r − mean(group), given as centered_s [S], whitened over the batch's tokens. REINFORCE++-baseline (Hu et al. 2025)."""
     return whitened(centered_s[sequence_n])

@@ -167,7 +167,7 @@ class PolicyTrainer:
         """Makes the advantages anew, of what is known only after scoring: the price of the KL, and values."""
         spec, outcomes = self._algorithm, update.batch.outcomes
         if spec.kl_in == "reward":
-            outcomes = outcomes._replace(shaping_n=self._kl.price(update))
+            outcomes = outcomes.with_shaping(self._kl.price(update))
         if self.critic is not None:
             self.critic.estimate(update, outcomes, spec)
         elif spec.kl_in == "reward":

@@ -138,10 +138,13 @@ class Admission:
         return tickets
 
     def _reserve(self, worker: str, incarnation: int, version: Version) -> Ticket:
-        ledger, n = self._book.ledger, self._book.plan.grouping.n
+        ledger, grouping = self._book.ledger, self._book.plan.grouping
         position, retry = ledger.retries[0] if ledger.retries else (ledger.cursor, 0)
         group = ledger.next_group
-        self._book.record(ev.GroupReserved(group, "train", position, retry, n, self._update(version), worker, incarnation))
+        update = self._update(version)
+        self._book.record(
+            ev.GroupReserved(group, "train", position, retry, grouping.n, update, worker, incarnation, grouping.baseline)
+        )
         return ticket(self._book, ledger.groups[group])
 
 
@@ -166,4 +169,5 @@ def ticket(book: Book, group: Group) -> Ticket:
         sampling=sampling,
         purpose=purpose,
         pinned=pinned,
+        baseline=None if group.baseline() is None else group.n,
     )

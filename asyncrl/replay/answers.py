@@ -23,8 +23,16 @@ class RowLease(Struct, frozen=True):
     ended: bool = False
 
 
+class TrainScore(Struct, frozen=True):
+    """What the learner gets beside a row. baseline: what its group's greedy rollout earned, if it has one."""
+
+    reward: float
+    parts: dict[str, float]
+    baseline: float | None = None
+
+
 class TrainRows(Struct, frozen=True):
-    """Arrow rows (schema.TRAIN_COLUMNS) and, parallel to them, (reward, parts)."""
+    """Arrow rows (schema.TRAIN_COLUMNS) and, parallel to them, their scores."""
 
     rows: bytes
-    scores: list[tuple[float, dict[str, float]]]
+    scores: list[TrainScore]

@@ -8,9 +8,10 @@ from msgspec import Struct
 
 import asyncrl.replay.events as ev
 from asyncrl.errors import CheckpointError, Closed, ConfigError, Fenced
+from asyncrl.replay.answers import TrainScore
 from asyncrl.replay.book import Book
 from asyncrl.replay.ledger import Ledger
-from asyncrl.replay.records import Group, Lease, RolloutState
+from asyncrl.replay.records import Group, Lease
 from asyncrl.staleness import Staleness
 from asyncrl.types import BatchLease, Fence, Version, derive_seed
 
@@ -130,16 +131,21 @@ class Batches:
         metrics = {name: float(value) for name, value in metrics.items()}
         self._book.record(ev.BatchCommitted(lease, version, held.groups, metrics, self._book.wall()))
 
-    def rows(self, incarnation: int, groups: Sequence[int]) -> list[RolloutState]:
-        """The `ok` rollouts of leased groups. One whose tokens are all too old is among them: the learner masks it, and its
-        reward still counts for its group's mean."""
+    def rows(self, incarnation: int, groups: Sequence[int]) -> list[tuple[int, TrainScore]]:
+        """(log row, score) of the `ok` sampled rollouts of leased groups. One whose tokens are all too old is among them: the
+        learner masks it, and its reward still counts for its group's mean."""
         self.check(incarnation)
         ledger = self._book.ledger
         leased = {g for lease in ledger.leases.values() for g in lease.groups}
         unknown = [g for g in groups if g not in leased]
         if unknown:
             raise ValueError(f"rows of groups {unknown[:5]}, which are not leased: only leased groups may be trained")
-        return [r for g in groups for r in ledger.groups[g].ok()]
+        found = []
+        for group in (ledger.groups[g] for g in groups):
+            greedy = group.baseline()
+            baseline = None if greedy is None else greedy.earned
+            found += [(r.row, TrainScore(r.reward, r.parts, baseline)) for r in group.ok()]
+        return found
 
     def checkpointed(self, oldest_retained: int) -> None:
         ledger = self._book.ledger
@@ -161,8 +167,9 @@ class Batches:
         raise ConfigError(
             f"{ledger.fruitless} groups since the last batch gave nothing to train on, {len(ledger.ready)} did; {most} in a "
             f"row end the run (sampling.max_empty_batches={batches or 'null'}; in all {counts.failed} had fewer rewards than "
-            f"sampling.min_valid, and sampling.keep filtered {counts.filtered}): the learner would wait for ever; mend the "
-            f"reward function, or take easier prompts, sampling.keep='all' or a larger sampling.max_empty_batches{error}"
+            f"sampling.min_valid, or none for their baseline, and sampling.keep filtered {counts.filtered}): the learner would "
+            "wait for ever; mend the reward function, or take easier prompts, sampling.keep='all' or a larger "
+            f"sampling.max_empty_batches{error}"
         )
 
     def _grant(self, update: int, groups: tuple[int, ...], replayed: bool) -> BatchLease:

@@ -8,6 +8,7 @@ from typing import Any
 
 import asyncrl.replay.events as ev
 from asyncrl.replay.admission import Admission, Holders
+from asyncrl.replay.answers import TrainScore
 from asyncrl.replay.batches import Batches
 from asyncrl.replay.book import Book
 from asyncrl.replay.evaluate import Evaluations
@@ -111,9 +112,15 @@ class Core:
     def extend(self, lease: int, worker: str) -> None:
         self._scoring.extend(lease, worker)
 
-    def score(self, lease: int, scores: Sequence[Score]) -> None:
+    def earning(self, scores: Sequence[Score]) -> list[tuple[int, list[float]]]:
+        """(log row, what its tokens earned) of those verdicts that count and say so; the caller writes each of these rows to
+        the log once more, with that, then calls `score`."""
+        return [(self._row(s.group, s.rollout), s.token_rewards) for s in self._scoring.counting(scores) if s.token_rewards]
+
+    def score(self, lease: int, scores: Sequence[Score], first_row: int = 0) -> None:
+        """first_row: where the rows of `earning` begin in the log."""
         with self._recording():
-            self._scoring.score(lease, scores)
+            self._scoring.score(lease, scores, first_row)
             self._evaluations.finish_if_complete()
 
     # --------------------------------------------------------------------------------------- learner
@@ -127,9 +134,9 @@ class Core:
         with self._recording():
             return self._batches.lease(incarnation, update)
 
-    def rows(self, incarnation: int, groups: Sequence[int]) -> list[tuple[int, float, dict[str, float]]]:
-        """(log row, reward, parts) of the rollouts to train."""
-        return [(r.row, r.reward, r.parts) for r in self._batches.rows(incarnation, groups)]
+    def rows(self, incarnation: int, groups: Sequence[int]) -> list[tuple[int, TrainScore]]:
+        """(log row, score) of the rollouts to train."""
+        return self._batches.rows(incarnation, groups)
 
     def commit(self, lease: int, version: Version, metrics: Mapping[str, float]) -> None:
         with self._recording():

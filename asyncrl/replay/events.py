@@ -17,7 +17,8 @@ class Event(Struct, frozen=True, array_like=True, tag_field="kind"):
 
 class GroupReserved(Event, tag="reserved", frozen=True):
     """A slot was taken. position: place in the order of prompts (of the eval set, for eval); retry: earlier groups of
-    this prompt; update: of the holder's weights. A first try moves the dataset cursor past `position`."""
+    this prompt; update: of the holder's weights. A first try moves the dataset cursor past `position`. baseline: the rollout
+    after the `n` sampled ones is a greedy one."""
 
     group: int
     purpose: Purpose
@@ -27,6 +28,7 @@ class GroupReserved(Event, tag="reserved", frozen=True):
     update: int
     worker: str
     incarnation: int
+    baseline: bool = False
 
 
 class GroupReissued(Event, tag="reissued", frozen=True):
@@ -52,6 +54,9 @@ class RolloutSubmitted(Event, tag="submitted", frozen=True):
 
 
 class RolloutScored(Event, tag="scored", frozen=True):
+    """row: of the log, where the rollout stands once more, with what each token earned; None: nothing but `reward`.
+    token_sum: of what they earned."""
+
     group: int
     rollout: int
     attempt: int
@@ -59,6 +64,8 @@ class RolloutScored(Event, tag="scored", frozen=True):
     reward: float | None
     parts: dict[str, float] = {}
     error: str = ""
+    row: int | None = None
+    token_sum: float = 0.0
 
 
 class GroupSettled(Event, tag="settled", frozen=True):

@@ -61,8 +61,9 @@ class Ledger:
         _APPLY[type(event)](self, event)
 
     def _reserved(self, e: ev.GroupReserved) -> None:
-        rollouts = [RolloutState() for _ in range(e.n)]
-        group = Group(e.group, e.purpose, e.position, e.retry, 0, e.update, e.worker, e.incarnation, rollouts, e.n, e.n)
+        size = e.n + e.baseline
+        rollouts = [RolloutState() for _ in range(size)]
+        group = Group(e.group, e.purpose, e.position, e.retry, 0, e.update, e.worker, e.incarnation, rollouts, e.n, size, size)
         self.next_group = e.group + 1
         self.workers[e.worker] = max(e.incarnation, self.workers.get(e.worker, 0))
         if e.purpose == "eval":
@@ -87,7 +88,7 @@ class Ledger:
         r = group.rollouts[e.rollout]
         r.row, r.attempt, r.oldest, r.newest, r.length = e.row, e.attempt, e.oldest, e.newest, e.length
         group.unsubmitted -= 1
-        if group.purpose == "train":
+        if group.purpose == "train" and e.rollout < group.n:
             self.lengths.dispatched += 1
             self.lengths.dispatched_tokens += e.length
 
@@ -95,6 +96,8 @@ class Ledger:
         group = self._get(e.group)
         r = group.rollouts[e.rollout]
         r.status, r.reward, r.parts = e.status, 0.0 if e.reward is None else e.reward, e.parts
+        if e.row is not None:
+            r.row, r.token_sum = e.row, e.token_sum
         group.unscored -= 1
         self.last_error = e.error or self.last_error
         if group.purpose == "train" and group.scored():

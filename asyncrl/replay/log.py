@@ -119,7 +119,7 @@ class ReplayLog:
         history: list[ev.AnyEvent] = []
         rows = self._rows.tail_first
         for i, batch in enumerate(batches):
-            named = [e.row for e in batch if isinstance(e, ev.RolloutSubmitted)]
+            named = [e.row for e in batch if isinstance(e, ev.RolloutSubmitted | ev.RolloutScored) and e.row is not None]
             if any(row >= self._rows.rows for row in named):
                 if i < self._closed_batches:
                     raise DataError(

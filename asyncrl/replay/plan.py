@@ -23,13 +23,18 @@ class Source(Struct, frozen=True, kw_only=True):
 class Grouping(Struct, frozen=True, kw_only=True):
     """n rollouts per prompt, at most max_attempts groups per prompt. Fewer than min_valid `ok` rollouts fail the group; keep: a
     pure function of their rewards. max_empty_batches: so many batches' worth of failed or filtered groups in a row end the run;
-    None: 32, and at least 1024 groups."""
+    None: 32, and at least 1024 groups.
+
+    baseline: each group has one greedy rollout more, which is scored and never trained. It counts in neither min_valid nor
+    keep; where it is not `ok`, the group is failed: without it the others' advantages would be of another kind.
+    """
 
     n: int
     min_valid: int
     max_attempts: int
     keep: Keep
     max_empty_batches: int | None = None
+    baseline: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_valid <= self.n:

@@ -40,12 +40,14 @@ class ReplayReader:
         return self._read("events", EVENTS)
 
     def rollouts(self) -> pa.Table:
-        """One line per rollout that counts: the row (schema.ROWS), its verdict, and what became of its group."""
+        """One line per rollout that counts, baselines included: the row (schema.ROWS), its verdict, and what became of its
+        group."""
         events = self.events()  # before the rows: whatever they count is then on disk
         joined, outcomes, trained = _walk(events)
         rows = self._read("rows", ROWS)
         keys = zip(*(rows.column(name).to_pylist() for name in ("group", "rollout", "attempt")), strict=True)
-        picked = [(i, joined[key]) for i, key in enumerate(keys) if key in joined]
+        last = {key: i for i, key in enumerate(keys) if key in joined}  # a later row of a rollout also has its token rewards
+        picked = [(i, joined[key]) for key, i in last.items()]
         table = rows.take(pa.array([i for i, _ in picked], pa.int64()))
         for _, line in picked:
             line["outcome"], line["trained_update"] = outcomes.get(line["group"]), trained.get(line["group"])

@@ -6,7 +6,7 @@ from asyncrl.types import Purpose, Status, Version
 
 
 class RolloutState(Struct):
-    """One rollout of a group. row -1: not submitted yet; status None: not scored yet."""
+    """One rollout of a group. row -1: not submitted yet; status None: not scored yet. token_sum: earned beside `reward`."""
 
     row: int = -1
     attempt: int = 0
@@ -16,10 +16,20 @@ class RolloutState(Struct):
     status: Status | None = None
     reward: float = 0.0
     parts: dict[str, float] = {}
+    token_sum: float = 0.0
+
+    @property
+    def earned(self) -> float:
+        """In all."""
+        return self.reward + self.token_sum
 
 
 class Group(Struct):
-    """A reservation. update: of the weights its holder had when it got the present attempt."""
+    """A reservation. update: of the weights its holder had when it got the present attempt.
+
+    rollouts: `n` that are sampled and, where a baseline is wanted, a greedy one after them. It is generated and scored with
+    the others; having no token to train, it has no lag, and counts in nothing that is said of the sampled ones.
+    """
 
     id: int
     purpose: Purpose
@@ -30,6 +40,7 @@ class Group(Struct):
     worker: str
     incarnation: int
     rollouts: list[RolloutState]
+    n: int
     unsubmitted: int
     unscored: int
 
@@ -42,12 +53,20 @@ class Group(Struct):
     def scored(self) -> bool:
         return self.unscored == 0
 
+    def sampled(self) -> list[RolloutState]:
+        return self.rollouts[: self.n]
+
+    def baseline(self) -> RolloutState | None:
+        return self.rollouts[self.n] if len(self.rollouts) > self.n else None
+
     def ok(self) -> list[RolloutState]:
-        return [r for r in self.rollouts if r.status == "ok"]
+        """The sampled ones that have a reward."""
+        return [r for r in self.sampled() if r.status == "ok"]
 
     def oldest(self) -> int:
         """A bound on the update of the oldest token: known for submitted rollouts, the reservation's for the others."""
-        return min(self.update if r.row < 0 else r.oldest for r in self.rollouts if r.status in (None, "ok"))
+        known = (self.update if r.row < 0 else r.oldest for r in self.sampled() if r.status in (None, "ok"))
+        return min(known, default=self.update)  # nothing left to train: the group only waits for its baseline, to fail
 
     def newest(self) -> int:
         return max(r.newest for r in self.ok())

@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 
 from asyncrl.errors import DataError
+from asyncrl.replay.answers import TrainScore
 from asyncrl.replay.scoring import Summary
 from asyncrl.types import Prompt, Rollout, TrainRollout, Unscored, Version
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 _INTS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
@@ -26,6 +27,7 @@ ROWS = pa.schema(
         ("group", pa.int64()),
         ("rollout", pa.int32()),
         ("attempt", pa.int32()),
+        ("baseline", pa.bool_()),  # greedy, compared with and never trained
         ("purpose", pa.string()),
         ("row", pa.int64()),  # of the dataset
         ("data_source", pa.string()),
@@ -45,17 +47,18 @@ ROWS = pa.schema(
         ("finish_reason", pa.string()),
         ("worker", pa.string()),
         ("times", pa.map_(pa.string(), pa.float64())),  # seconds since the epoch, by hop
+        ("token_rewards", pa.list_(pa.float64())),  # null: none, or not scored yet; a rollout's last row says it
     ],
     metadata={"asyncrl.rows": SCHEMA_VERSION},
 )
 
 UNSCORED_COLUMNS = [
     "group", "rollout", "attempt", "purpose", "row", "data_source", "ground_truth", "extra_info", "prompt_ids",
-    "response_ids", "finish_reason",
+    "response_ids", "turns", "finish_reason",
 ]  # fmt: skip
 TRAIN_COLUMNS = [
     "group", "rollout", "attempt", "data_source", "prompt_ids", "response_ids", "loss_mask", "logprobs", "kept_logmass",
-    "span_updates", "span_lengths", "finish_reason",
+    "span_updates", "span_lengths", "finish_reason", "token_rewards",
 ]  # fmt: skip
 
 
@@ -118,11 +121,18 @@ def encode_rollouts(rollouts: Sequence[Rollout], run: str) -> bytes:
         "oldest": [min(c) if c else None for c in chosen],
         "newest": [max(c) if c else None for c in chosen],
         "times": [list(r.times.items()) for r in rollouts],
+        "token_rewards": pa.nulls(len(rollouts), ROWS.field("token_rewards").type),
     }
-    for name in ("group", "rollout", "attempt", "purpose", "finish_reason", "worker"):
+    for name in ("group", "rollout", "attempt", "baseline", "purpose", "finish_reason", "worker"):
         columns[name] = [getattr(r, name) for r in rollouts]
     arrays = [columns[f.name] if isinstance(columns[f.name], pa.Array) else pa.array(columns[f.name], f.type) for f in ROWS]
     return to_ipc(pa.RecordBatch.from_arrays(arrays, schema=ROWS))
+
+
+def with_token_rewards(rows: pa.RecordBatch, token_rewards: Sequence[Sequence[float]]) -> pa.RecordBatch:
+    """The same rows, with what each of their response tokens earned."""
+    earned = _lists(token_rewards, ROWS.field("token_rewards").type, np.float64)
+    return pa.RecordBatch.from_arrays([earned if f.name == "token_rewards" else rows.column(f.name) for f in ROWS], schema=ROWS)
 
 
 def _check_parallel(r: Rollout) -> None:
@@ -173,12 +183,13 @@ def _slices(column: pa.Array, dtype: type) -> Callable[[int], np.ndarray]:
     return lambda i: values[offsets[i] : offsets[i + 1]]
 
 
-def decode_train(batch: pa.RecordBatch, scores: Iterable[tuple[float, dict[str, float]]]) -> list[TrainRollout]:
-    """Rows of TRAIN_COLUMNS with (reward, parts), in order."""
+def decode_train(batch: pa.RecordBatch, scores: Iterable[TrainScore]) -> list[TrainRollout]:
+    """Rows of TRAIN_COLUMNS with their scores, in order."""
     ints = {n: _slices(batch.column(n), np.int64) for n in ("prompt_ids", "response_ids", "span_updates", "span_lengths")}
     mask = _slices(batch.column("loss_mask"), np.bool_)
     logprobs, logmass = (_slices(batch.column(n), np.float32) for n in ("logprobs", "kept_logmass"))
-    cut = batch.column("kept_logmass").is_valid().to_pylist()
+    earned = _slices(batch.column("token_rewards"), np.float64)
+    cut, earns = (batch.column(n).is_valid().to_pylist() for n in ("kept_logmass", "token_rewards"))
     scalars = zip(
         *(batch.column(n).to_pylist() for n in ("group", "rollout", "attempt", "data_source", "finish_reason")), strict=True
     )
@@ -194,13 +205,13 @@ def decode_train(batch: pa.RecordBatch, scores: Iterable[tuple[float, dict[str, 
             logprobs=logprobs(i),
             kept_logmass=logmass(i) if cut[i] else None,
             updates=np.repeat(ints["span_updates"](i), ints["span_lengths"](i)),
-            reward=reward,
-            parts=parts,
+            reward=score.reward,
+            parts=score.parts,
             finish_reason=finish_reason,
+            token_rewards=earned(i) if earns[i] else None,
+            baseline=score.baseline,
         )
-        for i, ((group, rollout, attempt, data_source, finish_reason), (reward, parts)) in enumerate(
-            zip(scalars, scores, strict=True)
-        )
+        for i, ((group, rollout, attempt, data_source, finish_reason), score) in enumerate(zip(scalars, scores, strict=True))
     ]
 
 
@@ -221,6 +232,7 @@ def decode_unscored(batch: pa.RecordBatch) -> tuple[Unscored, ...]:
             response_ids=r["response_ids"],
             purpose=r["purpose"],
             finish_reason=r["finish_reason"],
+            turns=tuple(r["turns"]),
         )
         for r in batch.to_pylist()
     )

@@ -3,8 +3,10 @@
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import count
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 import asyncrl.replay.events as ev
 from asyncrl.replay.book import Book
@@ -74,7 +76,7 @@ class Scoring:
         ledger, rule = self._book.ledger, self._book.plan.rule
         if group.purpose == "eval":
             return ledger.round is not None and s.version != ledger.round.version
-        if not rule.waits:
+        if not rule.waits or s.rollout >= group.n:  # a baseline has nothing to train
             return False
         return not rule.reissuable(position=ledger.position(group.id), committed=ledger.committed, update=s.oldest)
 
@@ -121,15 +123,25 @@ class Scoring:
     def next_deadline(self) -> float | None:
         return min((lease.deadline for lease in self._leases.values()), default=None)
 
-    def score(self, lease: int, scores: Sequence[Score]) -> None:
-        """The first verdict on a rollout wins, whoever holds its lease now. Unknown and late ones are ignored."""
-        done = set()
+    def counting(self, scores: Sequence[Score]) -> list[Score]:
+        """The verdicts that count, checked: the first on a rollout, whoever holds its lease now; no unknown or late ones."""
+        found: dict[tuple[int, int], Score] = {}
         for s in scores:
             group = self._unscored(s.group, s.rollout)
-            if group is not None and group.rollouts[s.rollout].attempt == s.attempt:
-                self._verdict(_checked(s))
-                self._queue.pop((s.group, s.rollout), None)
-            done.add((s.group, s.rollout))
+            if group is not None and group.rollouts[s.rollout].attempt == s.attempt and (s.group, s.rollout) not in found:
+                found[s.group, s.rollout] = _checked(s, group.rollouts[s.rollout].length)
+        return list(found.values())
+
+    def score(self, lease: int, scores: Sequence[Score], first_row: int = 0) -> None:
+        """Records the verdicts that count. first_row: in the log, of the rollouts among them whose tokens earned something."""
+        rows = count(first_row)
+        for s in self.counting(scores):
+            event = ev.RolloutScored(s.group, s.rollout, s.attempt, s.status, s.reward, s.parts, s.error)
+            if s.token_rewards:
+                event = replace(event, row=next(rows), token_sum=sum(s.token_rewards))
+            self._verdict(event)
+            self._queue.pop((s.group, s.rollout), None)
+        done = {(s.group, s.rollout) for s in scores}
         for number in [i for i, held in self._leases.items() if i == lease or held.items & done]:
             self._leases[number].items -= done
             if not self._leases[number].items:
@@ -156,17 +168,22 @@ class Scoring:
         self._book.record(event)
         if group.purpose == "eval" or not group.scored():
             return
-        grouping, rewards = self._book.plan.grouping, [r.reward for r in group.ok()]
-        if len(rewards) < grouping.min_valid:
+        grouping, rewards, baseline = self._book.plan.grouping, [r.earned for r in group.ok()], group.baseline()
+        if len(rewards) < grouping.min_valid or (baseline is not None and baseline.status != "ok"):
             self._book.record(ev.GroupSettled(group.id, "failed", self._book.may_retry(group.retry)))
         elif not grouping.keep(rewards):
             self._book.record(ev.GroupSettled(group.id, "filtered", False))
 
 
-def _checked(s: Score) -> ev.RolloutScored:
-    """Only `ok` with a finite reward counts as ok: a missing or non-finite one is never a silent 0."""
-    if s.status != "ok":
-        return ev.RolloutScored(s.group, s.rollout, s.attempt, s.status, None, s.parts, s.error)
-    if s.reward is None or not math.isfinite(s.reward):
-        return ev.RolloutScored(s.group, s.rollout, s.attempt, "invalid", None, s.parts, f"reward={s.reward} is not a number")
-    return ev.RolloutScored(s.group, s.rollout, s.attempt, "ok", s.reward, s.parts, s.error)
+def _checked(s: Score, length: int) -> Score:
+    """Only `ok` with finite rewards counts as ok: a missing or non-finite one is never a silent 0. length: of the response."""
+    error = ""
+    if s.status == "ok" and (s.reward is None or not math.isfinite(s.reward)):
+        error = f"reward={s.reward} is not a number"
+    elif s.status == "ok" and s.token_rewards is not None and len(s.token_rewards) != length:
+        error = f"{len(s.token_rewards)} token_rewards for {length} response tokens: one per token is expected"
+    elif s.status == "ok" and not math.isfinite(sum(s.token_rewards or ())):
+        error = "token_rewards or their sum are not finite"
+    if s.status == "ok" and not error:
+        return s
+    return replace(s, status="invalid" if error else s.status, reward=None, token_rewards=None, error=error or s.error)

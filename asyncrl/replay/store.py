@@ -100,7 +100,16 @@ class ReplayStore:
         self._do(key, lambda: self._core.extend(lease, key.worker))
 
     async def score(self, key: Key, lease: int, scores: Sequence[Score]) -> None:
-        self._do(key, lambda: self._core.score(lease, scores))
+        """A rollout whose tokens earned something is written once more, with it: that row counts from then on."""
+
+        def take() -> None:
+            first, earning = 0, self._core.earning(scores)
+            if earning:
+                rows = self._log.take([row for row, _ in earning], schema.ROWS.names)
+                first = self._log.append_rows(schema.with_token_rewards(rows, [earned for _, earned in earning]))
+            self._core.score(lease, scores, first)
+
+        self._do(key, take)
 
     # ---------------------------------------------------------------------------------------- learner
 
@@ -125,8 +134,8 @@ class ReplayStore:
     async def rows(self, key: Key, incarnation: int, groups: Sequence[int]) -> TrainRows:
         def read() -> TrainRows:
             found = self._core.rows(incarnation, groups)
-            batch = self._log.take([row for row, _, _ in found], schema.TRAIN_COLUMNS)
-            return TrainRows(schema.to_ipc(batch), [(reward, parts) for _, reward, parts in found])
+            batch = self._log.take([row for row, _ in found], schema.TRAIN_COLUMNS)
+            return TrainRows(schema.to_ipc(batch), [score for _, score in found])
 
         return self._do(key, read)
 

@@ -20,7 +20,7 @@ class Sample(Struct, frozen=True, array_like=True):
     """One response to score. ground_truth, extra_info and record are JSON texts.
 
     record: an object, the dataset row by column, its prompt under "prompt". response_ids: the response's tokens. TRL's
-    functions may ask for both.
+    functions may ask for both. turns: offsets in response_ids where turns start.
     """
 
     data_source: str
@@ -29,12 +29,14 @@ class Sample(Struct, frozen=True, array_like=True):
     extra_info: str
     record: str = "{}"
     response_ids: list[int] = []
+    turns: tuple[int, ...] = (0,)
 
 
 class Verdict(Struct, frozen=True, array_like=True, tag="verdict"):
     """Only `ok` carries a reward; `parts` are the other numbers that the function returned, by name.
 
     answer: what the function took out of the response as its answer (`pred` in its dict); majority votes count these.
+    token_rewards: what each response token earns beside the reward, or None.
     """
 
     status: Literal["ok", "invalid", "timeout"]
@@ -42,6 +44,7 @@ class Verdict(Struct, frozen=True, array_like=True, tag="verdict"):
     parts: dict[str, float] = {}
     error: str = ""
     answer: str | None = None
+    token_rewards: list[float] | None = None
 
 
 class Ready(Struct, frozen=True, array_like=True, tag="ready"):

@@ -1,10 +1,8 @@
-"""How a user's reward function is called, by verl's convention or TRL's (reward/trl.py), and what its answer means."""
+"""How a user's reward function is called, by verl's convention or TRL's (reward/trl.py). What it answers: reward/results.py."""
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import msgspec
@@ -13,9 +11,11 @@ from asyncrl.callables import describe, load_callable
 from asyncrl.config import RewardStyle
 from asyncrl.errors import ConfigError
 from asyncrl.reward.frames import Sample, Verdict
+from asyncrl.reward.results import read_result
 from asyncrl.reward.trl import awaited, is_trl, trl_call
 
 _NAMES = ("data_source", "solution_str", "ground_truth", "extra_info")
+_EXTRA_NAMES = ("response_ids", "turns")  # for functions that reward tokens or turns; given to those that name them
 _json = msgspec.json.Decoder()
 
 Judge = Callable[[Sample], Verdict]
@@ -47,7 +47,7 @@ def judge(
     def verdict(sample: Sample) -> Verdict:
         try:
             value = ask(sample)
-            return Verdict("ok") if value is None and is_of_trl else read_result(value)
+            return Verdict("ok") if value is None and is_of_trl else read_result(value, sample)
         except BaseException as error:  # sys.exit in a user's function must cost one sample, not the process
             return Verdict("invalid", error=describe(error))
 
@@ -63,6 +63,8 @@ def _verl_call(function: Callable[..., Any], reference: str, arguments: Mapping[
             "solution_str": sample.solution_str,
             "ground_truth": _json.decode(sample.ground_truth),
             "extra_info": _json.decode(sample.extra_info),
+            "response_ids": sample.response_ids,
+            "turns": sample.turns,
         }
         if positional:
             return awaited(function(*[values[name] for name in _NAMES[:positional]], **arguments))
@@ -74,7 +76,8 @@ def _verl_call(function: Callable[..., Any], reference: str, arguments: Mapping[
 def _convention(function: Callable[..., Any], reference: str) -> tuple[tuple[str, ...], int]:
     """(names to pass by keyword, 0), or ((), number of positional arguments) where the parameters have other names.
 
-    A function may take fewer than the four, as verl's own `gsm8k.compute_score(solution_str, ground_truth, …)` does.
+    A function may take fewer than the four, as verl's own `gsm8k.compute_score(solution_str, ground_truth, …)` does. Beside
+    them it may name `response_ids`, the response's tokens, and `turns`, the offsets in them where turns start.
     """
     try:
         signature = inspect.signature(function)
@@ -84,6 +87,7 @@ def _convention(function: Callable[..., Any], reference: str) -> tuple[tuple[str
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
     by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     keywords = tuple(name for name in _NAMES if open_ended or name in by_name)
+    keywords += tuple(name for name in _EXTRA_NAMES if name in by_name)  # others must not be handed on by a `**kwargs`
     if "solution_str" in keywords and _binds(signature, **dict.fromkeys(keywords)):
         return keywords, 0
     for count in (4, 3):
@@ -101,34 +105,3 @@ def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-def read_result(result: Any) -> Verdict:
-    """A finite number, or a dict with a finite `score` whose other finite numbers become parts. Else `invalid`.
-
-    A text under `pred` is the answer that the function saw in the response, as verl's own verifiers return it.
-    """
-    answer: str | None = None
-    if not isinstance(result, dict):
-        score, parts = _number(result), {}
-        shown = f"{type(result).__name__} {result!r}"
-    elif "score" in result:
-        score = _number(result["score"])
-        numbers = ((str(name), _number(value)) for name, value in result.items() if name != "score")
-        parts = {name: value for name, value in numbers if value is not None and math.isfinite(value)}
-        answer = pred if isinstance(pred := result.get("pred"), str) else None
-        shown = f"score={result['score']!r}"
-    else:
-        return Verdict("invalid", error=f"returned a dict without 'score'; its keys are {sorted(map(str, result))}"[:500])
-    if score is None:
-        return Verdict("invalid", error=f"returned {shown}"[:400] + "; expected a finite number or a dict with 'score'")
-    if not math.isfinite(score):
-        return Verdict("invalid", error=f"returned {score}; expected a finite number")
-    return Verdict("ok", score, parts, answer=answer)
-
-
-def _number(value: Any) -> float | None:
-    """Python, numpy and zero-dimensional tensor numbers; a string is none."""
-    if not isinstance(value, Real) and callable(getattr(value, "item", None)) and getattr(value, "ndim", None) == 0:
-        value = value.item()
-    return float(value) if isinstance(value, Real) else None

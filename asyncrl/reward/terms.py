@@ -27,10 +27,12 @@ def weighted(terms: Sequence[RewardTerm], judges: Sequence[Judge]) -> Judge:
 
     Parts: each reward's unweighted value under the term's name, and its own parts under `name/part`. One failure makes the
     sample `invalid`: a sum that lacks a reward would be another reward. The answer is that of the first term that has one.
+    What tokens earn is summed by the same weights.
     """
 
     def verdict(sample: Sample) -> Verdict:
         total, parts, answer, applies = 0.0, dict[str, float](), None, False
+        earned: list[float] | None = None
         for term, judge in zip(terms, judges, strict=True):
             one = judge(sample)
             if one.status != "ok":
@@ -42,7 +44,10 @@ def weighted(terms: Sequence[RewardTerm], judges: Sequence[Judge]) -> Judge:
             parts[term.name] = one.reward
             parts |= {f"{term.name}/{part}": value for part, value in one.parts.items()}
             answer = one.answer if answer is None else answer
-        return _applied(Verdict("ok", total, parts, answer=answer), applies)
+            if one.token_rewards is not None:
+                before = earned or [0.0] * len(one.token_rewards)
+                earned = [sum_ + term.weight * more for sum_, more in zip(before, one.token_rewards, strict=True)]
+        return _applied(Verdict("ok", total, parts, answer=answer, token_rewards=earned), applies)
 
     return verdict
 

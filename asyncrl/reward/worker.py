@@ -43,7 +43,8 @@ class RewardWorker:
     process is free, and leases are renewed at a third of their time. The main loop waits for the store (`wait:store`)
     or works (`busy`). `run` owns the pool and closes it. `decode`: token ids to text, special tokens left out.
     `record`: the dataset row of a rollout as JSON, for TRL's functions. `shape`: what becomes of the reward of a training
-    rollout, given its response's tokens, and named parts to add to the function's; evaluation is scored as it is.
+    rollout, given its response's tokens, and named parts to add to the function's; evaluation is scored as it is, and by what
+    is due at the end alone.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class RewardWorker:
     def _sample(self, item: Unscored) -> Sample:
         prompt, text = item.prompt, self._decode(item.response_ids)
         record = self._record(item)
-        return Sample(prompt.data_source, text, prompt.ground_truth, prompt.extra_info, record, item.response_ids)
+        return Sample(prompt.data_source, text, prompt.ground_truth, prompt.extra_info, record, item.response_ids, item.turns)
 
     def _deliver(self, verdicts: list[tuple[Tag, Verdict]]) -> None:
         by_lease: dict[Held, list[Score]] = {}
@@ -166,4 +167,5 @@ class RewardWorker:
             reward=reward,
             parts=parts,
             error=redact(verdict.error),
+            token_rewards=verdict.token_rewards if item.purpose == "train" else None,
         )

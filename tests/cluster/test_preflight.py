@@ -113,6 +113,11 @@ def test_what_prepare_makes_need_not_exist_yet(recipe: Recipe, run: RunDir, tmp_
         ),
         ({"sampling": SamplingSpec(n=65)}, ConfigError, r"engine\.slots=64 < sampling\.n=65"),
         (
+            {"sampling": SamplingSpec(n=64), "algorithm": AlgorithmSpec(adv_estimator="remax")},
+            ConfigError,
+            r"engine\.slots=64 < sampling\.n=64 \+ 1 for its baseline: .*slots=65 or more",
+        ),
+        (
             {"sampling": SamplingSpec(max_response_length=1025)},
             ConfigError,
             r"= 2049 tokens > generators\.engine\.max_length=2048",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from transformers import PreTrainedModel
 
 from asyncrl.errors import Closed, Fenced, Unavailable
@@ -65,6 +66,22 @@ def test_nothing_is_reserved_before_the_first_weights(
     fake_store.wait(lambda: len(fake_store.calls) > 0)
     assert fake_store.calls[0] == (2, V1, ())  # 4 slots, groups of 2
     assert fake_engine.swaps == [V1]
+
+
+def test_the_baseline_of_a_group_is_greedy_and_says_so(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    start(group_size=3)
+    fake_weights.publish(V0)
+    ticket = make_ticket(7, (0, 1, 2), baseline=2)
+    fake_store.put(replace(ticket, sampling=replace(ticket.sampling, temperature=0.7, top_p=0.9, top_k=5)))
+    fake_engine.wait(lambda: len(fake_engine.pending) == 3)
+    asked = [request.sampling for request, *_ in fake_engine.pending.values()]
+    assert [(s.temperature, s.top_p, s.top_k, s.max_tokens) for s in asked] == [(0.7, 0.9, 5, 4)] * 2 + [(0.0, 1.0, 0, 4)]
+    for index in range(3):
+        fake_engine.answer(f"7/{index}/0")
+    fake_store.wait(lambda: len(fake_store.rollouts) == 3)
+    assert {r.rollout: r.baseline for r in fake_store.rollouts} == {0: False, 1: False, 2: True}
 
 
 def test_a_group_is_held_until_all_its_rollouts_are_submitted(

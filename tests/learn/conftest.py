@@ -142,12 +142,18 @@ def make_rollouts() -> Callable[..., list[TrainRollout]]:
 
 @pytest.fixture
 def awkward() -> list[TrainRollout]:
-    """Four groups of three with tool tokens inside, a row without a trained token, a group of two and one of one."""
+    """Four groups of three with tool tokens inside, a row without a trained token, a group of two and one of one.
+
+    Every second rollout's tokens earn something, whether they are trained or not; every group has a baseline.
+    """
     found = []
     for i, r in enumerate(rollouts(oldest=-1)):  # at committed = 2 the first token of each lags by 3 > 2
         mask = np.ones(len(r.response_ids), dtype=bool)
         mask[1:-1:2] = False
-        found.append(replace(r, loss_mask=mask if i != 4 else np.zeros_like(mask)))
+        earned = np.linspace(-0.5, 1.0, len(mask)) if i % 2 == 0 else None
+        found.append(
+            replace(r, loss_mask=mask if i != 4 else np.zeros_like(mask), token_rewards=earned, baseline=0.5 * r.group)
+        )
     return [r for i, r in enumerate(found) if i not in (2, 10, 11)]
 
 

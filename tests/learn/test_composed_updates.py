@@ -28,6 +28,7 @@ ALGORITHMS: dict[str, dict] = {
     "pg": {"policy_loss": "pg", "masks": ("m2po", "icepop"), "entropy_coef": 0.01},
     "reinforce_plus_plus": {"adv_estimator": "reinforce_plus_plus", **KL},
     "baseline form": {"adv_estimator": "reinforce_plus_plus_baseline", "kl_control": "adaptive", **KL},
+    "remax": {"adv_estimator": "remax", **KL},
     "grpo, adaptive KL in the loss": {"kl_control": "adaptive", "kl_coef": 0.2},
     "running rewards": {"adv_estimator": "rloo", "reward_normalization": "running"},
     "dpo": {"policy_loss": "dpo"},
@@ -91,6 +92,7 @@ def test_masked_tokens_at_the_end_do_not_change_the_step(name: str, step, awkwar
             loss_mask=longer(r.loss_mask, False),
             logprobs=longer(r.logprobs, np.nan),
             updates=longer(r.updates, 2),
+            token_rewards=None if r.token_rewards is None else longer(r.token_rewards, 0.0),
         )
 
     assert_same(step(name, awkward), step(name, [padded(r) for r in awkward]))
@@ -126,6 +128,22 @@ def test_kl_in_the_reward_equals_rewards_less_their_kl(make_trainer, make_model,
     assert metrics["actor/reward_kl_penalty"] == pytest.approx(float(torch.cat(kls).mean()), rel=1e-4)
     assert metrics["actor/reward_kl_penalty_coeff"] == 0.2
     assert "actor/kl_loss" not in metrics  # it is not in the loss a second time
+
+
+def test_the_kl_is_charged_beside_what_tokens_earned(make_trainer, make_model, make_rollouts) -> None:
+    """Both as token rewards: one number per token that holds them together trains the same."""
+    rng = np.random.default_rng(0)
+    earning = [replace(r, token_rewards=rng.normal(size=len(r.response_ids))) for r in make_rollouts()]
+    algorithm = {"adv_estimator": "reinforce_plus_plus"}
+    priced = make_trainer(algorithm={**algorithm, **KL}, learner={"eps": 1e-3}, reference=make_model(seed=3))
+    metrics = priced.update(earning, 1)
+    kls = [token_kl(make_model(), make_model(seed=3), r).numpy() for r in earning]
+    together = [replace(r, token_rewards=r.token_rewards - 0.2 * kl) for r, kl in zip(earning, kls, strict=True)]
+    plain = make_trainer(algorithm=algorithm, learner={"eps": 1e-3})
+    plain.update(together, 1)
+    for a, b in zip(priced.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
+    assert metrics["reward/token_sum"] == pytest.approx(np.mean([r.token_rewards.sum() for r in earning]))
 
 
 def test_an_adaptive_coefficient_follows_the_kl(make_trainer, make_model, make_rollouts) -> None:

@@ -14,6 +14,7 @@ OUTCOMES = Outcomes(
     groups_s=torch.tensor([0, 0, 1]),
     lengths_s=torch.tensor([3, 1, 2]),
     sequence_n=torch.tensor([0, 0, 2]),
+    baselines_s=torch.tensor([2.0, 2.0, 5.0], dtype=torch.float64),
 )
 SHAPED = OUTCOMES._replace(shaping_n=torch.tensor([-0.25, -0.75, -1.0], dtype=torch.float64))
 
@@ -32,6 +33,7 @@ def test_the_recipe_and_the_learner_know_the_same_names() -> None:
         ("opo", [0.5, 0.5, 0], [0.25, 0.25, 0]),  # (3·3 + 1·1) / 4 = 2.5; (3·2 + 1·1) / 4 = 1.75
         ("reinforce_plus_plus", [-(3**-0.5), -(3**-0.5), 2 * 3**-0.5], None),  # tokens 3, 3, 4: mean 10/3, variance 1/3
         ("reinforce_plus_plus_baseline", [3**-0.5, 3**-0.5, -2 * 3**-0.5], None),  # tokens 1, 1, 0
+        ("remax", [1, 1, -1], [0, 0.25, -2]),  # returns 3 − 1, 3 − 0.75 and 4 − 1 against 2, 2 and 5
     ],
 )
 def test_tokens_get_the_advantage_of_their_rollout(name: str, plain: list[float], shaped: list[float] | None) -> None:
@@ -76,7 +78,27 @@ def test_gae_has_no_advantages_before_values_are_known() -> None:
 def test_batches_without_tokens_or_rollouts(name: str) -> None:
     nothing = torch.empty(0, dtype=torch.int64)
     assert len(estimator(name)(OUTCOMES._replace(sequence_n=nothing))) == 0
-    assert len(estimator(name)(Outcomes(nothing.double(), nothing, nothing, nothing))) == 0
+    assert len(estimator(name)(Outcomes(nothing.double(), nothing, nothing, nothing, baselines_s=nothing.double()))) == 0
+
+
+def test_what_was_earned_before_the_first_trained_token_counts_for_the_rollout_only() -> None:
+    """Rollout 1 has no trained token: all it earned, 2, is before. Rollout 0 earned 1 before its first trained one."""
+    early = SHAPED._replace(before_s=torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64))
+    assert early.shaped_s().tolist() == [3.0, 3.0, 3.0]
+    assert estimator("grpo_no_std")(early).tolist() == [0.0, 0.0, 0.0]
+    for name in ("reinforce_plus_plus", "remax"):
+        assert estimator(name)(early).equal(estimator(name)(SHAPED))
+
+
+def test_shaping_adds_up() -> None:
+    more = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    assert OUTCOMES.with_shaping(more).shaping_n.tolist() == [1.0, 2.0, 3.0]
+    assert SHAPED.with_shaping(more).shaping_n.tolist() == [0.75, 1.25, 2.0]
+
+
+def test_remax_without_baselines_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"without a baseline: .*Grouping\(baseline=True\)"):
+        estimator("remax")(OUTCOMES._replace(baselines_s=None))
 
 
 def test_the_users_own(tmp_path: Path) -> None:

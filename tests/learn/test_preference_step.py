@@ -30,7 +30,8 @@ def direct_step(model, reference, rollouts: Sequence[TrainRollout], optimizer, s
     kept = [i for i, mask in enumerate(trained) if mask.any()]
     policy, against = ([logprobs(m, rollouts[i])[trained[i]] for i in kept] for m in (model, reference))
     h_s = BETA * torch.stack([(p - a.detach()).sum() for p, a in zip(policy, against, strict=True)])
-    rewards, groups = torch.tensor([r.reward for r in rollouts]).double(), torch.tensor([r.group for r in rollouts])
+    earned = [r.reward + (0.0 if r.token_rewards is None else r.token_rewards.sum()) for r in rollouts]
+    rewards, groups = torch.tensor(earned, dtype=torch.float64), torch.tensor([r.group for r in rollouts])
     if spec["policy_loss"] == "dpo":
         loss, _ = dpo(h_s, rank_pairs(rewards[kept], groups[kept], spec["dpo_pairs"]))
     else:

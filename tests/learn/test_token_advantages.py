@@ -1,11 +1,19 @@
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncrl.learn.token_advantages import gae, reinforce_plus_plus, reinforce_plus_plus_baseline, returns_to_go, whitened
+from asyncrl.learn.token_advantages import (
+    gae,
+    reinforce_plus_plus,
+    reinforce_plus_plus_baseline,
+    remax,
+    returns_to_go,
+    whitened,
+)
 
 Sequences = list[list[tuple[float, float]]]  # (reward, value) per token
 SEQUENCES = st.lists(st.lists(st.tuples(st.floats(-3, 3), st.floats(-3, 3)), max_size=6), max_size=6)
@@ -88,6 +96,26 @@ def test_reinforce_plus_plus_equals_its_plain_form(sequences: Sequences) -> None
     variance = statistics.variance(returns) if len(returns) > 1 else 0.0
     mean = statistics.fmean(returns) if returns else 0.0
     assert found.tolist() == pytest.approx([(r - mean) / (variance + 1e-8) ** 0.5 for r in returns], abs=1e-7)
+
+
+@given(SEQUENCES, st.floats(-3, 3))
+def test_remax_equals_its_dense_form(sequences: Sequences, baseline: float) -> None:
+    """verl's layout: rewards in a rectangle, the rollout's own at its last token, summed from the right."""
+    shaping, _, index = flat(sequences)
+    ends = [0.5 * i for i in range(len(sequences))]
+    dense = np.zeros((len(sequences), 7))
+    for i, sequence in enumerate(sequences):
+        dense[i, : len(sequence)] = [reward for reward, _ in sequence]
+        dense[i, max(0, len(sequence) - 1)] += ends[i]
+    returns = dense[:, ::-1].cumsum(1)[:, ::-1] - baseline
+    expected = [returns[i, t] for i, sequence in enumerate(sequences) for t in range(len(sequence))]
+    found = remax(
+        torch.tensor(ends, dtype=torch.float64),
+        torch.full((len(ends),), baseline, dtype=torch.float64),
+        shaping,
+        index,
+    )
+    assert found.tolist() == pytest.approx(expected, abs=1e-9)
 
 
 def test_the_baseline_form_counts_tokens_not_rollouts() -> None:

@@ -47,13 +47,21 @@ def plan(
     capacity: int | None = None,
     lease_s: float = 30.0,
     max_empty_batches: int | None = None,
+    baseline: bool = False,
 ) -> Plan:
     rule = Staleness(max_lag=max_lag, batch_groups=batch, on_stale=on_stale, selector=selector)  # type: ignore[arg-type]
     evaluation = Evaluation(prompts=prompts(evals), sampling=SAMPLING, n=1) if evals else None
     return Plan(
         rule=rule,
         source=Source(prompts=prompts(size), sampling=SAMPLING, seed=7, shuffle=shuffle, epochs=epochs),
-        grouping=Grouping(n=n, min_valid=min_valid, max_attempts=max_attempts, keep=keep, max_empty_batches=max_empty_batches),
+        grouping=Grouping(
+            n=n,
+            min_valid=min_valid,
+            max_attempts=max_attempts,
+            keep=keep,
+            max_empty_batches=max_empty_batches,
+            baseline=baseline,
+        ),
         evaluation=evaluation,
         capacity_groups=capacity,
         lease_s=lease_s,
@@ -76,6 +84,7 @@ def rollout(ticket: Ticket, index: int, version: Version, tokens: int = 3, **cha
         "worker": "gen",
         "times": {"started": 1.0, "finished": 2.0},
         "purpose": ticket.purpose,
+        "baseline": index == ticket.baseline,
     }
     return Rollout(**(fields | changes))
 
@@ -135,9 +144,15 @@ class Bench:
         return lease.groups
 
 
-def score(ticket: Ticket, index: int, reward: float | None) -> Score:
-    status = "invalid" if reward is None else "ok"
-    return Score(group=ticket.group, rollout=index, attempt=ticket.attempt, status=status, reward=reward)  # type: ignore[arg-type]
+def score(ticket: Ticket, index: int, reward: float | None, token_rewards: list[float] | None = None) -> Score:
+    return Score(
+        group=ticket.group,
+        rollout=index,
+        attempt=ticket.attempt,
+        status="invalid" if reward is None else "ok",
+        reward=reward,
+        token_rewards=token_rewards,
+    )
 
 
 class Loop:

@@ -7,8 +7,10 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from asyncrl.replay import events as ev
+from asyncrl.replay.answers import TrainScore
 from asyncrl.replay.core import Core
 from asyncrl.replay.keep import keep_varied
 from asyncrl.replay.scoring import Summary
@@ -33,8 +35,9 @@ class World:
         self.publish_first, self.prefetch = publish_first, prefetch
         self.generators = [FakeGenerator(f"g{i}") for i in range(3)]
         self.tokens: dict[int, list[int]] = {}  # log row -> updates of its tokens
-        self.trained: dict[int, list[int]] = {}  # update -> log rows, surviving lineage
-        self.undone: dict[int, list[int]] = {}
+        self.earned: dict[int, list[float]] = {}  # log row -> what its tokens earned, if anything
+        self.trained: dict[int, list[Any]] = {}  # update -> rows and scores, surviving lineage
+        self.undone: dict[int, list[Any]] = {}
         self.learner_deaths = rng.choice((0.0, 0.01, 0.02))
         self.leases: list[Any] = []
         self.scored: list[Score] = []
@@ -102,11 +105,20 @@ class World:
         scores = []
         for e in (where[row] for row in rows):
             bad = self.rng.random() < invalid
-            reward = None if bad else float(self.rng.randint(0, 1))
-            status = "invalid" if bad else "ok"
-            scores.append(Score(group=e.group, rollout=e.rollout, attempt=e.attempt, status=status, reward=reward))
+            reward, status = (None, "invalid") if bad else (float(self.rng.randint(0, 1)), "ok")
+            score = Score(group=e.group, rollout=e.rollout, attempt=e.attempt, status=status, reward=reward)
+            earned = [float(self.rng.randint(-1, 1)) for _ in range(e.length)] if self.rng.random() < 0.3 else None
+            scores.append(replace(score, token_rewards=earned))
         self.scored += scores
-        core.score(lease, scores + self.rng.sample(self.scored, min(2, len(self.scored))))
+        self.score(lease, scores + self.rng.sample(self.scored, min(2, len(self.scored))))
+
+    def score(self, lease: int, scores: list[Score]) -> None:
+        """As the store does it: rows whose tokens earned something are written again first."""
+        first = self.bench.rows
+        for row, earned in self.bench.core.earning(scores):
+            self.tokens[self.bench.rows], self.earned[self.bench.rows] = self.tokens[row], earned
+            self.bench.rows += 1
+        self.bench.core.score(lease, scores, first)
 
     # learner
 
@@ -119,12 +131,13 @@ class World:
         self.ended = answer.ended
         if not answer.groups:
             return
-        rows = [row for row, _, _ in self.bench.core.rows(self.incarnation, answer.groups)]
+        rows = self.bench.core.rows(self.incarnation, answer.groups)
         self.check(update, answer, rows)
         self.leases.append((answer, update, rows))
 
-    def check(self, update: int, answer: Any, rows: list[int]) -> None:
+    def check(self, update: int, answer: Any, rows: list[Any]) -> None:
         assert rows
+        assert rows == [told for group in answer.groups for told in self.told(group)]
         for group in answer.groups:
             lags = [[update - u for u in self.tokens[r.row]] for r in self.bench.core.ledger.groups[group].ok()]
             inside = [0 <= lag <= self.rule.max_lag for rollout in lags for lag in rollout]
@@ -135,6 +148,14 @@ class World:
             assert rows == self.undone[update + 1]
         if not answer.replayed and len(answer.groups) < self.rule.batch_groups:
             assert self.bench.core._book.exhausted()
+
+    def told(self, group: int) -> list[Any]:
+        """What the learner must get of a group: its sampled rollouts, each with what the baseline earned in all."""
+        grouping, rollouts = self.bench.plan.grouping, self.bench.core.ledger.groups[group].rollouts
+        assert len(rollouts) == grouping.n + grouping.baseline
+        assert all(r.status == "ok" for r in rollouts[grouping.n :])
+        baseline = [r.reward + sum(self.earned.get(r.row, ())) for r in rollouts[grouping.n :]] or [None]
+        return [(r.row, TrainScore(r.reward, r.parts, *baseline)) for r in rollouts[: grouping.n] if r.status == "ok"]
 
     def commit(self, crash: bool = False) -> None:
         if not self.leases:
@@ -253,14 +274,23 @@ MODES = [
     publish_first=st.booleans(),
     prefetch=st.integers(0, 1),
     filtering=st.booleans(),
+    baseline=st.booleans(),
     steps=st.integers(50, 300),
 )
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_any_schedule_keeps_the_bound_and_drains(
-    fakes: SimpleNamespace, seed: int, mode: tuple, batch: int, publish_first: bool, prefetch: int, filtering: bool, steps: int
+    fakes: SimpleNamespace,
+    seed: int,
+    mode: tuple,
+    batch: int,
+    publish_first: bool,
+    prefetch: int,
+    filtering: bool,
+    baseline: bool,
+    steps: int,
 ) -> None:
     max_lag, on_stale, selector = mode
-    options = {"keep": keep_varied} if filtering else {}
+    options = {"baseline": baseline} | ({"keep": keep_varied} if filtering else {})
     plan = fakes.plan(
         max_lag=max_lag, batch=batch, on_stale=on_stale, selector=selector, size=10, epochs=2, shuffle=True, evals=2, **options
     )

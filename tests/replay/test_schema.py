@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from asyncrl.errors import DataError
 from asyncrl.replay import schema
+from asyncrl.replay.answers import TrainScore
 from asyncrl.types import Prompt, Rollout, Span, Version
 
 
@@ -32,13 +33,16 @@ def rollouts(fakes: SimpleNamespace) -> list[Rollout]:
 
 def test_train_rollouts_come_back_as_they_went(rollouts: list[Rollout]) -> None:
     batch = schema.from_ipc(schema.encode_rollouts(rollouts, "run"))
-    a, b = schema.decode_train(batch.select(schema.TRAIN_COLUMNS), [(1.0, {"format": 0.5}), (0.0, {})])
+    a, b = schema.decode_train(
+        batch.select(schema.TRAIN_COLUMNS), [TrainScore(1.0, {"format": 0.5}, 0.25), TrainScore(0.0, {})]
+    )
     assert a.response_ids.tolist() == [11, 12, 13, 14, 0]
     assert a.prompt_ids.tolist() == [1, 2, 0]
     assert a.loss_mask.tolist() == [True, True, False, True, True]
     assert a.updates.tolist() == [7, 7, 8, 9, 9]
     assert a.logprobs == pytest.approx([-0.1, -0.2, 0.0, -0.3, -0.4])
     assert (a.kept_logmass, a.reward, a.parts) == (None, 1.0, {"format": 0.5})
+    assert (a.token_rewards, a.baseline, b.baseline) == (None, 0.25, None)
     dtypes = [x.dtype for x in (a.prompt_ids, a.response_ids, a.loss_mask, a.logprobs, a.updates)]
     assert dtypes == [np.int64, np.int64, np.bool_, np.float32, np.int64]
     assert b.kept_logmass is not None
@@ -50,12 +54,22 @@ def test_unscored_keeps_the_prompt_and_the_stop_token(rollouts: list[Rollout]) -
     a, _ = schema.decode_unscored(batch)
     assert a.prompt == Prompt(row=100, ids=(1, 2, 0), data_source="even")
     assert a.response_ids == [11, 12, 13, 14, 0]
-    assert (a.purpose, a.finish_reason) == ("train", "stop")
+    assert (a.purpose, a.finish_reason, a.turns) == ("train", "stop", (0, 3))
+
+
+def test_rows_get_their_token_rewards_later(rollouts: list[Rollout]) -> None:
+    rows = schema.from_ipc(schema.encode_rollouts(rollouts, "run"))
+    earned = [[0.0, 0.1, 0.0, 0.0, -1e-17], [1 / 3, 0.0]]
+    again = schema.with_token_rewards(rows, earned)
+    schema.check_schema(again)
+    assert again.drop_columns("token_rewards").equals(rows.drop_columns("token_rewards"))
+    trained = schema.decode_train(again.select(schema.TRAIN_COLUMNS), [TrainScore(0.0, {})] * 2)
+    assert [r.token_rewards.tolist() for r in trained if r.token_rewards is not None] == earned  # float64, to the bit
 
 
 def test_a_slice_decodes_like_the_whole(rollouts: list[Rollout]) -> None:
     batch = schema.from_ipc(schema.encode_rollouts(rollouts, "run")).slice(1, 1).select(schema.TRAIN_COLUMNS)
-    (b,) = schema.decode_train(batch, [(0.0, {})])
+    (b,) = schema.decode_train(batch, [TrainScore(0.0, {})])
     assert b.updates.tolist() == [9, 9]
     assert b.response_ids.tolist() == rollouts[1].response_ids
 

@@ -1,53 +1,10 @@
-import decimal
-import math
-
-import numpy as np
 import pytest
 
 from asyncrl.errors import ConfigError
 from asyncrl.reward.frames import Sample, Verdict
-from asyncrl.reward.functions import judge, load_judge, read_result
+from asyncrl.reward.functions import judge, load_judge
 
 SAMPLE = Sample("gsm8k", "it is #### 72", '"72"', '{"index":3}')
-
-
-@pytest.mark.parametrize(
-    ("result", "verdict"),
-    [
-        (0.5, Verdict("ok", 0.5)),
-        (0, Verdict("ok", 0.0)),
-        (True, Verdict("ok", 1.0)),
-        (np.float32(0.25), Verdict("ok", 0.25)),
-        (np.array(0.25), Verdict("ok", 0.25)),
-        ({"score": 1, "acc": True, "pred": "72", "len": 3}, Verdict("ok", 1.0, {"acc": 1.0, "len": 3.0}, answer="72")),
-        ({"score": 1, "gap": math.nan}, Verdict("ok", 1.0, {})),
-    ],
-)
-def test_results_that_are_rewards(result, verdict):
-    assert read_result(result) == verdict
-
-
-@pytest.mark.parametrize(
-    ("result", "words"),
-    [
-        (None, "returned NoneType None"),
-        ("1.0", "returned str '1.0'"),
-        (math.nan, "returned nan"),
-        (-math.inf, "returned -inf"),
-        ([1.0], "returned list [1.0]"),
-        (np.array([1.0]), "returned ndarray"),
-        (decimal.Decimal(1), "returned Decimal"),
-        ({}, "without 'score'"),
-        ({"reward": 1.0}, "keys are ['reward']"),
-        ({"score": None}, "score=None"),
-        ({"score": math.nan, "acc": 1.0}, "returned nan"),
-    ],
-)
-def test_results_that_are_none(result, words):
-    verdict = read_result(result)
-    assert verdict.status == "invalid"
-    assert verdict.reward is None
-    assert words in verdict.error
 
 
 def verl(data_source, solution_str, ground_truth, extra_info=None):
@@ -82,6 +39,17 @@ async def awaitable(data_source, solution_str, ground_truth, extra_info=None):
 @pytest.mark.parametrize("function", [verl, keyword_only, everything, renamed, three, some, awaitable])
 def test_calling_conventions(function):
     assert judge(function)(SAMPLE) == Verdict("ok", 1.0)
+
+
+def by_token(solution_str, ground_truth, response_ids, turns=(7,), **kwargs):
+    assert sorted(kwargs) == ["data_source", "extra_info"]
+    return {"score": 1.0, "token_rewards": [0.5 * (i == 9) for i in response_ids], "turn_rewards": [0.25 for _ in turns]}
+
+
+def test_a_function_that_names_the_tokens_gets_them():
+    sample = Sample("gsm8k", "", "null", "null", "{}", [9, 8, 9, 1], (0, 2))
+    assert judge(by_token)(sample) == Verdict("ok", 1.0, token_rewards=[0.5, 0.25, 0.5, 0.25])
+    assert judge(everything)(SAMPLE).reward == 1.0  # a `**fields` is not given what it may not know
 
 
 def test_a_signature_that_cannot_be_called_is_a_config_error():

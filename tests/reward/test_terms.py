@@ -45,6 +45,18 @@ def test_the_reward_is_the_weighted_sum_and_the_parts_are_named(file):
     assert score(sample("134")) == Verdict("ok", 0.0, {"right": 0.0, "right/digits": 3.0, "short": 0.0}, answer="134")
 
 
+def test_what_tokens_earn_is_summed_by_the_same_weights():
+    judges = [
+        lambda sample: Verdict("ok", 1.0, token_rewards=[1.0, 2.0]),
+        lambda sample: Verdict("ok", 1.0),
+        lambda sample: Verdict("ok", 0.0, token_rewards=[0.0, 4.0]),
+    ]
+    named = [RewardTerm(function="m:f", name=name, weight=weight) for name, weight in (("a", 2.0), ("b", 1.0), ("c", -0.5))]
+    assert weighted(named, judges)(sample("")).token_rewards == [2.0, 2.0]
+    assert weighted(named[1:2], judges[1:2])(sample("")).token_rewards is None
+    assert alone(judges[0])(sample("")).token_rewards == [1.0, 2.0]
+
+
 def test_what_does_not_apply_is_left_out_of_sum_and_parts(file):
     score = load_terms(terms(file, right=-1.0, short=0.5))
     assert score(sample("")) == Verdict("ok", 0.0, {"right": 0.0, "right/digits": 0.0}, answer="")

@@ -188,6 +188,20 @@ def test_training_rewards_are_shaped_and_held_out_ones_are_not(worker):
     assert (scores[2].status, scores[2].reward, scores[2].parts) == ("invalid", None, {})
 
 
+def test_what_tokens_earn_travels_with_training_scores(tmp_path):
+    path = tmp_path / "turns.py"
+    path.write_text(
+        "def f(solution_str, ground_truth, response_ids, turns):\n"
+        "    return {'score': 1.0, 'turn_rewards': [0.5] * len(turns), 'token_rewards': response_ids}"
+    )
+    turns = msgspec.structs.replace(rollout(0, "123"), turns=(0, 1))
+    held_out = msgspec.structs.replace(rollout(1, "12"), purpose="eval")
+    store = FakeStore([turns, held_out])
+    RewardWorker(store, RewardPool(f"{path}:f"), str, name="reward-0").run()
+    earned = {score.group: (score.reward, score.token_rewards) for _, score in store.scores}
+    assert earned == {0: (1.0, [1.5, 2.0, 3.5]), 1: (1.0, None)}
+
+
 def test_a_function_of_trls_kind_sees_its_row_and_the_tokens(tmp_path):
     path = tmp_path / "trl.py"
     path.write_text(
