@@ -86,7 +86,7 @@ def asyncrl(folder: Path, *arguments: str) -> Ended:
 MISTAKES = {
     "typo in an override": (
         ["learner.learning_rte=1e-5", "--dry-run"],
-        ["'learner.learning_rte=1e-5'", "learner has no field 'learning_rte'", "Valid: batch_groups"],
+        ["'learner.learning_rte=1e-5'", "learner has no field 'learning_rte'", "Valid: lr, betas"],
     ),
     "near typo in an override": (["learner.batch_group=4"], ["did you mean 'batch_groups'?"]),
     "value of another type": (["sampling.n=abc"], ["sampling.n must be int", "'abc'"]),

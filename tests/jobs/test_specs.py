@@ -58,7 +58,7 @@ def test_a_recipe_is_a_value_or_a_function_and_may_import_its_neighbours(tmp_pat
     [
         ("total_steps=3,", "total_steps=3,,", r"recipe\.py, line 10: invalid syntax: total_steps=3,,"),
         ("batch_groups=8", "batch_group=8", r"line 8: LearnerSpec has no field 'batch_group'; did you mean 'batch_groups'\?"),
-        ("batch_groups=8", "learning_rate=8", r"line 8: LearnerSpec has no field 'learning_rate'\. Valid: batch_groups, "),
+        ("batch_groups=8", "learning_rate=8", r"line 8: LearnerSpec has no field 'learning_rate'\. Valid: lr, betas, "),
         ("batch_groups=8", "batch_groups='8'", r"line 2: learner\.batch_groups='8' must be int"),
         ("total_steps=3", "seed='8', total_steps=3", r"line 10: seed='8' must be int"),
         ("batch_groups=8", "lr_schedule='cosin'", r"line 8: learner\.lr_schedule='cosin' must be one of 'constant', 'cosine'"),
@@ -135,7 +135,7 @@ def test_overrides_are_checked_together(recipe: Recipe) -> None:
         ("learner.lrr=1", r"learner has no field 'lrr'; did you mean 'lr'\?"),
         ("lr=1", r"Recipe has no field 'lr'; did you mean 'learner\.lr'\?"),
         ("lerner.lr=1", r"Recipe has no field 'lerner'; did you mean 'learner'\?"),
-        ("learner=1", r"learner is a group; set one of its fields: batch_groups"),
+        ("learner=1", r"learner is a group; set one of its fields: lr"),
         ("learner.lr.x=1", r"learner\.lr is float and has no field 'x'"),
         ("generators.count=2", r"it is the deployment's: write deploy\.generators\.count="),
         (
