@@ -1,4 +1,4 @@
-"""`asyncrl {run,eval,export,doctor}`. Only the chosen job is imported, so that a mistake in a spec costs no torch.
+"""`asyncrl {run,sft,eval,export,doctor}`. Only the chosen job is imported, so that a mistake in a spec costs no torch.
 
 Exit status: 0 done; 1 the job failed; 2 what was asked for can't work (a spec, an argument, a data file); 130 Ctrl-C.
 Standard output carries results only; logs, progress and errors go to standard error. LOG_LEVEL=DEBUG says more.
@@ -20,6 +20,7 @@ from asyncrl.rundir import redact, set_up_logging
 # Each module gives add_arguments(parser) and main(args) -> exit status.
 JOBS = {
     "run": ("asyncrl.jobs.run", "train a model by a recipe"),
+    "sft": ("asyncrl.jobs.sft", "warm a model up on demonstrations (supervised)"),
     "eval": ("asyncrl.jobs.evaluate", "score a model or checkpoint on held-out data"),
     "export": ("asyncrl.jobs.export", "write a run's policy as a Hugging Face folder"),
     "doctor": ("asyncrl.jobs.doctor", "check this machine, and say what fixes it"),

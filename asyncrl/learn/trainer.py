@@ -6,7 +6,6 @@
 Deterministic: the same model, rollouts and count give the same bits, on the same number of threads.
 """
 
-import logging
 import math
 import time
 from collections import defaultdict
@@ -27,16 +26,13 @@ from asyncrl.learn.batch_metrics import correction_metrics, gap_metrics, rollout
 from asyncrl.learn.estimators import estimator
 from asyncrl.learn.kl import KL_ESTIMATORS, adapted
 from asyncrl.learn.masks import m2po
-from asyncrl.learn.packing import split_into_packs
+from asyncrl.learn.optimizer import guarded_step, make_optimizer, make_packs, set_rate
 from asyncrl.learn.refused import RefusedSteps
 from asyncrl.learn.schedule import learning_rate
 from asyncrl.models.logprobs import entropy, sampled_logprobs
-from asyncrl.models.packed import Pack, PackedModel, make_pack
+from asyncrl.models.packed import Pack, PackedModel
 from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
-
-log = logging.getLogger(__name__)
-CPU_PACK_TOKENS = 2048  # beyond it a CPU only loses its caches (measured: 16,384 is a third slower)
 
 
 class PolicyTrainer:
@@ -61,22 +57,8 @@ class PolicyTrainer:
     ) -> None:
         if algorithm.kl_coef and reference is None:
             raise ConfigError(f"algorithm.kl_coef={algorithm.kl_coef} needs a reference model; load one, or set kl_coef to 0")
-        if model.dtype != torch.float32:
-            log.warning(
-                "model.dtype=%s rounds away every optimizer step below 1/512 of a weight: learner.lr=%g may train nothing; "
-                "use model.dtype=float32",
-                str(model.dtype).removeprefix("torch."),
-                learner.lr,
-            )
         self.model = model.eval()  # dropout would make the learner another policy than the generators'
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=learner.lr,
-            betas=learner.betas,
-            eps=learner.eps,
-            weight_decay=learner.weight_decay,
-            fused=True,
-        )
+        self.optimizer = make_optimizer(model, learner)
         self._policy = PackedModel(model)
         self._reference = PackedModel(reference.eval()) if algorithm.kl_coef and reference is not None else None
         self._learner = learner
@@ -93,14 +75,14 @@ class PolicyTrainer:
         Raises NonFinite after max_refused_steps refused optimizer steps in a row.
         """
         rate = learning_rate(self._learner, committed, self._total_steps)
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = rate
+        set_rate(self.optimizer, rate)
         started = time.perf_counter()
         spec = self._algorithm
         batch = make_batch(rollouts, self._bound, committed, estimator(spec.adv_estimator))
         run = _Run(batch.to(self.model.device), committed + 1)
         steps = [
-            (members, self._packs(batch, members)) for members in minibatches(batch.groups, self._learner.mini_batch_groups)
+            (members, make_packs(batch.sequences, members, self._learner.max_tokens_per_pack, self.model.device))
+            for members in minibatches(batch.groups, self._learner.mini_batch_groups)
         ]
         # A single step's own forward pass is made by the proximal policy: no extra pass is needed.
         several = len(steps) * self._learner.ppo_epochs > 1
@@ -130,14 +112,6 @@ class PolicyTrainer:
             **run.timings,
         }
 
-    def _packs(self, batch: Batch, members: Sequence[int]) -> list[Pack]:
-        bound = self._learner.max_tokens_per_pack
-        if self.model.device.type == "cpu":
-            bound = min(bound, CPU_PACK_TOKENS)
-        return [
-            make_pack(batch.sequences, pack, self.model.device) for pack in split_into_packs(batch.sequences, members, bound)
-        ]
-
     @torch.no_grad()
     def _score(self, scorer: PackedModel, packs: Sequence[Pack], out_n: torch.Tensor) -> torch.Tensor:
         """Fills out_n [N] with logprobs of the packs' tokens."""
@@ -154,13 +128,7 @@ class PolicyTrainer:
             with _timed(run.timings, "timing_s/forward_backward"):
                 sums = self._backward(run, members, packs)
             with _timed(run.timings, "timing_s/optimizer"):
-                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._learner.max_grad_norm or math.inf).item()
-                if not math.isfinite(sums["loss"]):
-                    cause = f"the loss is {sums['loss']}"
-                elif not math.isfinite(norm):
-                    cause = f"the gradient norm is {norm}"
-                else:
-                    self.optimizer.step()
+                norm, cause = guarded_step(self.model, self.optimizer, self._learner.max_grad_norm, sums["loss"])
         self.optimizer.zero_grad()
         if cause:
             run.refused += 1

@@ -174,7 +174,7 @@ def test_half_precision_weights_are_warned_of_because_they_lose_small_steps(
     assert caplog.records == []
     trainer = make_trainer(model=make_model().bfloat16(), learner={"lr": 1e-6})
     (warned,) = [record.getMessage() for record in caplog.records]
-    assert "bfloat16 rounds away every optimizer step below 1/512 of a weight: learner.lr=1e-06 may train nothing" in warned
+    assert "bfloat16 rounds away every optimizer step below 1/512 of a weight: lr=1e-06 may train nothing" in warned
     before = torch.cat([weight.flatten() for weight in weights(trainer)])
     trainer.update(make_rollouts(), 1)
     after = torch.cat([weight.flatten() for weight in weights(trainer)])
