@@ -144,6 +144,15 @@ def test_dry_run_prints_the_plan_and_starts_nothing(folder: Path) -> None:
     assert not (folder / "out").exists()
 
 
+def test_a_reader_that_leaves_early_ends_it_quietly(folder: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head -1` does once it has its line
+    arguments = [sys.executable, "-m", "asyncrl.cli", "run", "recipe.py", "--dry-run"]
+    done = subprocess.run(arguments, cwd=folder, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")  # 128 + SIGPIPE
+
+
 @pytest.mark.parametrize("where", ["elsewhere/recipe.py", "recipe.py"])
 def test_a_missing_recipe(folder: Path, where: str) -> None:
     (folder / "recipe.py").rename(folder / "other.py")
