@@ -54,7 +54,10 @@ class RunDir:
         return f"RunDir({str(self.path)!r})"
 
     def create(self, *folders: Path) -> "RunDir":
-        """Makes these folders (none named: all of a run's); safe to call from several processes. Raises ConfigError if it can't."""
+        """Makes the folders that are missing (none named: all of a run's); safe to call from several processes.
+
+        Raises ConfigError if it can't write.
+        """
         try:
             for folder in folders or (self.tensorboard, self.data, self.replay, self.checkpoints, self.exports, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)

@@ -94,11 +94,12 @@ def prepare(recipe: Recipe, run_dir: Path) -> None:
 
     folder = run_dir / "data"
     made, settings = (
-        folder / "made.json",
+        folder / "warm" / "made.json",
         json.dumps([recipe.seed, TRAIN, HELD_OUT, CARELESS_SHARE, WARM_STEPS, WARM_BATCH, WARM_LR]),
     )
     if made.exists() and made.read_text() == settings:
         return
+    made.unlink(missing_ok=True)
     problems = _problems(recipe.seed)
     _write_parquet(folder / "heldout.parquet", _rows(problems[:HELD_OUT], "test"))
     _write_parquet(folder / "train.parquet", _rows(problems[HELD_OUT:], "train"))

@@ -96,7 +96,7 @@ def test_arithmetic_learns(local_ray, tmp_path):
     # a generator that never held the very version asked for is evaluated at the next one it takes
     assert all(0 <= step - due <= 4 for step, due in zip(evaluated, [0, 25, 50, 75, 100, 120], strict=True))
 
-    warm = run / "data" / "made.json"
+    warm = run / "data" / "warm" / "made.json"
     made_at = warm.stat().st_mtime_ns
     again = resolve_paths(
         load_specs(ROOT / "recipes" / "arithmetic.py", None, ["total_steps=2"])[0], RunDir(run), ROOT / "recipes"
