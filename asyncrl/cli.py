@@ -1,6 +1,7 @@
-"""`asyncrl {run,eval,export,doctor}`. Only the chosen job is imported, so that a mistake in a spec costs no torch.
+"""`asyncrl {run,sft,eval,export,doctor}`. Only the chosen job is imported, so that a mistake in a spec costs no torch.
 
-Exit status: 0 done; 1 the job failed; 2 what was asked for can't work (a spec, an argument, a data file); 130 Ctrl-C.
+Exit status: 0 done; 1 the job failed; 2 what was asked for can't work (a spec, an argument, a data file); 130 Ctrl-C;
+141 whoever read standard output has left (`| head -1`).
 Standard output carries results only; logs, progress and errors go to standard error. LOG_LEVEL=DEBUG says more.
 """
 
@@ -9,6 +10,7 @@ import errno
 import importlib
 import logging
 import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import TextIO
@@ -20,6 +22,7 @@ from asyncrl.rundir import redact, set_up_logging
 # Each module gives add_arguments(parser) and main(args) -> exit status.
 JOBS = {
     "run": ("asyncrl.jobs.run", "train a model by a recipe"),
+    "sft": ("asyncrl.jobs.sft", "warm a model up on demonstrations (supervised)"),
     "eval": ("asyncrl.jobs.evaluate", "score a model or checkpoint on held-out data"),
     "export": ("asyncrl.jobs.export", "write a run's policy as a Hugging Face folder"),
     "doctor": ("asyncrl.jobs.doctor", "check this machine, and say what fixes it"),
@@ -38,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         job.add_arguments(parser)
         # Intermixed: `run RECIPE --name x a.b=c` has positionals on both sides of an option.
         status: int = job.main(parser.parse_intermixed_args(rest))
+        sys.stdout.flush()
         return status
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        return 141  # 128 + SIGPIPE, as of any command in a pipe
     except AsyncRLError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         logging.getLogger(__name__).debug("where it came from", exc_info=True)
@@ -51,6 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _reader_left() -> bool:
+    """Whether standard output is a pipe that nobody reads; it then becomes /dev/null, so that Python's end is quiet too."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    left = any(event & select.POLLERR for _, event in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
 
 
 def _choose(argv: list[str]) -> tuple[str, list[str]]:

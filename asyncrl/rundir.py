@@ -53,10 +53,13 @@ class RunDir:
     def __repr__(self) -> str:
         return f"RunDir({str(self.path)!r})"
 
-    def create(self) -> "RunDir":
-        """Makes the folders that are missing; safe to call from several processes. Raises ConfigError if it can't write."""
+    def create(self, *folders: Path) -> "RunDir":
+        """Makes the folders that are missing (none named: all of a run's); safe to call from several processes.
+
+        Raises ConfigError if it can't write.
+        """
         try:
-            for folder in (self.tensorboard, self.data, self.replay, self.checkpoints, self.exports, self.logs):
+            for folder in folders or (self.tensorboard, self.data, self.replay, self.checkpoints, self.exports, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
@@ -82,12 +85,13 @@ class RunDir:
             raise ConfigError(f"{self.path} holds no checkpoint: nothing to resume; start it without --resume")
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, *folders: Path) -> Iterator[None]:
         """Holds the run directory for this process; ends with the process, however that dies. Never waits.
 
-        Raises ConfigError naming the holder's pid and host. The new holder sweeps what a killed save left behind.
+        folders: to `create`. Raises ConfigError naming the holder's pid and host. The new holder sweeps what a killed save
+        left behind.
         """
-        self.create()
+        self.create(*folders)
         with (self.path / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,7 +107,7 @@ class RunDir:
             file.truncate(0)
             file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
-            for folder in (self.path, self.data, self.checkpoints, self.exports):
+            for folder in filter(Path.is_dir, (self.path, self.data, self.checkpoints, self.exports)):
                 _sweep(folder)
             try:
                 yield

@@ -16,7 +16,7 @@ rises from about 0.4 to above 0.95. A second run in the same run directory finds
 import json
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from asyncrl import Recipe
 from asyncrl.config import (
@@ -69,6 +69,10 @@ class Problem(NamedTuple):
         return f"{self.left:02d}{self.sign}{self.right:02d}="
 
     @property
+    def messages(self) -> list[dict[str, str]]:
+        return [{"role": "user", "content": self.text}]
+
+    @property
     def answer(self) -> str:
         return _digits(self.left + self.right if self.sign == "+" else self.left - self.right)
 
@@ -86,7 +90,7 @@ def _digits(number: int) -> str:
 
 def prepare(recipe: Recipe, run_dir: Path) -> None:
     """Makes `{run}/data`: train.parquet, heldout.parquet and the warm policy; nothing that is there already for this seed."""
-    from asyncrl.rundir import atomic_folder, write_atomic
+    from asyncrl.rundir import write_atomic
 
     folder = run_dir / "data"
     made, settings = (
@@ -95,15 +99,12 @@ def prepare(recipe: Recipe, run_dir: Path) -> None:
     )
     if made.exists() and made.read_text() == settings:
         return
+    made.unlink(missing_ok=True)
     problems = _problems(recipe.seed)
-    _write_parquet(folder / "heldout.parquet", problems[:HELD_OUT], "test")
-    _write_parquet(folder / "train.parquet", problems[HELD_OUT:], "train")
-    tokenizer, model = make_tokenizer(), make_model(recipe.seed)
-    _warm_up(model, tokenizer, problems[HELD_OUT:], recipe.seed)
-    with atomic_folder(folder / "warm") as warm:
-        model.save_pretrained(warm)
-        tokenizer.save_pretrained(warm)
-        write_atomic(warm / "made.json", settings)
+    _write_parquet(folder / "heldout.parquet", _rows(problems[:HELD_OUT], "test"))
+    _write_parquet(folder / "train.parquet", _rows(problems[HELD_OUT:], "train"))
+    _warm_up(folder, problems[HELD_OUT:], recipe.seed)
+    write_atomic(made, settings)
 
 
 def _problems(seed: int) -> list[Problem]:
@@ -117,20 +118,23 @@ def _problems(seed: int) -> list[Problem]:
     return list(found)
 
 
-def _write_parquet(path: Path, problems: list[Problem], split: str) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    rows = [
+def _rows(problems: list[Problem], split: str) -> list[dict[str, Any]]:
+    return [
         {
             "data_source": "addition" if problem.sign == "+" else "subtraction",
-            "prompt": [{"role": "user", "content": problem.text}],
+            "prompt": problem.messages,
             "ability": "math",
             "reward_model": {"style": "rule", "ground_truth": problem.answer},
             "extra_info": {"split": split, "index": index},
         }
         for index, problem in enumerate(problems)
     ]
+
+
+def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
 
 
@@ -178,20 +182,34 @@ def make_model(seed: int) -> "Qwen3ForCausalLM":
     return Qwen3ForCausalLM(config)
 
 
-def _warm_up(model: "Qwen3ForCausalLM", tokenizer: "PreTrainedTokenizerFast", problems: list[Problem], seed: int) -> None:
-    """Supervised learning on careless demonstrations."""
+def _warm_up(folder: Path, problems: list[Problem], seed: int) -> None:
+    """Supervised learning on careless demonstrations: `{folder}/warm` from a random policy."""
     import torch
 
-    from asyncrl.learn import sft
+    from asyncrl.jobs.sft import train
+    from asyncrl.models.loading import export
+    from asyncrl.sft import DemonstrationsSpec, SFTSpec
 
     rng = random.Random(seed)
-    examples = []
+    shown = []
     for _ in range(WARM_STEPS * WARM_BATCH):
         problem = rng.choice(problems)
-        answer = problem.careless_answer if rng.random() < CARELESS_SHARE else problem.answer
-        prompt = tokenizer.encode(f"<user>{problem.text}<assistant>")
-        examples.append((prompt, [*tokenizer.encode(answer), tokenizer.eos_token_id]))
+        shown.append((problem, problem.careless_answer if rng.random() < CARELESS_SHARE else problem.answer))
+    rows = [{"prompt": problem.messages, "response": answer} for problem, answer in shown]
+    _write_parquet(folder / "demonstrations.parquet", rows)
+    export(make_model(seed), make_tokenizer(), folder / "random")
+    spec = SFTSpec(
+        model=ModelSpec(path=str(folder / "random")),
+        data=DemonstrationsSpec(files=(str(folder / "demonstrations.parquet"),)),
+        out=str(folder / "warm"),
+        batch=WARM_BATCH,
+        lr=WARM_LR,
+        warmup_steps=20,
+        save_freq=None,
+        device="cpu",
+        seed=seed,
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # matrices this small lose more by waiting for a second thread than they gain
-    sft.fit(model.train(), examples, steps=WARM_STEPS, batch=WARM_BATCH, lr=WARM_LR, warmup_steps=20, seed=seed)
+    train(spec, force=True)
     torch.set_num_threads(threads)

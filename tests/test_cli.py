@@ -132,6 +132,22 @@ def test_a_mistake_costs_one_screen_and_no_torch(folder: Path, name: str) -> Non
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--data", "train.parquet"], "train.parquet, row 0: no column 'response' (data.response_key='response')"),
+        (["--data", "train.parquet", "learning_rate=1"], "SFTSpec has no field 'learning_rate'"),
+        (["--data", "trian.parquet"], "no data file"),
+    ],
+)
+def test_a_mistake_in_a_warm_start_costs_no_torch_either(folder: Path, arguments: list[str], expected: str) -> None:
+    ended = asyncrl(folder, "sft", "model", "warm", *arguments)
+    assert (ended.status, ended.stdout, ended.heavy) == (2, "", "-")
+    assert expected in ended.stderr
+    assert ended.cpu_s < 2.0
+    assert sorted(path.name for path in folder.iterdir()) == ["model", "recipe.py", "rewards.py", "train.parquet"]
+
+
 def test_dry_run_prints_the_plan_and_starts_nothing(folder: Path) -> None:
     ended = asyncrl(
         folder, "run", "recipe.py", "--name", "first", "--runs-dir", "out", "learner.lr=1e-5", "--dry-run", "seed=3"
@@ -142,6 +158,15 @@ def test_dry_run_prints_the_plan_and_starts_nothing(folder: Path) -> None:
     assert ended.heavy == "-"
     assert ended.cpu_s < 2.0
     assert not (folder / "out").exists()
+
+
+def test_a_reader_that_leaves_early_ends_it_quietly(folder: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head -1` does once it has its line
+    arguments = [sys.executable, "-m", "asyncrl.cli", "run", "recipe.py", "--dry-run"]
+    done = subprocess.run(arguments, cwd=folder, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")  # 128 + SIGPIPE
 
 
 @pytest.mark.parametrize("where", ["elsewhere/recipe.py", "recipe.py"])

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Prints the folder. It is whole or absent: written beside and renamed."""
     out: Path = args.out.expanduser().absolute()
-    _require_free(out, args.force)
+    require_free(out, args.force)
     policy = locate(args.source, args.tokenizer, args.dtype)
 
     from asyncrl.jobs.policies import load
@@ -37,7 +37,8 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _require_free(out: Path, force: bool) -> None:
+def require_free(out: Path, force: bool) -> None:
+    """Raises ConfigError unless `out` is absent, empty, or, with `force`, a Hugging Face folder; an empty one is removed."""
     if out.is_file():
         raise ConfigError(f"{out} is a file: a Hugging Face model is a folder; choose another name")
     if not out.is_dir():

@@ -40,6 +40,8 @@ def locate(name: str, tokenizer: str = "", dtype: str = "") -> Policy:
     if (path / "checkpoints").is_dir() or (path / "recipe.json").is_file():
         folder, manifest = _newest(RunDir(path))
         return _checkpoint(folder, manifest, tokenizer, dtype)
+    if name.startswith((".", "/", "~")) and not path.exists():
+        raise ConfigError(f"{name} does not exist: no model could be loaded; name a Hugging Face folder or id, or runs/NAME")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(
             f"{path} is no model, checkpoint or run: it has neither config.json, {MANIFEST} nor checkpoints/; "

@@ -63,8 +63,8 @@ def dashboard(now: Snapshot, rate: Pace, width: int = 100) -> str:
     done = now.step / max(now.total_steps, 1)
     bar = _bar(done, 28)
     lines = [
-        f"{now.name}  {_clock(now.elapsed_s)} elapsed · {_clock(rate.left_s)} left",
-        f"step     {now.step}/{now.total_steps} {bar} {done:4.0%}   {_number(rate.samples_per_s)} samples/s",
+        f"{now.name}  {clock(now.elapsed_s)} elapsed · {clock(rate.left_s)} left",
+        f"step     {now.step}/{now.total_steps} {bar} {done:4.0%}   {number(rate.samples_per_s)} samples/s",
         f"reward   {_figure(now.metrics, 'reward/mean')}   held-out {_scores(now.scores)}"
         f"   answer {_figure(now.metrics, 'response_length/mean')} tokens",
     ]
@@ -91,7 +91,7 @@ def one_line(now: Snapshot, rate: Pace) -> str:
     ]
     if lags := _lags(now.metrics):
         parts.append("lag " + " ".join(f"{lag}:{share:.0%}" for lag, share in lags))
-    parts.append(f"{_number(rate.samples_per_s)} samples/s")
+    parts.append(f"{number(rate.samples_per_s)} samples/s")
     busy = {name: shares.get("busy", 0.0) for name, shares in sorted(rate.shares.items())}
     if busy:
         parts.append("busy " + " ".join(f"{name} {share:.0%}" for name, share in busy.items()))
@@ -101,7 +101,7 @@ def one_line(now: Snapshot, rate: Pace) -> str:
         parts.append(f"unscored {unscored}")
     if now.restarts:
         parts.append(f"{sum(now.restarts.values())} restarts")
-    return " · ".join([*parts, f"{_clock(now.elapsed_s)} elapsed", f"{_clock(rate.left_s)} left"])
+    return " · ".join([*parts, f"{clock(now.elapsed_s)} elapsed", f"{clock(rate.left_s)} left"])
 
 
 class Progress:
@@ -202,7 +202,8 @@ def _figure(metrics: dict[str, float], name: str) -> str:
     return f"{metrics[name]:.3g}" if name in metrics else "–"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A rate in as few characters as it needs, or a dash."""
     return "–" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
@@ -211,7 +212,8 @@ def _bar(share: float, width: int) -> str:
     return "█" * full + "░" * (width - full)
 
 
-def _clock(seconds: float | None) -> str:
+def clock(seconds: float | None) -> str:
+    """Seconds as h:mm:ss, or a dash."""
     if seconds is None:
         return "–"
     minutes, rest = divmod(round(seconds), 60)

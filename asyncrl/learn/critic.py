@@ -33,7 +33,7 @@ class Critic:
     def __init__(self, values: OwnValues | SharedValues, spec: CriticSpec, refused: RefusedSteps, *, total_steps: int) -> None:
         self.module = values.module
         self.shared = values if isinstance(values, SharedValues) else None
-        self.optimization = Optimization(values.module, spec, total_steps, "critic")
+        self.optimization = Optimization(values.module, spec, total_steps, "critic.lr")
         self.value_coef = spec.value_coef
         self._values = values
         self._spec = spec

@@ -12,16 +12,16 @@ log = logging.getLogger(__name__)
 
 
 class Optimization:
-    """Trains the parameters of `module` as `spec` says. name: of the spec in the recipe. adamw: what a checkpoint holds."""
+    """Trains the parameters of `module` as `spec` says. setting: the name of its lr. adamw: what a checkpoint holds."""
 
-    def __init__(self, module: torch.nn.Module, spec: OptimizerSpec, total_steps: int, name: str) -> None:
+    def __init__(self, module: torch.nn.Module, spec: OptimizerSpec, total_steps: int, setting: str) -> None:
         dtype = next(module.parameters()).dtype
         if dtype != torch.float32:
             log.warning(
-                "model.dtype=%s rounds away every optimizer step below 1/512 of a weight: %s.lr=%g may train nothing; "
+                "model.dtype=%s rounds away every optimizer step below 1/512 of a weight: %s=%g may train nothing; "
                 "use model.dtype=float32",
                 str(dtype).removeprefix("torch."),
-                name,
+                setting,
                 spec.lr,
             )
         self.adamw = torch.optim.AdamW(

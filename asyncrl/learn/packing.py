@@ -2,7 +2,17 @@
 
 from collections.abc import Sequence
 
-from asyncrl.models.packed import TokenSequence, input_length
+import torch
+
+from asyncrl.models.packed import Pack, TokenSequence, input_length, make_pack
+
+CPU_PACK_TOKENS = 2048  # beyond it a CPU only loses its caches (measured: 16,384 is a third slower)
+
+
+def make_packs(sequences: Sequence[TokenSequence], members: Sequence[int], max_tokens: int, device: torch.device) -> list[Pack]:
+    """The sequences with the given indices in packs of at most max_tokens, or what a CPU's caches like, on the device."""
+    bound = min(max_tokens, CPU_PACK_TOKENS) if device.type == "cpu" else max_tokens
+    return [make_pack(sequences, pack, device) for pack in split_into_packs(sequences, members, bound)]
 
 
 def split_into_packs(sequences: Sequence[TokenSequence], members: Sequence[int], max_tokens: int) -> list[list[int]]:

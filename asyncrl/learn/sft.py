@@ -1,90 +1,101 @@
-"""Supervised warm start: next-token loss on responses, through the same packs and forward pass as the learner."""
+"""Supervised warm start: next-token loss on what is to be learned, by the learner's own packs, forward pass and step."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from asyncrl.errors import ConfigError
-from asyncrl.learn.packing import split_into_packs
-from asyncrl.learn.schedule import learning_rate
+from asyncrl.errors import ConfigError, NonFinite
+from asyncrl.learn.optimizer import Optimization, step
+from asyncrl.learn.packing import make_packs
 from asyncrl.learning import OptimizerSpec
 from asyncrl.models.logprobs import sampled_logprobs
-from asyncrl.models.packed import PackedModel, TokenSequence, make_pack
+from asyncrl.models.packed import PackedModel, TokenSequence
 
-Example = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids (with the stop token, if it shall be learned)
-
-
-def fit(
-    model: PreTrainedModel,
-    examples: Sequence[Example],
-    *,
-    steps: int,
-    batch: int,
-    lr: float,
-    warmup_steps: int = 0,
-    seed: int = 0,
-    max_tokens_per_pack: int = 2048,
-    on_step: Callable[[int, float], bool | None] | None = None,
-) -> list[float]:
-    """Trains in place with AdamW and a cosine to a tenth of `lr`; returns the mean loss per response token of each step.
-
-    Batches go through the examples in a seeded order, anew each epoch. on_step(step, loss), from 1, may return True to
-    end early. Raises ConfigError where an example has nothing to learn or nothing to start from.
-    """
-    sequences = [_sequence(i, prompt, response) for i, (prompt, response) in enumerate(examples)]
-    if not sequences:
-        raise ConfigError("a warm start on 0 examples would learn nothing; give at least one")
-    spec = OptimizerSpec(lr=lr, warmup_steps=warmup_steps, lr_schedule="cosine", min_lr_ratio=0.1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    packed = PackedModel(model)
-    order = _Order(len(sequences), seed)
-    losses = []
-    for step in range(steps):
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = learning_rate(spec, step, steps)
-        optimizer.zero_grad()
-        losses.append(_backward(packed, [sequences[i] for i in order.take(batch)], max_tokens_per_pack))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), spec.max_grad_norm)
-        optimizer.step()
-        if on_step is not None and on_step(step + 1, losses[-1]):
-            break
-    optimizer.zero_grad()
-    return losses
+OnStep = Callable[[int, dict[str, float]], None]
 
 
-def _sequence(index: int, prompt: Sequence[int], response: Sequence[int]) -> TokenSequence:
-    if not len(prompt) or not len(response):
-        raise ConfigError(
-            f"example {index} has {len(prompt)} prompt and {len(response)} response tokens; both need at least one"
-        )
+def example(prompt: Sequence[int], response: Sequence[int]) -> TokenSequence:
+    """A prompt and the response to learn, as token ids (with the stop token, if it shall be learned); neither is empty."""
     ids = np.concatenate((np.asarray(prompt, dtype=np.int64), np.asarray(response, dtype=np.int64)))
     return TokenSequence(ids, np.arange(len(prompt), len(ids)))
 
 
-def _backward(packed: PackedModel, sequences: Sequence[TokenSequence], max_tokens: int) -> float:
-    """Accumulates the gradient of the mean loss over all response tokens, pack by pack; returns that loss."""
-    tokens = sum(len(sequence.scored) for sequence in sequences)
-    total = torch.zeros(())
-    for members in split_into_packs(sequences, range(len(sequences)), max_tokens):
-        pack = make_pack(sequences, members, packed.model.device)
-        loss = -sampled_logprobs(packed.logits(pack), pack.target_ids_t, 1.0).sum() / tokens
-        loss.backward()
-        total = total + loss.detach().cpu()
-    return total.item()
+class SupervisedTrainer:
+    """Owns the policy and its optimizer. The loss is the mean over a batch's scored tokens, however they are packed.
+
+    total_steps: over which the schedule runs. max_tokens_per_pack: of one forward pass. Deterministic, on the same number of
+    threads.
+    """
+
+    def __init__(self, model: PreTrainedModel, spec: OptimizerSpec, total_steps: int, *, max_tokens_per_pack: int) -> None:
+        self.model = model.eval()  # no dropout, as in the learner: see PolicyTrainer
+        self._optimization = Optimization(model, spec, total_steps, "lr")
+        self.total_steps = total_steps
+        self._packed = PackedModel(model)
+        self._max_tokens = max_tokens_per_pack
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._optimization.adamw
+
+    def step(self, examples: Sequence[TokenSequence], done: int) -> dict[str, float]:
+        """Makes step `done + 1` and returns its figures. Raises NonFinite, weights as before, where it can't be made."""
+        rate = self._optimization.schedule(done)
+        tokens = sum(len(sequence.scored) for sequence in examples)
+        total = torch.zeros(())
+        for share in self._losses(examples, tokens):
+            share.backward()
+            total = total + share.detach().cpu()
+        loss = total.item()
+        (norm,), refused = step(loss, self._optimization)
+        if refused:
+            raise NonFinite(
+                f"{refused} in step {done + 1} of {self.total_steps}: the policy would be destroyed, so its weights are as "
+                "before that step; lower lr, raise warmup_steps, or look for a starting policy that is broken already"
+            )
+        return {"loss": loss, "lr": rate, "grad_norm": norm, "tokens": float(tokens)}
+
+    @torch.no_grad()
+    def loss(self, examples: Sequence[TokenSequence]) -> float:
+        """Mean over all scored tokens of the examples."""
+        tokens = sum(len(sequence.scored) for sequence in examples)
+        return sum(share.item() for share in self._losses(examples, tokens))
+
+    def _losses(self, examples: Sequence[TokenSequence], tokens: int) -> Iterator[torch.Tensor]:
+        """Each pack's share of the mean loss."""
+        for pack in make_packs(examples, range(len(examples)), self._max_tokens, self.model.device):
+            yield -sampled_logprobs(self._packed.logits(pack), pack.target_ids_t, 1.0).sum() / tokens
 
 
-class _Order:
-    """Endless shuffled indices: every example once per epoch, across batch borders."""
+def fit(
+    trainer: SupervisedTrainer,
+    examples: Sequence[TokenSequence],
+    *,
+    batch: int,
+    seed: int = 0,
+    done: int = 0,
+    on_step: OnStep = lambda step, figures: None,
+) -> None:
+    """Trains in place from step `done` + 1 to the trainer's total_steps; on_step(number of the step, figures) after each.
 
-    def __init__(self, count: int, seed: int) -> None:
-        self._count = count
-        self._generator = np.random.default_rng(seed)
-        self._left: list[int] = []
+    The same seed gives the same batches, also from the middle on. Raises ConfigError without examples, else as `step` does.
+    """
+    if not examples:
+        raise ConfigError("a warm start on 0 examples would learn nothing; give at least one")
+    order = itertools.islice(batches(len(examples), batch, seed), done, trainer.total_steps)
+    for number, members in enumerate(order, start=done + 1):
+        on_step(number, trainer.step([examples[i] for i in members], number - 1))
 
-    def take(self, batch: int) -> list[int]:
-        while len(self._left) < batch:
-            self._left += self._generator.permutation(self._count).tolist()
-        taken, self._left = self._left[:batch], self._left[batch:]
-        return taken
+
+def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of shuffled indices: every one of `count` once per epoch, across batch borders."""
+    generator = np.random.default_rng(seed)
+    left: list[int] = []
+    while True:
+        while len(left) < size:
+            left += generator.permutation(count).tolist()
+        taken, left = left[:size], left[size:]
+        yield taken

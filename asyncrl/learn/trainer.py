@@ -19,24 +19,22 @@ from asyncrl.errors import ConfigError
 from asyncrl.learn import objective as objectives
 from asyncrl.learn import preference_step
 from asyncrl.learn.aggregate import aggregation
-from asyncrl.learn.batch import Batch, make_batch, minibatches
+from asyncrl.learn.batch import make_batch, minibatches
 from asyncrl.learn.batch_metrics import correction_metrics, gap_metrics, rollout_metrics, staleness_metrics
 from asyncrl.learn.critic import Critic, Minibatches
 from asyncrl.learn.estimators import estimator
 from asyncrl.learn.kl_control import KLControl
 from asyncrl.learn.masks import m2po
 from asyncrl.learn.optimizer import Optimization, step
-from asyncrl.learn.packing import split_into_packs
+from asyncrl.learn.packing import make_packs
 from asyncrl.learn.refused import RefusedSteps
 from asyncrl.learn.reward_normalization import RewardNormalizer
 from asyncrl.learn.update import Update
 from asyncrl.learning import LearnerSpec
 from asyncrl.models.logprobs import entropy, sampled_logprobs
-from asyncrl.models.packed import Pack, PackedModel, make_pack
+from asyncrl.models.packed import Pack, PackedModel
 from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
-
-CPU_PACK_TOKENS = 2048  # beyond it a CPU only loses its caches (measured: 16,384 is a third slower)
 
 
 class PolicyTrainer:
@@ -71,7 +69,7 @@ class PolicyTrainer:
         self.model = model.eval()  # dropout would make the learner another policy than the generators'
         self.critic = critic
         self._head = critic.shared if critic is not None else None
-        self._optimization = Optimization(model, learner, total_steps, "learner")
+        self._optimization = Optimization(model, learner, total_steps, "learner.lr")
         self._policy = PackedModel(model)
         self._reference = PackedModel(reference.eval()) if algorithm.needs_reference and reference is not None else None
         self._learner = learner
@@ -99,7 +97,8 @@ class PolicyTrainer:
         batch = make_batch(rollouts, self._bound, committed, estimator(self._algorithm.adv_estimator), self._normalizer)
         update = Update(batch.to(self.model.device), committed + 1)
         steps = [
-            (members, self._packs(batch, members)) for members in minibatches(batch.groups, self._learner.mini_batch_groups)
+            (members, make_packs(batch.sequences, members, self._learner.max_tokens_per_pack, self.model.device))
+            for members in minibatches(batch.groups, self._learner.mini_batch_groups)
         ]
         self._score(update, steps)
         self._remake_advantages(update)
@@ -119,14 +118,6 @@ class PolicyTrainer:
             "actor/refused_steps": float(update.actor.refused),
             **update.timings,
         }
-
-    def _packs(self, batch: Batch, members: Sequence[int]) -> list[Pack]:
-        bound = self._learner.max_tokens_per_pack
-        if self.model.device.type == "cpu":
-            bound = min(bound, CPU_PACK_TOKENS)
-        return [
-            make_pack(batch.sequences, pack, self.model.device) for pack in split_into_packs(batch.sequences, members, bound)
-        ]
 
     def _score(self, update: Update, steps: Minibatches) -> None:
         """What the models say at the start of the update: proximal and reference logprobs, and values, where needed."""

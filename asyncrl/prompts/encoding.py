@@ -20,14 +20,19 @@ def encoder(tokenizer: Any) -> Encode:
     def encode(prompt: Text) -> list[int]:
         if isinstance(prompt, str):
             return list(tokenizer.encode(prompt))
-        if not getattr(tokenizer, "chat_template", None):
-            raise ConfigError(
-                f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template, but the data holds chat "
-                "messages; give prompts as plain strings, or name a tokenizer with a template in model.tokenizer"
-            )
+        require_template(tokenizer)
         return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
 
     return encode
+
+
+def require_template(tokenizer: Any) -> None:
+    """Raises ConfigError if there is no chat template to write messages with."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template, but the data holds chat "
+            "messages; give prompts as plain strings, or name a tokenizer with a template in model.tokenizer"
+        )
 
 
 def identity(tokenizer: Any) -> str:

@@ -38,7 +38,7 @@ def read_rows(spec: DataSpec) -> Iterator[Row]:
     """Every row of `spec.files`, in order. Raises DataError naming file, row or line, and the columns found."""
     number = 0
     for file in spec.files:
-        for where, record in _records(Path(file)):
+        for where, record in records(Path(file)):
             yield _row(number, where, record, spec, Path(file))
             number += 1
 
@@ -51,7 +51,8 @@ def check_columns(files: Sequence[str], spec: DataSpec) -> None:
             raise DataError(f"{file} holds no rows: there is nothing to train on or to evaluate")
 
 
-def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every row of a parquet or JSONL file, and where it stands. Raises DataError for what is no such file."""
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.*")], n=1, cutoff=0.5)
         raise DataError(f"no data file {path.absolute()}" + (f"; did you mean {path.with_name(near[0])}?" if near else ""))
@@ -91,22 +92,22 @@ def _json_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _row(number: int, where: str, record: Mapping[str, Any], spec: DataSpec, path: Path) -> Row:
     """An empty answer_key means no ground truth, an empty source_key the file's name."""
-    prompt = _prompt(_at(record, spec.prompt_key, "data.prompt_key", where), spec.prompt_key, where)
-    source = _at(record, spec.source_key, "data.source_key", where) if spec.source_key else path.stem
+    prompt = as_text(value_at(record, spec.prompt_key, "data.prompt_key", where), spec.prompt_key, where)
+    source = value_at(record, spec.source_key, "data.source_key", where) if spec.source_key else path.stem
     if not isinstance(source, str):
-        raise DataError(f"{where}: {spec.source_key!r} (data.source_key) is {_shown(source)}; expected a string")
+        raise DataError(f"{where}: {spec.source_key!r} (data.source_key) is {shown(source)}; expected a string")
     return Row(
         row=number,
         where=where,
         prompt=prompt,
         data_source=source,
-        ground_truth=_at(record, spec.answer_key, "data.answer_key", where) if spec.answer_key else None,
+        ground_truth=value_at(record, spec.answer_key, "data.answer_key", where) if spec.answer_key else None,
         extra_info=record.get("extra_info"),
         columns=record,
     )
 
 
-def _at(record: Mapping[str, Any], key: str, field: str, where: str) -> Any:
+def value_at(record: Mapping[str, Any], key: str, field: str, where: str) -> Any:
     """The value at a column's name or, failing that, at a dotted path."""
     if key in record:
         return record[key]
@@ -117,7 +118,7 @@ def _at(record: Mapping[str, Any], key: str, field: str, where: str) -> Any:
             found = sorted(map(str, value)) if isinstance(value, Mapping) else []
             what = f"{inside!r} has no field {part!r}" if inside else f"no column {part!r}"
             if inside and not found:
-                what = f"{inside!r} is {_shown(value)}, which has no field {part!r}"
+                what = f"{inside!r} is {shown(value)}, which has no field {part!r}"
             near = difflib.get_close_matches(part, found, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise DataError(
@@ -128,25 +129,27 @@ def _at(record: Mapping[str, Any], key: str, field: str, where: str) -> Any:
     return value
 
 
-def _prompt(value: Any, key: str, where: str) -> Text:
+def as_text(value: Any, key: str, where: str, field: str = "data.prompt_key") -> Text:
+    """A plain prompt or well-formed chat messages; raises DataError for anything else. field: the setting that holds `key`."""
     expected = "expected a non-empty string or a list of chat messages {role, content}"
     if isinstance(value, str) and value:
         return value
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: {key!r} (data.prompt_key) is {_shown(value)}; {expected}")
+        raise DataError(f"{where}: {key!r} ({field}) is {shown(value)}; {expected}")
     for place, message in enumerate(value):
         if not isinstance(message, dict):
-            raise DataError(f"{where}: {key!r} message {place} is {_shown(message)}; {expected}")
+            raise DataError(f"{where}: {key!r} message {place} is {shown(message)}; {expected}")
         for part in ("role", "content"):
             if not isinstance(message.get(part), str):
                 raise DataError(
-                    f"{where}: {key!r} message {place} has {part}={_shown(message.get(part))}, "
+                    f"{where}: {key!r} message {place} has {part}={shown(message.get(part))}, "
                     f"fields found: {', '.join(map(str, message))}; {expected}"
                 )
     return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for an error message: its type, and how it begins."""
     if value is None:
         return "null"
     if isinstance(value, str | list | dict) and not value:

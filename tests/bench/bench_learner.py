@@ -14,8 +14,9 @@ import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from asyncrl.config import AlgorithmSpec, LearnerSpec
-from asyncrl.learn.sft import fit
+from asyncrl.learn.sft import SupervisedTrainer, example, fit
 from asyncrl.learn.trainer import PolicyTrainer
+from asyncrl.learning import OptimizerSpec
 from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
 
@@ -114,9 +115,9 @@ def compare(name: str, rollouts: list[TrainRollout], pack_tokens: int) -> None:
 
 def warm_start(steps: int = 10, batch: int = 256) -> None:
     generator = np.random.default_rng(0)
-    examples = [(generator.integers(0, 32, 9), generator.integers(0, 32, generator.integers(3, 7))) for _ in range(2048)]
+    examples = [example(generator.integers(0, 32, 9), generator.integers(0, 32, generator.integers(3, 7))) for _ in range(2048)]
     started = time.perf_counter()
-    fit(make_model(), examples, steps=steps, batch=batch, lr=1e-3)
+    fit(SupervisedTrainer(make_model(), OptimizerSpec(lr=1e-3), steps, max_tokens_per_pack=2048), examples, batch=batch)
     seconds = time.perf_counter() - started
     print(f"supervised warm start: {steps * batch / seconds:.0f} samples/s, {seconds / steps * 1000:.0f} ms a step of {batch}")
 

@@ -140,11 +140,14 @@ def make_model(seed: int) -> "Qwen3ForCausalLM":
 def _warm_up(model: "Qwen3ForCausalLM", tokenizer: "PreTrainedTokenizerFast", seed: int) -> None:
     """Supervised learning on careless demonstrations of every length."""
     from asyncrl.learn import sft
+    from asyncrl.learning import OptimizerSpec
 
     rng = random.Random(seed)
     examples = []
     for _ in range(WARM_STEPS * WARM_BATCH):
         start = rng.randint(1, LONGEST)
         prompt = tokenizer.encode(f"<user>{start}<assistant>")
-        examples.append((prompt, tokenizer.convert_tokens_to_ids([*countdown(start, rng), "<eos>"])))
-    sft.fit(model.train(), examples, steps=WARM_STEPS, batch=WARM_BATCH, lr=WARM_LR, warmup_steps=20, seed=seed)
+        examples.append(sft.example(prompt, tokenizer.convert_tokens_to_ids([*countdown(start, rng), "<eos>"])))
+    spec = OptimizerSpec(lr=WARM_LR, warmup_steps=20, lr_schedule="cosine", min_lr_ratio=0.1)
+    trainer = sft.SupervisedTrainer(model, spec, WARM_STEPS, max_tokens_per_pack=2048)
+    sft.fit(trainer, examples, batch=WARM_BATCH, seed=seed)

@@ -11,7 +11,7 @@ from asyncrl.learning import CriticSpec
 def one_weight(lr: float = 0.1, **fields) -> tuple[torch.nn.Linear, Optimization]:
     module = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(module.weight)
-    return module, Optimization(module, CriticSpec(lr=lr, **fields), 10, "critic")
+    return module, Optimization(module, CriticSpec(lr=lr, **fields), 10, "critic.lr")
 
 
 def test_a_step_clips_schedules_and_clears() -> None:
@@ -47,5 +47,5 @@ def test_no_clipping_at_zero_and_a_warning_for_half_precision(caplog: pytest.Log
     module.weight.grad = torch.tensor([[300.0]])
     assert (optimization.clip(), module.weight.grad.item()) == (300.0, 300.0)
     assert caplog.records == []
-    Optimization(torch.nn.Linear(1, 1).bfloat16(), LearnerSpec(lr=1e-6), 10, "learner")
+    Optimization(torch.nn.Linear(1, 1).bfloat16(), LearnerSpec(lr=1e-6), 10, "learner.lr")
     assert "learner.lr=1e-06 may train nothing" in caplog.text

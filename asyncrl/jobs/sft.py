@@ -1,0 +1,196 @@
+"""`asyncrl sft`: supervised warm start of a model on demonstrations. Its result is a Hugging Face folder, whole or absent.
+
+OUT/        the policy and its tokenizer, for `model.path` of a recipe
+OUT.sft/    sft.json  metrics.jsonl  tensorboard/  checkpoints/ (until OUT is there)
+"""
+
+import argparse
+import logging
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec import Struct
+
+from asyncrl.config import ModelSpec
+from asyncrl.errors import ConfigError
+from asyncrl.jobs.export import require_free
+from asyncrl.jobs.policies import Policy, load, locate
+from asyncrl.rundir import RunDir, atomic_folder, write_atomic
+from asyncrl.sft import DemonstrationsSpec, SFTSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from asyncrl.jobs.journal import Observe
+    from asyncrl.models.packed import TokenSequence
+
+log = logging.getLogger(__name__)
+
+
+class SFTResult(Struct, frozen=True, kw_only=True):
+    """examples: trained on; too_long: left out. loss: of the last batch. Held-out losses None without held-out files."""
+
+    out: str
+    steps: int
+    examples: int
+    too_long: int
+    loss: float
+    first_heldout_loss: float | None
+    last_heldout_loss: float | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL_OR_CHECKPOINT", help="Hugging Face id or folder, runs/NAME, or …/checkpoints/step_N"
+    )
+    parser.add_argument("out", metavar="OUT", help="folder to write; OUT.sft beside it gets metrics and checkpoints")
+    parser.add_argument("--data", action="append", required=True, metavar="F", help="parquet or JSONL file; repeatable")
+    parser.add_argument("--heldout", action="append", default=[], metavar="F", help="files whose loss is reported; repeatable")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in OUT.sft")
+    parser.add_argument("--force", action="store_true", help="replace OUT, and what an unfinished warm start left")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="a.b=c", help="fields of asyncrl.sft.SFTSpec, e.g. lr=1e-5 epochs=2"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Standard output gets one line of JSON at the end; everything else goes to standard error."""
+    from asyncrl.jobs.specs import override
+
+    data = DemonstrationsSpec(files=tuple(args.data), heldout=tuple(args.heldout))
+    spec = override(SFTSpec(model=ModelSpec(path=args.model), data=data, out=args.out), args.overrides)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that is stopped ends like one that is interrupted
+    began, lines = time.monotonic(), None
+
+    def show(step: int, total: int, metrics: dict[str, float]) -> None:
+        nonlocal lines
+        if lines is None:
+            from asyncrl.jobs.journal import Lines  # with torch, which is there by now
+
+            lines = Lines(lambda line: print(line, file=sys.stderr, flush=True))
+        lines(step, total, metrics)
+
+    result = train(spec, resume=args.resume, force=args.force, observe=show)
+    print(msgspec.json.encode(result).decode(), flush=True)
+    print(f"{result.steps} steps in {time.monotonic() - began:.1f} s", file=sys.stderr)
+    return 0
+
+
+def train(spec: SFTSpec, *, resume: bool = False, force: bool = False, observe: "Observe | None" = None) -> SFTResult:
+    """Makes the folder `spec.out`. On the same number of threads, the same spec and files give the same bytes.
+
+    resume: go on from the newest checkpoint, to the bit. force: replace an earlier result, or begin an unfinished one anew.
+    Raises ConfigError or DataError before torch is loaded where that can be known; NonFinite if training breaks down.
+    """
+    out = Path(spec.out).expanduser().absolute()
+    require_free(out, force)
+    policy = locate(spec.model.path, spec.model.tokenizer, spec.model.dtype)
+    trusted = policy.spec.trust_remote_code or spec.model.trust_remote_code
+    policy = msgspec.structs.replace(policy, spec=msgspec.structs.replace(policy.spec, trust_remote_code=trusted))
+    _check_files(spec.data)
+    work = RunDir(out.with_name(f"{out.name}.sft"))
+    if resume:
+        work.require_checkpoint()
+    with work.lock(work.checkpoints):
+        _begin(work, spec, resume, force)
+        try:
+            result = _train(spec, policy, work, out, observe)
+        except KeyboardInterrupt:
+            steps = work.steps()
+            log.warning("interrupted: %s", f"--resume goes on from {steps[-1].name}" if steps else "there is no checkpoint yet")
+            raise
+        shutil.rmtree(work.checkpoints, ignore_errors=True)
+    return result
+
+
+def _check_files(data: DemonstrationsSpec) -> None:
+    from asyncrl.prompts.demonstrations import check_demonstrations
+
+    check_demonstrations((*data.files, *data.heldout), data)
+
+
+def _begin(work: RunDir, spec: SFTSpec, resume: bool, force: bool) -> None:
+    """Clears the working folder for a new start; for a resumed one, proves that it goes on with the same settings."""
+    kept = work.path / "sft.json"
+    if resume:
+        before = msgspec.json.decode(kept.read_bytes(), type=SFTSpec)
+        changed = [name for name in SFTSpec.__struct_fields__ if name != "out" and getattr(before, name) != getattr(spec, name)]
+        if changed:
+            was = ", ".join(f"{name}={msgspec.to_builtins(getattr(before, name))}" for name in changed)
+            raise ConfigError(f"{work.path} was begun with {was}: to resume to the bit repeat that; to begin anew add --force")
+        return
+    if work.steps() and not force:
+        raise ConfigError(
+            f"{work.path} holds checkpoints of an unfinished warm start, which would be lost: go on with --resume, or begin "
+            "anew with --force"
+        )
+    for folder in (work.checkpoints, work.tensorboard):
+        shutil.rmtree(folder, ignore_errors=True)
+    work.metrics.unlink(missing_ok=True)
+    write_atomic(kept, msgspec.json.format(msgspec.json.encode(spec)))
+
+
+def _train(spec: SFTSpec, policy: Policy, work: RunDir, out: Path, observe: "Observe | None") -> SFTResult:
+    import torch
+
+    from asyncrl.jobs.journal import Journal
+    from asyncrl.learn.sft import SupervisedTrainer, fit
+    from asyncrl.models.loading import export
+
+    device = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load(policy, device)
+    read = _reader(spec, policy, model, tokenizer)
+    examples, too_long = read(spec.data.files)
+    heldout = read(spec.data.heldout)[0] if spec.data.heldout else []
+    trainer = SupervisedTrainer(model, spec, spec.total_steps(len(examples)), max_tokens_per_pack=spec.max_tokens_per_pack)
+    learned, total = sum(len(example.scored) for example in examples), trainer.total_steps
+    said = "%d examples (%d too long) with %d tokens to learn; %d steps on %s"
+    log.info(said, len(examples), too_long, learned, total, device)
+    journal = Journal(spec, work, trainer, examples, heldout, observe)
+    try:
+        done = journal.start()
+        fit(trainer, examples, batch=min(spec.batch, len(examples)), seed=spec.seed, done=done, on_step=journal.step)
+    finally:
+        journal.close()
+    with atomic_folder(out) as beside:
+        export(model, tokenizer, beside)
+    return SFTResult(
+        out=str(out),
+        steps=total,
+        examples=len(examples),
+        too_long=too_long,
+        loss=journal.loss,
+        first_heldout_loss=journal.first_heldout if heldout else None,
+        last_heldout_loss=journal.last_heldout if heldout else None,
+    )
+
+
+def _reader(
+    spec: SFTSpec, policy: Policy, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+) -> Callable[[Sequence[str]], "tuple[list[TokenSequence], int]"]:
+    """Makes files into sequences, and the number of those that were too long."""
+    from asyncrl.models.loading import stop_token_ids
+    from asyncrl.models.packed import TokenSequence
+    from asyncrl.prompts.demonstrations import read_demonstrations
+
+    config = model.config.get_text_config(decoder=True)
+    longest = min(spec.data.max_length, getattr(config, "max_position_embeddings", None) or sys.maxsize)
+    stops = stop_token_ids(tokenizer, policy.spec)
+
+    def read(files: Sequence[str]) -> "tuple[list[TokenSequence], int]":
+        found = read_demonstrations(files, spec.data, tokenizer, stops, longest)
+        highest = max(int(ids.max()) for ids, _ in found.examples)
+        if highest >= config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer makes token {highest}, and the model knows {config.vocab_size}: they do not belong together; "
+                "set model.tokenizer"
+            )
+        return [TokenSequence(ids, learned) for ids, learned in found.examples], found.too_long
+
+    return read
