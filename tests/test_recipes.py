@@ -119,14 +119,14 @@ def test_arithmetic_learns(arithmetic_run):
 @pytest.mark.ray
 @pytest.mark.timeout(400)
 def test_arithmetic_ppo_learns(arithmetic_run, tmp_path):
-    """The beginning of the recipe, from the same warm policy: the critic explains returns, and the policy improves."""
+    """The beginning of the recipe, from the same warm policy: the critic learns returns, and the policy improves."""
     shutil.copytree(Path(arithmetic_run.run_dir) / "data", tmp_path / "arithmetic_ppo" / "data")
-    overrides = ["total_steps=24", "critic.critic_warmup=4", "learner.warmup_steps=8"]
+    overrides = ["total_steps=18", "critic.critic_warmup=2", "learner.warmup_steps=6"]
     result = run_recipe("arithmetic_ppo", tmp_path, *overrides)
     assert result.first_score == arithmetic_run.first_score
     assert result.last_score >= result.first_score + 0.15
     lines = [json.loads(line) for line in (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]
-    assert [line["actor/optimizer_steps"] for line in steps] == [0.0] * 4 + [4.0] * 20
+    assert [line["actor/optimizer_steps"] for line in steps] == [0.0] * 2 + [4.0] * 16
     assert {line["critic/optimizer_steps"] for line in steps} == {4.0}
-    assert steps[0]["critic/vf_loss"] > 1.2 * steps[4]["critic/vf_loss"]
+    assert steps[0]["critic/vf_loss"] > steps[-1]["critic/vf_loss"]
