@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import msgspec
 import yaml
@@ -121,6 +121,8 @@ def override(spec: S, overrides: Iterable[str], prefix: str = "") -> S:
         node, kind = data, _field_type(type(spec), path, text)
         *parents, leaf = path.split(".")
         for parent in parents:
+            if node[parent] is None:  # an optional group that is not there yet
+                node[parent] = {}
             node = node[parent]
         node[leaf] = _parse(raw, kind, text, path)
     try:
@@ -133,6 +135,7 @@ def _field_type(spec: type[msgspec.Struct], path: str, text: str) -> Any:
     kind: Any = spec
     for depth, name in enumerate(path.split(".")):
         parent = ".".join(path.split(".")[:depth])
+        kind = next((member for member in get_args(kind) if is_struct(member)), kind)  # of `Struct or null`, the struct
         if not is_struct(kind):
             raise ConfigError(f"override {text!r}: {parent} is {expected(kind)} and has no field {name!r}")
         fields = {field.name: field.type for field in msgspec.structs.fields(kind)}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncrl.config import Recipe
+from asyncrl.config import ModelSpec, Recipe
 from asyncrl.deployment import Deployment, PlaceSpec
 from asyncrl.errors import ConfigError
 from asyncrl.jobs.specs import load_deployment, load_recipe, load_specs, override
@@ -107,6 +107,14 @@ def test_an_override_is_typed_by_its_field(recipe: Recipe, text: str, value: obj
         changed = getattr(changed, name)
     assert changed == value
     assert type(changed) is type(value)
+
+
+def test_an_override_reaches_into_an_optional_group(recipe: Recipe) -> None:
+    changed = override(recipe, ["algorithm.adv_estimator=gae", "critic.model.path=small", "critic.model.dtype=bfloat16"])
+    assert changed.critic.model == ModelSpec(path="small", dtype="bfloat16")
+    assert override(changed, ["critic.model=null"]).critic.model is None
+    with pytest.raises(ConfigError, match=r"critic\.model has no field 'pth'; did you mean 'path'"):
+        override(recipe, ["critic.model.pth=small"])
 
 
 def test_overrides_are_checked_together(recipe: Recipe) -> None:
