@@ -42,6 +42,7 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     kl_coef is. preference_beta: β of the implied reward β·log(π/π_ref). dpo_pairs: best against worst of a group, or all of
     different rewards. kto_*_weight: λ. They take no estimator, correction or mask; loss_agg is for KL and entropy only.
     reward_normalization: to mean 0 and standard deviation 1, of the `batch`, or of all rollouts trained so far (`running`).
+    Token and turn rewards, and the price of a KL, are not: they then weigh against a reward of standard deviation 1.
     """
 
     adv_estimator: str = "grpo"

@@ -1,7 +1,7 @@
 """The recipe: what to learn. Like the deployment (deployment.py) it is data, validated when made.
 
-Every default lives here, once. Paths may hold `{run}`: the run directory. Callables are `package.module:name` or
-`path/to/file.py:name`. No torch here: a wrong spec must fail in well under two seconds.
+Every default lives once, here or in algorithm.py and learning.py. Paths may hold `{run}`: the run directory. Callables are
+`package.module:name` or `path/to/file.py:name`. No torch here: a wrong spec must fail in well under two seconds.
 """
 
 from typing import Literal
@@ -63,7 +63,8 @@ class ShapingSpec(Spec, frozen=True, kw_only=True):
     overlong_buffer, overlong_penalty: DAPO's soft punishment: none up to max_response_length − overlong_buffer tokens, then
     linear down to −overlong_penalty at max_response_length. length_penalty: what an answer of max_response_length costs,
     shorter ones in proportion. repetition_penalty: times the share of token n-grams (of repetition_ngram tokens) that stood
-    in the answer before. clip: [low, high] bounds of the result, last of all.
+    in the answer before. clip: [low, high] bounds of the result, last of all. Token and turn
+    rewards pass by it.
     """
 
     overlong_buffer: int = 0
@@ -162,6 +163,11 @@ class SamplingSpec(Spec, frozen=True, kw_only=True):
         require(
             1 <= self.min_valid <= self.n,
             f"sampling.min_valid={self.min_valid} is outside [1, n={self.n}]: no group could ever be complete; lower it",
+        )
+        require(
+            self.n > 1 or self.keep != "varied",
+            "sampling.keep='varied' with sampling.n=1: a single reward never varies, so every group would be filtered; use "
+            "keep='all', or n >= 2",
         )
         require(self.max_attempts >= 1, f"sampling.max_attempts={self.max_attempts} < 1: no prompt could be tried")
         empty = self.max_empty_batches

@@ -30,6 +30,12 @@ class OptimizerSpec(Spec, frozen=True, kw_only=True):
     max_grad_norm: float = 1.0
 
 
+def check_optimizer(spec: OptimizerSpec, where: str) -> None:
+    """where: what its fields begin with, such as `learner.`."""
+    for name in ("warmup_steps", "min_lr_ratio", "weight_decay", "max_grad_norm"):
+        require(getattr(spec, name) >= 0, f"{where}{name}={getattr(spec, name)} < 0; use 0 to turn it off")
+
+
 class LearnerSpec(OptimizerSpec, frozen=True, kw_only=True):
     """batch_groups: groups per update. mini_batch_groups: groups per optimizer step (None: the whole batch).
 
@@ -44,6 +50,7 @@ class LearnerSpec(OptimizerSpec, frozen=True, kw_only=True):
     max_refused_steps: int = 3
 
     def __post_init__(self) -> None:
+        check_optimizer(self, "learner.")
         mini = self.mini_batch_groups
         require(
             mini is None or (mini >= 1 and self.batch_groups % mini == 0),
@@ -77,6 +84,7 @@ class CriticSpec(OptimizerSpec, frozen=True, kw_only=True):
     critic_warmup: int = 0
 
     def __post_init__(self) -> None:
+        check_optimizer(self, "critic.")
         shared, model = self.backbone == "shared", self.model
         require(self.lr >= 0, f"critic.lr={self.lr} < 0: values would be driven away from returns; use >= 0")
         require(
@@ -90,6 +98,11 @@ class CriticSpec(OptimizerSpec, frozen=True, kw_only=True):
             not shared or model is None,
             f"critic.model={model.path if model else ''!r} with backbone='shared': it would be ignored; use backbone='own', "
             "or null",
+        )
+        require(
+            model is None or not model.tokenizer,
+            f"critic.model.tokenizer={model.tokenizer if model else ''!r}: it would be ignored, for the critic reads "
+            "the policy's tokens; leave it out",
         )
         require(
             not shared or self.ppo_epochs == 1,

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from asyncrl.learning import ModelSpec, OptimizerSpec
+from asyncrl.learning import ModelSpec, OptimizerSpec, check_optimizer
 from asyncrl.spec import Spec, require
 
 
@@ -64,8 +64,7 @@ class SFTSpec(OptimizerSpec, frozen=True, kw_only=True):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name}={value} < 1: nothing would be trained; use at least 1")
         require(self.lr > 0, f"lr={self.lr} <= 0: nothing would be learned; use a rate > 0, for example 1e-5")
-        for name in ("warmup_steps", "min_lr_ratio", "weight_decay", "max_grad_norm"):
-            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} < 0; use 0 to turn it off")
+        check_optimizer(self, "")
         require(self.eval_freq >= 1, f"eval_freq={self.eval_freq} < 1; to turn it off leave data.heldout empty")
         require(
             self.save_freq is None or self.save_freq >= 1,

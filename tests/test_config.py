@@ -79,6 +79,10 @@ def recipe(**fields: Any) -> Recipe:
         (lambda: CriticSpec(value_clip=0.0), r"critic\.value_clip=0\.0 <= 0: no value could move; use > 0, or null"),
         (lambda: CriticSpec(value_coef=0.0, backbone="shared"), r"critic\.value_coef=0\.0 <= 0"),
         (lambda: CriticSpec(ppo_epochs=0), r"critic\.ppo_epochs=0 < 1"),
+        (lambda: CriticSpec(max_grad_norm=-1.0), r"critic\.max_grad_norm=-1\.0 < 0; use 0"),
+        (lambda: LearnerSpec(warmup_steps=-1), r"learner\.warmup_steps=-1 < 0; use 0"),
+        (lambda: CriticSpec(model=ModelSpec(path="m", tokenizer="t")), r"critic\.model\.tokenizer='t': it would be ignored"),
+        (lambda: SamplingSpec(n=1, min_valid=1, keep="varied"), r"keep='varied' with sampling\.n=1: a single reward never"),
         (lambda: CriticSpec(critic_warmup=-1), r"critic\.critic_warmup=-1 < 0"),
         (lambda: CriticSpec(backbone="shared", model=ModelSpec(path="m")), r"critic\.model='m' with backbone='shared'"),
         (

@@ -1,5 +1,6 @@
 """One update's rollouts as flat columns: N trained tokens of S sequences, sequence after sequence."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ class Batch(NamedTuple):
 
     groups [S] int64; lengths [S] int64, response tokens, trained or not; counts_s [S] float32, trained tokens;
     sequence_n [N] int64; behaviour_n [N] float32, full-softmax logprobs of the policy that sampled; advantages_n [N]
-    float32; lag_n [N] int64, versions. outcomes: what the advantages were made of, to make them anew once the KL is known.
+    float32; lag_n [N] int64, versions. outcomes: what the advantages were made of, to make them anew when more is known.
     """
 
     sequences: list[TokenSequence]
@@ -100,6 +101,10 @@ def _outcomes(
     return outcomes._replace(
         shaping_n=torch.from_numpy(np.concatenate([earned_n for earned_n, _ in found])),
         before_s=torch.tensor([before for _, before in found], dtype=torch.float64),
+        earned_s=torch.tensor(
+            [math.fsum((r.reward, *(() if r.token_rewards is None else r.token_rewards))) for r in rollouts],
+            dtype=torch.float64,
+        ),
     )
 
 

@@ -33,7 +33,7 @@ def _critic(recipe: Recipe, policy: PreTrainedModel, device: str, refused_dir: P
     spec, refused = recipe.critic, RefusedSteps(refused_dir, recipe.learner.max_refused_steps)
     if spec.backbone == "shared":
         return Critic(SharedValues(policy), spec, refused, total_steps=recipe.total_steps)
-    model = load_model(spec.model or recipe.model, device)
+    model = load_model(spec.model, device, "critic.model") if spec.model else load_model(recipe.model, device)
     own, needed = model.get_input_embeddings().weight.shape[0], policy.get_input_embeddings().weight.shape[0]
     if own < needed:
         raise ConfigError(

@@ -23,8 +23,9 @@ class Outcomes(NamedTuple):
 
     rewards_s [S], due at a rollout's end; groups_s [S]; lengths_s [S]: tokens that the policy chose; sequence_n [N],
     ascending: each token's rollout; shaping_n [N]: what a token earns beside the reward (its own reward, −β·KL), or None.
-    before_s [S]: what tokens earned before the first trained one, or None. baselines_s [S]: what the greedy rollout of the
-    same prompt earned in all, or None.
+    before_s [S]: what tokens earned before the first trained one, or None. earned_s [S]: reward and token rewards in all, or
+    None: rounded once, so that what is equal stays equal in any order. baselines_s [S]: what the greedy rollout of the same
+    prompt earned in all, or None.
     """
 
     rewards_s: torch.Tensor
@@ -33,12 +34,17 @@ class Outcomes(NamedTuple):
     sequence_n: torch.Tensor
     shaping_n: torch.Tensor | None = None
     before_s: torch.Tensor | None = None
+    earned_s: torch.Tensor | None = None
     baselines_s: torch.Tensor | None = None
 
     def shaped_s(self) -> torch.Tensor:
         """Rewards with the sum of what their tokens earned beside [S], as verl has it for estimators of whole rollouts."""
         rewards_s = self.rewards_s if self.before_s is None else self.rewards_s + self.before_s
         return rewards_s if self.shaping_n is None else rewards_s.index_add(0, self.sequence_n, self.shaping_n)
+
+    def ranked_s(self) -> torch.Tensor:
+        """What rollouts are ranked by [S]: all that they earned."""
+        return self.rewards_s if self.earned_s is None else self.earned_s
 
     def token_shaping_n(self) -> torch.Tensor:
         """shaping_n [N], zeros where it is None."""

@@ -45,9 +45,9 @@ def _loss(spec: AlgorithmSpec, update: Update, members: Sequence[int], h_m: torc
     outcomes = update.batch.outcomes
     member_of_s = outcomes.sequence_n.unique_consecutive()[list(members)]  # the batch's sequences are rollouts with a token
     if spec.policy_loss == "dpo":
-        pairs = rank_pairs(outcomes.shaped_s()[member_of_s], outcomes.groups_s[member_of_s], spec.dpo_pairs).to(h_m.device)
+        pairs = rank_pairs(outcomes.ranked_s()[member_of_s], outcomes.groups_s[member_of_s], spec.dpo_pairs).to(h_m.device)
         return *dpo(h_m, pairs), len(pairs.weights_p)
-    labels_m = desirability(outcomes.shaped_s(), outcomes.groups_s)[member_of_s].to(h_m.device)
+    labels_m = desirability(outcomes.ranked_s(), outcomes.groups_s)[member_of_s].to(h_m.device)
     weights = {"desirable_weight": spec.kto_desirable_weight, "undesirable_weight": spec.kto_undesirable_weight}
     return *kto(h_m, labels_m, **weights), int(labels_m.count_nonzero())
 

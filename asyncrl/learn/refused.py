@@ -29,7 +29,7 @@ class RefusedSteps:
             raise NonFinite(
                 f"{cause} in update {update}: {self._in_a_row} optimizer steps refused in a row "
                 f"(learner.max_refused_steps={self._limit}), weights are as before them; the batch is in {path}. "
-                "Look for a diverged policy (lower its lr), or logprobs that the engine did not report"
+                "Look for a model that diverged (lower its lr), or logprobs that the engine did not report"
             )
 
 

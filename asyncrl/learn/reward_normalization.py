@@ -2,7 +2,8 @@
 
 For estimators that don't rescale by themselves, above all with a critic, whose targets then stay in range. `grpo` and the
 REINFORCE++ pair undo it: they subtract a mean and divide by a standard deviation of their own. `grpo_no_std`, `rloo` and `opo`
-keep the scale, not the shift. With kl_in="reward" the scale is also what the KL is priced against, whatever the estimator.
+keep the scale, not the shift. What stands beside the reward stays as it is. So the scale also says what a KL in the reward, and
+rewards of tokens, weigh against it, whatever the estimator: beside these, it can change which of two rollouts is better.
 """
 
 from typing import Literal

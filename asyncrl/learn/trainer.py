@@ -111,7 +111,7 @@ class PolicyTrainer:
             **correction_metrics(batch.lag_n, update.weights_n.cpu(), update.capped_n.cpu(), update.masked_n.cpu()),
             **objectives.metrics(update.actor.sums, update.actor.accepted),
             **preference_step.metrics(update.actor.sums),
-            **self._kl.control(update, len(rollouts)),
+            **self._kl.control(update, len(rollouts) if update.actor.tried else 0),  # 0: while a critic learns alone
             **(self.critic.metrics(update) if self.critic is not None else {}),
             "actor/lr": rate,
             "actor/optimizer_steps": float(update.actor.accepted),

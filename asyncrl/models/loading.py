@@ -22,8 +22,11 @@ def use_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def load_model(spec: ModelSpec, device: str = "cpu") -> PreTrainedModel:
-    """A causal LM from a Hugging Face id or folder, in eval mode, with SDPA attention. Raises ConfigError naming the path."""
+def load_model(spec: ModelSpec, device: str = "cpu", field: str = "model") -> PreTrainedModel:
+    """A causal LM from a Hugging Face id or folder, in eval mode, with SDPA attention.
+
+    Raises ConfigError naming the path. field: what `spec` is called in the recipe.
+    """
     try:
         model = AutoModelForCausalLM.from_pretrained(
             spec.path,
@@ -32,7 +35,7 @@ def load_model(spec: ModelSpec, device: str = "cpu") -> PreTrainedModel:
             attn_implementation="sdpa",
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={spec.path!r}: no causal LM could be loaded: {error}") from error
+        raise ConfigError(f"{field}.path={spec.path!r}: no causal LM could be loaded: {error}") from error
     return model.to(device).eval()
 
 

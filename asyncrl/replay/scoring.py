@@ -138,7 +138,7 @@ class Scoring:
         for s in self.counting(scores):
             event = ev.RolloutScored(s.group, s.rollout, s.attempt, s.status, s.reward, s.parts, s.error)
             if s.token_rewards:
-                event = replace(event, row=next(rows), token_sum=sum(s.token_rewards))
+                event = replace(event, row=next(rows), token_sum=math.fsum(s.token_rewards))
             self._verdict(event)
             self._queue.pop((s.group, s.rollout), None)
         done = {(s.group, s.rollout) for s in scores}

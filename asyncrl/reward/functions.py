@@ -55,7 +55,7 @@ def judge(
 
 
 def _verl_call(function: Callable[..., Any], reference: str, arguments: Mapping[str, Any]) -> Callable[[Sample], Any]:
-    keywords, positional = _convention(partial(function, **arguments), reference)
+    keywords, positional = _convention(partial(function, **arguments), reference, arguments)
 
     def ask(sample: Sample) -> Any:
         values = {
@@ -67,14 +67,15 @@ def _verl_call(function: Callable[..., Any], reference: str, arguments: Mapping[
             "turns": sample.turns,
         }
         if positional:
-            return awaited(function(*[values[name] for name in _NAMES[:positional]], **arguments))
+            positions = [values[name] for name in _NAMES[:positional]]
+            return awaited(function(*positions, **{name: values[name] for name in keywords}, **arguments))
         return awaited(function(**{name: values[name] for name in keywords}, **arguments))
 
     return ask
 
 
-def _convention(function: Callable[..., Any], reference: str) -> tuple[tuple[str, ...], int]:
-    """(names to pass by keyword, 0), or ((), number of positional arguments) where the parameters have other names.
+def _convention(function: Callable[..., Any], reference: str, arguments: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
+    """(names to pass by keyword, how many of the four by position): none, but where the parameters have other names.
 
     A function may take fewer than the four, as verl's own `gsm8k.compute_score(solution_str, ground_truth, …)` does. Beside
     them it may name `response_ids`, the response's tokens, and `turns`, the offsets in them where turns start.
@@ -87,12 +88,13 @@ def _convention(function: Callable[..., Any], reference: str) -> tuple[tuple[str
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
     by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     keywords = tuple(name for name in _NAMES if open_ended or name in by_name)
-    keywords += tuple(name for name in _EXTRA_NAMES if name in by_name)  # others must not be handed on by a `**kwargs`
-    if "solution_str" in keywords and _binds(signature, **dict.fromkeys(keywords)):
-        return keywords, 0
+    # others must not be handed on by a `**kwargs`, nor where the recipe gives an argument of that name
+    extra = tuple(name for name in _EXTRA_NAMES if name in by_name and name not in arguments)
+    if "solution_str" in keywords and _binds(signature, **dict.fromkeys(keywords + extra)):
+        return keywords + extra, 0
     for count in (4, 3):
-        if _binds(signature, *_NAMES[:count]):
-            return (), count
+        if _binds(signature, *_NAMES[:count], **dict.fromkeys(extra)):
+            return extra, count
     raise ConfigError(
         f"reward.function={reference!r} takes {signature}, but is called as "
         f"({', '.join(_NAMES)}); rename its parameters, or give the others defaults"

@@ -115,17 +115,6 @@ def test_one_update_equals_plain_float64_steps(backbone: str, make_trainer, make
 # ------------------------------------------------------------------------------------------------- invariance
 
 
-@pytest.fixture
-def awkward(make_rollouts) -> list[TrainRollout]:
-    """Groups of three, two and one, with tool tokens inside and one row without a trained token."""
-    found = []
-    for i, r in enumerate(make_rollouts(oldest=-1)):
-        mask = np.ones(len(r.response_ids), dtype=bool)
-        mask[1:-1:2] = False
-        found.append(replace(r, loss_mask=mask if i != 4 else np.zeros_like(mask)))
-    return [r for i, r in enumerate(found) if i not in (2, 10, 11)]
-
-
 def step(make_trainer, make_model, rollouts, backbone: str, **learner) -> tuple[list[torch.Tensor], dict[str, float]]:
     """Weights of policy and critic after two updates, the first of them of the critic alone; metrics of the second."""
     trainer = make_trainer(
@@ -176,6 +165,7 @@ def test_masked_tokens_at_the_end_do_not_change_the_update(backbone: str, make_t
             loss_mask=longer(r.loss_mask, False),
             logprobs=longer(r.logprobs, np.nan),
             updates=longer(r.updates, 2),
+            token_rewards=None if r.token_rewards is None else longer(r.token_rewards, 0.0),
         )
 
     assert_same(
@@ -202,6 +192,17 @@ def test_in_warm_up_only_the_critic_moves(backbone: str, make_trainer, make_roll
     assert any(not tensor.equal(head[name]) for name, tensor in trainer.critic.module.state_dict().items())
     assert trainer.update(make_rollouts(seed=2), 2)["actor/optimizer_steps"] == 1.0
     assert any(not a.equal(b) for a, b in zip(policy, policy_weights(trainer), strict=True))
+
+
+def test_an_adaptive_kl_coefficient_rests_while_the_critic_learns_alone(make_trainer, make_model, make_rollouts) -> None:
+    adaptive = {**PRICED, "kl_control": "adaptive", "kl_horizon": 100}
+    critic = {**CRITICS["own"], "critic_warmup": 2}
+    trainer = make_trainer(algorithm=adaptive, critic=critic, max_lag=9, model=make_model(), reference=make_model())
+    for committed in range(2):
+        trainer.update(make_rollouts(), committed)
+        assert trainer.state["kl_coef"] == 0.2
+    trainer.update(make_rollouts(), 2)
+    assert trainer.state["kl_coef"] < 0.2  # the policy is still the reference: its KL is below the target
 
 
 @pytest.mark.parametrize("backbone", CRITICS)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from asyncrl.errors import ConfigError
 from asyncrl.learn.preferences import desirability, dpo, kto, rank_pairs
@@ -99,6 +100,16 @@ def test_equal_rewards_teach_nothing(loss: str, make_trainer, make_model, make_r
     metrics = trainer.update([make_rollout(0, i, reward=1.0) for i in range(3)], 0)
     assert (metrics["actor/pg_loss"], metrics["actor/grad_norm"]) == (0, 0)
     assert "rewards/margins" not in metrics
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize("earned", [((0.1, 0.2, 0.3), (0.3, 0.2, 0.1)), ((0.1, 0.2, -0.3), (-0.3, 0.2, 0.1))])
+def test_token_rewards_that_come_to_the_same_are_a_tie(loss: str, earned, make_trainer, make_model, make_rollout) -> None:
+    """Added up in the order of the tokens, these differ by rounding."""
+    trainer = make_trainer(algorithm={"policy_loss": loss}, model=make_model(), reference=make_model(seed=3))
+    rollouts = [make_rollout(0, i, response_ids=np.array([3, 7, 1 + i]), reward=0.0) for i in range(2)]
+    rollouts = [replace(r, token_rewards=np.array(tokens)) for r, tokens in zip(rollouts, earned, strict=True)]
+    assert trainer.update(rollouts, 0)["actor/grad_norm"] == 0
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])

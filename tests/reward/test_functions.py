@@ -52,6 +52,21 @@ def test_a_function_that_names_the_tokens_gets_them():
     assert judge(everything)(SAMPLE).reward == 1.0  # a `**fields` is not given what it may not know
 
 
+def test_a_function_of_other_parameter_names_gets_them_too():
+    def renamed(source, answer, truth, extra=None, *, turns=None):
+        return {"score": 1.0, "turn_rewards": [0.5 for _ in turns]}
+
+    sample = Sample("gsm8k", "", "null", "null", "{}", [9, 8, 9, 1], (0, 2))
+    assert judge(renamed)(sample).token_rewards == [0.0, 0.5, 0.0, 0.5]
+
+
+def test_an_argument_of_the_recipe_goes_before_what_the_rollout_has_of_that_name():
+    def weighed(solution_str, turns):
+        return float(turns)
+
+    assert judge(weighed, arguments={"turns": 5})(SAMPLE).reward == 5.0
+
+
 def test_a_signature_that_cannot_be_called_is_a_config_error():
     with pytest.raises(ConfigError, match=r"takes \(a, b, c, d, e\), but is called as \(data_source, solution_str"):
         judge(lambda a, b, c, d, e: 0.0)
