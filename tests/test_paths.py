@@ -75,7 +75,7 @@ def test_every_reward_function_is_found(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_a_critics_model_is_found_like_the_policys(recipe: Recipe, tmp_path: Path) -> None:
-    critic = CriticSpec(model=ModelSpec(path="./critic", tokenizer="{run}/t"))
+    critic = CriticSpec(model=ModelSpec(path="./critic"))
     recipe = msgspec.structs.replace(recipe, algorithm=AlgorithmSpec(adv_estimator="gae"), critic=critic)
     resolved = resolve_paths(recipe, RunDir(tmp_path / "run"), tmp_path).critic.model
-    assert resolved == ModelSpec(path=f"{tmp_path}/critic", tokenizer=f"{tmp_path}/run/t")
+    assert resolved == ModelSpec(path=f"{tmp_path}/critic")

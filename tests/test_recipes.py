@@ -75,21 +75,21 @@ def run_recipe(name: str, runs_dir: Path, *overrides: str) -> RunResult:
 
 @pytest.fixture(scope="module")
 def arithmetic_run(local_ray, tmp_path_factory) -> RunResult:
-    """One seed, 120 of the 200 updates."""
-    return run_recipe("arithmetic", tmp_path_factory.mktemp("runs"), "total_steps=120")
+    """One seed, 90 of the 200 updates."""
+    return run_recipe("arithmetic", tmp_path_factory.mktemp("runs"), "total_steps=90")
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(400)
 def test_arithmetic_learns(arithmetic_run):
-    """Held-out exact match from at most 0.5 to at least 0.9, then a second run that finds the warm policy in the run
+    """Held-out exact match from at most 0.5 to at least 0.85, then a second run that finds the warm policy in the run
     directory."""
     result = arithmetic_run
-    assert result.steps == 120
+    assert result.steps == 90
     assert result.first_score is not None
     assert result.first_score <= 0.5
     assert result.last_score is not None
-    assert result.last_score >= 0.9
+    assert result.last_score >= 0.85
     assert result.max_trained_lag <= 4
     assert result.restarts == {}
     assert result.samples == result.trained * 8
@@ -102,11 +102,11 @@ def test_arithmetic_learns(arithmetic_run):
         "extra_info",
     ]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 121))
+    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 91))
     evaluated = [line["step"] for line in lines if line["kind"] == "eval"]
-    assert (evaluated[0], evaluated[-1], len(evaluated)) == (0, 120, 6)
+    assert (evaluated[0], evaluated[-1], len(evaluated)) == (0, 90, 5)
     # a generator that never held the very version asked for is evaluated at the next one it takes
-    assert all(0 <= step - due <= 4 for step, due in zip(evaluated, [0, 25, 50, 75, 100, 120], strict=True))
+    assert all(0 <= step - due <= 4 for step, due in zip(evaluated, [0, 25, 50, 75, 90], strict=True))
 
     warm = run / "data" / "warm" / "made.json"
     made_at = warm.stat().st_mtime_ns

@@ -55,17 +55,17 @@ class KillScheduler:
 
 @pytest.mark.timeout(600)
 def test_arithmetic_learns_with_sglang(local_ray, tmp_path):
-    """60 of the 200 updates: held-out exact match from at most 0.5 to at least 0.75."""
-    recipe, deployment = load_specs(ROOT / "recipes" / "arithmetic.py", DEPLOYMENT, ["total_steps=60"])
+    """40 of the 200 updates: held-out exact match from at most 0.5 to at least 0.7."""
+    recipe, deployment = load_specs(ROOT / "recipes" / "arithmetic.py", DEPLOYMENT, ["total_steps=40"])
     recipe = resolve_paths(recipe, RunDir(tmp_path / "arithmetic"), ROOT / "recipes")
     result = launch(recipe, deployment, runs_dir=tmp_path)
-    assert result.steps == 60
+    assert result.steps == 40
     assert result.restarts == {}
     assert result.max_trained_lag <= 4
     assert result.first_score is not None
     assert result.last_score is not None
     assert result.first_score <= 0.5
-    assert result.last_score >= 0.75
+    assert result.last_score >= 0.7
     assert result.pending == 0
     lines = [json.loads(line) for line in (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()]
     gaps = [line["gap/logprob_max_abs"] for line in lines if "gap/logprob_max_abs" in line]

@@ -62,8 +62,8 @@ def row(settings: Settings, finished: list[Finished]) -> list[str]:
         spread(first),
         spread(last),
         spread(after - before for before, after in zip(first, last, strict=True)),
-        spread(soon),
-        spread(run.result.wall_s for run in finished),
+        spread(soon, 0),
+        spread((run.result.wall_s for run in finished), 0),
     ]
 
 

@@ -75,10 +75,11 @@ def _keep_data(recipe: str, seed: int, folder: Path) -> None:
         shutil.copytree(folder / "data", shared)
 
 
-def spread(values: Iterable[float]) -> str:
-    """Mean and, in brackets, the smallest and the largest."""
+def spread(values: Iterable[float], digits: int = 3) -> str:
+    """Mean and, in brackets, the smallest and the largest; of a single value, that."""
     found = list(values)
-    return f"{statistics.fmean(found):.3f} [{min(found):.3f}, {max(found):.3f}]"
+    mean, *ends = (f"{value:.{digits}f}" for value in (statistics.fmean(found), min(found), max(found)))
+    return f"{mean} [{', '.join(ends)}]" if len(found) > 1 else mean
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -30,9 +30,9 @@ def lag_row(settings: Settings, finished: list[Finished]) -> list[str]:
     return [
         settings.label,
         spread(last_scores(finished)),
-        spread(run.mean("staleness/lag_mean") for run in finished),
+        spread((run.mean("staleness/lag_mean") for run in finished), 1),
         spread(run.mean("correction/ess") for run in finished),
-        spread(run.result.wall_s for run in finished),
+        spread((run.result.wall_s for run in finished), 0),
     ]
 
 
@@ -41,11 +41,11 @@ def rule_row(settings: Settings, finished: list[Finished]) -> list[str]:
         settings.label,
         spread(last_scores(finished)),
         spread(run.evals[-1]["eval/score/long"] for run in finished),
-        spread(run.result.wall_s for run in finished),
-        spread(run.result.learner_utilization for run in finished),
-        spread(run.result.masked_share for run in finished),
-        spread(run.result.evicted / max(1, run.result.trained + run.result.evicted) for run in finished),
-        spread(run.result.trained_length_ratio or 0.0 for run in finished),
+        spread((run.result.wall_s for run in finished), 0),
+        spread((run.result.learner_utilization for run in finished), 2),
+        spread((run.result.masked_share for run in finished), 2),
+        spread((run.result.evicted / max(1, run.result.trained + run.result.evicted) for run in finished), 2),
+        spread((run.result.trained_length_ratio or 0.0 for run in finished), 2),
     ]
 
 
