@@ -103,10 +103,11 @@ class Core:
 
     # ---------------------------------------------------------------------------------------- reward
 
-    def lease_unscored(self, k: int, worker: str) -> tuple[int, list[int]]:
-        """(lease, log rows to score); (0, []) if there are none."""
+    def lease_unscored(self, k: int, worker: str, incarnation: int) -> tuple[int, list[int]]:
+        """(lease, log rows to score); (0, []) if there are none. What an earlier incarnation of the worker held comes first."""
         self.expire()
-        lease, items = self._scoring.lease(k, worker)
+        self.changes += self._scoring.rejoin(worker, incarnation)
+        lease, items = self._scoring.lease(k, worker, incarnation)
         return lease, [self._row(*item) for item in items]
 
     def extend(self, lease: int, worker: str) -> None:

@@ -32,6 +32,7 @@ class Summary(Struct, frozen=True):
 
 class RewardLease(Struct):
     worker: str
+    incarnation: int
     deadline: float
     items: set[tuple[int, int]]
 
@@ -92,7 +93,13 @@ class Scoring:
 
     # ----------------------------------------------------------------------------------------- score
 
-    def lease(self, k: int, worker: str) -> tuple[int, list[tuple[int, int]]]:
+    def rejoin(self, worker: str, incarnation: int) -> bool:
+        """Queues again what earlier incarnations of this worker leased, and died with; whether there was any."""
+        return self._take_back(
+            [i for i, held in self._leases.items() if held.worker == worker and held.incarnation < incarnation]
+        )
+
+    def lease(self, k: int, worker: str, incarnation: int) -> tuple[int, list[tuple[int, int]]]:
         """(lease, up to k (group, rollout)), oldest first; (0, []) if there is nothing to score."""
         items: list[tuple[int, int]] = []
         while self._queue and len(items) < k:
@@ -102,7 +109,7 @@ class Scoring:
         if not items:
             return 0, []
         lease, self._next_lease = self._next_lease, self._next_lease + 1
-        self._leases[lease] = RewardLease(worker, self._book.clock() + self._book.plan.lease_s, set(items))
+        self._leases[lease] = RewardLease(worker, incarnation, self._book.clock() + self._book.plan.lease_s, set(items))
         return lease, items
 
     def extend(self, lease: int, worker: str) -> None:
@@ -112,13 +119,16 @@ class Scoring:
             found.deadline = self._book.clock() + self._book.plan.lease_s
 
     def expire(self) -> bool:
-        """Queues the rollouts of silent workers again, ahead of newer ones; whether there were any."""
-        expired = [i for i, lease in self._leases.items() if lease.deadline <= self._book.clock()]
-        for lease in expired:
+        """Queues the rollouts of silent workers again; whether there were any."""
+        return self._take_back([i for i, held in self._leases.items() if held.deadline <= self._book.clock()])
+
+    def _take_back(self, leases: Sequence[int]) -> bool:
+        """Queues the rollouts of these leases again, ahead of newer ones; whether there were any."""
+        for lease in leases:
             for item in sorted(self._leases.pop(lease).items, reverse=True):
                 self._queue[item] = None
                 self._queue.move_to_end(item, last=False)
-        return bool(expired)
+        return bool(leases)
 
     def next_deadline(self) -> float | None:
         return min((lease.deadline for lease in self._leases.values()), default=None)

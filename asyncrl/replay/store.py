@@ -89,7 +89,7 @@ class ReplayStore:
         """Waits for the first row without a score."""
 
         def attempt() -> tuple[bool, RowLease]:
-            lease, rows = self._core.lease_unscored(k, key.worker)
+            lease, rows = self._core.lease_unscored(k, key.worker, key.incarnation)
             if not rows:
                 return self._core.ended(), RowLease(0, self._plan.lease_s, ended=self._core.ended())
             return True, RowLease(lease, self._plan.lease_s, schema.to_ipc(self._log.take(rows, schema.UNSCORED_COLUMNS)))

@@ -98,7 +98,7 @@ class World:
 
     def reward(self, lose: float, invalid: float) -> None:
         core = self.bench.core
-        lease, rows = core.lease_unscored(self.rng.randint(1, 4), "r0")
+        lease, rows = core.lease_unscored(self.rng.randint(1, 4), "r0", 1)
         if self.rng.random() < lose:
             return
         where = {e.row: e for e in self.bench.log if isinstance(e, ev.RolloutSubmitted)}

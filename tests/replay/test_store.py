@@ -149,6 +149,21 @@ def test_an_abandoned_poll_takes_nothing(fakes: SimpleNamespace, tmp_path: Path)
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
 
+def test_a_lease_whose_answer_reached_nobody_goes_to_the_next_incarnation(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    """A reward worker that is killed while it waits: its call goes on in the store, and takes what comes."""
+
+    async def scenario() -> None:
+        store = make(fakes, tmp_path, max_lag=0, batch=1, n=1)
+        (ticket,) = (await Caller(store)("reserve", 1, V, (), 1.0)).tickets
+        killed = asyncio.ensure_future(Caller(store, "reward")("lease_unscored", 8, 60.0))
+        await waiting(store)
+        await Caller(store, "sender")("submit", rows(fakes, ticket))
+        assert (await killed).rows
+        assert (await Caller(store, "reward", incarnation=2)("lease_unscored", 8, 0.0)).rows
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
 def test_an_older_incarnation_is_fenced(fakes: SimpleNamespace, tmp_path: Path) -> None:
     async def scenario() -> None:
         store = make(fakes, tmp_path)
