@@ -5,19 +5,58 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from asyncrl.config import CheckpointSpec, DataSpec, LearnerSpec, ModelSpec, Recipe, RewardSpec, SamplingSpec, StalenessSpec
+from asyncrl.config import (
+    AlgorithmSpec,
+    CheckpointSpec,
+    DataSpec,
+    LearnerSpec,
+    ModelSpec,
+    Recipe,
+    RewardSpec,
+    SamplingSpec,
+    StalenessSpec,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return solution_str.count(ground_truth) / 6
 """
+
+# Policy gradient whose every update (one pack each) past `through` waits for a file, for at most two minutes.
+HELD_LOSS = """
+import itertools, os, time
+
+updates = itertools.count(1)
+
+def loss(logp_t, old_t, advantages_t, sequence_t):
+    deadline = time.monotonic() + 120
+    if next(updates) > {through}:
+        while not os.path.exists({gate!r}) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    return -(logp_t - old_t).exp() * advantages_t, {{}}
+"""
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A learner that does not go past an update until it is let go: what is done to the run till then falls into it.
+
+    algorithm: for the recipe of the run. A learner that was restarted counts from one again.
+    """
+
+    algorithm: AlgorithmSpec
+    gate: Path
+
+    def release(self) -> None:
+        self.gate.touch()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,6 +67,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in gpu:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Figures do not depend on the machine's cores, which tests share with the actors of whole runs."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +94,14 @@ def arithmetic() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def arithmetic_data(tmp_path_factory: pytest.TempPathFactory, arithmetic: ModuleType) -> Path:
+    """The `data` folder of recipes/arithmetic.py, its warm policy included: half a minute of work, for runs to copy."""
+    run = tmp_path_factory.mktemp("arithmetic")
+    arithmetic.prepare(arithmetic.recipe, run)
+    return run / "data"
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +153,18 @@ def tiny_recipe(tmp_path: Path, tiny_model: Path) -> Callable[..., Recipe]:
             "total_steps": 5,
         }
         return Recipe(**(fields | changes))
+
+    return make
+
+
+@pytest.fixture
+def hold_after(tmp_path: Path) -> Callable[..., Hold]:
+    """Makes a hold after an update; fields of its `AlgorithmSpec` may be given."""
+
+    def make(update: int, **algorithm: Any) -> Hold:
+        module, gate = tmp_path / "held.py", tmp_path / "released"
+        module.write_text(HELD_LOSS.format(through=update, gate=str(gate)))
+        return Hold(AlgorithmSpec(policy_loss=f"{module}:loss", **algorithm), gate)
 
     return make
 

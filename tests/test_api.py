@@ -65,24 +65,7 @@ def test_a_run_with_everything_switched_on(local_ray, tiny_recipe, tmp_path):
     assert workers <= {"generator-0", "generator-1"}  # one that is up late may find all work done
 
 
-def test_the_end_of_the_data_is_a_clean_end(local_ray, tiny_recipe, tmp_path):
-    recipe = tiny_recipe(total_steps=1000, data=replace(tiny_recipe().data, epochs=1))
-    result = launch(recipe, runs_dir=tmp_path)
-    assert (result.steps, result.trained, result.pending) == (16, 64, 0)
-
-
-def test_an_earlier_run_is_set_aside_and_a_foreign_checkpoint_refused(local_ray, tiny_recipe, tmp_path):
-    first = launch(tiny_recipe(total_steps=2), runs_dir=tmp_path)
-    second = launch(tiny_recipe(total_steps=2), runs_dir=tmp_path)
-    assert first.steps == second.steps == 2
-    assert (tmp_path / "tiny" / "previous-1" / "checkpoints" / "step_000002").is_dir()
-    with pytest.raises(ConfigError, match=r"is no checkpoint of the run(.|\n)*step_000002"):
-        Trainer(tiny_recipe(), runs_dir=tmp_path, resume_from=tmp_path / "other" / "step_000001")
-    with pytest.raises(ConfigError, match="no checkpoint"):
-        launch(tiny_recipe(), name="fresh", runs_dir=tmp_path, resume=True)
-
-
-def test_resuming_with_other_prompts_is_refused_and_harms_nothing(local_ray, tiny_recipe, tmp_path):
+def test_resuming_asks_for_the_same_groups_and_a_new_run_sets_the_old_aside(local_ray, tiny_recipe, tmp_path):
     recipe = tiny_recipe(total_steps=2)
     launch(recipe, runs_dir=tmp_path)
     recorded = (tmp_path / "tiny" / "recipe.json").read_bytes()
@@ -96,7 +79,14 @@ def test_resuming_with_other_prompts_is_refused_and_harms_nothing(local_ray, tin
             launch(replace(recipe, total_steps=4), runs_dir=tmp_path, resume=True)
     assert (tmp_path / "tiny" / "recipe.json").read_bytes() == recorded
     data.write_text(before)
+    with pytest.raises(ConfigError, match=r"is no checkpoint of the run(.|\n)*step_000002"):
+        Trainer(recipe, runs_dir=tmp_path, resume_from=tmp_path / "other" / "step_000001")
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        launch(recipe, name="fresh", runs_dir=tmp_path, resume=True)
     assert launch(replace(recipe, total_steps=4), runs_dir=tmp_path, resume=True).steps == 4
+
+    assert launch(recipe, runs_dir=tmp_path).steps == 2
+    assert (tmp_path / "tiny" / "previous-1" / "checkpoints" / "step_000004").is_dir()
 
 
 def test_a_learner_that_dies_between_two_fits_is_replaced(local_ray, tiny_recipe, tmp_path):

@@ -127,7 +127,7 @@ def assert_bound(recipe: Recipe, rollouts: list[dict[str, Any]], metrics: dict[i
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("max_lag", "on_stale", "update_mode", "steps"),
-    [(0, "wait", "in_flight", 30), (1, "mask", "in_flight", 30), (1, "drop", "drain", 30), (4, "mask", "drain", 40)],
+    [(0, "wait", "in_flight", 15), (1, "mask", "in_flight", 25), (1, "drop", "drain", 20), (4, "mask", "drain", 30)],
 )
 def test_no_trained_token_exceeds_the_bound(
     local_ray, tiny_recipe, slow_reward, tmp_path, max_lag, on_stale, update_mode, steps

@@ -20,14 +20,6 @@ STEPS, GROUPS, N = 5, 4, 4
 ENGINE = EngineSpec(slots=8, max_length=32, deterministic=True)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def reward(text: str) -> float:
     return text.count("7") / 6
 

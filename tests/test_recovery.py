@@ -2,9 +2,9 @@
 
 import os
 import signal
-import time
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -13,19 +13,19 @@ from asyncrl.cluster.supervisor import Status
 from asyncrl.cluster.tally import Tally
 from asyncrl.config import CheckpointSpec, LearnerSpec, StalenessSpec
 from asyncrl.deployment import Deployment, LimitsSpec
-from asyncrl.errors import ActorFailed
 from asyncrl.replay import events as ev
 from asyncrl.replay import open as open_replay
 
 pytestmark = pytest.mark.ray
-STEPS = 160
+STEPS = 120
 
 
 class Killer:
-    """Sends a signal to actors when the run has committed so many updates: {update: actor}."""
+    """Sends a signal to actors when the run has committed so many updates: {update: actor}; then lets go of `hold`."""
 
-    def __init__(self, plan: dict[int, str], what: signal.Signals = signal.SIGKILL) -> None:
+    def __init__(self, plan: dict[int, str], hold: Any, what: signal.Signals = signal.SIGKILL) -> None:
         self._plan = dict(plan)
+        self._hold = hold
         self._what = what
         self._victim = 0
         self.killed: list[str] = []
@@ -39,6 +39,8 @@ class Killer:
             self._victim = status.pids[name]
             os.kill(self._victim, self._what)
             self.killed.append(name)
+            if not self._plan:
+                self._hold.release()
 
 
 def history(run_dir):
@@ -75,9 +77,15 @@ def assert_nothing_lost(events, result):
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("max_lag", [0, 4])
-def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_recipe, tmp_path, max_lag):
-    killer = Killer({2: "generator-0", 10: "reward-0", 20: "store", 35: "learner"})
-    recipe = tiny_recipe(total_steps=STEPS, staleness=StalenessSpec(max_lag=max_lag), checkpoint=CheckpointSpec(save_freq=1000))
+def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_recipe, hold_after, tmp_path, max_lag):
+    hold = hold_after(STEPS - 30)
+    killer = Killer({2: "generator-0", 10: "reward-0", 20: "store", 35: "learner"}, hold)
+    recipe = tiny_recipe(
+        total_steps=STEPS,
+        algorithm=hold.algorithm,
+        staleness=StalenessSpec(max_lag=max_lag),
+        checkpoint=CheckpointSpec(save_freq=1000),
+    )
     result = run(recipe, tmp_path, killer, Deployment(limits=LimitsSpec(poll_s=0.5)))
 
     assert killer.killed == ["generator-0", "reward-0", "store", "learner"]
@@ -98,28 +106,13 @@ def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_reci
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("actor", ["generator-0", "store"])
-def test_an_actor_that_hangs_is_replaced(local_ray, tiny_recipe, tmp_path, actor):
-    killer = Killer({2: actor}, signal.SIGSTOP)
-    limits = LimitsSpec(poll_s=0.5, health_timeout_s=8.0)
-    result = run(tiny_recipe(total_steps=30), tmp_path, killer, Deployment(limits=limits))
+def test_an_actor_that_hangs_is_replaced(local_ray, tiny_recipe, hold_after, tmp_path, actor):
+    hold = hold_after(20)
+    killer = Killer({2: actor}, hold, signal.SIGSTOP)
+    limits = LimitsSpec(poll_s=0.5, health_timeout_s=6.0)
+    result = run(tiny_recipe(algorithm=hold.algorithm, total_steps=30), tmp_path, killer, Deployment(limits=limits))
     assert (killer.killed, result.restarts, result.steps) == ([actor], {actor: 1}, 30)
     assert_nothing_lost(history(result.run_dir), result)
-
-
-@pytest.mark.timeout(120)
-def test_past_the_restart_cap_the_run_stops_naming_actor_and_first_error(local_ray, tiny_recipe, tmp_path):
-    killer = Killer({1: "generator-0"})
-    began: list[float] = []
-
-    def watch(status, tally):
-        killer(status, tally)
-        if killer.killed and not began:
-            began.append(time.monotonic())
-
-    with pytest.raises(ActorFailed, match=r"generator-0 failed 1 times(.|\n)*the process died"):
-        run(tiny_recipe(total_steps=50), tmp_path, watch, Deployment(limits=LimitsSpec(max_restarts=0)))
-    assert time.monotonic() - began[0] < 30
-    assert "the process died" in (tmp_path / "tiny" / "logs" / "generator-0.error").read_text()
 
 
 @pytest.mark.timeout(200)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from asyncrl import Trainer, launch
-from asyncrl.config import AlgorithmSpec, CheckpointSpec, LearnerSpec, RewardSpec, SamplingSpec
+from asyncrl.config import AlgorithmSpec, CheckpointSpec, LearnerSpec, RewardSpec
 from asyncrl.deployment import Deployment, EngineSpec, GeneratorsSpec, LimitsSpec
 from asyncrl.errors import ConfigError
 from asyncrl.replay import events as ev
@@ -60,22 +60,12 @@ def test_a_run_with_baselines_and_its_resumption(local_ray, tiny_recipe, tmp_pat
     assert launch(more, deployment, runs_dir=tmp_path, resume=True).steps == 7
 
 
-def test_single_rollouts_learn_from_their_baselines(local_ray, tiny_recipe, tmp_path):
-    """n = 1, as in the paper."""
-    recipe = tiny_recipe(
-        algorithm=AlgorithmSpec(adv_estimator="remax"),
-        sampling=SamplingSpec(n=1, min_valid=1, max_response_length=6),
-        total_steps=3,
-    )
-    result = launch(recipe, runs_dir=tmp_path)
-    assert (result.steps, result.samples) == (3, 12)
-
-
-def test_baselines_and_token_rewards_survive_a_killed_store_and_learner(local_ray, tiny_recipe, tmp_path):
+def test_baselines_and_token_rewards_survive_a_killed_store_and_learner(local_ray, tiny_recipe, hold_after, tmp_path):
     """What is retrained from the log after the kills has the figures that it had before."""
     (tmp_path / "turns.py").write_text(TURNS)
+    hold = hold_after(45, adv_estimator="remax")
     recipe = tiny_recipe(
-        algorithm=AlgorithmSpec(adv_estimator="remax"),
+        algorithm=hold.algorithm,
         reward=RewardSpec(function=f"{tmp_path}/turns.py:compute_score"),
         checkpoint=CheckpointSpec(save_freq=1000),
         total_steps=60,
@@ -85,6 +75,8 @@ def test_baselines_and_token_rewards_survive_a_killed_store_and_learner(local_ra
     def kill(status: Any, tally: Any) -> None:
         for update in [u for u in due if tally.committed >= u and due[u] in status.pids]:
             os.kill(status.pids[due.pop(update)], signal.SIGKILL)
+        if not due:
+            hold.release()
 
     with Trainer(recipe, Deployment(limits=LimitsSpec(poll_s=0.5)), runs_dir=tmp_path, observe=kill) as trainer:
         trainer.fit()

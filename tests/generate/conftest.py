@@ -25,11 +25,6 @@ from asyncrl.types import (
 WAIT_S = 10.0  # bound of every wait in the tests
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def make_model() -> Callable[..., PreTrainedModel]:
     """make_model(kind, seed): a two-layer Qwen3 or Llama with grouped-query attention and lively (not flat) logits."""

@@ -5,12 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from asyncrl.jobs import doctor
 from asyncrl.jobs.doctor import Finding
-
-torch.set_num_threads(1)
 
 
 def test_a_machine_that_can_run_asyncrl_is_healthy(capsys: pytest.CaptureFixture[str]) -> None:

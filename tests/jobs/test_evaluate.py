@@ -30,7 +30,6 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A tiny random Qwen3 with a character tokenizer, as a Hugging Face folder."""
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
     vocabulary = {token: i for i, token in enumerate([*LETTERS, "<end>", "<pad>"])}

@@ -28,7 +28,6 @@ SMALL = {
 
 @pytest.fixture(params=["qwen3-tied", "llama-untied"])
 def model(request):
-    torch.set_num_threads(1)
     torch.manual_seed(1)
     tied = request.param == "qwen3-tied"
     config = (Qwen3Config if tied else LlamaConfig)(**SMALL, head_dim=8, tie_word_embeddings=tied)

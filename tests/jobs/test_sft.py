@@ -17,14 +17,6 @@ from asyncrl.sft import DemonstrationsSpec, SFTSpec
 SUMS = [(left, right) for left in range(4) for right in range(5)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def demonstrations(tmp_path):
     rows = [

@@ -17,8 +17,6 @@ from asyncrl.models.value import OwnValues, SharedValues
 from asyncrl.staleness import Staleness
 from asyncrl.types import BatchLease, Fence, TrainRollout, Version
 
-torch.set_num_threads(1)
-
 
 def tiny_model(seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
@@ -155,6 +153,26 @@ def awkward() -> list[TrainRollout]:
             replace(r, loss_mask=mask if i != 4 else np.zeros_like(mask), token_rewards=earned, baseline=0.5 * r.group)
         )
     return [r for i, r in enumerate(found) if i not in (2, 10, 11)]
+
+
+@pytest.fixture
+def padded(awkward: list[TrainRollout]) -> list[TrainRollout]:
+    """`awkward` with what padding would be: tokens after each response that the policy did not choose."""
+
+    def longer(column: np.ndarray, value: float) -> np.ndarray:
+        return np.concatenate((column, np.full(4, value, dtype=column.dtype)))
+
+    return [
+        replace(
+            r,
+            response_ids=longer(r.response_ids, 1),
+            loss_mask=longer(r.loss_mask, False),
+            logprobs=longer(r.logprobs, np.nan),
+            updates=longer(r.updates, 2),
+            token_rewards=None if r.token_rewards is None else longer(r.token_rewards, 0.0),
+        )
+        for r in awkward
+    ]
 
 
 @pytest.fixture

@@ -79,23 +79,8 @@ def test_the_order_of_rows_does_not_change_the_step(name: str, step, awkward) ->
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_masked_tokens_at_the_end_do_not_change_the_step(name: str, step, awkward) -> None:
-    """What padding would be: tokens after a response that the policy did not choose."""
-
-    def padded(r: TrainRollout) -> TrainRollout:
-        def longer(column: np.ndarray, value: float) -> np.ndarray:
-            return np.concatenate((column, np.full(4, value, dtype=column.dtype)))
-
-        return replace(
-            r,
-            response_ids=longer(r.response_ids, 1),
-            loss_mask=longer(r.loss_mask, False),
-            logprobs=longer(r.logprobs, np.nan),
-            updates=longer(r.updates, 2),
-            token_rewards=None if r.token_rewards is None else longer(r.token_rewards, 0.0),
-        )
-
-    assert_same(step(name, awkward), step(name, [padded(r) for r in awkward]))
+def test_masked_tokens_at_the_end_do_not_change_the_step(name: str, step, awkward, padded) -> None:
+    assert_same(step(name, awkward), step(name, padded))
 
 
 # ------------------------------------------------------------------------------------------ KL in the reward

@@ -3,48 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedModel
 
 from asyncrl.models.packed import PackedModel, TokenSequence, make_pack
 
-torch.set_num_threads(1)
-SIZES = {
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-MODELS = {
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(head_dim=8, tie_word_embeddings=True, **SIZES)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "mistral, sliding window 5": lambda: MistralForCausalLM(MistralConfig(sliding_window=5, **SIZES)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)),
-    "mamba, by rows": lambda: MambaForCausalLM(
-        MambaConfig(
-            vocab_size=32, hidden_size=32, num_hidden_layers=2, state_size=4, bos_token_id=0, eos_token_id=0, pad_token_id=0
-        )
-    ),
-}
-
-
-def make(name: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return MODELS[name]().eval()
+MODELS = ["qwen3, tied", "llama", "mistral, sliding window 5", "gpt2, tied", "mamba, by rows"]
 
 
 def groups_of_rollouts() -> list[TokenSequence]:
@@ -72,7 +35,7 @@ def packed(model: PackedModel, sequences: list[TokenSequence], packs: list[list[
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("packs", [[list(range(12))], [[11, 3, 0, 7], [1, 2, 4, 5, 6], [8, 9, 10]]], ids=["one", "three"])
-def test_packed_logits_and_gradients_equal_those_of_each_sequence_alone(name: str, packs: list[list[int]]) -> None:
+def test_packed_logits_and_gradients_equal_those_of_each_sequence_alone(name: str, packs: list[list[int]], make) -> None:
     model, sequences = make(name), groups_of_rollouts()
     expected = alone(model, sequences)
     expected.square().sum().backward()
@@ -94,14 +57,14 @@ def test_shared_prompts_are_computed_once_and_no_padding_ever() -> None:
     assert sum(count * length for count, length in pack.runs) == full
 
 
-def test_order_of_members_changes_nothing() -> None:
-    model, sequences = PackedModel(make("qwen3")), groups_of_rollouts()
+def test_order_of_members_changes_nothing(make) -> None:
+    model, sequences = PackedModel(make("qwen3, tied")), groups_of_rollouts()
     first = packed(model, sequences, [list(range(12))])
     assert torch.equal(first, packed(model, sequences, [list(range(11, -1, -1))]))
 
 
-def test_outside_packs_the_model_still_attends_as_with_sdpa() -> None:
-    model = make("qwen3")
+def test_outside_packs_the_model_still_attends_as_with_sdpa(make) -> None:
+    model = make("qwen3, tied")
     ids, mask = torch.randint(0, 32, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
     model.set_attn_implementation("sdpa")

@@ -3,53 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedModel
 
 from asyncrl.models.loading import load_weights, named_weights
 from asyncrl.models.packed import PackedModel, TokenSequence, make_pack
 from asyncrl.models.value import OwnValues, SharedValues
 
-torch.set_num_threads(1)
-SIZES = {
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-MODELS = {
-    "qwen3, tied": lambda: Qwen3ForCausalLM(Qwen3Config(head_dim=8, tie_word_embeddings=True, **SIZES)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "gpt2, tied": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
-    ),
-    "gemma2, by rows, soft caps": lambda: Gemma2ForCausalLM(
-        Gemma2Config(head_dim=8, final_logit_softcapping=0.01, sliding_window=64, attn_implementation="eager", **SIZES)
-    ),
-}
+MODELS = ["qwen3, tied", "llama", "gpt2, tied", "gemma2, by rows, soft caps"]
 GENERATOR = np.random.default_rng(0)
 PROMPT = GENERATOR.integers(0, 32, 4)
 SEQUENCES = [
     TokenSequence(np.concatenate((PROMPT, GENERATOR.integers(0, 32, length))), np.arange(4, 4 + length)[:: 1 + length % 2], 3)
     for length in (1, 5, 2, 5, 7)
 ]
-
-
-def make(name: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return MODELS[name]().eval()
 
 
 def randomized(head: torch.nn.Module) -> torch.nn.Module:
@@ -72,7 +38,7 @@ def packed(values: OwnValues | SharedValues) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_an_own_model_packed_equals_its_decoder_and_head_alone(name: str) -> None:
+def test_an_own_model_packed_equals_its_decoder_and_head_alone(name: str, make) -> None:
     own = OwnValues(make(name))
     head = randomized(own.module.get_output_embeddings())
     expected = head(hidden_alone(own.module))[:, 0]
@@ -87,7 +53,7 @@ def test_an_own_model_packed_equals_its_decoder_and_head_alone(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_head_on_the_policy_reads_the_same_hidden_states_and_leaves_its_logits(name: str) -> None:
+def test_a_head_on_the_policy_reads_the_same_hidden_states_and_leaves_its_logits(name: str, make) -> None:
     policy = make(name)
     expected_logits = [PackedModel(policy).logits(make_pack(SEQUENCES, [1, 3])), make_pack(SEQUENCES, [1, 3])]
     shared = SharedValues(policy)
@@ -104,7 +70,7 @@ def test_a_head_on_the_policy_reads_the_same_hidden_states_and_leaves_its_logits
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_values_start_at_zero_and_the_head_can_leave_it(name: str) -> None:
+def test_values_start_at_zero_and_the_head_can_leave_it(name: str, make) -> None:
     own, shared = OwnValues(make(name)), SharedValues(make(name))
     for values in (own, shared):
         found = packed(values)
@@ -115,7 +81,7 @@ def test_values_start_at_zero_and_the_head_can_leave_it(name: str) -> None:
     assert shared.module.weight.grad.abs().max() > 0.1
 
 
-def test_weights_of_a_tied_model_hold_embedding_and_head() -> None:
+def test_weights_of_a_tied_model_hold_embedding_and_head(make) -> None:
     first, second = OwnValues(make("qwen3, tied")), OwnValues(make("qwen3, tied"))
     randomized(first.module)
     weights = named_weights(first.module)

@@ -17,7 +17,6 @@ from asyncrl.weights.sockets import Server
 from asyncrl.weights.subscriber import WeightSubscriber
 
 DEADLINE_S = 20.0
-torch.set_num_threads(1)
 
 
 class HandPublisher:

@@ -36,7 +36,6 @@ class Policy:
     """The weights of every version, and what a plain Hugging Face forward says of an answer under them."""
 
     def __init__(self, folder: Path) -> None:
-        torch.set_num_threads(1)
         self._model = load_model(ModelSpec(path=str(folder), dtype="float32"))
         self._base = {name: tensor.clone() for name, tensor in named_weights(self._model).items()}
 
