@@ -1,10 +1,12 @@
 """Shared by whole-run tests: a tiny model and data on disk, and one local Ray for all of them."""
 
+import gc
 import importlib.util
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +25,7 @@ from asyncrl.config import (
     SamplingSpec,
     StalenessSpec,
 )
+from asyncrl.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parents[1]
 REWARD = """
@@ -49,7 +52,8 @@ def loss(logp_t, old_t, advantages_t, sequence_t):
 class Hold:
     """A learner that does not go past an update until it is let go: what is done to the run till then falls into it.
 
-    algorithm: for the recipe of the run. A learner that was restarted counts from one again.
+    algorithm: for the recipe of the run, whose total_steps are more than max_lag + 1 further: rollouts run ahead that far.
+    A learner that was restarted counts from one again.
     """
 
     algorithm: AlgorithmSpec
@@ -77,6 +81,21 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def descriptors() -> Callable[[], int]:
+    """Counts this process's open files, pipes and memory; not its sockets, which Ray's threads open and close at will."""
+
+    def count() -> int:
+        gc.collect()
+        kinds = []
+        for entry in Path("/proc/self/fd").iterdir():
+            with suppress(OSError):  # closed meanwhile: the one that lists them
+                kinds.append(os.readlink(entry))
+        return sum(not kind.startswith(("socket:", "anon_inode:")) for kind in kinds)
+
+    return count
+
+
 @pytest.fixture(scope="session")
 def sglang_on_cpu() -> None:
     """Skips where there is no SGLang for this CPU; fails instead where CI says that there must be."""
@@ -99,9 +118,9 @@ def arithmetic() -> ModuleType:
 @pytest.fixture(scope="session")
 def arithmetic_data(tmp_path_factory: pytest.TempPathFactory, arithmetic: ModuleType) -> Path:
     """The `data` folder of recipes/arithmetic.py, its warm policy included: half a minute of work, for runs to copy."""
-    run = tmp_path_factory.mktemp("arithmetic")
-    arithmetic.prepare(arithmetic.recipe, run)
-    return run / "data"
+    run = RunDir(tmp_path_factory.mktemp("arithmetic")).create()
+    arithmetic.prepare(arithmetic.recipe, run.path)
+    return run.data
 
 
 @pytest.fixture(scope="session")

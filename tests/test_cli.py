@@ -128,7 +128,7 @@ def test_a_mistake_costs_one_screen_and_no_torch(folder: Path, name: str) -> Non
     for words in expected:
         assert words in said
     assert ended.heavy == "-"
-    assert ended.cpu_s < 2.0  # CPU time: the machine may be busy with something else
+    assert ended.cpu_s < 5.0  # CPU time: the machine may be busy with something else
     assert not (folder / "runs").exists()
 
 
@@ -144,7 +144,7 @@ def test_a_mistake_in_a_warm_start_costs_no_torch_either(folder: Path, arguments
     ended = asyncrl(folder, "sft", "model", "warm", *arguments)
     assert (ended.status, ended.stdout, ended.heavy) == (2, "", "-")
     assert expected in ended.stderr
-    assert ended.cpu_s < 2.0
+    assert ended.cpu_s < 5.0
     assert sorted(path.name for path in folder.iterdir()) == ["model", "recipe.py", "rewards.py", "train.parquet"]
 
 
@@ -156,7 +156,7 @@ def test_dry_run_prints_the_plan_and_starts_nothing(folder: Path) -> None:
     assert str(folder / "out/first") in ended.stdout
     assert "10 updates × 8 groups × 4 rollouts; max_lag 4 (mask), at most 40 groups outstanding" in ended.stdout  # (4 + 1) · 8
     assert ended.heavy == "-"
-    assert ended.cpu_s < 2.0
+    assert ended.cpu_s < 5.0
     assert not (folder / "out").exists()
 
 

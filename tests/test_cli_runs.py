@@ -5,7 +5,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from asyncrl.cluster.wiring import run_id
+from asyncrl.generate.sglang.process import free_port
 from asyncrl.rundir import RunDir
 from asyncrl.weights import shm
 
@@ -172,7 +172,7 @@ def finished(project: Path) -> RunDir:
     whole = Command(project, *ASYNCRL, "run", "recipe.py", "--name", "finished", "deploy.limits.poll_s=0.5")
     try:
         assert whole.end() == 0
-        wait_until(lambda: whole.left() == [], 5)
+        wait_until(lambda: whole.left() == [], 30)
     finally:
         whole.kill()
     (line,) = whole.stdout.splitlines()
@@ -194,7 +194,7 @@ def test_a_run_leaves_a_whole_run_directory(finished: RunDir) -> None:
     evaluated = [line["step"] for line in metrics(finished, "eval")]
     # One in between is taken at a later version, or given up, where updates come faster than a generator can take each.
     assert (evaluated[0], evaluated[-1]) == (0, 6)
-    assert all(3 <= step < 6 for step in evaluated[1:-1])
+    assert all(3 <= step <= 6 for step in evaluated[1:-1])
     assert len(evaluated) <= 3
     assert [folder.name for folder in finished.steps()] == ["step_000003", "step_000006"]
     assert list(finished.tensorboard.glob("events.out.tfevents.*"))
@@ -243,11 +243,11 @@ def test_ctrl_c_stops_everything(project: Path, command: Callable[..., Command])
     running.until(lambda: len(steps(run)) >= 2)
     assert len(running.left()) > 5
     running.process.send_signal(signal.SIGINT)
-    assert running.end(30) == 130
+    assert running.end(90) == 130
     assert running.stdout == ""
     assert running.stderr.rstrip().endswith("interrupted")
     assert "Traceback" not in running.stderr
-    wait_until(lambda: running.left() == [], 5)
+    wait_until(lambda: running.left() == [], 30)
     assert shared_files(run) == []
 
 
@@ -255,9 +255,9 @@ def test_sigterm_while_the_actors_start(project: Path, command: Callable[..., Co
     starting = start(command, project, "terminated")
     starting.until(lambda: "store is up" in starting.stderr)
     starting.process.send_signal(signal.SIGTERM)
-    assert starting.end(30) == 130
+    assert starting.end(90) == 130
     assert "Traceback" not in starting.stderr
-    wait_until(lambda: starting.left() == [], 5)
+    wait_until(lambda: starting.left() == [], 30)
 
 
 def test_a_killed_driver_takes_everything_with_it_and_the_run_resumes(project: Path, command: Callable[..., Command]) -> None:
@@ -267,7 +267,7 @@ def test_a_killed_driver_takes_everything_with_it_and_the_run_resumes(project: P
     running.process.kill()
     running.process.wait()
     wait_until(lambda: all(name in RAY_AGENTS for name in map(process_name, running.left())), 45)
-    last = steps(run)[-1]
+    last = max(steps(run)[-1], int(run.steps()[-1].name.removeprefix("step_")))
     until = last + 20  # the log may be some steps ahead of the metrics
 
     resumed = start(command, project, "killed", "--resume", f"total_steps={until}")
@@ -287,14 +287,14 @@ def test_past_the_restart_cap_the_first_error_is_named(project: Path, command: C
     running.until(lambda: len(steps(run)) >= 1)
     (line,) = (line for line in running.stderr.splitlines() if "generator-0 is up" in line)
     os.kill(int(line.rpartition("pid ")[2].rstrip(")")), signal.SIGKILL)
-    assert running.end(30) == 1
+    assert running.end(90) == 1
     assert running.stdout == ""
     error = running.stderr[running.stderr.index("error: ") :]
     assert error.startswith("error: generator-0 failed 1 times, limits.max_restarts=0; its first error:\nthe process died")
     assert len(error.splitlines()) < 10
     assert "raylet" not in running.stderr, "Ray's own page about it"
     assert "the process died" in (run.logs / "generator-0.error").read_text()
-    wait_until(lambda: running.left() == [], 5)
+    wait_until(lambda: running.left() == [], 30)
 
 
 # ------------------------------------------------------------------------------------------------- as a Ray job
@@ -303,10 +303,7 @@ def test_past_the_restart_cap_the_first_error_is_named(project: Path, command: C
 @pytest.fixture
 def ray_head(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A Ray of its own on free ports, beside whatever else runs here; yields the environment of its clients."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
-    port, dashboard, client, agent = (each.getsockname()[1] for each in sockets)
-    for each in sockets:
-        each.close()
+    port, dashboard, client, agent = (free_port() for _ in range(4))
     # Ray asks for a token by default; this one is known to nobody else.
     environ = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_COLOR_PREFIX": "0"}
     head = Command(
@@ -324,7 +321,7 @@ def ray_head(tmp_path: Path) -> Iterator[dict[str, str]]:
         yield {**environ, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     finally:
         head.process.terminate()
-        head.end(30)
+        head.end(90)
         head.kill()
 
 

@@ -119,7 +119,7 @@ def test_arithmetic_ppo_learns(arithmetic_run, arithmetic_data, tmp_path):
     shutil.copytree(arithmetic_data, tmp_path / "arithmetic_ppo" / "data")
     overrides = ["total_steps=18", "critic.critic_warmup=2", "learner.warmup_steps=6"]
     result = run_recipe("arithmetic_ppo", tmp_path, *overrides)
-    assert result.first_score == arithmetic_run.first_score
+    assert result.first_score == pytest.approx(arithmetic_run.first_score, abs=0.01)  # batched differently
     assert result.last_score >= result.first_score + 0.15
     lines = [json.loads(line) for line in (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]

@@ -109,7 +109,7 @@ def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_reci
 def test_an_actor_that_hangs_is_replaced(local_ray, tiny_recipe, hold_after, tmp_path, actor):
     hold = hold_after(20)
     killer = Killer({2: actor}, hold, signal.SIGSTOP)
-    limits = LimitsSpec(poll_s=0.5, health_timeout_s=6.0)
+    limits = LimitsSpec(poll_s=0.5, health_timeout_s=10.0)
     result = run(tiny_recipe(algorithm=hold.algorithm, total_steps=30), tmp_path, killer, Deployment(limits=limits))
     assert (killer.killed, result.restarts, result.steps) == ([actor], {actor: 1}, 30)
     assert_nothing_lost(history(result.run_dir), result)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from asyncrl import launch
+from asyncrl.cluster.supervisor import Status
+from asyncrl.cluster.tally import Tally
 from asyncrl.config import RewardSpec
 from asyncrl.jobs.specs import override
 from asyncrl.replay import open as open_replay
@@ -56,11 +58,17 @@ def test_several_weighted_rewards_are_logged_by_name_and_shaped(local_ray, tiny_
         assert -0.25 <= line["reward/mean"] <= 1.5
 
 
-def test_samples_whose_reward_fails_are_counted_and_never_trained(local_ray, tiny_recipe, rewards, tmp_path):
-    recipe = tiny_recipe(reward=RewardSpec(function=f"{rewards}:fails_on_odd"))
-    result = launch(recipe, runs_dir=tmp_path)
+def test_samples_whose_reward_fails_are_counted_and_never_trained(local_ray, tiny_recipe, hold_after, rewards, tmp_path):
+    hold = hold_after(4)
+
+    def see(status: Status, tally: Tally) -> None:
+        if any(report.name == "reward-0" and report.gauges["invalid"] > 0 for report in status.reports):
+            hold.release()
+
+    recipe = tiny_recipe(reward=RewardSpec(function=f"{rewards}:fails_on_odd"), algorithm=hold.algorithm, total_steps=12)
+    result = launch(recipe, runs_dir=tmp_path, observe=see)
     run = Path(result.run_dir)
-    assert result.steps == 5
+    assert result.steps == 12
     # Every even answer scores 1 and the odd ones have no reward: any 0 among them would show in the mean.
     assert {step["reward/mean"] for step in metrics(run, "step")} == {1.0}
     assert metrics(run, "actors")[-1]["reward-0/invalid"] > 0

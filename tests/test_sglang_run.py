@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,18 @@ def gauges(run_dir: Path, name: str) -> list[float]:
 
 
 def descendants(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *descendants(int(child))]
+    found: list[int] = []
+    with suppress(OSError):  # one that ends meanwhile
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += [int(child), *descendants(int(child))]
     return found
+
+
+def computes(pid: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().startswith("sglang::schedul")
+    return False
 
 
 class KillScheduler:
@@ -54,7 +62,7 @@ class KillScheduler:
         if self.killed or tally.committed < self._update or "generator-0" not in status.pids:
             return
         for pid in descendants(status.pids["generator-0"]):
-            if Path(f"/proc/{pid}/comm").read_text().startswith("sglang::schedul"):
+            if computes(pid):
                 os.kill(pid, signal.SIGKILL)
                 self.killed.append(tally.committed)
                 self._hold.release()

@@ -12,7 +12,7 @@ from asyncrl.rundir import RunDir
 class Plan(Struct, frozen=True, kw_only=True):
     """recipe and deployment: as checked, `{run}` resolved. run_id names shared memory and log entries.
 
-    started: when the driver started the run, in ns since the epoch; incarnations count from it. loopback: everything runs
+    started: when the driver started the run, in ns since the epoch. loopback: everything runs
     on this machine, and its sockets bind to 127.0.0.1. resume_at: the checkpoint (updates) to start from; None is the
     newest complete one.
     """
@@ -25,6 +25,10 @@ class Plan(Struct, frozen=True, kw_only=True):
     loopback: bool
     resume_at: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+
+    def incarnation(self, edition: int) -> int:
+        """Of an actor's edition, for the store. Rises over restarts of the actor and of the driver, on the driver's clock."""
+        return self.started + edition
 
     @property
     def paths(self) -> RunDir:

@@ -71,9 +71,9 @@ class Supervisor:
         """Creates every actor and waits until the learner and the store are up. Raises the first hopeless error."""
         for member in self._members:
             self._spawn(member, self._plan)
-        self._plan = msgspec.structs.replace(self._plan, resume_at=None)  # a later restart takes the newest checkpoint
         while self._learner.phase == "starting" or self._store.phase == "starting":
             self._tick()
+        self._plan = msgspec.structs.replace(self._plan, resume_at=None)  # a later restart takes the newest checkpoint
         self._fresh_report()
 
     def train(self, until: int) -> None:
@@ -107,10 +107,12 @@ class Supervisor:
 
     def restart_learner(self, checkpoint: int | None) -> None:
         """Replaces the idle learner by one that starts from `checkpoint` (None: the newest); later commits are reopened."""
+        self._plan = msgspec.structs.replace(self._plan, resume_at=checkpoint)
         self._retire(self._learner)
-        self._spawn(self._learner, msgspec.structs.replace(self._plan, resume_at=checkpoint))
+        self._spawn(self._learner, self._plan)
         while self._learner.phase != "idle":
             self._tick()
+        self._plan = msgspec.structs.replace(self._plan, resume_at=None)
         self._fresh_report()
 
     def close(self) -> None:
@@ -197,7 +199,11 @@ class Supervisor:
         member.kill()
 
     def _failed(self, member: Member, error: Exception) -> None:
-        """Restarts the member, or gives up naming it and its first error."""
+        """Restarts the member, or gives up naming it and its first error. At the end of the run only the store is needed."""
+        if self._finishing and member is not self._store:
+            log.warning("%s died at the end of the run, and is not needed any more: %s", member.name, _brief(error))
+            member.kill()
+            return
         cause = error.cause if isinstance(error, RayTaskError) else error
         text = redact(_brief(error))
         if not member.first_error:
@@ -214,6 +220,8 @@ class Supervisor:
         member.restarts += 1
         log.warning("%s died and is restarted: %s", member.name, text.strip().splitlines()[-1] if text.strip() else error)
         member.kill()
+        if member is not self._store and self._store.phase == "running":
+            call_store(self._store.handle, "forget", member.name, self._plan.incarnation(member.edition))
         self._spawn(member, self._plan)
 
     # -------------------------------------------------------------------------------------- watching progress
@@ -249,7 +257,7 @@ class Supervisor:
             report: StoreReport = ray.get(asked)
         except RayActorError:
             return None  # its death arrives through its task
-        except RayTaskError as error:  # alive, but broken: a full disk, or a `keep` that raises
+        except RayError as error:  # alive, but broken: a full disk, or a `keep` that raises; or killed for its memory
             self._failed(self._store, error)
             return None
         self._store.last_report = Report(name="store", role="store", seconds=report.seconds, gauges=report.gauges)
@@ -273,10 +281,10 @@ class Supervisor:
             )
 
     def _dump(self) -> dict[str, Any]:
-        """The store's queues and every actor's stacks, of those that answer within a second or two."""
+        """The store's queues and every actor's stacks, of those that answer within some seconds."""
         asked = {"store": call_store(self._store.handle, "state")}
         asked |= {m.name: m.handle.stacks.remote() for m in self._members if m is not self._store and m.phase != "ended"}
-        ray.wait(list(asked.values()), num_returns=len(asked), timeout=2.0)
+        ray.wait(list(asked.values()), num_returns=len(asked), timeout=10.0)
         dump: dict[str, Any] = {}
         for name, ref in asked.items():
             try:

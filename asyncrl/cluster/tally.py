@@ -35,6 +35,9 @@ class Tally:
             for record in status.store.records:
                 self._take(record)
             self.committed, self.counts = status.store.committed, status.store.counts
+            # A learner that was restored to an earlier update has given up what came after it.
+            self._steps = {update: record for update, record in self._steps.items() if update <= self.committed}
+            self._evals = {update: record for update, record in self._evals.items() if update <= self.committed}
             gauges = status.store.gauges
             self._lengths = gauges.get("length/dispatched_mean", 0.0), gauges.get("length/trained_mean", 0.0)
         if time.monotonic() >= self._actors_due:
@@ -97,11 +100,8 @@ class Tally:
         update = record.version.update
         if record.kind == "eval":
             self._evals[update] = record
-            return
-        incarnation = record.version.incarnation
-        for reopened in [u for u, step in self._steps.items() if u > update and step.version.incarnation < incarnation]:
-            del self._steps[reopened]  # a newer lineage has overtaken it
-        self._steps[update] = record
+        else:
+            self._steps[update] = record
 
     def _sum(self, name: str) -> float:
         return sum(step.metrics.get(name, 0.0) for step in self._steps.values())

@@ -146,9 +146,7 @@ def build(role: str, name: str, edition: int, plan: Plan, peers: Peers) -> Built
     """Builds a stage of `role` in the calling process. edition: rises with every restart of this actor."""
     from asyncrl.replay.client import ReplayClient
 
-    # Rises over restarts of the actor and of the driver, on one clock: the driver's.
-    incarnation = plan.started + edition
-    store = ReplayClient(RayCall(peers), name, incarnation, run=plan.run_id, retry_s=plan.deployment.limits.start_timeout_s)
+    store = ReplayClient(RayCall(peers), name, plan.incarnation(edition), run=plan.run_id, retry_s=_patience_s(plan))
     if role == "reward":
         return _reward(name, plan, store)
     return _generator(name, plan, peers, store) if role == "generator" else _learner(plan, store)
@@ -162,6 +160,11 @@ def check_reach(plan: Plan) -> None:
             f"node {os.uname().nodename} does not see the run directory {plan.run_dir} that the driver uses: checkpoints and "
             "logs would be lost there; put --runs-dir on a file system that all nodes share"
         )
+
+
+def _patience_s(plan: Plan) -> float:
+    """How long a peer may be gone: it is found to hang, and another one starts."""
+    return plan.deployment.limits.health_timeout_s + plan.deployment.limits.start_timeout_s
 
 
 def _host(plan: Plan) -> str:
@@ -182,7 +185,7 @@ def _generator(name: str, plan: Plan, peers: Peers, store: "ReplayClient") -> Bu
     use_threads(plan.deployment.generators.place.threads)
     engine = _sglang_engine(name, plan) if plan.deployment.generators.engine.kind == "sglang" else _torch_engine(plan)
     weights = WeightSubscriber(
-        lambda: peers.peek("bus"), name=name, transport=bus.transport, credit=bus.credit, deadline_s=limits.start_timeout_s
+        lambda: peers.peek("bus"), name=name, transport=bus.transport, credit=bus.credit, deadline_s=_patience_s(plan)
     )
     generator = Generator(
         engine,

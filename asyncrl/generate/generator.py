@@ -82,7 +82,7 @@ class Generator:
         self.stop()
         if self._failure is None:  # an engine that hangs would keep us waiting for its step
             self._engine.abort()
-        deadline = time.monotonic() + self._poll_s + JOIN_S
+        deadline = time.monotonic() + (self._poll_s + JOIN_S if self._failure is None else 2 * NOTICE_S)
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         if self._failure is not None:

@@ -49,6 +49,12 @@ class Holders:
                 (self._lost.discard if mine else self._lost.add)(group.id)
         return len(self._lost) > before
 
+    def forget(self, worker: str, incarnation: int) -> bool:
+        """Gives up what a worker held up to this incarnation; whether there was any."""
+        before = len(self._lost)
+        self._lost.update(g.id for g in self._groups() if g.worker == worker and g.incarnation <= incarnation)
+        return len(self._lost) > before
+
     def expire(self) -> bool:
         """Gives up silent holders; whether any was."""
         now = self._book.clock()

@@ -106,7 +106,7 @@ class Core:
     def lease_unscored(self, k: int, worker: str, incarnation: int) -> tuple[int, list[int]]:
         """(lease, log rows to score); (0, []) if there are none. What an earlier incarnation of the worker held comes first."""
         self.expire()
-        self.changes += self._scoring.rejoin(worker, incarnation)
+        self.changes += self._scoring.forget(worker, incarnation - 1)
         lease, items = self._scoring.lease(k, worker, incarnation)
         return lease, [self._row(*item) for item in items]
 
@@ -161,6 +161,10 @@ class Core:
             if not self.ledger.ended:
                 self._book.record(ev.Ended())
         self.changes += 1
+
+    def forget(self, worker: str, incarnation: int) -> None:
+        """Takes the work of a dead worker back; what comes of its later incarnations stays."""
+        self.changes += self._holders.forget(worker, incarnation) | self._scoring.forget(worker, incarnation)
 
     def ended(self) -> bool:
         """Nobody will get work any more."""

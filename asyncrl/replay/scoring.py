@@ -93,11 +93,9 @@ class Scoring:
 
     # ----------------------------------------------------------------------------------------- score
 
-    def rejoin(self, worker: str, incarnation: int) -> bool:
-        """Queues again what earlier incarnations of this worker leased, and died with; whether there was any."""
-        return self._take_back(
-            [i for i, held in self._leases.items() if held.worker == worker and held.incarnation < incarnation]
-        )
+    def forget(self, worker: str, incarnation: int) -> bool:
+        """Queues again what a worker leased up to this incarnation, and died with; whether there was any."""
+        return self._take_back([i for i, x in self._leases.items() if x.worker == worker and x.incarnation <= incarnation])
 
     def lease(self, k: int, worker: str, incarnation: int) -> tuple[int, list[tuple[int, int]]]:
         """(lease, up to k (group, rollout)), oldest first; (0, []) if there is nothing to score."""
@@ -124,7 +122,7 @@ class Scoring:
 
     def _take_back(self, leases: Sequence[int]) -> bool:
         """Queues the rollouts of these leases again, ahead of newer ones; whether there were any."""
-        for lease in leases:
+        for lease in reversed(leases):
             for item in sorted(self._leases.pop(lease).items, reverse=True):
                 self._queue[item] = None
                 self._queue.move_to_end(item, last=False)

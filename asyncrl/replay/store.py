@@ -161,6 +161,15 @@ class ReplayStore:
         """The run is over: evicts what is outstanding; generators and reward workers are told, after the evaluations."""
         self._do(None, self._core.finish)
 
+    async def forget(self, worker: str, incarnation: int) -> None:
+        """This incarnation is dead: others get its work at once, and its calls that still wait here take nothing."""
+
+        def free() -> None:
+            self._seen[worker] = max(self._seen.get(worker, 0), incarnation + 1)
+            self._core.forget(worker, incarnation)
+
+        self._do(None, free)
+
     async def report(self, since: int) -> StoreReport:
         """What the driver needs for its metrics: each record after sequence `since` once, in order, whoever restarted."""
 

@@ -1,6 +1,7 @@
 """Killable scoring processes. A reward function can raise, hang, exit or crash: it costs its own sample only."""
 
 import selectors
+import signal
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ from typing import Generic, Self, TypeVar
 import msgspec
 
 from asyncrl.config import RewardTerm
-from asyncrl.errors import ConfigError
+from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.reward.frames import Sample, Verdict
 from asyncrl.reward.scorer import Scorer, died
 
@@ -55,9 +56,10 @@ class RewardPool(Generic[T]):
         self._selector = selectors.DefaultSelector()
         self._queue: deque[tuple[T, Sample]] = deque()
         self._scorers: list[Scorer[T]] = []
+        self._loaded = False  # by any process, ever: then the file is not to blame for one that could not
 
     def start(self) -> None:
-        """Spawns the processes and waits until all have loaded the function. Raises ConfigError if one can't."""
+        """Spawns the processes and waits until all have loaded the function. Raises as `poll` does."""
         try:
             while len(self._scorers) < self._count:
                 self._scorers.append(self._spawn())
@@ -84,7 +86,8 @@ class RewardPool(Generic[T]):
     def poll(self, wait_s: float) -> list[tuple[T, Verdict]]:
         """The verdicts that have come; waits up to `wait_s` for the first, while anything is pending.
 
-        Raises ConfigError when a process can't load the function: then none could, and respawning would never end.
+        Raises ConfigError when a process can't load the function: then none could, and respawning would never end. Raises
+        Unavailable where that is no fault of the function: another process has loaded it, or this one was killed.
         """
         until = time.monotonic() + wait_s
         while True:
@@ -131,7 +134,7 @@ class RewardPool(Generic[T]):
         for scorer in self._scorers:
             if not self._queue:
                 return
-            if scorer.idle:
+            if scorer.idle and scorer.exit_code() is None:  # a dead one is replaced, at the next look for deaths
                 fair = -(-len(self._queue) // len(self._scorers))
                 count = min(_BATCH_SAMPLES, fair, max(1, int(_BATCH_S / max(scorer.mean_s, 1e-6))))
                 scorer.send([self._queue.popleft() for _ in range(min(count, len(self._queue)))])
@@ -148,13 +151,17 @@ class RewardPool(Generic[T]):
         """Reads one process's verdicts, and replaces it if it died or passed its deadline."""
         code = scorer.exit_code()  # before reading: what it wrote before its death still counts
         verdicts = scorer.read()
+        self._loaded |= scorer.ready
         overdue = not scorer.idle and time.monotonic() >= scorer.since + self._limit(scorer)
         if code is None and not overdue:
             return verdicts
         if not scorer.ready:
             how = died(code) if code is not None else f"not loaded after start_timeout_s={self._start_timeout_s:g}"
             where = f"see {self._log}" if self._log else "see standard error"
-            raise ConfigError(f"reward.function={self._functions!r}: {how} while its file was being loaded; {where}")
+            blameless = self._loaded or code == -signal.SIGKILL
+            raise (Unavailable if blameless else ConfigError)(
+                f"reward.function={self._functions!r}: {how} while its file was being loaded; {where}"
+            )
         if scorer.flight:
             tag, _ = scorer.flight.popleft()
             if code is not None:

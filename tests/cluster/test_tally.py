@@ -19,7 +19,8 @@ def score(sequence: int, update: int, value: float) -> Record:
     return Record(sequence=sequence, time=0.0, kind="eval", version=Version(1, update), metrics={"eval/score": value})
 
 
-def told(*records: Record, committed: int = 0) -> Status:
+def told(*records: Record, committed: int | None = None) -> Status:
+    committed = max(record.version.update for record in records) if committed is None else committed
     store = StoreReport(records=records, committed=committed, counts=COUNTS, evals_pending=0, activity=0, gauges={})
     return Status(store=store, reports=(), restarts={}, pids={})
 
@@ -45,6 +46,13 @@ def test_steps_that_a_restore_reopened_count_once(paths):
     assert tally.samples == 8 + 4
     tally.observe(told(step(5, 2, 3, samples=4), committed=3))
     assert tally.samples == 8 + 4 + 4
+
+
+def test_nothing_is_left_of_updates_that_were_given_up(paths):
+    tally = Tally(paths, None)
+    tally.observe(told(score(1, 0, 0.4), step(2, 1, 1), step(3, 1, 2, **{"staleness/lag_max": 3.0}), score(4, 2, 0.9)))
+    tally.observe(told(committed=1))  # the learner went back to 1, and has made nothing yet
+    assert (tally.samples, tally.max_trained_lag, tally.scores) == (8, 0, (0.4,))
 
 
 def test_masked_share_weighs_steps_by_tokens(paths):

@@ -1,6 +1,7 @@
 """The engine against plain forwards: logprobs, versions, swaps, joining, leaving, repeating."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
@@ -132,6 +133,13 @@ def test_keep_kv_recomputes_nothing_and_is_outside_the_guarantee(
     assert gap[5:].max() > 1e-3
 
 
+def resume_when_draining(engine: TorchEngine) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not engine._draining and time.monotonic() < deadline:
+        time.sleep(0.001)
+    engine.resume()
+
+
 @pytest.mark.parametrize("threaded", [False, True])
 def test_drain_swaps_when_the_running_rows_have_ended(
     make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest, threaded: bool
@@ -139,10 +147,13 @@ def test_drain_swaps_when_the_running_rows_have_ended(
     engine = make_engine(slots=2, update_mode="drain")
     futures = engine.submit_group([make_request(str(i), seed=i, max_tokens=20) for i in range(4)])
     engine.step()
-    if threaded:
+    new = weights(make_model(seed=1))
+    if threaded:  # no step is made before the update is asked for
+        engine.pause()
         engine.start()
-    report = engine.update_weights(V1, weights(make_model(seed=1)))
-    assert [future.done() for future in futures[:2]] == [True, True]
+        threading.Thread(target=resume_when_draining, args=(engine,), daemon=True).start()
+    report = engine.update_weights(V1, new)
+    assert [future.result(WAIT_S).spans for future in futures[:2]] == [(Span(V0, 20),)] * 2
     assert report.recomputed_tokens == 0
     if not threaded:
         assert not any(future.done() for future in futures[2:])

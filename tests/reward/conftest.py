@@ -40,7 +40,7 @@ def do_alarm(value):
 
 def do_leave_alarm(value):
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
     return 1.0
 
 def do_wait(value):

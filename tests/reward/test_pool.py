@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from asyncrl.errors import ConfigError
+from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.reward.frames import Sample, Verdict
 from asyncrl.reward.pool import RewardPool
 
@@ -36,7 +36,7 @@ def test_each_failure_costs_its_own_sample_only(function, tmp_path):
     batch = [sample("number", 0.5)] * 3
     for do in ("raise", "exit", "nan", "crash", "alarm", "loop", "orphan"):
         batch += [sample(do), sample("number", 2.0)]
-    with RewardPool(function, deadline_s=1.0, log=tmp_path / "log") as pool:
+    with RewardPool(function, deadline_s=3.0, log=tmp_path / "log") as pool:
         verdicts = pool.map(batch)
         restarts = pool.restarts
     assert verdicts[:3] == [Verdict("ok", 0.5)] * 3
@@ -50,13 +50,13 @@ def test_each_failure_costs_its_own_sample_only(function, tmp_path):
     assert failed["crash"].error == "process died: SIGSEGV"
     assert failed["alarm"].error == "process died: SIGALRM"
     assert failed["orphan"].error == "process died: exit code 4"
-    assert failed["loop"].error == "no score within reward.deadline_s=1"
+    assert failed["loop"].error == "no score within reward.deadline_s=3"
     assert restarts == 5  # raise and nan leave their process alone
 
 
 def test_an_alarm_left_running_does_not_hit_the_next_sample(function):
     with RewardPool(function) as pool:
-        assert [v.status for v in pool.map([sample("leave_alarm"), sample("wait", 0.15)])] == ["ok", "ok"]
+        assert [v.status for v in pool.map([sample("leave_alarm"), sample("wait", 0.7)])] == ["ok", "ok"]
         assert pool.restarts == 0
 
 
@@ -79,9 +79,9 @@ def test_prints_go_to_the_log_and_break_no_frame(function, tmp_path):
 
 def test_samples_behind_a_killed_one_keep_their_full_deadline(function):
     # A warm process takes many samples at once: those behind the endless one go to its successor.
-    with RewardPool(function, deadline_s=1.5) as pool:
+    with RewardPool(function, deadline_s=4.0) as pool:
         pool.map([sample("number", 1.0)] * 200)
-        verdicts = pool.map([sample("number", 1.0), sample("loop"), sample("wait", 0.8), sample("wait", 0.8)])
+        verdicts = pool.map([sample("number", 1.0), sample("loop"), sample("wait", 2.2), sample("wait", 2.2)])
         assert [v.status for v in verdicts] == ["ok", "timeout", "ok", "ok"]
         assert pool.restarts == 1
 
@@ -94,7 +94,7 @@ def test_two_processes_score_at_the_same_time(function, tmp_path):
 
 def test_one_process_scores_one_at_a_time(function, tmp_path):
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    with RewardPool(function, processes=1, deadline_s=0.5) as pool:
+    with RewardPool(function, processes=1, deadline_s=3.0) as pool:
         first, second = pool.map([sample("meet", [a, b]), sample("meet", [b, a])])
         assert (first.status, second.status) == ("timeout", "ok")
 
@@ -104,15 +104,18 @@ def test_two_processes_share_sleep_bound_work_evenly(function):
     walls = {}
     for processes in (1, 2):
         with RewardPool(function, processes=processes) as pool:
-            start = time.monotonic()
-            pool.map(waits)
-            walls[processes] = time.monotonic() - start
+            times = []
+            for _ in range(3):  # the machine may be busy with something else
+                start = time.monotonic()
+                pool.map(waits)
+                times.append(time.monotonic() - start)
+            walls[processes] = min(times)
     assert walls[1] >= 0.8
     assert walls[2] < 0.75 * walls[1]
 
 
 def test_a_deadline_kills_what_the_reward_started(function, tmp_path):
-    with RewardPool(function, deadline_s=1.0) as pool:
+    with RewardPool(function, deadline_s=3.0) as pool:
         [verdict] = pool.map([sample("child", str(tmp_path / "pid"))])
     assert verdict.status == "timeout"
     until(lambda: not alive(int((tmp_path / "pid").read_text())))
@@ -153,6 +156,17 @@ def test_a_hanging_process_dies_with_its_killed_parent(function, do):
     until(lambda: not alive(scoring))
 
 
+ONCE = """
+import os
+if os.path.exists({mark!r}):
+    os._exit(7)
+open({mark!r}, "w").close()
+
+def compute_score(*sample):
+    os._exit(3)
+"""
+
+
 def test_a_function_that_cannot_be_loaded_is_fatal_and_not_respawned(tmp_path):
     path = tmp_path / "broken.py"
     path.write_text("import missing_dependency_xyz\n")
@@ -167,6 +181,31 @@ def test_a_file_that_kills_its_process_while_loading_is_fatal(tmp_path):
     path.write_text("import os\nos._exit(7)\n")
     with pytest.raises(ConfigError, match="process died: exit code 7 while its file was being loaded"):
         RewardPool(f"{path}:compute_score").start()
+
+
+def test_a_process_that_died_while_it_had_nothing_to_do_costs_no_sample(function):
+    with RewardPool(function) as pool:
+        [verdict] = pool.map([sample("pid")])
+        os.kill(int(verdict.reward), signal.SIGKILL)
+        os.waitid(os.P_PID, int(verdict.reward), os.WEXITED | os.WNOWAIT)
+        assert pool.map([sample("number", 1.0)]) == [Verdict("ok", 1.0)]
+        assert pool.restarts == 1
+
+
+def test_a_process_killed_while_it_loads_is_not_the_functions_fault(tmp_path):
+    path = tmp_path / "killed.py"
+    path.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    with pytest.raises(Unavailable, match="process died: SIGKILL while its file was being loaded"):
+        RewardPool(f"{path}:compute_score").start()
+
+
+def test_a_file_that_could_be_loaded_once_is_not_to_blame_later(tmp_path):
+    path = tmp_path / "once.py"
+    path.write_text(ONCE.format(mark=str(tmp_path / "loaded")))
+    with RewardPool(f"{path}:compute_score") as pool:
+        assert pool.map([sample("number")]) == [Verdict("invalid", error="process died: exit code 3")]
+        with pytest.raises(Unavailable, match="exit code 7 while its file was being loaded"):
+            pool.map([sample("number")])
 
 
 def test_a_file_that_never_finishes_loading_is_fatal(tmp_path):
@@ -194,9 +233,9 @@ def test_poll_is_bounded_while_a_sample_runs(function):
             pool.map([sample("number", 1.0)])
 
 
-def test_no_descriptor_leaks(function):
-    before = len(os.listdir("/proc/self/fd"))
+def test_no_descriptor_leaks(function, descriptors):
+    before = descriptors()
     with RewardPool(function) as pool:
         pool.map([sample("exit")] * 3)
     pool.close()
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert descriptors() <= before

@@ -146,7 +146,7 @@ def test_a_zombie_that_still_answers_is_left_for_its_successor(bus: Any, weights
 def test_an_older_incarnation_is_never_gone_back_to(bus: Any, weights: Callable, until: Callable) -> None:
     old, new = bus.publisher(1), bus.publisher(2)
     answers = [new.address]
-    subscriber = bus.subscriber(resolve=lambda: answers[-1], deadline_s=0.5)
+    subscriber = bus.subscriber(resolve=lambda: answers[-1], deadline_s=3.0)
     old.publish(Version(1, 9), weights(9))
     new.publish(Version(2, 1), weights(1))
     assert subscriber.next(None, WAIT_S) is not None
@@ -184,11 +184,11 @@ def test_a_publisher_killed_mid_transfer_is_never_seen(bus: Any, weights: Callab
 def test_a_dead_publisher_is_a_named_error_before_the_deadline(bus: Any, weights: Callable) -> None:
     publisher = bus.publisher()
     publisher.publish(Version(1, 1), weights(1))
-    subscriber = bus.subscriber(publisher, deadline_s=0.5)
+    subscriber = bus.subscriber(publisher, deadline_s=3.0)
     assert subscriber.next(None, WAIT_S) is not None
     publisher.close()
     begin = time.monotonic()
-    with pytest.raises(Unavailable, match=r"publisher \(tcp://127.*generator-0 has heard nothing for 0\.\d s .*connection"):
+    with pytest.raises(Unavailable, match=r"publisher \(tcp://127.*generator-0 has heard nothing for \d+\.\d s .*connection"):
         subscriber.next(Version(1, 1), WAIT_S)
     assert time.monotonic() - begin < WAIT_S / 2
 
@@ -217,7 +217,7 @@ def test_a_wrong_key_is_refused_by_name(bus: Any, weights: Callable) -> None:
     keys = {"client_public": other.address.client_public, "client_secret": other.address.client_secret}
     stolen = msgspec.structs.replace(publisher.address, **keys)
     with pytest.raises(Unavailable, match="refused our key"):
-        bus.subscriber(resolve=lambda: stolen, deadline_s=0.5).next(None, WAIT_S)
+        bus.subscriber(resolve=lambda: stolen, deadline_s=3.0).next(None, WAIT_S)
 
 
 def test_damaged_shared_bytes_are_never_shown(bus: Any, weights: Callable, same: Callable) -> None:
@@ -302,7 +302,8 @@ def test_credit_bounds_what_is_asked_ahead(bus: Any, weights: Callable, packed: 
         drive(subscriber, publisher, data, manifest, lambda index: None)
         return sum(isinstance(request, GetBucket) for request in publisher.seen)
 
-    assert until(asked) == 3
+    until(lambda: asked() >= 3)
+    assert {request.index for request in publisher.seen if isinstance(request, GetBucket)} == {0, 1, 2}
 
 
 def test_nonsense_and_refusals_end_in_bad_transfer(bus: Any, until: Callable) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -14,15 +15,21 @@ from pathlib import Path
 from asyncrl.errors import ConfigError
 
 GUARD = Path(__file__).with_name("guard.py")
-REAP_S = 0.1  # in which a parent that lives has reaped a child that ended
+REAP_S = 1.0  # in which a parent that lives has reaped a child that ended
 LOG_TAIL = 15  # lines of its log that an error about a server shows
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of the loopback interface that nobody listens on now.
+
+    A server binds it many seconds later. So it is one that nobody else is given meanwhile: neither by Linux, which takes
+    those of connections from 32768 on, nor by Ray, whose workers have 10002 to 19999.
+    """
+    while True:
+        port = 20_000 + secrets.randbelow(12_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class ServerProcess:

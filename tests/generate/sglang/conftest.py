@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -14,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from asyncrl.generate.sglang.process import free_port
 
 START_S = 120.0
 COMMAND = "sglang-cpu-server"
@@ -54,9 +55,7 @@ def serve_sglang(sglang_on_cpu: None, tmp_path_factory: pytest.TempPathFactory) 
 
     @contextmanager
     def serve(model: Path, *arguments: str, dtype: str = "float32") -> Iterator[tuple[str, int]]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         options = {
             "--model-path": str(model),
             "--dtype": dtype,

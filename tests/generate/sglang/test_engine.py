@@ -256,7 +256,7 @@ def test_twenty_updates_lose_and_mislabel_nothing(rig: Rig) -> None:
     rig.steps()
     reports = [(rig.update(), rig.steps(8))[0] for _ in range(20)]
     answers = rig.check(asked)
-    assert max(len(answer.spans) for answer in answers) >= 15
+    assert max(len(answer.spans) for answer in answers) >= 10
     assert any(report.recomputed_tokens > 32 * 20 for report in reports)
     assert all(report.discarded_tokens == 0 for report in reports)
     pauses = sorted(report.pause_s for report in reports)
@@ -264,7 +264,7 @@ def test_twenty_updates_lose_and_mislabel_nothing(rig: Rig) -> None:
 
 
 def test_pause_keeps_what_runs_and_an_update_meanwhile_counts(rig: Rig) -> None:
-    asked = rig.ask(2, 8, length=200)
+    asked = rig.ask(2, 8, length=500)
     rig.steps()
     rig.engine.pause()
     before = rig.version
@@ -304,7 +304,7 @@ def test_with_a_prefix_cache_no_old_prefix_is_reused(open_rig: Open) -> None:
         assert rig.engine.gauges()["interrupted"] >= 4 * 24
 
         # Wedged, and asked to let go of its requests for an update: it is replaced, and they go on elsewhere.
-        asked = rig.ask(2, 4, length=100)
+        asked = rig.ask(2, 4, length=400)
         rig.steps()
         os.kill(scheduler(rig.engine), signal.SIGSTOP)
         rig.update()
@@ -327,7 +327,7 @@ def test_with_a_prefix_cache_no_old_prefix_is_reused(open_rig: Open) -> None:
 @pytest.mark.parametrize("mode", ["drain", "restart", "keep_kv"])
 def test_other_update_modes_on_a_server_that_runs_already(open_rig: Open, sglang_server: str, mode: str) -> None:
     with open_rig(mode, urls=(sglang_server,)) as rig:  # by `distributed` transfer
-        asked = rig.ask(2, 8, length=100)
+        asked = rig.ask(2, 8, length=400)
         discarded = 0
         for _ in range(3):
             rig.steps() if mode != "keep_kv" else rig.check(rig.ask(length=10), exact=False)

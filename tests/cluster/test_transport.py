@@ -1,0 +1,62 @@
+"""Calls to a store that is not there, under the errors that Ray has for it."""
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
+
+from asyncrl.cluster.peers import Peers
+from asyncrl.cluster.transport import RayCall
+from asyncrl.errors import Unavailable
+
+
+class FakeStore:
+    """A handle whose calls raise these errors one by one, and are then answered; calls: how many there were."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self._errors = list(errors)
+        self.calls = 0
+        self.call = SimpleNamespace(options=lambda concurrency_group: SimpleNamespace(remote=self._remote))
+
+    def _remote(self, *arguments: Any) -> Any:
+        self.calls += 1
+        if self._errors:
+            raise self._errors.pop(0)
+        return ray.put(arguments)
+
+
+def lost_connection() -> ActorUnavailableError:
+    return ActorUnavailableError("connection refused", actor_id=None)
+
+
+@pytest.mark.ray
+def test_a_store_whose_connection_was_lost_is_asked_again(local_ray):
+    peers, store = Peers(), FakeStore(lost_connection(), lost_connection())
+    peers.put("store", 0, store)
+    assert RayCall(peers)("report", 7, timeout_s=30.0) == ("report", 7)
+    assert store.calls == 3
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("error", [ActorDiedError(), OutOfMemoryError("killed by the memory monitor")])
+def test_a_dead_store_is_not_asked_but_its_successor(local_ray, error):
+    peers, dead, heir = Peers(), FakeStore(error), FakeStore()
+    peers.put("store", 0, dead)
+    dead.call.options = lambda concurrency_group: SimpleNamespace(
+        remote=lambda *_: (peers.put("store", 1, heir), dead._remote())
+    )
+    assert RayCall(peers)("report", 7, timeout_s=30.0) == ("report", 7)
+    assert (dead.calls, heir.calls) == (1, 1)
+
+
+@pytest.mark.parametrize("error", [ActorDiedError(), lost_connection()])
+def test_one_that_stays_away_is_unavailable_in_time(error):
+    peers = Peers()
+    peers.put("store", 0, FakeStore(*[error] * 1000))
+    began = time.monotonic()
+    with pytest.raises(Unavailable, match="no living incarnation was announced"):
+        RayCall(peers)("report", 7, timeout_s=0.3)
+    assert time.monotonic() - began < 10.0
