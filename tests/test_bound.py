@@ -24,7 +24,7 @@ from asyncrl.types import Report
 
 pytestmark = pytest.mark.ray
 
-# Takes up to 20 ms for most samples and 200 ms for some, raises for one in ten; the answer alone decides. Its verdict is
+# Takes up to 20 ms for most samples and 200 ms for some, raises for three in ten; the answer alone decides. Its verdict is
 # noise, so that the policy never learns to make all rewards equal, which `keep` would filter for ever.
 SLOW_REWARD = """
 import random, time
@@ -32,7 +32,7 @@ import random, time
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     rng = random.Random(solution_str)
     time.sleep(0.2 if rng.random() < 0.05 else 0.02 * rng.random())
-    if rng.random() < 0.1:
+    if rng.random() < 0.3:
         raise ValueError("unlucky")
     return float(rng.random() < 0.5)
 """
@@ -126,55 +126,34 @@ def assert_bound(recipe: Recipe, rollouts: list[dict[str, Any]], metrics: dict[i
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
-    ("max_lag", "on_stale", "update_mode", "steps"),
-    [(0, "wait", "in_flight", 15), (1, "mask", "in_flight", 25), (1, "drop", "drain", 20), (4, "mask", "drain", 30)],
+    ("max_lag", "on_stale", "update_mode"),
+    [(0, "wait", "in_flight"), (1, "mask", "in_flight"), (1, "drop", "drain"), (4, "mask", "drain")],
 )
-def test_no_trained_token_exceeds_the_bound(
-    local_ray, tiny_recipe, slow_reward, tmp_path, max_lag, on_stale, update_mode, steps
-):
-    """update_mode `drain` swaps late: not before every answer under way is complete."""
+def test_no_trained_token_exceeds_the_bound(local_ray, tiny_recipe, slow_reward, tmp_path, max_lag, on_stale, update_mode):
+    """Two epochs of 64 prompts. update_mode `drain` swaps late: not before every answer under way is complete."""
     recipe = tiny_recipe(
+        data=replace(tiny_recipe().data, epochs=2),
         reward=slow_reward,
         sampling=SamplingSpec(n=4, max_response_length=24, min_valid=3, max_attempts=2, keep="varied"),
         staleness=StalenessSpec(max_lag=max_lag, on_stale=on_stale),
         learner=LearnerSpec(batch_groups=4, lr=1e-4),
-        total_steps=steps,
-        seed=steps + max_lag,
+        total_steps=1000,
+        seed=max_lag,
     )
     watcher = Watcher()
     result, events, rollouts = run(recipe, deployment(update_mode=update_mode), tmp_path, watcher)
-    assert result.steps == steps
-    assert sorted(watcher.metrics) == list(range(1, steps + 1))
+    assert sorted(watcher.metrics) == list(range(1, result.steps + 1))
     assert min(result.filtered, result.failed) > 0, "the delays and failures under test did not happen"
     assert {row["worker"] for row in rollouts} <= {"generator-0", "generator-1"}
     assert_every_group_ended_once(result, events)
     assert_bound(recipe, rollouts, watcher.metrics)
     assert result.max_trained_lag <= max_lag
     assert result.restarts == {}
-
-
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("on_stale", ["wait", "mask", "drop"])
-def test_the_end_of_the_data_is_a_clean_end(local_ray, tiny_recipe, tmp_path, on_stale):
-    """64 prompts, once, in batches of 6."""
-    data = tiny_recipe().data
-    recipe = tiny_recipe(
-        data=replace(data, epochs=1),
-        learner=LearnerSpec(batch_groups=6, lr=1e-3),
-        staleness=StalenessSpec(max_lag=2, on_stale=on_stale),
-        total_steps=100,
-    )
-    watcher = Watcher()
-    result, events, rollouts = run(recipe, deployment(), tmp_path, watcher)
-    assert_every_group_ended_once(result, events)
-    assert_bound(recipe, rollouts, watcher.metrics)
-    first_tries = [e.position for e in events if isinstance(e, ev.GroupReserved) and e.retry == 0]
-    assert first_tries == list(range(64))
-    assert result.steps == math.ceil(result.trained / 6)
+    # The end of the data is a clean end: every prompt was drawn, and what is left over makes a last, smaller batch.
+    assert [e.position for e in events if isinstance(e, ev.GroupReserved) and e.retry == 0] == list(range(128))
     sizes = [len(e.groups) for e in events if isinstance(e, ev.BatchCommitted)]
-    assert sizes[:-1] == [6] * (result.steps - 1)
-    if on_stale == "wait":
-        assert (result.trained, sizes[-1]) == (64, 4)
+    assert sizes[:-1] == [4] * (result.steps - 1)
+    assert result.steps == math.ceil(result.trained / 4)
 
 
 @pytest.mark.timeout(120)
@@ -209,7 +188,7 @@ def test_every_actor_divides_its_wall_clock_into_states(local_ray, tiny_recipe, 
     def watch(status: Status) -> None:
         committed = status.store.committed if status.store else 0
         up = len(status.pids) == 5  # only then can each be asked
-        if (not taken and committed >= 1 and up) or (len(taken) == 1 and committed >= 40):
+        if (not taken and committed >= 1 and up) or (len(taken) == 1 and committed >= 20):
             taken.append(ask())
 
     with Trainer(recipe, deployment(), runs_dir=tmp_path, observe=Watcher(watch)) as trainer:

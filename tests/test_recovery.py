@@ -76,14 +76,14 @@ def assert_nothing_lost(events, result):
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("max_lag", [0, 4])
-def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_recipe, hold_after, tmp_path, max_lag):
+def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_recipe, hold_after, tmp_path):
+    """At max_lag = 0, where nobody can work ahead while another is gone; tests/test_remax.py kills with max_lag = 4."""
     hold = hold_after(STEPS - 30)
     killer = Killer({2: "generator-0", 10: "reward-0", 20: "store", 35: "learner"}, hold)
     recipe = tiny_recipe(
         total_steps=STEPS,
         algorithm=hold.algorithm,
-        staleness=StalenessSpec(max_lag=max_lag),
+        staleness=StalenessSpec(max_lag=0),
         checkpoint=CheckpointSpec(save_freq=1000),
     )
     result = run(recipe, tmp_path, killer, Deployment(limits=LimitsSpec(poll_s=0.5)))
@@ -91,7 +91,7 @@ def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_reci
     assert killer.killed == ["generator-0", "reward-0", "store", "learner"]
     assert result.restarts == {"generator-0": 1, "reward-0": 1, "store": 1, "learner": 1}
     assert result.steps == STEPS
-    assert result.max_trained_lag <= max_lag
+    assert result.max_trained_lag == 0
     events = history(result.run_dir)
     assert_nothing_lost(events, result)
 
@@ -124,14 +124,14 @@ def test_a_stopped_run_resumes_where_it_was(local_ray, tiny_recipe, tmp_path):
         assert checkpoint.name == "step_000005"
         first.fit(2)
     with Trainer(recipe, runs_dir=tmp_path, resume_from=tmp_path / "tiny") as second:
+        assert second.fit(1).steps == 8
+        second.load_checkpoint(tmp_path / "tiny" / "checkpoints" / "step_000007")
         second.fit()
         result = second.finish()
     assert (result.steps, result.samples) == (9, 9 * 4 * 4)
     events = history(result.run_dir)
     assert_nothing_lost(events, result)
-    assert [e.committed for e in events if isinstance(e, ev.LearnerFenced)] == [0, 7]
-    with Trainer(recipe, runs_dir=tmp_path, resume_from=tmp_path / "tiny" / "checkpoints" / "step_000007") as third:
-        assert third.fit().steps == 9
-    commits = surviving_commits(history(result.run_dir))
+    assert [e.committed for e in events if isinstance(e, ev.LearnerFenced)] == [0, 7, 7]
+    commits = surviving_commits(events)
     assert [b.version.update - a.version.update for a, b in pairwise(commits)] == [1] * 8
-    assert [c.version.incarnation for c in commits][-2:] == [3, 3]
+    assert [c.version.incarnation for c in commits][-3:] == [1, 3, 3]

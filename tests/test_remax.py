@@ -24,7 +24,7 @@ def compute_score(data_source, solution_str, ground_truth, *, response_ids, turn
 """
 
 
-def test_a_run_with_baselines_and_its_resumption(local_ray, tiny_recipe, tmp_path):
+def test_a_run_with_baselines(local_ray, tiny_recipe, tmp_path):
     """The group of 4 + 1 fits the 5 slots exactly."""
     remax, learner = AlgorithmSpec(adv_estimator="remax"), LearnerSpec(batch_groups=4, lr=1e-2)
     recipe = tiny_recipe(algorithm=remax, learner=learner, total_steps=5)
@@ -56,8 +56,6 @@ def test_a_run_with_baselines_and_its_resumption(local_ray, tiny_recipe, tmp_pat
 
     with pytest.raises(ConfigError, match="baseline per group"):
         launch(tiny_recipe(total_steps=6), runs_dir=tmp_path, resume=True)
-    more = tiny_recipe(algorithm=remax, learner=learner, total_steps=7)
-    assert launch(more, deployment, runs_dir=tmp_path, resume=True).steps == 7
 
 
 def test_baselines_and_token_rewards_survive_a_killed_store_and_learner(local_ray, tiny_recipe, hold_after, tmp_path):
