@@ -176,6 +176,28 @@ def tiny_recipe(tmp_path: Path, tiny_model: Path) -> Callable[..., Recipe]:
     return make
 
 
+@pytest.fixture(scope="session")
+def metrics_of() -> Callable[..., list[dict[str, Any]]]:
+    """The lines of an ended run's metrics.jsonl, of one kind (`step`, `eval`, `actors`) or all."""
+
+    def read(run_dir: str | Path, kind: str = "") -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in lines if kind in ("", line["kind"])]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def events_of() -> Callable[[str | Path], list[Any]]:
+    """All that an ended run's store wrote down, in order."""
+    from asyncrl.replay import events, open
+
+    def read(run_dir: str | Path) -> list[Any]:
+        return [events.decode(payload) for payload in open(run_dir).events().column("payload").to_pylist()]
+
+    return read
+
+
 @pytest.fixture
 def hold_after(tmp_path: Path) -> Callable[..., Hold]:
     """Makes a hold after an update; fields of its `AlgorithmSpec` may be given."""

@@ -1,6 +1,5 @@
 """Trainer and launch from Python, on the tiny model under real Ray."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -42,7 +41,7 @@ def test_a_trainer_led_step_by_step(local_ray, tiny_recipe, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "at-5").chat_template
 
 
-def test_a_run_with_everything_switched_on(local_ray, tiny_recipe, tmp_path):
+def test_a_run_with_everything_switched_on(local_ray, tiny_recipe, metrics_of, tmp_path):
     """Two generators over TCP, minibatches, epochs, KL to the reference, entropy bonus, evaluation of several samples."""
     data = tiny_recipe().data.files[0]
     recipe = tiny_recipe(
@@ -55,11 +54,10 @@ def test_a_run_with_everything_switched_on(local_ray, tiny_recipe, tmp_path):
     result = launch(recipe, deployment, runs_dir=tmp_path)
     assert (result.steps, result.trained, result.restarts) == (12, 48, {})
     assert result.first_score is not None
-    lines = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["kind"] == "step"]
+    steps = metrics_of(result.run_dir, "step")
     assert all(line["actor/optimizer_steps"] == 4 for line in steps)
     assert steps[-1]["actor/kl_loss"] > 0
-    evals = [line for line in lines if line["kind"] == "eval"]
+    evals = metrics_of(result.run_dir, "eval")
     assert [line["eval/count"] for line in evals] == [32.0] * len(evals)
     workers = {row["worker"] for row in open_replay(tmp_path / "tiny").rollouts().to_pylist()}
     assert workers <= {"generator-0", "generator-1"}  # one that is up late may find all work done

@@ -1,7 +1,5 @@
 """A whole run with a critic: GAE through every hop, and what it leaves in metrics and checkpoints."""
 
-import json
-
 import pytest
 from safetensors.torch import load_file
 
@@ -12,7 +10,7 @@ from asyncrl.rundir import RunDir
 pytestmark = pytest.mark.ray
 
 
-def test_a_run_with_a_critic(local_ray, tiny_recipe, tmp_path):
+def test_a_run_with_a_critic(local_ray, tiny_recipe, metrics_of, tmp_path):
     recipe = tiny_recipe(
         algorithm=AlgorithmSpec(adv_estimator="gae", lam=0.95, kl_coef=0.01, kl_in="reward"),
         learner=LearnerSpec(batch_groups=4, mini_batch_groups=2, lr=1e-3),
@@ -21,8 +19,7 @@ def test_a_run_with_a_critic(local_ray, tiny_recipe, tmp_path):
         total_steps=4,
     )
     run = RunDir(launch(recipe, runs_dir=tmp_path).run_dir)
-    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["kind"] == "step"]
+    steps = metrics_of(run.path, "step")
     assert [line["actor/optimizer_steps"] for line in steps] == [0.0, 0.0, 2.0, 2.0]
     assert [line["critic/optimizer_steps"] for line in steps] == [2.0] * 4
     assert steps[0]["critic/values_mean"] == 0.0 != steps[1]["critic/values_mean"]

@@ -1,6 +1,5 @@
 """The shipped recipes, run for real: what the README promises, in a shorter form."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -83,7 +82,7 @@ def arithmetic_run(local_ray, arithmetic_data, tmp_path_factory) -> RunResult:
 
 @pytest.mark.ray
 @pytest.mark.timeout(400)
-def test_arithmetic_learns(arithmetic_run, arithmetic_data):
+def test_arithmetic_learns(arithmetic_run, arithmetic_data, metrics_of):
     """Held-out exact match from at most 0.5 to at least 0.8."""
     result = arithmetic_run
     assert result.steps == 60
@@ -102,9 +101,8 @@ def test_arithmetic_learns(arithmetic_run, arithmetic_data):
         "reward_model",
         "extra_info",
     ]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 61))
-    evaluated = [line["step"] for line in lines if line["kind"] == "eval"]
+    assert [line["step"] for line in metrics_of(run, "step")] == list(range(1, 61))
+    evaluated = [line["step"] for line in metrics_of(run, "eval")]
     assert (evaluated[0], evaluated[-1], len(evaluated)) == (0, 60, 4)
     # a generator that never held the very version asked for is evaluated at the next one it takes
     assert all(0 <= step - due <= 4 for step, due in zip(evaluated, [0, 25, 50, 60], strict=True))
@@ -114,15 +112,14 @@ def test_arithmetic_learns(arithmetic_run, arithmetic_data):
 
 @pytest.mark.ray
 @pytest.mark.timeout(400)
-def test_arithmetic_ppo_learns(arithmetic_run, arithmetic_data, tmp_path):
+def test_arithmetic_ppo_learns(arithmetic_run, arithmetic_data, metrics_of, tmp_path):
     """The beginning of the recipe, from the same warm policy: the critic learns returns, and the policy improves."""
     shutil.copytree(arithmetic_data, tmp_path / "arithmetic_ppo" / "data")
     overrides = ["total_steps=18", "critic.critic_warmup=2", "learner.warmup_steps=6"]
     result = run_recipe("arithmetic_ppo", tmp_path, *overrides)
     assert result.first_score == pytest.approx(arithmetic_run.first_score, abs=0.01)  # batched differently
     assert result.last_score >= result.first_score + 0.15
-    lines = [json.loads(line) for line in (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["kind"] == "step"]
+    steps = metrics_of(result.run_dir, "step")
     assert [line["actor/optimizer_steps"] for line in steps] == [0.0] * 2 + [4.0] * 16
     assert {line["critic/optimizer_steps"] for line in steps} == {4.0}
     assert steps[0]["critic/vf_loss"] > steps[-1]["critic/vf_loss"]

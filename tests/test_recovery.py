@@ -14,7 +14,6 @@ from asyncrl.cluster.tally import Tally
 from asyncrl.config import CheckpointSpec, LearnerSpec, StalenessSpec
 from asyncrl.deployment import Deployment, LimitsSpec
 from asyncrl.replay import events as ev
-from asyncrl.replay import open as open_replay
 
 pytestmark = pytest.mark.ray
 STEPS = 120
@@ -41,10 +40,6 @@ class Killer:
             self.killed.append(name)
             if not self._plan:
                 self._hold.release()
-
-
-def history(run_dir):
-    return [ev.decode(payload) for payload in open_replay(run_dir).events().column("payload").to_pylist()]
 
 
 def surviving_commits(events) -> list[ev.BatchCommitted]:
@@ -76,7 +71,7 @@ def assert_nothing_lost(events, result):
 
 
 @pytest.mark.timeout(240)
-def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_recipe, hold_after, tmp_path):
+def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_recipe, hold_after, events_of, tmp_path):
     """At max_lag = 0, where nobody can work ahead while another is gone; tests/test_remax.py kills with max_lag = 4."""
     hold = hold_after(STEPS - 30)
     killer = Killer({2: "generator-0", 10: "reward-0", 20: "store", 35: "learner"}, hold)
@@ -92,7 +87,7 @@ def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_reci
     assert result.restarts == {"generator-0": 1, "reward-0": 1, "store": 1, "learner": 1}
     assert result.steps == STEPS
     assert result.max_trained_lag == 0
-    events = history(result.run_dir)
+    events = events_of(result.run_dir)
     assert_nothing_lost(events, result)
 
     fences = [e for e in events if isinstance(e, ev.LearnerFenced)]
@@ -106,17 +101,17 @@ def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_reci
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("actor", ["generator-0", "store"])
-def test_an_actor_that_hangs_is_replaced(local_ray, tiny_recipe, hold_after, tmp_path, actor):
+def test_an_actor_that_hangs_is_replaced(local_ray, tiny_recipe, hold_after, events_of, tmp_path, actor):
     hold = hold_after(20)
     killer = Killer({2: actor}, hold, signal.SIGSTOP)
     limits = LimitsSpec(poll_s=0.5, health_timeout_s=10.0)
     result = run(tiny_recipe(algorithm=hold.algorithm, total_steps=30), tmp_path, killer, Deployment(limits=limits))
     assert (killer.killed, result.restarts, result.steps) == ([actor], {actor: 1}, 30)
-    assert_nothing_lost(history(result.run_dir), result)
+    assert_nothing_lost(events_of(result.run_dir), result)
 
 
 @pytest.mark.timeout(200)
-def test_a_stopped_run_resumes_where_it_was(local_ray, tiny_recipe, tmp_path):
+def test_a_stopped_run_resumes_where_it_was(local_ray, tiny_recipe, events_of, tmp_path):
     recipe = tiny_recipe(total_steps=9, learner=LearnerSpec(batch_groups=4, lr=1e-3))
     with Trainer(recipe, runs_dir=tmp_path) as first:
         assert first.fit(5).steps == 5
@@ -129,7 +124,7 @@ def test_a_stopped_run_resumes_where_it_was(local_ray, tiny_recipe, tmp_path):
         second.fit()
         result = second.finish()
     assert (result.steps, result.samples) == (9, 9 * 4 * 4)
-    events = history(result.run_dir)
+    events = events_of(result.run_dir)
     assert_nothing_lost(events, result)
     assert [e.committed for e in events if isinstance(e, ev.LearnerFenced)] == [0, 7, 7]
     commits = surviving_commits(events)

@@ -58,7 +58,9 @@ def test_a_run_with_baselines(local_ray, tiny_recipe, tmp_path):
         launch(tiny_recipe(total_steps=6), runs_dir=tmp_path, resume=True)
 
 
-def test_baselines_and_token_rewards_survive_a_killed_store_and_learner(local_ray, tiny_recipe, hold_after, tmp_path):
+def test_baselines_and_token_rewards_survive_a_killed_store_and_learner(
+    local_ray, tiny_recipe, hold_after, events_of, tmp_path
+):
     """What is retrained from the log after the kills has the figures that it had before."""
     (tmp_path / "turns.py").write_text(TURNS)
     hold = hold_after(45, adv_estimator="remax")
@@ -81,8 +83,7 @@ def test_baselines_and_token_rewards_survive_a_killed_store_and_learner(local_ra
         result = trainer.finish()
     assert result.restarts == {"store": 1, "learner": 1}
     log = open_replay(result.run_dir)
-    events = [ev.decode(payload) for payload in log.events().column("payload").to_pylist()]
-    commits = {e.version: e for e in events if isinstance(e, ev.BatchCommitted)}
+    commits = {e.version: e for e in events_of(result.run_dir) if isinstance(e, ev.BatchCommitted)}
     lost = {v.update: e for v, e in commits.items() if v.incarnation == 1}
     again = [(lost[v.update], e) for v, e in commits.items() if v.incarnation == 2 and v.update in lost]
     assert len(again) >= 20

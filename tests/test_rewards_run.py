@@ -1,8 +1,6 @@
 """Whole runs over users' reward functions: several of them, and one that raises."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -39,17 +37,12 @@ def rewards(tmp_path: Path) -> Path:
     return path
 
 
-def metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
-
-
-def test_several_weighted_rewards_are_logged_by_name_and_shaped(local_ray, tiny_recipe, rewards, tmp_path):
+def test_several_weighted_rewards_are_logged_by_name_and_shaped(local_ray, tiny_recipe, rewards, metrics_of, tmp_path):
     terms = f"[{{function: '{rewards}:sevens', name: '7', weight: 2}}, {{function: '{rewards}:brief', weight: 0.5}}]"
     shaping = ["reward.shaping.overlong_buffer=3", "reward.shaping.overlong_penalty=0.5", "reward.shaping.clip=[-0.25,1.5]"]
     recipe = override(tiny_recipe(total_steps=2), ["reward.function=", f"reward.functions={terms}", *shaping])
     run = Path(launch(recipe, runs_dir=tmp_path).run_dir)
-    lines = metrics(run, "step")
+    lines = metrics_of(run, "step")
     assert len(lines) == 2
     for line in lines:
         assert {"reward/7", "reward/unshaped", "reward/overlong_penalty"} <= line.keys()
@@ -58,7 +51,9 @@ def test_several_weighted_rewards_are_logged_by_name_and_shaped(local_ray, tiny_
         assert -0.25 <= line["reward/mean"] <= 1.5
 
 
-def test_samples_whose_reward_fails_are_counted_and_never_trained(local_ray, tiny_recipe, hold_after, rewards, tmp_path):
+def test_samples_whose_reward_fails_are_counted_and_never_trained(
+    local_ray, tiny_recipe, hold_after, rewards, metrics_of, tmp_path
+):
     hold = hold_after(4)
 
     def see(status: Status, tally: Tally) -> None:
@@ -70,8 +65,8 @@ def test_samples_whose_reward_fails_are_counted_and_never_trained(local_ray, tin
     run = Path(result.run_dir)
     assert result.steps == 12
     # Every even answer scores 1 and the odd ones have no reward: any 0 among them would show in the mean.
-    assert {step["reward/mean"] for step in metrics(run, "step")} == {1.0}
-    assert metrics(run, "actors")[-1]["reward-0/invalid"] > 0
+    assert {step["reward/mean"] for step in metrics_of(run, "step")} == {1.0}
+    assert metrics_of(run, "actors")[-1]["reward-0/invalid"] > 0
     rows = open_replay(run).rollouts().to_pylist()
     assert {row["reward"] for row in rows if row["status"] == "invalid"} == {None}
     assert "invalid: ValueError: an odd answer" in (run / "logs" / "reward-0.log").read_text()

@@ -1,9 +1,9 @@
 """Whole runs with a real SGLang server on CPU: it learns, and a killed scheduler costs time and nothing else."""
 
-import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from asyncrl.config import CheckpointSpec, StalenessSpec
 from asyncrl.jobs.specs import load_deployment, load_specs
 from asyncrl.paths import resolve_paths
 from asyncrl.replay import events as ev
-from asyncrl.replay import open as open_replay
 from asyncrl.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,10 +25,14 @@ DEPLOYMENT = ROOT / "deploy" / "local-sglang.yaml"
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("sglang_on_cpu")]
 
 
-def gauges(run_dir: Path, name: str) -> list[float]:
+@pytest.fixture
+def gauges(metrics_of: Callable[..., list[dict[str, Any]]]) -> Callable[[str, str], list[float]]:
     """A gauge of the generator's engine over the run."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line[key] for line in lines if (key := f"generator-0/engine/{name}") in line]
+
+    def read(run_dir: str, name: str) -> list[float]:
+        return [line[key] for line in metrics_of(run_dir) if (key := f"generator-0/engine/{name}") in line]
+
+    return read
 
 
 def descendants(pid: int) -> list[int]:
@@ -69,7 +72,7 @@ class KillScheduler:
 
 
 @pytest.mark.timeout(600)
-def test_arithmetic_learns_with_sglang(local_ray, arithmetic_data, tmp_path):
+def test_arithmetic_learns_with_sglang(local_ray, arithmetic_data, metrics_of, gauges, tmp_path):
     """40 of the 200 updates: held-out exact match from at most 0.5 to at least 0.7."""
     shutil.copytree(arithmetic_data, tmp_path / "arithmetic" / "data")
     recipe, deployment = load_specs(ROOT / "recipes" / "arithmetic.py", DEPLOYMENT, ["total_steps=40"])
@@ -83,15 +86,14 @@ def test_arithmetic_learns_with_sglang(local_ray, arithmetic_data, tmp_path):
     assert result.first_score <= 0.5
     assert result.last_score >= 0.7
     assert result.pending == 0
-    lines = [json.loads(line) for line in (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()]
-    gaps = [line["gap/logprob_max_abs"] for line in lines if "gap/logprob_max_abs" in line]
+    gaps = [line["gap/logprob_max_abs"] for line in metrics_of(result.run_dir) if "gap/logprob_max_abs" in line]
     assert gaps, "no token was trained by the very weights that made it: the gap between engine and learner is not seen"
     assert max(gaps) < 1e-4  # fp32: the same weights in two implementations
-    assert gauges(Path(result.run_dir), "restarts")[-1] == 0
+    assert gauges(result.run_dir, "restarts")[-1] == 0
 
 
 @pytest.mark.timeout(300)
-def test_a_killed_scheduler_is_replaced_and_nothing_is_lost(local_ray, tiny_recipe, hold_after, tmp_path):
+def test_a_killed_scheduler_is_replaced_and_nothing_is_lost(local_ray, tiny_recipe, hold_after, events_of, gauges, tmp_path):
     hold, steps = hold_after(50), 100
     killer = KillScheduler(5, hold)
     recipe = tiny_recipe(
@@ -106,9 +108,9 @@ def test_a_killed_scheduler_is_replaced_and_nothing_is_lost(local_ray, tiny_reci
     assert result.restarts == {}, "the generator replaces its server by itself"
     assert result.steps == steps
     assert result.pending == 0
-    assert gauges(Path(result.run_dir), "restarts")[-1] == 1
-    assert gauges(Path(result.run_dir), "servers_up")[-1] == 1
-    events = [ev.decode(payload) for payload in open_replay(result.run_dir).events().column("payload").to_pylist()]
+    assert gauges(result.run_dir, "restarts")[-1] == 1
+    assert gauges(result.run_dir, "servers_up")[-1] == 1
+    events = events_of(result.run_dir)
     commits = [event for event in events if isinstance(event, ev.BatchCommitted)]
     assert [commit.version.update for commit in commits] == list(range(1, steps + 1))
     trained = [group for commit in commits for group in commit.groups]

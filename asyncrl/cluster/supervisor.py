@@ -70,10 +70,9 @@ class Supervisor:
     def start(self) -> None:
         """Creates every actor and waits until the learner and the store are up. Raises the first hopeless error."""
         for member in self._members:
-            self._spawn(member, self._plan)
+            self._spawn(member)
         while self._learner.phase == "starting" or self._store.phase == "starting":
             self._tick()
-        self._plan = msgspec.structs.replace(self._plan, resume_at=None)  # a later restart takes the newest checkpoint
         self._fresh_report()
 
     def train(self, until: int) -> None:
@@ -109,10 +108,9 @@ class Supervisor:
         """Replaces the idle learner by one that starts from `checkpoint` (None: the newest); later commits are reopened."""
         self._plan = msgspec.structs.replace(self._plan, resume_at=checkpoint)
         self._retire(self._learner)
-        self._spawn(self._learner, self._plan)
+        self._spawn(self._learner)
         while self._learner.phase != "idle":
             self._tick()
-        self._plan = msgspec.structs.replace(self._plan, resume_at=None)
         self._fresh_report()
 
     def close(self) -> None:
@@ -179,6 +177,7 @@ class Supervisor:
             member.run()
             return
         self._announce("bus", member.edition, advert)
+        self._plan = msgspec.structs.replace(self._plan, resume_at=None)  # a later restart takes the newest checkpoint
         member.phase, member.task = "idle", None
         if self._until is not None:
             member.run(self._until)
@@ -188,8 +187,8 @@ class Supervisor:
         for member in self._members:
             member.connect(peer, edition, value)
 
-    def _spawn(self, member: Member, plan: Plan) -> None:
-        member.spawn(plan, self._known)
+    def _spawn(self, member: Member) -> None:
+        member.spawn(self._plan, self._known)
         self._deadlines[member.name] = time.monotonic() + self._plan.deployment.limits.start_timeout_s
 
     def _retire(self, member: Member) -> None:
@@ -222,7 +221,7 @@ class Supervisor:
         member.kill()
         if member is not self._store and self._store.phase == "running":
             call_store(self._store.handle, "forget", member.name, self._plan.incarnation(member.edition))
-        self._spawn(member, self._plan)
+        self._spawn(member)
 
     # -------------------------------------------------------------------------------------- watching progress
 

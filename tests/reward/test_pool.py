@@ -176,10 +176,18 @@ def test_a_function_that_cannot_be_loaded_is_fatal_and_not_respawned(tmp_path):
     assert pool.restarts == 0
 
 
-def test_a_file_that_kills_its_process_while_loading_is_fatal(tmp_path):
-    path = tmp_path / "fatal.py"
-    path.write_text("import os\nos._exit(7)\n")
-    with pytest.raises(ConfigError, match="process died: exit code 7 while its file was being loaded"):
+@pytest.mark.parametrize(
+    ("body", "error", "how"),
+    [
+        ("import os\nos._exit(7)\n", ConfigError, "exit code 7"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n", Unavailable, "SIGKILL"),
+    ],
+    ids=["ends itself: fatal", "killed: not the function's fault"],
+)
+def test_a_process_that_ends_while_its_file_is_being_loaded(tmp_path, body, error, how):
+    path = tmp_path / "ends.py"
+    path.write_text(body)
+    with pytest.raises(error, match=f"process died: {how} while its file was being loaded"):
         RewardPool(f"{path}:compute_score").start()
 
 
@@ -190,13 +198,6 @@ def test_a_process_that_died_while_it_had_nothing_to_do_costs_no_sample(function
         os.waitid(os.P_PID, int(verdict.reward), os.WEXITED | os.WNOWAIT)
         assert pool.map([sample("number", 1.0)]) == [Verdict("ok", 1.0)]
         assert pool.restarts == 1
-
-
-def test_a_process_killed_while_it_loads_is_not_the_functions_fault(tmp_path):
-    path = tmp_path / "killed.py"
-    path.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    with pytest.raises(Unavailable, match="process died: SIGKILL while its file was being loaded"):
-        RewardPool(f"{path}:compute_score").start()
 
 
 def test_a_file_that_could_be_loaded_once_is_not_to_blame_later(tmp_path):
