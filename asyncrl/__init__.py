@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from asyncrl.config import Recipe
-from asyncrl.deployment import Deployment
+from asyncrl.config import Deployment, Recipe
 
 if TYPE_CHECKING:
     from asyncrl.api import RunResult, Trainer, launch

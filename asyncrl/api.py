@@ -13,17 +13,17 @@ import msgspec
 import yaml
 from msgspec import Struct
 
-from asyncrl.callables import load_callable
 from asyncrl.cluster import preflight, wiring
 from asyncrl.cluster.plan import Plan
 from asyncrl.cluster.session import RaySession
-from asyncrl.cluster.supervisor import Status, Supervisor
-from asyncrl.cluster.tally import Tally
-from asyncrl.config import Recipe
-from asyncrl.deployment import Deployment
+from asyncrl.cluster.supervisor import Supervisor
+from asyncrl.config import Deployment, Recipe
+from asyncrl.config.callables import load_callable
+from asyncrl.config.paths import resolve_paths
 from asyncrl.errors import ConfigError
-from asyncrl.paths import resolve_paths
+from asyncrl.report.summary import Tally
 from asyncrl.rundir import RunDir, redact, resolve_run_dir, write_atomic
+from asyncrl.types import RunStatus
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class RunResult(Struct, frozen=True, kw_only=True):
     learner_utilization: float
 
 
-Observer = Callable[[Status, Tally], None]
+Observer = Callable[[RunStatus, Tally], None]
 
 
 class Trainer:

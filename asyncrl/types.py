@@ -311,6 +311,15 @@ class Report(Struct, frozen=True, kw_only=True):
     gauges: dict[str, float]
 
 
+class RunStatus(Struct, frozen=True, kw_only=True):
+    """What an observer is told at every tick. `store` holds only records that no earlier status held."""
+
+    store: StoreReport | None
+    reports: tuple[Report, ...]
+    restarts: dict[str, int]
+    pids: dict[str, int]
+
+
 def derive_seed(*parts: int) -> int:
     """A 63-bit seed from integers, the same on every machine and Python version."""
     digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()

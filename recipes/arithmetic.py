@@ -186,9 +186,9 @@ def _warm_up(folder: Path, problems: list[Problem], seed: int) -> None:
     """Supervised learning on careless demonstrations: `{folder}/warm` from a random policy."""
     import torch
 
+    from asyncrl.config import DemonstrationsSpec, SFTSpec
     from asyncrl.jobs.sft import train
     from asyncrl.models.loading import export
-    from asyncrl.sft import DemonstrationsSpec, SFTSpec
 
     rng = random.Random(seed)
     shown = []

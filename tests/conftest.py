@@ -190,7 +190,8 @@ def metrics_of() -> Callable[..., list[dict[str, Any]]]:
 @pytest.fixture(scope="session")
 def events_of() -> Callable[[str | Path], list[Any]]:
     """All that an ended run's store wrote down, in order."""
-    from asyncrl.replay import events, open
+    from asyncrl.replay import open
+    from asyncrl.replay.log import events
 
     def read(run_dir: str | Path) -> list[Any]:
         return [events.decode(payload) for payload in open(run_dir).events().column("payload").to_pylist()]

@@ -10,8 +10,7 @@ from msgspec.structs import replace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncrl import Trainer, launch
-from asyncrl.config import AlgorithmSpec, CheckpointSpec, EvaluationSpec, LearnerSpec
-from asyncrl.deployment import BusSpec, Deployment, GeneratorsSpec
+from asyncrl.config import AlgorithmSpec, BusSpec, CheckpointSpec, Deployment, EvaluationSpec, GeneratorsSpec, LearnerSpec
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.replay import open as open_replay
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from asyncrl.cluster import wiring
-from asyncrl.cluster.peers import Peers
 from asyncrl.cluster.plan import Plan
+from asyncrl.cluster.transport import Peers
 from asyncrl.rundir import set_up_logging
 from asyncrl.types import Report
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from importlib import metadata
 
-from asyncrl.deployment import Deployment, SGLangSpec
+from asyncrl.config import Deployment, SGLangSpec
 from asyncrl.errors import ConfigError
 from asyncrl.generate.sglang.process import require_command
 

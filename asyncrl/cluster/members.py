@@ -11,7 +11,7 @@ from asyncrl.cluster.actors import StageActor, StoreActor
 from asyncrl.cluster.placement import Placement, beside_driver, reserve
 from asyncrl.cluster.plan import Plan
 from asyncrl.cluster.transport import STORE_CALLS
-from asyncrl.deployment import PlaceSpec
+from asyncrl.config import PlaceSpec
 from asyncrl.errors import Unavailable
 from asyncrl.types import Report
 

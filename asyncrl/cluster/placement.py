@@ -7,7 +7,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from asyncrl.deployment import PlaceSpec
+from asyncrl.config import PlaceSpec
 from asyncrl.errors import PlacementError
 
 

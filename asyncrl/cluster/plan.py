@@ -4,8 +4,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from asyncrl.config import Recipe
-from asyncrl.deployment import Deployment
+from asyncrl.config import Deployment, Recipe
 from asyncrl.rundir import RunDir
 
 

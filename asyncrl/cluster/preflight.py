@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from asyncrl.algorithm import ESTIMATOR_NAMES, LOSS_NAMES, UNGROUPED
-from asyncrl.callables import check_callable
 from asyncrl.cluster.engines import check_engine
 from asyncrl.cluster.resources import check_placement
-from asyncrl.config import Recipe
-from asyncrl.deployment import Deployment
+from asyncrl.config import ESTIMATOR_NAMES, LOSS_NAMES, UNGROUPED, Deployment, Recipe
+from asyncrl.config.callables import check_callable
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.prompts.reading import check_columns, read_rows
 from asyncrl.rundir import RunDir

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from asyncrl.deployment import Deployment, PlaceSpec
+from asyncrl.config import Deployment, PlaceSpec
 from asyncrl.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ from types import TracebackType
 
 import ray
 
-from asyncrl.deployment import Deployment
+from asyncrl.config import Deployment
 from asyncrl.errors import ConfigError, Unavailable
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from typing import Any
 
 import msgspec
 import ray
-from msgspec import Struct
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from asyncrl.cluster.members import Member
@@ -21,26 +20,17 @@ from asyncrl.cluster.plan import Plan
 from asyncrl.cluster.transport import call_store
 from asyncrl.errors import ActorFailed, AsyncRLError, CheckpointError, ConfigError, DataError, NonFinite, Unavailable
 from asyncrl.rundir import redact, write_atomic
-from asyncrl.types import Report, StoreReport
+from asyncrl.types import Report, RunStatus, StoreReport
 
 log = logging.getLogger(__name__)
 TICK_S = 0.5
 HOPELESS = (ConfigError, DataError, CheckpointError, NonFinite)  # the next try would meet the same
 
 
-class Status(Struct, frozen=True, kw_only=True):
-    """What an observer is told at every tick. `store` holds only records that no earlier status held."""
-
-    store: StoreReport | None
-    reports: tuple[Report, ...]
-    restarts: dict[str, int]
-    pids: dict[str, int]
-
-
 class Supervisor:
     """Owns the members of one run. `start`, then `train` as often as wanted, then `close`."""
 
-    def __init__(self, plan: Plan, observe: Callable[[Status], None]) -> None:
+    def __init__(self, plan: Plan, observe: Callable[[RunStatus], None]) -> None:
         self._plan = plan
         self._observe = observe
         deployment = plan.deployment
@@ -148,7 +138,7 @@ class Supervisor:
         report = self._poll_store()
         reports = tuple(member.last_report for member in self._members if member.last_report is not None)
         pids = {member.name: member.pid for member in self._members if member.pid}
-        self._observe(Status(store=report, reports=reports, restarts=self.restarts, pids=pids))
+        self._observe(RunStatus(store=report, reports=reports, restarts=self.restarts, pids=pids))
         if report is not None:
             self._watch(report)
         return report

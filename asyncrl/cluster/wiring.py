@@ -10,20 +10,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ray
 from msgspec.structs import replace
 
-from asyncrl.callables import load_callable
-from asyncrl.cluster.peers import Peers
 from asyncrl.cluster.plan import Plan
-from asyncrl.cluster.transport import RayCall
-from asyncrl.config import DataSpec, Recipe
-from asyncrl.deployment import PlaceSpec
+from asyncrl.cluster.transport import Peers, RayCall
+from asyncrl.config import DataSpec, PlaceSpec, Recipe
+from asyncrl.config.callables import load_callable
 from asyncrl.errors import ConfigError
 from asyncrl.interfaces import Stage
 from asyncrl.rundir import RunDir, write_atomic
 from asyncrl.types import Sampling
 
 if TYPE_CHECKING:
+    from asyncrl.generate.embedded.engine import TorchEngine
     from asyncrl.generate.sglang.engine import SGLangEngine
-    from asyncrl.generate.torch_engine import TorchEngine
     from asyncrl.replay.client import ReplayClient
     from asyncrl.replay.store import ReplayStore
 
@@ -98,8 +96,8 @@ def build_store(plan: Plan) -> "ReplayStore":
     """Opens the log of the run directory, or rebuilds the store from it."""
     from asyncrl.prompts.dataset import PromptFile
     from asyncrl.replay import plan as replay
-    from asyncrl.replay.answers import LogSettings
-    from asyncrl.replay.keep import KEEPS
+    from asyncrl.replay.log.rows import LogSettings
+    from asyncrl.replay.plan import KEEPS
     from asyncrl.replay.store import ReplayStore
 
     recipe, spec = plan.recipe, plan.deployment.store
@@ -201,7 +199,7 @@ def _generator(name: str, plan: Plan, peers: Peers, store: "ReplayClient") -> Bu
 
 
 def _torch_engine(plan: Plan) -> "TorchEngine":
-    from asyncrl.generate.torch_engine import TorchEngine
+    from asyncrl.generate.embedded.engine import TorchEngine
     from asyncrl.models.loading import load_model
 
     spec, place = plan.deployment.generators.engine, plan.deployment.generators.place

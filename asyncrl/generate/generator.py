@@ -13,10 +13,9 @@ from concurrent.futures import Future
 from functools import partial
 
 from asyncrl.errors import Closed, Fenced, Unavailable
-from asyncrl.generate.tally import Tally
-from asyncrl.generate.workload import Done, Held, Workload, requests_of, rollout_of
+from asyncrl.generate.workload import Done, Held, Tally, Workload, requests_of, rollout_of
 from asyncrl.interfaces import Engine, GeneratorStore, WeightSource
-from asyncrl.metrics import Ledger
+from asyncrl.report.timing import Ledger
 from asyncrl.types import Generation, Report, Reserved, Rollout, Ticket, Version
 
 JOIN_S = 30.0  # how long a thread may take to notice the end, beyond its long poll

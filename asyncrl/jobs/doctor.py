@@ -209,7 +209,7 @@ def shared_memory(folder: Path = SHM, least_bytes: int = MIN_SHM_BYTES) -> Findi
 
 def torch_engine() -> Finding:
     """engine.kind: torch. It comes with asyncrl; importing what it needs is the check."""
-    importlib.import_module("asyncrl.generate.torch_engine")
+    importlib.import_module("asyncrl.generate.embedded.engine")
     return Finding(name="torch engine", status="ok", detail="embedded: any Hugging Face causal LM, CPU or GPU")
 
 

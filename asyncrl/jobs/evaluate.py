@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from asyncrl.callables import check_callable
 from asyncrl.config import DataSpec, RewardTerm
+from asyncrl.config.callables import check_callable
 from asyncrl.errors import ConfigError, DataError
-from asyncrl.jobs.policies import Policy, load, locate
-from asyncrl.jobs.samples import Answer, summary, write_samples
+from asyncrl.jobs.statistics import Answer, summary, write_samples
+from asyncrl.learn.policies import Policy, load, locate
 from asyncrl.types import Generation, GenerationRequest, Prompt, Sampling, Version, derive_seed
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def generate(
 ) -> list[Generation]:
     """n responses per prompt, in order. The same seed gives the same responses: steps run in this thread, so that the
     batches, and with them the rounding, repeat."""
-    from asyncrl.generate.torch_engine import TorchEngine
+    from asyncrl.generate.embedded.engine import TorchEngine
     from asyncrl.models.loading import named_weights
 
     longest = max(len(prompt.ids) for prompt in prompts)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from asyncrl.errors import ConfigError
-from asyncrl.jobs.policies import locate
+from asyncrl.learn.policies import locate
 from asyncrl.rundir import atomic_folder
 
 
@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> int:
     require_free(out, args.force)
     policy = locate(args.source, args.tokenizer, args.dtype)
 
-    from asyncrl.jobs.policies import load
+    from asyncrl.learn.policies import load
     from asyncrl.models.loading import export
 
     model, tokenizer = load(policy)

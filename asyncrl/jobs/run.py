@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from asyncrl.config import Recipe
-from asyncrl.deployment import Deployment
+from asyncrl.config import Deployment, Recipe
 
 if TYPE_CHECKING:
     from asyncrl.api import RunResult
-    from asyncrl.cluster.supervisor import Status
-    from asyncrl.cluster.tally import Tally
+    from asyncrl.report.summary import Tally
+    from asyncrl.types import RunStatus
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs the recipe. Standard output gets one line of JSON at the end; everything else goes to standard error."""
     from asyncrl.cluster import preflight
-    from asyncrl.jobs.specs import load_specs
-    from asyncrl.paths import resolve_paths
+    from asyncrl.config.load import load_specs
+    from asyncrl.config.paths import resolve_paths
     from asyncrl.rundir import resolve_run_dir
 
     recipe, deployment = load_specs(args.recipe, args.deploy, args.overrides)
@@ -57,12 +56,12 @@ def _launch(recipe: Recipe, deployment: Deployment, args: argparse.Namespace) ->
     # Ray tells of every death in a paragraph of guesses; the supervisor has a line. Read when ray is imported.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed")
     from asyncrl.api import launch
-    from asyncrl.jobs.progress import Progress, Snapshot
+    from asyncrl.report.progress import Progress, Snapshot
 
     began = time.monotonic()
     progress = Progress()
 
-    def show(status: "Status", tally: "Tally") -> None:
+    def show(status: "RunStatus", tally: "Tally") -> None:
         snapshot = Snapshot(
             name=args.name or recipe.name,
             elapsed_s=time.monotonic() - began,

@@ -17,17 +17,16 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec import Struct
 
-from asyncrl.config import ModelSpec
+from asyncrl.config import DemonstrationsSpec, ModelSpec, SFTSpec
 from asyncrl.errors import ConfigError
 from asyncrl.jobs.export import require_free
-from asyncrl.jobs.policies import Policy, load, locate
+from asyncrl.learn.policies import Policy, load, locate
 from asyncrl.rundir import RunDir, atomic_folder, write_atomic
-from asyncrl.sft import DemonstrationsSpec, SFTSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from asyncrl.jobs.journal import Observe
+    from asyncrl.learn.sft_run import Observe
     from asyncrl.models.packed import TokenSequence
 
 log = logging.getLogger(__name__)
@@ -55,13 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in OUT.sft")
     parser.add_argument("--force", action="store_true", help="replace OUT, and what an unfinished warm start left")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="a.b=c", help="fields of asyncrl.sft.SFTSpec, e.g. lr=1e-5 epochs=2"
+        "overrides", nargs="*", default=[], metavar="a.b=c", help="fields of asyncrl.config.sft.SFTSpec, e.g. lr=1e-5 epochs=2"
     )
 
 
 def main(args: argparse.Namespace) -> int:
     """Standard output gets one line of JSON at the end; everything else goes to standard error."""
-    from asyncrl.jobs.specs import override
+    from asyncrl.config.load import override
 
     data = DemonstrationsSpec(files=tuple(args.data), heldout=tuple(args.heldout))
     spec = override(SFTSpec(model=ModelSpec(path=args.model), data=data, out=args.out), args.overrides)
@@ -71,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
     def show(step: int, total: int, metrics: dict[str, float]) -> None:
         nonlocal lines
         if lines is None:
-            from asyncrl.jobs.journal import Lines  # with torch, which is there by now
+            from asyncrl.learn.sft_run import Lines
 
             lines = Lines(lambda line: print(line, file=sys.stderr, flush=True))
         lines(step, total, metrics)
@@ -139,8 +138,8 @@ def _begin(work: RunDir, spec: SFTSpec, resume: bool, force: bool) -> None:
 def _train(spec: SFTSpec, policy: Policy, work: RunDir, out: Path, observe: "Observe | None") -> SFTResult:
     import torch
 
-    from asyncrl.jobs.journal import Journal
     from asyncrl.learn.sft import SupervisedTrainer, fit
+    from asyncrl.learn.sft_run import Journal
     from asyncrl.models.loading import export
 
     device = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 from asyncrl.config import Recipe
 from asyncrl.errors import ConfigError
 from asyncrl.learn.critic import Critic
-from asyncrl.learn.refused import RefusedSteps
 from asyncrl.learn.trainer import PolicyTrainer
+from asyncrl.learn.update import RefusedSteps
 from asyncrl.models.loading import load_model
 from asyncrl.models.value import OwnValues, SharedValues
 

@@ -11,13 +11,11 @@ from collections.abc import Sequence
 
 import torch
 
-from asyncrl.algorithm import AlgorithmSpec
-from asyncrl.learn.estimators import Outcomes, gae_advantages
+from asyncrl.algorithms.estimators import Outcomes, gae_advantages
+from asyncrl.algorithms.losses import clipped_value_loss, explained_variance
+from asyncrl.config import AlgorithmSpec, CriticSpec
 from asyncrl.learn.optimizer import Optimization, step
-from asyncrl.learn.refused import RefusedSteps
-from asyncrl.learn.update import Update
-from asyncrl.learn.value_loss import clipped_value_loss, explained_variance
-from asyncrl.learning import CriticSpec
+from asyncrl.learn.update import RefusedSteps, Update
 from asyncrl.models.packed import Pack
 from asyncrl.models.value import OwnValues, SharedValues
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from asyncrl.algorithm import AlgorithmSpec
-from asyncrl.learn.kl import KL_ESTIMATORS, adapted
+from asyncrl.algorithms.kl import KL_ESTIMATORS, adapted
+from asyncrl.config import AlgorithmSpec
 from asyncrl.learn.update import Update
 
 

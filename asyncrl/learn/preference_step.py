@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from asyncrl.algorithm import AlgorithmSpec
-from asyncrl.learn.preferences import Figures, desirability, dpo, kto, rank_pairs
+from asyncrl.algorithms.preferences import Figures, desirability, dpo, kto, rank_pairs
+from asyncrl.config import AlgorithmSpec
 from asyncrl.learn.update import Update
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from asyncrl.config import OptimizerSpec
 from asyncrl.errors import ConfigError, NonFinite
+from asyncrl.learn.batch import make_packs
 from asyncrl.learn.optimizer import Optimization, step
-from asyncrl.learn.packing import make_packs
-from asyncrl.learning import OptimizerSpec
 from asyncrl.models.logprobs import sampled_logprobs
 from asyncrl.models.packed import PackedModel, TokenSequence
 

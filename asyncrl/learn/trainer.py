@@ -14,23 +14,19 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from asyncrl.algorithm import AlgorithmSpec
+from asyncrl.algorithms import objective as objectives
+from asyncrl.algorithms.corrections import m2po
+from asyncrl.algorithms.estimators import RewardNormalizer, estimator
+from asyncrl.algorithms.objective import aggregation
+from asyncrl.config import AlgorithmSpec, LearnerSpec
 from asyncrl.errors import ConfigError
-from asyncrl.learn import objective as objectives
 from asyncrl.learn import preference_step
-from asyncrl.learn.aggregate import aggregation
-from asyncrl.learn.batch import make_batch, minibatches
-from asyncrl.learn.batch_metrics import correction_metrics, gap_metrics, rollout_metrics, staleness_metrics
+from asyncrl.learn.batch import make_batch, make_packs, minibatches
 from asyncrl.learn.critic import Critic, Minibatches
-from asyncrl.learn.estimators import estimator
 from asyncrl.learn.kl_control import KLControl
-from asyncrl.learn.masks import m2po
+from asyncrl.learn.metrics import correction_metrics, gap_metrics, rollout_metrics, staleness_metrics
 from asyncrl.learn.optimizer import Optimization, step
-from asyncrl.learn.packing import make_packs
-from asyncrl.learn.refused import RefusedSteps
-from asyncrl.learn.reward_normalization import RewardNormalizer
-from asyncrl.learn.update import Update
-from asyncrl.learning import LearnerSpec
+from asyncrl.learn.update import RefusedSteps, Update
 from asyncrl.models.logprobs import entropy, sampled_logprobs
 from asyncrl.models.packed import Pack, PackedModel
 from asyncrl.staleness import Staleness

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from asyncrl.config import DemonstrationsSpec
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.prompts.encoding import require_template
 from asyncrl.prompts.reading import Messages, Text, as_text, records, shown, value_at
-from asyncrl.sft import DemonstrationsSpec
 
 _CHUNK_ROWS = 1024  # tokenized together: per row, the calls would take longer than the work
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-import asyncrl.replay.events as ev
-from asyncrl.replay.book import Book
-from asyncrl.replay.order import ticket_seed
-from asyncrl.replay.records import Group
+import asyncrl.replay.log.events as ev
+from asyncrl.replay.ledger import Book
+from asyncrl.replay.plan import ticket_seed
+from asyncrl.replay.state import Group
 from asyncrl.types import Purpose, Ticket, Version
 
 TOO_OLD = "weights too old"

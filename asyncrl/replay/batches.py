@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
-import asyncrl.replay.events as ev
+import asyncrl.replay.log.events as ev
 from asyncrl.errors import CheckpointError, Closed, ConfigError, Fenced
-from asyncrl.replay.answers import TrainScore
-from asyncrl.replay.book import Book
-from asyncrl.replay.ledger import Ledger
-from asyncrl.replay.records import Group, Lease
+from asyncrl.replay.ledger import Book, Ledger
+from asyncrl.replay.log.rows import TrainScore
+from asyncrl.replay.state import Group, Lease
 from asyncrl.staleness import Staleness
 from asyncrl.types import BatchLease, Fence, Version, derive_seed
 

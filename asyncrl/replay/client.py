@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import asyncrl.replay.schema as schema
+import asyncrl.replay.log.rows as schema
 from asyncrl.errors import Closed, Unavailable
 from asyncrl.types import BatchLease, Fence, Key, Reserved, Rollout, Score, TrainRollout, UnscoredLease, Version
 

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import asyncrl.replay.events as ev
+import asyncrl.replay.log.events as ev
 from asyncrl.replay.admission import Admission, Holders
-from asyncrl.replay.answers import TrainScore
 from asyncrl.replay.batches import Batches
-from asyncrl.replay.book import Book
-from asyncrl.replay.evaluate import Evaluations
-from asyncrl.replay.ledger import Ledger
+from asyncrl.replay.evaluations import Evaluations
+from asyncrl.replay.ledger import Book, Ledger
+from asyncrl.replay.log.rows import TrainScore
 from asyncrl.replay.plan import Plan
 from asyncrl.replay.scoring import Scoring, Summary
 from asyncrl.types import BatchLease, Fence, Reserved, Score, StoreReport, Version

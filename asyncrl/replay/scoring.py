@@ -8,9 +8,9 @@ from itertools import count
 from msgspec import Struct
 from msgspec.structs import replace
 
-import asyncrl.replay.events as ev
-from asyncrl.replay.book import Book
-from asyncrl.replay.records import Group
+import asyncrl.replay.log.events as ev
+from asyncrl.replay.ledger import Book
+from asyncrl.replay.state import Group
 from asyncrl.types import Score, Version
 
 

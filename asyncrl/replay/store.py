@@ -12,21 +12,56 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
-import asyncrl.replay.schema as schema
+import asyncrl.replay.log.rows as schema
 from asyncrl.errors import AsyncRLError, Closed, Fenced, Unavailable
-from asyncrl.metrics import Ledger
 from asyncrl.replay.admission import TOO_OLD
-from asyncrl.replay.answers import LogSettings, RowLease, TrainRows
 from asyncrl.replay.core import Core
-from asyncrl.replay.log import ReplayLog, locked
+from asyncrl.replay.log.log import ReplayLog, locked
+from asyncrl.replay.log.rows import LogSettings, RowLease, TrainRows
 from asyncrl.replay.plan import Plan
-from asyncrl.replay.waiting import Waiters
+from asyncrl.report.timing import Ledger
 from asyncrl.types import BatchLease, Fence, Key, Reserved, Score, StoreReport, Version
+
+# ------------------------------------------------------------------------------------------- waiting
+# Waiters on several event loops, woken from any thread.
+
+
+class Waiters:
+    """Not locked by itself: `add` and `wake` are called under the owner's lock, so that no change falls between them."""
+
+    def __init__(self) -> None:
+        self._futures: set[asyncio.Future[None]] = set()
+
+    def add(self) -> "asyncio.Future[None]":
+        """A future on the running loop that the next `wake` resolves."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._futures.add(future)
+        return future
+
+    def discard(self, future: "asyncio.Future[None]") -> None:
+        self._futures.discard(future)
+
+    def wake(self) -> None:
+        futures, self._futures = self._futures, set()
+        for future in futures:
+            loop = future.get_loop()
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_resolve, future)
+
+    def __len__(self) -> int:
+        return len(self._futures)
+
+
+def _resolve(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
+
 
 T = TypeVar("T")
 _LOCK_WAIT_S = 10.0  # for a predecessor that was killed a moment ago
@@ -298,3 +333,32 @@ class ReplayStore:
         ledger = self._core.ledger
         trained = (g.id for c in ledger.commits.values() for g in c.groups)
         return {*ledger.groups, *trained, *(ledger.round.groups if ledger.round else ())}
+
+
+# --------------------------------------------------------------------------------------------- local
+# The store in this process, for who composes the stages by hand: a transport without Ray.
+
+
+class LocalTransport:
+    """Runs a ReplayStore on an event loop in a thread of its own; any thread may call. `close` ends both."""
+
+    def __init__(self, store: ReplayStore) -> None:
+        self._store = store
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="replay-store", daemon=True)
+        self._thread.start()
+
+    def __call__(self, method: str, *args: Any, timeout_s: float) -> Any:
+        """Blocks for the answer. Raises Unavailable after `timeout_s`; the store's own errors pass."""
+        future = asyncio.run_coroutine_threadsafe(getattr(self._store, method)(*args), self._loop)
+        try:
+            return future.result(timeout_s)
+        except FutureTimeout:
+            future.cancel()
+            raise Unavailable(f"store: no answer to {method} within {timeout_s:g} s") from None
+
+    def close(self) -> None:
+        self("close", timeout_s=60.0)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

@@ -1,18 +1,18 @@
 """How a user's reward function is called, by verl's convention or TRL's (reward/trl.py). What it answers: reward/results.py."""
 
+import asyncio
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import msgspec
 
-from asyncrl.callables import describe, load_callable
-from asyncrl.config import RewardStyle
+from asyncrl.config import RewardStyle, RewardTerm
+from asyncrl.config.callables import describe, load_callable
 from asyncrl.errors import ConfigError
 from asyncrl.reward.frames import Sample, Verdict
 from asyncrl.reward.results import read_result
-from asyncrl.reward.trl import awaited, is_trl, trl_call
 
 _NAMES = ("data_source", "solution_str", "ground_truth", "extra_info")
 _EXTRA_NAMES = ("response_ids", "turns")  # for functions that reward tokens or turns; given to those that name them
@@ -107,3 +107,136 @@ def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+# --------------------------------------------------------------------------------------------- terms
+# Several weighted rewards as one: the sum is the reward, and each value is a part under its name.
+
+
+def load_terms(terms: Sequence[RewardTerm]) -> Judge:
+    """Loads every function of `RewardSpec.terms()`. Raises ConfigError."""
+    judges = [load_judge(term.function, term.style, term.arguments) for term in terms]
+    return alone(judges[0]) if not terms[0].name else weighted(terms, judges)
+
+
+def alone(judge: Judge) -> Judge:
+    """One function, whose parts keep their names. Where it does not apply, nothing does: the sample is `invalid`."""
+
+    def verdict(sample: Sample) -> Verdict:
+        return _applied(judge(sample), True)
+
+    return verdict
+
+
+def weighted(terms: Sequence[RewardTerm], judges: Sequence[Judge]) -> Judge:
+    """The weighted sum of the rewards that apply to a sample, as in TRL (`reward_weights`, None left out).
+
+    Parts: each reward's unweighted value under the term's name, and its own parts under `name/part`. One failure makes the
+    sample `invalid`: a sum that lacks a reward would be another reward. The answer is that of the first term that has one.
+    What tokens earn is summed by the same weights.
+    """
+
+    def verdict(sample: Sample) -> Verdict:
+        total, parts, answer, applies = 0.0, dict[str, float](), None, False
+        earned: list[float] | None = None
+        for term, judge in zip(terms, judges, strict=True):
+            one = judge(sample)
+            if one.status != "ok":
+                return Verdict(one.status, error=f"{term.name}: {one.error}")
+            if one.reward is None:
+                continue
+            applies = True
+            total += term.weight * one.reward
+            parts[term.name] = one.reward
+            parts |= {f"{term.name}/{part}": value for part, value in one.parts.items()}
+            answer = one.answer if answer is None else answer
+            if one.token_rewards is not None:
+                before = earned or [0.0] * len(one.token_rewards)
+                earned = [sum_ + term.weight * more for sum_, more in zip(before, one.token_rewards, strict=True)]
+        return _applied(Verdict("ok", total, parts, answer=answer, token_rewards=earned), applies)
+
+    return verdict
+
+
+def _applied(verdict: Verdict, applies: bool) -> Verdict:
+    if verdict.status != "ok" or (applies and verdict.reward is not None):
+        return verdict
+    return Verdict("invalid", error="no reward function applies to this sample: each returned None for it")
+
+
+# ----------------------------------------------------------------------------------------------- trl
+# TRL's reward convention: `f(prompts, completions, **columns) -> list[float | None]`, called with lists of one.
+# As `GRPOTrainer` of TRL does (huggingface.co/docs/trl/grpo_trainer, "Using a custom reward function"): everything by
+# keyword; completions are texts or, where the prompt is chat messages, lists with one assistant message; every column of
+# the dataset but the prompt comes as a list too; `async def` is awaited. There is no `trainer_state`: rewards are scored
+# apart from the learner. A function that compares the members of a batch with each other sees one of them here.
+
+_OWN = ("prompts", "completions", "completion_ids")
+
+
+def is_trl(function: Callable[..., Any]) -> bool:
+    """Whether a parameter has a name that only TRL's convention knows, and none has verl's."""
+    try:
+        names = set(inspect.signature(function).parameters)
+    except ValueError:
+        return False
+    return "solution_str" not in names and not names.isdisjoint(_OWN)
+
+
+def trl_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[[Sample], Any]:
+    """What asks `function` about one sample: its one value, None where it says that it does not apply.
+
+    The metrics that it logs through `log_metric` come with the value, in a dict with `score`. arguments: more keywords, passed
+    as they are. Raises TypeError for a column that the row lacks, ValueError for an answer that is no list of one; and whatever
+    the function raises.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    required = [p.name for p in parameters if p.name in known and p.default is p.empty]
+
+    def ask(sample: Sample) -> Any:
+        metrics: dict[str, Any] = {}
+        values = {**_columns(sample), "log_extra": _ignore, "log_metric": metrics.__setitem__, **arguments}
+        if missing := [name for name in required if name not in values]:
+            raise TypeError(f"it takes {missing}, which the dataset row does not have; its columns are {sorted(values)}")
+        result = awaited(function(**{name: value for name, value in values.items() if open_ended or name in known}))
+        try:
+            [value] = result
+        except (TypeError, ValueError):
+            raise ValueError(f"returned {result!r:.100} for one completion; expected a list of one number or None") from None
+        return {**metrics, "score": value} if metrics and value is not None else value
+
+    return ask
+
+
+def awaited(result: Any) -> Any:
+    """The result of a function, run to its end if it is an `async def`."""
+    return asyncio.run(_await(result)) if inspect.isawaitable(result) else result
+
+
+async def _await(result: Awaitable[Any]) -> Any:
+    return await result
+
+
+def _ignore(column: str, values: list[Any]) -> None:
+    """`log_extra`: TRL's table of completions; here the replay log holds them all."""
+
+
+def _columns(sample: Sample) -> dict[str, Any]:
+    """What the row says, as TRL would pass it, each a list of one; and verl's three, where no column has their name."""
+    record = _json.decode(sample.record)
+    prompt = record.pop("prompt", None)
+    record.pop("completion", None)  # a column of supervised data sets, which TRL does not pass either
+    text = sample.solution_str
+    verls = {
+        "data_source": sample.data_source,
+        "ground_truth": _json.decode(sample.ground_truth),
+        "extra_info": _json.decode(sample.extra_info),
+    }
+    return {
+        **{name: [value] for name, value in {**verls, **record}.items()},
+        "prompts": [prompt],
+        "completions": [[{"role": "assistant", "content": text}] if isinstance(prompt, list) else text],
+        "completion_ids": [sample.response_ids],
+    }

@@ -15,8 +15,7 @@ import msgspec
 from asyncrl.config import RewardTerm
 from asyncrl.errors import ConfigError
 from asyncrl.reward.frames import Broken, FrameReader, Ready, Verdict, frame, samples
-from asyncrl.reward.functions import Judge
-from asyncrl.reward.terms import load_terms
+from asyncrl.reward.functions import Judge, load_terms
 
 
 def main(terms: str, lifeline: int) -> int:

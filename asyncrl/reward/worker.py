@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from asyncrl.errors import Closed
 from asyncrl.interfaces import RewardStore
-from asyncrl.metrics import Ledger
+from asyncrl.report.timing import Ledger
 from asyncrl.reward.frames import Sample, Verdict
 from asyncrl.reward.pool import RewardPool
 from asyncrl.rundir import redact

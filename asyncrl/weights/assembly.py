@@ -7,7 +7,8 @@ import torch
 
 from asyncrl.errors import BadTransfer
 from asyncrl.types import Version
-from asyncrl.weights import codec, shm
+from asyncrl.weights import layout as codec
+from asyncrl.weights import shm
 from asyncrl.weights.messages import Manifest
 
 

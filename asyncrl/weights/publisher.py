@@ -16,10 +16,10 @@ from msgspec.structs import replace
 from asyncrl.errors import Closed, Unavailable
 from asyncrl.interfaces import Tensors
 from asyncrl.types import Version
-from asyncrl.weights import codec, shm
+from asyncrl.weights import layout as codec
+from asyncrl.weights import shm
 from asyncrl.weights.messages import Manifest
-from asyncrl.weights.serving import Serving
-from asyncrl.weights.shelf import Live
+from asyncrl.weights.serving import Live, Serving
 from asyncrl.weights.sockets import Address, Server, Waker
 
 SEAL_TIMEOUT_S = 600.0  # how long publish waits for the checksums of the version before

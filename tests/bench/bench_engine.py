@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from asyncrl.generate.torch_engine import TorchEngine
+from asyncrl.generate.embedded.engine import TorchEngine
 from asyncrl.models.loading import named_weights
 from asyncrl.types import GenerationRequest, Sampling, Version
 

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from asyncrl.config import AlgorithmSpec, LearnerSpec
+from asyncrl.config import AlgorithmSpec, LearnerSpec, OptimizerSpec
 from asyncrl.learn.sft import SupervisedTrainer, example, fit
 from asyncrl.learn.trainer import PolicyTrainer
-from asyncrl.learning import OptimizerSpec
 from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
 

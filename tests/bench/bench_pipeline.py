@@ -22,10 +22,10 @@ from msgspec.structs import replace
 
 from asyncrl import Recipe, Trainer
 from asyncrl.config import EvaluationSpec, StalenessSpec
-from asyncrl.generate.torch_engine import TorchEngine
+from asyncrl.config.paths import resolve_paths
+from asyncrl.generate.embedded.engine import TorchEngine
 from asyncrl.learn.trainer import PolicyTrainer
 from asyncrl.models.loading import load_model, named_weights
-from asyncrl.paths import resolve_paths
 from asyncrl.prompts.dataset import PromptFile
 from asyncrl.rundir import RunDir
 from asyncrl.types import GenerationRequest, Sampling, TrainRollout, Version

@@ -27,8 +27,7 @@ import msgspec
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from asyncrl.config import ModelSpec
-from asyncrl.deployment import EngineSpec, LimitsSpec, PlaceSpec, SGLangSpec, UpdateMode
+from asyncrl.config import EngineSpec, LimitsSpec, ModelSpec, PlaceSpec, SGLangSpec, UpdateMode
 from asyncrl.generate.generator import Generator
 from asyncrl.generate.sglang.build import sglang_engine
 from asyncrl.generate.sglang.engine import SGLangEngine

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from asyncrl.replay import schema
 from asyncrl.replay.client import ReplayClient
-from asyncrl.replay.keep import keep_all
-from asyncrl.replay.plan import Grouping, Plan, Source
+from asyncrl.replay.log import rows as schema
+from asyncrl.replay.plan import Grouping, Plan, Source, keep_all
 from asyncrl.replay.store import LogSettings, ReplayStore
 from asyncrl.staleness import Staleness
 from asyncrl.types import Prompt, Rollout, Sampling, Score, Span, Ticket, Version

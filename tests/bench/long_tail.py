@@ -139,8 +139,8 @@ def make_model(seed: int) -> "Qwen3ForCausalLM":
 
 def _warm_up(model: "Qwen3ForCausalLM", tokenizer: "PreTrainedTokenizerFast", seed: int) -> None:
     """Supervised learning on careless demonstrations of every length."""
+    from asyncrl.config import OptimizerSpec
     from asyncrl.learn import sft
-    from asyncrl.learning import OptimizerSpec
 
     rng = random.Random(seed)
     examples = []

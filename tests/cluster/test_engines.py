@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from asyncrl.cluster.engines import check_engine
-from asyncrl.deployment import Deployment, EngineSpec, GeneratorsSpec, SGLangSpec
+from asyncrl.config import Deployment, EngineSpec, GeneratorsSpec, SGLangSpec
 from asyncrl.errors import ConfigError
 
 

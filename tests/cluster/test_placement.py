@@ -1,7 +1,7 @@
 import pytest
 
 from asyncrl.cluster.placement import demand, reserve
-from asyncrl.deployment import PlaceSpec
+from asyncrl.config import PlaceSpec
 from asyncrl.errors import PlacementError
 
 

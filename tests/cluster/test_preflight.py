@@ -11,17 +11,20 @@ from asyncrl.config import (
     AlgorithmSpec,
     CriticSpec,
     DataSpec,
+    Deployment,
+    EngineSpec,
     EvaluationSpec,
+    GeneratorsSpec,
     LearnerSpec,
     ModelSpec,
     Recipe,
     RewardSpec,
     SamplingSpec,
+    SGLangSpec,
     StalenessSpec,
 )
-from asyncrl.deployment import Deployment, EngineSpec, GeneratorsSpec, SGLangSpec
+from asyncrl.config.paths import resolve_paths
 from asyncrl.errors import ConfigError, DataError
-from asyncrl.paths import resolve_paths
 from asyncrl.rundir import RunDir
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from asyncrl.cluster.resources import check_placement, count_gpus
-from asyncrl.deployment import Deployment, GeneratorsSpec, LearnerPlaceSpec, PlaceSpec
+from asyncrl.config import Deployment, GeneratorsSpec, LearnerPlaceSpec, PlaceSpec
 from asyncrl.errors import ConfigError
 
 

@@ -5,8 +5,7 @@ import json
 import pytest
 
 from asyncrl import launch
-from asyncrl.config import RewardSpec
-from asyncrl.deployment import Deployment, GeneratorsSpec, LimitsSpec, PlaceSpec
+from asyncrl.config import Deployment, GeneratorsSpec, LimitsSpec, PlaceSpec, RewardSpec
 from asyncrl.errors import AsyncRLError, ConfigError, PlacementError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]

@@ -9,18 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from asyncrl.errors import Closed, Unavailable
-from asyncrl.types import (
-    Generation,
-    GenerationRequest,
-    Prompt,
-    Reserved,
-    Rollout,
-    Sampling,
-    Span,
-    SwapReport,
-    Ticket,
-    Version,
-)
+from asyncrl.types import Generation, GenerationRequest, Prompt, Reserved, Rollout, Sampling, Span, SwapReport, Ticket, Version
 
 WAIT_S = 10.0  # bound of every wait in the tests
 

@@ -10,8 +10,8 @@ from msgspec.structs import replace
 from transformers import PreTrainedModel
 
 from asyncrl.errors import Closed, Fenced, Unavailable
+from asyncrl.generate.embedded.engine import TorchEngine
 from asyncrl.generate.generator import Generator
-from asyncrl.generate.torch_engine import TorchEngine
 from asyncrl.models.loading import named_weights
 from asyncrl.types import Span, Ticket, Version
 

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from asyncrl.config import AlgorithmSpec, LearnerSpec
-from asyncrl.generate.torch_engine import TorchEngine
+from asyncrl.generate.embedded.engine import TorchEngine
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.trainer import PolicyTrainer
 from asyncrl.models.loading import named_weights

@@ -17,8 +17,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from asyncrl.config import ModelSpec
-from asyncrl.deployment import EngineSpec, LimitsSpec, PlaceSpec, SGLangSpec
+from asyncrl.config import EngineSpec, LimitsSpec, ModelSpec, PlaceSpec, SGLangSpec
 from asyncrl.generate.sglang.build import sglang_engine
 from asyncrl.generate.sglang.engine import SGLangEngine
 from asyncrl.models.loading import load_model, named_weights

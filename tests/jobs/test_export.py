@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from asyncrl.config import DataSpec, ModelSpec, Recipe, RewardSpec
 from asyncrl.errors import CheckpointError, ConfigError
 from asyncrl.jobs.export import add_arguments, main
-from asyncrl.jobs.policies import locate
 from asyncrl.learn.checkpoint import Checkpoints
+from asyncrl.learn.policies import locate
 from asyncrl.rundir import RunDir
 from asyncrl.types import Version
 

@@ -7,12 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncrl.cli import main
+from asyncrl.config import DemonstrationsSpec, ModelSpec, OptimizerSpec, SFTSpec
 from asyncrl.errors import ConfigError, DataError
-from asyncrl.jobs.journal import Lines
 from asyncrl.jobs.sft import train
 from asyncrl.learn.sft import SupervisedTrainer, example, fit
-from asyncrl.learning import ModelSpec, OptimizerSpec
-from asyncrl.sft import DemonstrationsSpec, SFTSpec
+from asyncrl.learn.sft_run import Lines
 
 SUMS = [(left, right) for left in range(4) for right in range(5)]
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from asyncrl.config import AlgorithmSpec, CriticSpec, LearnerSpec
 from asyncrl.learn.critic import Critic
-from asyncrl.learn.refused import RefusedSteps
 from asyncrl.learn.trainer import PolicyTrainer
+from asyncrl.learn.update import RefusedSteps
 from asyncrl.models.value import OwnValues, SharedValues
 from asyncrl.staleness import Staleness
 from asyncrl.types import BatchLease, Fence, TrainRollout, Version

@@ -1,9 +1,16 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from asyncrl.learn.batch import make_batch, minibatches
-from asyncrl.learn.estimators import ESTIMATORS
+from asyncrl.algorithms.estimators import ESTIMATORS
+from asyncrl.learn.batch import make_batch, minibatches, split_into_packs
+from asyncrl.learn.metrics import rollout_metrics
+from asyncrl.models.packed import TokenSequence, make_pack
 from asyncrl.staleness import Staleness
+
+""""""
+
 
 BOUND = Staleness(max_lag=2, batch_groups=2)
 grpo_no_std = ESTIMATORS["grpo_no_std"]
@@ -60,3 +67,81 @@ def test_minibatches_keep_groups_whole_and_in_order() -> None:
     assert minibatches(groups, 2) == [[0, 1, 2, 5], [3, 4, 6]]
     assert minibatches(groups, None) == [[0, 1, 2, 3, 4, 5, 6]]
     assert minibatches(np.array([], dtype=np.int64), None) == minibatches(np.array([], dtype=np.int64), 2) == []
+
+
+# --------------------------------------------------------------------------------------------- packing
+#
+
+
+def plain(length: int) -> TokenSequence:
+    """A sequence that needs `length` input tokens."""
+    return TokenSequence(np.arange(length + 1), np.array([length]))
+
+
+def test_by_hand_few_and_even() -> None:
+    sequences = [plain(n) for n in (4, 1, 3, 2, 2)]  # 12 tokens, at most 7 a pack: two packs
+    assert split_into_packs(sequences, range(5), 7) == [[1, 3, 4], [2, 0]]  # 1 + 2 + 2 and 3 + 4
+
+
+def test_a_sequence_longer_than_the_bound_is_alone() -> None:
+    assert split_into_packs([plain(3), plain(50), plain(3)], range(3), 8) == [[0, 2], [1]]
+
+
+def test_nothing_to_pack() -> None:
+    assert split_into_packs([], [], 8) == []
+
+
+def test_rollouts_of_one_prompt_stay_together_and_its_prompt_counts_once() -> None:
+    prompts = [np.full(9, 1), np.full(9, 2)]
+    sequences = [TokenSequence(np.append(prompts[i % 2], [5, i]), np.array([9, 10]), 8) for i in range(6)]
+    packs = split_into_packs(sequences, range(6), 14)  # a prompt's 8 shared tokens + 3 rollouts of 2 own tokens
+    assert packs == [[0, 2, 4], [1, 3, 5]]
+
+
+@given(st.lists(st.integers(1, 30), max_size=40), st.integers(5, 60))
+def test_every_sequence_once_and_within_the_bound(lengths: list[int], bound: int) -> None:
+    sequences = [plain(n) for n in lengths]
+    packs = split_into_packs(sequences, range(len(lengths)), bound)
+    assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
+    for pack in packs:
+        tokens = len(make_pack(sequences, pack).input_ids_u)
+        assert tokens <= max(bound, max(lengths[i] for i in pack) if len(pack) == 1 else 0)
+
+
+def test_a_batch_by_hand(make_rollout) -> None:
+    """Update 7 is past the bound: what its token earned, 1, counts for the rollout and for no token."""
+    first = make_rollout(5, 0, updates=(7, 8, 10), reward=3.0, token_rewards=np.array([1.0, 2.0, 4.0]))
+    tool = make_rollout(
+        5, 1, updates=(9, 9), reward=1.0, loss_mask=np.array([True, False]), token_rewards=np.array([0.5, 0.25])
+    )
+    old = make_rollout(6, 0, updates=(0, 0), reward=0.0, token_rewards=np.array([1.0, 1.0]))
+    plain = make_rollout(6, 1, updates=(10,), reward=6.0)
+    batch = make_batch([first, tool, old, plain], BOUND, 10, ESTIMATORS["grpo_no_std"])
+    assert batch.outcomes.rewards_s.tolist() == [3.0, 1.0, 0.0, 6.0]
+    assert batch.outcomes.shaping_n is not None
+    assert batch.outcomes.shaping_n.tolist() == [2.0, 4.0, 0.75, 0.0]
+    assert batch.outcomes.before_s is not None
+    assert batch.outcomes.before_s.tolist() == [1.0, 0.0, 2.0, 0.0]
+    # In all 10 and 1.75, mean 5.875; 2 and 6, mean 4.
+    assert batch.advantages_n.tolist() == [4.125, 4.125, -4.125, 2.0]
+    assert batch.outcomes.baselines_s is None
+
+
+def test_remax_by_hand(make_rollout) -> None:
+    """Returns 3 + 2 + 4, 3 + 4 against a baseline of 5; 1 against the same; 6 against 8."""
+    rollouts = [
+        make_rollout(5, 0, updates=(7, 8, 10), reward=3.0, token_rewards=np.array([1.0, 2.0, 4.0]), baseline=5.0),
+        make_rollout(5, 1, updates=(9,), reward=1.0, baseline=5.0),
+        make_rollout(6, 0, updates=(10,), reward=6.0, baseline=8.0),
+    ]
+    assert make_batch(rollouts, BOUND, 10, ESTIMATORS["remax"]).advantages_n.tolist() == [4.0, 2.0, -4.0, -2.0]
+    figures = rollout_metrics(rollouts)
+    assert (figures["reward/mean"], figures["reward/token_sum"]) == pytest.approx((10 / 3, 7 / 3))
+    assert figures["reward/baseline"] == 6.5  # of the two prompts
+    assert figures["samples"] == 3.0
+
+
+def test_without_token_rewards_nothing_is_said_of_them(make_rollouts) -> None:
+    batch = make_batch(make_rollouts(), BOUND, 0, ESTIMATORS["grpo"])
+    assert batch.outcomes.shaping_n is batch.outcomes.before_s is None
+    assert not {"reward/token_sum", "reward/baseline"} & rollout_metrics(make_rollouts()).keys()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from asyncrl.learn.kl import adapted
+from asyncrl.algorithms.kl import adapted
 from asyncrl.types import TrainRollout
 
 TEMPERATURE = 0.8  # as in make_trainer

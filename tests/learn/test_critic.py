@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from asyncrl.algorithms.advantages import whitened
 from asyncrl.errors import CheckpointError, ConfigError, NonFinite
 from asyncrl.learn.checkpoint import Checkpoints
-from asyncrl.learn.token_advantages import whitened
 from asyncrl.rundir import RunDir
 from asyncrl.types import TrainRollout, Version
 

@@ -1,11 +1,12 @@
+""""""
+
 import math
 
 import pytest
 import torch
 
-from asyncrl.config import LearnerSpec
-from asyncrl.learn.optimizer import Optimization, step
-from asyncrl.learning import CriticSpec
+from asyncrl.config import CriticSpec, LearnerSpec
+from asyncrl.learn.optimizer import Optimization, learning_rate, step
 
 
 def one_weight(lr: float = 0.1, **fields) -> tuple[torch.nn.Linear, Optimization]:
@@ -49,3 +50,18 @@ def test_no_clipping_at_zero_and_a_warning_for_half_precision(caplog: pytest.Log
     assert caplog.records == []
     Optimization(torch.nn.Linear(1, 1).bfloat16(), LearnerSpec(lr=1e-6), 10, "learner.lr")
     assert "learner.lr=1e-06 may train nothing" in caplog.text
+
+
+# -------------------------------------------------------------------------------------------- schedule
+#
+
+
+def test_warmup_then_constant() -> None:
+    spec = LearnerSpec(lr=1.0, warmup_steps=4)
+    assert [learning_rate(spec, c, 100) for c in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+
+
+def test_cosine_falls_to_its_floor_and_stays() -> None:
+    spec = LearnerSpec(lr=2.0, warmup_steps=2, lr_schedule="cosine", min_lr_ratio=0.1)
+    rates = [learning_rate(spec, c, 12) for c in (2, 7, 12, 30)]
+    assert rates == pytest.approx([2.0, 1.1, 0.2, 0.2])  # half way: the mean of 2 and 0.2

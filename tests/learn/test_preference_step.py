@@ -7,8 +7,8 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from asyncrl.algorithms.preferences import desirability, dpo, kto, rank_pairs
 from asyncrl.errors import ConfigError
-from asyncrl.learn.preferences import desirability, dpo, kto, rank_pairs
 from asyncrl.types import TrainRollout
 
 TEMPERATURE = 0.8  # as in make_trainer

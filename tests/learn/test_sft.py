@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from asyncrl.config import OptimizerSpec
 from asyncrl.errors import ConfigError, NonFinite
 from asyncrl.learn.sft import SupervisedTrainer, batches, example, fit
-from asyncrl.learning import OptimizerSpec
 from asyncrl.models.packed import TokenSequence
 
 

@@ -1,6 +1,7 @@
 """Whole updates: against a plain float64 step, and invariant to everything that must not matter."""
 
 import math
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,11 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from asyncrl.algorithms.advantages import grpo
 from asyncrl.errors import ConfigError, NonFinite
-from asyncrl.learn.advantages import grpo
+from asyncrl.learn.checkpoint import Checkpoints
+from asyncrl.rundir import RunDir
+from asyncrl.types import Version
 
 TEMPERATURE = 0.8  # as in make_trainer
 
@@ -225,3 +229,32 @@ def test_too_many_refused_steps_in_a_row_stop_the_run(make_trainer, make_rollout
     trainer.update(bad, 2)
     with pytest.raises(NonFinite, match="the loss is nan in update 4: 2 optimizer steps refused in a row"):
         trainer.update(bad, 3)
+
+
+def test_the_estimator_sees_normalized_rewards_and_the_log_the_real_ones(make_trainer, make_rollouts) -> None:
+    """`grpo_no_std` keeps the scale: advantages are those of rewards divided by the batch's standard deviation."""
+    rollouts = make_rollouts()
+    spread = statistics.stdev(r.reward for r in rollouts)
+    plain, scaled = (
+        make_trainer(algorithm={"adv_estimator": "grpo_no_std", "reward_normalization": kind}, learner={"lr": 0.0})
+        for kind in ("none", "batch")
+    )
+    first, second = plain.update(rollouts, 1), scaled.update(rollouts, 1)
+    assert second["actor/pg_loss"] == pytest.approx(first["actor/pg_loss"] / spread, rel=1e-5)
+    assert second["reward/mean"] == first["reward/mean"] == pytest.approx(statistics.fmean(r.reward for r in rollouts))
+
+
+def test_running_moments_survive_a_checkpoint_to_the_bit(make_trainer, make_rollouts, tmp_path) -> None:
+    algorithm = {"adv_estimator": "rloo", "reward_normalization": "running"}
+    going, resumed = make_trainer(algorithm=algorithm, max_lag=9), make_trainer(algorithm=algorithm, max_lag=9)
+    going.update(make_rollouts(seed=1), 0)
+    checkpoints = Checkpoints(RunDir(tmp_path / "run"), 1)
+    checkpoints.save(going.model, going.optimizer, Version(1, 1), going.state)
+    resumed.update(make_rollouts(seed=5), 0)  # what a restore must overwrite
+    assert checkpoints.restore(resumed.model, resumed.optimizer, state=resumed.state) == 1
+    for trainer in (going, resumed):
+        trainer.update(make_rollouts(seed=2), 1)
+    assert resumed.state == going.state
+    assert going.state["reward_count"] == 24
+    for a, b in zip(going.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)

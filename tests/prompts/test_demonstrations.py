@@ -5,9 +5,9 @@ import json
 import jinja2
 import pytest
 
+from asyncrl.config import DemonstrationsSpec
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.prompts.demonstrations import check_demonstrations, read_demonstrations
-from asyncrl.sft import DemonstrationsSpec
 
 CHAT = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 BARE = CHAT.replace("}|{", "}{")  # no token ends a turn

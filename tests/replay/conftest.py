@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from asyncrl.replay.core import Core
-from asyncrl.replay.keep import keep_all
-from asyncrl.replay.plan import Evaluation, Grouping, Plan, Source
+from asyncrl.replay.plan import Evaluation, Grouping, Plan, Source, keep_all
 from asyncrl.replay.scoring import Summary
 from asyncrl.staleness import Staleness
 from asyncrl.types import Prompt, Rollout, Sampling, Score, Span, Ticket, Version

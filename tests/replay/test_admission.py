@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from asyncrl.errors import ConfigError
-from asyncrl.replay.order import ticket_seed
+from asyncrl.replay.plan import ticket_seed
 from asyncrl.types import Version
 
 

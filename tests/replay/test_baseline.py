@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from asyncrl.replay.answers import TrainScore
-from asyncrl.replay.keep import keep_varied
+from asyncrl.replay.log.rows import TrainScore
+from asyncrl.replay.plan import keep_varied
 from asyncrl.types import Version
 
 

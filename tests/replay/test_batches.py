@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from asyncrl.errors import CheckpointError, Closed, ConfigError, Fenced
-from asyncrl.replay.keep import keep_varied
+from asyncrl.replay.plan import keep_varied
 from asyncrl.types import Version
 
 

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from asyncrl.replay import events as ev
-from asyncrl.replay.answers import TrainScore
 from asyncrl.replay.core import Core
-from asyncrl.replay.keep import keep_varied
+from asyncrl.replay.log import events as ev
+from asyncrl.replay.log.rows import TrainScore
+from asyncrl.replay.plan import keep_varied
 from asyncrl.replay.scoring import Summary
 from asyncrl.types import Score, Ticket, Version
 

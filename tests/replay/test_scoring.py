@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from asyncrl.replay.keep import KEEPS
+from asyncrl.replay.plan import KEEPS
 from asyncrl.types import Score
 
 

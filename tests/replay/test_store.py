@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from asyncrl.errors import Closed, DataError, Fenced, Unavailable
-from asyncrl.replay import schema
+from asyncrl.replay.log import rows as schema
 from asyncrl.replay.store import LogSettings, ReplayStore
 from asyncrl.types import Key, Version
 

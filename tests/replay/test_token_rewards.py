@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from asyncrl.replay import schema
 from asyncrl.replay.client import ReplayClient
-from asyncrl.replay.reader import ReplayReader
+from asyncrl.replay.log import rows as schema
+from asyncrl.replay.log.reader import ReplayReader
 from asyncrl.replay.store import LogSettings, ReplayStore
 from asyncrl.types import TrainRollout, Version
 

@@ -1,8 +1,15 @@
+""""""
+
+import asyncio
+import json
+
 import pytest
 
+from asyncrl.config import RewardSpec, RewardTerm
 from asyncrl.errors import ConfigError
 from asyncrl.reward.frames import Sample, Verdict
-from asyncrl.reward.functions import judge, load_judge
+from asyncrl.reward.functions import alone, is_trl, judge, load_judge, load_terms, weighted
+from asyncrl.reward.pool import RewardPool
 
 SAMPLE = Sample("gsm8k", "it is #### 72", '"72"', '{"index":3}')
 
@@ -107,3 +114,223 @@ def test_a_gsm8k_compute_score_file(tmp_path):
     assert score(Sample("openai/gsm8k", "so 1,172 of them\n#### 1,172", '"1172"', "null")) == Verdict("ok", 1.0, {"acc": 1.0})
     assert score(Sample("openai/gsm8k", "#### 7", '"1172"', "null")) == Verdict("ok", 0.0, {"acc": 0.0})
     assert score(Sample("openai/gsm8k", "no idea", '"1172"', "null")) == Verdict("ok", 0.0)
+
+
+# ----------------------------------------------------------------------------------------------- terms
+#
+
+SOURCE = """
+def right(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": float(solution_str == ground_truth), "digits": len(solution_str), "pred": solution_str}
+
+def short(completions, limit, **kwargs):
+    if not completions[0]:
+        return [None]
+    return [float(len(completions[0]) <= limit)]
+
+def breaks(data_source, solution_str, ground_truth, extra_info=None):
+    raise ValueError("no")
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "rewards.py"
+    path.write_text(SOURCE)
+    return str(path)
+
+
+def terms(file, **weights):
+    functions = [
+        RewardTerm(function=f"{file}:{name}", weight=weight, arguments={"limit": 2} if name == "short" else {})
+        for name, weight in weights.items()
+    ]
+    return RewardSpec(functions=tuple(functions)).terms()
+
+
+def sample(text):
+    return Sample("sums", text, '"12"', "null")
+
+
+def test_the_reward_is_the_weighted_sum_and_the_parts_are_named(file):
+    score = load_terms(terms(file, right=2.0, short=0.5))
+    assert score(sample("12")) == Verdict("ok", 2.5, {"right": 1.0, "right/digits": 2.0, "short": 1.0}, answer="12")
+    assert score(sample("134")) == Verdict("ok", 0.0, {"right": 0.0, "right/digits": 3.0, "short": 0.0}, answer="134")
+
+
+def test_what_tokens_earn_is_summed_by_the_same_weights():
+    judges = [
+        lambda sample: Verdict("ok", 1.0, token_rewards=[1.0, 2.0]),
+        lambda sample: Verdict("ok", 1.0),
+        lambda sample: Verdict("ok", 0.0, token_rewards=[0.0, 4.0]),
+    ]
+    named = [RewardTerm(function="m:f", name=name, weight=weight) for name, weight in (("a", 2.0), ("b", 1.0), ("c", -0.5))]
+    assert weighted(named, judges)(sample("")).token_rewards == [2.0, 2.0]
+    assert weighted(named[1:2], judges[1:2])(sample("")).token_rewards is None
+    assert alone(judges[0])(sample("")).token_rewards == [1.0, 2.0]
+
+
+def test_what_does_not_apply_is_left_out_of_sum_and_parts(file):
+    score = load_terms(terms(file, right=-1.0, short=0.5))
+    assert score(sample("")) == Verdict("ok", 0.0, {"right": 0.0, "right/digits": 0.0}, answer="")
+
+
+def test_one_failure_makes_the_sample_invalid_and_names_the_function(file):
+    verdict = load_terms(terms(file, right=1.0, breaks=1.0))(sample("12"))
+    assert (verdict.status, verdict.reward, verdict.parts) == ("invalid", None, {})
+    assert verdict.error.startswith("breaks: ValueError: no")
+
+
+def test_a_sample_to_which_nothing_applies_is_invalid():
+    nothing = lambda sample: Verdict("ok")  # noqa: E731
+    term = RewardTerm(function="m:f", name="f")
+    for score in (alone(nothing), weighted([term], [nothing])):
+        assert score(sample("")) == Verdict(
+            "invalid", error="no reward function applies to this sample: each returned None for it"
+        )
+
+
+def test_a_single_function_keeps_the_names_of_its_parts(file):
+    score = load_terms(RewardSpec(function=f"{file}:right").terms())
+    assert score(sample("12")) == Verdict("ok", 1.0, {"digits": 2.0}, answer="12")
+
+
+def test_terms_travel_to_the_scoring_process(file):
+    with RewardPool[int](terms(file, right=1.0, short=0.25)) as pool:
+        [verdict] = pool.map([sample("12")])
+    assert (verdict.reward, verdict.parts["short"], verdict.answer) == (1.25, 1.0, "12")
+
+
+def test_one_function_that_is_missing_fails_the_pool(file):
+    with pytest.raises(ConfigError, match="did you mean 'short'"), RewardPool[int](terms(file, right=1.0, shorty=1.0)):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------- trl
+#
+
+CHAT = [{"role": "user", "content": "6 + 6?"}]
+ROW = {"solution": "12", "level": 3, "prompt": CHAT}
+
+
+def trl_sample(text, row=ROW, truth="null"):
+    return Sample("sums", text, truth, '{"index":7}', json.dumps(row), [5, 6])
+
+
+def completions_only(completions, **kwargs):
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+
+def every_keyword(prompts, completions, completion_ids, solution, level, data_source, ground_truth, extra_info):
+    assert prompts == [CHAT]
+    assert completions == [[{"role": "assistant", "content": "12"}]]
+    assert (completion_ids, solution, level) == ([[5, 6]], ["12"], [3])
+    assert (data_source, ground_truth, extra_info) == (["sums"], [None], [{"index": 7}])
+    return [2.0]
+
+
+def ids_only(completion_ids, **kwargs):
+    return [len(ids) for ids in completion_ids]
+
+
+def takes_all(prompts, completions, **kwargs):
+    columns = {"completion_ids", "solution", "level", "data_source", "ground_truth", "extra_info"}
+    assert set(kwargs) == columns | {"log_extra", "log_metric"}
+    return [2.0]
+
+
+async def waits(completions, **kwargs):
+    await asyncio.sleep(0)
+    return [2.0]
+
+
+class Instance:
+    def __call__(self, completion_ids, **kwargs):
+        return [float(len(completion_ids[0]))]
+
+
+@pytest.mark.parametrize("function", [completions_only, every_keyword, ids_only, takes_all, waits, Instance()])
+def test_it_is_called_as_trl_calls_it(function):
+    assert is_trl(function)
+    assert judge(function)(trl_sample("12")) == Verdict("ok", 2.0)
+
+
+def test_metrics_that_it_logs_become_parts():
+    def logs(completions, log_extra=None, log_metric=None, **kwargs):
+        log_extra("seen", completions)
+        log_metric("words", 3.0)
+        return [0.5]
+
+    assert judge(logs)(trl_sample("12")) == Verdict("ok", 0.5, {"words": 3.0})
+
+
+def test_what_only_a_trainer_knows_is_named():
+    def scheduled(completions, trainer_state, **kwargs):
+        return [1.0]
+
+    assert "it takes ['trainer_state'], which the dataset row does not have" in judge(scheduled)(trl_sample("12")).error
+
+
+def test_a_plain_prompt_has_plain_completions():
+    def starts(prompts, completions, **kwargs):
+        return [float(prompt == "6+6=" and completion == "12") for prompt, completion in zip(prompts, completions, strict=True)]
+
+    assert judge(starts)(trl_sample("12", {"prompt": "6+6="})) == Verdict("ok", 1.0)
+
+
+def test_none_is_no_failure_and_no_reward():
+    assert judge(lambda completions, **kwargs: [None])(trl_sample("x")) == Verdict("ok", None)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda completions, level, rating, **kwargs: [1.0], "takes ['rating'], which the dataset row does not have; its col"),
+        (lambda completions, **kwargs: 1.0, "returned 1.0 for one completion; expected a list of one number or None"),
+        (lambda completions, **kwargs: [], "returned [] for one completion"),
+        (lambda completions, **kwargs: ["good"], "returned str 'good'; expected a finite number"),
+        (lambda completions, **kwargs: [float("nan")], "returned nan"),
+    ],
+)
+def test_answers_that_are_no_reward_are_invalid(function, words):
+    verdict = judge(function)(trl_sample("12"))
+    assert (verdict.status, verdict.reward) == ("invalid", None)
+    assert words in verdict.error
+
+
+def test_the_style_can_be_said_where_the_parameters_do_not_tell():
+    def opaque(**fields):
+        return [1.0] if "completions" in fields else 0.25
+
+    assert judge(opaque)(trl_sample("x")).reward == 0.25
+    assert judge(opaque, style="trl")(trl_sample("x")).reward == 1.0
+
+
+def test_arguments_are_passed_as_they_are_in_both_styles():
+    def of_trl(completions, scale, **kwargs):
+        return [scale]
+
+    def of_verl(data_source, solution_str, ground_truth, extra_info=None, *, scale):
+        return scale
+
+    assert judge(of_trl, arguments={"scale": 0.5})(trl_sample("x")).reward == 0.5
+    assert judge(of_verl, arguments={"scale": 0.5})(trl_sample("x")).reward == 0.5
+
+
+# The example of TRL's documentation, as a user has it in a file.
+DOCUMENTED = '''
+import re
+
+def reward_func(completions, ground_truth, **kwargs):
+    """Rewards what stands in the box."""
+    matches = [re.search(r"\\\\boxed\\{(.*?)\\}", completion) for completion in completions]
+    contents = [match.group(1) if match else "" for match in matches]
+    return [1.0 if c == gt else 0.0 for c, gt in zip(contents, ground_truth)]
+'''
+
+
+def test_a_file_in_trls_convention(tmp_path):
+    (tmp_path / "boxed.py").write_text(DOCUMENTED)
+    score = load_judge(f"{tmp_path}/boxed.py:reward_func")
+    assert score(trl_sample(r"so \boxed{12}", {"prompt": "6+6="}, truth='"12"')) == Verdict("ok", 1.0)
+    assert score(trl_sample(r"so \boxed{13}", {"prompt": "6+6="}, truth='"12"')) == Verdict("ok", 0.0)

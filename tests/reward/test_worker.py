@@ -5,7 +5,7 @@ import msgspec
 import pytest
 
 from asyncrl.errors import Closed, ConfigError
-from asyncrl.metrics import Ledger
+from asyncrl.report.timing import Ledger
 from asyncrl.reward.pool import RewardPool
 from asyncrl.reward.worker import RewardWorker
 from asyncrl.types import Prompt, Score, Unscored, UnscoredLease

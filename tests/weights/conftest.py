@@ -10,7 +10,8 @@ import torch
 import zmq
 
 from asyncrl.types import Version
-from asyncrl.weights import codec, messages
+from asyncrl.weights import layout as codec
+from asyncrl.weights import messages
 from asyncrl.weights.messages import Announce, Bucket, GetBucket, GetManifest, Hello, Manifest, Reply, Request
 from asyncrl.weights.publisher import WeightPublisher
 from asyncrl.weights.sockets import Server

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from asyncrl.errors import BadTransfer, Closed, Unavailable
 from asyncrl.types import Version
-from asyncrl.weights import codec
+from asyncrl.weights import layout as codec
 from asyncrl.weights.messages import Announce, GetBucket, Gone, Refused
 from asyncrl.weights.sockets import Address
 

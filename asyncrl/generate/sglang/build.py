@@ -4,8 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from asyncrl.config import ModelSpec
-from asyncrl.deployment import EngineSpec, LimitsSpec, PlaceSpec, SGLangSpec
+from asyncrl.config import EngineSpec, LimitsSpec, ModelSpec, PlaceSpec, SGLangSpec
 from asyncrl.errors import ConfigError
 from asyncrl.generate.sglang.engine import SGLangEngine
 from asyncrl.generate.sglang.process import require_command

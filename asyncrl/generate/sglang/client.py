@@ -10,7 +10,7 @@ import msgspec
 from msgspec import structs
 
 from asyncrl.errors import ConfigError, Unavailable
-from asyncrl.generate.sglang.chunks import Chunk, Row
+from asyncrl.generate.sglang.segments import Chunk, Row
 from asyncrl.types import GenerationRequest
 
 T = TypeVar("T")

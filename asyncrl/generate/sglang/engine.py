@@ -15,12 +15,11 @@ from concurrent.futures import TimeoutError as NotInTime
 
 from asyncrl.errors import AsyncRLError, Closed, Unavailable
 from asyncrl.generate.requests import check_request
-from asyncrl.generate.sglang.chunks import Row
 from asyncrl.generate.sglang.client import check_top_k
-from asyncrl.generate.sglang.counts import Counts
 from asyncrl.generate.sglang.loop import LoopThread
-from asyncrl.generate.sglang.replica import Replica, Settings
+from asyncrl.generate.sglang.replica import Counts, Replica, Settings
 from asyncrl.generate.sglang.router import Router
+from asyncrl.generate.sglang.segments import Row
 from asyncrl.generate.sglang.server import Server
 from asyncrl.generate.sglang.transfer import Stage
 from asyncrl.interfaces import Tensors

@@ -4,19 +4,40 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from asyncrl.deployment import UpdateMode
+from asyncrl.config import UpdateMode
 from asyncrl.errors import AsyncRLError, ConfigError, Unavailable
-from asyncrl.generate.sglang.changes import Changes
-from asyncrl.generate.sglang.chunks import Chunk, Row
 from asyncrl.generate.sglang.client import request_id
-from asyncrl.generate.sglang.counts import Counts
+from asyncrl.generate.sglang.loop import Changes
 from asyncrl.generate.sglang.router import Router
+from asyncrl.generate.sglang.segments import Chunk, Row
 from asyncrl.generate.sglang.server import CALL_S, Core, Server
 from asyncrl.generate.sglang.transfer import Stage
 from asyncrl.generate.sglang.window import Load, Window
 from asyncrl.types import FinishReason, Generation, SwapReport, Version
+
+# -------------------------------------------------------------------------------------------- counts
+# What befell the servers of an engine, and the rollouts on them.
+
+
+@dataclass
+class Counts:
+    """Over all replicas of an engine, since its start."""
+
+    tokens: int = 0  # reported by servers
+    restarts: int = 0  # servers replaced
+    resumed: int = 0  # rollouts that went on after the loss of their server, with the tokens so far
+    reissued: int = 0  # rollouts that began anew after it
+    lost_tokens: int = 0  # computed again because of it
+    interrupted: int = 0  # rollouts that had to leave their server for an update
+    retracted: int = 0  # times that a server took a rollout out of its batch for want of KV cache
+    recovery_s: float = 0.0  # last loss of a server: until it served again
+
+    def gauges(self) -> dict[str, float]:
+        return {name: float(value) for name, value in asdict(self).items()}
+
 
 log = logging.getLogger(__name__)
 WATCH_S = 0.5  # between two looks at a server that serves

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from msgspec import Struct, convert
 
-from asyncrl.deployment import UpdateMode
+from asyncrl.config import UpdateMode
 from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.generate.sglang.client import Client
 from asyncrl.generate.sglang.process import ServerProcess, free_port

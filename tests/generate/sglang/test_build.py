@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from transformers import Qwen3Config
 
-from asyncrl.config import ModelSpec
-from asyncrl.deployment import EngineSpec, LimitsSpec, PlaceSpec, SGLangSpec
+from asyncrl.config import EngineSpec, LimitsSpec, ModelSpec, PlaceSpec, SGLangSpec
 from asyncrl.errors import ConfigError
 from asyncrl.generate.sglang.build import launch, sglang_engine
 from asyncrl.generate.sglang.distributed import Distributed

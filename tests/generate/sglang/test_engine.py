@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from asyncrl.config import ModelSpec
-from asyncrl.deployment import EngineSpec, LimitsSpec, PlaceSpec, SGLangSpec
+from asyncrl.config import EngineSpec, LimitsSpec, ModelSpec, PlaceSpec, SGLangSpec
 from asyncrl.errors import Closed, ConfigError, Unavailable
 from asyncrl.generate.sglang.build import sglang_engine
 from asyncrl.generate.sglang.engine import SGLangEngine

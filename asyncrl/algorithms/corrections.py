@@ -1,0 +1,112 @@
+"""Off-policy corrections: weights for tokens that the proximal policy (start of this update) did not sample itself.
+
+A correction weighs the policy loss per token, without gradient. One per recipe, so none is applied twice; masks are another
+thing (see `masks`), and combine with it. Flat layout [T]; pure.
+proximal_t, behaviour_t: full-softmax logprobs at the sampling temperature, of the same tokens under both policies.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from asyncrl.algorithms.losses import LOG_RATIO_LIMIT, sequence_mean, sequence_sum
+from asyncrl.config import AlgorithmSpec
+
+
+class Weights(NamedTuple):
+    """weights_t [T] multiply the policy loss; capped_t [T] bool: where the weight was truncated."""
+
+    weights_t: torch.Tensor
+    capped_t: torch.Tensor
+
+
+def behaviour_ratio(proximal_t: torch.Tensor, behaviour_t: torch.Tensor) -> torch.Tensor:
+    """exp(proximal − behaviour) [T], its logarithm clamped to ±20, without gradient."""
+    return (proximal_t - behaviour_t).detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def decoupled(proximal_t: torch.Tensor, behaviour_t: torch.Tensor, cap: float) -> Weights:
+    """min(exp(proximal − behaviour), cap). Decoupled PPO (Hilton et al. 2022), truncated as in AReaL (Fu et al. 2025).
+
+    TIS at token level (Yao et al. 2025) is the same weight, by custom with the cap 2.
+    """
+    ratio_t = behaviour_ratio(proximal_t, behaviour_t)
+    return Weights(ratio_t.clamp(max=cap), ratio_t > cap)
+
+
+def tis_sequence(proximal_t: torch.Tensor, behaviour_t: torch.Tensor, sequence_t: torch.Tensor, cap: float) -> Weights:
+    """min(exp(Σ over the sequence of proximal − behaviour), cap), for all its tokens. TIS at sequence level (verl; Liu et
+    al. 2025): unbiased for whole answers, at a variance that grows with their length. The sum is over trained tokens."""
+    ratio_t = behaviour_ratio(sequence_sum((proximal_t - behaviour_t).detach(), sequence_t), torch.zeros_like(behaviour_t))
+    return Weights(ratio_t.clamp(max=cap), ratio_t > cap)
+
+
+def uncorrected(proximal_t: torch.Tensor) -> Weights:
+    """1 everywhere: stale tokens are trained as if the policy that the ratio is taken to had sampled them."""
+    return Weights(torch.ones_like(proximal_t), torch.zeros_like(proximal_t, dtype=torch.bool))
+
+
+def interpolated_proximal(logp_t: torch.Tensor, behaviour_t: torch.Tensor, lag_t: torch.Tensor) -> torch.Tensor:
+    """A proximal policy without a forward pass: between behaviour and current logprobs, by lag. A-3PO (Li et al. 2025).
+
+    behaviour + (1 − 1/lag)·(logp − behaviour): the older a token, the nearer to the current policy. Lag 0 and 1: behaviour.
+    lag_t [T] in versions. Without gradient.
+    """
+    share_t = 1 - 1 / lag_t.clamp(min=1).to(logp_t.dtype)
+    return behaviour_t + share_t * (logp_t.detach() - behaviour_t)
+
+
+Correction = Callable[[AlgorithmSpec, torch.Tensor, torch.Tensor, torch.Tensor], Weights]
+
+# (recipe, proximal_t, behaviour_t, sequence_t) -> weights
+CORRECTIONS: dict[str, Correction] = {
+    "decoupled": lambda spec, proximal_t, behaviour_t, _: decoupled(proximal_t, behaviour_t, spec.behaviour_cap),
+    "decoupled_loglinear": lambda spec, proximal_t, behaviour_t, _: decoupled(proximal_t, behaviour_t, spec.behaviour_cap),
+    "tis": lambda spec, proximal_t, behaviour_t, _: decoupled(proximal_t, behaviour_t, spec.tis_cap),
+    "tis_sequence": lambda spec, proximal_t, behaviour_t, sequence_t: tis_sequence(
+        proximal_t, behaviour_t, sequence_t, spec.tis_cap
+    ),
+    "none": lambda spec, proximal_t, *_: uncorrected(proximal_t),
+}
+
+
+# --------------------------------------------------------------------------------------------- masks
+# Rejection masks: tokens left out of the policy loss because learner and behaviour are too far apart there. Pure.
+# delta = proximal − behaviour, logprobs of the same token [T]. True: the token stays. Masks combine: a token must pass all. A
+# masked token counts in the normalizer of the aggregation, as in the papers: masking shrinks a step and never moves weight
+# onto the tokens that stay. KL and entropy terms still see it.
+
+
+def icepop(delta_t: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """Tokens with low <= exp(delta) <= high. IcePop (Ling team, Ant Group 2025)."""
+    ratio_t = delta_t.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    return (ratio_t >= low) & (ratio_t <= high)
+
+
+def geometric(delta_t: torch.Tensor, sequence_t: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """Sequences, whole, with low <= exp(mean of delta) <= high: their length makes no difference (Li et al. 2025; verl)."""
+    return icepop(sequence_mean(delta_t.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), sequence_t), low, high)
+
+
+def m2po(delta_m: torch.Tensor, bound: float) -> torch.Tensor:
+    """Drops the largest delta² of the minibatch until the mean of the rest is < bound. M2PO (Zheng et al. 2025).
+
+    delta_m [M]: every trained token of the minibatch, not of a pack. Of tokens with equal delta² at the edge all are
+    dropped: which of them stay may not hang on their order.
+    """
+    squared_m = delta_m.double().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).square()
+    ordered_m = squared_m.sort().values
+    means_m = ordered_m.cumsum(0) / torch.arange(1, len(ordered_m) + 1, device=delta_m.device)
+    stay = int((means_m < bound).sum())  # the mean of the k smallest grows with k
+    return torch.ones_like(squared_m, dtype=torch.bool) if stay == len(ordered_m) else squared_m < ordered_m[stay]
+
+
+def pack_mask(spec: AlgorithmSpec, delta_t: torch.Tensor, sequence_t: torch.Tensor) -> torch.Tensor | None:
+    """What of a pack stays by those of the recipe's masks that see a token or a sequence [T] bool; None without any."""
+    kept = []
+    if "icepop" in spec.masks:
+        kept.append(icepop(delta_t, *spec.icepop_bounds))
+    if "geometric" in spec.masks:
+        kept.append(geometric(delta_t, sequence_t, *spec.geometric_bounds))
+    return torch.stack(kept).all(0) if kept else None

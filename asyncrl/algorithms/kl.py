@@ -1,0 +1,52 @@
+"""Per-token estimators of KL(policy ‖ reference), as a loss term or a price on the reward; and the coefficient's control.
+
+Flat layout [T]; pure; differentiable in logp_t.
+
+With δ = logp − reference (Schulman, "Approximating KL divergence", 2020): k1 = δ, k2 = δ²/2, k3 = exp(−δ) − 1 + δ.
+δ is clamped to ±20: past it a token keeps its value and has no gradient, instead of an overflow.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from asyncrl.algorithms.losses import LOG_RATIO_LIMIT
+
+KLEstimator = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _log_ratio(logp_t: torch.Tensor, reference_t: torch.Tensor) -> torch.Tensor:
+    return (logp_t - reference_t).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def k1(logp_t: torch.Tensor, reference_t: torch.Tensor) -> torch.Tensor:
+    """Value δ, gradient of k2.
+
+    The own gradient of k1, ∇logp, has expectation zero: as a loss it would pull nowhere. δ·∇logp, the gradient of k2, is
+    the unbiased one of the KL on-policy.
+    """
+    delta_t = _log_ratio(logp_t, reference_t)
+    squared_t = 0.5 * delta_t.square()
+    return delta_t.detach() + squared_t - squared_t.detach()
+
+
+def k2(logp_t: torch.Tensor, reference_t: torch.Tensor) -> torch.Tensor:
+    """δ²/2: biased value, unbiased gradient on-policy."""
+    return 0.5 * _log_ratio(logp_t, reference_t).square()
+
+
+def k3(logp_t: torch.Tensor, reference_t: torch.Tensor) -> torch.Tensor:
+    """exp(−δ) − 1 + δ: never negative, low variance; GRPO's choice, with its own gradient 1 − exp(−δ)."""
+    delta_t = _log_ratio(logp_t, reference_t)
+    return torch.expm1(-delta_t) + delta_t
+
+
+KL_ESTIMATORS: dict[str, KLEstimator] = {"k1": k1, "k2": k2, "k3": k3}
+
+
+def adapted(coef: float, kl: float, *, target: float, horizon: int, rollouts: int) -> float:
+    """The coefficient after a batch whose KL per token was `kl`: β·(1 + clip(kl/target − 1, ±0.2)·rollouts/horizon).
+
+    The controller of Ziegler et al. 2019, in rollouts. Its whole state is the coefficient.
+    """
+    return coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * rollouts / horizon)

@@ -1,0 +1,195 @@
+"""Policy losses token by token, before correction weights and aggregation. Flat layout [T]; pure.
+
+logp_t: logprobs under the current policy, with gradient. old_t: under the policy that the ratio r = exp(logp − old) is
+taken to, without gradient: the proximal one, or behaviour (`algorithm.ratio_to`). advantages_t: of each token.
+
+Each returns the loss [T], differentiable in logp_t, and figures by name [T], logged as actor/<name>, their mean over tokens.
+"""
+
+import torch
+
+# ----------------------------------------------------------------------------------------- sequences
+# Sums and means over each sequence of a pack, given back to its tokens. Flat layout [T]; pure; differentiable.
+# sequence_t [T] int64, in any order: the sequence of each token. A pack holds its sequences whole, so these are those of the
+# whole sequence, over its trained tokens.
+
+
+def sequence_sum(values_t: torch.Tensor, sequence_t: torch.Tensor) -> torch.Tensor:
+    """For each token [T], the sum over its sequence."""
+    if not len(values_t):
+        return values_t
+    sums_s = values_t.new_zeros(int(sequence_t.max()) + 1).index_add(0, sequence_t, values_t)
+    return sums_s[sequence_t]
+
+
+def sequence_mean(values_t: torch.Tensor, sequence_t: torch.Tensor) -> torch.Tensor:
+    """For each token [T], the mean over its sequence."""
+    return sequence_sum(values_t, sequence_t) / sequence_sum(torch.ones_like(values_t), sequence_t)
+
+
+LOG_RATIO_LIMIT = 20.0  # exp(20) is still finite in float32 after products; beyond it a token has no gradient
+
+Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+def log_ratio(logp_t: torch.Tensor, old_t: torch.Tensor) -> torch.Tensor:
+    """logp − old, clamped to ±20."""
+    return (logp_t - old_t).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def clipped_ppo(
+    logp_t: torch.Tensor,
+    old_t: torch.Tensor,
+    advantages_t: torch.Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual: float | None = None,
+) -> Loss:
+    """max(−r·A, −clip(r, 1 − clip_low, 1 + clip_high)·A). PPO (Schulman et al. 2017).
+
+    A larger `clip_high` than `clip_low` is DAPO's clip-higher (Yu et al. 2025). dual: c > 1 bounds the loss of a bad token
+    at −c·A, however likely it became (dual clip, Ye et al. 2020); None: off. pg_clipfrac are the tokens whose clipped term
+    is the larger one, pg_clipfrac_lower those that the dual clip holds: neither has a gradient.
+    """
+    ratio_t = log_ratio(logp_t, old_t).exp()
+    free_t = -ratio_t * advantages_t
+    held_t = -ratio_t.clamp(1 - clip_low, 1 + clip_high) * advantages_t
+    loss_t, clipped_t = torch.maximum(free_t, held_t), held_t > free_t
+    if dual is None:
+        return loss_t, {"pg_clipfrac": clipped_t}
+    bound_t = -dual * advantages_t
+    lower_t = (advantages_t < 0) & (loss_t > bound_t)
+    return torch.where(lower_t, bound_t, loss_t), {"pg_clipfrac": clipped_t, "pg_clipfrac_lower": lower_t}
+
+
+def cispo(logp_t: torch.Tensor, old_t: torch.Tensor, advantages_t: torch.Tensor, *, clip_high: float) -> Loss:
+    """−sg(min(r, 1 + clip_high))·A·logp. CISPO (MiniMax-M1, 2025): clips the weight, so that no token loses its gradient.
+
+    Only from above, as in the paper, whose lower bound is set where it never binds. pg_clipfrac: weights that were clipped.
+    """
+    ratio_t = log_ratio(logp_t, old_t).detach().exp()
+    return -ratio_t.clamp(max=1 + clip_high) * advantages_t * logp_t, {"pg_clipfrac": ratio_t > 1 + clip_high}
+
+
+def sapo(
+    logp_t: torch.Tensor, old_t: torch.Tensor, advantages_t: torch.Tensor, *, tau_positive: float, tau_negative: float
+) -> Loss:
+    """−(4/τ)·σ(τ·(r − 1))·A. SAPO (Gao et al. 2025): a smooth gate in place of the clip; its slope at r = 1 is 1.
+
+    τ is tau_positive where A > 0, else tau_negative: a larger one fades bad tokens out sooner. Nothing is clipped.
+    """
+    tau_t = torch.full_like(advantages_t, tau_negative).masked_fill(advantages_t > 0, tau_positive)
+    gate_t = (tau_t * (log_ratio(logp_t, old_t).exp() - 1)).sigmoid() * 4 / tau_t
+    return -gate_t * advantages_t, {}
+
+
+def policy_gradient(logp_t: torch.Tensor, advantages_t: torch.Tensor) -> Loss:
+    """−A·logp. REINFORCE (Williams 1992). Takes no ratio: what behaviour was is for the correction's weights alone."""
+    return -advantages_t * logp_t, {}
+
+
+def dppo_tv(
+    logp_t: torch.Tensor, old_t: torch.Tensor, advantages_t: torch.Tensor, *, clip_low: float, clip_high: float
+) -> Loss:
+    """−r·A, but 0 where p − p_old already went further than the bound in A's direction. DPPO (Qi et al. 2026), binary TV.
+
+    p = exp(logp). clip_high bounds p − p_old where A > 0, clip_low bounds p_old − p where A < 0: differences of
+    probabilities, so that rare tokens may still move by a large ratio. pg_clipfrac: tokens left out so.
+    """
+    moved_t = (logp_t.exp() - old_t.exp()).detach()
+    out_t = torch.where(advantages_t > 0, moved_t > clip_high, moved_t < -clip_low)
+    return _without(out_t, logp_t, old_t, advantages_t)
+
+
+def dppo_kl(
+    logp_t: torch.Tensor, old_t: torch.Tensor, advantages_t: torch.Tensor, *, clip_low: float, clip_high: float
+) -> Loss:
+    """As dppo_tv, with KL(p_old ‖ p) of "this token or another" as the distance, in nats. DPPO (Qi et al. 2026), binary KL."""
+    p_t, old_p_t = logp_t.detach().exp(), old_t.exp()
+    other_t = ((1 - old_p_t).clamp(min=1e-8) / (1 - p_t).clamp(min=1e-8)).log()
+    kl_t = old_p_t * (old_t - logp_t.detach()) + (1 - old_p_t) * other_t
+    out_t = torch.where(advantages_t > 0, (kl_t > clip_high) & (p_t > old_p_t), (kl_t > clip_low) & (p_t < old_p_t))
+    return _without(out_t, logp_t, old_t, advantages_t)
+
+
+def _without(out_t: torch.Tensor, logp_t: torch.Tensor, old_t: torch.Tensor, advantages_t: torch.Tensor) -> Loss:
+    loss_t = -log_ratio(logp_t, old_t).exp() * advantages_t
+    return torch.where(out_t, 0.0, loss_t), {"pg_clipfrac": out_t}
+
+
+# ----------------------------------------------------------------------------------- sequence losses
+# Policy losses whose ratio is that of a whole sequence. Flat layout [T]; pure; arguments and result as in `losses`.
+# sequence_t [T]: the sequence of each token. Both papers average over a sequence and then over sequences:
+# loss_agg="seq-mean-token-mean".
+
+
+def gspo(
+    logp_t: torch.Tensor,
+    old_t: torch.Tensor,
+    advantages_t: torch.Tensor,
+    sequence_t: torch.Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Loss:
+    """PPO's clip on s = exp(mean of logp − old over the sequence). GSPO (Zheng et al. 2025), its token form:
+
+    every token holds sg(s)·exp(logp − sg(logp)), whose value is s and whose gradient is s·∇logp, so that advantages may
+    differ within a sequence. Means move little: bounds are about 3e-4 and 4e-4.
+    """
+    mean_t = sequence_mean(log_ratio(logp_t.detach(), old_t), sequence_t)
+    ratio_t = (mean_t + logp_t - logp_t.detach()).exp()
+    free_t = -ratio_t * advantages_t
+    held_t = -ratio_t.clamp(1 - clip_low, 1 + clip_high) * advantages_t
+    return torch.maximum(free_t, held_t), {"pg_clipfrac": held_t > free_t}
+
+
+def gmpo(
+    logp_t: torch.Tensor,
+    old_t: torch.Tensor,
+    advantages_t: torch.Tensor,
+    sequence_t: torch.Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Loss:
+    """−A·(geometric mean of the ratios, each clipped in A's direction). GMPO (Zhao et al. 2025); its bounds are ±0.4.
+
+    clip_low and clip_high bound the log-ratio of a token. Every token holds its sequence's loss; A is the sequence's mean.
+    pg_clipfrac: tokens whose log-ratio was clipped: they have no gradient.
+    """
+    free_t = log_ratio(logp_t, old_t)
+    held_t = free_t.clamp(-clip_low, clip_high)
+    mean_advantage_t = sequence_mean(advantages_t, sequence_t)
+    clipped_t = torch.where(advantages_t > 0, held_t < free_t, held_t > free_t) & (advantages_t != 0)
+    ratio_t = sequence_mean(torch.where(clipped_t, held_t, free_t), sequence_t).exp()
+    return -mean_advantage_t * ratio_t, {"pg_clipfrac": clipped_t}
+
+
+# ---------------------------------------------------------------------------------------- value loss
+# What a critic minimizes, and how well its values explain returns. Flat layout [T]; pure.
+
+
+def clipped_value_loss(
+    values_t: torch.Tensor, old_t: torch.Tensor, returns_t: torch.Tensor, clip: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """½·max((V − R)², (V_clip − R)²), V_clip = old + clamp(V − old, ±clip); and where the clipped one is larger, bool.
+
+    PPO's reference implementation (OpenAI baselines, ppo2) and verl. values_t: with gradient. old_t: values at the start of
+    the update. returns_t: what they should be. A value that has moved towards its return by more than `clip` has no gradient.
+    clip None: ½(V − R)².
+    """
+    free_t = (values_t - returns_t).square()
+    if clip is None:
+        return 0.5 * free_t, torch.zeros_like(free_t, dtype=torch.bool)
+    held_t = (old_t + (values_t - old_t).clamp(-clip, clip) - returns_t).square()
+    return 0.5 * torch.maximum(free_t, held_t), held_t > free_t
+
+
+def explained_variance(values_n: torch.Tensor, returns_n: torch.Tensor) -> float | None:
+    """1 − Var(R − V) / Var(R): 1 is perfect, 0 what a constant does, below 0 is worse. None where returns don't vary."""
+    if len(returns_n) < 2:
+        return None
+    variance = float(returns_n.double().var())
+    return 1.0 - float((returns_n - values_n).double().var()) / variance if variance > 0 else None

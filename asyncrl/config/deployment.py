@@ -1,0 +1,182 @@
+"""The deployment: where a recipe runs. Every default lives here, once; deploy/local.yaml spells them out."""
+
+from typing import Literal
+
+from asyncrl.config.base import Spec, require
+
+
+class PlaceSpec(Spec, frozen=True, kw_only=True):
+    """What one actor process reserves of the cluster, and the torch threads it computes with."""
+
+    cpus: float = 0.0
+    gpus: float = 0.0
+    threads: int = 1
+    resources: dict[str, float] = {}
+
+
+UpdateMode = Literal["in_flight", "keep_kv", "drain", "restart"]
+
+
+class SGLangSpec(Spec, frozen=True, kw_only=True):
+    """SGLang servers of one generator: `servers` launched and owned by it, or those at `urls`, which run already.
+
+    command: what starts a server; asyncrl adds the arguments. env: added to the server's environment.
+    args: any other server argument by its command line name, e.g. {"attention-backend": "fa3"}; true is a bare flag.
+    tp_size: GPUs of one server. dtype, mem_fraction: None leaves them to the model and to SGLang.
+    prefix_cache: share the KV cache of common prompts (SGLang's radix cache). An `in_flight` update then interrupts the
+    requests and resumes them after the swap; without, SGLang retracts them itself, which is faster for short prompts.
+    transfer: how weights reach a server. `shared`: shared memory of the node; `cuda_ipc`: the same, from this generator's
+    GPU; `distributed`: a torch.distributed group, to any node. `auto`: the fastest that fits.
+    stream_interval: tokens between two reports of a rollout; what was reported survives the death of its server.
+    """
+
+    urls: tuple[str, ...] = ()
+    servers: int = 1
+    command: tuple[str, ...] = ("python", "-m", "sglang.launch_server")
+    env: dict[str, str] = {}
+    args: dict[str, str | int | float | bool] = {}
+    tp_size: int = 1
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    mem_fraction: float | None = None
+    prefix_cache: bool = False
+    transfer: Literal["auto", "shared", "cuda_ipc", "distributed"] = "auto"
+    stream_interval: int = 64
+
+    def __post_init__(self) -> None:
+        require(self.servers >= 1, f"engine.sglang.servers={self.servers} < 1: nobody would generate; use at least 1")
+        require(self.tp_size >= 1, f"engine.sglang.tp_size={self.tp_size} < 1: a server needs a device; use at least 1")
+        require(
+            self.mem_fraction is None or 0 < self.mem_fraction < 1,
+            f"engine.sglang.mem_fraction={self.mem_fraction} is outside (0, 1): it is the share of a GPU's memory for weights "
+            "and KV cache; null leaves it to SGLang",
+        )
+        require(
+            self.stream_interval >= 1,
+            f"engine.sglang.stream_interval={self.stream_interval} < 1: no token would ever be reported; use at least 1",
+        )
+        for url in self.urls:
+            require(
+                url.startswith(("http://", "https://")),
+                f"engine.sglang.urls: {url!r} is no address of a server; write http://HOST:PORT",
+            )
+
+
+class EngineSpec(Spec, frozen=True, kw_only=True):
+    """kind `torch`: the embedded engine; `sglang`: SGLang servers, as `sglang` says. max_length: prompt + response tokens.
+
+    slots: requests decoded together, at most; with SGLang per server, and fewer while its KV cache is short.
+    update_mode: how new weights enter while requests run (DESIGN §5). `in_flight` recomputes the KV cache of unfinished
+    rollouts and goes on; `keep_kv` goes on with the old one; `drain` waits for them; `restart` begins them anew.
+    deterministic: one group at a time, rows constant, so that a run repeats to the bit (torch only).
+    """
+
+    kind: Literal["torch", "sglang"] = "torch"
+    slots: int = 64
+    max_length: int = 2048
+    update_mode: UpdateMode = "in_flight"
+    deterministic: bool = False
+    sglang: SGLangSpec = SGLangSpec()
+
+    def __post_init__(self) -> None:
+        if self.kind == "torch":
+            require(
+                self.sglang == SGLangSpec(),
+                "engine.sglang is set, but engine.kind='torch': it would be ignored; set engine.kind: sglang, or leave it out",
+            )
+            return
+        require(
+            not self.deterministic,
+            "engine.deterministic=true with engine.kind='sglang': SGLang's batches depend on timing, so nothing would repeat "
+            "to the bit; use kind: torch, or deterministic: false",
+        )
+        require(
+            not (self.sglang.prefix_cache and self.update_mode == "keep_kv"),
+            "engine.sglang.prefix_cache=true with engine.update_mode='keep_kv': a cached prompt of old weights could be "
+            "labelled as new; turn the prefix cache off, or use update_mode: in_flight",
+        )
+
+
+class GeneratorsSpec(Spec, frozen=True, kw_only=True):
+    count: int = 1
+    place: PlaceSpec = PlaceSpec()
+    engine: EngineSpec = EngineSpec()
+
+    def __post_init__(self) -> None:
+        require(self.count >= 1, f"generators.count={self.count} < 1: nobody would generate; use at least 1")
+        sglang = self.engine.sglang
+        require(
+            self.count == 1 or not sglang.urls,
+            f"generators.count={self.count} with engine.sglang.urls: every generator would update the same servers; use "
+            "count: 1, which serves all of the URLs",
+        )
+        needed = sglang.servers * sglang.tp_size
+        require(
+            self.engine.kind == "torch" or bool(sglang.urls) or self.place.gpus in (0, needed) or self.place.gpus < needed == 1,
+            f"generators.place.gpus={self.place.gpus:g}, but engine.sglang.servers={sglang.servers} × tp_size={sglang.tp_size} "
+            f"need {needed}: servers would share a GPU or leave one idle; set generators.place.gpus={needed}",
+        )
+
+
+class RewardsSpec(Spec, frozen=True, kw_only=True):
+    """count actors, each with `processes` killable processes that score `lease_size` rollouts at a time."""
+
+    count: int = 1
+    processes: int = 1
+    lease_size: int = 64
+    place: PlaceSpec = PlaceSpec()
+
+    def __post_init__(self) -> None:
+        require(self.count >= 1, f"rewards.count={self.count} < 1: nothing would be scored; use at least 1")
+        require(self.processes >= 1, f"rewards.processes={self.processes} < 1: nothing would be scored; use at least 1")
+
+
+class LearnerPlaceSpec(Spec, frozen=True, kw_only=True):
+    ranks: Literal[1] = 1
+    place: PlaceSpec = PlaceSpec()
+
+
+class StoreSpec(Spec, frozen=True, kw_only=True):
+    """fsync: `segment` syncs each closed segment, `call` every acknowledged call. keep_segments: `checkpoint` deletes
+    segments that no retained checkpoint needs, `all` keeps the whole history."""
+
+    segment_bytes: int = 64 << 20
+    fsync: Literal["segment", "call"] = "segment"
+    keep_segments: Literal["checkpoint", "all"] = "checkpoint"
+    place: PlaceSpec = PlaceSpec()
+
+
+class BusSpec(Spec, frozen=True, kw_only=True):
+    """transport `auto`: shared memory within a node, TCP between nodes. credit: buckets asked for ahead."""
+
+    transport: Literal["auto", "tcp"] = "auto"
+    bucket_bytes: int = 4 << 20
+    credit: int = 4
+
+
+class LimitsSpec(Spec, frozen=True, kw_only=True):
+    """Seconds unless said otherwise. max_restarts: per actor. lease_s: silence after which a worker's work is reissued.
+
+    health_timeout_s: an actor that answers nothing for so long, or whose engine makes no step, is replaced.
+    stall_timeout_s: a run in which nothing moves for so long is given up, with a dump of who waits for what.
+    """
+
+    max_restarts: int = 3
+    lease_s: float = 30.0
+    poll_s: float = 2.0
+    start_timeout_s: float = 180.0
+    health_timeout_s: float = 60.0
+    stall_timeout_s: float = 300.0
+    stop_timeout_s: float = 15.0
+
+
+class Deployment(Spec, frozen=True, kw_only=True):
+    """Where a recipe runs. ray_address empty: RAY_ADDRESS if set, else a local Ray with `num_cpus`."""
+
+    ray_address: str = ""
+    num_cpus: int | None = None
+    generators: GeneratorsSpec = GeneratorsSpec()
+    rewards: RewardsSpec = RewardsSpec()
+    learner: LearnerPlaceSpec = LearnerPlaceSpec()
+    store: StoreSpec = StoreSpec()
+    bus: BusSpec = BusSpec()
+    limits: LimitsSpec = LimitsSpec()

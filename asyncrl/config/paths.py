@@ -1,0 +1,65 @@
+"""Where the files that a recipe names are. Pure apart from asking which of two candidate paths exists.
+
+A recipe is data, so it names files by text: `{run}` is the run directory; a relative file is looked for in the recipe's
+own folder first and then in the working directory. After `resolve_paths` every local path is absolute, so that actors in
+other working directories (and on other nodes) read the same file.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from asyncrl.config.recipe import Recipe
+from asyncrl.rundir import RunDir
+
+PLACEHOLDER = "{run}"
+
+
+def resolve_paths(recipe: Recipe, run_dir: RunDir, folder: str | Path | None = None) -> Recipe:
+    """The same recipe with `{run}` replaced everywhere and local files made absolute. Idempotent.
+
+    folder: the recipe file's; None for a recipe built in Python (the working directory alone). Files that exist in
+    neither place are taken to belong to the first, where the error about them will point. `path` and `tokenizer` of a
+    model stay Hugging Face ids unless such a folder exists or they look like a path (`./x`, `/x`, `~/x`).
+    """
+    folders = tuple(dict.fromkeys(Path(base).resolve() for base in (folder, Path.cwd()) if base is not None))
+    data = _replace(msgspec.to_builtins(recipe), str(run_dir.path.resolve()))
+    for section in ("data", "evaluation"):
+        data[section]["files"] = [_file(name, folders) for name in data[section]["files"]]
+    for model in filter(None, (data["model"], data["critic"]["model"])):
+        for key in ("path", "tokenizer"):
+            model[key] = _model(model[key], folders)
+    for reward in (data["reward"], *data["reward"]["functions"]):
+        reward["function"] = _callable(reward["function"], folders)
+    data["sampling"]["keep"] = _callable(data["sampling"]["keep"], folders)
+    for key in ("adv_estimator", "policy_loss"):
+        data["algorithm"][key] = _callable(data["algorithm"][key], folders)
+    data["prepare"] = _callable(data["prepare"], folders)
+    return msgspec.convert(data, Recipe)
+
+
+def _replace(value: Any, run: str) -> Any:
+    if isinstance(value, str):
+        return value.replace(PLACEHOLDER, run)
+    if isinstance(value, dict):
+        return {key: _replace(item, run) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replace(item, run) for item in value]
+    return value
+
+
+def _file(name: str, folders: tuple[Path, ...]) -> str:
+    candidates = [folder / Path(name).expanduser() for folder in folders]
+    return str(next((path for path in candidates if path.exists()), candidates[0]))
+
+
+def _model(name: str, folders: tuple[Path, ...]) -> str:
+    if name.startswith((".", "/", "~")) or (name and any((folder / name).is_dir() for folder in folders)):
+        return _file(name, folders)
+    return name
+
+
+def _callable(name: str, folders: tuple[Path, ...]) -> str:
+    file, colon, attribute = name.rpartition(":")
+    return f"{_file(file, folders)}:{attribute}" if colon and (file.endswith(".py") or "/" in file) else name

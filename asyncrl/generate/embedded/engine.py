@@ -1,0 +1,297 @@
+"""The embedded engine: continuous batching over any Hugging Face causal LM with full attention.
+
+    submit ─► queue ─► admission ─► prefill ─┐
+                                             ├─► decode step ─► sample ─► record ─► future
+    update_weights ══► between two steps ════╝        (rows join and leave at every step)
+
+After Orca (Yu et al., OSDI 2022) for iteration-level batching, and PipelineRL for swaps in flight.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+
+from transformers import PreTrainedModel
+
+from asyncrl.config import UpdateMode
+from asyncrl.errors import AsyncRLError, Closed, ConfigError, Unavailable
+from asyncrl.generate.embedded.batch import Batch
+from asyncrl.generate.embedded.kv_cache import longest_context
+from asyncrl.generate.embedded.rows import Finished, Job
+from asyncrl.generate.embedded.scheduling import GroupAlone, JoinAtOnce, StepGate
+from asyncrl.generate.requests import check_request
+from asyncrl.interfaces import Tensors
+from asyncrl.models.loading import load_weights
+from asyncrl.types import Generation, GenerationRequest, SwapReport, Version
+
+
+def _settle(job: Job, outcome: Generation | AsyncRLError) -> None:
+    """Ends a future. One that has ended already (closed during the step, or cancelled by its holder) stays as it is."""
+    try:
+        if isinstance(outcome, Generation):
+            job.future.set_result(outcome)
+        else:
+            job.future.set_exception(outcome)
+    except InvalidStateError:
+        assert job.future.done()
+
+
+class TorchEngine:
+    """An `Engine` (asyncrl.interfaces) in this process. Thread-safe; steps run in its own thread after `start`, or in
+    whoever calls `step`. Owns the model: nobody else may run or change it. Nothing is decoded before the first weights.
+
+    slots: rows decoded together. max_length: prompt + response tokens (cut to what the model's positions allow).
+    update_mode: `in_flight` recomputes the cache of unfinished rows, so every logprob is that of the tagged version;
+    `keep_kv` does not, which is faster and outside that guarantee; `drain` swaps when the running rows have ended;
+    `restart` begins unfinished rows anew from their prompts, so that a rollout is of one version and its work so far lost.
+    deterministic: one group at a time, rows constant until all of it has ended; results repeat to the bit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        slots: int,
+        max_length: int,
+        update_mode: UpdateMode = "in_flight",
+        deterministic: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.max_length = longest_context(model, max_length)
+        self._model = model
+        self.slots = slots
+        self._vocabulary = model.get_input_embeddings().weight.shape[0]
+        self._batch = Batch(model, slots=slots, max_length=self.max_length, keep_ended=deterministic)
+        self._admission = GroupAlone(slots) if deterministic else JoinAtOnce(slots)
+        self._deterministic = deterministic
+        self._update_mode = update_mode
+        self._clock = clock
+        self._gate = StepGate()
+        # Guards everything below; notified at every change. Taken inside the gate, never around it.
+        self._cond = threading.Condition()
+        self._queue: deque[Job] = deque()
+        self._version: Version | None = None
+        self._paused = self._draining = False
+        self._ended: AsyncRLError | None = None  # why the engine stopped: failure or close
+        self._beats = 0  # steps and swaps so far
+        self._thread: threading.Thread | None = None
+
+    @property
+    def version(self) -> Version | None:
+        return self._version
+
+    @property
+    def active(self) -> int:
+        """Rows being decoded now."""
+        return self._batch.count
+
+    # ------------------------------------------------------------------------------------------ asking
+
+    def submit(self, request: GenerationRequest) -> "Future[Generation]":
+        """Queues a request. Its future raises ConfigError if it can't fit, Closed after `close`, Unavailable on failure."""
+        return self.submit_group([request])[0]
+
+    def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
+        """Queues requests together, so that they can join the same step and share one prefill of their prompt."""
+        jobs = [Job(request, Future()) for request in requests]
+        refusals = [check_request(request, max_length=self.max_length, vocabulary=self._vocabulary) for request in requests]
+        if self._deterministic and len(requests) > self.slots:
+            refusals = [
+                ConfigError(
+                    f"a group of {len(requests)} rollouts > engine.slots={self.slots} in deterministic mode: it could not run "
+                    "as one batch; raise engine.slots or lower sampling.n"
+                )
+            ] * len(requests)
+        with self._cond:
+            ended = self._ended
+            if ended is None:
+                self._queue.extend(job for job, refusal in zip(jobs, refusals, strict=True) if refusal is None)
+                self._cond.notify_all()
+        for job, refusal in zip(jobs, refusals, strict=True):
+            if (error := refusal or ended) is not None:
+                _settle(job, error)
+        return [job.future for job in jobs]
+
+    def abort(self, group: int | None = None) -> None:
+        """Ends a group's unfinished requests, or all, with finish_reason `abort` and the tokens so far. Waits for one step."""
+        with self._gate.between_steps():
+            with self._cond:
+                queued = [job for job in self._queue if group in (None, job.request.group)]
+                self._queue = deque(job for job in self._queue if group not in (None, job.request.group))
+            finished = self._batch.abort(group)
+        for job in queued:
+            nothing = Generation(
+                id=job.request.id, token_ids=[], logprobs=[], kept_logmass=None, spans=(), finish_reason="abort"
+            )
+            finished.append(Finished(job, nothing))
+        self._deliver(finished)
+
+    # ----------------------------------------------------------------------------------------- stepping
+
+    def start(self) -> None:
+        """Starts the thread that steps; `close` ends it."""
+        self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            with self._cond:
+                self._cond.wait_for(lambda: self._ended is not None or self._has_work())
+                if self._ended is not None:
+                    return
+            try:
+                self.step()
+            except Exception:
+                return  # `step` has recorded it: every future and `health` carry the cause
+
+    def _has_work(self) -> bool:
+        if self._paused or self._version is None:
+            return False
+        return self._batch.count > 0 or (len(self._queue) > 0 and not self._draining)
+
+    def step(self) -> bool:
+        """Lets requests join, decodes one token for every row, ends futures. False if there was nothing to do.
+
+        A failure ends the engine: all futures raise Unavailable naming it, and it is raised here.
+        """
+        joining: list[Job] = []
+        try:
+            with self._gate.step():
+                with self._cond:
+                    version = self._version
+                    if self._ended is not None or version is None or not self._has_work():
+                        return False
+                    if not self._draining:
+                        joining = self._admission.take(self._queue, self._batch.count)
+                if joining:
+                    self._batch.join(joining, version)
+                finished = self._batch.advance(version)
+        except Exception as error:
+            self._fail(error, joining)
+            raise
+        self._deliver(finished)
+        return True
+
+    def _deliver(self, finished: list[Finished]) -> None:
+        """Ends futures outside every lock: their callbacks may call the engine."""
+        with self._cond:
+            self._beats += 1
+            self._cond.notify_all()
+        for job, generation in finished:
+            _settle(job, generation)
+
+    def _fail(self, error: Exception, joining: Sequence[Job] = ()) -> None:
+        """The engine is over: every unfinished future and `health` name the error. Called outside the gate."""
+        failure = Unavailable(f"the torch engine failed: {type(error).__name__}: {error}; restart it")
+        failure.__cause__ = error
+        self._settle_all(self._end(failure), joining)
+
+    def _end(self, reason: AsyncRLError) -> AsyncRLError:
+        """Refuses all further work. The first reason stays, and is returned."""
+        with self._cond:
+            if self._ended is None:
+                self._ended = reason
+            self._cond.notify_all()
+            return self._ended
+
+    def _settle_all(self, reason: AsyncRLError, joining: Sequence[Job] = ()) -> None:
+        with self._cond:
+            jobs = [*self._queue, *self._batch.jobs(), *joining]
+            self._queue.clear()
+        for job in jobs:
+            _settle(job, reason)
+
+    # ------------------------------------------------------------------------------------------ weights
+
+    def update_weights(self, version: Version, tensors: Tensors) -> SwapReport:
+        """Swaps between two steps; in `drain` mode waits first until the running rows have ended (so not while paused).
+
+        Raises CheckpointError for weights of another model; the engine, now of unknown weights, then refuses all work.
+        """
+        if self._update_mode == "drain":
+            self._drain()
+        try:
+            with self._gate.between_steps():
+                self._require_running()
+                started = self._clock()
+                load_weights(self._model, tensors)
+                discarded = self._begin_anew() if self._update_mode == "restart" else 0
+                # After a drain or a restart there is nothing to recompute.
+                recomputed = 0 if self._update_mode == "keep_kv" else self._batch.recompute()
+                self._batch.mark(version)
+                with self._cond:
+                    self._version, self._draining = version, False
+                    self._beats += 1
+                    self._cond.notify_all()
+                pause_s = self._clock() - started
+            return SwapReport(version=version, pause_s=pause_s, recomputed_tokens=recomputed, discarded_tokens=discarded)
+        except Exception as error:
+            self._fail(error)
+            raise
+
+    def _begin_anew(self) -> int:
+        """Puts unfinished rows back at the head of the queue, in order. Returns how many tokens are lost with them.
+
+        They keep their seeds, and so their random numbers: under weights that hardly changed they come out nearly the same.
+        Fresh ones would favour short answers, since it is the long ones that a swap finds unfinished.
+        """
+        with self._cond:  # from batch to queue at once: `close` must find every job in one of them
+            jobs, discarded = self._batch.clear()
+            self._queue.extendleft(reversed(jobs))
+        return discarded
+
+    def _drain(self) -> None:
+        with self._cond:
+            self._draining = True
+            if self._thread is not None:
+                self._cond.wait_for(lambda: self._ended is not None or self._batch.count == 0)
+        while self._thread is None and self.step():
+            pass
+
+    # ----------------------------------------------------------------------------------------- life
+
+    def pause(self) -> None:
+        with self._cond:
+            self._paused = True
+        with self._gate.between_steps():
+            pass
+
+    def resume(self) -> None:
+        with self._cond:
+            self._paused = False
+            self._cond.notify_all()
+
+    def _require_running(self) -> None:
+        if self._ended is not None:
+            raise self._ended
+
+    def health(self, deadline_s: float) -> None:
+        """Returns once a step or a swap was made, at once if there is nothing to do. Else raises Unavailable (or Closed)."""
+        with self._cond:
+            before = self._beats
+            self._cond.wait_for(
+                lambda: self._ended is not None or self._beats > before or not self._has_work(), timeout=deadline_s
+            )
+            self._require_running()
+            if self._beats == before and self._has_work():
+                raise Unavailable(
+                    f"the torch engine made no step in {deadline_s} s with {self._batch.count} rows running and "
+                    f"{len(self._queue)} requests queued; restart it"
+                )
+
+    def gauges(self) -> dict[str, float]:
+        """active: rows in every step. queued: requests that wait for a slot."""
+        return {"active": float(self._batch.count), "queued": float(len(self._queue))}
+
+    def close(self, deadline_s: float = 30.0) -> None:
+        """Ends the thread after its step; unfinished futures raise Closed. Raises Unavailable if the step takes longer."""
+        reason, thread = self._end(Closed("the engine was closed")), self._thread
+        if thread is not None:
+            thread.join(deadline_s)
+        self._settle_all(reason)
+        if thread is not None and thread.is_alive():
+            raise Unavailable(
+                f"the torch engine's thread did not end in {deadline_s} s: a forward pass hangs; kill the process"
+            )

@@ -1,0 +1,105 @@
+"""Figures about a batch, under the names users know. Pure."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from asyncrl.algorithms.losses import LOG_RATIO_LIMIT
+from asyncrl.learn.batch import Batch
+from asyncrl.types import TrainRollout
+
+
+def rollout_metrics(rollouts: Sequence[TrainRollout]) -> dict[str, float]:
+    """Rewards (and their named parts) and response lengths of every rollout of the batch, trained or masked.
+
+    reward/mean is of what was due at the end; reward/token_sum is the mean of what a rollout's tokens earned beside it, where
+    any did; reward/baseline the mean over prompts of what the greedy rollout earned, where there is one.
+    """
+    if not rollouts:
+        return {}
+    rewards = np.array([r.reward for r in rollouts])
+    lengths = np.array([len(r.response_ids) for r in rollouts])
+    parts: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        for name, value in rollout.parts.items():
+            parts.setdefault(name, []).append(value)
+    if any(r.token_rewards is not None for r in rollouts):
+        parts["token_sum"] = [0.0 if r.token_rewards is None else float(r.token_rewards.sum()) for r in rollouts]
+    if baselines := {r.group: r.baseline for r in rollouts if r.baseline is not None}:
+        parts["baseline"] = list(baselines.values())
+    return {
+        **{f"reward/{name}": float(np.mean(values)) for name, values in parts.items()},
+        "samples": float(len(rollouts)),
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        "response_length/mean": float(lengths.mean()),
+        "response_length/max": float(lengths.max()),
+        "response_length/clip_ratio": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+    }
+
+
+def staleness_metrics(rollouts: Sequence[TrainRollout], batch: Batch) -> dict[str, float]:
+    """Lags of the trained tokens (share per lag, mean, largest), and what masking cost.
+
+    masked_share: policy tokens too old to train. dispatched_length and trained_length: mean response length of all
+    rollouts leased, and of those with a trained token; they differ if staleness favours short answers.
+    """
+    policy_tokens = sum(int(r.loss_mask.sum()) for r in rollouts)
+    if not policy_tokens:
+        return {}
+    figures = {
+        "tokens/policy": float(policy_tokens),
+        "tokens/trained": float(batch.tokens),
+        "staleness/masked_share": 1.0 - batch.tokens / policy_tokens,
+        "staleness/dispatched_length": float(np.mean([len(r.response_ids) for r in rollouts])),
+    }
+    if batch.tokens:
+        count_by_lag = torch.bincount(batch.lag_n).tolist()
+        figures |= {f"staleness/lag_{lag}": count / batch.tokens for lag, count in enumerate(count_by_lag)}
+        figures["staleness/lag_mean"] = float(batch.lag_n.double().mean())
+        figures["staleness/lag_max"] = float(len(count_by_lag) - 1)
+        figures["staleness/trained_length"] = float(batch.lengths.mean())
+    return figures
+
+
+def gap_metrics(batch: Batch, proximal_n: torch.Tensor) -> dict[str, float]:
+    """Learner against generator. proximal_n [N]: logprobs at the start of the update; NaN where none were computed.
+
+    On tokens of lag 0 both sides hold the same weights: their difference is engine error alone, and must stay flat.
+    gap/k3 over all tokens estimates KL(behaviour ‖ proximal), staleness included; gap/k3_lag_* the same by lag.
+    """
+    delta_n = proximal_n - batch.behaviour_n
+    delta_n, lag_n = delta_n[delta_n.isfinite()], batch.lag_n[delta_n.isfinite()]
+    if not len(delta_n):
+        return {}
+    ratio_n = delta_n.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)  # one token could make the mean infinite
+    k3_n = torch.expm1(ratio_n) - ratio_n
+    figures = {"gap/k3": float(k3_n.mean())}
+    figures |= {f"gap/k3_lag_{lag}": float(k3_n[lag_n == lag].mean()) for lag in lag_n.unique().tolist()}
+    fresh = delta_n[lag_n == 0].abs()
+    if len(fresh):
+        figures["gap/logprob_mean_abs"] = float(fresh.mean())
+        figures["gap/logprob_max_abs"] = float(fresh.max())
+    return figures
+
+
+def correction_metrics(
+    lag_n: torch.Tensor, weights_n: torch.Tensor, capped_n: torch.Tensor, masked_n: torch.Tensor
+) -> dict[str, float]:
+    """How much of the batch the off-policy correction leaves, over all tokens and by lag; as of their last epoch.
+
+    weights_n [N]: 0 where masked, NaN where no step was made. ess: effective sample size (Σw)²/(N·Σw²), as a share of the
+    tokens; 0 if all are masked. cap_share: weights that were truncated. masked_share: tokens that a mask left out.
+    """
+    made_n = weights_n.isfinite()
+    weights_n, lag_n = weights_n[made_n].double(), lag_n[made_n]
+    shares = {"cap_share": capped_n[made_n].double(), "masked_share": masked_n[made_n].double()}
+    figures = {}
+    for suffix, chosen_n in [("", lag_n >= 0), *((f"_lag_{lag}", lag_n == lag) for lag in lag_n.unique().tolist())]:
+        if chosen_n.any():
+            chosen = weights_n[chosen_n]
+            squares = float(chosen.square().sum())
+            figures[f"correction/ess{suffix}"] = float(chosen.sum()) ** 2 / (len(chosen) * squares) if squares else 0.0
+            figures |= {f"correction/{name}{suffix}": float(share_n[chosen_n].mean()) for name, share_n in shares.items()}
+    return figures

@@ -1,0 +1,124 @@
+"""What a warm start keeps while it goes on: its metrics, its checkpoints, the held-out loss. And whoever watches it."""
+
+import math
+import time
+import zlib
+from collections.abc import Callable, Sequence
+
+from asyncrl.config import SFTSpec
+from asyncrl.errors import ConfigError
+from asyncrl.learn.checkpoint import Checkpoints
+from asyncrl.learn.sft import SupervisedTrainer
+from asyncrl.models.packed import TokenSequence
+from asyncrl.report.metrics_log import MetricsLog
+from asyncrl.report.progress import LINE_EVERY_S, clock, number
+from asyncrl.rundir import RunDir
+from asyncrl.types import Record, Version
+
+Observe = Callable[[int, int, dict[str, float]], None]  # step, of how many, its metrics
+
+
+class Journal:
+    """`start` once, then `step` after each. Metrics that were written before an interruption are not written twice.
+
+    loss: of the newest batch. first_heldout, last_heldout: NaN until measured.
+    """
+
+    def __init__(
+        self,
+        spec: SFTSpec,
+        work: RunDir,
+        trainer: SupervisedTrainer,
+        examples: Sequence[TokenSequence],
+        heldout: Sequence[TokenSequence],
+        observe: Observe | None,
+    ) -> None:
+        self._spec = spec
+        self._trainer = trainer
+        self._heldout = heldout
+        self._observe = observe
+        self._checkpoints = Checkpoints(work, keep_last_n=1)
+        self._metrics = MetricsLog(work.metrics, work.tensorboard)
+        self._examples = float(_digest(examples))
+        self.loss = self.first_heldout = self.last_heldout = math.nan
+
+    def start(self) -> int:
+        """Restores the newest checkpoint, if there is one, and returns the steps done. Raises ConfigError if data changed."""
+        saved = {"examples": math.nan, "first_heldout": math.nan}
+        done = self._checkpoints.restore(self._trainer.model, self._trainer.optimizer, state=saved)
+        if done is None:
+            if self._heldout:
+                self.first_heldout = self.last_heldout = self._trainer.loss(self._heldout)
+                self._write(0, {"heldout/loss": self.first_heldout})
+            return 0
+        if saved["examples"] != self._examples:
+            raise ConfigError(
+                f"{', '.join(self._spec.data.files)} or the tokenizer changed since the checkpoint of step {done}: the rest "
+                "would be other data in another order; put the old files back, or begin anew with --force"
+            )
+        self.first_heldout = saved["first_heldout"]
+        return done
+
+    def step(self, step: int, figures: dict[str, float]) -> None:
+        """Takes the figures of a step; measures and saves where it is time to."""
+        last = step == self._trainer.total_steps
+        self.loss = figures["loss"]
+        metrics = {f"train/{name}": value for name, value in figures.items()}
+        if self._heldout and (last or step % self._spec.eval_freq == 0):
+            metrics["heldout/loss"] = self.last_heldout = self._trainer.loss(self._heldout)
+        self._write(step, metrics)
+        if self._spec.save_freq and step % self._spec.save_freq == 0 and not last:
+            state = {"examples": self._examples, "first_heldout": self.first_heldout}
+            self._checkpoints.save(self._trainer.model, self._trainer.optimizer, Version(0, step), state)
+            self._checkpoints.prune()
+
+    def close(self) -> None:
+        self._metrics.close()
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        # a sequence number starts at 1, and step 0 may have a line too
+        self._metrics.append(
+            Record(sequence=step + 1, time=time.time(), kind="step", version=Version(0, step), metrics=metrics)
+        )
+        if self._observe is not None:
+            self._observe(step, self._trainer.total_steps, metrics)
+
+
+class Lines:
+    """Prints how a warm start goes on: a line every few seconds, the first one and the last."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._heldout: list[float] = []
+        self._began: tuple[float, int] | None = None  # when the first step was done, and which it was
+        self._printed = -math.inf
+        self._tokens = 0.0
+
+    def __call__(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        now = time.monotonic()
+        self._heldout += [metrics["heldout/loss"]] if "heldout/loss" in metrics else []
+        if "train/loss" not in metrics:
+            return
+        if self._began is None:
+            self._began = now, step
+        seconds, steps = now - self._began[0], step - self._began[1]
+        self._tokens += metrics["train/tokens"] if steps else 0.0
+        if step < total and now - self._printed < LINE_EVERY_S:
+            return
+        self._printed = now
+        parts = [f"step {step}/{total}", f"loss {metrics['train/loss']:.4g}"]
+        if self._heldout:
+            parts.append(
+                "held-out " + " → ".join(f"{loss:.4g}" for loss in dict.fromkeys((self._heldout[0], self._heldout[-1])))
+            )
+        parts.append(f"{number(self._tokens / seconds if steps else None)} learned tokens/s")
+        left = (total - step) * seconds / steps if steps else None
+        self._write(" · ".join([*parts, f"{clock(left)} left"]))
+
+
+def _digest(examples: Sequence[TokenSequence]) -> int:
+    """A checksum of tokens and what is learned of them, small enough for a float."""
+    digest = 0
+    for ids, scored, _ in examples:
+        digest = zlib.crc32(scored.tobytes(), zlib.crc32(ids.tobytes(), digest))
+    return digest

@@ -1,0 +1,83 @@
+"""Held-out evaluation over the same hops: tickets outside admission, pinned to one version."""
+
+import asyncrl.replay.log.events as ev
+from asyncrl.errors import ConfigError
+from asyncrl.replay.admission import Holders, ticket
+from asyncrl.replay.ledger import Book
+from asyncrl.replay.state import EvalRound
+from asyncrl.types import EvalResult, Ticket, Version
+
+
+class Evaluations:
+    """One evaluation runs at a time; one more may wait, and a newer request replaces it.
+
+    The pin moves to a newer version, and partial results are dropped, only when prompts are left to generate and no live
+    holder works at the old one.
+    """
+
+    def __init__(self, book: Book, holders: Holders) -> None:
+        self._book = book
+        self._holders = holders
+
+    def outstanding(self) -> bool:
+        return self._book.ledger.round is not None
+
+    def request(self, version: Version) -> None:
+        """Idempotent while the evaluation of `version` runs or waits."""
+        if self._book.plan.evaluation is None:
+            raise ConfigError(f"evaluation of version {version} asked for, but there are no eval prompts: set evaluation.files")
+        ledger = self._book.ledger
+        known = (ledger.round.version if ledger.round else None, ledger.queued)
+        if version not in known:
+            self._book.record(ev.EvalRequested(version))
+
+    def tickets(self, k: int, worker: str, incarnation: int, version: Version) -> list[Ticket]:
+        """Up to k eval tickets for a caller at exactly the pinned version."""
+        running, plan = self._book.ledger.round, self._book.plan.evaluation
+        if running is None or plan is None or k < 1:
+            return []
+        if version > running.version and self._abandoned(running, len(plan.prompts)):
+            self._book.record(ev.EvalPinned(version))
+            running = self._book.ledger.round
+            assert running is not None
+        if version != running.version:
+            return []
+        lost = [g for g in self._holders.lost() if g.purpose == "eval"]
+        tickets = [self._holders.reissue(group, worker, incarnation, version) for group in lost[:k]]
+        for position in range(running.next, min(running.next + k - len(tickets), len(plan.prompts))):
+            group = self._book.ledger.next_group
+            event = ev.GroupReserved(group, "eval", position, 0, plan.n, version.update, worker, incarnation)
+            self._book.record(event)
+            tickets.append(ticket(self._book, running.groups[group]))
+        return tickets
+
+    def finish_if_complete(self) -> None:
+        """Records the result once every rollout has a verdict. Rollouts without a reward count as 0."""
+        running, plan = self._book.ledger.round, self._book.plan.evaluation
+        if running is None or plan is None or running.next < len(plan.prompts):
+            return
+        if all(g.scored() for g in running.groups.values()):
+            self._book.record(ev.Evaluated(self._result(running), self._book.wall()))
+
+    def _abandoned(self, running: EvalRound, prompts: int) -> bool:
+        in_flight = [g for g in running.groups.values() if g.in_flight()]
+        if not in_flight and running.next == prompts:
+            return False  # only verdicts are missing
+        return all(self._holders.is_lost(g.id) for g in in_flight)
+
+    def _result(self, running: EvalRound) -> EvalResult:
+        assert self._book.plan.evaluation is not None
+        prompts = self._book.plan.evaluation.prompts
+        by_source: dict[str, list[float]] = {}
+        for group in running.groups.values():
+            by_source.setdefault(prompts[group.position].data_source, []).extend(r.reward for r in group.rollouts)
+        rollouts = [r for g in running.groups.values() for r in g.rollouts]
+        count = len(rollouts)
+        return EvalResult(
+            version=running.version,
+            score=sum(r.reward for r in rollouts) / count,
+            count=count,
+            invalid=sum(r.status != "ok" for r in rollouts),
+            by_source={source: sum(rewards) / len(rewards) for source, rewards in sorted(by_source.items())},
+            mean_length=sum(r.length for r in rollouts) / count,
+        )

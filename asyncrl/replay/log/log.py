@@ -1,0 +1,215 @@
+"""The log on disk: the source of truth, never rewound. Two streams, rows and events: rows first, then the event that makes
+them count. "Acknowledged" means handed to the operating system: it survives any kill of the process."""
+
+import fcntl
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import msgspec
+import pyarrow as pa
+
+import asyncrl.replay.log.events as ev
+from asyncrl.errors import DataError, Unavailable
+from asyncrl.replay.log.rows import ROWS
+from asyncrl.replay.log.segments import Segment, Segments
+
+EVENTS = pa.schema(
+    [
+        ("seq", pa.int64()),
+        ("time", pa.float64()),  # seconds since the epoch
+        ("kind", pa.string()),
+        ("group", pa.int64()),
+        ("rollout", pa.int32()),
+        ("attempt", pa.int32()),
+        ("row", pa.int64()),  # of the row stream
+        ("update", pa.int64()),
+        ("incarnation", pa.int64()),
+        ("outcome", pa.string()),
+        ("status", pa.string()),
+        ("reward", pa.float64()),
+        ("worker", pa.string()),
+        ("payload", pa.binary()),  # the whole event, msgpack
+    ],
+    metadata={"asyncrl.events": "1"},
+)
+
+
+class ReplayLog:
+    """Opens or creates the log in `folder` and recovers what a kill left: `history` holds every acknowledged event.
+
+    A tail that was cut is closed into a segment up to the last call whose rows and events are both whole.
+    fsync `segment`: closed segments are synced; `call`: every acknowledged call, which also survives a power failure.
+    Its owner holds `locked(folder)`. Raises `DataError` naming the file if a closed segment is damaged.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        segment_bytes: int = 64 << 20,
+        fsync: Literal["segment", "call"] = "segment",
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._segment_bytes = segment_bytes
+        self._wall = wall
+        self._groups: dict[int, frozenset[int]] = {}  # of closed row segments, by number
+        self._events = Segments(folder, "events", EVENTS, fsync == "call", {})
+        batches = self._read_events(folder)
+        closed = [e for batch in batches for e in batch if isinstance(e, ev.SegmentClosed)]
+        known = {
+            s: {e.number: Segment(e.number, e.first, e.count, e.crc32) for e in closed if e.stream == s}
+            for s in ("rows", "events")
+        }
+        self._rows = Segments(folder, "rows", ROWS, fsync == "call", known["rows"])
+        self.history: list[ev.AnyEvent] = self._acknowledged(batches)
+        self._check_events(known["events"], folder)
+        self._recover(known)
+
+    # ----------------------------------------------------------------------------------------- append
+
+    def append_rows(self, batch: pa.RecordBatch) -> int:
+        """The number of the first row. The rows don't count until an event names them."""
+        return self._rows.append(batch)
+
+    def append_events(self, events: Sequence[ev.AnyEvent]) -> None:
+        """One call's events, whole or not at all. Closes segments that are full."""
+        self._append(events)
+        if self._rows.tail_bytes >= self._segment_bytes:
+            self._close_rows()
+        if self._events.tail_bytes >= self._segment_bytes:
+            self._close_events()
+
+    def take(self, rows: Sequence[int], columns: list[str]) -> pa.RecordBatch:
+        """Rows by number, in this order."""
+        return self._rows.take(rows, columns)
+
+    def truncate(self, wanted: Collection[int]) -> int:
+        """Deletes closed row segments that hold no group of `wanted`; how many."""
+        unwanted = [s for s in self._rows.closed if self._groups_of(s).isdisjoint(wanted)]
+        for segment in unwanted:
+            self._append([ev.SegmentDropped(segment.number)])
+            self._rows.drop(segment)
+        return len(unwanted)
+
+    def close(self) -> None:
+        """Closes the files. The tails stay as they are: the next opening closes them into segments."""
+        self._rows.sync()
+        self._events.sync()
+        self._rows.release()
+        self._events.release()
+
+    # ---------------------------------------------------------------------------------------- recover
+
+    def _read_events(self, folder: Path) -> list[list[ev.AnyEvent]]:
+        """All events, one list per Arrow batch; in the tail a batch is a call."""
+        batches = []
+        for segment in self._events.closed:
+            reader = self._events.reader(segment)
+            batches += [
+                _decode(reader.get_batch(i), f"{folder}/events-{segment.number:08d}") for i in range(reader.num_record_batches)
+            ]
+        self._closed_batches = len(batches)
+        return batches + [_decode(batch, f"the tail of {folder}/events") for batch in self._events.batches]
+
+    def _acknowledged(self, batches: list[list[ev.AnyEvent]]) -> list[ev.AnyEvent]:
+        """Cuts both streams to the calls whose rows and events are whole."""
+        history: list[ev.AnyEvent] = []
+        rows = self._rows.tail_first
+        for i, batch in enumerate(batches):
+            named = [e.row for e in batch if isinstance(e, ev.RolloutSubmitted | ev.RolloutScored) and e.row is not None]
+            if any(row >= self._rows.rows for row in named):
+                if i < self._closed_batches:
+                    raise DataError(
+                        f"events count row {max(named)}, but only {self._rows.rows} rows are left: a row segment is gone"
+                    )
+                break
+            rows = max([rows, *(row + 1 for row in named)])
+            history += batch
+        self._rows.keep(rows)
+        self._events.keep(len(history))
+        return history
+
+    def _check_events(self, known: dict[int, Segment], folder: Path) -> None:
+        for segment in self._events.closed:
+            if segment.number in known and known[segment.number].crc32 != segment.crc32:
+                raise DataError(
+                    f"{folder}/events-{segment.number:08d}.arrow does not match its checksum: restore it from a copy"
+                )
+
+    def _recover(self, known: dict[str, dict[int, Segment]]) -> None:
+        """Closes the recovered tails, and notes segments that no event knows: these, or ones closed just before a kill."""
+        self._rows.close_segment()
+        self._events.close_segment()
+        for stream, segments in (("events", self._events), ("rows", self._rows)):
+            unknown = [s for s in segments.closed if s.number not in known[stream]]
+            for segment in unknown:
+                self._append([_closed(stream, segment)])
+        dropped = {e.number for e in self.history if isinstance(e, ev.SegmentDropped)}
+        for segment in [s for s in self._rows.closed if s.number in dropped]:
+            self._rows.drop(segment)
+
+    # ----------------------------------------------------------------------------------------- helpers
+
+    def _append(self, events: Sequence[ev.AnyEvent]) -> None:
+        seq, now = self._events.rows, self._wall()
+        columns = [ev.columns(e) for e in events]
+        data = {name: [c[name] for c in columns] for name in ev.COLUMNS}
+        data["seq"] = list(range(seq, seq + len(events)))
+        data["time"] = [now] * len(events)
+        data["kind"] = [e.__struct_config__.tag for e in events]
+        data["payload"] = [ev.encode(e) for e in events]
+        arrays = [pa.array(data[field.name], field.type) for field in EVENTS]
+        self._events.append(pa.RecordBatch.from_arrays(arrays, schema=EVENTS))
+
+    def _close_rows(self) -> None:
+        groups = frozenset(g for batch in self._rows.batches for g in batch.column("group").to_pylist())
+        segment = self._rows.close_segment()
+        if segment is not None:
+            self._groups[segment.number] = groups
+            self._append([_closed("rows", segment)])
+
+    def _close_events(self) -> None:
+        self._close_rows()  # a closed event must not name a row of the tail, whose end can be lost
+        segment = self._events.close_segment()
+        if segment is not None:
+            self._append([_closed("events", segment)])
+
+    def _groups_of(self, segment: Segment) -> frozenset[int]:
+        if segment.number not in self._groups:
+            reader = self._rows.reader(segment)
+            column = [reader.get_batch(i).column("group").to_pylist() for i in range(reader.num_record_batches)]
+            self._groups[segment.number] = frozenset(g for groups in column for g in groups)
+        return self._groups[segment.number]
+
+
+def locked(folder: Path, wait_s: float) -> BinaryIO:
+    """A file that locks the log until it is closed, or the process ends, however it does.
+
+    Two writers would cut each other's tails. Waits for the other one to end; raises `Unavailable` after wait_s.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("wb")
+    taker = threading.Thread(target=fcntl.flock, args=(file, fcntl.LOCK_EX), daemon=True)  # it has no deadline itself
+    taker.start()
+    taker.join(wait_s)
+    if taker.is_alive():
+        raise Unavailable(
+            f"{folder} is still open in another process after {wait_s:g} s: two stores would spoil it; stop that one"
+        )
+    return file
+
+
+def _closed(stream: str, segment: Segment) -> ev.SegmentClosed:
+    return ev.SegmentClosed(stream, segment.number, segment.first, segment.count, segment.crc32)
+
+
+def _decode(batch: pa.RecordBatch, where: str) -> list[ev.AnyEvent]:
+    try:
+        return [ev.decode(payload) for payload in batch.column("payload").to_pylist()]
+    except msgspec.MsgspecError as error:
+        raise DataError(
+            f"{where} holds an event that can't be read ({error}): another version of asyncrl wrote it, or it is damaged"
+        ) from error

@@ -1,0 +1,116 @@
+"""Reads a run's replay log from outside, while the run goes on or after it: closed segments and open tails.
+
+table = asyncrl.replay.open("runs/arithmetic").rollouts()   # a pyarrow.Table; .to_pandas() where pandas is installed
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+import asyncrl.replay.log.events as ev
+from asyncrl.errors import DataError
+from asyncrl.replay.log.log import EVENTS
+from asyncrl.replay.log.rows import ROWS
+from asyncrl.replay.log.segments import listing, read_closed, read_tail
+
+_ATTEMPTS = 10  # a segment may be closed or deleted between listing and reading
+_JOINED = pa.schema(
+    [
+        ("status", pa.string()),  # null: not scored yet
+        ("reward", pa.float64()),
+        ("parts", pa.map_(pa.string(), pa.float64())),
+        ("error", pa.string()),
+        ("outcome", pa.string()),  # of the group; null: pending
+        ("trained_update", pa.int64()),  # null unless trained
+        ("submitted_time", pa.float64()),
+        ("scored_time", pa.float64()),
+    ]
+)
+
+
+class ReplayReader:
+    """Each call reads the log anew."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def events(self) -> pa.Table:
+        """All events in order, typed columns; `payload` is the whole event as msgpack."""
+        return self._read("events", EVENTS)
+
+    def rollouts(self) -> pa.Table:
+        """One line per rollout that counts, baselines included: the row (schema.ROWS), its verdict, and what became of its
+        group."""
+        events = self.events()  # before the rows: whatever they count is then on disk
+        joined, outcomes, trained = _walk(events)
+        rows = self._read("rows", ROWS)
+        keys = zip(*(rows.column(name).to_pylist() for name in ("group", "rollout", "attempt")), strict=True)
+        last = {key: i for i, key in enumerate(keys) if key in joined}  # a later row of a rollout also has its token rewards
+        picked = [(i, joined[key]) for key, i in last.items()]
+        table = rows.take(pa.array([i for i, _ in picked], pa.int64()))
+        for _, line in picked:
+            line["outcome"], line["trained_update"] = outcomes.get(line["group"]), trained.get(line["group"])
+        for field in _JOINED:
+            table = table.append_column(field, pa.array([line.get(field.name) for _, line in picked], field.type))
+        return table
+
+    def _read(self, stem: str, schema: pa.Schema) -> pa.Table:
+        for _ in range(_ATTEMPTS):
+            closed, tails = listing(self._folder, stem)
+            try:
+                batches = [b for _, path in closed for b in _batches(path, schema)]
+                for _, path in tails:
+                    batches += read_tail(path, schema)
+                return pa.Table.from_batches(batches, schema)
+            except FileNotFoundError:
+                continue  # closed or deleted meanwhile: list again
+        raise DataError(f"{self._folder} changed {_ATTEMPTS} times while it was read: try again")
+
+
+def _batches(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
+    reader = read_closed(path, schema)
+    return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+
+
+def _walk(events: pa.Table) -> tuple[dict[tuple[int, int, int], dict[str, Any]], dict[int, str], dict[int, int]]:
+    """(verdict by (group, rollout, attempt), outcome by group, update by trained group)."""
+    lines: dict[tuple[int, int, int], dict[str, Any]] = {}
+    outcomes: dict[int, str] = {}
+    trained: dict[int, int] = {}
+    pending: set[int] = set()
+    for payload, time in zip(events.column("payload").to_pylist(), events.column("time").to_pylist(), strict=True):
+        event = ev.decode(payload)
+        if isinstance(event, ev.GroupReserved) and event.purpose == "train":
+            pending.add(event.group)
+        elif isinstance(event, ev.RolloutSubmitted):
+            lines[event.group, event.rollout, event.attempt] = {"group": event.group, "submitted_time": time}
+        elif isinstance(event, ev.RolloutScored):
+            verdict = {"status": event.status, "reward": event.reward, "parts": list(event.parts.items()), "error": event.error}
+            lines[event.group, event.rollout, event.attempt] |= {**verdict, "scored_time": time}
+        elif isinstance(event, ev.GroupSettled):
+            outcomes[event.group] = event.outcome
+            pending.discard(event.group)
+        elif isinstance(event, ev.BatchCommitted):
+            outcomes.update(dict.fromkeys(event.groups, "trained"))
+            trained.update(dict.fromkeys(event.groups, event.version.update))
+            pending.difference_update(event.groups)
+        elif isinstance(event, ev.LearnerFenced):
+            undone = [g for g, update in trained.items() if update > event.committed]
+            for group in undone:
+                del trained[group], outcomes[group]
+            pending.update(undone)
+        elif isinstance(event, ev.Ended):
+            outcomes.update(dict.fromkeys(pending, "evicted"))
+            pending.clear()
+    return lines, outcomes, trained
+
+
+def open_run(run_dir: str | Path) -> ReplayReader:
+    """The replay log of a run directory. Raises `DataError` if there is none."""
+    folder = Path(run_dir) / "replay"
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder} is not a folder: {run_dir} is no run directory of asyncrl; name the folder that holds replay/"
+        )
+    return ReplayReader(folder)

@@ -1,0 +1,275 @@
+"""Rows in Arrow: one per rollout, encoded and decoded in the caller's process, column by column with NumPy.
+
+Lists of tokens are list columns; versions are spans (three parallel list columns). The schema's version is in its
+metadata; a store refuses rows of another one.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, chain
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from msgspec import Struct
+
+from asyncrl.errors import DataError
+from asyncrl.replay.scoring import Summary
+from asyncrl.types import Prompt, Rollout, TrainRollout, Unscored, Version
+
+# ------------------------------------------------------------------------------------------- answers
+# What the store is told about its log, and what it answers: rows as Arrow IPC bytes, the rest as small structs.
+
+
+class LogSettings(Struct, frozen=True, kw_only=True):
+    """folder: the run's `replay/`. fsync and keep_segments: see `config.StoreSpec`."""
+
+    folder: str
+    segment_bytes: int = 64 << 20
+    fsync: Literal["segment", "call"] = "segment"
+    keep_segments: Literal["checkpoint", "all"] = "checkpoint"
+
+
+class RowLease(Struct, frozen=True):
+    """Arrow rows (schema.UNSCORED_COLUMNS) leased to a reward worker; no bytes: nothing to score before the deadline."""
+
+    lease: int
+    lease_s: float
+    rows: bytes = b""
+    ended: bool = False
+
+
+class TrainScore(Struct, frozen=True):
+    """What the learner gets beside a row. baseline: what its group's greedy rollout earned, if it has one."""
+
+    reward: float
+    parts: dict[str, float]
+    baseline: float | None = None
+
+
+class TrainRows(Struct, frozen=True):
+    """Arrow rows (schema.TRAIN_COLUMNS) and, parallel to them, their scores."""
+
+    rows: bytes
+    scores: list[TrainScore]
+
+
+SCHEMA_VERSION = "2"
+
+_INTS = pa.list_(pa.int32())
+_FLOATS = pa.list_(pa.float32())
+
+ROWS = pa.schema(
+    [
+        ("run", pa.string()),
+        ("group", pa.int64()),
+        ("rollout", pa.int32()),
+        ("attempt", pa.int32()),
+        ("baseline", pa.bool_()),  # greedy, compared with and never trained
+        ("purpose", pa.string()),
+        ("row", pa.int64()),  # of the dataset
+        ("data_source", pa.string()),
+        ("ground_truth", pa.string()),  # JSON
+        ("extra_info", pa.string()),  # JSON
+        ("prompt_ids", _INTS),
+        ("response_ids", _INTS),
+        ("loss_mask", pa.list_(pa.int8())),  # 1: the policy chose the token
+        ("turns", _INTS),
+        ("logprobs", _FLOATS),  # nats, of the sampled distribution
+        ("kept_logmass", _FLOATS),  # null where top-p and top-k were off
+        ("span_incarnations", _INTS),
+        ("span_updates", _INTS),
+        ("span_lengths", _INTS),
+        ("oldest", pa.int32()),  # update of the oldest and newest token that the policy chose; null: there is none
+        ("newest", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("worker", pa.string()),
+        ("times", pa.map_(pa.string(), pa.float64())),  # seconds since the epoch, by hop
+        ("token_rewards", pa.list_(pa.float64())),  # null: none, or not scored yet; a rollout's last row says it
+    ],
+    metadata={"asyncrl.rows": SCHEMA_VERSION},
+)
+
+UNSCORED_COLUMNS = [
+    "group", "rollout", "attempt", "purpose", "row", "data_source", "ground_truth", "extra_info", "prompt_ids",
+    "response_ids", "turns", "finish_reason",
+]  # fmt: skip
+TRAIN_COLUMNS = [
+    "group", "rollout", "attempt", "data_source", "prompt_ids", "response_ids", "loss_mask", "logprobs", "kept_logmass",
+    "span_updates", "span_lengths", "finish_reason", "token_rewards",
+]  # fmt: skip
+
+
+def to_ipc(batch: pa.RecordBatch) -> bytes:
+    """A self-contained Arrow IPC stream of one batch."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def from_ipc(data: bytes) -> pa.RecordBatch:
+    """Reads it back without copying; the batch keeps `data` alive."""
+    return pa.ipc.open_stream(data).read_next_batch()
+
+
+def check_schema(batch: pa.RecordBatch) -> None:
+    """Raises `DataError` unless the rows are of this schema and version."""
+    theirs = (batch.schema.metadata or {}).get(b"asyncrl.rows", b"?").decode()
+    if theirs != SCHEMA_VERSION or not batch.schema.equals(ROWS):
+        raise DataError(f"rows of schema version {theirs}, this store writes {SCHEMA_VERSION}: run one version of asyncrl")
+
+
+# ------------------------------------------------------------------------------------------------- encode
+
+
+def _lists(values: Sequence[Sequence[Any] | None], type_: pa.DataType, dtype: type) -> pa.Array:
+    """A list column; the Python numbers are walked over once."""
+    if all(v is None for v in values):
+        return pa.nulls(len(values), type_)
+    lengths = [0 if v is None else len(v) for v in values]
+    flat: np.ndarray = np.fromiter(chain.from_iterable(v for v in values if v is not None), dtype, sum(lengths))
+    offsets = np.fromiter(accumulate(lengths, initial=0), np.int32, len(lengths) + 1)
+    mask = pa.array([v is None for v in values]) if any(v is None for v in values) else None
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=type_, mask=mask)
+
+
+def encode_rollouts(rollouts: Sequence[Rollout], run: str) -> bytes:
+    """Arrow IPC bytes of finished rollouts. Raises `DataError` if one's lists are not parallel."""
+    for r in rollouts:
+        _check_parallel(r)
+    spans = [r.spans for r in rollouts]
+    chosen = [_chosen_updates(r) for r in rollouts]
+    prompts = [r.prompt for r in rollouts]
+    columns: dict[str, Any] = {
+        "run": [run] * len(rollouts),
+        "row": [p.row for p in prompts],
+        "data_source": [p.data_source for p in prompts],
+        "ground_truth": [p.ground_truth for p in prompts],
+        "extra_info": [p.extra_info for p in prompts],
+        "prompt_ids": _lists([p.ids for p in prompts], _INTS, np.int32),
+        "response_ids": _lists([r.response_ids for r in rollouts], _INTS, np.int32),
+        "loss_mask": _lists([r.loss_mask for r in rollouts], ROWS.field("loss_mask").type, np.int8),
+        "turns": _lists([r.turns for r in rollouts], _INTS, np.int32),
+        "logprobs": _lists([r.logprobs for r in rollouts], _FLOATS, np.float32),
+        "kept_logmass": _lists([r.kept_logmass for r in rollouts], _FLOATS, np.float32),
+        "span_incarnations": _lists([[s.version.incarnation for s in row] for row in spans], _INTS, np.int32),
+        "span_updates": _lists([[s.version.update for s in row] for row in spans], _INTS, np.int32),
+        "span_lengths": _lists([[s.length for s in row] for row in spans], _INTS, np.int32),
+        "oldest": [min(c) if c else None for c in chosen],
+        "newest": [max(c) if c else None for c in chosen],
+        "times": [list(r.times.items()) for r in rollouts],
+        "token_rewards": pa.nulls(len(rollouts), ROWS.field("token_rewards").type),
+    }
+    for name in ("group", "rollout", "attempt", "baseline", "purpose", "finish_reason", "worker"):
+        columns[name] = [getattr(r, name) for r in rollouts]
+    arrays = [columns[f.name] if isinstance(columns[f.name], pa.Array) else pa.array(columns[f.name], f.type) for f in ROWS]
+    return to_ipc(pa.RecordBatch.from_arrays(arrays, schema=ROWS))
+
+
+def with_token_rewards(rows: pa.RecordBatch, token_rewards: Sequence[Sequence[float]]) -> pa.RecordBatch:
+    """The same rows, with what each of their response tokens earned."""
+    earned = _lists(token_rewards, ROWS.field("token_rewards").type, np.float64)
+    return pa.RecordBatch.from_arrays([earned if f.name == "token_rewards" else rows.column(f.name) for f in ROWS], schema=ROWS)
+
+
+def _check_parallel(r: Rollout) -> None:
+    length = len(r.response_ids)
+    lists = {"logprobs": len(r.logprobs), "loss_mask": len(r.loss_mask), "spans": sum(s.length for s in r.spans)}
+    if r.kept_logmass is not None:
+        lists["kept_logmass"] = len(r.kept_logmass)
+    wrong = {name: found for name, found in lists.items() if found != length}
+    if wrong:
+        raise DataError(
+            f"rollout {r.rollout} of group {r.group} has {length} response tokens, but {wrong}: lists must be parallel"
+        )
+
+
+def _chosen_updates(r: Rollout) -> set[int]:
+    """Updates of the tokens that the policy chose."""
+    if len(r.spans) == 1:
+        return {r.spans[0].version.update} if any(r.loss_mask) else set()
+    ends = accumulate(s.length for s in r.spans)
+    return {s.version.update for s, end in zip(r.spans, ends, strict=True) if any(r.loss_mask[end - s.length : end])}
+
+
+def summaries(batch: pa.RecordBatch) -> list[Summary]:
+    """What the core needs of submitted rows; reads no token."""
+
+    def column(name: str) -> list[Any]:
+        return batch.column(name).to_pylist()
+
+    lengths = np.diff(batch.column("response_ids").offsets.to_numpy()).tolist()
+    spans = [set(zip(*row, strict=True)) for row in zip(column("span_incarnations"), column("span_updates"), strict=True)]
+    found = []
+    for i, (group, rollout, attempt, oldest, newest, reason) in enumerate(
+        zip(*map(column, ("group", "rollout", "attempt", "oldest", "newest", "finish_reason")), strict=True)
+    ):
+        version = Version(*next(iter(spans[i]))) if len(spans[i]) == 1 else None
+        problem = "finish_reason=abort" if reason == "abort" else "" if oldest is not None else "no token chosen by the policy"
+        found.append(Summary(group, rollout, attempt, oldest or 0, newest or 0, lengths[i], version, problem))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- decode
+
+
+def _slices(column: pa.Array, dtype: type) -> Callable[[int], np.ndarray]:
+    """row -> its list as an array; converted once for the whole column, sliced without copying."""
+    offsets = column.offsets.to_numpy()
+    values = column.values.to_numpy(zero_copy_only=False).astype(dtype)
+    return lambda i: values[offsets[i] : offsets[i + 1]]
+
+
+def decode_train(batch: pa.RecordBatch, scores: Iterable[TrainScore]) -> list[TrainRollout]:
+    """Rows of TRAIN_COLUMNS with their scores, in order."""
+    ints = {n: _slices(batch.column(n), np.int64) for n in ("prompt_ids", "response_ids", "span_updates", "span_lengths")}
+    mask = _slices(batch.column("loss_mask"), np.bool_)
+    logprobs, logmass = (_slices(batch.column(n), np.float32) for n in ("logprobs", "kept_logmass"))
+    earned = _slices(batch.column("token_rewards"), np.float64)
+    cut, earns = (batch.column(n).is_valid().to_pylist() for n in ("kept_logmass", "token_rewards"))
+    scalars = zip(
+        *(batch.column(n).to_pylist() for n in ("group", "rollout", "attempt", "data_source", "finish_reason")), strict=True
+    )
+    return [
+        TrainRollout(
+            group=group,
+            rollout=rollout,
+            attempt=attempt,
+            data_source=data_source,
+            prompt_ids=ints["prompt_ids"](i),
+            response_ids=ints["response_ids"](i),
+            loss_mask=mask(i),
+            logprobs=logprobs(i),
+            kept_logmass=logmass(i) if cut[i] else None,
+            updates=np.repeat(ints["span_updates"](i), ints["span_lengths"](i)),
+            reward=score.reward,
+            parts=score.parts,
+            finish_reason=finish_reason,
+            token_rewards=earned(i) if earns[i] else None,
+            baseline=score.baseline,
+        )
+        for i, ((group, rollout, attempt, data_source, finish_reason), score) in enumerate(zip(scalars, scores, strict=True))
+    ]
+
+
+def decode_unscored(batch: pa.RecordBatch) -> tuple[Unscored, ...]:
+    """Rows of UNSCORED_COLUMNS."""
+    return tuple(
+        Unscored(
+            group=r["group"],
+            rollout=r["rollout"],
+            attempt=r["attempt"],
+            prompt=Prompt(
+                row=r["row"],
+                ids=tuple(r["prompt_ids"]),
+                data_source=r["data_source"],
+                ground_truth=r["ground_truth"],
+                extra_info=r["extra_info"],
+            ),
+            response_ids=r["response_ids"],
+            purpose=r["purpose"],
+            finish_reason=r["finish_reason"],
+            turns=tuple(r["turns"]),
+        )
+        for r in batch.to_pylist()
+    )

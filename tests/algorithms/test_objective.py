@@ -1,0 +1,231 @@
+"""The composed loss against a reference of its own, written token by token in float64."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from asyncrl.algorithms.losses import clipped_ppo
+from asyncrl.algorithms.objective import POLICY_LOSSES, Columns, aggregation, metrics, needs_proximal, objective, policy_loss
+from asyncrl.config import LOSS_NAMES, AlgorithmSpec
+from asyncrl.errors import ConfigError
+
+
+def random_columns(tokens: int = 40) -> tuple[Columns, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+
+    def draw() -> torch.Tensor:
+        return -2 + torch.randn(tokens, dtype=torch.float64, generator=generator)
+
+    coefficients, advantages, behaviour, shift, reference = draw().abs() / tokens, draw() + 2, draw(), draw() + 2, draw()
+    columns = Columns(
+        coefficients,
+        advantages,
+        behaviour,
+        proximal_t=behaviour + 0.6 * shift,
+        sequence_t=torch.arange(tokens) // 7,  # the last is short
+        lag_t=torch.arange(tokens) % 4,
+        reference_t=reference,
+        kept_t=torch.arange(tokens) % 5 != 3,
+    )
+    logp = (columns.proximal_t + 0.3 * (draw() + 2)).requires_grad_()
+    return columns, logp, draw().abs().requires_grad_()
+
+
+def weight_and_old(spec: AlgorithmSpec, columns: Columns, logp: list[float], i: int) -> tuple[float, float]:
+    """The correction's weight of token i, and the logprob that its ratio is taken to."""
+    behaviour, proximal = columns.behaviour_t.tolist(), columns.proximal_t.tolist()
+    own = [k for k, s in enumerate(columns.sequence_t.tolist()) if s == columns.sequence_t[i]]
+    old = proximal[i]
+    if spec.ratio_to == "behaviour":
+        return 1.0, behaviour[i]
+    if spec.correction == "decoupled_loglinear":
+        alpha = 1 / max(1, int(columns.lag_t[i]))
+        old = alpha * behaviour[i] + (1 - alpha) * logp[i]
+    ratio = math.exp(old - behaviour[i])
+    weight = {
+        "decoupled": min(ratio, spec.behaviour_cap),
+        "decoupled_loglinear": min(ratio, spec.behaviour_cap),
+        "tis": min(ratio, spec.tis_cap),
+        "tis_sequence": min(math.exp(sum(proximal[k] - behaviour[k] for k in own)), spec.tis_cap),
+        "none": 1.0,
+    }[spec.correction]
+    return weight, old
+
+
+def stays(spec: AlgorithmSpec, columns: Columns, i: int) -> bool:
+    delta = (columns.proximal_t - columns.behaviour_t).tolist()
+    own = [k for k, s in enumerate(columns.sequence_t.tolist()) if s == columns.sequence_t[i]]
+    mean = sum(delta[k] for k in own) / len(own)
+    return (
+        ("icepop" not in spec.masks or spec.icepop_bounds[0] <= math.exp(delta[i]) <= spec.icepop_bounds[1])
+        and ("geometric" not in spec.masks or spec.geometric_bounds[0] <= math.exp(mean) <= spec.geometric_bounds[1])
+        and (columns.kept_t is None or bool(columns.kept_t[i]))
+    )
+
+
+def by_token(spec: AlgorithmSpec, columns: Columns, logp: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    high = spec.clip_ratio_high or spec.clip_ratio
+    for i, advantage in enumerate(columns.advantages_t.tolist()):
+        weight, old = weight_and_old(spec, columns, logp.tolist(), i)
+        ratio = math.e ** (logp[i] - old)
+        bounded = min(max(ratio.item(), 1 - spec.clip_ratio), 1 + high)
+        surrogate = min(ratio.item() * advantage, bounded * advantage)
+        policy = -ratio * advantage if surrogate == ratio.item() * advantage else logp.new_tensor(-surrogate)
+        if spec.policy_loss == "pg":
+            policy = -logp[i] * advantage
+        delta = logp[i] - columns.reference_t[i]
+        kl = {"k2": delta**2 / 2, "k3": torch.exp(-delta) - 1 + delta}[spec.kl_estimator]
+        policy = policy * weight * stays(spec, columns, i)
+        total = total + columns.coefficients_t[i] * (policy + spec.kl_coef * kl - spec.entropy_coef * entropy[i])
+    return total
+
+
+MASKS = {"icepop_bounds": (0.7, 1.6), "geometric_bounds": (0.8, 1.3)}
+SPECS = [
+    AlgorithmSpec(kl_coef=0.1, entropy_coef=0.01),
+    AlgorithmSpec(kl_coef=0.1, kl_estimator="k2", correction="none", clip_ratio_high=0.4),
+    AlgorithmSpec(behaviour_cap=1.5),
+    AlgorithmSpec(ratio_to="behaviour", correction="none"),
+    *(
+        AlgorithmSpec(
+            correction=correction, policy_loss=loss, masks=masks, behaviour_cap=1.5, tis_cap=1.2, kl_coef=0.1, **MASKS
+        )
+        for correction in ("decoupled", "decoupled_loglinear", "tis", "tis_sequence", "none")
+        for loss in ("ppo", "pg")
+        for masks in ((), ("icepop",), ("geometric",), ("geometric", "icepop"))
+    ),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.policy_loss}-{spec.correction}-{'+'.join(spec.masks)}")
+@pytest.mark.parametrize("minibatch_mask", [False, True])
+def test_value_and_gradient_equal_the_token_by_token_reference(spec: AlgorithmSpec, minibatch_mask: bool) -> None:
+    columns, logp, entropy = random_columns()
+    columns = columns if minibatch_mask else columns._replace(kept_t=None)
+    loss, _, counted = objective(spec, columns, logp, entropy)
+    expected = by_token(spec, columns, logp, entropy)
+    torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-12)
+    found = torch.autograd.grad(loss, (logp, entropy), allow_unused=True, materialize_grads=True)
+    wanted = torch.autograd.grad(expected, (logp, entropy), allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
+    assert counted.masked_t.tolist() == [not stays(spec, columns, i) for i in range(len(logp))]
+    assert (counted.weights_t[counted.masked_t] == 0).all()
+    if spec.masks:
+        assert 0 < counted.masked_t.sum() < len(logp)
+
+
+def sliced(columns: Columns, part: slice) -> Columns:
+    return Columns(*(c[part] for c in columns))
+
+
+@pytest.mark.parametrize("name", ["ppo", "gspo", "gmpo", "cispo", "dppo_tv", "dppo_kl", "sapo", "pg"])
+def test_a_pack_split_between_sequences_has_the_same_loss(name: str) -> None:
+    spec = AlgorithmSpec(
+        policy_loss=name, correction="tis_sequence", masks=("icepop", "geometric"), kl_coef=0.1, entropy_coef=0.01, **MASKS
+    )
+    columns, logp, entropy = random_columns()
+    whole = objective(spec, columns, logp, entropy)[0]
+    parts = [objective(spec, sliced(columns, p), logp[p], entropy[p])[0] for p in (slice(14), slice(14, 40))]
+    torch.testing.assert_close(sum(parts), whole, atol=1e-12, rtol=1e-12)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    shuffled = objective(spec, Columns(*(c[order] for c in columns)), logp[order], entropy[order])[0]
+    torch.testing.assert_close(shuffled, whole, atol=1e-12, rtol=1e-12)
+
+
+def test_the_coefficient_of_the_kl_may_come_from_outside() -> None:
+    columns, logp, entropy = random_columns()
+    expected = objective(AlgorithmSpec(kl_coef=0.3), columns, logp, entropy)[0]
+    torch.testing.assert_close(objective(AlgorithmSpec(kl_coef=0.1), columns, logp, entropy, 0.3)[0], expected)
+
+
+def test_what_needs_the_policy_at_the_start_of_the_update() -> None:
+    assert needs_proximal(AlgorithmSpec())
+    assert needs_proximal(AlgorithmSpec(correction="none"))
+    assert not needs_proximal(AlgorithmSpec(correction="decoupled_loglinear"))
+    assert not needs_proximal(AlgorithmSpec(correction="none", ratio_to="behaviour"))
+    assert needs_proximal(AlgorithmSpec(correction="none", ratio_to="behaviour", masks=("icepop",)))
+    for spec in (AlgorithmSpec(correction="decoupled_loglinear"), AlgorithmSpec(correction="none", ratio_to="behaviour")):
+        columns, logp, entropy = random_columns()
+        columns = columns._replace(proximal_t=torch.full_like(logp, math.nan), kept_t=None)
+        assert objective(spec, columns, logp, entropy)[0].isfinite()
+
+
+def test_metrics_by_hand() -> None:
+    values = [torch.tensor(v) for v in ([0.5, 0.5], [1.0, 1.0], [-1.0, -1.0 - math.log(9)], [-1.0, -1.0], [0, 0], [0, 1])]
+    logp = torch.tensor([-1.0, -1.0 + math.log(2)])
+    _, sums, counted = objective(AlgorithmSpec(), Columns(*values), logp, torch.tensor([0.2, 0.4]))
+    found = metrics({**{k: float(v) for k, v in sums.items()}, "grad_norm": 3.0}, 1)
+    assert found["actor/pg_loss"] == pytest.approx(0.5 * -1.0 + 0.5 * 5 * -1.2)  # second: weight 9 capped at 5, ratio 2 at 1.2
+    assert found["actor/entropy"] == pytest.approx(0.3)
+    assert found["actor/ppo_kl"] == pytest.approx(-math.log(2) / 2)
+    assert found["actor/pg_clipfrac"] == 0.5
+    assert found["actor/grad_norm"] == 3.0
+    assert counted.weights_t.tolist() == pytest.approx([1.0, 5.0])
+    assert counted.capped_t.tolist() == [False, True]
+    assert metrics({}, 0) == {}
+
+
+# ----------------------------------------------------------------------------------------- policy loss
+#
+
+LOGP, OLD, ADVANTAGES = torch.tensor([[-1.0, -2.0, -0.1], [-1.5, -1.0, -3.0], [1.0, -1.0, -2.0]], dtype=torch.float64)
+COLUMNS = (LOGP, OLD, ADVANTAGES, torch.tensor([0, 0, 1]))
+
+
+def test_the_recipe_and_the_learner_know_the_same_names() -> None:
+    assert set(POLICY_LOSSES) == set(LOSS_NAMES)
+
+
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_every_name_gives_a_loss_per_token(name: str) -> None:
+    loss, figures = policy_loss(AlgorithmSpec(policy_loss=name))(*COLUMNS)
+    assert loss.shape == LOGP.shape
+    assert all(values.shape == LOGP.shape for values in figures.values())
+
+
+def test_the_recipes_bounds_arrive() -> None:
+    spec = AlgorithmSpec(clip_ratio=0.1, clip_ratio_high=0.4, clip_ratio_c=1.5)
+    expected = clipped_ppo(*COLUMNS[:3], clip_low=0.1, clip_high=0.4, dual=1.5)
+    assert policy_loss(spec)(*COLUMNS)[0].equal(expected[0])
+    narrow, wide = (policy_loss(AlgorithmSpec(policy_loss="cispo", clip_ratio_high=high))(*COLUMNS)[0] for high in (0.1, 0.5))
+    assert (wide / narrow)[0].item() == pytest.approx(1.5 / 1.1)
+    sharp = AlgorithmSpec(policy_loss="sapo", sapo_tau_positive=4.0)
+    assert policy_loss(sharp)(OLD, *COLUMNS[1:])[0][0].item() == pytest.approx(-0.5)  # −(2/τ)·A at r = 1
+
+
+def test_the_users_own(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "def reinforce(logp_t, old_t, advantages_t, sequence_t):\n"
+        "    return -advantages_t * logp_t, {'good': (advantages_t > 0).double()}\n"
+        "def summed(logp_t, old_t, advantages_t, sequence_t):\n"
+        "    return -(advantages_t * logp_t).sum(), {}\n"
+    )
+    loss, figures = policy_loss(AlgorithmSpec(policy_loss=f"{tmp_path}/own.py:reinforce"))(*COLUMNS)
+    assert loss.tolist() == pytest.approx([1.0, -2.0, -0.2])
+    assert figures["good"].tolist() == [1, 0, 0]
+    with pytest.raises(ConfigError, match=r"own\.py:summed' did not return \(loss_t, figures\) with one loss for each of 3"):
+        policy_loss(AlgorithmSpec(policy_loss=f"{tmp_path}/own.py:summed"))(*COLUMNS)
+
+
+# ------------------------------------------------------------------------------------------- aggregate
+#
+
+LOSSES = [[1.0, 2.0, 3.0], [10.0]]  # two sequences, 3 and 1 trained tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "expected"),
+    [
+        ("token-mean", None, 16 / 4),
+        ("seq-mean-token-sum", None, (6 + 10) / 2),
+        ("seq-mean-token-mean", None, (2 + 10) / 2),
+        ("seq-mean-token-sum-norm", 8, (6 / 8 + 10 / 8) / 2),
+    ],
+)
+def test_by_hand(name: str, scale: int | None, expected: float) -> None:
+    spec = AlgorithmSpec(loss_agg=name, loss_scale_factor=scale)
+    coefficients = aggregation(spec)(torch.tensor([3.0, 1.0])).tolist()
+    assert sum(c * sum(values) for c, values in zip(coefficients, LOSSES, strict=True)) == pytest.approx(expected)

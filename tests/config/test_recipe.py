@@ -1,0 +1,151 @@
+"""What a spec refuses when it is made: value, bound, consequence, fix; and that its defaults are a valid spec."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from asyncrl.config import (
+    AlgorithmSpec,
+    CheckpointSpec,
+    CriticSpec,
+    DataSpec,
+    Deployment,
+    EvaluationSpec,
+    GeneratorsSpec,
+    LearnerSpec,
+    ModelSpec,
+    Recipe,
+    RewardSpec,
+    RewardsSpec,
+    RewardTerm,
+    SamplingSpec,
+    ShapingSpec,
+    StalenessSpec,
+)
+from asyncrl.errors import ConfigError
+
+
+def recipe(**fields: Any) -> Recipe:
+    return Recipe(
+        **{
+            "name": "r",
+            "model": ModelSpec(path="m"),
+            "data": DataSpec(files=("f",)),
+            "reward": RewardSpec(function="m:f"),
+            "total_steps": 1,
+            **fields,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DataSpec(files=()), r"data\.files=\(\)"),
+        (lambda: DataSpec(files=("f",), epochs=0), r"data\.epochs=0 < 1"),
+        (lambda: RewardSpec(function="m:f", deadline_s=0), r"reward\.deadline_s=0: every sample would time out"),
+        (lambda: RewardSpec(), r"reward\.function='' and 0 reward\.functions: it is not clear what scores"),
+        (lambda: RewardSpec(function="m:f", functions=(RewardTerm(function="m:g"),)), r"reward\.function='m:f' and 1 reward"),
+        (
+            lambda: RewardSpec(functions=(RewardTerm(function="m:f"),), style="trl"),
+            r"reward\.style='trl' with reward\.functions",
+        ),
+        (lambda: RewardSpec(functions=(RewardTerm(function="m:f"), RewardTerm(function="n.f"))), r"the name 'f' is taken"),
+        (lambda: RewardSpec(functions=(RewardTerm(function="m:mean"),)), r"the name 'mean' is taken"),
+        (lambda: SamplingSpec(max_empty_batches=0), r"max_empty_batches=0 < 1: the run would end before its first group"),
+        (
+            lambda: recipe(sampling=SamplingSpec(n=1, min_valid=1), algorithm=AlgorithmSpec(policy_loss="kto")),
+            r"sampling\.n=1 with algorithm\.policy_loss='kto': .* use sampling\.n >= 2",
+        ),
+        (lambda: ShapingSpec(overlong_buffer=-1), r"overlong_buffer=-1 < 0 tokens"),
+        (lambda: ShapingSpec(length_penalty=-0.1), r"length_penalty=-0\.1 < 0: it is subtracted"),
+        (lambda: ShapingSpec(repetition_ngram=0), r"repetition_ngram=0 < 1"),
+        (lambda: ShapingSpec(clip=(1.0, 0.0)), r"clip=\(1\.0, 0\.0\): low is not below high"),
+        (
+            lambda: recipe(
+                reward=RewardSpec(function="m:f", shaping=ShapingSpec(overlong_buffer=9)),
+                sampling=SamplingSpec(max_response_length=8),
+            ),
+            r"overlong_buffer=9 > sampling\.max_response_length=8",
+        ),
+        (lambda: SamplingSpec(n=0), r"sampling\.n=0 < 1"),
+        (lambda: SamplingSpec(temperature=0), r"sampling\.temperature=0: training needs a stochastic policy"),
+        (lambda: SamplingSpec(top_p=1.5), r"sampling\.top_p=1\.5 is outside \(0, 1\]"),
+        (lambda: SamplingSpec(n=2, min_valid=3), r"sampling\.min_valid=3 is outside \[1, n=2\]"),
+        (lambda: LearnerSpec(batch_groups=10, mini_batch_groups=4), r"mini_batch_groups=4 does not divide .*batch_groups=10"),
+        (lambda: CriticSpec(lr=-1.0), r"critic\.lr=-1\.0 < 0"),
+        (lambda: CriticSpec(value_clip=0.0), r"critic\.value_clip=0\.0 <= 0: no value could move; use > 0, or null"),
+        (lambda: CriticSpec(value_coef=0.0, backbone="shared"), r"critic\.value_coef=0\.0 <= 0"),
+        (lambda: CriticSpec(ppo_epochs=0), r"critic\.ppo_epochs=0 < 1"),
+        (lambda: CriticSpec(max_grad_norm=-1.0), r"critic\.max_grad_norm=-1\.0 < 0; use 0"),
+        (lambda: LearnerSpec(warmup_steps=-1), r"learner\.warmup_steps=-1 < 0; use 0"),
+        (lambda: CriticSpec(model=ModelSpec(path="m", tokenizer="t")), r"critic\.model\.tokenizer='t': it would be ignored"),
+        (lambda: SamplingSpec(n=1, min_valid=1, keep="varied"), r"keep='varied' with sampling\.n=1: a single reward never"),
+        (lambda: CriticSpec(critic_warmup=-1), r"critic\.critic_warmup=-1 < 0"),
+        (lambda: CriticSpec(backbone="shared", model=ModelSpec(path="m")), r"critic\.model='m' with backbone='shared'"),
+        (
+            lambda: CriticSpec(backbone="shared", ppo_epochs=2),
+            r"ppo_epochs=2 with backbone='shared': .* set learner\.ppo_epochs",
+        ),
+        (lambda: CriticSpec(value_coef=0.5), r"critic\.value_coef=0\.5 with backbone='own': it would be ignored"),
+        (
+            lambda: recipe(critic=CriticSpec(lr=1e-4)),
+            r"critic settings with algorithm\.adv_estimator='grpo': .* ignored; use adv_estimator='gae', or leave them out",
+        ),
+        (
+            lambda: recipe(total_steps=5, algorithm=AlgorithmSpec(adv_estimator="gae"), critic=CriticSpec(critic_warmup=5)),
+            r"critic_warmup=5 >= total_steps=5: the policy would never move",
+        ),
+        (lambda: EvaluationSpec(freq=0), r"evaluation\.freq=0 < 1"),
+        (lambda: CheckpointSpec(keep_last_n=0), r"checkpoint\.keep_last_n=0 < 1: there would be nothing to resume from"),
+        (lambda: GeneratorsSpec(count=0), r"generators\.count=0 < 1: nobody would generate"),
+        (lambda: RewardsSpec(processes=0), r"rewards\.processes=0 < 1"),
+        (lambda: recipe(total_steps=0), r"total_steps=0 < 1"),
+        (
+            lambda: recipe(learner=LearnerSpec(batch_groups=8), staleness=StalenessSpec(capacity_groups=7)),
+            r"batch_groups=8 > staleness\.capacity_groups=7: .* wait for ever; raise",
+        ),
+        (lambda: recipe(staleness=StalenessSpec(max_lag=-1)), r"staleness\.max_lag=-1 < 0"),
+        (
+            lambda: recipe(staleness=StalenessSpec(max_lag=0, selector="freshest")),
+            r"selector='freshest' with max_lag=0 always waits",
+        ),
+        (lambda: recipe(staleness=StalenessSpec(on_stale="wait", selector="uniform")), r"'uniform' with on_stale='wait'"),
+    ],
+)
+def test_an_impossible_spec_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_specs_are_data_and_frozen() -> None:
+    made = recipe(staleness=StalenessSpec(capacity_groups=64))  # exactly one batch
+    assert msgspec.json.decode(msgspec.json.encode(made), type=Recipe) == made
+    assert msgspec.convert(msgspec.to_builtins(Deployment()), Deployment) == Deployment()
+    with pytest.raises(AttributeError):
+        made.seed = 1  # type: ignore[misc]
+    with pytest.raises(msgspec.ValidationError, match="unknown field `sed`"):
+        msgspec.convert({**msgspec.to_builtins(made), "sed": 1}, Recipe)
+
+
+def test_the_bound_is_that_of_the_recipe() -> None:
+    bound = recipe(learner=LearnerSpec(batch_groups=8), staleness=StalenessSpec(max_lag=2)).bound()
+    assert bound.room(outstanding=0, committed=0, update=0) == 24  # (2 + 1) · 8
+
+
+def test_importing_asyncrl_and_its_specs_loads_neither_torch_nor_ray() -> None:
+    code = "import sys, asyncrl.config, asyncrl.cli; print(sorted({'torch', 'transformers', 'ray'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_reward_terms_have_names() -> None:
+    one = RewardSpec(function="rewards.py:f", style="trl")
+    assert one.terms() == (RewardTerm(function="rewards.py:f", style="trl"),)
+    several = RewardSpec(functions=(RewardTerm(function="a/b.py:right", weight=2.0), RewardTerm(function="m.f", name="form")))
+    assert [(term.name, term.weight) for term in several.terms()] == [("right", 2.0), ("form", 1.0)]
+    assert msgspec.json.decode(msgspec.json.encode(several), type=RewardSpec) == several

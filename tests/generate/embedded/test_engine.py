@@ -1,0 +1,451 @@
+"""The engine against plain forwards: logprobs, versions, swaps, joining, leaving, repeating."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from asyncrl.errors import CheckpointError, Closed, ConfigError, Unavailable
+from asyncrl.generate.embedded.engine import TorchEngine
+from asyncrl.models.loading import named_weights
+from asyncrl.types import Generation, GenerationRequest, Span, Version
+
+MakeModel = Callable[..., PreTrainedModel]
+MakeRequest = Callable[..., GenerationRequest]
+V0, V1, V2 = Version(0, 0), Version(0, 1), Version(0, 2)
+WAIT_S = 20.0
+
+
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in named_weights(model).items()}
+
+
+@pytest.fixture
+def make_engine(make_model: MakeModel) -> Iterator[Callable[..., TorchEngine]]:
+    """make_engine(kind="qwen3", **settings): with weights V0, of make_model's seed 0."""
+    engines: list[TorchEngine] = []
+
+    def make(kind: str = "qwen3", slots: int = 4, max_length: int = 64, **settings: object) -> TorchEngine:
+        model = make_model(kind)
+        engine = TorchEngine(model, slots=slots, max_length=max_length, **settings)
+        engine.update_weights(V0, weights(model))
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def finish(engine: TorchEngine, *futures: "Future[Generation]") -> list[Generation]:
+    while engine.step():
+        pass
+    return [future.result(0) for future in futures]
+
+
+def recomputed(models: dict[Version, PreTrainedModel], request: GenerationRequest, answer: Generation) -> np.ndarray:
+    """Full-softmax logprobs [T] of the response at the request's temperature, each by a plain forward of its tagged version."""
+    ids = torch.tensor([[*request.prompt_ids, *answer.token_ids]])
+    versions = [span.version for span in answer.spans for _ in range(span.length)]
+    assert len(versions) == len(answer.token_ids)
+    first, out = len(request.prompt_ids) - 1, []
+    with torch.no_grad():
+        scores = {v: (m(input_ids=ids).logits[0] / request.sampling.temperature).log_softmax(-1) for v, m in models.items()}
+    for i, (version, token) in enumerate(zip(versions, answer.token_ids, strict=True)):
+        out.append(scores[version][first + i, token].item())
+    return np.array(out)
+
+
+def full_logprobs(answer: Generation) -> np.ndarray:
+    return np.array(answer.logprobs) + (0.0 if answer.kept_logmass is None else np.array(answer.kept_logmass))
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.8, 0), (1.0, 5), (0.9, 8)])
+def test_logprobs_are_those_of_a_plain_forward(
+    make_engine: Callable[..., TorchEngine],
+    make_model: MakeModel,
+    make_request: MakeRequest,
+    kind: str,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+) -> None:
+    engine = make_engine(kind)
+    requests = [
+        make_request(
+            str(i), prompt=range(1, 3 + i), seed=i, temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=8 + i
+        )
+        for i in range(6)
+    ]
+    for request, answer in zip(requests, finish(engine, *engine.submit_group(requests)), strict=True):
+        assert answer.spans == (Span(V0, request.sampling.max_tokens),)
+        assert answer.finish_reason == "length"
+        assert (answer.kept_logmass is None) == (top_p == 1.0 and top_k == 0)
+        np.testing.assert_allclose(full_logprobs(answer), recomputed({V0: make_model(kind)}, request, answer), atol=1e-5)
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.8, "temperature": 0.7}])
+def test_a_swap_in_flight_keeps_every_logprob_exact(
+    make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest, cut: dict[str, float]
+) -> None:
+    engine, models = make_engine(slots=3), {V0: make_model(), V1: make_model(seed=1), V2: make_model(seed=2)}
+    requests = [make_request(str(i), prompt=range(1, 4 + i), seed=i, max_tokens=6 + 3 * i, **cut) for i in range(3)]
+    futures = engine.submit_group(requests)
+    for _ in range(4):
+        engine.step()
+    report = engine.update_weights(V1, weights(models[V1]))
+    # Known to the cache: prompt (3, 4, 5) + 4 sampled − the last one, which is still to be fed.
+    assert report.recomputed_tokens == (3 + 4 + 5) + 3 * 3
+    assert report.version == engine.version == V1
+    for _ in range(5):
+        engine.step()
+    engine.update_weights(V2, weights(models[V2]))
+    answers = finish(engine, *futures)
+    assert [answer.spans for answer in answers] == [
+        (Span(V0, 4), Span(V1, 2)),
+        (Span(V0, 4), Span(V1, 5)),
+        (Span(V0, 4), Span(V1, 5), Span(V2, 3)),
+    ]
+    for request, answer in zip(requests, answers, strict=True):
+        np.testing.assert_allclose(full_logprobs(answer), recomputed(models, request, answer), atol=1e-5)
+
+
+def test_keep_kv_recomputes_nothing_and_is_outside_the_guarantee(
+    make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest
+) -> None:
+    engine, models = make_engine(update_mode="keep_kv"), {V0: make_model(), V1: make_model(seed=1)}
+    request = make_request(max_tokens=10)
+    future = engine.submit(request)
+    for _ in range(5):
+        engine.step()
+    assert engine.update_weights(V1, weights(models[V1])).recomputed_tokens == 0
+    (answer,) = finish(engine, future)
+    assert answer.spans == (Span(V0, 5), Span(V1, 5))
+    gap = np.abs(full_logprobs(answer) - recomputed(models, request, answer))
+    assert gap[:5].max() < 1e-5
+    assert gap[5:].max() > 1e-3
+
+
+def resume_when_draining(engine: TorchEngine) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not engine._draining and time.monotonic() < deadline:
+        time.sleep(0.001)
+    engine.resume()
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_drain_swaps_when_the_running_rows_have_ended(
+    make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest, threaded: bool
+) -> None:
+    engine = make_engine(slots=2, update_mode="drain")
+    futures = engine.submit_group([make_request(str(i), seed=i, max_tokens=20) for i in range(4)])
+    engine.step()
+    new = weights(make_model(seed=1))
+    if threaded:  # no step is made before the update is asked for
+        engine.pause()
+        engine.start()
+        threading.Thread(target=resume_when_draining, args=(engine,), daemon=True).start()
+    report = engine.update_weights(V1, new)
+    assert [future.result(WAIT_S).spans for future in futures[:2]] == [(Span(V0, 20),)] * 2
+    assert report.recomputed_tokens == 0
+    if not threaded:
+        assert not any(future.done() for future in futures[2:])
+        finish(engine)
+    versions = [future.result(WAIT_S).spans for future in futures]
+    assert versions == [(Span(V0, 20),)] * 2 + [(Span(V1, 20),)] * 2
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_restart_begins_unfinished_rollouts_anew_in_their_order(
+    make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest, deterministic: bool
+) -> None:
+    models = {V0: make_model(), V1: make_model(seed=1)}
+    engine = make_engine(slots=3, update_mode="restart", deterministic=deterministic)
+    # Slots for the first three: b, which ends, is replaced by d from the second group (or not yet, if deterministic).
+    lengths = {"a": 12, "b": 3, "c": 14, "d": 12, "e": 12}
+    requests = [
+        make_request(id, prompt=range(1, 4 + i), seed=i, group=i // 3, max_tokens=n)
+        for i, (id, n) in enumerate(lengths.items())
+    ]
+    futures = engine.submit_group(requests[:3]) + engine.submit_group(requests[3:])
+    for _ in range(5):
+        engine.step()
+    report = engine.update_weights(V1, weights(models[V1]))
+    # a and c had 5 tokens each; d joined after 3 steps.
+    assert (report.discarded_tokens, report.recomputed_tokens) == (5 + 5 + (0 if deterministic else 2), 0)
+    assert engine.gauges() == {"active": 0.0, "queued": 4.0}
+    assert [job.request.id for job in engine._queue] == ["a", "c", "d", "e"]
+    answers = finish(engine, *futures)
+    assert [answer.spans for answer in answers] == [(Span(V0 if id == "b" else V1, n),) for id, n in lengths.items()]
+    for request, answer in zip(requests, answers, strict=True):
+        np.testing.assert_allclose(full_logprobs(answer), recomputed(models, request, answer), atol=1e-5)
+
+
+def test_restart_under_the_same_weights_gives_the_same_rollout(
+    make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest
+) -> None:
+    """Its random numbers are those of its seed, whatever was thrown away: no second draw for what takes long."""
+    plain, engine = make_engine(), make_engine(update_mode="restart")
+    expected = finish(plain, plain.submit(make_request()))[0].token_ids
+    future = engine.submit(make_request())
+    for version in (V1, V2):
+        for _ in range(4):
+            engine.step()
+        engine.update_weights(version, weights(make_model()))
+    assert finish(engine, future)[0].token_ids == expected
+
+
+def test_restarts_of_a_running_engine_lose_nothing(
+    make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest
+) -> None:
+    versions = [Version(0, update) for update in range(1, 6)]
+    engine = make_engine(slots=4, max_length=96, update_mode="restart")
+    engine.start()
+    futures = [engine.submit(make_request(str(i), seed=i, max_tokens=10 + 5 * (i % 4))) for i in range(16)]
+    tensors = weights(make_model(seed=1))
+    reports = [engine.update_weights(version, tensors) for version in versions]
+    answers = [future.result(WAIT_S) for future in futures]
+    assert [len(answer.token_ids) for answer in answers] == [10 + 5 * (i % 4) for i in range(16)]
+    assert all(len(answer.spans) == 1 for answer in answers)
+    assert all(report.recomputed_tokens == 0 for report in reports)
+
+
+def test_requests_join_and_leave_at_any_step_and_give_what_they_give_alone(
+    make_engine: Callable[..., TorchEngine], make_request: MakeRequest
+) -> None:
+    requests = [
+        make_request(str(i), prompt=range(1, 2 + i % 5), seed=40 + i, max_tokens=3 + 5 * (i % 4), temperature=0.5 + i % 2)
+        for i in range(10)
+    ]
+    alone = make_engine(slots=1)
+    expected = [finish(alone, alone.submit(request))[0] for request in requests]
+    engine, futures = make_engine(slots=3), []
+    for i, request in enumerate(requests):
+        futures.append(engine.submit(request))
+        for _ in range(i % 3):
+            engine.step()
+    for ours, theirs in zip(finish(engine, *futures), expected, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-5)
+    assert engine.active == 0
+
+
+def test_a_shared_prompt_is_computed_once_and_gives_the_same(
+    make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest
+) -> None:
+    requests = [make_request(str(i), prompt=(4, 5, 6, 7), seed=i) for i in range(4)]
+    alone, together = make_engine(slots=1), make_engine(slots=4)
+    prefills: list[int] = []
+    together._model.register_forward_pre_hook(
+        lambda module, args, kwargs: prefills.append(kwargs["input_ids"].numel()) if kwargs["input_ids"].shape[1] > 1 else None,
+        with_kwargs=True,
+    )
+    shared = finish(together, *together.submit_group(requests))
+    assert prefills == [3]
+    assert [g.token_ids for g in shared] == [finish(alone, alone.submit(request))[0].token_ids for request in requests]
+    assert len({tuple(g.token_ids) for g in shared}) > 1
+
+
+def test_stop_tokens_end_a_rollout_and_are_part_of_it(
+    make_engine: Callable[..., TorchEngine], make_request: MakeRequest
+) -> None:
+    engine = make_engine()
+    (free,) = finish(engine, engine.submit(make_request(max_tokens=30)))
+    stops = (free.token_ids[9], free.token_ids[6])
+    end = next(i for i, token in enumerate(free.token_ids) if token in stops) + 1
+    stopped, other = finish(
+        engine, *engine.submit_group([make_request(max_tokens=30, stop_token_ids=stops), make_request("b")])
+    )
+    assert stopped.token_ids == free.token_ids[:end]
+    assert stopped.finish_reason == "stop"
+    assert stopped.spans == (Span(V0, end),)
+    assert other.token_ids == free.token_ids[:12]  # its neighbour's stop tokens are not its own
+
+
+def test_greedy_takes_the_likeliest_token(
+    make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest
+) -> None:
+    engine, model = make_engine(), make_model()
+    request = make_request(temperature=0.0)
+    (answer,) = finish(engine, engine.submit(request))
+    assert answer.logprobs == [0.0] * 12
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*request.prompt_ids, *answer.token_ids]])).logits[0]
+    assert logits[2:-1].argmax(-1).tolist() == answer.token_ids
+
+
+def test_abort_ends_running_and_queued_requests_of_a_group_only(
+    make_engine: Callable[..., TorchEngine], make_request: MakeRequest
+) -> None:
+    engine = make_engine(slots=2)
+    running, other, queued = (
+        engine.submit(make_request(id, group=group, max_tokens=20)) for id, group in (("a", 1), ("b", 2), ("c", 1))
+    )
+    for _ in range(3):
+        engine.step()
+    engine.abort(1)
+    assert running.result(0).finish_reason == queued.result(0).finish_reason == "abort"
+    assert len(running.result(0).token_ids) == len(running.result(0).logprobs) == 3
+    assert running.result(0).spans == (Span(V0, 3),)
+    assert queued.result(0).token_ids == []
+    assert finish(engine, other)[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"max_tokens": 62}, "prompt of 3 tokens.*max_tokens=62 > engine.max_length=64"),
+        ({"max_tokens": 0}, "max_tokens=0 < 1"),
+        ({"prompt": ()}, "prompt is empty"),
+        ({"prompt": (3, 24)}, "ids 3 to 24 leave the model's vocabulary of 24"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+    ],
+)
+def test_a_request_that_cannot_be_served_fails_alone(
+    make_engine: Callable[..., TorchEngine], make_request: MakeRequest, bad: dict[str, object], words: str
+) -> None:
+    engine = make_engine()
+    refused, fine = engine.submit(make_request(**bad)), engine.submit(make_request("b", max_tokens=61))
+    with pytest.raises(ConfigError, match=words):
+        refused.result(0)
+    assert len(finish(engine, fine)[0].token_ids) == 61
+
+
+def test_nothing_is_decoded_before_the_first_weights_or_while_paused(make_model: MakeModel, make_request: MakeRequest) -> None:
+    engine = TorchEngine(make_model(), slots=2, max_length=32)
+    future = engine.submit(make_request())
+    assert engine.version is None
+    assert not engine.step()
+    engine.update_weights(V0, weights(make_model()))
+    engine.pause()
+    assert not engine.step()
+    engine.resume()
+    assert finish(engine, future)[0].spans == (Span(V0, 12),)
+
+
+# --------------------------------------------------------------------------------------------- deterministic
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_deterministic_results_repeat_to_the_bit(
+    make_engine: Callable[..., TorchEngine], make_request: MakeRequest, threaded: bool
+) -> None:
+    groups = [
+        [
+            # The last group is so long that the cache grows: before the others in one order, after them in the other.
+            make_request(f"{g}/{r}", prompt=[5] * (2 + 20 * g), seed=10 * g + r, group=g, max_tokens=4 + 5 * ((g + r) % 3))
+            for r in range(3)
+        ]
+        for g in range(4)
+    ]
+    first = make_engine(slots=8, max_length=96, deterministic=True)
+    expected = {g.id: g for group in groups for g in finish(first, *first.submit_group(group))}
+    again = make_engine(slots=8, max_length=96, deterministic=True)
+    if threaded:
+        again.start()
+    futures = []
+    for group in reversed(groups):
+        futures += again.submit_group(group[::-1])
+        again.step()
+    if not threaded:
+        finish(again)
+    for future in futures:
+        answer = future.result(WAIT_S)
+        assert answer == expected[answer.id]  # to the bit: logprobs are compared as they are
+
+
+def test_deterministic_rows_stay_until_their_group_has_ended(
+    make_engine: Callable[..., TorchEngine], make_request: MakeRequest
+) -> None:
+    engine = make_engine(slots=4, deterministic=True)
+    short, long = engine.submit_group([make_request("a", max_tokens=2), make_request("b", max_tokens=5)])
+    other = engine.submit(make_request("c", group=1, max_tokens=1))
+    assert engine.gauges() == {"active": 0.0, "queued": 3.0}
+    counts = []
+    while engine.step():
+        counts.append(engine.active)
+    assert counts == [2, 2, 2, 2, 0, 0]
+    assert [len(f.result(0).token_ids) for f in (short, long, other)] == [2, 5, 1]
+
+
+def test_a_deterministic_group_must_fit(make_engine: Callable[..., TorchEngine], make_request: MakeRequest) -> None:
+    engine = make_engine(slots=2, deterministic=True)
+    with pytest.raises(ConfigError, match=r"3 rollouts > engine.slots=2"):
+        engine.submit_group([make_request(str(i)) for i in range(3)])[0].result(0)
+
+
+# ---------------------------------------------------------------------------------------- threads and failure
+
+
+def test_threaded_swaps_pauses_and_submits_lose_nothing(
+    make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest
+) -> None:
+    engine, models = make_engine(slots=4, max_length=96), {V0: make_model(), V1: make_model(seed=1), V2: make_model(seed=2)}
+    engine.start()
+    requests = [make_request(str(i), seed=i, max_tokens=30) for i in range(12)]
+    futures = [engine.submit(request) for request in requests[:6]]
+    engine.update_weights(V1, weights(models[V1]))
+    futures += engine.submit_group(requests[6:])
+    engine.pause()
+    engine.health(0.0)
+    engine.resume()
+    engine.update_weights(V2, weights(models[V2]))
+    for request, future in zip(requests, futures, strict=True):
+        answer = future.result(WAIT_S)
+        np.testing.assert_allclose(answer.logprobs, recomputed(models, request, answer), atol=1e-5)
+    engine.health(WAIT_S)
+
+
+def test_a_failing_step_fails_every_future_and_health(
+    make_engine: Callable[..., TorchEngine], make_request: MakeRequest
+) -> None:
+    engine = make_engine(slots=1)
+    broken = {name: torch.full_like(tensor, float("nan")) for name, tensor in weights(engine._model).items()}
+    futures = [engine.submit(make_request(str(i))) for i in range(3)]
+    engine.update_weights(V1, broken)
+    engine.start()
+    for future in futures:
+        with pytest.raises(Unavailable, match=r"NonFinite: logits of version 0.1 are not finite"):
+            future.result(WAIT_S)
+    with pytest.raises(Unavailable, match="NonFinite"):
+        engine.health(WAIT_S)
+    with pytest.raises(Unavailable):
+        engine.submit(make_request()).result(0)
+
+
+def test_weights_of_another_model_are_refused_and_end_the_engine(make_engine: Callable[..., TorchEngine]) -> None:
+    engine = make_engine()
+    with pytest.raises(CheckpointError):
+        engine.update_weights(V1, {"lm_head.weight": torch.zeros(1)})
+    with pytest.raises(Unavailable, match="CheckpointError"):
+        engine.health(0.0)
+
+
+def test_health_names_a_stuck_engine(make_engine: Callable[..., TorchEngine], make_request: MakeRequest) -> None:
+    engine = make_engine()
+    engine.health(0.0)  # idle is healthy
+    engine.submit(make_request())
+    with pytest.raises(Unavailable, match=r"no step in 0.0 s with 0 rows running and 1 requests queued"):
+        engine.health(0.0)
+
+
+def test_close_ends_futures_and_threads(make_engine: Callable[..., TorchEngine], make_request: MakeRequest) -> None:
+    engine = make_engine(slots=1, max_length=90)
+    futures = [engine.submit(make_request(str(i), max_tokens=80)) for i in range(3)]
+    engine.step()  # one is running, two are queued
+    engine.pause()
+    engine.start()
+    engine.close(WAIT_S)
+    assert "torch-engine" not in {thread.name for thread in threading.enumerate()}
+    for future in futures:
+        with pytest.raises(Closed):
+            future.result(0)
+    with pytest.raises(Closed):
+        engine.update_weights(V1, {})

@@ -1,0 +1,118 @@
+"""The slot cache equals Hugging Face's own, and refuses what it can't serve."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from asyncrl.errors import ConfigError
+from asyncrl.generate.embedded.batch import Decoder
+from asyncrl.generate.embedded.kv_cache import longest_context, require_servable
+
+MakeModel = Callable[..., PreTrainedModel]
+SMALL = {
+    "vocab_size": 24,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def plain_logits(model: PreTrainedModel, tokens: np.ndarray) -> torch.Tensor:
+    """Logits after the last token, by one forward without cache."""
+    with torch.no_grad():
+        return model(input_ids=torch.from_numpy(tokens)[None]).logits[0, -1]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
+def test_rows_of_different_lengths_decode_as_alone(make_model: MakeModel, kind: str) -> None:
+    """Grouped heads, and an architecture with learned positions and as many key as query heads."""
+    gpt2 = GPT2Config(vocab_size=24, n_embd=32, n_layer=2, n_head=4, n_positions=32, initializer_range=0.3)
+    model = GPT2LMHeadModel(gpt2).eval() if kind == "gpt2" else make_model(kind)
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 24, size=n) for n in (2, 5, 9, 1)]
+    expected = [plain_logits(model, text) for text in texts]
+    decoder = Decoder(model, slots=6, max_length=32)
+    with torch.inference_mode():
+        computed = decoder.fill([text[:-1] for text in texts], [[0], [1], [2], [3]])
+        logits = decoder.decode(np.array([t[-1] for t in texts]), np.array([len(t) - 1 for t in texts]))
+    assert computed == 1 + 4 + 8 + 0
+    torch.testing.assert_close(logits, torch.stack(expected), atol=2e-5, rtol=0)
+
+
+def test_one_prefill_serves_many_rows_and_rows_move(make_model: MakeModel) -> None:
+    model = make_model()
+    prompt = np.array([3, 1, 4, 1, 5])
+    expected = plain_logits(model, prompt)
+    decoder = Decoder(model, slots=4, max_length=16)
+    with torch.inference_mode():
+        assert decoder.fill([prompt[:-1]], [[1, 3]]) == 4
+        decoder.move(np.array([0, 2]), np.array([1, 3]), 4)
+        logits = decoder.decode(np.full(3, 5), np.full(3, 4))
+    torch.testing.assert_close(logits, expected.expand(3, -1), atol=2e-5, rtol=0)
+
+
+def test_long_and_short_prompts_are_filled_in_separate_forwards(make_model: MakeModel) -> None:
+    """Padding a short prompt to more than twice its length would cost more than a second forward."""
+    decoder = Decoder(make_model(), slots=4, max_length=64)
+    widths: list[tuple[int, ...]] = []
+    decoder.model.register_forward_pre_hook(lambda m, a, kw: widths.append(tuple(kw["input_ids"].shape)), with_kwargs=True)
+    with torch.inference_mode():
+        decoder.fill([np.ones(n, dtype=np.int64) for n in (3, 40, 30, 4)], [[0], [1], [2], [3]])
+    assert widths == [(2, 40), (2, 4)]
+
+
+def test_masked_single_token_attention_equals_sdpa(make_model: MakeModel) -> None:
+    """The grouped path, reached by a plain cached forward with a 4D mask, against the model's own SDPA."""
+    ours, theirs = make_model(), make_model()
+    Decoder(ours, slots=1, max_length=8)  # switches the attention
+    assert ours.config._attn_implementation != theirs.config._attn_implementation
+    ids, mask = torch.tensor([[4]]), torch.zeros(1, 1, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(input_ids=ids, attention_mask=mask).logits, theirs(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("model", "word"),
+    [
+        (lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=8)), "sliding"),
+        (
+            lambda: Qwen3ForCausalLM(
+                Qwen3Config(**SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=1, head_dim=8)
+            ),
+            "sliding_attention",
+        ),
+        (
+            lambda: LlamaForCausalLM(
+                LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+            ),
+            "rope_type='dynamic'",
+        ),
+        (lambda: BloomForCausalLM(BloomConfig(vocab_size=24, hidden_size=32, n_layer=1, n_head=4)), "position_ids"),
+        (lambda: LlamaForCausalLM._from_config(LlamaConfig(**SMALL), attn_implementation="eager"), "'eager'"),
+    ],
+)
+def test_models_that_it_would_serve_wrongly_are_refused(model: Callable[[], PreTrainedModel], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        require_servable(model())
+
+
+def test_context_is_cut_to_the_models_positions(make_model: MakeModel) -> None:
+    assert longest_context(make_model(), 2048) == 96
+    assert longest_context(make_model(), 50) == 50

@@ -1,0 +1,104 @@
+"""metrics.jsonl: every record once, whatever died in between; TensorBoard gets the same figures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from asyncrl.errors import DataError
+from asyncrl.report.metrics_log import MetricsLog
+from asyncrl.types import Record, Report, Version
+
+
+def record(sequence: int, update: int = 0, incarnation: int = 0, **metrics: float) -> Record:
+    return Record(
+        sequence=sequence,
+        time=100.0 + sequence,
+        kind="step",
+        version=Version(incarnation, update),
+        metrics=metrics or {"x": 1.0},
+    )
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_record_is_one_flat_line(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
+    assert log.append(Record(sequence=1, time=5.0, kind="eval", version=Version(2, 30), metrics={"eval/score": 0.5}))
+    # On disk before close: a killed driver loses nothing it has taken.
+    assert lines(tmp_path / "metrics.jsonl") == [
+        {"sequence": 1, "time": 5.0, "kind": "eval", "step": 30, "incarnation": 2, "eval/score": 0.5}
+    ]
+    log.append(record(2, **{"actor/grad_norm": float("nan")}))
+    assert lines(tmp_path / "metrics.jsonl")[1]["actor/grad_norm"] is None
+    log.close()
+    log.close()
+
+
+def test_repeats_are_ignored_also_after_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for sequences in ((1, 2, 2, 1), (1, 2, 3), (3, 4)):
+        log = MetricsLog(path, tmp_path / "tensorboard")
+        written = [log.append(record(sequence)) for sequence in sequences]
+        log.close()
+    assert written == [False, True]
+    assert [line["sequence"] for line in lines(path)] == [1, 2, 3, 4]
+
+
+def test_a_torn_line_is_cut_off_and_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"sequence": 1}\n{"kind": "actors"}\n{"sequence": 2, "ti')
+    log = MetricsLog(path, tmp_path / "tensorboard")
+    assert log.last_sequence == 1
+    assert log.append(record(2))
+    log.close()
+    assert [line.get("sequence") for line in lines(path)] == [1, None, 2]
+
+
+def test_damage_elsewhere_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"sequence": 1}\nnonsense\n{"sequence": 2}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2 is not JSON"):
+        MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
+
+
+def test_actor_reports(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
+    log.append_actors(
+        9.0, 4, [Report(name="learner", role="learner", seconds={"busy": 3.0, "wait:store": 1.5}, gauges={"q": 2.0})]
+    )
+    log.close()
+    assert lines(tmp_path / "metrics.jsonl") == [
+        {"time": 9.0, "kind": "actors", "step": 4, "learner/busy_s": 3.0, "learner/wait:store_s": 1.5, "learner/q": 2.0}
+    ]
+
+
+def test_tensorboard_reads_the_same_figures(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
+    for step in (1, 2):
+        log.append(record(step, update=step, **{"reward/mean": step / 4}))
+    log.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.wall_time, event.tensor_proto.float_val[0]) for event in events.Tensors("reward/mean")]
+    assert found == [(1, 101.0, 0.25), (2, 102.0, 0.5)]
+
+
+def test_writing_needs_no_torch(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from asyncrl.records import MetricsLog
+from asyncrl.types import Record, Version
+log = MetricsLog(Path(sys.argv[1]) / "m", Path(sys.argv[1]) / "t")
+log.append(Record(sequence=1, time=1.0, kind="step", version=Version(0, 1), metrics={"x": 1.0}))
+log.close()
+print(sorted({"torch", "tensorflow", "ray"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"

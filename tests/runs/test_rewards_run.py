@@ -1,0 +1,73 @@
+"""Whole runs over users' reward functions: several of them, and one that raises."""
+
+from pathlib import Path
+
+import pytest
+
+from asyncrl import launch
+from asyncrl.types import RunStatus
+from asyncrl.config import RewardSpec
+from asyncrl.config.load import override
+from asyncrl.replay import open as open_replay
+from asyncrl.report.summary import Tally
+
+pytestmark = pytest.mark.ray
+
+REWARDS = """
+def sevens(data_source, solution_str, ground_truth, extra_info=None):
+    return solution_str.count(ground_truth) / 6
+
+def brief(prompts, completions, answer, **columns):
+    # TRL's convention; it does not apply to half of the rows
+    assert prompts[0] and answer[0] == columns["ground_truth"][0]
+    return [None if int(prompts[0][:2]) % 2 else 1.0 - len(completions[0]) / 6]
+
+def fails_on_odd(data_source, solution_str, ground_truth, extra_info=None):
+    print("not for the driver's output")
+    if len(solution_str) % 2:
+        raise ValueError("an odd answer")
+    return 1.0
+"""
+
+
+@pytest.fixture
+def rewards(tmp_path: Path) -> Path:
+    path = tmp_path / "rewards.py"
+    path.write_text(REWARDS)
+    return path
+
+
+def test_several_weighted_rewards_are_logged_by_name_and_shaped(local_ray, tiny_recipe, rewards, metrics_of, tmp_path):
+    terms = f"[{{function: '{rewards}:sevens', name: '7', weight: 2}}, {{function: '{rewards}:brief', weight: 0.5}}]"
+    shaping = ["reward.shaping.overlong_buffer=3", "reward.shaping.overlong_penalty=0.5", "reward.shaping.clip=[-0.25,1.5]"]
+    recipe = override(tiny_recipe(total_steps=2), ["reward.function=", f"reward.functions={terms}", *shaping])
+    run = Path(launch(recipe, runs_dir=tmp_path).run_dir)
+    lines = metrics_of(run, "step")
+    assert len(lines) == 2
+    for line in lines:
+        assert {"reward/7", "reward/unshaped", "reward/overlong_penalty"} <= line.keys()
+        assert 0 <= line["reward/brief"] <= 1
+        assert -0.5 <= line["reward/overlong_penalty"] <= 0
+        assert -0.25 <= line["reward/mean"] <= 1.5
+
+
+def test_samples_whose_reward_fails_are_counted_and_never_trained(
+    local_ray, tiny_recipe, hold_after, rewards, metrics_of, tmp_path
+):
+    hold = hold_after(4)
+
+    def see(status: RunStatus, tally: Tally) -> None:
+        if any(report.name == "reward-0" and report.gauges["invalid"] > 0 for report in status.reports):
+            hold.release()
+
+    recipe = tiny_recipe(reward=RewardSpec(function=f"{rewards}:fails_on_odd"), algorithm=hold.algorithm, total_steps=12)
+    result = launch(recipe, runs_dir=tmp_path, observe=see)
+    run = Path(result.run_dir)
+    assert result.steps == 12
+    # Every even answer scores 1 and the odd ones have no reward: any 0 among them would show in the mean.
+    assert {step["reward/mean"] for step in metrics_of(run, "step")} == {1.0}
+    assert metrics_of(run, "actors")[-1]["reward-0/invalid"] > 0
+    rows = open_replay(run).rollouts().to_pylist()
+    assert {row["reward"] for row in rows if row["status"] == "invalid"} == {None}
+    assert "invalid: ValueError: an odd answer" in (run / "logs" / "reward-0.log").read_text()
+    assert "not for the driver's output" in (run / "logs" / "reward-0.reward.log").read_text()

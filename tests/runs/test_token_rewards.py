@@ -1,0 +1,114 @@
+"""From a reward function that rewards turns and tokens to the advantages of trained tokens, by hand, without Ray."""
+
+import threading
+from typing import Any
+
+import pytest
+
+from asyncrl.algorithms.estimators import ESTIMATORS
+from asyncrl.config import RewardSpec, RewardTerm
+from asyncrl.learn.batch import Batch, make_batch
+from asyncrl.learn.metrics import rollout_metrics
+from asyncrl.replay.client import ReplayClient
+from asyncrl.replay.log.rows import LogSettings
+from asyncrl.replay.plan import Grouping, Plan, Source, keep_all
+from asyncrl.replay.store import LocalTransport, ReplayStore
+from asyncrl.reward.pool import RewardPool
+from asyncrl.reward.worker import RewardWorker
+from asyncrl.staleness import Staleness
+from asyncrl.types import Prompt, Rollout, Sampling, Span, Ticket, TrainRollout, Version
+
+REWARDS = """
+def right(solution_str, ground_truth, turns):
+    return {"score": 1.0, "turn_rewards": [1.0, 4.0][: len(turns)]}
+
+def brief(solution_str, ground_truth, response_ids):
+    return {"score": 0.0, "token_rewards": [-0.25] * len(response_ids)}
+"""
+
+
+def rollout(ticket: Ticket, index: int, ids: list[int], *updates: int, mask: list[int], turns: tuple[int, ...]) -> Rollout:
+    spans = [Span(Version(1, update), 1) for update in updates]
+    return Rollout(
+        group=ticket.group,
+        rollout=index,
+        attempt=ticket.attempt,
+        prompt=ticket.prompt,
+        response_ids=ids,
+        logprobs=[-1.0] * len(ids),
+        kept_logmass=None,
+        loss_mask=mask,
+        turns=turns,
+        spans=tuple(spans),
+        finish_reason="stop",
+        worker="generator",
+        times={},
+        baseline=index == ticket.baseline,
+    )
+
+
+@pytest.fixture
+def trained(tmp_path: Any) -> list[TrainRollout]:
+    """Two rollouts as the learner gets them, of five tokens in two turns and of two in one; their baseline had one token."""
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    terms = RewardSpec(
+        functions=(
+            RewardTerm(function=f"{tmp_path}/rewards.py:right", weight=2.0),
+            RewardTerm(function=f"{tmp_path}/rewards.py:brief"),
+        )
+    ).terms()
+    prompts = [Prompt(row=i, ids=(1, 2), data_source="test") for i in range(4)]
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=8, stop_token_ids=())
+    plan = Plan(
+        rule=Staleness(max_lag=1, batch_groups=1),
+        source=Source(prompts=prompts, sampling=sampling),
+        grouping=Grouping(n=2, min_valid=2, max_attempts=1, keep=keep_all, baseline=True),
+    )
+    store = LocalTransport(ReplayStore(plan, LogSettings(folder=str(tmp_path / "replay"))))
+    client = ReplayClient(store, "all", 1)
+    client.fence(0)
+    worker = RewardWorker(ReplayClient(store, "reward", 1), RewardPool(terms), str, name="reward", poll_s=1.0)
+    scoring = threading.Thread(target=worker.run)
+    scoring.start()
+    first, second = client.reserve(2, Version(1, 0), [], 5.0).tickets
+    client.submit([rollout(first, i, [3], 0, mask=[1], turns=(0,)) for i in range(3)])
+    client.commit(client.lease_batch(0, 30.0).lease, Version(1, 1), {})
+    client.submit(
+        [
+            rollout(second, 0, [3, 4, 5, 6, 7], 0, 1, 1, 1, 1, mask=[1, 1, 0, 1, 1], turns=(0, 3)),  # 5 is a tool's
+            rollout(second, 1, [3, 4], 1, 1, mask=[1, 1], turns=(0,)),
+            rollout(second, 2, [3], 0, mask=[1], turns=(0,)),
+        ]
+    )
+    found = client.rows(client.lease_batch(1, 30.0).groups)
+    store("finish", timeout_s=10.0)
+    scoring.join(30)
+    store.close()
+    return found
+
+
+def batch(trained: list[TrainRollout], estimator: str) -> Batch:
+    """At update 1 with a bound of 0: the first token of the first rollout is too old."""
+    return make_batch(trained, Staleness(max_lag=0, batch_groups=1), 1, ESTIMATORS[estimator])
+
+
+@pytest.mark.timeout(90)
+def test_token_rewards_from_the_function_to_the_advantages(trained: list[TrainRollout]) -> None:
+    first, second = trained
+    assert (first.reward, second.reward) == (2.0, 2.0)  # 2·1 + 0, due at the end
+    assert first.token_rewards is not None
+    assert second.token_rewards is not None
+    # Turns earn 2·1 and 2·4 at their last tokens, each token −0.25.
+    assert first.token_rewards.tolist() == [-0.25, -0.25, 1.75, -0.25, 7.75]
+    assert second.token_rewards.tolist() == [-0.25, 1.75]
+    assert first.baseline == second.baseline == 2.0 + 1.75
+    assert first.parts == {"right": 1.0, "brief": 0.0}
+    assert rollout_metrics(trained)["reward/token_sum"] == (8.75 + 1.5) / 2
+
+    # Trained are tokens 1, 3, 4 | 0, 1. The tool's 1.75 belongs to token 1; the stale token's −0.25 to the rollout alone.
+    whole = batch(trained, "grpo_no_std")
+    assert whole.outcomes.shaping_n is not None
+    assert whole.outcomes.shaping_n.tolist() == [1.5, -0.25, 7.75, -0.25, 1.75]
+    assert whole.advantages_n.tolist() == [3.625] * 3 + [-3.625] * 2  # 10.75 and 3.5
+    # Returns: 2 + 9, 2 + 7.5, 2 + 7.75 | 2 + 1.5, 2 + 1.75, less 3.75.
+    assert batch(trained, "remax").advantages_n.tolist() == [7.25, 5.75, 6.0, -0.25, 0.0]
