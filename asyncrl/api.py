@@ -14,14 +14,14 @@ import yaml
 from msgspec import Struct
 
 from asyncrl.cluster import preflight, wiring
-from asyncrl.cluster.plan import Plan
+from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.session import RaySession
 from asyncrl.cluster.supervisor import Supervisor
 from asyncrl.config import Deployment, Recipe
 from asyncrl.config.callables import load_callable
 from asyncrl.config.paths import resolve_paths
 from asyncrl.errors import ConfigError
-from asyncrl.report.summary import Tally
+from asyncrl.report.summary import RunSummary
 from asyncrl.rundir import RunDir, redact, resolve_run_dir, write_atomic
 from asyncrl.types import RunStatus
 
@@ -54,7 +54,7 @@ class RunResult(Struct, frozen=True, kw_only=True):
     learner_utilization: float
 
 
-Observer = Callable[[RunStatus, Tally], None]
+Observer = Callable[[RunStatus, RunSummary], None]
 
 
 class Trainer:
@@ -91,7 +91,7 @@ class Trainer:
                 _require_same_groups(self.paths, self._recipe)
             resume_at = None if resume_from is None else self._update_of(Path(resume_from).resolve())
             stop_token_ids = self._prepare(resuming=resume_from is not None)
-            self._tally = Tally(self.paths, observe)
+            self._tally = RunSummary(self.paths, observe)
             self._resources.callback(self._tally.close)
             self._supervisor = self._start(resume_at, stop_token_ids)
         except BaseException:
@@ -189,7 +189,7 @@ class Trainer:
     def _start(self, resume_at: int | None, stop_token_ids: tuple[int, ...]) -> Supervisor:
         log.info("starting the actors")
         session = self._resources.enter_context(RaySession(self._deployment))
-        plan = Plan(
+        plan = RunPlan(
             recipe=self._recipe,
             deployment=self._deployment,
             run_dir=str(self.paths.path),

@@ -53,14 +53,14 @@ def clipped_ppo(
     is the larger one, pg_clipfrac_lower those that the dual clip holds: neither has a gradient.
     """
     ratio_t = log_ratio(logp_t, old_t).exp()
-    free_t = -ratio_t * advantages_t
-    held_t = -ratio_t.clamp(1 - clip_low, 1 + clip_high) * advantages_t
-    loss_t, clipped_t = torch.maximum(free_t, held_t), held_t > free_t
+    unclipped_t = -ratio_t * advantages_t
+    clipped_t = -ratio_t.clamp(1 - clip_low, 1 + clip_high) * advantages_t
+    loss_t, was_clipped_t = torch.maximum(unclipped_t, clipped_t), clipped_t > unclipped_t
     if dual is None:
-        return loss_t, {"pg_clipfrac": clipped_t}
+        return loss_t, {"pg_clipfrac": was_clipped_t}
     bound_t = -dual * advantages_t
     lower_t = (advantages_t < 0) & (loss_t > bound_t)
-    return torch.where(lower_t, bound_t, loss_t), {"pg_clipfrac": clipped_t, "pg_clipfrac_lower": lower_t}
+    return torch.where(lower_t, bound_t, loss_t), {"pg_clipfrac": was_clipped_t, "pg_clipfrac_lower": lower_t}
 
 
 def cispo(logp_t: torch.Tensor, old_t: torch.Tensor, advantages_t: torch.Tensor, *, clip_high: float) -> Loss:
@@ -140,9 +140,9 @@ def gspo(
     """
     mean_t = sequence_mean(log_ratio(logp_t.detach(), old_t), sequence_t)
     ratio_t = (mean_t + logp_t - logp_t.detach()).exp()
-    free_t = -ratio_t * advantages_t
-    held_t = -ratio_t.clamp(1 - clip_low, 1 + clip_high) * advantages_t
-    return torch.maximum(free_t, held_t), {"pg_clipfrac": held_t > free_t}
+    unclipped_t = -ratio_t * advantages_t
+    clipped_t = -ratio_t.clamp(1 - clip_low, 1 + clip_high) * advantages_t
+    return torch.maximum(unclipped_t, clipped_t), {"pg_clipfrac": clipped_t > unclipped_t}
 
 
 def gmpo(
@@ -159,12 +159,12 @@ def gmpo(
     clip_low and clip_high bound the log-ratio of a token. Every token holds its sequence's loss; A is the sequence's mean.
     pg_clipfrac: tokens whose log-ratio was clipped: they have no gradient.
     """
-    free_t = log_ratio(logp_t, old_t)
-    held_t = free_t.clamp(-clip_low, clip_high)
+    unclipped_t = log_ratio(logp_t, old_t)
+    clipped_t = unclipped_t.clamp(-clip_low, clip_high)
     mean_advantage_t = sequence_mean(advantages_t, sequence_t)
-    clipped_t = torch.where(advantages_t > 0, held_t < free_t, held_t > free_t) & (advantages_t != 0)
-    ratio_t = sequence_mean(torch.where(clipped_t, held_t, free_t), sequence_t).exp()
-    return -mean_advantage_t * ratio_t, {"pg_clipfrac": clipped_t}
+    was_clipped_t = torch.where(advantages_t > 0, clipped_t < unclipped_t, clipped_t > unclipped_t) & (advantages_t != 0)
+    ratio_t = sequence_mean(torch.where(was_clipped_t, clipped_t, unclipped_t), sequence_t).exp()
+    return -mean_advantage_t * ratio_t, {"pg_clipfrac": was_clipped_t}
 
 
 # ---------------------------------------------------------------------------------------- value loss
@@ -180,11 +180,11 @@ def clipped_value_loss(
     the update. returns_t: what they should be. A value that has moved towards its return by more than `clip` has no gradient.
     clip None: ½(V − R)².
     """
-    free_t = (values_t - returns_t).square()
+    unclipped_t = (values_t - returns_t).square()
     if clip is None:
-        return 0.5 * free_t, torch.zeros_like(free_t, dtype=torch.bool)
-    held_t = (old_t + (values_t - old_t).clamp(-clip, clip) - returns_t).square()
-    return 0.5 * torch.maximum(free_t, held_t), held_t > free_t
+        return 0.5 * unclipped_t, torch.zeros_like(unclipped_t, dtype=torch.bool)
+    clipped_t = (old_t + (values_t - old_t).clamp(-clip, clip) - returns_t).square()
+    return 0.5 * torch.maximum(unclipped_t, clipped_t), clipped_t > unclipped_t
 
 
 def explained_variance(values_n: torch.Tensor, returns_n: torch.Tensor) -> float | None:

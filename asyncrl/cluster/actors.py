@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from asyncrl.cluster import wiring
-from asyncrl.cluster.plan import Plan
+from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import Peers
 from asyncrl.rundir import set_up_logging
 from asyncrl.types import Report
 
 
-def _log_to(plan: Plan, name: str) -> None:
+def _log_to(plan: RunPlan, name: str) -> None:
     """This process's log goes to `logs/<name>.log` of the run directory, which must be the one that the driver sees."""
     wiring.check_reach(plan)
     set_up_logging(logging.FileHandler(plan.paths.logs / f"{name}.log"), "%(asctime)s", os.environ.get("LOG_LEVEL", ""))
@@ -26,23 +26,23 @@ class StageActor:
     """A generator, reward worker or learner as an actor. Threaded: `run` occupies one thread for the actor's life,
     the other calls are answered beside it."""
 
-    def __init__(self, role: str, name: str, edition: int, plan: Plan, threads: int) -> None:
+    def __init__(self, role: str, name: str, restart_count: int, plan: RunPlan, threads: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is first imported, which is later
-        self._role, self._name, self._edition, self._plan = role, name, edition, plan
+        self._role, self._name, self._edition, self._plan = role, name, restart_count, plan
         self._peers = Peers()
         self._stage: Any = None
         self._closers: tuple[Callable[[], None], ...] = ()
         self._running = threading.Lock()
 
-    def connect(self, peer: str, edition: int, value: Any) -> None:
+    def connect(self, peer: str, restart_count: int, value: Any) -> None:
         """Tells where a peer is now."""
-        self._peers.put(peer, edition, value)
+        self._peers.put(peer, restart_count, value)
 
     def start(self) -> tuple[int, Any]:
         """Builds the stage: loads models, reaches peers. Returns its pid, and what its peers need to know of it."""
         _log_to(self._plan, self._name)
-        self._stage, advert, self._closers = wiring.build(self._role, self._name, self._edition, self._plan, self._peers)
-        return os.getpid(), advert
+        self._stage, address, self._closers = wiring.build(self._role, self._name, self._edition, self._plan, self._peers)
+        return os.getpid(), address
 
     def run(self, *arguments: Any) -> None:
         with self._running:
@@ -76,7 +76,7 @@ class StageActor:
 class StoreActor:
     """The replay store as an actor: asynchronous, with a concurrency group, and so an event loop, per kind of caller."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: RunPlan) -> None:
         self._plan = plan
         self._store: Any = None
         self._stopped = asyncio.Event()

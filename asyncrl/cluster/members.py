@@ -9,7 +9,7 @@ from ray.exceptions import RayActorError
 
 from asyncrl.cluster.actors import StageActor, StoreActor
 from asyncrl.cluster.placement import Placement, beside_driver, reserve
-from asyncrl.cluster.plan import Plan
+from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import STORE_CALLS
 from asyncrl.config import PlaceSpec
 from asyncrl.errors import Unavailable
@@ -20,12 +20,12 @@ Phase = Literal["starting", "idle", "running", "ended"]
 
 
 class Member:
-    """A named slot. `edition` numbers the actors that filled it, `restarts` counts those that failed; `task` is the Ray
+    """A named slot. `restart_count` numbers the actors that filled it, `restarts` counts those that failed; `task` is the Ray
     reference that ends with its phase."""
 
     def __init__(self, role: str, name: str, place: PlaceSpec) -> None:
         self.role, self.name, self.place = role, name, place
-        self.edition = -1
+        self.restart_count = -1
         self.phase: Phase = "ended"
         self.pid = 0
         self.handle: Any = None
@@ -37,13 +37,13 @@ class Member:
         self._asked: Any = None
         self._asked_at = 0.0
 
-    def spawn(self, plan: Plan, known: dict[str, tuple[int, Any]]) -> None:
+    def spawn(self, plan: RunPlan, known: dict[str, tuple[int, Any]]) -> None:
         """Creates the actor and begins `start`. `known` are the peers announced so far."""
         limits = plan.deployment.limits
         if self._placement is None:
             here = self.role == "store"
             self._placement = beside_driver() if here else reserve(self.name, self.place, limits.start_timeout_s)
-        self.edition += 1
+        self.restart_count += 1
         self.phase, self._asked = "starting", None
         if self.role == "store":
             actor = ray.remote(concurrency_groups=dict.fromkeys(STORE_CALLS, 1000))(StoreActor)
@@ -51,15 +51,17 @@ class Member:
         else:
             options = {**self._placement.options, "max_concurrency": 8}
             self.handle = (
-                ray.remote(StageActor).options(**options).remote(self.role, self.name, self.edition, plan, self.place.threads)
+                ray.remote(StageActor)
+                .options(**options)
+                .remote(self.role, self.name, self.restart_count, plan, self.place.threads)
             )
-            for peer, (edition, value) in known.items():
-                self.connect(peer, edition, value)
+            for peer, (restart_count, value) in known.items():
+                self.connect(peer, restart_count, value)
         self.task = self.handle.start.remote()
 
-    def connect(self, peer: str, edition: int, value: Any) -> None:
+    def connect(self, peer: str, restart_count: int, value: Any) -> None:
         if self.role != "store" and self.phase != "ended":
-            self.handle.connect.remote(peer, edition, value)
+            self.handle.connect.remote(peer, restart_count, value)
 
     def run(self, *arguments: Any) -> None:
         self.phase, self.task = "running", self.handle.run.remote(*arguments)

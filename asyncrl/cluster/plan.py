@@ -8,7 +8,7 @@ from asyncrl.config import Deployment, Recipe
 from asyncrl.rundir import RunDir
 
 
-class Plan(Struct, frozen=True, kw_only=True):
+class RunPlan(Struct, frozen=True, kw_only=True):
     """recipe and deployment: as checked, `{run}` resolved. run_id names shared memory and log entries.
 
     started: when the driver started the run, in ns since the epoch. loopback: everything runs
@@ -25,9 +25,9 @@ class Plan(Struct, frozen=True, kw_only=True):
     resume_at: int | None = None
     stop_token_ids: tuple[int, ...] = ()
 
-    def incarnation(self, edition: int) -> int:
-        """Of an actor's edition, for the store. Rises over restarts of the actor and of the driver, on the driver's clock."""
-        return self.started + edition
+    def incarnation(self, restart_count: int) -> int:
+        """An actor's incarnation for the store: rises with restarts of the actor, and of the driver by the driver's clock."""
+        return self.started + restart_count
 
     @property
     def paths(self) -> RunDir:

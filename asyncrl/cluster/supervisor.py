@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from asyncrl.cluster.members import Member
-from asyncrl.cluster.plan import Plan
+from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import call_store
 from asyncrl.errors import ActorFailed, AsyncRLError, CheckpointError, ConfigError, DataError, NonFinite, Unavailable
 from asyncrl.rundir import redact, write_atomic
@@ -24,13 +24,13 @@ from asyncrl.types import Report, RunStatus, StoreReport
 
 log = logging.getLogger(__name__)
 TICK_S = 0.5
-HOPELESS = (ConfigError, DataError, CheckpointError, NonFinite)  # the next try would meet the same
+NON_RETRYABLE = (ConfigError, DataError, CheckpointError, NonFinite)  # the next try would meet the same
 
 
 class Supervisor:
     """Owns the members of one run. `start`, then `train` as often as wanted, then `close`."""
 
-    def __init__(self, plan: Plan, observe: Callable[[RunStatus], None]) -> None:
+    def __init__(self, plan: RunPlan, observe: Callable[[RunStatus], None]) -> None:
         self._plan = plan
         self._observe = observe
         deployment = plan.deployment
@@ -81,8 +81,8 @@ class Supervisor:
         deadline = time.monotonic() + self._plan.deployment.limits.stop_timeout_s
         self._finishing, told = True, -1  # a store that restarts meanwhile has to be told again
         while any(member.phase != "ended" for member in workers) and time.monotonic() < deadline:
-            if self._store.phase == "running" and told < self._store.edition:
-                told = self._store.edition
+            if self._store.phase == "running" and told < self._store.restart_count:
+                told = self._store.restart_count
                 call_store(self._store.handle, "finish")
             self._tick()
         self._fresh_report()
@@ -150,8 +150,8 @@ class Supervisor:
             self._failed(member, error)
             return
         if member.phase == "starting":
-            member.pid, advert = value
-            self._started(member, advert)
+            member.pid, address = value
+            self._started(member, address)
         elif member is self._learner:
             member.phase, member.task = "idle", None
         elif self._finishing:
@@ -159,23 +159,23 @@ class Supervisor:
         else:
             self._failed(member, Unavailable(f"{member.name} ended before the run did; its log says why"))
 
-    def _started(self, member: Member, advert: Any) -> None:
+    def _started(self, member: Member, address: Any) -> None:
         log.info("%s is up (pid %d)", member.name, member.pid)
         if member is self._store:
-            self._announce("store", member.edition, member.handle)
+            self._announce("store", member.restart_count, member.handle)
         if member is not self._learner:
             member.run()
             return
-        self._announce("bus", member.edition, advert)
+        self._announce("bus", member.restart_count, address)
         self._plan = msgspec.structs.replace(self._plan, resume_at=None)  # a later restart takes the newest checkpoint
         member.phase, member.task = "idle", None
         if self._until is not None:
             member.run(self._until)
 
-    def _announce(self, peer: str, edition: int, value: Any) -> None:
-        self._known[peer] = (edition, value)
+    def _announce(self, peer: str, restart_count: int, value: Any) -> None:
+        self._known[peer] = (restart_count, value)
         for member in self._members:
-            member.connect(peer, edition, value)
+            member.connect(peer, restart_count, value)
 
     def _spawn(self, member: Member) -> None:
         member.spawn(self._plan, self._known)
@@ -198,7 +198,7 @@ class Supervisor:
         if not member.first_error:
             member.first_error = text
             write_atomic(self._plan.paths.logs / f"{member.name}.error", text + "\n")
-        if isinstance(cause, HOPELESS):
+        if isinstance(cause, NON_RETRYABLE):
             raise type(cause)(f"{member.name}: {cause}") from error
         limit = self._plan.deployment.limits.max_restarts
         if member.restarts >= limit:
@@ -210,7 +210,7 @@ class Supervisor:
         log.warning("%s died and is restarted: %s", member.name, text.strip().splitlines()[-1] if text.strip() else error)
         member.kill()
         if member is not self._store and self._store.phase == "running":
-            call_store(self._store.handle, "forget", member.name, self._plan.incarnation(member.edition))
+            call_store(self._store.handle, "forget", member.name, self._plan.incarnation(member.restart_count))
         self._spawn(member)
 
     # -------------------------------------------------------------------------------------- watching progress

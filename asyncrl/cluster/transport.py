@@ -21,11 +21,11 @@ class Peers:
         self._known: dict[str, tuple[int, Any]] = {}
         self._closed = False
 
-    def put(self, name: str, edition: int, value: Any) -> None:
+    def put(self, name: str, restart_count: int, value: Any) -> None:
         """Notes where `name` is. Editions rise with every restart; an older one changes nothing."""
         with self._changed:
-            if edition > self._known.get(name, (-1, None))[0]:
-                self._known[name] = (edition, value)
+            if restart_count > self._known.get(name, (-1, None))[0]:
+                self._known[name] = (restart_count, value)
                 self._changed.notify_all()
 
     def peek(self, name: str) -> Any:
@@ -34,7 +34,7 @@ class Peers:
             return self._known.get(name, (-1, None))[1]
 
     def wait(self, name: str, newer_than: int, deadline: float) -> tuple[int, Any]:
-        """Blocks until `name` has an edition above `newer_than`; `put` wakes it.
+        """Blocks until `name` has an restart_count above `newer_than`; `put` wakes it.
 
         Raises Closed when the actor stops, Unavailable at `deadline` (time.monotonic seconds).
         """
@@ -42,9 +42,9 @@ class Peers:
             while True:
                 if self._closed:
                     raise Closed(f"stopped while waiting for {name}")
-                edition, value = self._known.get(name, (-1, None))
-                if edition > newer_than:
-                    return edition, value
+                restart_count, value = self._known.get(name, (-1, None))
+                if restart_count > newer_than:
+                    return restart_count, value
                 if (left := deadline - time.monotonic()) <= 0:
                     raise Unavailable(f"{name}: no living incarnation was announced before the deadline")
                 self._changed.wait(left)
@@ -83,22 +83,22 @@ class RayCall:
         soon: the idempotency key among `args` makes that safe. Raises Unavailable after `timeout_s`, Closed when the actor
         stops; the store's own errors pass."""
         deadline = time.monotonic() + timeout_s
-        edition, handle = self._peers.wait("store", -1, deadline)
+        restart_count, handle = self._peers.wait("store", -1, deadline)
         while True:
             try:
                 return ray.get(call_store(handle, method, *args), timeout=max(deadline - time.monotonic(), 0.001))
             except ActorUnavailableError:
-                edition, handle = self._another(edition, handle, deadline)
+                restart_count, handle = self._another(restart_count, handle, deadline)
             except (RayActorError, OutOfMemoryError):  # the latter: killed by Ray's memory monitor
-                edition, handle = self._peers.wait("store", edition, deadline)
+                restart_count, handle = self._peers.wait("store", restart_count, deadline)
             except GetTimeoutError:
                 raise Unavailable(f"store: no answer to {method} within {timeout_s:.0f} s") from None
 
-    def _another(self, edition: int, handle: Any, deadline: float) -> tuple[int, Any]:
+    def _another(self, restart_count: int, handle: Any, deadline: float) -> tuple[int, Any]:
         """A newer store, if one comes within RECONNECT_S; else the same."""
         try:
-            return self._peers.wait("store", edition, min(deadline, time.monotonic() + RECONNECT_S))
+            return self._peers.wait("store", restart_count, min(deadline, time.monotonic() + RECONNECT_S))
         except Unavailable:
             if time.monotonic() >= deadline:
                 raise
-            return edition, handle
+            return restart_count, handle

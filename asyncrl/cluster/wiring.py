@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ray
 from msgspec.structs import replace
 
-from asyncrl.cluster.plan import Plan
+from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import Peers, RayCall
 from asyncrl.config import DataSpec, PlaceSpec, Recipe
 from asyncrl.config.callables import load_callable
@@ -33,7 +33,7 @@ class Built(NamedTuple):
     """A stage, what its peers need to know of it, and what to close when it has ended."""
 
     stage: Stage
-    advert: Any
+    address: Any
     closers: tuple[Callable[[], None], ...]
 
 
@@ -78,7 +78,7 @@ def prepare_prompts(recipe: Recipe, paths: RunDir, resuming: bool) -> tuple[int,
     return stop_token_ids(tokenizer, recipe.model)
 
 
-def sweep(plan: Plan) -> None:
+def sweep(plan: RunPlan) -> None:
     """Removes what killed processes of this run left in shared memory."""
     from asyncrl.weights import shm
 
@@ -92,12 +92,12 @@ def _eval_data(recipe: Recipe) -> DataSpec:
 # -------------------------------------------------------------------------------------------------------- the store
 
 
-def build_store(plan: Plan) -> "ReplayStore":
+def build_store(plan: RunPlan) -> "ReplayStore":
     """Opens the log of the run directory, or rebuilds the store from it."""
     from asyncrl.prompts.dataset import PromptFile
     from asyncrl.replay import plan as replay
     from asyncrl.replay.log.rows import LogSettings
-    from asyncrl.replay.plan import KEEPS
+    from asyncrl.replay.plan import GROUP_FILTERS
     from asyncrl.replay.store import ReplayStore
 
     recipe, spec = plan.recipe, plan.deployment.store
@@ -116,14 +116,14 @@ def build_store(plan: Plan) -> "ReplayStore":
             sampling=_sampling(plan, held_out.temperature),
             n=held_out.n,
         )
-    store_plan = replay.Plan(
+    store_plan = replay.StorePlan(
         rule=recipe.bound(),
         source=source,
         grouping=replay.Grouping(
             n=grouping.n,
             min_valid=grouping.min_valid,
             max_attempts=grouping.max_attempts,
-            keep=KEEPS.get(grouping.keep) or load_callable(grouping.keep, "sampling.keep"),
+            keep=GROUP_FILTERS.get(grouping.keep) or load_callable(grouping.keep, "sampling.keep"),
             max_empty_batches=grouping.max_empty_batches,
             baseline=recipe.algorithm.wants_baseline,
         ),
@@ -140,17 +140,17 @@ def build_store(plan: Plan) -> "ReplayStore":
 # ------------------------------------------------------------------------------------------------------- the stages
 
 
-def build(role: str, name: str, edition: int, plan: Plan, peers: Peers) -> Built:
-    """Builds a stage of `role` in the calling process. edition: rises with every restart of this actor."""
+def build(role: str, name: str, restart_count: int, plan: RunPlan, peers: Peers) -> Built:
+    """Builds a stage of `role` in the calling process. restart_count: rises with every restart of this actor."""
     from asyncrl.replay.client import ReplayClient
 
-    store = ReplayClient(RayCall(peers), name, plan.incarnation(edition), run=plan.run_id, retry_s=_patience_s(plan))
+    store = ReplayClient(RayCall(peers), name, plan.incarnation(restart_count), run=plan.run_id, retry_s=_patience_s(plan))
     if role == "reward":
         return _reward(name, plan, store)
     return _generator(name, plan, peers, store) if role == "generator" else _learner(plan, store)
 
 
-def check_reach(plan: Plan) -> None:
+def check_reach(plan: RunPlan) -> None:
     """Raises ConfigError on a node that does not see the run directory that the driver writes."""
     mark = plan.paths.path / STARTED
     if not mark.is_file() or mark.read_text() != str(plan.started):
@@ -160,12 +160,12 @@ def check_reach(plan: Plan) -> None:
         )
 
 
-def _patience_s(plan: Plan) -> float:
+def _patience_s(plan: RunPlan) -> float:
     """How long a peer may be gone: it is found to hang, and another one starts."""
     return plan.deployment.limits.health_timeout_s + plan.deployment.limits.start_timeout_s
 
 
-def _host(plan: Plan) -> str:
+def _host(plan: RunPlan) -> str:
     """Where this node's sockets listen."""
     return "127.0.0.1" if plan.loopback else ray.util.get_node_ip_address()
 
@@ -174,7 +174,7 @@ def _device(place: PlaceSpec) -> str:
     return "cuda" if place.gpus else "cpu"
 
 
-def _generator(name: str, plan: Plan, peers: Peers, store: "ReplayClient") -> Built:
+def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") -> Built:
     from asyncrl.generate.generator import Generator
     from asyncrl.models.loading import use_threads
     from asyncrl.weights.subscriber import WeightSubscriber
@@ -198,7 +198,7 @@ def _generator(name: str, plan: Plan, peers: Peers, store: "ReplayClient") -> Bu
     return Built(generator, None, (store.close, weights.close, engine.close))
 
 
-def _torch_engine(plan: Plan) -> "TorchEngine":
+def _torch_engine(plan: RunPlan) -> "TorchEngine":
     from asyncrl.generate.embedded.engine import TorchEngine
     from asyncrl.models.loading import load_model
 
@@ -212,7 +212,7 @@ def _torch_engine(plan: Plan) -> "TorchEngine":
     )
 
 
-def _sglang_engine(name: str, plan: Plan) -> "SGLangEngine":
+def _sglang_engine(name: str, plan: RunPlan) -> "SGLangEngine":
     from asyncrl.generate.sglang.build import sglang_engine
 
     generators = plan.deployment.generators
@@ -228,7 +228,7 @@ def _sglang_engine(name: str, plan: Plan) -> "SGLangEngine":
     )
 
 
-def _reward(name: str, plan: Plan, store: "ReplayClient") -> Built:
+def _reward(name: str, plan: RunPlan, store: "ReplayClient") -> Built:
     from asyncrl.models.loading import load_tokenizer
     from asyncrl.prompts.dataset import PromptFile
     from asyncrl.reward.pool import RewardPool
@@ -255,7 +255,7 @@ def _reward(name: str, plan: Plan, store: "ReplayClient") -> Built:
     return Built(worker, None, (store.close,))
 
 
-def _learner(plan: Plan, store: "ReplayClient") -> Built:
+def _learner(plan: RunPlan, store: "ReplayClient") -> Built:
     from asyncrl.learn.build import policy_trainer
     from asyncrl.learn.checkpoint import Checkpoints
     from asyncrl.learn.learner import Learner
@@ -288,7 +288,7 @@ def _learner(plan: Plan, store: "ReplayClient") -> Built:
     return Built(learner, publishers[-1].address, (store.close, learner.close))
 
 
-def _sampling(plan: Plan, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Sampling:
+def _sampling(plan: RunPlan, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Sampling:
     return Sampling(
         temperature=temperature,
         top_p=top_p,

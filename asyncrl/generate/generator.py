@@ -13,9 +13,9 @@ from concurrent.futures import Future
 from functools import partial
 
 from asyncrl.errors import Closed, Fenced, Unavailable
-from asyncrl.generate.workload import Done, Held, Tally, Workload, requests_of, rollout_of
+from asyncrl.generate.workload import Done, GeneratorCounters, Held, Workload, requests_of, rollout_of
 from asyncrl.interfaces import Engine, GeneratorStore, WeightSource
-from asyncrl.report.timing import Ledger
+from asyncrl.report.timing import TimeInState
 from asyncrl.types import Generation, Report, Reserved, Rollout, Ticket, Version
 
 JOIN_S = 30.0  # how long a thread may take to notice the end, beyond its long poll
@@ -46,11 +46,11 @@ class Generator:
         self._engine, self._store, self._weights = engine, store, weights
         self._name, self._poll_s, self._group_size = name, poll_s, group_size
         self._reserve_wait_s, self._health_timeout_s = reserve_wait_s, health_timeout_s
-        self._ledger = Ledger()
+        self._ledger = TimeInState()
         # Guards everything below; notified at every change. Reentrant: a future may end inside `submit_group`.
         self._cond = threading.Condition()
         self._work = Workload()
-        self._tally = Tally()
+        self._counters = GeneratorCounters()
         self._version: Version | None = None
         self._reserving = self._swap_wanted = self._swapping = False
         self._more_evals = False  # the last reserve brought eval tickets for our weights: the next may bring more
@@ -73,7 +73,7 @@ class Generator:
             for kind, loop in loops.items()
         ]
         with self._cond:
-            self._tally.start()
+            self._counters.start()
             self._mark()
         for thread in threads:
             thread.start()
@@ -168,7 +168,7 @@ class Generator:
             self._engine.abort(group)
         for ticket in reserved.tickets:
             if ticket.purpose == "eval" and ticket.pinned != version:
-                self._tally.eval_left()  # never named as held, so the store gives it to a generator at that version
+                self._counters.eval_left()  # never named as held, so the store gives it to a generator at that version
             else:
                 self._begin(ticket)
         with self._cond:
@@ -176,7 +176,7 @@ class Generator:
                 self._reserving = False
                 self._more_evals = any(ticket.pinned == version for ticket in reserved.tickets)
                 self._too_old = version if "too old" in reserved.waiting_for else None
-                self._tally.waited(reserved.waiting_for)
+                self._counters.waited(reserved.waiting_for)
             self._ended = self._ended or reserved.ended
             self._mark()
             self._cond.notify_all()
@@ -224,7 +224,7 @@ class Generator:
             if generation.finish_reason == "abort":
                 self._work.forget(done.held.ticket.group)
                 return None
-            self._tally.rollout(len(generation.token_ids))
+            self._counters.rollout(len(generation.token_ids))
         return rollout_of(done, generation, self._name)
 
     # --------------------------------------------------------------------------------------------- sync
@@ -244,7 +244,7 @@ class Generator:
             swap = self._engine.update_weights(*news)
             with self._cond:
                 self._swapping, self._version = False, swap.version
-                self._tally.swap(swap)
+                self._counters.swap(swap)
                 self._mark()
                 self._cond.notify_all()
 
@@ -264,7 +264,7 @@ class Generator:
     def report(self) -> Report:
         """Time per state, and counters since the start of `run`."""
         with self._cond:
-            gauges, slots = self._tally.gauges(), self._engine.slots
+            gauges, slots = self._counters.gauges(), self._engine.slots
             gauges["active_slots"] = float(min(self._work.unfinished, slots))
             gauges["slots"] = float(slots)
             gauges["held_groups"] = float(len(self._work.groups()))

@@ -115,7 +115,7 @@ def rollout_of(done: Done, generation: Generation, worker: str) -> Rollout:
 # The generator's counters. Not thread-safe; they never go down, except `pause_s_last`. swapped_at: seconds since the epoch.
 
 
-class Tally:
+class GeneratorCounters:
     """Tokens, rollouts, swaps, and how often the store gave nothing, by its reason."""
 
     def __init__(self) -> None:

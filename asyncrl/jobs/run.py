@@ -16,7 +16,7 @@ from asyncrl.config import Deployment, Recipe
 
 if TYPE_CHECKING:
     from asyncrl.api import RunResult
-    from asyncrl.report.summary import Tally
+    from asyncrl.report.summary import RunSummary
     from asyncrl.types import RunStatus
 
 
@@ -61,7 +61,7 @@ def _launch(recipe: Recipe, deployment: Deployment, args: argparse.Namespace) ->
     began = time.monotonic()
     progress = Progress()
 
-    def show(status: "RunStatus", tally: "Tally") -> None:
+    def show(status: "RunStatus", tally: "RunSummary") -> None:
         snapshot = Snapshot(
             name=args.name or recipe.name,
             elapsed_s=time.monotonic() - began,

@@ -29,7 +29,7 @@ from asyncrl.interfaces import LearnerStore, WeightSink
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.trainer import PolicyTrainer
 from asyncrl.models.loading import export, named_weights
-from asyncrl.report.timing import Ledger
+from asyncrl.report.timing import TimeInState
 from asyncrl.rundir import atomic_folder
 from asyncrl.types import BatchLease, Report, TrainRollout, Version
 
@@ -125,7 +125,7 @@ class Learner:
         self._save_freq = save_freq
         self._eval_freq = eval_freq
         self._poll_s = poll_s
-        self._ledger = Ledger()
+        self._ledger = TimeInState()
         self._stopping = threading.Event()
         self._started = False
         self._version = Version(0, 0)

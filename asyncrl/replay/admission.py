@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import asyncrl.replay.log.events as ev
-from asyncrl.replay.ledger import Book
+from asyncrl.replay.ledger import StoreContext
 from asyncrl.replay.plan import ticket_seed
 from asyncrl.replay.state import Group
 from asyncrl.types import Purpose, Ticket, Version
@@ -18,7 +18,7 @@ class Holders:
     names it. A slow holder that names it again before it was reissued gets it back.
     """
 
-    def __init__(self, book: Book) -> None:
+    def __init__(self, book: StoreContext) -> None:
         self._book = book
         self._deadlines: dict[str, float] = {}
         self._lost: set[int] = set()
@@ -97,7 +97,7 @@ class Holders:
 class Admission:
     """Hands out training tickets within the bound."""
 
-    def __init__(self, book: Book, holders: Holders) -> None:
+    def __init__(self, book: StoreContext, holders: Holders) -> None:
         self._book = book
         self._holders = holders
 
@@ -154,7 +154,7 @@ class Admission:
         return ticket(self._book, ledger.groups[group])
 
 
-def ticket(book: Book, group: Group) -> Ticket:
+def ticket(book: StoreContext, group: Group) -> Ticket:
     """The ticket for what a group still misses."""
     purpose: Purpose = group.purpose
     source = book.plan.source

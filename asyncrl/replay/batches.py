@@ -8,7 +8,7 @@ from msgspec import Struct
 
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import CheckpointError, Closed, ConfigError, Fenced
-from asyncrl.replay.ledger import Book, Ledger
+from asyncrl.replay.ledger import Ledger, StoreContext
 from asyncrl.replay.log.rows import TrainScore
 from asyncrl.replay.state import Group, Lease
 from asyncrl.staleness import Staleness
@@ -60,7 +60,7 @@ class Batches:
     """A batch lease ends only by its commit or by a newer incarnation of the learner. A learner that prefetches leases
     batches for consecutive updates ahead of its commits; replayed batches come first."""
 
-    def __init__(self, book: Book) -> None:
+    def __init__(self, book: StoreContext) -> None:
         self._book = book
 
     def fence(self, committed: int) -> Fence:
@@ -155,16 +155,16 @@ class Batches:
 
     def _check_fruitful(self) -> None:
         """A reward that always raises, or rewards that never vary, would otherwise generate for ever. Every ready group allows
-        for as many fruitless ones again: what comes slowly still comes."""
+        for as many empty_groups ones again: what comes slowly still comes."""
         ledger, plan = self._book.ledger, self._book.plan
         size, batches = plan.rule.batch_groups, plan.grouping.max_empty_batches
         most = max(_EMPTY_GROUPS, _EMPTY_BATCHES * size) if batches is None else batches * size
-        if ledger.fruitless < most * (1 + len(ledger.ready)):
+        if ledger.empty_groups < most * (1 + len(ledger.ready)):
             return
         counts = ledger.counts()
         error = f"; the last error: {ledger.last_error}" if ledger.last_error else ""
         raise ConfigError(
-            f"{ledger.fruitless} groups since the last batch gave nothing to train on, {len(ledger.ready)} did; {most} in a "
+            f"{ledger.empty_groups} groups since the last batch gave nothing to train on, {len(ledger.ready)} did; {most} in a "
             f"row end the run (sampling.max_empty_batches={batches or 'null'}; in all {counts.failed} had fewer rewards than "
             f"sampling.min_valid, or none for their baseline, and sampling.keep filtered {counts.filtered}): the learner would "
             "wait for ever; mend the reward function, or take easier prompts, sampling.keep='all' or a larger "

@@ -10,9 +10,9 @@ import asyncrl.replay.log.events as ev
 from asyncrl.replay.admission import Admission, Holders
 from asyncrl.replay.batches import Batches
 from asyncrl.replay.evaluations import Evaluations
-from asyncrl.replay.ledger import Book, Ledger
+from asyncrl.replay.ledger import Ledger, StoreContext
 from asyncrl.replay.log.rows import TrainScore
-from asyncrl.replay.plan import Plan
+from asyncrl.replay.plan import StorePlan
 from asyncrl.replay.scoring import Scoring, Summary
 from asyncrl.types import BatchLease, Fence, Reserved, Score, StoreReport, Version
 
@@ -30,13 +30,13 @@ class Core:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: StorePlan,
         journal: Journal,
         history: Iterable[ev.AnyEvent] = (),
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self._book = Book(plan, clock, wall)
+        self._book = StoreContext(plan, clock, wall)
         self._activity = 0
         for event in history:
             self._book.ledger.apply(event)

@@ -3,7 +3,7 @@
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import ConfigError
 from asyncrl.replay.admission import Holders, ticket
-from asyncrl.replay.ledger import Book
+from asyncrl.replay.ledger import StoreContext
 from asyncrl.replay.state import EvalRound
 from asyncrl.types import EvalResult, Ticket, Version
 
@@ -15,7 +15,7 @@ class Evaluations:
     holder works at the old one.
     """
 
-    def __init__(self, book: Book, holders: Holders) -> None:
+    def __init__(self, book: StoreContext, holders: Holders) -> None:
         self._book = book
         self._holders = holders
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import asyncrl.replay.log.events as ev
 from asyncrl.replay.log.events import AnyEvent
-from asyncrl.replay.plan import Plan, PromptOrder
+from asyncrl.replay.plan import PromptOrder, StorePlan
 from asyncrl.replay.state import Commit, EvalRound, Group, Lease, Lengths, Reopened, RolloutState
 from asyncrl.types import Counts, Outcome, Record, Version
 
@@ -19,7 +19,7 @@ from asyncrl.types import Counts, Outcome, Record, Version
 class Ledger:
     """groups: outstanding training groups by id (ascending age is ascending id, reopened ones apart). taken: those of them
     that are leased to a learner or reopened. ready: scored, kept and not taken. commits: by update, since the oldest
-    retained checkpoint. fruitless: groups failed or filtered since the last batch or start. max_lag: only for `lengths`."""
+    retained checkpoint. empty_groups: groups failed or filtered since the last batch or start. max_lag: only for `lengths`."""
 
     max_lag: int
     groups: dict[int, Group] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Ledger:
     outcomes: dict[Outcome, int] = field(default_factory=lambda: {"trained": 0, "filtered": 0, "evicted": 0, "failed": 0})
     round: EvalRound | None = None
     queued: Version | None = None
-    fruitless: int = 0
+    empty_groups: int = 0
     last_error: str = ""  # of the newest rollout without a reward
     records: list[Record] = field(default_factory=list)
     lengths: Lengths = field(default_factory=Lengths)
@@ -109,14 +109,14 @@ class Ledger:
         group = self.groups.pop(e.group)
         self.ready.discard(e.group)
         self.outcomes[e.outcome] += 1
-        self.fruitless += e.outcome != "evicted"
+        self.empty_groups += e.outcome != "evicted"
         if e.retry:
             self.retries.append((group.position, group.retry + 1))
 
     def _leased(self, e: ev.BatchLeased) -> None:
         self.leases[e.lease] = Lease(e.lease, e.update, e.groups, e.replayed)
         self.next_lease = e.lease + 1
-        self.fruitless = 0
+        self.empty_groups = 0
         self.taken.update(e.groups)
         self.ready.difference_update(e.groups)
         if e.replayed:
@@ -135,7 +135,7 @@ class Ledger:
     def _fenced(self, e: ev.LearnerFenced) -> None:
         """Void leases become ready, or reopened again; commits after the checkpoint are reopened before those."""
         self.incarnation = e.incarnation
-        self.ended, self.fruitless = False, 0
+        self.ended, self.empty_groups = False, 0
         again = list(self.reopened)
         for lease in self.leases.values():
             if lease.replayed:
@@ -225,10 +225,10 @@ _APPLY: dict[type, Callable[[Ledger, Any], None]] = {
 # What the parts of the core share: the ledger, and the one way to change it.
 
 
-class Book:
+class StoreContext:
     """`record` applies an event at once and remembers it; the core hands what was recorded to the log before it answers."""
 
-    def __init__(self, plan: Plan, clock: Callable[[], float], wall: Callable[[], float]) -> None:
+    def __init__(self, plan: StorePlan, clock: Callable[[], float], wall: Callable[[], float]) -> None:
         source = plan.source
         self.plan = plan
         self.clock = clock

@@ -54,7 +54,7 @@ class Evaluation(Struct, frozen=True, kw_only=True):
             raise ConfigError("0 evaluation prompts: there is nothing to score; raise evaluation.limit or leave files empty")
 
 
-class Plan(Struct, frozen=True, kw_only=True):
+class StorePlan(Struct, frozen=True, kw_only=True):
     """Everything the core decides by. capacity_groups None: the staleness bound alone limits what is outstanding.
 
     lease_s: silence after which a worker's work is handed to others.
@@ -94,7 +94,7 @@ def keep_varied(rewards: Sequence[float]) -> bool:
     return max(rewards) > min(rewards)
 
 
-KEEPS: dict[str, Keep] = {"all": keep_all, "varied": keep_varied}
+GROUP_FILTERS: dict[str, Keep] = {"all": keep_all, "varied": keep_varied}
 
 
 # --------------------------------------------------------------------------------------------- order

@@ -9,7 +9,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 import asyncrl.replay.log.events as ev
-from asyncrl.replay.ledger import Book
+from asyncrl.replay.ledger import StoreContext
 from asyncrl.replay.state import Group
 from asyncrl.types import Score, Version
 
@@ -40,7 +40,7 @@ class RewardLease(Struct):
 class Scoring:
     """Volatile: the queue of unscored rollouts and their leases; both are rebuilt from the ledger."""
 
-    def __init__(self, book: Book) -> None:
+    def __init__(self, book: StoreContext) -> None:
         self._book = book
         self._queue: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._leases: dict[int, RewardLease] = {}

@@ -24,8 +24,8 @@ from asyncrl.replay.admission import TOO_OLD
 from asyncrl.replay.core import Core
 from asyncrl.replay.log.log import ReplayLog, locked
 from asyncrl.replay.log.rows import LogSettings, RowLease, TrainRows
-from asyncrl.replay.plan import Plan
-from asyncrl.report.timing import Ledger
+from asyncrl.replay.plan import StorePlan
+from asyncrl.report.timing import TimeInState
 from asyncrl.types import BatchLease, Fence, Key, Reserved, Score, StoreReport, Version
 
 # ------------------------------------------------------------------------------------------- waiting
@@ -70,7 +70,7 @@ _LOCK_WAIT_S = 10.0  # for a predecessor that was killed a moment ago
 class ReplayStore:
     """Opens the log and rebuilds its state from it. clock: monotonic seconds, for leases and deadlines."""
 
-    def __init__(self, plan: Plan, log: LogSettings, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, plan: StorePlan, log: LogSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._plan = plan
         self._keep_all = log.keep_segments == "all"
         self._folder = locked(Path(log.folder), _LOCK_WAIT_S)
@@ -79,7 +79,7 @@ class ReplayStore:
         self._log.history = []
         self._clock = clock
         self._lock = threading.Lock()
-        self._ledger = Ledger("wait:calls")  # written under the lock
+        self._ledger = TimeInState("wait:calls")  # written under the lock
         self._waiters = Waiters()
         self._closed = False
         self._seen: dict[str, int] = dict(self._core.ledger.workers)  # newest incarnation of each worker

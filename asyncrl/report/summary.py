@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 ACTORS_EVERY_S = 5.0
 
 
-class Tally:
+class RunSummary:
     """Sums over the surviving lineage: a step that a restore reopened counts once, as it was trained last."""
 
-    def __init__(self, paths: RunDir, observe: "Callable[[RunStatus, Tally], None] | None") -> None:
+    def __init__(self, paths: RunDir, observe: "Callable[[RunStatus, RunSummary], None] | None") -> None:
         self._log = MetricsLog(paths.metrics, paths.tensorboard)
         self._observe = observe
         self._steps: dict[int, Record] = {}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-class Ledger:
+class TimeInState:
     """Divides the wall clock of one main loop into states: `busy`, `sync`, or `wait:<whom>`.
 
     Written by the loop's own thread with `enter`/`span`; read by any thread with `seconds`.

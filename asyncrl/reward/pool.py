@@ -79,7 +79,7 @@ class RewardPool(Generic[T]):
         return len(self._queue) + sum(len(scorer.flight) for scorer in self._scorers)
 
     @property
-    def hungry(self) -> bool:
+    def has_capacity(self) -> bool:
         """Whether more samples are welcome: nothing is queued, and a process is idle or everything is answered."""
         return not self.pending or (not self._queue and any(scorer.idle for scorer in self._scorers))
 

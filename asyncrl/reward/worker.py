@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from asyncrl.errors import Closed
 from asyncrl.interfaces import RewardStore
-from asyncrl.report.timing import Ledger
+from asyncrl.report.timing import TimeInState
 from asyncrl.reward.frames import Sample, Verdict
 from asyncrl.reward.pool import RewardPool
 from asyncrl.rundir import redact
@@ -58,7 +58,7 @@ class RewardWorker:
         shape: Shape = lambda reward, response_ids: (reward, {}),
         lease_size: int = 64,
         poll_s: float = 5.0,
-        ledger: Ledger | None = None,
+        ledger: TimeInState | None = None,
     ) -> None:
         self._store = store
         self._pool = pool
@@ -68,7 +68,7 @@ class RewardWorker:
         self._shape = shape
         self._lease_size = lease_size
         self._poll_s = poll_s
-        self._ledger = ledger or Ledger()
+        self._ledger = ledger or TimeInState()
         self._held: set[Held] = set()
         self._counts = {"ok": 0, "invalid": 0, "timeout": 0}
         self._began = time.monotonic()
@@ -106,7 +106,7 @@ class RewardWorker:
         return Report(name=self._name, role="reward", seconds=self._ledger.seconds(), gauges=gauges)
 
     def _step(self) -> None:
-        if not self._ended and self._pool.hungry:
+        if not self._ended and self._pool.has_capacity:
             wait_s = 0.0 if self._pool.pending else self._poll_s
             with self._ledger.span("wait:store"):
                 lease = self._store.lease_unscored(self._lease_size, wait_s)
@@ -115,7 +115,7 @@ class RewardWorker:
         if not self._pool.pending:
             return
         self._ledger.enter("busy")
-        wait_s = _ASK_AGAIN_S if self._pool.hungry and not self._ended else self._poll_s
+        wait_s = _ASK_AGAIN_S if self._pool.has_capacity and not self._ended else self._poll_s
         renew_in_s = min((held.renew_at for held in self._held), default=0.0) - time.monotonic()
         self._deliver(self._pool.poll(max(0.0, min(wait_s, renew_in_s))))
         self._renew()

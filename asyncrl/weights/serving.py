@@ -55,7 +55,7 @@ class Receiver(Struct, kw_only=True):
     heard_at: float = 0.0
 
 
-class Shelf:
+class VersionCache:
     """Keeps the newest version, and one older while it is being pulled. Not thread-safe: its owner locks.
 
     Progress: if receivers pull slower than the learner publishes, the older version stays until its pull is done, and the one
@@ -118,7 +118,7 @@ class Serving:
         self, router: "zmq.Socket[bytes]", waker: Waker, lock: threading.Condition, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._router, self._waker, self._lock, self._clock = router, waker, lock, clock
-        self._shelf = Shelf()
+        self._versions = VersionCache()
         self._receivers: dict[bytes, Receiver] = {}
         self._sequence = 0
         self._probed_at = clock()
@@ -146,25 +146,25 @@ class Serving:
 
     def show(self, live: Live) -> None:
         """Makes a version visible and hints at it. Lock held."""
-        self._shelf.add(live, self._clock())
+        self._versions.add(live, self._clock())
         self._sequence += 1
         for peer in self._receivers:
             self._hint(peer)
 
     def make_room(self) -> None:
         """Leaves at most one version live. Lock held."""
-        self._shelf.make_room(list(self._receivers.values()), self._clock())
+        self._versions.make_room(list(self._receivers.values()), self._clock())
 
     def gauges(self) -> dict[str, float]:
         """sent_bytes, unsent (answers dropped), bad_requests, receivers_lost: totals. The others: now. Lock held."""
         return {
             **{name: float(count) for name, count in self._counts.items()},
             "receivers": float(len(self._receivers)),
-            "live_versions": float(len(self._shelf)),
+            "live_versions": float(len(self._versions)),
         }
 
     def close(self) -> None:
-        self._shelf.clear()
+        self._versions.clear()
 
     def _take(self, peer: bytes, frames: list[bytes]) -> None:
         try:
@@ -186,7 +186,7 @@ class Serving:
             case Bye():
                 self._receivers.pop(peer, None)
             case GetManifest(version=version):
-                live = self._shelf.find(version)
+                live = self._versions.find(version)
                 self._send(peer, live.manifest if live else Gone(version=version))
             case GetBucket(version=version, index=index):
                 if receiver is not None:
@@ -194,7 +194,7 @@ class Serving:
                 self._send_bucket(peer, version, index)
 
     def _hint(self, peer: bytes, echo: int = 0) -> bool:
-        newest = self._shelf.newest
+        newest = self._versions.newest
         return self._send(peer, Announce(version=newest.version if newest else None, sequence=self._sequence, echo=echo))
 
     def _probe(self) -> None:
@@ -222,7 +222,7 @@ class Serving:
         self._receivers[peer] = Receiver(name=hello.receiver, holds=hello.holds, pulling=hello.pulling, heard_at=now)
 
     def _send_bucket(self, peer: bytes, version: Version, index: int) -> None:
-        live = self._shelf.find(version)
+        live = self._versions.find(version)
         if live is None:
             self._send(peer, Gone(version=version))
             return

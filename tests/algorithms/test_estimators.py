@@ -1,5 +1,3 @@
-""""""
-
 import statistics
 from pathlib import Path
 

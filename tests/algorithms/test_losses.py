@@ -203,7 +203,7 @@ def test_the_policy_itself_has_the_plain_policy_gradient(name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------- sequence losses
-# Sequence losses by hand, and against a reference that writes each paper's sum over sequences with plain_sequence_loss loops.
+# Sequence losses by hand, and against a reference that writes each paper's sum over sequences with plain loops.
 
 SEQUENCE_LOSSES: dict[str, Callable] = {"gspo": gspo, "gmpo": gmpo}
 BOUNDS = {"clip_low": 0.15, "clip_high": 0.2}

@@ -15,7 +15,7 @@ from typing import Any
 
 from asyncrl.replay.client import ReplayClient
 from asyncrl.replay.log import rows as schema
-from asyncrl.replay.plan import Grouping, Plan, Source, keep_all
+from asyncrl.replay.plan import Grouping, Source, StorePlan, keep_all
 from asyncrl.replay.store import LogSettings, ReplayStore
 from asyncrl.staleness import Staleness
 from asyncrl.types import Prompt, Rollout, Sampling, Score, Span, Ticket, Version
@@ -47,11 +47,11 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def make_plan(groups: int, n: int, tokens: int) -> Plan:
+def make_plan(groups: int, n: int, tokens: int) -> StorePlan:
     """Eight batches may be outstanding together."""
     prompts = [Prompt(row=i, ids=tuple(range(64)), data_source="bench") for i in range(groups)]
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=tokens, stop_token_ids=(0,))
-    return Plan(
+    return StorePlan(
         rule=Staleness(max_lag=7, batch_groups=groups // 8),
         source=Source(prompts=prompts, sampling=sampling),
         grouping=Grouping(n=n, min_valid=1, max_attempts=1, keep=keep_all),

@@ -9,9 +9,6 @@ from asyncrl.learn.metrics import rollout_metrics
 from asyncrl.models.packed import TokenSequence, make_pack
 from asyncrl.staleness import Staleness
 
-""""""
-
-
 BOUND = Staleness(max_lag=2, batch_groups=2)
 grpo_no_std = ESTIMATORS["grpo_no_std"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from asyncrl.replay.core import Core
-from asyncrl.replay.plan import Evaluation, Grouping, Plan, Source, keep_all
+from asyncrl.replay.plan import Evaluation, Grouping, Source, StorePlan, keep_all
 from asyncrl.replay.scoring import Summary
 from asyncrl.staleness import Staleness
 from asyncrl.types import Prompt, Rollout, Sampling, Score, Span, Ticket, Version
@@ -47,10 +47,10 @@ def plan(
     lease_s: float = 30.0,
     max_empty_batches: int | None = None,
     baseline: bool = False,
-) -> Plan:
+) -> StorePlan:
     rule = Staleness(max_lag=max_lag, batch_groups=batch, on_stale=on_stale, selector=selector)  # type: ignore[arg-type]
     evaluation = Evaluation(prompts=prompts(evals), sampling=SAMPLING, n=1) if evals else None
-    return Plan(
+    return StorePlan(
         rule=rule,
         source=Source(prompts=prompts(size), sampling=SAMPLING, seed=7, shuffle=shuffle, epochs=epochs),
         grouping=Grouping(
@@ -91,7 +91,7 @@ def rollout(ticket: Ticket, index: int, version: Version, tokens: int = 3, **cha
 class Bench:
     """A core with an in-memory log, and short words for what its callers do."""
 
-    def __init__(self, plan_: Plan) -> None:
+    def __init__(self, plan_: StorePlan) -> None:
         self.plan, self.clock, self.log, self.rows = plan_, Clock(), [], 0
         self.calls: list[int] = []  # length of the log after each call
         self.core = self.build()

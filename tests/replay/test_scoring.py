@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from asyncrl.replay.plan import KEEPS
+from asyncrl.replay.plan import GROUP_FILTERS
 from asyncrl.types import Score
 
 
@@ -95,6 +95,6 @@ def test_the_queue_is_rebuilt_after_a_restart(fakes: SimpleNamespace) -> None:
 
 
 def test_keep_functions_by_name() -> None:
-    assert KEEPS["all"]([1.0, 1.0])
-    assert KEEPS["varied"]([1.0, 0.0])
-    assert not KEEPS["varied"]([1.0, 1.0])
+    assert GROUP_FILTERS["all"]([1.0, 1.0])
+    assert GROUP_FILTERS["varied"]([1.0, 0.0])
+    assert not GROUP_FILTERS["varied"]([1.0, 1.0])

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from asyncrl.report.summary import Tally
+from asyncrl.report.summary import RunSummary
 from asyncrl.rundir import RunDir
 from asyncrl.types import Counts, Record, Report, RunStatus, StoreReport, Version
 
@@ -30,7 +30,7 @@ def paths(tmp_path):
 
 
 def test_sums_and_scores(paths):
-    tally = Tally(paths, None)
+    tally = RunSummary(paths, None)
     tally.observe(told(score(1, 0, 0.4), step(2, 1, 1, **{"staleness/lag_max": 2.0}), step(3, 1, 2, samples=6), committed=2))
     tally.observe(told(score(4, 2, 0.9), committed=2))
     assert (tally.samples, tally.max_trained_lag, tally.committed) == (14, 2, 2)
@@ -39,7 +39,7 @@ def test_sums_and_scores(paths):
 
 
 def test_steps_that_a_restore_reopened_count_once(paths):
-    tally = Tally(paths, None)
+    tally = RunSummary(paths, None)
     tally.observe(told(*(step(i, 1, i, samples=8) for i in (1, 2, 3)), committed=3))
     tally.observe(told(step(4, 2, 2, samples=4), committed=2))  # restored at 1; 2 was trained again, 3 not yet
     assert tally.samples == 8 + 4
@@ -48,14 +48,14 @@ def test_steps_that_a_restore_reopened_count_once(paths):
 
 
 def test_nothing_is_left_of_updates_that_were_given_up(paths):
-    tally = Tally(paths, None)
+    tally = RunSummary(paths, None)
     tally.observe(told(score(1, 0, 0.4), step(2, 1, 1), step(3, 1, 2, **{"staleness/lag_max": 3.0}), score(4, 2, 0.9)))
     tally.observe(told(committed=1))  # the learner went back to 1, and has made nothing yet
     assert (tally.samples, tally.max_trained_lag, tally.scores) == (8, 0, (0.4,))
 
 
 def test_masked_share_weighs_steps_by_tokens(paths):
-    tally = Tally(paths, None)
+    tally = RunSummary(paths, None)
     first = {"tokens/policy": 100.0, "tokens/trained": 100.0}
     second = {"tokens/policy": 300.0, "tokens/trained": 240.0}
     tally.observe(told(step(1, 1, 1, **first), step(2, 1, 2, **second)))
@@ -63,7 +63,7 @@ def test_masked_share_weighs_steps_by_tokens(paths):
 
 
 def test_utilization_leaves_the_wait_for_the_start_out(paths):
-    tally = Tally(paths, None)
+    tally = RunSummary(paths, None)
     seconds = {"wait:start": 100.0, "busy": 6.0, "wait:store": 3.0, "sync": 1.0}
     tally.observe(
         RunStatus(
@@ -75,10 +75,10 @@ def test_utilization_leaves_the_wait_for_the_start_out(paths):
 
 def test_every_record_is_in_the_metrics_file_once_across_a_resume(paths):
     records = [step(1, 1, 1), score(2, 1, 0.5)]
-    first = Tally(paths, None)
+    first = RunSummary(paths, None)
     first.observe(told(*records))
     first.close()
-    second = Tally(paths, None)
+    second = RunSummary(paths, None)
     second.observe(told(*records, step(3, 2, 2)))
     second.close()
     lines = [json.loads(line) for line in paths.metrics.read_text().splitlines()]

@@ -5,7 +5,7 @@ import msgspec
 import pytest
 
 from asyncrl.errors import Closed, ConfigError
-from asyncrl.report.timing import Ledger
+from asyncrl.report.timing import TimeInState
 from asyncrl.reward.pool import RewardPool
 from asyncrl.reward.worker import RewardWorker
 from asyncrl.types import Prompt, Score, Unscored, UnscoredLease
@@ -168,7 +168,7 @@ def test_a_function_that_cannot_be_loaded_fails_before_anything_is_leased(tmp_pa
 
 def test_time_divides_into_busy_and_waiting(worker):
     clock = iter(range(1000))
-    ledger = Ledger(clock=lambda: float(next(clock)))
+    ledger = TimeInState(clock=lambda: float(next(clock)))
     store = FakeStore([rollout(0, "12")])
     reward = worker(store)
     reward._ledger = ledger

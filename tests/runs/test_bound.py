@@ -30,7 +30,7 @@ from asyncrl.config import (
 )
 from asyncrl.replay import open as open_replay
 from asyncrl.replay.log import events as ev
-from asyncrl.report.summary import Tally
+from asyncrl.report.summary import RunSummary
 from asyncrl.types import Report
 
 pytestmark = pytest.mark.ray
@@ -72,7 +72,7 @@ class Watcher:
         self.metrics: dict[int, dict[str, float]] = {}
         self._also = also
 
-    def __call__(self, status: RunStatus, tally: Tally) -> None:
+    def __call__(self, status: RunStatus, tally: RunSummary) -> None:
         for record in status.store.records if status.store else ():
             self.metrics[record.version.update] = record.metrics
         self._also(status)

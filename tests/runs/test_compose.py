@@ -15,7 +15,7 @@ from asyncrl.prompts.dataset import PromptFile, prepare
 from asyncrl.prompts.encoding import encoder, identity
 from asyncrl.replay.client import ReplayClient
 from asyncrl.replay.log.rows import LogSettings
-from asyncrl.replay.plan import Grouping, Plan, Source, keep_all
+from asyncrl.replay.plan import Grouping, StorePlan, Source, keep_all
 from asyncrl.replay.store import LocalTransport, ReplayStore
 from asyncrl.reward.pool import RewardPool
 from asyncrl.reward.worker import RewardWorker
@@ -42,7 +42,7 @@ def test_stages_composed_by_hand(tiny_recipe, tmp_path, estimator, n):
     source = Source(prompts=PromptFile(run.data / "train.arrow"), sampling=sampling)
     algorithm = AlgorithmSpec(adv_estimator=estimator)
     grouping = Grouping(n=n, min_valid=min(n, 2), max_attempts=3, keep=keep_all, baseline=algorithm.wants_baseline)
-    store = LocalTransport(ReplayStore(Plan(rule=rule, source=source, grouping=grouping), LogSettings(folder=str(run.replay))))
+    store = LocalTransport(ReplayStore(StorePlan(rule=rule, source=source, grouping=grouping), LogSettings(folder=str(run.replay))))
 
     trainer = PolicyTrainer(
         load_model(model),

@@ -12,7 +12,7 @@ from asyncrl import Trainer
 from asyncrl.types import RunStatus
 from asyncrl.config import CheckpointSpec, Deployment, LearnerSpec, LimitsSpec, StalenessSpec
 from asyncrl.replay.log import events as ev
-from asyncrl.report.summary import Tally
+from asyncrl.report.summary import RunSummary
 
 pytestmark = pytest.mark.ray
 STEPS = 120
@@ -28,7 +28,7 @@ class Killer:
         self._victim = 0
         self.killed: list[str] = []
 
-    def __call__(self, status: RunStatus, tally: Tally) -> None:
+    def __call__(self, status: RunStatus, tally: RunSummary) -> None:
         if self.killed and status.pids.get(self.killed[-1], self._victim) == self._victim:
             return  # one at a time: the last victim's successor is not up yet
         due = [update for update in sorted(self._plan) if tally.committed >= update]

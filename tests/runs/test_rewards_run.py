@@ -9,7 +9,7 @@ from asyncrl.types import RunStatus
 from asyncrl.config import RewardSpec
 from asyncrl.config.load import override
 from asyncrl.replay import open as open_replay
-from asyncrl.report.summary import Tally
+from asyncrl.report.summary import RunSummary
 
 pytestmark = pytest.mark.ray
 
@@ -56,7 +56,7 @@ def test_samples_whose_reward_fails_are_counted_and_never_trained(
 ):
     hold = hold_after(4)
 
-    def see(status: RunStatus, tally: Tally) -> None:
+    def see(status: RunStatus, tally: RunSummary) -> None:
         if any(report.name == "reward-0" and report.gauges["invalid"] > 0 for report in status.reports):
             hold.release()
 

@@ -16,7 +16,7 @@ from asyncrl.config import CheckpointSpec, StalenessSpec
 from asyncrl.config.load import load_deployment, load_specs
 from asyncrl.config.paths import resolve_paths
 from asyncrl.replay.log import events as ev
-from asyncrl.report.summary import Tally
+from asyncrl.report.summary import RunSummary
 from asyncrl.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ class KillScheduler:
         self._hold = hold
         self.killed: list[int] = []
 
-    def __call__(self, status: RunStatus, tally: Tally) -> None:
+    def __call__(self, status: RunStatus, tally: RunSummary) -> None:
         if self.killed or tally.committed < self._update or "generator-0" not in status.pids:
             return
         for pid in descendants(status.pids["generator-0"]):

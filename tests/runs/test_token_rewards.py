@@ -11,7 +11,7 @@ from asyncrl.learn.batch import Batch, make_batch
 from asyncrl.learn.metrics import rollout_metrics
 from asyncrl.replay.client import ReplayClient
 from asyncrl.replay.log.rows import LogSettings
-from asyncrl.replay.plan import Grouping, Plan, Source, keep_all
+from asyncrl.replay.plan import Grouping, StorePlan, Source, keep_all
 from asyncrl.replay.store import LocalTransport, ReplayStore
 from asyncrl.reward.pool import RewardPool
 from asyncrl.reward.worker import RewardWorker
@@ -59,7 +59,7 @@ def trained(tmp_path: Any) -> list[TrainRollout]:
     ).terms()
     prompts = [Prompt(row=i, ids=(1, 2), data_source="test") for i in range(4)]
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=8, stop_token_ids=())
-    plan = Plan(
+    plan = StorePlan(
         rule=Staleness(max_lag=1, batch_groups=1),
         source=Source(prompts=prompts, sampling=sampling),
         grouping=Grouping(n=2, min_valid=2, max_attempts=1, keep=keep_all, baseline=True),

@@ -9,7 +9,7 @@ import pytest
 from asyncrl.types import Version
 from asyncrl.weights import messages
 from asyncrl.weights.messages import Bye, Hello, Manifest
-from asyncrl.weights.serving import FETCH_IDLE_S, FETCH_MAX_S, PROBE_S, Live, Receiver, Serving, Shelf
+from asyncrl.weights.serving import FETCH_IDLE_S, FETCH_MAX_S, PROBE_S, Live, Receiver, Serving, VersionCache
 from asyncrl.weights.sockets import Server, Waker
 
 HELLO = messages.encode(Hello(receiver="generator-7", sequence=1))
@@ -95,14 +95,14 @@ def live(update: int) -> Live:
     return Live(manifest=manifest, data=memoryview(b""))
 
 
-def updates(shelf: Shelf) -> list[int]:
+def updates(shelf: VersionCache) -> list[int]:
     return [u for u in range(10) if shelf.find(Version(1, u))]
 
 
 @pytest.fixture
-def shelf() -> Shelf:
+def shelf() -> VersionCache:
     """Versions 1 and 2; 1 was superseded at time 100."""
-    made = Shelf()
+    made = VersionCache()
     made.add(live(1), 50.0)
     made.add(live(2), 100.0)
     return made
@@ -112,7 +112,7 @@ def puller(heard_at: float) -> Receiver:
     return Receiver(name="g", pulling=Version(1, 1), heard_at=heard_at)
 
 
-def test_the_first_two_versions_both_stay(shelf: Shelf) -> None:
+def test_the_first_two_versions_both_stay(shelf: VersionCache) -> None:
     assert updates(shelf) == [1, 2]
     assert shelf.newest is not None
     assert shelf.newest.version == Version(1, 2)
@@ -128,12 +128,12 @@ def test_the_first_two_versions_both_stay(shelf: Shelf) -> None:
         ([Receiver(name="g", holds=Version(1, 1), heard_at=101.0)], 101.0, [2]),  # holding isn't pulling
     ],
 )
-def test_making_room(shelf: Shelf, receivers: list[Receiver], now: float, left: list[int]) -> None:
+def test_making_room(shelf: VersionCache, receivers: list[Receiver], now: float, left: list[int]) -> None:
     shelf.make_room(receivers, now)
     assert updates(shelf) == left
 
 
-def test_a_slow_pull_ends_however_fast_versions_come(shelf: Shelf) -> None:
+def test_a_slow_pull_ends_however_fast_versions_come(shelf: VersionCache) -> None:
     for update in range(3, 9):
         shelf.make_room([puller(101.0)], 101.0)
         shelf.add(live(update), 101.0)
