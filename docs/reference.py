@@ -23,6 +23,7 @@ import msgspec
 
 from asyncrl.config import Deployment, Recipe, SFTSpec
 
+PACKAGE = "asyncrl."
 PAGE = Path(__file__).with_name("reference.md")
 HEAD = """\
 # Reference: every field
@@ -101,7 +102,7 @@ def meanings(struct: type[msgspec.Struct]) -> dict[str, str]:
     """What the comments at the fields say, by field name; a subclass's comment goes before that of its base."""
     found: dict[str, str] = {}
     for cls in reversed(struct.__mro__):
-        if cls.__module__.startswith("asyncrl."):
+        if cls.__module__.startswith(PACKAGE):
             found |= _commented(cls)
     return found
 
