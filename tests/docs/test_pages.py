@@ -16,7 +16,7 @@ import asyncrl.interfaces
 from asyncrl.cli import JOBS
 from asyncrl.config import Deployment, Recipe, SFTSpec
 from asyncrl.config.callables import check_callable
-from asyncrl.config.load import override
+from asyncrl.config.load import load_deployment, load_recipe, override
 
 GENERATED = "docs/reference.md"
 HISTORY = "CHANGELOG.md"  # names what is no more
@@ -64,7 +64,7 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(match[1], comments=True) for match in found if match and "…" not in match[1]]
 
 
-def test_commands_are_known(pages):
+def test_commands_are_known(pages, root):
     seen = 0
     for page, text in pages.items():
         for job, *rest in commands(text):
@@ -74,7 +74,7 @@ def test_commands_are_known(pages):
             args = parser.parse_intermixed_args(rest)  # exits where a flag is unknown
             overrides = getattr(args, "overrides", [])
             if job == "run":
-                _override_recipe(overrides)
+                _override_specs(root / args.recipe, root / (args.deploy or ""), overrides)
             elif job == "sft":
                 spec = msgspec.convert({"model": {"path": "m"}, "data": {"files": ["f"]}, "out": "o"}, SFTSpec)
                 override(spec, overrides)
@@ -82,10 +82,12 @@ def test_commands_are_known(pages):
     assert seen > 30
 
 
-def _override_recipe(overrides: list[str]) -> None:
-    """Applies them, all but names of files that are looked for beside the recipe."""
-    override(Deployment(), [text for text in overrides if text.startswith("deploy.")], "deploy.")
-    override(_recipe(), [text for text in overrides if not text.startswith("deploy.")])
+def _override_specs(recipe: Path, deploy: Path, overrides: list[str]) -> None:
+    """Applies them to the files that are named, or to the smallest recipe and the defaults where these are the reader's."""
+    made = load_recipe(recipe) if recipe.is_file() else _recipe()
+    override(made, [text for text in overrides if not text.startswith("deploy.")])
+    deployment = load_deployment(deploy) if deploy.is_file() else Deployment()
+    override(deployment, [text for text in overrides if text.startswith("deploy.")], "deploy.")
 
 
 def _recipe() -> Recipe:
