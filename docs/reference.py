@@ -45,6 +45,17 @@ ROOTS = (
     ),
     ("Warm start", SFTSpec, "", "What `asyncrl sft` does: see [SFT warm start](checkpoints.md#sft-warm-start)."),
 )
+# Structs that a page of its own explains: which choices there are, and what they are good for.
+EXPLAINED = {
+    "DataSpec": "recipes.md#data",
+    "RewardSpec": "rewards.md",
+    "StalenessSpec": "staleness.md",
+    "AlgorithmSpec": "algorithms.md",
+    "CriticSpec": "algorithms.md#classic-ppo",
+    "EvaluationSpec": "checkpoints.md#evaluation",
+    "CheckpointSpec": "checkpoints.md#checkpoints",
+    "SGLangSpec": "sglang.md",
+}
 
 
 class Field(NamedTuple):
@@ -171,6 +182,8 @@ def _section(struct: type[msgspec.Struct], paths: list[str], heading: bool) -> s
     lines = [f"### {struct.__name__}", ""] if heading else []
     if about := inspect.cleandoc(struct.__doc__ or ""):
         lines += [_escaped(about), ""]
+    if page := EXPLAINED.get(struct.__name__):
+        lines += [f"See [{page.partition('.')[0]}]({page}).", ""]
     if len(paths) > 1:
         lines += [f"Also at {', '.join(f'`{path[:-1]}`' for path in paths[1:])}.", ""]
     lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
