@@ -1,17 +1,30 @@
-"""Group-relative advantages: one number per rollout, from the rewards of its group's `ok` rollouts.
+"""Advantage estimators, by the names that a recipe has for them: from a batch's rewards to an advantage per trained token. Pure.
 
-rewards_s [S] and groups_s [S] (any integer ids, in any order) are parallel; so is the result. Pure; keeps the dtype. A
-group is what is there: evicted or failed members are not waited for, and a group of one gets 0, having nothing to compare
-with. Equal rewards give 0 to all.
+Estimators of rollouts compare the `ok` rollouts of a group: rewards_s [S] and groups_s [S] (any integer ids, in any order)
+are parallel, and so is the result, in the same dtype. A group is what is there: evicted or failed members are not waited for,
+and a group of one gets 0, having nothing to compare with. Equal rewards give 0 to all. The user's own is named in the recipe
+as `file.py:name`, and is of this kind: `f(rewards_s, groups_s) -> advantages_s`, all [S], float64.
+
+Estimators of tokens have the flat layout [N]: the trained tokens of all rollouts, sequence after sequence. sequence_n [N],
+ascending: the rollout of each token. Tokens that are not trained are not there: returns and values go from one trained token
+to the next. A rollout without a trained token has no entry, and none is needed.
+
+To add one: its function and its line in ESTIMATORS here, its name in config/algorithm.py.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
+from asyncrl.algorithms.rewards import Outcomes, whitened
+from asyncrl.config import AlgorithmSpec
+from asyncrl.config.callables import load_callable
+from asyncrl.errors import ConfigError
+
 STD_EPS = 1e-6  # as in verl; keeps a group of all but equal rewards from exploding
 
-GroupEstimator = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# ------------------------------------------------------------------------------------------- rollouts
 
 
 def _centered(rewards_s: torch.Tensor, groups_s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -46,7 +59,7 @@ def rloo(rewards_s: torch.Tensor, groups_s: torch.Tensor) -> torch.Tensor:
 
 def opo(rewards_s: torch.Tensor, groups_s: torch.Tensor, lengths_s: torch.Tensor) -> torch.Tensor:
     """r − Σ length·r / Σ length over the group. OPO (Hao et al. 2025): the baseline of least variance, gradients being as long
-    as their answers.
+    as their responses.
 
     lengths_s [S]: tokens that the policy chose, trained or not. In a group without any, every rollout weighs the same.
     """
@@ -59,19 +72,7 @@ def opo(rewards_s: torch.Tensor, groups_s: torch.Tensor, lengths_s: torch.Tensor
     return rewards_s - baseline_g[index_s]
 
 
-# ---------------------------------------------------------------------------------- token advantages
-# Advantages per token. Flat layout [N]: the trained tokens of all rollouts, sequence after sequence; pure.
-# sequence_n [N], ascending: the rollout of each token. Tokens that are not trained are not there: returns and values go from
-# one trained token to the next. A rollout without a trained token has no entry, and none is needed.
-
-WHITEN_EPS = 1e-8
-
-
-def whitened(values_n: torch.Tensor) -> torch.Tensor:
-    """(x − mean) / sqrt(variance + 1e-8) over all tokens, variance unbiased. Equal values, or a single one, give 0."""
-    centered_n = values_n - values_n.mean()
-    variance = centered_n.square().sum() / max(1, len(values_n) - 1)
-    return centered_n * (variance + WHITEN_EPS).rsqrt()
+# -------------------------------------------------------------------------------------------- tokens
 
 
 def returns_to_go(rewards_n: torch.Tensor, sequence_n: torch.Tensor) -> torch.Tensor:
@@ -81,37 +82,11 @@ def returns_to_go(rewards_n: torch.Tensor, sequence_n: torch.Tensor) -> torch.Te
     return rest_n - torch.cat((rest_n, rest_n.new_zeros(1)))[following_n]
 
 
-def reinforce_plus_plus(rewards_s: torch.Tensor, shaping_n: torch.Tensor, sequence_n: torch.Tensor) -> torch.Tensor:
-    """The return from each token on, whitened over the batch. REINFORCE++ (Hu et al. 2025), γ = 1. Needs no groups.
+def gae(rewards_n: torch.Tensor, values_n: torch.Tensor, sequence_n: torch.Tensor, *, gamma: float, lam: float) -> torch.Tensor:
+    """Advantages [N]. GAE (Schulman et al. 2016): δ = r + γ·V(next) − V, A = Σ (γλ)^k·δ_k.
 
-    rewards_s [S]: due at a rollout's end. shaping_n [N]: what each token earns beside it, such as −β·KL.
-    """
-    return whitened(rewards_s[sequence_n] + returns_to_go(shaping_n, sequence_n))
-
-
-def remax(
-    rewards_s: torch.Tensor, baselines_s: torch.Tensor, shaping_n: torch.Tensor, sequence_n: torch.Tensor
-) -> torch.Tensor:
-    """The return from each token on, minus what the greedy rollout of the same prompt earned [N]. ReMax (Li et al. 2023).
-
-    rewards_s, shaping_n: as in reinforce_plus_plus. baselines_s [S]: of each rollout's prompt; it does not depend on what was
-    sampled, so the gradient stays unbiased. As in verl it pays no KL. Needs no groups, and nothing is whitened.
-    """
-    return (rewards_s - baselines_s)[sequence_n] + returns_to_go(shaping_n, sequence_n)
-
-
-def reinforce_plus_plus_baseline(centered_s: torch.Tensor, sequence_n: torch.Tensor) -> torch.Tensor:
-    """r − mean(group), given as centered_s [S], whitened over the batch's tokens. REINFORCE++-baseline (Hu et al. 2025)."""
-    return whitened(centered_s[sequence_n])
-
-
-def gae(
-    rewards_n: torch.Tensor, values_n: torch.Tensor, sequence_n: torch.Tensor, *, gamma: float, lam: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages and returns (what a critic learns) [N] each. GAE (Schulman et al. 2016).
-
-    δ = r + γ·V(next) − V, A = Σ (γλ)^k·δ_k. rewards_n: what each token earned, the rollout's own reward at its last one.
-    values_n: the critic's V before each token. After a sequence's last token comes nothing: V = 0.
+    rewards_n: of each token, the rollout's own reward at its last one. values_n: the critic's V before each token. After a
+    sequence's last token comes nothing: V = 0.
     """
     _, row_n, count_s = torch.unique_consecutive(sequence_n, return_inverse=True, return_counts=True)
     column_n = torch.arange(len(row_n), device=row_n.device) - (count_s.cumsum(0) - count_s)[row_n]
@@ -128,5 +103,88 @@ def gae(
         advantage_s = delta_st[:, t] + gamma * lam * advantage_s
         columns.append(advantage_s)
     advantages_st = torch.stack(columns[::-1], dim=1) if columns else delta_st
-    advantages_n = advantages_st[row_n, column_n]
-    return advantages_n, advantages_n + values_n
+    return advantages_st[row_n, column_n]
+
+
+def _reinforce_plus_plus(spec: AlgorithmSpec, outcomes: Outcomes) -> torch.Tensor:
+    """The return from each token on. REINFORCE++ (Hu et al. 2025), γ = 1. Needs no groups."""
+    return outcomes.rewards_s[outcomes.sequence_n] + returns_to_go(outcomes.token_rewards_n, outcomes.sequence_n)
+
+
+def _remax(spec: AlgorithmSpec, outcomes: Outcomes) -> torch.Tensor:
+    """The return from each token on, minus the rewards of the greedy rollout of the same prompt. ReMax (Li et al. 2023).
+
+    The baseline does not depend on what was sampled, so the gradient stays unbiased. As in verl it pays no KL. Needs no groups.
+    """
+    if outcomes.baselines_s is None:
+        raise ConfigError(
+            "algorithm.adv_estimator='remax' on rollouts without a baseline: there is nothing to compare them with; generate "
+            "them with replay.plan.Grouping(baseline=True)"
+        )
+    rewards_s = outcomes.rewards_s - outcomes.baselines_s
+    return rewards_s[outcomes.sequence_n] + returns_to_go(outcomes.token_rewards_n, outcomes.sequence_n)
+
+
+def _gae(spec: AlgorithmSpec, outcomes: Outcomes) -> torch.Tensor:
+    """A rollout's reward is assigned to its last *trained* token, a token-level one to its own; as in verl.
+
+    Tokens that are not trained (of tools, or too old) are not there: nothing is discounted over them. A rollout without a
+    trained token teaches nothing, its reward included.
+    """
+    assert outcomes.values_n is not None, "advantages of values that were not made"
+    rewards_n, sequence_n = outcomes.token_rewards_n.clone(), outcomes.sequence_n
+    if len(sequence_n):
+        last_n = torch.cat((sequence_n[1:] != sequence_n[:-1], sequence_n.new_ones(1, dtype=torch.bool)))
+        rewards_n[last_n] += outcomes.rewards_s[sequence_n[last_n]]
+    return gae(rewards_n, outcomes.values_n, sequence_n, gamma=spec.gamma, lam=spec.lam)
+
+
+# --------------------------------------------------------------------------------------------- by name
+
+Estimator = Callable[[AlgorithmSpec, Outcomes], torch.Tensor]
+
+
+def per_rollout(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Estimator:
+    """Makes an estimator of tokens from one of rollouts: each token gets its rollout's advantage."""
+    return lambda spec, outcomes: function(outcomes.total_s(), outcomes.groups_s)[outcomes.sequence_n]
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "grpo": per_rollout(grpo),
+    "grpo_no_std": per_rollout(grpo_no_std),
+    "dr_grpo": per_rollout(grpo_no_std),
+    "rloo": per_rollout(rloo),
+    "opo": lambda spec, outcomes: opo(outcomes.total_s(), outcomes.groups_s, outcomes.lengths_s)[outcomes.sequence_n],
+    "reinforce_plus_plus": _reinforce_plus_plus,
+    "reinforce_plus_plus_baseline": per_rollout(grpo_no_std),  # REINFORCE++-baseline (Hu et al. 2025), by being whitened
+    "gae": _gae,
+    "remax": _remax,
+}
+WHITENED = ("reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae")  # over the batch's tokens
+
+
+@cache
+def estimator(name: str) -> Estimator:
+    """A built-in estimator, or the user's. Raises ConfigError where a user's can't be loaded, or (later) gives no [S]."""
+    if name in ESTIMATORS:
+        return ESTIMATORS[name]
+    function = load_callable(name, "algorithm.adv_estimator")
+
+    def checked(rewards_s: torch.Tensor, groups_s: torch.Tensor) -> torch.Tensor:
+        advantages_s = function(rewards_s, groups_s)
+        if not isinstance(advantages_s, torch.Tensor) or advantages_s.shape != rewards_s.shape:
+            found = tuple(getattr(advantages_s, "shape", ())) or type(advantages_s).__name__
+            raise ConfigError(
+                f"algorithm.adv_estimator={name!r} returned {found} for {len(rewards_s)} rollouts: their advantages could not "
+                f"be told apart; return one per rollout, a tensor of shape {tuple(rewards_s.shape)}"
+            )
+        return advantages_s
+
+    return per_rollout(checked)
+
+
+def advantages(spec: AlgorithmSpec, outcomes: Outcomes) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The recipe's advantages [N]; and returns [N], which a critic learns: advantages before whitening + values, or None."""
+    advantages_n = estimator(spec.adv_estimator)(spec, outcomes)
+    returns_n = None if outcomes.values_n is None else advantages_n + outcomes.values_n
+    return whitened(advantages_n) if spec.adv_estimator in WHITENED else advantages_n, returns_n

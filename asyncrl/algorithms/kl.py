@@ -1,4 +1,4 @@
-"""Per-token estimators of KL(policy ‖ reference), as a loss term or a price on the reward; and the coefficient's control.
+"""Per-token estimators of KL(policy ‖ reference), as a loss term or a penalty in the reward; and the coefficient's control.
 
 Flat layout [T]; pure; differentiable in logp_t.
 

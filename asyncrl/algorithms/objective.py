@@ -90,7 +90,7 @@ def needs_proximal(spec: AlgorithmSpec) -> bool:
 def objective(
     spec: AlgorithmSpec, columns: Columns, logp_t: torch.Tensor, entropy_t: torch.Tensor, kl_coef: float | None = None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], TokenWeights]:
-    """This pack's share of the minibatch's loss (a scalar to sum over packs), sums for `metrics`, and how tokens counted.
+    """This pack's share of the minibatch's loss (a scalar to sum over packs), sums for `loss_metrics`, and how tokens counted.
 
     logp_t, entropy_t [T] from the current policy, with gradient. kl_coef: where it adapts; None: the recipe's.
     """
@@ -135,7 +135,7 @@ def _count(spec: AlgorithmSpec, columns: Columns, old_t: torch.Tensor) -> TokenW
     return TokenWeights(weights_t * kept_t, capped_t, ~kept_t)
 
 
-def metrics(sums: Mapping[str, float], steps: int) -> dict[str, float]:
+def loss_metrics(sums: Mapping[str, float], steps: int) -> dict[str, float]:
     """User-facing figures from sums over the packs of `steps` optimizer steps. No step: no figures."""
     tokens = sums.get("tokens", 0.0)
     if not tokens:

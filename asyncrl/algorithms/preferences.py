@@ -1,4 +1,4 @@
-"""Online DPO and KTO: the rollouts of a group, ranked by their rewards, are the preferences. Pure.
+"""Online DPO and KTO, by the names that a recipe knows them by: the rollouts of a group, ranked by their rewards. Pure.
 
 h_s [S] = β·Σ_t (log π − log π_ref) over a sequence's trained tokens, with gradient: the reward that a policy implies
 (Rafailov et al. 2023). What is not trained, tokens of tools or beyond the staleness bound, is in neither logprob.
@@ -11,6 +11,9 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from asyncrl.algorithms.rewards import Outcomes
+from asyncrl.config import AlgorithmSpec
 
 TIE = 1e-12  # of the sum of a group's |rewards|: so near its mean a reward, in float64, differs by rounding alone
 
@@ -64,7 +67,7 @@ def dpo(h_s: torch.Tensor, pairs: Pairs) -> tuple[torch.Tensor, Figures]:
 def desirability(rewards_s: torch.Tensor, groups_s: torch.Tensor) -> torch.Tensor:
     """KTO's labels [S] int64: 1 (desirable) above the mean reward of the group, −1 (undesirable) below, 0 (left out) at it.
 
-    TRL's KTO is told by the data set; a reward has no natural zero, so the other answers to the same prompt are the measure.
+    TRL's KTO is told by the data set; a reward has no natural zero, so the other rollouts of the same prompt are the measure.
     Groups of equal rewards are left out, however good, and so are groups of one.
     """
     _, index_s, count_g = groups_s.unique(return_inverse=True, return_counts=True)
@@ -81,7 +84,7 @@ def kto(
     """λ_D·(1 − σ(h − z)) of the desirable, λ_U·(1 − σ(z − h)) of the undesirable, mean over both. KTO (Ethayarajh et al. 2024).
 
     labels_s [S]: see `desirability`. z = max(0, mean h), without gradient: β times the KL to the reference, from all S. The
-    paper must take it from mismatched prompts and answers, its answers being a data set's; here the policy sampled them
+    paper must take it from mismatched prompts and responses, these being a data set's; here the policy sampled them
     itself, at most max_lag versions ago, and the mean of log π − log π_ref is the estimate as it stands.
     Figures: as in `dpo`, but no accuracies, there being no pairs. Nothing of one kind: none.
     """
@@ -93,3 +96,20 @@ def kto(
         return loss, {}
     chosen, rejected = h_s[good_s].mean().detach(), h_s[bad_s].mean().detach()
     return loss, {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
+
+
+def preference_loss(
+    spec: AlgorithmSpec, outcomes: Outcomes, members_m: torch.Tensor, h_m: torch.Tensor
+) -> tuple[torch.Tensor, Figures, int]:
+    """The recipe's loss of a minibatch, figures, and how many pairs (dpo) or labelled rollouts (kto) it is the mean of.
+
+    members_m [M]: the minibatch's sequences among the rollouts of `outcomes`. h_m [M]: theirs, with gradient, on any device.
+    """
+    if spec.policy_loss == "dpo":
+        pairs = rank_pairs(outcomes.ranked_s[members_m], outcomes.groups_s[members_m], spec.dpo_pairs).to(h_m.device)
+        return *dpo(h_m, pairs), len(pairs.weights_p)
+    labels_m = desirability(outcomes.ranked_s, outcomes.groups_s)[members_m].to(h_m.device)
+    loss, figures = kto(
+        h_m, labels_m, desirable_weight=spec.kto_desirable_weight, undesirable_weight=spec.kto_undesirable_weight
+    )
+    return loss, figures, int(labels_m.count_nonzero())

@@ -1,4 +1,4 @@
-"""One update's rollouts as flat columns: N trained tokens of S sequences, sequence after sequence."""
+"""One update's rollouts as flat columns, N trained tokens of S sequences, sequence after sequence; and how they are packed."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,104 +7,87 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from asyncrl.algorithms.estimators import Estimator, Outcomes, credited
+from asyncrl.algorithms.rewards import Outcomes, credited
 from asyncrl.models.packed import Pack, TokenSequence, input_length, make_pack
 from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
 
+CPU_PACK_TOKENS = 2048  # beyond it a CPU only loses its caches (measured: 16,384 is a third slower)
 
-class Batch(NamedTuple):
-    """sequences: those with at least one trained token (S); `scored` are the trained tokens.
 
-    groups [S] int64; lengths [S] int64, response tokens, trained or not; counts_s [S] float32, trained tokens;
-    sequence_n [N] int64; behaviour_n [N] float32, full-softmax logprobs of the policy that sampled; advantages_n [N]
-    float32; lag_n [N] int64, versions. outcomes: what the advantages were made of, to make them anew when more is known.
-    """
+class TrainBatch(NamedTuple):
+    """What an update learns from, as it was leased: nothing in it comes from the learner's models."""
 
-    sequences: list[TokenSequence]
-    groups: np.ndarray
-    lengths: np.ndarray
-    counts_s: torch.Tensor
-    sequence_n: torch.Tensor
-    behaviour_n: torch.Tensor
-    advantages_n: torch.Tensor
-    lag_n: torch.Tensor
-    outcomes: Outcomes
+    sequences: list[TokenSequence]  # those with at least one trained token (S); `scored` are the trained tokens
+    groups: np.ndarray  # [S] int64
+    lengths: np.ndarray  # [S] int64, response tokens, trained or not
+    counts_s: torch.Tensor  # [S] float32, trained tokens
+    sequence_n: torch.Tensor  # [N] int64
+    behaviour_n: torch.Tensor  # [N] float32, full-softmax logprobs of the policy that sampled
+    lag_n: torch.Tensor  # [N] int64, versions
+    outcomes: Outcomes  # the rewards, of all rollouts; stays on the CPU
 
     @property
     def tokens(self) -> int:
         return len(self.sequence_n)
 
-    def to(self, device: torch.device) -> "Batch":
-        return self._replace(
-            counts_s=self.counts_s.to(device),
-            sequence_n=self.sequence_n.to(device),
-            behaviour_n=self.behaviour_n.to(device),
-            advantages_n=self.advantages_n.to(device),
-            lag_n=self.lag_n.to(device),
-        )
+    def to(self, device: torch.device) -> "TrainBatch":
+        columns = ("counts_s", "sequence_n", "behaviour_n", "lag_n")
+        return self._replace(**{name: getattr(self, name).to(device) for name in columns})
 
 
 def make_batch(
     rollouts: Sequence[TrainRollout],
     bound: Staleness,
     committed: int,
-    estimator: Estimator,
     normalized: Callable[[torch.Tensor], torch.Tensor] = lambda rewards_s: rewards_s,
-) -> Batch:
-    """Columns for update `committed + 1`. normalized: what estimators see of the rewards [S], float64; token
-    rewards stay as they are.
+) -> TrainBatch:
+    """Columns for update `committed + 1`. normalized: what estimators see of the rewards [S], float64; token-level rewards
+    stay as they are.
 
     Advantages see every rollout; tokens are trained where the policy chose them and the bound allows (DESIGN §2). All
     others stay as context. A rollout without a trained token is left out after its reward has counted.
     """
     trained = [np.asarray(r.loss_mask, dtype=bool) & bound.trainable(r.updates, committed) for r in rollouts]
-    outcomes = _outcomes(rollouts, trained, normalized)
     kept = [i for i, mask in enumerate(trained) if mask.any()]
     counts = torch.tensor([int(trained[i].sum()) for i in kept], dtype=torch.int64)
-
-    def column(parts: list[np.ndarray], dtype: type) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([np.empty(0, dtype), *parts]).astype(dtype, copy=False))
-
-    return Batch(
+    return TrainBatch(
         sequences=[_sequence(rollouts[i], trained[i]) for i in kept],
         groups=np.array([rollouts[i].group for i in kept], dtype=np.int64),
         lengths=np.array([len(rollouts[i].response_ids) for i in kept], dtype=np.int64),
         counts_s=counts.float(),
         sequence_n=torch.repeat_interleave(torch.arange(len(kept)), counts),
-        behaviour_n=column([behaviour_logprobs(rollouts[i])[trained[i]] for i in kept], np.float32),
-        advantages_n=estimator(outcomes).float(),
-        lag_n=column([committed - rollouts[i].updates[trained[i]] for i in kept], np.int64),
-        outcomes=outcomes,
+        behaviour_n=_column([behaviour_logprobs(rollouts[i])[trained[i]] for i in kept], np.float32),
+        lag_n=_column([committed - rollouts[i].updates[trained[i]] for i in kept], np.int64),
+        outcomes=_outcomes(rollouts, trained, normalized),
     )
 
 
 def _outcomes(
     rollouts: Sequence[TrainRollout], trained: Sequence[np.ndarray], normalized: Callable[[torch.Tensor], torch.Tensor]
 ) -> Outcomes:
-    """What the rollouts came to. trained: of each, which of its tokens [T] bool. normalized: see `make_batch`."""
+    """The rewards of the rollouts. trained: of each, which of its tokens [T] bool. normalized: see `make_batch`."""
+    counts = [int(mask.sum()) for mask in trained]
+    earned = [
+        (np.zeros(count), 0.0) if r.token_rewards is None else credited(r.token_rewards, mask)
+        for r, mask, count in zip(rollouts, trained, counts, strict=True)
+    ]
+    totals = [math.fsum((r.reward, *(() if r.token_rewards is None else r.token_rewards))) for r in rollouts]
     baselines = [r.baseline for r in rollouts if r.baseline is not None]
-    outcomes = Outcomes(
+    return Outcomes(
         rewards_s=normalized(torch.tensor([r.reward for r in rollouts], dtype=torch.float64)),
         groups_s=torch.tensor([r.group for r in rollouts], dtype=torch.int64),
         lengths_s=torch.tensor([int(r.loss_mask.sum()) for r in rollouts], dtype=torch.int64),
-        sequence_n=torch.repeat_interleave(torch.tensor([int(mask.sum()) for mask in trained], dtype=torch.int64)),
+        sequence_n=torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64)),
+        token_rewards_n=_column([rewards_n for rewards_n, _ in earned], np.float64),
+        before_s=torch.tensor([before for _, before in earned], dtype=torch.float64),
+        ranked_s=torch.tensor(totals, dtype=torch.float64),
         baselines_s=torch.tensor(baselines, dtype=torch.float64) if len(baselines) == len(rollouts) else None,
     )
-    if all(r.token_rewards is None for r in rollouts):
-        return outcomes
-    found = [
-        credited(np.zeros(len(mask)) if r.token_rewards is None else r.token_rewards, mask)
-        for r, mask in zip(rollouts, trained, strict=True)
-    ]
-    return outcomes._replace(
-        shaping_n=torch.from_numpy(np.concatenate([earned_n for earned_n, _ in found])),
-        before_s=torch.tensor([before for _, before in found], dtype=torch.float64),
-        earned_s=torch.tensor(
-            [math.fsum((r.reward, *(() if r.token_rewards is None else r.token_rewards))) for r in rollouts],
-            dtype=torch.float64,
-        ),
-    )
+
+
+def _column(parts: list[np.ndarray], dtype: type) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype), *parts]).astype(dtype, copy=False))
 
 
 def behaviour_logprobs(rollout: TrainRollout) -> np.ndarray:
@@ -128,12 +111,6 @@ def minibatches(groups: np.ndarray, mini_batch_groups: int | None) -> list[list[
     for i, group in enumerate(groups.tolist()):
         parts[order[group] // mini_batch_groups].append(i)
     return parts
-
-
-# ------------------------------------------------------------------------------------------- packing
-# Which sequences share a forward pass. Pure and deterministic.
-
-CPU_PACK_TOKENS = 2048  # beyond it a CPU only loses its caches (measured: 16,384 is a third slower)
 
 
 def make_packs(sequences: Sequence[TokenSequence], members: Sequence[int], max_tokens: int, device: torch.device) -> list[Pack]:

@@ -10,21 +10,21 @@ from asyncrl.learn.critic import Critic
 from asyncrl.learn.trainer import PolicyTrainer
 from asyncrl.learn.update import RefusedSteps
 from asyncrl.models.loading import load_model
+from asyncrl.models.packed import PackedModel
 from asyncrl.models.value import OwnValues, SharedValues
 
 
 def policy_trainer(recipe: Recipe, *, device: str, refused_dir: Path) -> PolicyTrainer:
     """The policy; where needed its frozen reference; with GAE the critic. refused_dir: for batches of refused steps."""
-    policy = load_model(recipe.model, device)
+    policy, temperature = load_model(recipe.model, device), recipe.sampling.temperature
     return PolicyTrainer(
-        policy,
+        PackedModel(policy, temperature),
         recipe.learner,
         recipe.algorithm,
         recipe.bound(),
-        temperature=recipe.sampling.temperature,
         total_steps=recipe.total_steps,
         refused_dir=refused_dir,
-        reference=load_model(recipe.model, device) if recipe.algorithm.needs_reference else None,
+        reference=PackedModel(load_model(recipe.model, device), temperature) if recipe.algorithm.needs_reference else None,
         critic=_critic(recipe, policy, device, refused_dir / "critic") if recipe.algorithm.needs_critic else None,
     )
 

@@ -1,7 +1,6 @@
-"""The critic's side of an update: values, what they should have been, and the steps towards that.
+"""The critic's side of an update: values, and the steps towards the returns that they should have been.
 
-    packs ─► values (by the critic as it is now) ─► GAE ─► advantages, for the policy
-                                                     └──► returns ─► clipped value loss ─► AdamW step per minibatch
+    packs ─► values (by the critic as it is now) ─► (advantages, by the trainer) ─► returns ─► clipped value loss ─► AdamW step
 
 Values are made at the start of the update that trains on them, not stored when tokens are sampled: they are those of the
 present critic, on tokens of policies that may be older.
@@ -11,26 +10,20 @@ from collections.abc import Sequence
 
 import torch
 
-from asyncrl.algorithms.estimators import Outcomes, gae_advantages
 from asyncrl.algorithms.losses import clipped_value_loss, explained_variance
-from asyncrl.config import AlgorithmSpec, CriticSpec
+from asyncrl.config import CriticSpec
 from asyncrl.learn.optimizer import Optimization, step
-from asyncrl.learn.update import RefusedSteps, Update
+from asyncrl.learn.update import Minibatches, RefusedSteps, Update
 from asyncrl.models.packed import Pack
 from asyncrl.models.value import OwnValues, SharedValues
 
-Minibatches = Sequence[tuple[Sequence[int], Sequence[Pack]]]  # members (indices of the batch's sequences), their packs
-
 
 class Critic:
-    """Owns a value function (or the head of a shared one), its optimizer and schedule. shared: the head, else None.
-
-    module and optimizer: what a checkpoint holds. refused: where batches of refused steps go.
-    """
+    """Owns a value function (or the head of a shared one), its optimizer and schedule."""
 
     def __init__(self, values: OwnValues | SharedValues, spec: CriticSpec, refused: RefusedSteps, *, total_steps: int) -> None:
-        self.module = values.module
-        self.shared = values if isinstance(values, SharedValues) else None
+        self.module = values.module  # with the optimizer, what a checkpoint holds
+        self.shared = values if isinstance(values, SharedValues) else None  # the head, if it is one on the policy
         self.optimization = Optimization(values.module, spec, total_steps, "critic.lr")
         self.value_coef = spec.value_coef
         self._values = values
@@ -50,14 +43,6 @@ class Critic:
         with update.timed("timing_s/values"), torch.no_grad():
             for pack in packs:
                 update.values_n[pack.flat_t] = self._values(pack)
-
-    @staticmethod
-    def estimate(update: Update, outcomes: Outcomes, spec: AlgorithmSpec) -> None:
-        """Fills the update's returns and advantages from its values."""
-        values_n = update.values_n.cpu().double()
-        advantages_n, returns_n = gae_advantages(outcomes, values_n, gamma=spec.gamma, lam=spec.lam)
-        update.returns_n = returns_n.to(update.values_n)
-        update.set_advantages(advantages_n)
 
     def train(self, update: Update, minibatches: Minibatches) -> None:
         """Steps of the critic by itself: ppo_epochs over the minibatches."""
@@ -86,7 +71,7 @@ class Critic:
         (norm,), cause = step(figures["vf_loss"], self.optimization)
         if cause:
             update.critic.refused += 1
-            self._refused.refuse(update.batch, members, update.number, f"critic: {cause}")
+            self._refused.refuse(update, members, f"critic: {cause}")
             return
         self._refused.accepted()
         update.critic.accept({**figures, "grad_norm": norm})

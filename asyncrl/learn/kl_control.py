@@ -1,4 +1,4 @@
-"""The KL to the reference, over an update: as a price on the reward, and the coefficient that adapts to it."""
+"""The KL to the reference, over an update: as a penalty in the reward, and the coefficient that adapts to it."""
 
 import torch
 
@@ -19,8 +19,8 @@ class KLControl:
     def coef(self) -> float:
         return self.state.get("kl_coef", self._spec.kl_coef)
 
-    def price(self, update: Update) -> torch.Tensor:
-        """−β·KL of each trained token [N], float64 on the CPU: what it earns beside the reward (Ziegler et al. 2019; verl)."""
+    def penalty(self, update: Update) -> torch.Tensor:
+        """−β·KL of each trained token [N], float64 on the CPU: a token-level reward (Ziegler et al. 2019; verl)."""
         return -self.coef * self._kl(update).cpu().double()
 
     def control(self, update: Update, rollouts: int) -> dict[str, float]:

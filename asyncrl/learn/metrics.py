@@ -6,15 +6,15 @@ import numpy as np
 import torch
 
 from asyncrl.algorithms.losses import LOG_RATIO_LIMIT
-from asyncrl.learn.batch import Batch
+from asyncrl.learn.batch import TrainBatch
 from asyncrl.types import TrainRollout
 
 
 def rollout_metrics(rollouts: Sequence[TrainRollout]) -> dict[str, float]:
     """Rewards (and their named parts) and response lengths of every rollout of the batch, trained or masked.
 
-    reward/mean is of what was due at the end; reward/token_sum is the mean of what a rollout's tokens earned beside it, where
-    any did; reward/baseline the mean over prompts of what the greedy rollout earned, where there is one.
+    reward/mean is of the rollouts' own rewards; reward/token_sum, where there are token-level ones, the mean of their sums;
+    reward/baseline, where there are greedy rollouts, the mean over prompts of all that these earned.
     """
     if not rollouts:
         return {}
@@ -39,11 +39,11 @@ def rollout_metrics(rollouts: Sequence[TrainRollout]) -> dict[str, float]:
     }
 
 
-def staleness_metrics(rollouts: Sequence[TrainRollout], batch: Batch) -> dict[str, float]:
+def staleness_metrics(rollouts: Sequence[TrainRollout], batch: TrainBatch) -> dict[str, float]:
     """Lags of the trained tokens (share per lag, mean, largest), and what masking cost.
 
     masked_share: policy tokens too old to train. dispatched_length and trained_length: mean response length of all
-    rollouts leased, and of those with a trained token; they differ if staleness favours short answers.
+    rollouts leased, and of those with a trained token; they differ if staleness favours short responses.
     """
     policy_tokens = sum(int(r.loss_mask.sum()) for r in rollouts)
     if not policy_tokens:
@@ -63,7 +63,7 @@ def staleness_metrics(rollouts: Sequence[TrainRollout], batch: Batch) -> dict[st
     return figures
 
 
-def gap_metrics(batch: Batch, proximal_n: torch.Tensor) -> dict[str, float]:
+def gap_metrics(batch: TrainBatch, proximal_n: torch.Tensor) -> dict[str, float]:
     """Learner against generator. proximal_n [N]: logprobs at the start of the update; NaN where none were computed.
 
     On tokens of lag 0 both sides hold the same weights: their difference is engine error alone, and must stay flat.

@@ -11,7 +11,6 @@ from asyncrl.config import OptimizerSpec
 from asyncrl.errors import ConfigError, NonFinite
 from asyncrl.learn.batch import make_packs
 from asyncrl.learn.optimizer import Optimization, step
-from asyncrl.models.logprobs import sampled_logprobs
 from asyncrl.models.packed import PackedModel, TokenSequence
 
 OnStep = Callable[[int, dict[str, float]], None]
@@ -31,7 +30,7 @@ class SupervisedTrainer:
     """
 
     def __init__(self, model: PreTrainedModel, spec: OptimizerSpec, total_steps: int, *, max_tokens_per_pack: int) -> None:
-        self.model = model.eval()  # no dropout, as in the learner: see PolicyTrainer
+        self.model = model
         self._optimization = Optimization(model, spec, total_steps, "lr")
         self.total_steps = total_steps
         self._packed = PackedModel(model)
@@ -67,7 +66,7 @@ class SupervisedTrainer:
     def _losses(self, examples: Sequence[TokenSequence], tokens: int) -> Iterator[torch.Tensor]:
         """Each pack's share of the mean loss."""
         for pack in make_packs(examples, range(len(examples)), self._max_tokens, self.model.device):
-            yield -sampled_logprobs(self._packed.logits(pack), pack.target_ids_t, 1.0).sum() / tokens
+            yield -self._packed.logprobs(pack).sum() / tokens
 
 
 def fit(

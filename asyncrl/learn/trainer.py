@@ -1,6 +1,6 @@
 """One update of the policy from one batch of scored rollouts. No store, no bus, no clock but for its own timings.
 
-    rollouts ─► make_batch ─► packs ─► proximal (and reference) logprobs, values, once per batch ─► advantages of them
+    rollouts ─► make_batch ─► packs ─► proximal (and reference) logprobs, values ─► advantages, once per batch
                                  └──► per minibatch and epoch: forward, objective, backward over its packs ─► AdamW step
 
 Deterministic: the same model, rollouts and count give the same bits, on the same number of threads.
@@ -12,21 +12,20 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
-from asyncrl.algorithms import objective as objectives
+from asyncrl.algorithms.advantages import advantages
 from asyncrl.algorithms.corrections import m2po
-from asyncrl.algorithms.estimators import RewardNormalizer, estimator
-from asyncrl.algorithms.objective import aggregation
+from asyncrl.algorithms.objective import Columns, aggregation, loss_metrics, needs_proximal, objective
+from asyncrl.algorithms.rewards import RewardNormalizer
 from asyncrl.config import AlgorithmSpec, LearnerSpec
 from asyncrl.errors import ConfigError
-from asyncrl.learn import preference_step
 from asyncrl.learn.batch import make_batch, make_packs, minibatches
-from asyncrl.learn.critic import Critic, Minibatches
+from asyncrl.learn.critic import Critic
 from asyncrl.learn.kl_control import KLControl
 from asyncrl.learn.metrics import correction_metrics, gap_metrics, rollout_metrics, staleness_metrics
 from asyncrl.learn.optimizer import Optimization, step
-from asyncrl.learn.update import RefusedSteps, Update
+from asyncrl.learn.preference_step import prefer, preference_metrics
+from asyncrl.learn.update import Minibatches, RefusedSteps, Update
 from asyncrl.models.logprobs import entropy, sampled_logprobs
 from asyncrl.models.packed import Pack, PackedModel
 from asyncrl.staleness import Staleness
@@ -36,22 +35,20 @@ from asyncrl.types import TrainRollout
 class PolicyTrainer:
     """Owns the policy, its optimizer and, where the algorithm asks for one, a frozen reference (a copy of the starting policy).
 
-    temperature: of the sampling; logprobs are taken at it. total_steps: updates over which the schedule runs.
-    refused_dir: where batches of refused steps are kept. state: figures that go from update to update and belong into a
-    checkpoint: the KL coefficient, where it adapts, and running moments of the rewards. critic: with adv_estimator "gae".
+    total_steps: updates over which the schedule runs. refused_dir: where batches of refused steps are kept. critic: with
+    adv_estimator "gae". Logprobs are taken at the temperature of the policy and of the reference.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        policy: PackedModel,
         learner: LearnerSpec,
         algorithm: AlgorithmSpec,
         bound: Staleness,
         *,
-        temperature: float,
         total_steps: int,
         refused_dir: Path,
-        reference: PreTrainedModel | None = None,
+        reference: PackedModel | None = None,
         critic: Critic | None = None,
     ) -> None:
         if algorithm.needs_reference and reference is None:
@@ -62,19 +59,18 @@ class PolicyTrainer:
                 f"algorithm.adv_estimator={algorithm.adv_estimator!r} {'needs' if critic is None else 'has no use for'} a "
                 "critic: advantages could not be made as the recipe says; give one with 'gae', and none else"
             )
-        self.model = model.eval()  # dropout would make the learner another policy than the generators'
+        self.model = policy.model
         self.critic = critic
         self._head = critic.shared if critic is not None else None
-        self._optimization = Optimization(model, learner, total_steps, "learner.lr")
-        self._policy = PackedModel(model)
-        self._reference = PackedModel(reference.eval()) if algorithm.needs_reference and reference is not None else None
+        self._optimization = Optimization(policy.model, learner, total_steps, "learner.lr")
+        self._policy = policy
+        self._reference = reference if algorithm.needs_reference else None
         self._learner = learner
         self._algorithm = algorithm
         self._bound = bound
         self._kl = KLControl(algorithm)
-        self.state = self._kl.state
+        self.state = self._kl.state  # figures for the checkpoint: the KL coefficient, where it adapts; moments of the rewards
         self._normalizer = RewardNormalizer(algorithm.reward_normalization, self.state)
-        self._temperature = temperature
         self._refused = RefusedSteps(refused_dir, learner.max_refused_steps)
 
     @property
@@ -90,14 +86,14 @@ class PolicyTrainer:
         rate = self._optimization.schedule(committed)
         if self.critic is not None:
             self.critic.optimization.schedule(committed)
-        batch = make_batch(rollouts, self._bound, committed, estimator(self._algorithm.adv_estimator), self._normalizer)
+        batch = make_batch(rollouts, self._bound, committed, self._normalizer)
         update = Update(batch.to(self.model.device), committed + 1)
         steps = [
             (members, make_packs(batch.sequences, members, self._learner.max_tokens_per_pack, self.model.device))
             for members in minibatches(batch.groups, self._learner.mini_batch_groups)
         ]
         self._score(update, steps)
-        self._remake_advantages(update)
+        self._estimate(update)
         self._train(update, steps)
         update.timings["timing_s/update"] = time.perf_counter() - started
         return {
@@ -105,8 +101,8 @@ class PolicyTrainer:
             **staleness_metrics(rollouts, batch),
             **gap_metrics(batch, update.proximal_n.cpu()),
             **correction_metrics(batch.lag_n, update.weights_n.cpu(), update.capped_n.cpu(), update.masked_n.cpu()),
-            **objectives.metrics(update.actor.sums, update.actor.accepted),
-            **preference_step.metrics(update.actor.sums),
+            **loss_metrics(update.actor.sums, update.actor.accepted),
+            **preference_metrics(update.actor.sums),
             **self._kl.control(update, len(rollouts) if update.actor.tried else 0),  # 0: while a critic learns alone
             **(self.critic.metrics(update) if self.critic is not None else {}),
             "actor/lr": rate,
@@ -121,7 +117,7 @@ class PolicyTrainer:
         # A single step's own forward pass is made by the proximal policy: no extra pass is needed.
         several = len(steps) * self._learner.ppo_epochs > 1
         asked = "m2po" in spec.masks or spec.kl_in == "reward" or spec.learns_preferences or self._head is not None
-        update.recomputed = (several and objectives.needs_proximal(spec)) or asked
+        update.recomputed = (several and needs_proximal(spec)) or asked
         with update.timed("timing_s/old_log_prob"), torch.no_grad():
             for pack in packs if update.recomputed else ():
                 logits_tv, values_t = self._forward(pack)
@@ -129,16 +125,9 @@ class PolicyTrainer:
                 if values_t is not None:
                     update.values_n[pack.flat_t] = values_t
             if self._reference is not None:
-                update.reference_n = self._scored(self._reference, packs, torch.empty_like(update.proximal_n))
+                update.reference_n = self._reference.score(packs, torch.empty_like(update.proximal_n))
         if self.critic is not None and self._head is None:
             self.critic.score(update, packs)
-
-    @torch.no_grad()
-    def _scored(self, scorer: PackedModel, packs: Sequence[Pack], out_n: torch.Tensor) -> torch.Tensor:
-        """Fills out_n [N] with logprobs of the packs' tokens."""
-        for pack in packs:
-            out_n[pack.flat_t] = self._logprobs(scorer.logits(pack), pack)
-        return out_n
 
     def _forward(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The policy's logits [T, V], and the values [T] of a head on it."""
@@ -148,17 +137,21 @@ class PolicyTrainer:
         return logits_tv, self._head.of(hidden_th)
 
     def _logprobs(self, logits_tv: torch.Tensor, pack: Pack) -> torch.Tensor:
-        return sampled_logprobs(logits_tv, pack.target_ids_t, self._temperature)
+        return sampled_logprobs(logits_tv, pack.target_ids_t, self._policy.temperature)
 
-    def _remake_advantages(self, update: Update) -> None:
-        """Makes the advantages anew, of what is known only after scoring: the price of the KL, and values."""
+    def _estimate(self, update: Update) -> None:
+        """Makes the batch's advantages, and returns for a critic. (A preference loss makes its own, step by step.)"""
         spec, outcomes = self._algorithm, update.batch.outcomes
+        if spec.learns_preferences:
+            return
         if spec.kl_in == "reward":
-            outcomes = outcomes.with_shaping(self._kl.price(update))
+            outcomes = outcomes._replace(token_rewards_n=outcomes.token_rewards_n + self._kl.penalty(update))
         if self.critic is not None:
-            self.critic.estimate(update, outcomes, spec)
-        elif spec.kl_in == "reward":
-            update.set_advantages(estimator(spec.adv_estimator)(outcomes))
+            outcomes = outcomes._replace(values_n=update.values_n.cpu().double())
+        advantages_n, returns_n = advantages(spec, outcomes)
+        update.advantages_n = advantages_n.to(update.advantages_n)
+        if returns_n is not None:
+            update.returns_n = returns_n.to(update.returns_n)
 
     def _train(self, update: Update, steps: Minibatches) -> None:
         """The steps of an own critic, and of the policy; while the critic warms up, of the critic (or its head) alone."""
@@ -184,7 +177,7 @@ class PolicyTrainer:
         if cause:
             for _, steps in joint:
                 steps.refused += 1
-            self._refused.refuse(update.batch, members, update.number, cause)
+            self._refused.refuse(update, members, cause)
             return
         self._refused.accepted()
         for (_, steps), norm in zip(joint, norms, strict=True):
@@ -202,12 +195,12 @@ class PolicyTrainer:
             logits_tv, values_t = self._forward(pack)
             logp_t = self._logprobs(logits_tv, pack)
             with nullcontext() if spec.entropy_coef else torch.no_grad():
-                entropy_t = entropy(logits_tv, self._temperature)
+                entropy_t = entropy(logits_tv, self._policy.temperature)
             if not update.recomputed and not update.actor.tried:
                 update.proximal_n[pack.flat_t] = logp_t.detach()
-            columns = objectives.Columns(
+            columns = Columns(
                 coefficients_t=coefficient_s[batch.sequence_n[pack.flat_t]],
-                advantages_t=batch.advantages_n[pack.flat_t],
+                advantages_t=update.advantages_n[pack.flat_t],
                 behaviour_t=batch.behaviour_n[pack.flat_t],
                 proximal_t=update.proximal_n[pack.flat_t],
                 sequence_t=batch.sequence_n[pack.flat_t],
@@ -215,7 +208,7 @@ class PolicyTrainer:
                 reference_t=update.reference_n[pack.flat_t] if update.reference_n is not None and spec.kl_in_loss else None,
                 kept_t=None if kept_n is None else kept_n[pack.flat_t],
             )
-            loss, sums, counted = objectives.objective(spec, columns, logp_t, entropy_t, self._kl.coef)
+            loss, sums, counted = objective(spec, columns, logp_t, entropy_t, self._kl.coef)
             if self.critic is not None and values_t is not None:
                 value_loss, value_sums = self.critic.loss(update, members, pack, values_t)
                 loss, sums = loss + self.critic.value_coef * value_loss, {**sums, **value_sums}
@@ -231,8 +224,9 @@ class PolicyTrainer:
         """Turns preferences of the minibatch into advantages. The first step's logprobs are there: the proximal ones."""
         logp_n = update.proximal_n
         if update.actor.tried:
-            logp_n = self._scored(self._policy, packs, torch.empty_like(logp_n))
-        return preference_step.prefer(self._algorithm, update, members, logp_n, coefficient_s)
+            logp_n = self._policy.score(packs, torch.empty_like(logp_n))
+        update.advantages_n, sums = prefer(self._algorithm, update, members, logp_n, coefficient_s)
+        return sums
 
     def _coefficients(self, update: Update, members: Sequence[int]) -> torch.Tensor:
         """What a token of each sequence weighs in this minibatch's loss [S]; 0 for sequences of other minibatches."""

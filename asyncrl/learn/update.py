@@ -1,4 +1,4 @@
-"""One update in progress: its batch, and the columns that fill while it is trained."""
+"""One update in progress: its batch, the columns that fill while it is trained, its steps, and what becomes of refused ones."""
 
 import math
 import time
@@ -12,15 +12,17 @@ import torch
 
 from asyncrl.algorithms.objective import TokenWeights
 from asyncrl.errors import NonFinite
-from asyncrl.learn.batch import Batch
+from asyncrl.learn.batch import TrainBatch
 from asyncrl.models.packed import Pack
+
+Minibatches = Sequence[tuple[Sequence[int], Sequence[Pack]]]  # members (indices of the batch's sequences), their packs
 
 
 class Steps:
-    """Optimizer steps of one model in an update: accepted, refused, and sums over the tokens of the accepted ones."""
+    """Optimizer steps of one model in an update."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
+        self.sums: dict[str, float] = defaultdict(float)  # over the tokens of the accepted ones
         self.accepted = 0
         self.refused = 0
 
@@ -35,31 +37,26 @@ class Steps:
 
 
 class Update:
-    """proximal_n [N]: NaN until computed; recomputed: by a pass of its own, before the first step. reference_n [N] or None.
+    """The columns [N] of an update are float32 and NaN until they are known, if they ever are."""
 
-    weights_n, capped_n, masked_n [N]: the correction of each token, when it was last trained; weights NaN before.
-    values_n [N]: the critic's at the start of the update, returns_n [N]: what it learns; NaN until known, or for ever.
-    actor, critic: their steps. timings: seconds by metric name. number: of the update, from 1.
-    """
+    def __init__(self, batch: TrainBatch, number: int) -> None:
+        def unknown() -> torch.Tensor:
+            return torch.full_like(batch.behaviour_n, math.nan)
 
-    def __init__(self, batch: Batch, number: int) -> None:
         self.batch = batch
-        self.number = number
-        self.recomputed = False
-        self.proximal_n = torch.full_like(batch.behaviour_n, math.nan)
-        self.reference_n: torch.Tensor | None = None
-        self.weights_n = torch.full_like(batch.behaviour_n, math.nan)
-        self.capped_n = torch.zeros_like(batch.behaviour_n, dtype=torch.bool)
-        self.masked_n = torch.zeros_like(batch.behaviour_n, dtype=torch.bool)
-        self.values_n = torch.full_like(batch.behaviour_n, math.nan)
-        self.returns_n = torch.full_like(batch.behaviour_n, math.nan)
+        self.number = number  # from 1
+        self.recomputed = False  # whether proximal_n came from a pass of its own, before the first step
+        self.proximal_n = unknown()  # logprobs at the start of the update
+        self.reference_n: torch.Tensor | None = None  # logprobs of the reference, where there is one
+        self.values_n = unknown()  # the critic's at the start of the update
+        self.returns_n = unknown()  # what the critic learns
+        self.advantages_n = unknown()  # made once, after scoring; of preferences, for every minibatch anew
+        self.weights_n = unknown()  # the correction's, when a token was last trained; 0 where it was masked
+        self.capped_n = torch.zeros_like(batch.behaviour_n, dtype=torch.bool)  # whether that weight was truncated
+        self.masked_n = torch.zeros_like(batch.behaviour_n, dtype=torch.bool)  # whether a mask left the token out
         self.actor = Steps()
         self.critic = Steps()
-        self.timings: dict[str, float] = defaultdict(float)
-
-    def set_advantages(self, advantages_n: torch.Tensor) -> None:
-        """Replaces the batch's advantages [N] by ones that were made later, on any device."""
-        self.batch = self.batch._replace(advantages_n=advantages_n.to(self.batch.advantages_n))
+        self.timings: dict[str, float] = defaultdict(float)  # seconds by metric name
 
     def remember(self, pack: Pack, counted: TokenWeights) -> None:
         self.weights_n[pack.flat_t] = counted.weights_t
@@ -74,36 +71,33 @@ class Update:
         self.timings[name] += time.perf_counter() - started
 
 
-# ------------------------------------------------------------------------------------------- refused
-# Non-finite guard: keeps the batch of a refused step for inspection, and stops the run after too many in a row.
-
-
 class RefusedSteps:
-    """Counts refused optimizer steps in a row. folder: where their batches go, one .npz each (no pickle inside)."""
+    """The guard against non-finite steps: keeps the batches of refused ones, and stops the run after `limit` in a row."""
 
     def __init__(self, folder: Path, limit: int) -> None:
-        self._folder = folder
+        self._folder = folder  # where batches go, one .npz each, without pickle
         self._limit = limit
         self._in_a_row = 0
 
     def accepted(self) -> None:
         self._in_a_row = 0
 
-    def refuse(self, batch: Batch, members: Sequence[int], update: int, cause: str) -> None:
+    def refuse(self, update: Update, members: Sequence[int], cause: str) -> None:
         """Saves the minibatch of a refused step. Raises NonFinite when it is the `limit`-th in a row."""
         self._in_a_row += 1
-        path = self._folder / f"update_{update:06d}_refused_{self._in_a_row}.npz"
-        _save(path, batch, members, cause)
+        path = self._folder / f"update_{update.number:06d}_refused_{self._in_a_row}.npz"
+        _save(path, update, members, cause)
         if self._in_a_row >= self._limit:
             raise NonFinite(
-                f"{cause} in update {update}: {self._in_a_row} optimizer steps refused in a row "
+                f"{cause} in update {update.number}: {self._in_a_row} optimizer steps refused in a row "
                 f"(learner.max_refused_steps={self._limit}), weights are as before them; the batch is in {path}. "
                 "Look for a model that diverged (lower its lr), or logprobs that the engine did not report"
             )
 
 
-def _save(path: Path, batch: Batch, members: Sequence[int], cause: str) -> None:
+def _save(path: Path, update: Update, members: Sequence[int], cause: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    batch = update.batch
     chosen = [batch.sequences[i] for i in members]
     tokens = np.isin(batch.sequence_n.cpu().numpy(), members)
     np.savez(
@@ -115,6 +109,6 @@ def _save(path: Path, batch: Batch, members: Sequence[int], cause: str) -> None:
         scored=np.concatenate([s.scored for s in chosen]),
         scored_counts=np.array([len(s.scored) for s in chosen]),
         behaviour=batch.behaviour_n.cpu().numpy()[tokens],
-        advantages=batch.advantages_n.cpu().numpy()[tokens],
+        advantages=update.advantages_n.cpu().numpy()[tokens],
         lags=batch.lag_n.cpu().numpy()[tokens],
     )

@@ -58,7 +58,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> tuple[int, ...]:
-    """Tokens that end an answer: the tokenizer's end of sequence and those of the model's generation settings, rising."""
+    """Tokens that end a response: the tokenizer's end of sequence and those of the model's generation settings, rising."""
     try:
         settings = GenerationConfig.from_pretrained(spec.path)
     except OSError:  # many models have no such file; the configuration says it then

@@ -3,7 +3,7 @@
 Everything but attention works token by token, so a pack is one row of tokens, in which the prompt that the rollouts of a
 group have in common stands once. Attention lays the sequences out in full and runs once per *run*, the neighbours of
 equal length, as a [count, heads, length, dim] batch with the plain causal kernel. That is exact, linear in the number of
-sequences, and as fast for ten thousand answers of ten tokens as for ten of ten thousand.
+sequences, and as fast for ten thousand responses of ten tokens as for ten of ten thousand.
 (Hugging Face's own detection of packs by restarting position ids builds a dense mask with SDPA: quadratic.)
 """
 
@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from asyncrl.errors import ConfigError
+from asyncrl.models.logprobs import sampled_logprobs
 
 ATTENTION = "asyncrl_packed"
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
@@ -144,13 +145,25 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 class PackedModel:
     """A causal LM that scores packs. Outside packs the model behaves as with SDPA attention; its weights stay its own."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, temperature: float = 1.0) -> None:
+        self.model = model.eval()  # dropout would make the learner another policy than the generators'
+        self.temperature = temperature  # of the sampling: logprobs are taken at it
         parameters = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in parameters
         self._flat = _packable(model) and self._keeps_logits and "position_ids" in parameters
         if self._flat:
             model.set_attn_implementation(ATTENTION)
+
+    def logprobs(self, pack: Pack) -> torch.Tensor:
+        """Log-probabilities [T] of the pack's scored tokens, with gradient."""
+        return sampled_logprobs(self.logits(pack), pack.target_ids_t, self.temperature)
+
+    @torch.no_grad()
+    def score(self, packs: Sequence[Pack], out_n: torch.Tensor) -> torch.Tensor:
+        """Fills and returns out_n [N], the logprobs of all packs' tokens in the order of their sequences."""
+        for pack in packs:
+            out_n[pack.flat_t] = self.logprobs(pack)
+        return out_n
 
     def logits(self, pack: Pack) -> torch.Tensor:
         """Logits [T, V] that predict the pack's scored tokens; no other logits are computed."""

@@ -28,7 +28,7 @@ class OwnValues:
         if getattr(config, "final_logit_softcapping", None):
             config.final_logit_softcapping = None  # it would bound values like logits
         model.set_output_embeddings(value_head(model).to(model.dtype))
-        self.module: torch.nn.Module = model.eval()
+        self.module: torch.nn.Module = model
         self._packed = PackedModel(model)
 
     def __call__(self, pack: Pack) -> torch.Tensor:

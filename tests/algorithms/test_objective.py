@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from asyncrl.algorithms.losses import clipped_ppo
-from asyncrl.algorithms.objective import POLICY_LOSSES, Columns, aggregation, metrics, needs_proximal, objective, policy_loss
+from asyncrl.algorithms.objective import (
+    POLICY_LOSSES,
+    Columns,
+    aggregation,
+    loss_metrics,
+    needs_proximal,
+    objective,
+    policy_loss,
+)
 from asyncrl.config import LOSS_NAMES, AlgorithmSpec
 from asyncrl.errors import ConfigError
 
@@ -157,7 +165,7 @@ def test_metrics_by_hand() -> None:
     values = [torch.tensor(v) for v in ([0.5, 0.5], [1.0, 1.0], [-1.0, -1.0 - math.log(9)], [-1.0, -1.0], [0, 0], [0, 1])]
     logp = torch.tensor([-1.0, -1.0 + math.log(2)])
     _, sums, counted = objective(AlgorithmSpec(), Columns(*values), logp, torch.tensor([0.2, 0.4]))
-    found = metrics({**{k: float(v) for k, v in sums.items()}, "grad_norm": 3.0}, 1)
+    found = loss_metrics({**{k: float(v) for k, v in sums.items()}, "grad_norm": 3.0}, 1)
     assert found["actor/pg_loss"] == pytest.approx(0.5 * -1.0 + 0.5 * 5 * -1.2)  # second: weight 9 capped at 5, ratio 2 at 1.2
     assert found["actor/entropy"] == pytest.approx(0.3)
     assert found["actor/ppo_kl"] == pytest.approx(-math.log(2) / 2)
@@ -165,7 +173,7 @@ def test_metrics_by_hand() -> None:
     assert found["actor/grad_norm"] == 3.0
     assert counted.weights_t.tolist() == pytest.approx([1.0, 5.0])
     assert counted.capped_t.tolist() == [False, True]
-    assert metrics({}, 0) == {}
+    assert loss_metrics({}, 0) == {}
 
 
 # ----------------------------------------------------------------------------------------- policy loss

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from asyncrl.config import AlgorithmSpec, LearnerSpec, OptimizerSpec
 from asyncrl.learn.sft import SupervisedTrainer, example, fit
 from asyncrl.learn.trainer import PolicyTrainer
+from asyncrl.models.packed import PackedModel
 from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
 
@@ -105,7 +106,7 @@ def compare(name: str, rollouts: list[TrainRollout], pack_tokens: int) -> None:
         spec = LearnerSpec(batch_groups=len(rollouts) // 8, max_tokens_per_pack=pack_tokens)
         bound = Staleness(max_lag=4, batch_groups=spec.batch_groups)
         trainer = PolicyTrainer(
-            make_model(), spec, AlgorithmSpec(), bound, temperature=1.0, total_steps=10, refused_dir=Path(folder)
+            PackedModel(make_model()), spec, AlgorithmSpec(), bound, total_steps=10, refused_dir=Path(folder)
         )
         ours, plain = alternate(lambda: trainer.update(rollouts, 0), padded(make_model(), rollouts))
     count = len(rollouts)

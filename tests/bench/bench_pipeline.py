@@ -26,6 +26,7 @@ from asyncrl.config.paths import resolve_paths
 from asyncrl.generate.embedded.engine import TorchEngine
 from asyncrl.learn.trainer import PolicyTrainer
 from asyncrl.models.loading import load_model, named_weights
+from asyncrl.models.packed import PackedModel
 from asyncrl.prompts.dataset import PromptFile
 from asyncrl.rundir import RunDir
 from asyncrl.types import GenerationRequest, Sampling, TrainRollout, Version
@@ -111,11 +112,10 @@ def engine_alone(recipe: Recipe, prompts: PromptFile, slots: int, count: int) ->
 def learner_alone(recipe: Recipe, rollouts: list[TrainRollout], folder: Path) -> float:
     """Samples per second of the learner fed from memory."""
     trainer = PolicyTrainer(
-        load_model(recipe.model),
+        PackedModel(load_model(recipe.model)),
         recipe.learner,
         recipe.algorithm,
         recipe.bound(),
-        temperature=1.0,
         total_steps=recipe.total_steps,
         refused_dir=folder,
     )

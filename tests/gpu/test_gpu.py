@@ -15,6 +15,7 @@ from asyncrl.generate.embedded.engine import TorchEngine
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.trainer import PolicyTrainer
 from asyncrl.models.loading import named_weights
+from asyncrl.models.packed import PackedModel
 from asyncrl.rundir import RunDir
 from asyncrl.staleness import Staleness
 from asyncrl.types import Generation, GenerationRequest, Sampling, Span, TrainRollout, Version
@@ -113,14 +114,13 @@ def make_rollouts(model: PreTrainedModel) -> list[TrainRollout]:
 
 def make_trainer(model: PreTrainedModel, folder: Path, *, reference: PreTrainedModel | None = None, **learner) -> PolicyTrainer:
     return PolicyTrainer(
-        model,
+        PackedModel(model, TEMPERATURE),
         LearnerSpec(batch_groups=4, lr=1e-3, **learner),
         AlgorithmSpec(kl_coef=0.1 if reference is not None else 0.0),
         Staleness(max_lag=1, batch_groups=4),
-        temperature=TEMPERATURE,
         total_steps=4,
         refused_dir=folder / "refused",
-        reference=reference,
+        reference=None if reference is None else PackedModel(reference, TEMPERATURE),
     )
 
 

@@ -13,6 +13,7 @@ from asyncrl.config import AlgorithmSpec, CriticSpec, LearnerSpec
 from asyncrl.learn.critic import Critic
 from asyncrl.learn.trainer import PolicyTrainer
 from asyncrl.learn.update import RefusedSteps
+from asyncrl.models.packed import PackedModel
 from asyncrl.models.value import OwnValues, SharedValues
 from asyncrl.staleness import Staleness
 from asyncrl.types import BatchLease, Fence, TrainRollout, Version
@@ -199,14 +200,13 @@ def make_trainer(tmp_path: Path) -> Callable[..., PolicyTrainer]:
         spec = LearnerSpec(**{"batch_groups": 4, "lr": 1e-2, **(learner or {})})
         model = model or tiny_model()
         return PolicyTrainer(
-            model,
+            PackedModel(model, 0.8),
             spec,
             AlgorithmSpec(**(algorithm or {})),
             Staleness(max_lag=max_lag, batch_groups=spec.batch_groups),
-            temperature=0.8,
             total_steps=20,
             refused_dir=tmp_path / "refused",
-            reference=reference,
+            reference=None if reference is None else PackedModel(reference, 0.8),
             critic=None if critic is None else tiny_critic(model, tmp_path / "refused" / "critic", critic),
         )
 

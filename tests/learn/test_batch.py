@@ -3,22 +3,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncrl.algorithms.estimators import ESTIMATORS
-from asyncrl.learn.batch import make_batch, minibatches, split_into_packs
+from asyncrl.algorithms.advantages import advantages
+from asyncrl.config import AlgorithmSpec
+from asyncrl.learn.batch import TrainBatch, make_batch, minibatches, split_into_packs
 from asyncrl.learn.metrics import rollout_metrics
 from asyncrl.models.packed import TokenSequence, make_pack
 from asyncrl.staleness import Staleness
 
 BOUND = Staleness(max_lag=2, batch_groups=2)
-grpo_no_std = ESTIMATORS["grpo_no_std"]
+
+
+def advantages_of(batch: TrainBatch, estimator: str = "grpo_no_std") -> list[float]:
+    return advantages(AlgorithmSpec(adv_estimator=estimator), batch.outcomes)[0].tolist()
 
 
 def test_columns_by_hand(make_rollout) -> None:
     first = make_rollout(5, 0, updates=(7, 8, 10), reward=3.0, prompt_ids=np.array([4, 9]), response_ids=np.array([1, 2, 3]))
     other = make_rollout(5, 1, updates=(9, 9), reward=1.0, loss_mask=np.array([True, False]))
-    batch = make_batch([first, other], BOUND, 10, grpo_no_std)
+    batch = make_batch([first, other], BOUND, 10)
     assert batch.lag_n.tolist() == [2, 0, 1]  # update 7 would lag by 3, past the bound of 2; the tool token is not trained
-    assert batch.advantages_n.tolist() == [1.0, 1.0, -1.0]
+    assert advantages_of(batch) == [1.0, 1.0, -1.0]
     assert batch.sequence_n.tolist() == [0, 0, 1]
     assert batch.counts_s.tolist() == [2.0, 1.0]
     assert batch.behaviour_n.tolist() == [*first.logprobs[1:].tolist(), other.logprobs[0]]
@@ -31,20 +35,20 @@ def test_columns_by_hand(make_rollout) -> None:
 
 def test_future_tokens_are_not_trained(make_rollout) -> None:
     """After a restore, tokens of a lost lineage can carry updates that this learner has yet to make."""
-    batch = make_batch([make_rollout(0, 0, updates=(4, 6))], BOUND, 5, grpo_no_std)
+    batch = make_batch([make_rollout(0, 0, updates=(4, 6))], BOUND, 5)
     assert batch.lag_n.tolist() == [1]
 
 
 def test_behaviour_is_the_full_softmax_where_sampling_cut(make_rollout) -> None:
     cut = make_rollout(0, 0, updates=(0, 0), logprobs=np.float32([-0.5, -1.0]), kept_logmass=np.float32([-0.1, 0.0]))
-    assert make_batch([cut], BOUND, 0, grpo_no_std).behaviour_n.tolist() == pytest.approx([-0.6, -1.0])
+    assert make_batch([cut], BOUND, 0).behaviour_n.tolist() == pytest.approx([-0.6, -1.0])
 
 
 def test_a_rollout_too_old_to_train_still_counts_in_its_groups_mean(make_rollout) -> None:
     fresh, old = make_rollout(0, 0, updates=(9,), reward=1.0), make_rollout(0, 1, updates=(0,), reward=5.0)
-    batch = make_batch([fresh, old], BOUND, 9, grpo_no_std)
+    batch = make_batch([fresh, old], BOUND, 9)
     assert len(batch.sequences) == 1
-    assert batch.advantages_n.tolist() == [-2.0]
+    assert advantages_of(batch) == [-2.0]
     assert batch.outcomes.rewards_s.tolist() == [1.0, 5.0]
     assert batch.sequence_n.tolist() == batch.outcomes.sequence_n.tolist() == [0]
 
@@ -52,10 +56,10 @@ def test_a_rollout_too_old_to_train_still_counts_in_its_groups_mean(make_rollout
 def test_an_empty_row_before_others_shifts_nobody(make_rollout) -> None:
     empty = make_rollout(0, 0, updates=(9, 9), reward=4.0, loss_mask=np.array([False, False]))
     inner = make_rollout(0, 1, updates=(9, 9, 9), reward=1.0, loss_mask=np.array([True, False, True]))
-    batch = make_batch([empty, inner], BOUND, 9, grpo_no_std)
+    batch = make_batch([empty, inner], BOUND, 9)
     assert batch.outcomes.sequence_n.tolist() == [1, 1]  # among all rollouts
     assert batch.sequence_n.tolist() == [0, 0]  # among those that are trained
-    assert batch.advantages_n.tolist() == [-1.5, -1.5]
+    assert advantages_of(batch) == [-1.5, -1.5]
     assert batch.behaviour_n.tolist() == [inner.logprobs[0], inner.logprobs[2]]
 
 
@@ -113,14 +117,12 @@ def test_a_batch_by_hand(make_rollout) -> None:
     )
     old = make_rollout(6, 0, updates=(0, 0), reward=0.0, token_rewards=np.array([1.0, 1.0]))
     plain = make_rollout(6, 1, updates=(10,), reward=6.0)
-    batch = make_batch([first, tool, old, plain], BOUND, 10, ESTIMATORS["grpo_no_std"])
+    batch = make_batch([first, tool, old, plain], BOUND, 10)
     assert batch.outcomes.rewards_s.tolist() == [3.0, 1.0, 0.0, 6.0]
-    assert batch.outcomes.shaping_n is not None
-    assert batch.outcomes.shaping_n.tolist() == [2.0, 4.0, 0.75, 0.0]
-    assert batch.outcomes.before_s is not None
+    assert batch.outcomes.token_rewards_n.tolist() == [2.0, 4.0, 0.75, 0.0]
     assert batch.outcomes.before_s.tolist() == [1.0, 0.0, 2.0, 0.0]
     # In all 10 and 1.75, mean 5.875; 2 and 6, mean 4.
-    assert batch.advantages_n.tolist() == [4.125, 4.125, -4.125, 2.0]
+    assert advantages_of(batch) == [4.125, 4.125, -4.125, 2.0]
     assert batch.outcomes.baselines_s is None
 
 
@@ -131,7 +133,7 @@ def test_remax_by_hand(make_rollout) -> None:
         make_rollout(5, 1, updates=(9,), reward=1.0, baseline=5.0),
         make_rollout(6, 0, updates=(10,), reward=6.0, baseline=8.0),
     ]
-    assert make_batch(rollouts, BOUND, 10, ESTIMATORS["remax"]).advantages_n.tolist() == [4.0, 2.0, -4.0, -2.0]
+    assert advantages_of(make_batch(rollouts, BOUND, 10), "remax") == [4.0, 2.0, -4.0, -2.0]
     figures = rollout_metrics(rollouts)
     assert (figures["reward/mean"], figures["reward/token_sum"]) == pytest.approx((10 / 3, 7 / 3))
     assert figures["reward/baseline"] == 6.5  # of the two prompts
@@ -139,6 +141,7 @@ def test_remax_by_hand(make_rollout) -> None:
 
 
 def test_without_token_rewards_nothing_is_said_of_them(make_rollouts) -> None:
-    batch = make_batch(make_rollouts(), BOUND, 0, ESTIMATORS["grpo"])
-    assert batch.outcomes.shaping_n is batch.outcomes.before_s is None
+    batch = make_batch(make_rollouts(), BOUND, 0)
+    assert not batch.outcomes.token_rewards_n.any()
+    assert not batch.outcomes.before_s.any()
     assert not {"reward/token_sum", "reward/baseline"} & rollout_metrics(make_rollouts()).keys()

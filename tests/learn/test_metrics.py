@@ -2,13 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from asyncrl.algorithms.estimators import ESTIMATORS
 from asyncrl.learn.batch import make_batch
 from asyncrl.learn.metrics import correction_metrics, gap_metrics, rollout_metrics, staleness_metrics
 from asyncrl.staleness import Staleness
 
 BOUND = Staleness(max_lag=2, batch_groups=2)
-grpo = ESTIMATORS["grpo"]
 
 
 def test_rewards_and_lengths(make_rollout) -> None:
@@ -25,7 +23,7 @@ def test_rewards_and_lengths(make_rollout) -> None:
 
 def test_lag_shares_and_masked_share(make_rollout) -> None:
     rollouts = [make_rollout(0, 0, updates=(3, 4, 5, 5)), make_rollout(0, 1, updates=(2, 1, 1, 1, 1, 1))]
-    found = staleness_metrics(rollouts, make_batch(rollouts, BOUND, 5, grpo))
+    found = staleness_metrics(rollouts, make_batch(rollouts, BOUND, 5))
     assert [found[f"staleness/lag_{k}"] for k in range(3)] == [0.5, 0.25, 0.25]
     assert found["staleness/lag_mean"] == 0.75
     assert found["staleness/lag_max"] == 2.0
@@ -36,7 +34,7 @@ def test_lag_shares_and_masked_share(make_rollout) -> None:
 
 def test_gap_is_taken_on_fresh_tokens_and_k3_on_all(make_rollout) -> None:
     rollouts = [make_rollout(0, 0, updates=(5, 5, 4), logprobs=np.float32([-1, -2, -3]))]
-    batch = make_batch(rollouts, BOUND, 5, grpo)
+    batch = make_batch(rollouts, BOUND, 5)
     found = gap_metrics(batch, torch.tensor([-1.1, -1.8, -3.5]))
     assert found["gap/logprob_mean_abs"] == pytest.approx(0.15)
     assert found["gap/logprob_max_abs"] == pytest.approx(0.2)
@@ -47,14 +45,14 @@ def test_gap_is_taken_on_fresh_tokens_and_k3_on_all(make_rollout) -> None:
 
 
 def test_one_absurd_token_does_not_make_the_gap_infinite(make_rollout) -> None:
-    batch = make_batch([make_rollout(0, 0, updates=(5,), logprobs=np.float32([-500]))], BOUND, 5, grpo)
+    batch = make_batch([make_rollout(0, 0, updates=(5,), logprobs=np.float32([-500]))], BOUND, 5)
     found = gap_metrics(batch, torch.tensor([-1.0]))
     assert found["gap/k3"] == pytest.approx(np.exp(20) - 21, rel=1e-4)
     assert found["gap/logprob_max_abs"] == 499.0
 
 
 def test_tokens_that_were_not_scored_are_left_out(make_rollout) -> None:
-    batch = make_batch([make_rollout(0, 0, updates=(5, 5), logprobs=np.float32([-1, -2]))], BOUND, 5, grpo)
+    batch = make_batch([make_rollout(0, 0, updates=(5, 5), logprobs=np.float32([-1, -2]))], BOUND, 5)
     assert gap_metrics(batch, torch.tensor([float("nan"), -2.5]))["gap/logprob_max_abs"] == pytest.approx(0.5)
     assert gap_metrics(batch, torch.tensor([float("nan")] * 2)) == {}
 

@@ -11,6 +11,7 @@ from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.learner import Learner
 from asyncrl.learn.trainer import PolicyTrainer
 from asyncrl.models.loading import load_model, load_tokenizer
+from asyncrl.models.packed import PackedModel
 from asyncrl.prompts.dataset import PromptFile, prepare
 from asyncrl.prompts.encoding import encoder, identity
 from asyncrl.replay.client import ReplayClient
@@ -45,11 +46,10 @@ def test_stages_composed_by_hand(tiny_recipe, tmp_path, estimator, n):
     store = LocalTransport(ReplayStore(StorePlan(rule=rule, source=source, grouping=grouping), LogSettings(folder=str(run.replay))))
 
     trainer = PolicyTrainer(
-        load_model(model),
+        PackedModel(load_model(model)),
         LearnerSpec(batch_groups=4, lr=1e-3),
         algorithm,
         rule,
-        temperature=1.0,
         total_steps=STEPS,
         refused_dir=run.logs,
     )

@@ -10,6 +10,7 @@ from asyncrl.config import Deployment, EngineSpec, GeneratorsSpec, LearnerSpec, 
 from asyncrl.generate.embedded.engine import TorchEngine
 from asyncrl.learn.trainer import PolicyTrainer
 from asyncrl.models.loading import load_model, load_tokenizer, named_weights
+from asyncrl.models.packed import PackedModel
 from asyncrl.prompts.dataset import PromptFile
 from asyncrl.replay import open as open_replay
 from asyncrl.replay.plan import PromptOrder, ticket_seed
@@ -29,11 +30,10 @@ def plain_loop(recipe, prompts, refused_dir):
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=6, stop_token_ids=(tokenizer.eos_token_id,))
     engine = TorchEngine(load_model(recipe.model), slots=ENGINE.slots, max_length=ENGINE.max_length, deterministic=True)
     trainer = PolicyTrainer(
-        load_model(recipe.model),
+        PackedModel(load_model(recipe.model)),
         recipe.learner,
         recipe.algorithm,
         recipe.bound(),
-        temperature=1.0,
         total_steps=recipe.total_steps,
         refused_dir=refused_dir,
     )

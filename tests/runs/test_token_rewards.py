@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from asyncrl.algorithms.estimators import ESTIMATORS
-from asyncrl.config import RewardSpec, RewardTerm
-from asyncrl.learn.batch import Batch, make_batch
+from asyncrl.algorithms.advantages import advantages
+from asyncrl.algorithms.rewards import Outcomes
+from asyncrl.config import AlgorithmSpec, RewardSpec, RewardTerm
+from asyncrl.learn.batch import make_batch
 from asyncrl.learn.metrics import rollout_metrics
 from asyncrl.replay.client import ReplayClient
 from asyncrl.replay.log.rows import LogSettings
@@ -87,9 +88,9 @@ def trained(tmp_path: Any) -> list[TrainRollout]:
     return found
 
 
-def batch(trained: list[TrainRollout], estimator: str) -> Batch:
+def outcomes(trained: list[TrainRollout]) -> Outcomes:
     """At update 1 with a bound of 0: the first token of the first rollout is too old."""
-    return make_batch(trained, Staleness(max_lag=0, batch_groups=1), 1, ESTIMATORS[estimator])
+    return make_batch(trained, Staleness(max_lag=0, batch_groups=1), 1).outcomes
 
 
 @pytest.mark.timeout(90)
@@ -106,9 +107,10 @@ def test_token_rewards_from_the_function_to_the_advantages(trained: list[TrainRo
     assert rollout_metrics(trained)["reward/token_sum"] == (8.75 + 1.5) / 2
 
     # Trained are tokens 1, 3, 4 | 0, 1. The tool's 1.75 belongs to token 1; the stale token's −0.25 to the rollout alone.
-    whole = batch(trained, "grpo_no_std")
-    assert whole.outcomes.shaping_n is not None
-    assert whole.outcomes.shaping_n.tolist() == [1.5, -0.25, 7.75, -0.25, 1.75]
-    assert whole.advantages_n.tolist() == [3.625] * 3 + [-3.625] * 2  # 10.75 and 3.5
+    found = outcomes(trained)
+    assert found.token_rewards_n.tolist() == [1.5, -0.25, 7.75, -0.25, 1.75]
+    whole, _ = advantages(AlgorithmSpec(adv_estimator="grpo_no_std"), found)
+    assert whole.tolist() == [3.625] * 3 + [-3.625] * 2  # 10.75 and 3.5
     # Returns: 2 + 9, 2 + 7.5, 2 + 7.75 | 2 + 1.5, 2 + 1.75, less 3.75.
-    assert batch(trained, "remax").advantages_n.tolist() == [7.25, 5.75, 6.0, -0.25, 0.0]
+    remax, _ = advantages(AlgorithmSpec(adv_estimator="remax"), found)
+    assert remax.tolist() == [7.25, 5.75, 6.0, -0.25, 0.0]
