@@ -1,4 +1,4 @@
-"""Advantage estimators, by the names that a recipe has for them: from a batch's rewards to an advantage per trained token. Pure.
+"""Advantage estimators, by the names that a recipe has for them: from rewards to one advantage per trained token. Pure.
 
 Estimators of rollouts compare the `ok` rollouts of a group: rewards_s [S] and groups_s [S] (any integer ids, in any order)
 are parallel, and so is the result, in the same dtype. A group is what is there: evicted or failed members are not waited for,

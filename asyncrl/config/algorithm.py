@@ -1,92 +1,77 @@
 """The part of a recipe that names the algorithm: estimator × policy loss × correction × masks × KL × aggregation. No torch.
 
-The functions themselves are in asyncrl/learn: advantages, losses, corrections, masks, kl, aggregate.
+The functions themselves are in asyncrl/algorithms, each in a table by its name here. A choice is added by its name, and its
+settings if it has any, in this file; and by its function and its line in the table in the other.
 """
 
 import difflib
-from typing import Literal, get_args
+from typing import Literal
 
-from asyncrl.config.base import Spec, require
+from msgspec.structs import fields
 
-BuiltinEstimator = Literal[
-    "grpo", "grpo_no_std", "dr_grpo", "rloo", "opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "gae"
-]
-BuiltinLoss = Literal["ppo", "gspo", "gmpo", "cispo", "dppo_tv", "dppo_kl", "sapo", "pg", "dpo", "kto"]
-CorrectionName = Literal["decoupled", "decoupled_loglinear", "tis", "tis_sequence", "none"]
-MaskName = Literal["icepop", "geometric", "m2po"]
+from asyncrl.config.base import Rule, Spec, require, require_fields
+from asyncrl.errors import ConfigError
+
+UNGROUPED = ("reinforce_plus_plus", "remax", "gae")  # estimators that learn from a group of one
+# algorithms/advantages.py:
+ESTIMATOR_NAMES = ("grpo", "grpo_no_std", "dr_grpo", "rloo", "opo", "reinforce_plus_plus_baseline", *UNGROUPED)
+PREFERENCE_LOSSES = ("dpo", "kto")  # algorithms/preferences.py
+LOSS_NAMES = ("ppo", "gspo", "gmpo", "cispo", "dppo_tv", "dppo_kl", "sapo", "pg", *PREFERENCE_LOSSES)  # algorithms/losses.py
+CorrectionName = Literal["decoupled", "decoupled_loglinear", "tis", "tis_sequence", "none"]  # algorithms/corrections.py
+MaskName = Literal["icepop", "geometric", "m2po"]  # algorithms/corrections.py
 AggregationName = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
-
-ESTIMATOR_NAMES: tuple[str, ...] = get_args(BuiltinEstimator)
-LOSS_NAMES: tuple[str, ...] = get_args(BuiltinLoss)
-UNGROUPED = ("reinforce_plus_plus", "remax", "gae")  # those that learn from a group of one
-PREFERENCE_LOSSES = ("dpo", "kto")
 
 
 class AlgorithmSpec(Spec, frozen=True, kw_only=True):
-    """Pure functions composed by name. adv_estimator and policy_loss may also name the user's own: `file.py:name`.
+    """The algorithm, composed by name of pure functions. Settings that the choices made here would ignore are refused."""
 
-    A user's estimator is `f(rewards_s, groups_s) -> advantages_s`, a loss `f(logp_t, old_t, advantages_t, sequence_t) ->
-    (loss_t, {figure: values_t})`: see learn/estimators.py and learn/policy_loss.py.
-
-    gamma, lam: of gae, the only estimator with a critic (CriticSpec). Both 1, as in verl: return − value.
-    clip_ratio, clip_ratio_high: ε below and above (None: the same), around the policy that `ratio_to` names: the `proximal`
-    one (at the start of the update), or `behaviour` (that sampled). For dppo_* they bound a divergence instead, for gmpo a
-    log-ratio; gspo wants about 3e-4. clip_ratio_c: dual clip of ppo, > 1; None: off. sapo_tau_*: temperatures of sapo.
-    correction: weights that bring behaviour to proximal. behaviour_cap: truncation of exp(proximal − behaviour) for
-    decoupled*; tis_cap: for tis*. masks: tokens left out of the policy loss, any number, within *_bounds and m2po_bound.
-    kl_coef: weight of the KL to the reference (the starting policy); 0 loads no reference. kl_in: a term of the `loss`, or
-    a price on the `reward` (of the tokens that are trained). kl_control `adaptive` moves the coefficient so that the KL per
-    token nears kl_target; kl_horizon: rollouts over which it changes by 20 % at most.
-    loss_scale_factor: tokens that seq-mean-token-sum-norm divides by; usually sampling.max_response_length.
-    policy_loss `dpo` or `kto` learns from how rewards rank a group's rollouts, against the reference, which they load whatever
-    kl_coef is. preference_beta: β of the implied reward β·log(π/π_ref). dpo_pairs: best against worst of a group, or all of
-    different rewards. kto_*_weight: λ. They take no estimator, correction or mask; loss_agg is for KL and entropy only.
-    reward_normalization: to mean 0 and standard deviation 1, of the `batch`, or of all rollouts trained so far (`running`).
-    Token and turn rewards, and the price of a KL, are not: they then weigh against a reward of standard deviation 1.
-    """
-
+    # How rewards become advantages: one of ESTIMATOR_NAMES, or the user's own, `file.py:name`: `f(rewards_s, groups_s) ->
+    # advantages_s`, see algorithms/advantages.py.
     adv_estimator: str = "grpo"
+    # Rewards to mean 0 and standard deviation 1: of the batch, or of all rollouts trained so far (`running`). Turn- and
+    # token-level rewards, and a KL penalty in the reward, are not: they then weigh against a reward of standard deviation 1.
     reward_normalization: Literal["none", "batch", "running"] = "none"
-    gamma: float = 1.0
-    lam: float = 1.0
+    gamma: float = 1.0  # discount per trained token; gae only, which is the only estimator with a critic (CriticSpec)
+    lam: float = 1.0  # λ of gae; with gamma 1 too, as in verl, the advantage is the return minus the value
+    # What an advantage does to a token: one of LOSS_NAMES, or the user's own, `file.py:name`: `f(logp_t, old_t, advantages_t,
+    # sequence_t) -> (loss_t, {figure: values_t})`, see algorithms/losses.py. `dpo` and `kto` learn from how rewards rank a
+    # group's rollouts, against the reference, which they load whatever kl_coef is; they take no estimator, correction or mask,
+    # and loss_agg is for KL and entropy only.
     policy_loss: str = "ppo"
+    # The policy that the ratio is taken to, and that clips go around: that at the start of the update, or that which sampled.
     ratio_to: Literal["proximal", "behaviour"] = "proximal"
-    correction: CorrectionName = "decoupled"
-    masks: tuple[MaskName, ...] = ()
-    clip_ratio: float = 0.2
-    clip_ratio_high: float | None = None
-    clip_ratio_c: float | None = None
-    sapo_tau_positive: float = 1.0
-    sapo_tau_negative: float = 1.05
-    behaviour_cap: float = 5.0
-    tis_cap: float = 2.0
-    icepop_bounds: tuple[float, float] = (0.5, 5.0)
-    geometric_bounds: tuple[float, float] = (0.99, 1.01)
-    m2po_bound: float = 0.04
-    kl_coef: float = 0.0
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    kl_in: Literal["loss", "reward"] = "loss"
-    kl_control: Literal["fixed", "adaptive"] = "fixed"
-    kl_target: float = 0.1
-    kl_horizon: int = 10000
-    entropy_coef: float = 0.0
-    loss_agg: AggregationName = "token-mean"
-    loss_scale_factor: int | None = None
-    preference_beta: float = 0.1
-    dpo_pairs: Literal["best_worst", "all"] = "best_worst"
-    kto_desirable_weight: float = 1.0
-    kto_undesirable_weight: float = 1.0
+    correction: CorrectionName = "decoupled"  # weights that bring the behaviour policy to the proximal one
+    masks: tuple[MaskName, ...] = ()  # tokens left out of the policy loss, by any number of masks
+    clip_ratio: float = 0.2  # ε below; for dppo_* it bounds a divergence, for gmpo a log-ratio; gspo wants about 3e-4
+    clip_ratio_high: float | None = None  # ε above; None: as below
+    clip_ratio_c: float | None = None  # dual clip of ppo, > 1; None: off
+    sapo_tau_positive: float = 1.0  # temperature of sapo where the advantage is > 0
+    sapo_tau_negative: float = 1.05  # and elsewhere
+    behaviour_cap: float = 5.0  # truncation of exp(proximal − behaviour) for decoupled*
+    tis_cap: float = 2.0  # likewise for tis*
+    icepop_bounds: tuple[float, float] = (0.5, 5.0)  # of exp(proximal − behaviour) of a token
+    geometric_bounds: tuple[float, float] = (0.99, 1.01)  # of its geometric mean over a sequence
+    m2po_bound: float = 0.04  # of the mean of (proximal − behaviour)² over a minibatch
+    kl_coef: float = 0.0  # weight of the KL to the reference, which is the starting policy; 0 loads no reference
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # algorithms/kl.py
+    kl_in: Literal["loss", "reward"] = "loss"  # a term of the loss, or a penalty in the reward (of the tokens that are trained)
+    kl_control: Literal["fixed", "adaptive"] = "fixed"  # adaptive: kl_coef moves so that the KL per token nears kl_target
+    kl_target: float = 0.1  # nats per token
+    kl_horizon: int = 10000  # rollouts over which an adaptive kl_coef changes by 20 % at most
+    entropy_coef: float = 0.0  # weight of the entropy bonus in the loss
+    loss_agg: AggregationName = "token-mean"  # how losses of tokens become one number: algorithms/objective.py
+    loss_scale_factor: int | None = None  # tokens that seq-mean-token-sum-norm divides by: usually sampling.max_response_length
+    preference_beta: float = 0.1  # β of the implied reward β·log(π/π_ref), for dpo and kto
+    dpo_pairs: Literal["best_worst", "all"] = "best_worst"  # a group's best against its worst, or all of different rewards
+    kto_desirable_weight: float = 1.0  # λ_D of kto
+    kto_undesirable_weight: float = 1.0  # λ_U of kto
 
     def __post_init__(self) -> None:
-        _known("adv_estimator", self.adv_estimator, ESTIMATOR_NAMES)
-        _known("policy_loss", self.policy_loss, LOSS_NAMES)
-        _check_discounts(self)
-        _check_ratio(self)
-        _check_masks(self)
-        _check_kl(self)
-        _check_aggregation(self)
-        _check_preferences(self)
-        _check_baseline(self)
+        _require_known("adv_estimator", self.adv_estimator, ESTIMATOR_NAMES)
+        _require_known("policy_loss", self.policy_loss, LOSS_NAMES)
+        require_fields(self, "algorithm.", _RULES)
+        _require_read(self)
+        _require_sound(self)
 
     @property
     def learns_preferences(self) -> bool:
@@ -114,26 +99,79 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
         return self.clip_ratio if self.clip_ratio_high is None else self.clip_ratio_high
 
 
-def _known(field: str, name: str, names: tuple[str, ...]) -> None:
+_RULES: tuple[Rule, ...] = (
+    ("gamma lam", lambda x: 0 <= x <= 1, "is outside [0, 1]: returns would grow with length; 1 turns it off"),
+    ("clip_ratio clip_ratio_high", lambda x: x >= 0, "< 0: every token would be clipped; use >= 0"),
+    ("clip_ratio_c", lambda x: x > 1, "<= 1: ratios that never moved would be clipped; use > 1, or null"),
+    ("behaviour_cap tis_cap", lambda x: x > 0, "<= 0: no token would be learned from; use > 0"),
+    ("sapo_tau_positive sapo_tau_negative", lambda x: x > 0, "<= 0: no token would be learned from; use > 0"),
+    (
+        "masks",
+        lambda x: len(set(x)) == len(x),
+        "names one twice: a second pass of the same mask changes nothing; name each once",
+    ),
+    (
+        "icepop_bounds geometric_bounds",
+        lambda x: 0 <= x[0] <= 1 <= x[1] and x[0] < x[1],
+        "must enclose the ratio 1: tokens of the policy itself would be masked; use 0 <= low <= 1 <= high",
+    ),
+    ("m2po_bound", lambda x: x > 0, "<= 0: every token would be masked; use > 0"),
+    ("kl_coef", lambda x: x >= 0, "< 0: the policy would be driven from the reference; use >= 0"),
+    ("kl_target", lambda x: x > 0, "<= 0: the coefficient would grow for ever; use > 0"),
+    ("kl_horizon", lambda x: x >= 1, "< 1: the coefficient would leap; use >= 1"),
+    ("loss_scale_factor", lambda x: x >= 1, "< 1: use the longest response in tokens, >= 1"),
+    (
+        "preference_beta kto_desirable_weight kto_undesirable_weight",
+        lambda x: x > 0,
+        "<= 0: nothing would be learned from what is preferred; use > 0",
+    ),
+)
+
+# Settings that are read with one choice alone: with others, anything but their default is refused.
+_READ_WITH = {
+    "gamma": ("adv_estimator", "gae"),
+    "lam": ("adv_estimator", "gae"),
+    "clip_ratio_c": ("policy_loss", "ppo"),
+    "dpo_pairs": ("policy_loss", "dpo"),
+    "loss_scale_factor": ("loss_agg", "seq-mean-token-sum-norm"),
+}
+
+
+def _require_known(field: str, name: str, names: tuple[str, ...]) -> None:
     """Passes built-in names and what may be a user's function: that has a dot or a colon in it."""
     if name in names or ":" in name or "." in name:
         return
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names)},"
-    require(False, f"algorithm.{field}={name!r} is unknown; {hint} or name your own function: path/to/file.py:name")
+    raise ConfigError(f"algorithm.{field}={name!r} is unknown; {hint} or name your own function: path/to/file.py:name")
 
 
-def _check_discounts(spec: AlgorithmSpec) -> None:
-    for field in ("gamma", "lam"):
-        value = getattr(spec, field)
-        require(0 <= value <= 1, f"algorithm.{field}={value} is outside [0, 1]: returns would grow with length; 1 turns it off")
-        require(
-            value == 1 or spec.needs_critic,
-            f"algorithm.{field}={value} with adv_estimator={spec.adv_estimator!r}: it would be ignored; use 'gae', or 1",
-        )
+def _require_read(spec: AlgorithmSpec) -> None:
+    """Refuses settings that would be ignored."""
+    unread = {  # field: with what, and what to do
+        field: f"{choice}={getattr(spec, choice)!r}: it would be ignored; use {reader!r}, or leave it out"
+        for field, (choice, reader) in _READ_WITH.items()
+        if getattr(spec, choice) != reader
+    }
+    if not spec.kl_coef:
+        why = "kl_coef=0: there is no KL to speak of, it would be ignored; set kl_coef > 0"
+        unread |= {"kl_in": why, "kl_control": why}
+    if spec.learns_preferences:
+        names = ["adv_estimator", "reward_normalization", "ratio_to", "masks", "kl_in"]
+        if spec.correction != "none":
+            names.append("correction")
+        if not spec.kl_coef and not spec.entropy_coef:
+            names.append("loss_agg")
+        why = f"policy_loss={spec.policy_loss!r}: it learns from how rewards rank a group's rollouts alone"
+        unread |= dict.fromkeys(names, f"{why}, so this would be ignored; leave it out")
+    for field in fields(spec):
+        value = getattr(spec, field.name)
+        if field.name in unread and value != field.default:
+            raise ConfigError(f"algorithm.{field.name}={value!r} with {unread[field.name]}")
 
 
-def _check_ratio(spec: AlgorithmSpec) -> None:
+def _require_sound(spec: AlgorithmSpec) -> None:
+    """Refuses choices that would be wrong together."""
     require(
         spec.ratio_to == "proximal" or spec.correction == "none",
         f"algorithm.correction={spec.correction!r} with ratio_to='behaviour': the ratio already holds the step from behaviour "
@@ -144,88 +182,13 @@ def _check_ratio(spec: AlgorithmSpec) -> None:
         "algorithm.ratio_to='behaviour' with policy_loss='pg': it takes no ratio, so stale tokens would not be corrected for; "
         "use ratio_to='proximal' with a correction",
     )
-    for field, value in (("clip_ratio", spec.clip_ratio), ("clip_ratio_high", spec.clip_high)):
-        require(value >= 0, f"algorithm.{field}={value} < 0: every token would be clipped; use >= 0")
-    c = spec.clip_ratio_c
-    require(c is None or c > 1, f"algorithm.clip_ratio_c={c} <= 1: ratios that never moved would be clipped; use > 1, or null")
     require(
-        c is None or spec.policy_loss == "ppo",
-        f"algorithm.clip_ratio_c={c} with policy_loss={spec.policy_loss!r}: it would be ignored; use 'ppo', or null",
-    )
-    for field in ("behaviour_cap", "tis_cap", "sapo_tau_positive", "sapo_tau_negative"):
-        value = getattr(spec, field)
-        require(value > 0, f"algorithm.{field}={value} <= 0: no token would be learned from; use > 0")
-
-
-def _check_masks(spec: AlgorithmSpec) -> None:
-    require(
-        len(set(spec.masks)) == len(spec.masks),
-        f"algorithm.masks={spec.masks} names one twice: a second pass of the same mask changes nothing; name each once",
-    )
-    for field in ("icepop_bounds", "geometric_bounds"):
-        low, high = getattr(spec, field)
-        require(
-            0 <= low < high and low <= 1 <= high,
-            f"algorithm.{field}={(low, high)} must enclose the ratio 1: tokens of the policy itself would be masked; "
-            "use 0 <= low <= 1 <= high",
-        )
-    require(spec.m2po_bound > 0, f"algorithm.m2po_bound={spec.m2po_bound} <= 0: every token would be masked; use > 0")
-
-
-def _check_kl(spec: AlgorithmSpec) -> None:
-    require(spec.kl_coef >= 0, f"algorithm.kl_coef={spec.kl_coef} < 0: the policy would be driven from the reference; use >= 0")
-    for field, plain in (("kl_in", "loss"), ("kl_control", "fixed")):
-        value = getattr(spec, field)
-        require(
-            spec.kl_coef > 0 or value == plain,
-            f"algorithm.{field}={value!r} with kl_coef=0: there is no KL to speak of, it would be ignored; set kl_coef > 0",
-        )
-    require(spec.kl_target > 0, f"algorithm.kl_target={spec.kl_target} <= 0: the coefficient would grow for ever; use > 0")
-    require(spec.kl_horizon >= 1, f"algorithm.kl_horizon={spec.kl_horizon} < 1: the coefficient would leap; use >= 1")
-
-
-def _check_aggregation(spec: AlgorithmSpec) -> None:
-    scale, normed = spec.loss_scale_factor, spec.loss_agg == "seq-mean-token-sum-norm"
-    require(
-        scale is not None or not normed,
+        spec.loss_scale_factor is not None or spec.loss_agg != "seq-mean-token-sum-norm",
         "algorithm.loss_agg='seq-mean-token-sum-norm' without loss_scale_factor: there is nothing to divide by; set it to "
         "sampling.max_response_length",
     )
-    require(
-        scale is None or normed,
-        f"algorithm.loss_scale_factor={scale} with loss_agg={spec.loss_agg!r}: it would be ignored; "
-        "use loss_agg='seq-mean-token-sum-norm', or null",
-    )
-    require(scale is None or scale >= 1, f"algorithm.loss_scale_factor={scale} < 1: use the longest response in tokens, >= 1")
-
-
-def _check_baseline(spec: AlgorithmSpec) -> None:
     require(
         not (spec.wants_baseline and spec.reward_normalization != "none"),
         f"algorithm.reward_normalization={spec.reward_normalization!r} with adv_estimator='remax': rewards would be compared "
         "with a greedy rollout's on another scale; use 'none'",
     )
-
-
-def _check_preferences(spec: AlgorithmSpec) -> None:
-    for field in ("preference_beta", "kto_desirable_weight", "kto_undesirable_weight"):
-        value = getattr(spec, field)
-        require(value > 0, f"algorithm.{field}={value} <= 0: nothing would be learned from what is preferred; use > 0")
-    loss = spec.policy_loss
-    require(
-        spec.dpo_pairs == "best_worst" or loss == "dpo",
-        f"algorithm.dpo_pairs={spec.dpo_pairs!r} with policy_loss={loss!r}: there are no pairs, it would be ignored; use 'dpo'",
-    )
-    if not spec.learns_preferences:
-        return
-    may_be: dict[str, tuple[object, ...]] = {"adv_estimator": ("grpo",), "reward_normalization": ("none",)}
-    may_be |= {"ratio_to": ("proximal",), "correction": ("decoupled", "none"), "masks": ((),), "kl_in": ("loss",)}
-    if not spec.kl_coef and not spec.entropy_coef:
-        may_be["loss_agg"] = ("token-mean",)
-    for field, values in may_be.items():
-        found = getattr(spec, field)
-        require(
-            found in values,
-            f"algorithm.{field}={found!r} with policy_loss={loss!r}: it learns from how rewards rank a group's rollouts alone, "
-            f"so this would be ignored; leave it at {values[0]!r}",
-        )

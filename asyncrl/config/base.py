@@ -1,8 +1,14 @@
 """What every spec has in common: the base struct, and how a wrong value is refused. No torch."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 from msgspec import Struct
 
 from asyncrl.errors import ConfigError
+
+# Names of fields, what must hold of each of their values, and what is said after `field=value` where it does not.
+Rule = tuple[str, Callable[[Any], bool], str]
 
 
 class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -13,3 +19,11 @@ def require(condition: bool, message: str) -> None:
     """Raises ConfigError with `message` (value, bound, consequence, fix) unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def require_fields(spec: Struct, where: str, rules: Iterable[Rule]) -> None:
+    """Raises ConfigError for the first field that breaks its rule. None breaks none. where: what fields begin with."""
+    for fields, holds, refusal in rules:
+        for field in fields.split():
+            value = getattr(spec, field)
+            require(value is None or holds(value), f"{where}{field}={value!r} {refusal}")

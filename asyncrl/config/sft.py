@@ -2,24 +2,19 @@
 
 from typing import Literal
 
-from asyncrl.config.base import Spec, require
-from asyncrl.config.learner import ModelSpec, OptimizerSpec, check_optimizer
+from asyncrl.config.base import Rule, Spec, require, require_fields
+from asyncrl.config.learner import OPTIMIZER_RULES, ModelSpec, OptimizerSpec
 
 
 class DemonstrationsSpec(Spec, frozen=True, kw_only=True):
-    """Demonstrations in parquet or JSONL: a prompt (chat messages or a string) and the response to it, in two columns.
+    """Demonstrations in parquet or JSONL: a prompt and the response to it, or whole conversations. Keys may be dotted paths."""
 
-    messages_key: set, it names a column of whole conversations instead, of which every assistant turn is learned. All keys
-    may be dotted paths. heldout: files whose loss is reported, and never trained.
-    max_length: tokens of prompt and response; longer examples, or such as the model has no positions for, are left out and
-    counted.
-    """
-
-    files: tuple[str, ...]
-    heldout: tuple[str, ...] = ()
-    prompt_key: str = "prompt"
-    response_key: str = "response"
-    messages_key: str = ""
+    files: tuple[str, ...]  # what is learned
+    heldout: tuple[str, ...] = ()  # files whose loss is reported, and never trained
+    prompt_key: str = "prompt"  # column of prompts: chat messages, or strings
+    response_key: str = "response"  # column of responses
+    messages_key: str = ""  # column of whole conversations instead of both, of which every assistant turn is learned
+    # Tokens of prompt and response; longer examples, or such as the model has no positions for, are left out and counted.
     max_length: int = 2048
 
     def __post_init__(self) -> None:
@@ -31,47 +26,41 @@ class DemonstrationsSpec(Spec, frozen=True, kw_only=True):
 
 
 class SFTSpec(OptimizerSpec, frozen=True, kw_only=True):
-    """A supervised warm start: `model`, trained on `data`, becomes the Hugging Face folder `out`.
+    """A supervised warm start. A step has the gradient of the mean loss over the batch's learned tokens."""
 
-    batch: examples per step. epochs or steps: how long; neither is one epoch. The last batch of the last epoch is filled up.
-    A step has the gradient of the mean loss over the batch's learned tokens; the optimizer is set as the learner's.
-    eval_freq: steps between two held-out losses; also at the start and at the end. save_freq: steps between checkpoints,
-    from which an interrupted warm start resumes to the bit; null: none. device: empty is a GPU if there is one.
-    """
-
-    model: ModelSpec
-    data: DemonstrationsSpec
-    out: str
-    batch: int = 64
-    epochs: int | None = None
-    steps: int | None = None
-    seed: int = 0
-    lr: float = 1e-5
-    lr_schedule: Literal["constant", "cosine"] = "cosine"
-    min_lr_ratio: float = 0.1
-    max_tokens_per_pack: int = 16384
-    eval_freq: int = 50
-    save_freq: int | None = 200
-    device: str = ""
+    model: ModelSpec  # where it starts
+    data: DemonstrationsSpec  # what it learns
+    out: str  # Hugging Face folder to write
+    batch: int = 64  # examples per step
+    epochs: int | None = None  # how long, in passes over the data; the last batch of the last one is filled up
+    steps: int | None = None  # how long, in steps; with neither it is one epoch
+    seed: int = 0  # of the order of examples
+    lr: float = 1e-5  # learning rate, at its highest
+    lr_schedule: Literal["constant", "cosine"] = "cosine"  # as the learner's
+    min_lr_ratio: float = 0.1  # as the learner's
+    max_tokens_per_pack: int = 16384  # as the learner's
+    eval_freq: int = 50  # steps between two held-out losses; also at the start and at the end
+    save_freq: int | None = 200  # steps between checkpoints, from which it resumes to the bit; null: none
+    device: str = ""  # empty: a GPU if there is one
 
     def __post_init__(self) -> None:
         require(bool(self.out), "out='': the trained policy would be lost; name a folder to write")
+        require_fields(self, "", _RULES)
         require(
             self.epochs is None or self.steps is None,
             f"epochs={self.epochs} and steps={self.steps}: it is not clear how long to train; set one of the two",
-        )
-        for name in ("batch", "epochs", "steps", "max_tokens_per_pack"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name}={value} < 1: nothing would be trained; use at least 1")
-        require(self.lr > 0, f"lr={self.lr} <= 0: nothing would be learned; use a rate > 0, for example 1e-5")
-        check_optimizer(self, "")
-        require(self.eval_freq >= 1, f"eval_freq={self.eval_freq} < 1; to turn it off leave data.heldout empty")
-        require(
-            self.save_freq is None or self.save_freq >= 1,
-            f"save_freq={self.save_freq} < 1; use null for no checkpoints at all",
         )
 
     def total_steps(self, examples: int) -> int:
         """Steps over so many examples: each once per epoch, the last batch filled up."""
         size = min(self.batch, examples)
         return self.steps if self.steps is not None else -(-examples * (self.epochs or 1) // size)
+
+
+_RULES: tuple[Rule, ...] = (
+    *OPTIMIZER_RULES,
+    ("batch epochs steps max_tokens_per_pack", lambda x: x >= 1, "< 1: nothing would be trained; use at least 1"),
+    ("lr", lambda x: x > 0, "<= 0: nothing would be learned; use a rate > 0, for example 1e-5"),
+    ("eval_freq", lambda x: x >= 1, "< 1; to turn it off leave data.heldout empty"),
+    ("save_freq", lambda x: x >= 1, "< 1; use null for no checkpoints at all"),
+)
