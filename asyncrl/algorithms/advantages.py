@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from asyncrl.algorithms.rewards import Outcomes, whitened
 from asyncrl.config import AlgorithmSpec
@@ -27,14 +28,14 @@ STD_EPS = 1e-6  # as in verl; keeps a group of all but equal rewards from explod
 # ------------------------------------------------------------------------------------------- rollouts
 
 
-def _centered(rewards_s: torch.Tensor, groups_s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _centered(rewards_s: Tensor, groups_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards minus their group's mean [S], each rollout's group index [S], rollouts per group [G]."""
     _, index_s, count_g = torch.unique(groups_s, return_inverse=True, return_counts=True)
     sum_g = rewards_s.new_zeros(len(count_g)).index_add(0, index_s, rewards_s)
     return rewards_s - (sum_g / count_g)[index_s], index_s, count_g
 
 
-def grpo_no_std(rewards_s: torch.Tensor, groups_s: torch.Tensor) -> torch.Tensor:
+def grpo_no_std(rewards_s: Tensor, groups_s: Tensor) -> Tensor:
     """r − mean(group). Dr. GRPO (Liu et al. 2025): dividing by the spread favours questions that are too easy or too hard.
 
     Dr. GRPO as a whole also sums over tokens and divides by a constant: loss_agg="seq-mean-token-sum-norm".
@@ -42,7 +43,7 @@ def grpo_no_std(rewards_s: torch.Tensor, groups_s: torch.Tensor) -> torch.Tensor
     return _centered(rewards_s, groups_s)[0]
 
 
-def grpo(rewards_s: torch.Tensor, groups_s: torch.Tensor) -> torch.Tensor:
+def grpo(rewards_s: Tensor, groups_s: Tensor) -> Tensor:
     """(r − mean(group)) / (std(group) + 1e-6), std unbiased. GRPO (DeepSeekMath, Shao et al. 2024). A group of one gets 0."""
     centered_s, index_s, count_g = _centered(rewards_s, groups_s)
     squares_g = rewards_s.new_zeros(len(count_g)).index_add(0, index_s, centered_s.square())
@@ -50,14 +51,14 @@ def grpo(rewards_s: torch.Tensor, groups_s: torch.Tensor) -> torch.Tensor:
     return centered_s / (std_g[index_s] + STD_EPS)
 
 
-def rloo(rewards_s: torch.Tensor, groups_s: torch.Tensor) -> torch.Tensor:
+def rloo(rewards_s: Tensor, groups_s: Tensor) -> Tensor:
     """r − mean of the others in the group, which is n/(n − 1)·(r − mean). RLOO (Ahmadian et al. 2024): an unbiased baseline."""
     centered_s, index_s, count_g = _centered(rewards_s, groups_s)
     factor_g = count_g.to(rewards_s.dtype) / (count_g - 1).clamp(min=1)
     return centered_s * factor_g[index_s]
 
 
-def opo(rewards_s: torch.Tensor, groups_s: torch.Tensor, lengths_s: torch.Tensor) -> torch.Tensor:
+def opo(rewards_s: Tensor, groups_s: Tensor, lengths_s: Tensor) -> Tensor:
     """r − Σ length·r / Σ length over the group. OPO (Hao et al. 2025): the baseline of least variance, gradients being as long
     as their responses.
 
@@ -75,14 +76,14 @@ def opo(rewards_s: torch.Tensor, groups_s: torch.Tensor, lengths_s: torch.Tensor
 # -------------------------------------------------------------------------------------------- tokens
 
 
-def returns_to_go(rewards_n: torch.Tensor, sequence_n: torch.Tensor) -> torch.Tensor:
+def returns_to_go(rewards_n: Tensor, sequence_n: Tensor) -> Tensor:
     """Sum of a sequence's rewards from each token to its end [N], undiscounted."""
     rest_n = rewards_n.flip(0).cumsum(0).flip(0)  # of this sequence and all later ones
     following_n = torch.searchsorted(sequence_n, sequence_n, right=True)
     return rest_n - torch.cat((rest_n, rest_n.new_zeros(1)))[following_n]
 
 
-def gae(rewards_n: torch.Tensor, values_n: torch.Tensor, sequence_n: torch.Tensor, *, gamma: float, lam: float) -> torch.Tensor:
+def gae(rewards_n: Tensor, values_n: Tensor, sequence_n: Tensor, *, gamma: float, lam: float) -> Tensor:
     """Advantages [N]. GAE (Schulman et al. 2016): δ = r + γ·V(next) − V, A = Σ (γλ)^k·δ_k.
 
     rewards_n: of each token, the rollout's own reward at its last one. values_n: the critic's V before each token. After a
@@ -92,7 +93,7 @@ def gae(rewards_n: torch.Tensor, values_n: torch.Tensor, sequence_n: torch.Tenso
     column_n = torch.arange(len(row_n), device=row_n.device) - (count_s.cumsum(0) - count_s)[row_n]
     shape = (len(count_s), int(count_s.max()) + 1 if len(count_s) else 1)  # the last column: V and A after the end
 
-    def dense(flat_n: torch.Tensor) -> torch.Tensor:
+    def dense(flat_n: Tensor) -> Tensor:
         return flat_n.new_zeros(shape).index_put((row_n, column_n), flat_n)
 
     rewards_st, values_st = dense(rewards_n), dense(values_n)
@@ -106,12 +107,12 @@ def gae(rewards_n: torch.Tensor, values_n: torch.Tensor, sequence_n: torch.Tenso
     return advantages_st[row_n, column_n]
 
 
-def _reinforce_plus_plus(spec: AlgorithmSpec, outcomes: Outcomes) -> torch.Tensor:
+def _reinforce_plus_plus(spec: AlgorithmSpec, outcomes: Outcomes) -> Tensor:
     """The return from each token on. REINFORCE++ (Hu et al. 2025), γ = 1. Needs no groups."""
     return outcomes.rewards_s[outcomes.sequence_n] + returns_to_go(outcomes.token_rewards_n, outcomes.sequence_n)
 
 
-def _remax(spec: AlgorithmSpec, outcomes: Outcomes) -> torch.Tensor:
+def _remax(spec: AlgorithmSpec, outcomes: Outcomes) -> Tensor:
     """The return from each token on, minus the rewards of the greedy rollout of the same prompt. ReMax (Li et al. 2023).
 
     The baseline does not depend on what was sampled, so the gradient stays unbiased. As in verl it pays no KL. Needs no groups.
@@ -125,7 +126,7 @@ def _remax(spec: AlgorithmSpec, outcomes: Outcomes) -> torch.Tensor:
     return rewards_s[outcomes.sequence_n] + returns_to_go(outcomes.token_rewards_n, outcomes.sequence_n)
 
 
-def _gae(spec: AlgorithmSpec, outcomes: Outcomes) -> torch.Tensor:
+def _gae(spec: AlgorithmSpec, outcomes: Outcomes) -> Tensor:
     """A rollout's reward is assigned to its last *trained* token, a token-level one to its own; as in verl.
 
     Tokens that are not trained (of tools, or too old) are not there: nothing is discounted over them. A rollout without a
@@ -141,10 +142,10 @@ def _gae(spec: AlgorithmSpec, outcomes: Outcomes) -> torch.Tensor:
 
 # --------------------------------------------------------------------------------------------- by name
 
-Estimator = Callable[[AlgorithmSpec, Outcomes], torch.Tensor]
+Estimator = Callable[[AlgorithmSpec, Outcomes], Tensor]
 
 
-def per_rollout(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Estimator:
+def per_rollout(function: Callable[[Tensor, Tensor], Tensor]) -> Estimator:
     """Makes an estimator of tokens from one of rollouts: each token gets its rollout's advantage."""
     return lambda spec, outcomes: function(outcomes.total_s(), outcomes.groups_s)[outcomes.sequence_n]
 
@@ -170,9 +171,9 @@ def estimator(name: str) -> Estimator:
         return ESTIMATORS[name]
     function = load_callable(name, "algorithm.adv_estimator")
 
-    def checked(rewards_s: torch.Tensor, groups_s: torch.Tensor) -> torch.Tensor:
+    def checked(rewards_s: Tensor, groups_s: Tensor) -> Tensor:
         advantages_s = function(rewards_s, groups_s)
-        if not isinstance(advantages_s, torch.Tensor) or advantages_s.shape != rewards_s.shape:
+        if not isinstance(advantages_s, Tensor) or advantages_s.shape != rewards_s.shape:
             found = tuple(getattr(advantages_s, "shape", ())) or type(advantages_s).__name__
             raise ConfigError(
                 f"algorithm.adv_estimator={name!r} returned {found} for {len(rewards_s)} rollouts: their advantages could not "
@@ -183,7 +184,7 @@ def estimator(name: str) -> Estimator:
     return per_rollout(checked)
 
 
-def advantages(spec: AlgorithmSpec, outcomes: Outcomes) -> tuple[torch.Tensor, torch.Tensor | None]:
+def advantages(spec: AlgorithmSpec, outcomes: Outcomes) -> tuple[Tensor, Tensor | None]:
     """The recipe's advantages [N]; and returns [N], which a critic learns: advantages before whitening + values, or None."""
     advantages_n = estimator(spec.adv_estimator)(spec, outcomes)
     returns_n = None if outcomes.values_n is None else advantages_n + outcomes.values_n

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from asyncrl.algorithms.losses import LOG_RATIO_LIMIT, sequence_mean, sequence_sum
 from asyncrl.config import AlgorithmSpec
@@ -17,16 +18,16 @@ from asyncrl.config import AlgorithmSpec
 class Weights(NamedTuple):
     """weights_t [T] multiply the policy loss; capped_t [T] bool: where the weight was truncated."""
 
-    weights_t: torch.Tensor
-    capped_t: torch.Tensor
+    weights_t: Tensor
+    capped_t: Tensor
 
 
-def behaviour_ratio(proximal_t: torch.Tensor, behaviour_t: torch.Tensor) -> torch.Tensor:
+def behaviour_ratio(proximal_t: Tensor, behaviour_t: Tensor) -> Tensor:
     """exp(proximal − behaviour) [T], its logarithm clamped to ±20, without gradient."""
     return (proximal_t - behaviour_t).detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
-def decoupled(proximal_t: torch.Tensor, behaviour_t: torch.Tensor, cap: float) -> Weights:
+def decoupled(proximal_t: Tensor, behaviour_t: Tensor, cap: float) -> Weights:
     """min(exp(proximal − behaviour), cap). Decoupled PPO (Hilton et al. 2022), truncated as in AReaL (Fu et al. 2025).
 
     TIS at token level (Yao et al. 2025) is the same weight, by custom with the cap 2.
@@ -35,19 +36,19 @@ def decoupled(proximal_t: torch.Tensor, behaviour_t: torch.Tensor, cap: float) -
     return Weights(ratio_t.clamp(max=cap), ratio_t > cap)
 
 
-def tis_sequence(proximal_t: torch.Tensor, behaviour_t: torch.Tensor, sequence_t: torch.Tensor, cap: float) -> Weights:
+def tis_sequence(proximal_t: Tensor, behaviour_t: Tensor, sequence_t: Tensor, cap: float) -> Weights:
     """min(exp(Σ over the sequence of proximal − behaviour), cap), for all its tokens. TIS at sequence level (verl; Liu et
     al. 2025): unbiased for whole answers, at a variance that grows with their length. The sum is over trained tokens."""
     ratio_t = behaviour_ratio(sequence_sum((proximal_t - behaviour_t).detach(), sequence_t), torch.zeros_like(behaviour_t))
     return Weights(ratio_t.clamp(max=cap), ratio_t > cap)
 
 
-def uncorrected(proximal_t: torch.Tensor) -> Weights:
+def uncorrected(proximal_t: Tensor) -> Weights:
     """1 everywhere: stale tokens are trained as if the policy that the ratio is taken to had sampled them."""
     return Weights(torch.ones_like(proximal_t), torch.zeros_like(proximal_t, dtype=torch.bool))
 
 
-def interpolated_proximal(logp_t: torch.Tensor, behaviour_t: torch.Tensor, lag_t: torch.Tensor) -> torch.Tensor:
+def interpolated_proximal(logp_t: Tensor, behaviour_t: Tensor, lag_t: Tensor) -> Tensor:
     """A proximal policy without a forward pass: between behaviour and current logprobs, by lag. A-3PO (Li et al. 2025).
 
     behaviour + (1 − 1/lag)·(logp − behaviour): the older a token, the nearer to the current policy. Lag 0 and 1: behaviour.
@@ -57,7 +58,7 @@ def interpolated_proximal(logp_t: torch.Tensor, behaviour_t: torch.Tensor, lag_t
     return behaviour_t + share_t * (logp_t.detach() - behaviour_t)
 
 
-Correction = Callable[[AlgorithmSpec, torch.Tensor, torch.Tensor, torch.Tensor], Weights]
+Correction = Callable[[AlgorithmSpec, Tensor, Tensor, Tensor], Weights]
 
 # (recipe, proximal_t, behaviour_t, sequence_t) -> weights
 CORRECTIONS: dict[str, Correction] = {
@@ -78,18 +79,18 @@ CORRECTIONS: dict[str, Correction] = {
 # onto the tokens that stay. KL and entropy terms still see it.
 
 
-def icepop(delta_t: torch.Tensor, low: float, high: float) -> torch.Tensor:
+def icepop(delta_t: Tensor, low: float, high: float) -> Tensor:
     """Tokens with low <= exp(delta) <= high. IcePop (Ling team, Ant Group 2025)."""
     ratio_t = delta_t.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     return (ratio_t >= low) & (ratio_t <= high)
 
 
-def geometric(delta_t: torch.Tensor, sequence_t: torch.Tensor, low: float, high: float) -> torch.Tensor:
+def geometric(delta_t: Tensor, sequence_t: Tensor, low: float, high: float) -> Tensor:
     """Sequences, whole, with low <= exp(mean of delta) <= high: their length makes no difference (Li et al. 2025; verl)."""
     return icepop(sequence_mean(delta_t.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), sequence_t), low, high)
 
 
-def m2po(delta_m: torch.Tensor, bound: float) -> torch.Tensor:
+def m2po(delta_m: Tensor, bound: float) -> Tensor:
     """Drops the largest delta² of the minibatch until the mean of the rest is < bound. M2PO (Zheng et al. 2025).
 
     delta_m [M]: every trained token of the minibatch, not of a pack. Of tokens with equal delta² at the edge all are
@@ -102,7 +103,7 @@ def m2po(delta_m: torch.Tensor, bound: float) -> torch.Tensor:
     return torch.ones_like(squared_m, dtype=torch.bool) if stay == len(ordered_m) else squared_m < ordered_m[stay]
 
 
-def pack_mask(spec: AlgorithmSpec, delta_t: torch.Tensor, sequence_t: torch.Tensor) -> torch.Tensor | None:
+def pack_mask(spec: AlgorithmSpec, delta_t: Tensor, sequence_t: Tensor) -> Tensor | None:
     """What of a pack stays by those of the recipe's masks that see a token or a sequence [T] bool; None without any."""
     kept = []
     if "icepop" in spec.masks:

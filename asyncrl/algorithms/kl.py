@@ -9,17 +9,18 @@ With δ = logp − reference (Schulman, "Approximating KL divergence", 2020): k1
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from asyncrl.algorithms.losses import LOG_RATIO_LIMIT
 
-KLEstimator = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+KLEstimator = Callable[[Tensor, Tensor], Tensor]
 
 
-def _log_ratio(logp_t: torch.Tensor, reference_t: torch.Tensor) -> torch.Tensor:
+def _log_ratio(logp_t: Tensor, reference_t: Tensor) -> Tensor:
     return (logp_t - reference_t).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
-def k1(logp_t: torch.Tensor, reference_t: torch.Tensor) -> torch.Tensor:
+def k1(logp_t: Tensor, reference_t: Tensor) -> Tensor:
     """Value δ, gradient of k2.
 
     The own gradient of k1, ∇logp, has expectation zero: as a loss it would pull nowhere. δ·∇logp, the gradient of k2, is
@@ -30,12 +31,12 @@ def k1(logp_t: torch.Tensor, reference_t: torch.Tensor) -> torch.Tensor:
     return delta_t.detach() + squared_t - squared_t.detach()
 
 
-def k2(logp_t: torch.Tensor, reference_t: torch.Tensor) -> torch.Tensor:
+def k2(logp_t: Tensor, reference_t: Tensor) -> Tensor:
     """δ²/2: biased value, unbiased gradient on-policy."""
     return 0.5 * _log_ratio(logp_t, reference_t).square()
 
 
-def k3(logp_t: torch.Tensor, reference_t: torch.Tensor) -> torch.Tensor:
+def k3(logp_t: Tensor, reference_t: Tensor) -> Tensor:
     """exp(−δ) − 1 + δ: never negative, low variance; GRPO's choice, with its own gradient 1 − exp(−δ)."""
     delta_t = _log_ratio(logp_t, reference_t)
     return torch.expm1(-delta_t) + delta_t

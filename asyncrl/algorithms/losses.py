@@ -1,20 +1,33 @@
-"""Policy losses token by token, before correction weights and aggregation. Flat layout [T]; pure.
+"""Policy losses, by the names that a recipe has for them, and the critic's. Flat layout [T]; pure.
 
 logp_t: logprobs under the current policy, with gradient. old_t: under the policy that the ratio r = exp(logp − old) is
-taken to, without gradient: the proximal one, or behaviour (`algorithm.ratio_to`). advantages_t: of each token.
+taken to, without gradient: the proximal one, or behaviour (`algorithm.ratio_to`). advantages_t: of each token. sequence_t
+[T] int64, in any order: the sequence of each token. A pack holds its sequences whole, so sums and means over a sequence are
+those of all its trained tokens.
 
 Each returns the loss [T], differentiable in logp_t, and figures by name [T], logged as actor/<name>, their mean over tokens.
+Correction weights, masks, KL, entropy and aggregation are added around it (objective.py).
+
+To add one: its function and its line in POLICY_LOSSES here, its name and its settings in config/algorithm.py.
 """
 
+from collections.abc import Callable
+from functools import cache, partial
+
 import torch
+from torch import Tensor
 
-# ----------------------------------------------------------------------------------------- sequences
-# Sums and means over each sequence of a pack, given back to its tokens. Flat layout [T]; pure; differentiable.
-# sequence_t [T] int64, in any order: the sequence of each token. A pack holds its sequences whole, so these are those of the
-# whole sequence, over its trained tokens.
+from asyncrl.config import PREFERENCE_LOSSES, AlgorithmSpec
+from asyncrl.config.callables import load_callable
+from asyncrl.errors import ConfigError
+
+LOG_RATIO_LIMIT = 20.0  # exp(20) is still finite in float32 after products; beyond it a token has no gradient
+
+Loss = tuple[Tensor, dict[str, Tensor]]
+PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Loss]
 
 
-def sequence_sum(values_t: torch.Tensor, sequence_t: torch.Tensor) -> torch.Tensor:
+def sequence_sum(values_t: Tensor, sequence_t: Tensor) -> Tensor:
     """For each token [T], the sum over its sequence."""
     if not len(values_t):
         return values_t
@@ -22,29 +35,18 @@ def sequence_sum(values_t: torch.Tensor, sequence_t: torch.Tensor) -> torch.Tens
     return sums_s[sequence_t]
 
 
-def sequence_mean(values_t: torch.Tensor, sequence_t: torch.Tensor) -> torch.Tensor:
+def sequence_mean(values_t: Tensor, sequence_t: Tensor) -> Tensor:
     """For each token [T], the mean over its sequence."""
     return sequence_sum(values_t, sequence_t) / sequence_sum(torch.ones_like(values_t), sequence_t)
 
 
-LOG_RATIO_LIMIT = 20.0  # exp(20) is still finite in float32 after products; beyond it a token has no gradient
-
-Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
-
-
-def log_ratio(logp_t: torch.Tensor, old_t: torch.Tensor) -> torch.Tensor:
+def log_ratio(logp_t: Tensor, old_t: Tensor) -> Tensor:
     """logp − old, clamped to ±20."""
     return (logp_t - old_t).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
 def clipped_ppo(
-    logp_t: torch.Tensor,
-    old_t: torch.Tensor,
-    advantages_t: torch.Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual: float | None = None,
+    logp_t: Tensor, old_t: Tensor, advantages_t: Tensor, *, clip_low: float, clip_high: float, dual: float | None = None
 ) -> Loss:
     """max(−r·A, −clip(r, 1 − clip_low, 1 + clip_high)·A). PPO (Schulman et al. 2017).
 
@@ -63,7 +65,7 @@ def clipped_ppo(
     return torch.where(lower_t, bound_t, loss_t), {"pg_clipfrac": was_clipped_t, "pg_clipfrac_lower": lower_t}
 
 
-def cispo(logp_t: torch.Tensor, old_t: torch.Tensor, advantages_t: torch.Tensor, *, clip_high: float) -> Loss:
+def cispo(logp_t: Tensor, old_t: Tensor, advantages_t: Tensor, *, clip_high: float) -> Loss:
     """−sg(min(r, 1 + clip_high))·A·logp. CISPO (MiniMax-M1, 2025): clips the weight, so that no token loses its gradient.
 
     Only from above, as in the paper, whose lower bound is set where it never binds. pg_clipfrac: weights that were clipped.
@@ -72,9 +74,7 @@ def cispo(logp_t: torch.Tensor, old_t: torch.Tensor, advantages_t: torch.Tensor,
     return -ratio_t.clamp(max=1 + clip_high) * advantages_t * logp_t, {"pg_clipfrac": ratio_t > 1 + clip_high}
 
 
-def sapo(
-    logp_t: torch.Tensor, old_t: torch.Tensor, advantages_t: torch.Tensor, *, tau_positive: float, tau_negative: float
-) -> Loss:
+def sapo(logp_t: Tensor, old_t: Tensor, advantages_t: Tensor, *, tau_positive: float, tau_negative: float) -> Loss:
     """−(4/τ)·σ(τ·(r − 1))·A. SAPO (Gao et al. 2025): a smooth gate in place of the clip; its slope at r = 1 is 1.
 
     τ is tau_positive where A > 0, else tau_negative: a larger one fades bad tokens out sooner. Nothing is clipped.
@@ -84,14 +84,12 @@ def sapo(
     return -gate_t * advantages_t, {}
 
 
-def policy_gradient(logp_t: torch.Tensor, advantages_t: torch.Tensor) -> Loss:
+def policy_gradient(logp_t: Tensor, advantages_t: Tensor) -> Loss:
     """−A·logp. REINFORCE (Williams 1992). Takes no ratio: what behaviour was is for the correction's weights alone."""
     return -advantages_t * logp_t, {}
 
 
-def dppo_tv(
-    logp_t: torch.Tensor, old_t: torch.Tensor, advantages_t: torch.Tensor, *, clip_low: float, clip_high: float
-) -> Loss:
+def dppo_tv(logp_t: Tensor, old_t: Tensor, advantages_t: Tensor, *, clip_low: float, clip_high: float) -> Loss:
     """−r·A, but 0 where p − p_old already went further than the bound in A's direction. DPPO (Qi et al. 2026), binary TV.
 
     p = exp(logp). clip_high bounds p − p_old where A > 0, clip_low bounds p_old − p where A < 0: differences of
@@ -102,9 +100,7 @@ def dppo_tv(
     return _without(out_t, logp_t, old_t, advantages_t)
 
 
-def dppo_kl(
-    logp_t: torch.Tensor, old_t: torch.Tensor, advantages_t: torch.Tensor, *, clip_low: float, clip_high: float
-) -> Loss:
+def dppo_kl(logp_t: Tensor, old_t: Tensor, advantages_t: Tensor, *, clip_low: float, clip_high: float) -> Loss:
     """As dppo_tv, with KL(p_old ‖ p) of "this token or another" as the distance, in nats. DPPO (Qi et al. 2026), binary KL."""
     p_t, old_p_t = logp_t.detach().exp(), old_t.exp()
     other_t = ((1 - old_p_t).clamp(min=1e-8) / (1 - p_t).clamp(min=1e-8)).log()
@@ -113,30 +109,17 @@ def dppo_kl(
     return _without(out_t, logp_t, old_t, advantages_t)
 
 
-def _without(out_t: torch.Tensor, logp_t: torch.Tensor, old_t: torch.Tensor, advantages_t: torch.Tensor) -> Loss:
+def _without(out_t: Tensor, logp_t: Tensor, old_t: Tensor, advantages_t: Tensor) -> Loss:
     loss_t = -log_ratio(logp_t, old_t).exp() * advantages_t
     return torch.where(out_t, 0.0, loss_t), {"pg_clipfrac": out_t}
 
 
-# ----------------------------------------------------------------------------------- sequence losses
-# Policy losses whose ratio is that of a whole sequence. Flat layout [T]; pure; arguments and result as in `losses`.
-# sequence_t [T]: the sequence of each token. Both papers average over a sequence and then over sequences:
-# loss_agg="seq-mean-token-mean".
-
-
-def gspo(
-    logp_t: torch.Tensor,
-    old_t: torch.Tensor,
-    advantages_t: torch.Tensor,
-    sequence_t: torch.Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-) -> Loss:
+def gspo(logp_t: Tensor, old_t: Tensor, advantages_t: Tensor, sequence_t: Tensor, *, clip_low: float, clip_high: float) -> Loss:
     """PPO's clip on s = exp(mean of logp − old over the sequence). GSPO (Zheng et al. 2025), its token form:
 
     every token holds sg(s)·exp(logp − sg(logp)), whose value is s and whose gradient is s·∇logp, so that advantages may
-    differ within a sequence. Means move little: bounds are about 3e-4 and 4e-4.
+    differ within a sequence. Means move little: bounds are about 3e-4 and 4e-4. The paper averages over a sequence, then over
+    sequences: loss_agg="seq-mean-token-mean".
     """
     mean_t = sequence_mean(log_ratio(logp_t.detach(), old_t), sequence_t)
     ratio_t = (mean_t + logp_t - logp_t.detach()).exp()
@@ -145,19 +128,11 @@ def gspo(
     return torch.maximum(unclipped_t, clipped_t), {"pg_clipfrac": clipped_t > unclipped_t}
 
 
-def gmpo(
-    logp_t: torch.Tensor,
-    old_t: torch.Tensor,
-    advantages_t: torch.Tensor,
-    sequence_t: torch.Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-) -> Loss:
+def gmpo(logp_t: Tensor, old_t: Tensor, advantages_t: Tensor, sequence_t: Tensor, *, clip_low: float, clip_high: float) -> Loss:
     """−A·(geometric mean of the ratios, each clipped in A's direction). GMPO (Zhao et al. 2025); its bounds are ±0.4.
 
     clip_low and clip_high bound the log-ratio of a token. Every token holds its sequence's loss; A is the sequence's mean.
-    pg_clipfrac: tokens whose log-ratio was clipped: they have no gradient.
+    Aggregated as GSPO. pg_clipfrac: tokens whose log-ratio was clipped: they have no gradient.
     """
     unclipped_t = log_ratio(logp_t, old_t)
     clipped_t = unclipped_t.clamp(-clip_low, clip_high)
@@ -167,13 +142,50 @@ def gmpo(
     return -mean_advantage_t * ratio_t, {"pg_clipfrac": was_clipped_t}
 
 
-# ---------------------------------------------------------------------------------------- value loss
-# What a critic minimizes, and how well its values explain returns. Flat layout [T]; pure.
+def _of_tokens(loss: Callable[..., Loss]) -> PolicyLoss:
+    """Of a loss that has no use for sequences."""
+    return lambda logp_t, old_t, advantages_t, _: loss(logp_t, old_t, advantages_t)
 
 
-def clipped_value_loss(
-    values_t: torch.Tensor, old_t: torch.Tensor, returns_t: torch.Tensor, clip: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+POLICY_LOSSES: dict[str, Callable[[AlgorithmSpec], PolicyLoss]] = {
+    "ppo": lambda spec: _of_tokens(
+        partial(clipped_ppo, clip_low=spec.clip_ratio, clip_high=spec.clip_high, dual=spec.clip_ratio_c)
+    ),
+    "gspo": lambda spec: partial(gspo, clip_low=spec.clip_ratio, clip_high=spec.clip_high),
+    "gmpo": lambda spec: partial(gmpo, clip_low=spec.clip_ratio, clip_high=spec.clip_high),
+    "cispo": lambda spec: _of_tokens(partial(cispo, clip_high=spec.clip_high)),
+    "dppo_tv": lambda spec: _of_tokens(partial(dppo_tv, clip_low=spec.clip_ratio, clip_high=spec.clip_high)),
+    "dppo_kl": lambda spec: _of_tokens(partial(dppo_kl, clip_low=spec.clip_ratio, clip_high=spec.clip_high)),
+    "sapo": lambda spec: _of_tokens(partial(sapo, tau_positive=spec.sapo_tau_positive, tau_negative=spec.sapo_tau_negative)),
+    "pg": lambda spec: lambda logp_t, _, advantages_t, __: policy_gradient(logp_t, advantages_t),
+}
+POLICY_LOSSES |= dict.fromkeys(PREFERENCE_LOSSES, POLICY_LOSSES["pg"])  # with the slopes of preferences.py as advantages
+
+
+@cache
+def policy_loss(spec: AlgorithmSpec) -> PolicyLoss:
+    """The recipe's loss. Raises ConfigError where a user's can't be loaded, or (when called) gives no loss per token."""
+    if spec.policy_loss in POLICY_LOSSES:
+        return POLICY_LOSSES[spec.policy_loss](spec)
+    function = load_callable(spec.policy_loss, "algorithm.policy_loss")
+
+    def checked(logp_t: Tensor, old_t: Tensor, advantages_t: Tensor, sequence_t: Tensor) -> Loss:
+        found = function(logp_t, old_t, advantages_t, sequence_t)
+        if not (isinstance(found, tuple) and len(found) == 2 and getattr(found[0], "shape", None) == logp_t.shape):
+            raise ConfigError(
+                f"algorithm.policy_loss={spec.policy_loss!r} did not return (loss_t, figures) with one loss for each of "
+                f"{len(logp_t)} tokens: it could not be weighed or aggregated; return a tensor of shape "
+                f"{tuple(logp_t.shape)} and a dict, which may be empty"
+            )
+        return found
+
+    return checked
+
+
+# ---------------------------------------------------------------------------------------- the critic's
+
+
+def clipped_value_loss(values_t: Tensor, old_t: Tensor, returns_t: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
     """½·max((V − R)², (V_clip − R)²), V_clip = old + clamp(V − old, ±clip); and where the clipped one is larger, bool.
 
     PPO's reference implementation (OpenAI baselines, ppo2) and verl. values_t: with gradient. old_t: values at the start of
@@ -187,7 +199,7 @@ def clipped_value_loss(
     return 0.5 * torch.maximum(unclipped_t, clipped_t), clipped_t > unclipped_t
 
 
-def explained_variance(values_n: torch.Tensor, returns_n: torch.Tensor) -> float | None:
+def explained_variance(values_n: Tensor, returns_n: Tensor) -> float | None:
     """1 − Var(R − V) / Var(R): 1 is perfect, 0 what a constant does, below 0 is worse. None where returns don't vary."""
     if len(returns_n) < 2:
         return None

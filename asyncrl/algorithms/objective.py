@@ -1,85 +1,37 @@
 """The loss of one pack: policy loss × correction × masks + KL + entropy bonus, put together by name. Pure."""
 
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from asyncrl.algorithms.corrections import CORRECTIONS, interpolated_proximal, pack_mask
 from asyncrl.algorithms.kl import KL_ESTIMATORS
-from asyncrl.algorithms.losses import Loss, cispo, clipped_ppo, dppo_kl, dppo_tv, gmpo, gspo, policy_gradient, sapo
-from asyncrl.config import PREFERENCE_LOSSES, AlgorithmSpec
-from asyncrl.config.callables import load_callable
-from asyncrl.errors import ConfigError
-
-# --------------------------------------------------------------------------------------- policy loss
-# Policy losses by name, with the recipe's bounds filled in.
-# The user's own is named in the recipe as `file.py:name`: `f(logp_t, old_t, advantages_t, sequence_t) -> (loss_t, figures)`,
-# as described in `losses`; figures may be {}. Weights, masks, KL, entropy and aggregation are added around it.
-
-PolicyLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Loss]
-
-POLICY_LOSSES: dict[str, Callable[[AlgorithmSpec], PolicyLoss]] = {
-    "ppo": lambda spec: (
-        lambda logp_t, old_t, advantages_t, _: clipped_ppo(
-            logp_t, old_t, advantages_t, clip_low=spec.clip_ratio, clip_high=spec.clip_high, dual=spec.clip_ratio_c
-        )
-    ),
-    "gspo": lambda spec: lambda *columns: gspo(*columns, clip_low=spec.clip_ratio, clip_high=spec.clip_high),
-    "gmpo": lambda spec: lambda *columns: gmpo(*columns, clip_low=spec.clip_ratio, clip_high=spec.clip_high),
-    "cispo": lambda spec: lambda *columns: cispo(*columns[:3], clip_high=spec.clip_high),
-    "dppo_tv": lambda spec: lambda *columns: dppo_tv(*columns[:3], clip_low=spec.clip_ratio, clip_high=spec.clip_high),
-    "dppo_kl": lambda spec: lambda *columns: dppo_kl(*columns[:3], clip_low=spec.clip_ratio, clip_high=spec.clip_high),
-    "sapo": lambda spec: (
-        lambda *columns: sapo(*columns[:3], tau_positive=spec.sapo_tau_positive, tau_negative=spec.sapo_tau_negative)
-    ),
-    "pg": lambda spec: lambda logp_t, _, advantages_t, __: policy_gradient(logp_t, advantages_t),
-}
-POLICY_LOSSES |= dict.fromkeys(PREFERENCE_LOSSES, POLICY_LOSSES["pg"])  # with the advantages of preference_step
-
-
-@cache
-def policy_loss(spec: AlgorithmSpec) -> PolicyLoss:
-    """The recipe's loss. Raises ConfigError where a user's can't be loaded, or (when called) gives no loss per token."""
-    if spec.policy_loss in POLICY_LOSSES:
-        return POLICY_LOSSES[spec.policy_loss](spec)
-    function = load_callable(spec.policy_loss, "algorithm.policy_loss")
-
-    def checked(logp_t: torch.Tensor, old_t: torch.Tensor, advantages_t: torch.Tensor, sequence_t: torch.Tensor) -> Loss:
-        found = function(logp_t, old_t, advantages_t, sequence_t)
-        if not (isinstance(found, tuple) and len(found) == 2 and getattr(found[0], "shape", None) == logp_t.shape):
-            raise ConfigError(
-                f"algorithm.policy_loss={spec.policy_loss!r} did not return (loss_t, figures) with one loss for each of "
-                f"{len(logp_t)} tokens: it could not be weighed or aggregated; return a tensor of shape "
-                f"{tuple(logp_t.shape)} and a dict, which may be empty"
-            )
-        return found
-
-    return checked
+from asyncrl.algorithms.losses import policy_loss
+from asyncrl.config import AlgorithmSpec
 
 
 class Columns(NamedTuple):
-    """What the loss needs of each trained token, [T] each. coefficients_t: see `aggregate`. reference_t: None without KL in
-    the loss. kept_t: what a mask over the whole minibatch leaves (m2po), or None. proximal_t: may be NaN where
-    `needs_proximal` says that nothing asks for it."""
+    """What the loss needs of each trained token, [T] each."""
 
-    coefficients_t: torch.Tensor
-    advantages_t: torch.Tensor
-    behaviour_t: torch.Tensor
-    proximal_t: torch.Tensor
-    sequence_t: torch.Tensor
-    lag_t: torch.Tensor
-    reference_t: torch.Tensor | None = None
-    kept_t: torch.Tensor | None = None
+    coefficients_t: Tensor  # what its loss weighs in the minibatch's: see `aggregation`
+    advantages_t: Tensor
+    behaviour_t: Tensor  # logprob under the policy that sampled it
+    proximal_t: Tensor  # at the start of the update; may be NaN where `needs_proximal` says that nothing asks for it
+    sequence_t: Tensor  # int64
+    lag_t: Tensor  # int64, versions
+    reference_t: Tensor | None = None  # logprob under the reference; None without a KL in the loss
+    kept_t: Tensor | None = None  # bool: what a mask over the whole minibatch leaves (m2po); None without
 
 
 class TokenWeights(NamedTuple):
-    """How a token counts in the policy loss [T]: weights_t with masked tokens at 0; capped_t, masked_t bool."""
+    """How a token counts in the policy loss, [T] each."""
 
-    weights_t: torch.Tensor
-    capped_t: torch.Tensor
-    masked_t: torch.Tensor
+    weights_t: Tensor  # 0 where it is masked
+    capped_t: Tensor  # bool: the correction's weight was truncated
+    masked_t: Tensor  # bool
 
 
 def needs_proximal(spec: AlgorithmSpec) -> bool:
@@ -88,8 +40,8 @@ def needs_proximal(spec: AlgorithmSpec) -> bool:
 
 
 def objective(
-    spec: AlgorithmSpec, columns: Columns, logp_t: torch.Tensor, entropy_t: torch.Tensor, kl_coef: float | None = None
-) -> tuple[torch.Tensor, dict[str, torch.Tensor], TokenWeights]:
+    spec: AlgorithmSpec, columns: Columns, logp_t: Tensor, entropy_t: Tensor, kl_coef: float | None = None
+) -> tuple[Tensor, dict[str, Tensor], TokenWeights]:
     """This pack's share of the minibatch's loss (a scalar to sum over packs), sums for `loss_metrics`, and how tokens counted.
 
     logp_t, entropy_t [T] from the current policy, with gradient. kl_coef: where it adapts; None: the recipe's.
@@ -115,7 +67,7 @@ def objective(
     return loss, sums, counted
 
 
-def _old(spec: AlgorithmSpec, columns: Columns, logp_t: torch.Tensor) -> torch.Tensor:
+def _old(spec: AlgorithmSpec, columns: Columns, logp_t: Tensor) -> Tensor:
     """Logprobs [T] of the policy that the ratio is taken to, without gradient."""
     if spec.ratio_to == "behaviour":
         return columns.behaviour_t
@@ -124,7 +76,7 @@ def _old(spec: AlgorithmSpec, columns: Columns, logp_t: torch.Tensor) -> torch.T
     return columns.proximal_t
 
 
-def _count(spec: AlgorithmSpec, columns: Columns, old_t: torch.Tensor) -> TokenWeights:
+def _count(spec: AlgorithmSpec, columns: Columns, old_t: Tensor) -> TokenWeights:
     correction = "none" if spec.learns_preferences else spec.correction
     weights_t, capped_t = CORRECTIONS[correction](spec, old_t, columns.behaviour_t, columns.sequence_t)
     within_t = pack_mask(spec, (columns.proximal_t - columns.behaviour_t).detach(), columns.sequence_t)
@@ -159,25 +111,25 @@ def loss_metrics(sums: Mapping[str, float], steps: int) -> dict[str, float]:
 # The coefficients come from the whole minibatch. A sum over any division into packs is then the same number: how tokens are
 # packed can't change a step. counts_s [S]: trained tokens of each sequence of the minibatch, all >= 1. Pure.
 
-Aggregation = Callable[[torch.Tensor], torch.Tensor]
+Aggregation = Callable[[Tensor], Tensor]
 
 
-def token_mean(counts_s: torch.Tensor) -> torch.Tensor:
+def token_mean(counts_s: Tensor) -> Tensor:
     """Every token weighs the same (DAPO): 1 / Σ counts."""
     return torch.full_like(counts_s, 1.0 / counts_s.sum().item())
 
 
-def seq_mean_token_sum(counts_s: torch.Tensor) -> torch.Tensor:
+def seq_mean_token_sum(counts_s: Tensor) -> Tensor:
     """Sum over a sequence's tokens, mean over sequences: 1 / S."""
     return torch.full_like(counts_s, 1.0 / len(counts_s))
 
 
-def seq_mean_token_mean(counts_s: torch.Tensor) -> torch.Tensor:
+def seq_mean_token_mean(counts_s: Tensor) -> Tensor:
     """Mean over a sequence's tokens, mean over sequences (GRPO): 1 / (S · count)."""
     return 1.0 / (counts_s * len(counts_s))
 
 
-def seq_mean_token_sum_norm(counts_s: torch.Tensor, scale: int) -> torch.Tensor:
+def seq_mean_token_sum_norm(counts_s: Tensor, scale: int) -> Tensor:
     """Sum over a sequence's tokens over a constant, mean over sequences: 1 / (S · scale). Dr. GRPO (Liu et al. 2025).
 
     scale: tokens, usually the longest response; the same in every step, or steps would weigh differently.

@@ -11,27 +11,28 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from asyncrl.algorithms.rewards import Outcomes
 from asyncrl.config import AlgorithmSpec
 
 TIE = 1e-12  # of the sum of a group's |rewards|: so near its mean a reward, in float64, differs by rounding alone
 
-Figures = dict[str, torch.Tensor]
+Figures = dict[str, Tensor]
 
 
 class Pairs(NamedTuple):
     """chosen_p, rejected_p [P] int64: indices of sequences. weights_p [P], in the rewards' dtype: their sum is 1."""
 
-    chosen_p: torch.Tensor
-    rejected_p: torch.Tensor
-    weights_p: torch.Tensor
+    chosen_p: Tensor
+    rejected_p: Tensor
+    weights_p: Tensor
 
     def to(self, device: torch.device) -> "Pairs":
         return Pairs(*(column_p.to(device) for column_p in self))
 
 
-def rank_pairs(rewards_s: torch.Tensor, groups_s: torch.Tensor, kind: Literal["best_worst", "all"]) -> Pairs:
+def rank_pairs(rewards_s: Tensor, groups_s: Tensor, kind: Literal["best_worst", "all"]) -> Pairs:
     """Pairs within each group, the higher reward chosen. Online DPO (Guo et al. 2024), for groups of any size.
 
     best_worst: a group's best against its worst; each group that has a pair weighs the same. Several best or worst ones
@@ -50,7 +51,7 @@ def rank_pairs(rewards_s: torch.Tensor, groups_s: torch.Tensor, kind: Literal["b
     return Pairs(chosen_p, rejected_p, weights_p / weights_p.sum())
 
 
-def dpo(h_s: torch.Tensor, pairs: Pairs) -> tuple[torch.Tensor, Figures]:
+def dpo(h_s: Tensor, pairs: Pairs) -> tuple[Tensor, Figures]:
     """−log σ(h_chosen − h_rejected), the pairs' weighted mean. DPO (Rafailov et al. 2023). No pairs: 0, without figures.
 
     Figures are such means too, under TRL's names: h of either side, their difference, and how often it is > 0.
@@ -64,7 +65,7 @@ def dpo(h_s: torch.Tensor, pairs: Pairs) -> tuple[torch.Tensor, Figures]:
     return loss, {f"rewards/{name}": (weights_p * values_p).sum().detach() for name, values_p in columns.items()}
 
 
-def desirability(rewards_s: torch.Tensor, groups_s: torch.Tensor) -> torch.Tensor:
+def desirability(rewards_s: Tensor, groups_s: Tensor) -> Tensor:
     """KTO's labels [S] int64: 1 (desirable) above the mean reward of the group, −1 (undesirable) below, 0 (left out) at it.
 
     TRL's KTO is told by the data set; a reward has no natural zero, so the other rollouts of the same prompt are the measure.
@@ -78,9 +79,7 @@ def desirability(rewards_s: torch.Tensor, groups_s: torch.Tensor) -> torch.Tenso
     return above_s.sign().long() * (above_s.abs() > TIE * size_g[index_s])
 
 
-def kto(
-    h_s: torch.Tensor, labels_s: torch.Tensor, *, desirable_weight: float, undesirable_weight: float
-) -> tuple[torch.Tensor, Figures]:
+def kto(h_s: Tensor, labels_s: Tensor, *, desirable_weight: float, undesirable_weight: float) -> tuple[Tensor, Figures]:
     """λ_D·(1 − σ(h − z)) of the desirable, λ_U·(1 − σ(z − h)) of the undesirable, mean over both. KTO (Ethayarajh et al. 2024).
 
     labels_s [S]: see `desirability`. z = max(0, mean h), without gradient: β times the KL to the reference, from all S. The
@@ -98,9 +97,7 @@ def kto(
     return loss, {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
 
 
-def preference_loss(
-    spec: AlgorithmSpec, outcomes: Outcomes, members_m: torch.Tensor, h_m: torch.Tensor
-) -> tuple[torch.Tensor, Figures, int]:
+def preference_loss(spec: AlgorithmSpec, outcomes: Outcomes, members_m: Tensor, h_m: Tensor) -> tuple[Tensor, Figures, int]:
     """The recipe's loss of a minibatch, figures, and how many pairs (dpo) or labelled rollouts (kto) it is the mean of.
 
     members_m [M]: the minibatch's sequences among the rollouts of `outcomes`. h_m [M]: theirs, with gradient, on any device.

@@ -3,7 +3,7 @@
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
+from torch import Tensor
 
 WHITEN_EPS = 1e-8
 
@@ -11,17 +11,17 @@ WHITEN_EPS = 1e-8
 class Outcomes(NamedTuple):
     """What an estimator sees of a batch, float64 and on the CPU: S rollouts, trained or not, and N trained tokens of them."""
 
-    rewards_s: torch.Tensor  # [S] of whole rollouts, normalized where the recipe says so
-    groups_s: torch.Tensor  # [S] int64
-    lengths_s: torch.Tensor  # [S] int64, tokens that the policy chose, trained or not
-    sequence_n: torch.Tensor  # [N] int64, ascending: the rollout of each trained token
-    token_rewards_n: torch.Tensor  # [N] turn- and token-level rewards, and the KL penalty in the reward
-    before_s: torch.Tensor  # [S] token-level rewards before a rollout's first trained token, which count for the rollout alone
-    ranked_s: torch.Tensor  # [S] all rewards of a rollout, rounded once, so that what is equal stays equal in any order
-    baselines_s: torch.Tensor | None = None  # [S] all rewards of the greedy rollout of the same prompt; None without those
-    values_n: torch.Tensor | None = None  # [N] the critic's value before each trained token; None without a critic
+    rewards_s: Tensor  # [S] of whole rollouts, normalized where the recipe says so
+    groups_s: Tensor  # [S] int64
+    lengths_s: Tensor  # [S] int64, tokens that the policy chose, trained or not
+    sequence_n: Tensor  # [N] int64, ascending: the rollout of each trained token
+    token_rewards_n: Tensor  # [N] turn- and token-level rewards, and the KL penalty in the reward
+    before_s: Tensor  # [S] token-level rewards before a rollout's first trained token, which count for the rollout alone
+    ranked_s: Tensor  # [S] all rewards of a rollout, rounded once, so that what is equal stays equal in any order
+    baselines_s: Tensor | None = None  # [S] all rewards of the greedy rollout of the same prompt; None without those
+    values_n: Tensor | None = None  # [N] the critic's value before each trained token; None without a critic
 
-    def total_s(self) -> torch.Tensor:
+    def total_s(self) -> Tensor:
         """Rewards with the sum of the token-level ones [S], as verl has it for estimators of whole rollouts."""
         return (self.rewards_s + self.before_s).index_add(0, self.sequence_n, self.token_rewards_n)
 
@@ -38,7 +38,7 @@ def credited(rewards: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, floa
     return earned[1:], float(earned[0])
 
 
-def whitened(values_n: torch.Tensor) -> torch.Tensor:
+def whitened(values_n: Tensor) -> Tensor:
     """(x − mean) / sqrt(variance + 1e-8) over all values, variance unbiased. Equal values, or a single one, give 0."""
     centered_n = values_n - values_n.mean()
     variance = centered_n.square().sum() / max(1, len(values_n) - 1)
@@ -61,7 +61,7 @@ class RewardNormalizer:
         if kind == "running":
             state |= {"reward_count": 0.0, "reward_mean": 0.0, "reward_m2": 0.0}
 
-    def __call__(self, rewards_s: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rewards_s: Tensor) -> Tensor:
         """rewards_s [S], of every rollout of a batch; equal ones give 0. Counts them, where it is running."""
         if self._kind == "none" or not len(rewards_s):
             return rewards_s

@@ -7,9 +7,7 @@ settings if it has any, in this file; and by its function and its line in the ta
 import difflib
 from typing import Literal
 
-from msgspec.structs import fields
-
-from asyncrl.config.base import Rule, Spec, require, require_fields
+from asyncrl.config.base import Rule, Spec, require, require_fields, require_unset
 from asyncrl.errors import ConfigError
 
 UNGROUPED = ("reinforce_plus_plus", "remax", "gae")  # estimators that learn from a group of one
@@ -127,15 +125,6 @@ _RULES: tuple[Rule, ...] = (
     ),
 )
 
-# Settings that are read with one choice alone: with others, anything but their default is refused.
-_READ_WITH = {
-    "gamma": ("adv_estimator", "gae"),
-    "lam": ("adv_estimator", "gae"),
-    "clip_ratio_c": ("policy_loss", "ppo"),
-    "dpo_pairs": ("policy_loss", "dpo"),
-    "loss_scale_factor": ("loss_agg", "seq-mean-token-sum-norm"),
-}
-
 
 def _require_known(field: str, name: str, names: tuple[str, ...]) -> None:
     """Passes built-in names and what may be a user's function: that has a dot or a colon in it."""
@@ -148,26 +137,25 @@ def _require_known(field: str, name: str, names: tuple[str, ...]) -> None:
 
 def _require_read(spec: AlgorithmSpec) -> None:
     """Refuses settings that would be ignored."""
-    unread = {  # field: with what, and what to do
-        field: f"{choice}={getattr(spec, choice)!r}: it would be ignored; use {reader!r}, or leave it out"
-        for field, (choice, reader) in _READ_WITH.items()
-        if getattr(spec, choice) != reader
-    }
+
+    def only(names: str, choice: str, reader: str) -> None:
+        if (chosen := getattr(spec, choice)) != reader:
+            why = f"{choice}={chosen!r}: it would be ignored; use {reader!r}, or leave it out"
+            require_unset(spec, "algorithm.", names, why)
+
+    only("gamma lam", "adv_estimator", "gae")
+    only("clip_ratio_c", "policy_loss", "ppo")
+    only("dpo_pairs", "policy_loss", "dpo")
+    only("loss_scale_factor", "loss_agg", "seq-mean-token-sum-norm")
     if not spec.kl_coef:
         why = "kl_coef=0: there is no KL to speak of, it would be ignored; set kl_coef > 0"
-        unread |= {"kl_in": why, "kl_control": why}
+        require_unset(spec, "algorithm.", "kl_in kl_control", why)
     if spec.learns_preferences:
-        names = ["adv_estimator", "reward_normalization", "ratio_to", "masks", "kl_in"]
-        if spec.correction != "none":
-            names.append("correction")
-        if not spec.kl_coef and not spec.entropy_coef:
-            names.append("loss_agg")
+        names = "adv_estimator reward_normalization ratio_to masks kl_in"
+        names += " correction" if spec.correction != "none" else ""
+        names += "" if spec.kl_coef or spec.entropy_coef else " loss_agg"
         why = f"policy_loss={spec.policy_loss!r}: it learns from how rewards rank a group's rollouts alone"
-        unread |= dict.fromkeys(names, f"{why}, so this would be ignored; leave it out")
-    for field in fields(spec):
-        value = getattr(spec, field.name)
-        if field.name in unread and value != field.default:
-            raise ConfigError(f"algorithm.{field.name}={value!r} with {unread[field.name]}")
+        require_unset(spec, "algorithm.", names, f"{why}, so this would be ignored; leave it out")
 
 
 def _require_sound(spec: AlgorithmSpec) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import fields
 
 from asyncrl.errors import ConfigError
 
@@ -23,7 +24,15 @@ def require(condition: bool, message: str) -> None:
 
 def require_fields(spec: Struct, where: str, rules: Iterable[Rule]) -> None:
     """Raises ConfigError for the first field that breaks its rule. None breaks none. where: what fields begin with."""
-    for fields, holds, refusal in rules:
-        for field in fields.split():
+    for names, holds, refusal in rules:
+        for field in names.split():
             value = getattr(spec, field)
             require(value is None or holds(value), f"{where}{field}={value!r} {refusal}")
+
+
+def require_unset(spec: Struct, where: str, names: str, why: str) -> None:
+    """Raises ConfigError for the first of the named fields that has not its default. why: with what it would be ignored."""
+    for field in fields(spec):
+        value = getattr(spec, field.name)
+        if field.name in names.split() and value != field.default:
+            raise ConfigError(f"{where}{field.name}={value!r} with {why}")

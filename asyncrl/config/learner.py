@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from asyncrl.config.base import Rule, Spec, require, require_fields
+from asyncrl.config.base import Rule, Spec, require, require_fields, require_unset
 
 
 class ModelSpec(Spec, frozen=True, kw_only=True):
@@ -57,8 +57,6 @@ _LEARNER_RULES: tuple[Rule, ...] = (
     ("lr", lambda x: x >= 0, "< 0: the policy would be driven away from reward"),
 )
 
-VALUE_COEF = 0.1
-
 
 class CriticSpec(OptimizerSpec, frozen=True, kw_only=True):
     """The value function, which algorithm.adv_estimator="gae" turns on. The optimizer's settings are the critic's alone."""
@@ -69,33 +67,29 @@ class CriticSpec(OptimizerSpec, frozen=True, kw_only=True):
     backbone: Literal["own", "shared"] = "own"
     model: ModelSpec | None = None  # of an own critic; None: the policy's starting weights
     value_clip: float | None = 0.5  # how far a value may move in an update before its gain is clipped, as in verl; None: off
-    value_coef: float = VALUE_COEF  # weight of a shared critic's loss in the policy's
+    value_coef: float = 0.1  # weight of a shared critic's loss in the policy's
     ppo_epochs: int = 1  # passes of an own critic over each batch, in the learner's minibatches
     critic_warmup: int = 0  # first updates, in which only the critic (shared: the head) learns; the policy's versions count on
 
     def __post_init__(self) -> None:
         require_fields(self, "critic.", _CRITIC_RULES)
-        shared, model = self.backbone == "shared", self.model
-        require(
-            not shared or model is None,
-            f"critic.model={model.path if model else ''!r} with backbone='shared': it would be ignored; use backbone='own', "
-            "or null",
-        )
+        model = self.model
         require(
             model is None or not model.tokenizer,
             f"critic.model.tokenizer={model.tokenizer if model else ''!r}: it would be ignored, for the critic reads "
             "the policy's tokens; leave it out",
         )
+        if self.backbone == "own":
+            why = "backbone='own': it would be ignored, for an own critic's loss joins no other; set critic.lr instead"
+            require_unset(self, "critic.", "value_coef", why)
+            return
         require(
-            not shared or self.ppo_epochs == 1,
-            f"critic.ppo_epochs={self.ppo_epochs} with backbone='shared': it would be ignored, for the head learns in the "
-            "policy's passes; set learner.ppo_epochs instead",
+            model is None,
+            f"critic.model={model.path if model else ''!r} with backbone='shared': it would be ignored; use backbone='own', "
+            "or null",
         )
-        require(
-            shared or self.value_coef == VALUE_COEF,
-            f"critic.value_coef={self.value_coef} with backbone='own': it would be ignored, for an own critic's loss joins no "
-            "other; set critic.lr instead",
-        )
+        why = "backbone='shared': it would be ignored, for the head learns in the policy's passes"
+        require_unset(self, "critic.", "ppo_epochs", f"{why}; set learner.ppo_epochs instead")
 
 
 _CRITIC_RULES: tuple[Rule, ...] = (

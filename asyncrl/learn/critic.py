@@ -9,6 +9,7 @@ present critic, on tokens of policies that may be older.
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from asyncrl.algorithms.losses import clipped_value_loss, explained_variance
 from asyncrl.config import CriticSpec
@@ -51,9 +52,7 @@ class Critic:
                 for members, packs in minibatches:
                     self._step(update, members, packs)
 
-    def loss(
-        self, update: Update, members: Sequence[int], pack: Pack, values_t: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, update: Update, members: Sequence[int], pack: Pack, values_t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This pack's share of the minibatch's mean loss per token (a scalar to sum over packs), and sums for the metrics."""
         old_t, returns_t = update.values_n[pack.flat_t], update.returns_n[pack.flat_t]
         loss_t, clipped_t = clipped_value_loss(values_t, old_t, returns_t, self._spec.value_clip)
@@ -61,7 +60,7 @@ class Critic:
         return loss, {"vf_loss": loss.detach(), "vf_clipped": clipped_t.sum(), "vf_tokens": values_t.new_tensor(len(values_t))}
 
     def _step(self, update: Update, members: Sequence[int], packs: Sequence[Pack]) -> None:
-        totals: dict[str, torch.Tensor] = {}
+        totals: dict[str, Tensor] = {}
         for pack in packs:
             loss, sums = self.loss(update, members, pack, self._values(pack))
             loss.backward()

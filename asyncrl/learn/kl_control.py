@@ -1,6 +1,6 @@
 """The KL to the reference, over an update: as a penalty in the reward, and the coefficient that adapts to it."""
 
-import torch
+from torch import Tensor
 
 from asyncrl.algorithms.kl import KL_ESTIMATORS, adapted
 from asyncrl.config import AlgorithmSpec
@@ -19,7 +19,7 @@ class KLControl:
     def coef(self) -> float:
         return self.state.get("kl_coef", self._spec.kl_coef)
 
-    def penalty(self, update: Update) -> torch.Tensor:
+    def penalty(self, update: Update) -> Tensor:
         """−β·KL of each trained token [N], float64 on the CPU: a token-level reward (Ziegler et al. 2019; verl)."""
         return -self.coef * self._kl(update).cpu().double()
 
@@ -40,7 +40,7 @@ class KLControl:
             self.state["kl_coef"] = adapted(coef, kl, target=spec.kl_target, horizon=spec.kl_horizon, rollouts=rollouts)
         return figures
 
-    def _kl(self, update: Update) -> torch.Tensor:
+    def _kl(self, update: Update) -> Tensor:
         """KL per token [N] of the proximal policy to the reference, by the recipe's estimator; NaN where not known."""
         assert update.reference_n is not None, "asked for a KL without a reference"
         return KL_ESTIMATORS[self._spec.kl_estimator](update.proximal_n, update.reference_n)

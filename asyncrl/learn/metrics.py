@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from asyncrl.algorithms.losses import LOG_RATIO_LIMIT
 from asyncrl.learn.batch import TrainBatch
@@ -63,7 +64,7 @@ def staleness_metrics(rollouts: Sequence[TrainRollout], batch: TrainBatch) -> di
     return figures
 
 
-def gap_metrics(batch: TrainBatch, proximal_n: torch.Tensor) -> dict[str, float]:
+def gap_metrics(batch: TrainBatch, proximal_n: Tensor) -> dict[str, float]:
     """Learner against generator. proximal_n [N]: logprobs at the start of the update; NaN where none were computed.
 
     On tokens of lag 0 both sides hold the same weights: their difference is engine error alone, and must stay flat.
@@ -84,9 +85,7 @@ def gap_metrics(batch: TrainBatch, proximal_n: torch.Tensor) -> dict[str, float]
     return figures
 
 
-def correction_metrics(
-    lag_n: torch.Tensor, weights_n: torch.Tensor, capped_n: torch.Tensor, masked_n: torch.Tensor
-) -> dict[str, float]:
+def correction_metrics(lag_n: Tensor, weights_n: Tensor, capped_n: Tensor, masked_n: Tensor) -> dict[str, float]:
     """How much of the batch the off-policy correction leaves, over all tokens and by lag; as of their last epoch.
 
     weights_n [N]: 0 where masked, NaN where no step was made. ess: effective sample size (Σw)²/(N·Σw²), as a share of the

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from asyncrl.algorithms.advantages import advantages
 from asyncrl.algorithms.corrections import m2po
@@ -129,14 +130,14 @@ class PolicyTrainer:
         if self.critic is not None and self._head is None:
             self.critic.score(update, packs)
 
-    def _forward(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _forward(self, pack: Pack) -> tuple[Tensor, Tensor | None]:
         """The policy's logits [T, V], and the values [T] of a head on it."""
         if self._head is None:
             return self._policy.logits(pack), None
         logits_tv, hidden_th = self._policy.logits_and_hidden(pack)
         return logits_tv, self._head.of(hidden_th)
 
-    def _logprobs(self, logits_tv: torch.Tensor, pack: Pack) -> torch.Tensor:
+    def _logprobs(self, logits_tv: Tensor, pack: Pack) -> Tensor:
         return sampled_logprobs(logits_tv, pack.target_ids_t, self._policy.temperature)
 
     def _estimate(self, update: Update) -> None:
@@ -190,7 +191,7 @@ class PolicyTrainer:
         preferred = self._prefer(update, members, packs, coefficient_s) if spec.learns_preferences else {}
         batch = update.batch
         kept_n = self._keep(update, packs, spec.m2po_bound) if "m2po" in spec.masks else None
-        totals: dict[str, torch.Tensor] = {}
+        totals: dict[str, Tensor] = {}
         for pack in packs:
             logits_tv, values_t = self._forward(pack)
             logp_t = self._logprobs(logits_tv, pack)
@@ -218,9 +219,7 @@ class PolicyTrainer:
                 totals[name] = totals.get(name, 0.0) + value.double()
         return {name: value.item() for name, value in totals.items()} | preferred
 
-    def _prefer(
-        self, update: Update, members: Sequence[int], packs: Sequence[Pack], coefficient_s: torch.Tensor
-    ) -> dict[str, float]:
+    def _prefer(self, update: Update, members: Sequence[int], packs: Sequence[Pack], coefficient_s: Tensor) -> dict[str, float]:
         """Turns preferences of the minibatch into advantages. The first step's logprobs are there: the proximal ones."""
         logp_n = update.proximal_n
         if update.actor.tried:
@@ -228,14 +227,14 @@ class PolicyTrainer:
         update.advantages_n, sums = prefer(self._algorithm, update, members, logp_n, coefficient_s)
         return sums
 
-    def _coefficients(self, update: Update, members: Sequence[int]) -> torch.Tensor:
+    def _coefficients(self, update: Update, members: Sequence[int]) -> Tensor:
         """What a token of each sequence weighs in this minibatch's loss [S]; 0 for sequences of other minibatches."""
         coefficient_s = torch.zeros_like(update.batch.counts_s)
         coefficient_s[members] = aggregation(self._algorithm)(update.batch.counts_s[members])
         return coefficient_s
 
     @staticmethod
-    def _keep(update: Update, packs: Sequence[Pack], bound: float) -> torch.Tensor:
+    def _keep(update: Update, packs: Sequence[Pack], bound: float) -> Tensor:
         """What m2po leaves of a minibatch [N] bool; False outside of it."""
         flat_m = torch.cat([pack.flat_t for pack in packs])
         kept_n = torch.zeros_like(update.masked_n)

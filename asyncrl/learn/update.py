@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from asyncrl.algorithms.objective import TokenWeights
 from asyncrl.errors import NonFinite
@@ -40,14 +41,14 @@ class Update:
     """The columns [N] of an update are float32 and NaN until they are known, if they ever are."""
 
     def __init__(self, batch: TrainBatch, number: int) -> None:
-        def unknown() -> torch.Tensor:
+        def unknown() -> Tensor:
             return torch.full_like(batch.behaviour_n, math.nan)
 
         self.batch = batch
         self.number = number  # from 1
         self.recomputed = False  # whether proximal_n came from a pass of its own, before the first step
         self.proximal_n = unknown()  # logprobs at the start of the update
-        self.reference_n: torch.Tensor | None = None  # logprobs of the reference, where there is one
+        self.reference_n: Tensor | None = None  # logprobs of the reference, where there is one
         self.values_n = unknown()  # the critic's at the start of the update
         self.returns_n = unknown()  # what the critic learns
         self.advantages_n = unknown()  # made once, after scoring; of preferences, for every minibatch anew

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -68,7 +69,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> tuple
     return tuple(sorted(token for token in ids if token is not None))
 
 
-def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def named_weights(model: torch.nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, detached, without copies; of tied tensors only the first name."""
     seen: set[tuple[object, ...]] = set()
     weights = {}
@@ -82,7 +83,7 @@ def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copies weights into the model in place. Names and shapes must match `named_weights` exactly."""
     own = named_weights(model)
     if missing := own.keys() ^ weights.keys():

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -50,14 +51,14 @@ class Pack(NamedTuple):
     flat_t: where each scored token stands in the concatenation of all sequences' scored tokens.
     """
 
-    input_ids_u: torch.Tensor
-    position_ids_u: torch.Tensor
-    expand_s: torch.Tensor
-    collect_u: torch.Tensor
+    input_ids_u: Tensor
+    position_ids_u: Tensor
+    expand_s: Tensor
+    collect_u: Tensor
     runs: tuple[tuple[int, int], ...]
-    select_t: torch.Tensor
-    target_ids_t: torch.Tensor
-    flat_t: torch.Tensor
+    select_t: Tensor
+    target_ids_t: Tensor
+    flat_t: Tensor
 
 
 def input_length(sequence: TokenSequence) -> int:
@@ -98,19 +99,19 @@ class _Layout(NamedTuple):
     """What packed_attention needs of a pack; None in place of the indices if nothing is shared."""
 
     runs: tuple[tuple[int, int], ...]
-    expand_s: torch.Tensor | None
-    collect_u: torch.Tensor | None
+    expand_s: Tensor | None
+    collect_u: Tensor | None
 
 
 def packed_attention(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     packed_layout: _Layout | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Attention within each sequence of a pack: query [1, H, U, D] to [1, U, H, D]. Without `packed_layout`, plain SDPA."""
     if packed_layout is None:
         if attention_mask is not None and attention_mask.numel() == 1 and query.shape[2] > 1:
@@ -133,7 +134,7 @@ def packed_attention(
     return _expand(torch.cat(outputs), packed_layout.collect_u)[None], None
 
 
-def _expand(rows: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+def _expand(rows: Tensor, index: Tensor | None) -> Tensor:
     """rows[index] of [rows, H, D], with the backward pass of an embedding: fast, and in a fixed order where rows repeat."""
     return rows if index is None else F.embedding(index, rows.flatten(1)).unflatten(1, rows.shape[1:])
 
@@ -154,18 +155,18 @@ class PackedModel:
         if self._flat:
             model.set_attn_implementation(ATTENTION)
 
-    def logprobs(self, pack: Pack) -> torch.Tensor:
+    def logprobs(self, pack: Pack) -> Tensor:
         """Log-probabilities [T] of the pack's scored tokens, with gradient."""
         return sampled_logprobs(self.logits(pack), pack.target_ids_t, self.temperature)
 
     @torch.no_grad()
-    def score(self, packs: Sequence[Pack], out_n: torch.Tensor) -> torch.Tensor:
+    def score(self, packs: Sequence[Pack], out_n: Tensor) -> Tensor:
         """Fills and returns out_n [N], the logprobs of all packs' tokens in the order of their sequences."""
         for pack in packs:
             out_n[pack.flat_t] = self.logprobs(pack)
         return out_n
 
-    def logits(self, pack: Pack) -> torch.Tensor:
+    def logits(self, pack: Pack) -> Tensor:
         """Logits [T, V] that predict the pack's scored tokens; no other logits are computed."""
         if not self._flat:
             return self._logits_by_rows(pack)
@@ -182,9 +183,9 @@ class PackedModel:
         )
         return output.logits[0]
 
-    def logits_and_hidden(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+    def logits_and_hidden(self, pack: Pack) -> tuple[Tensor, Tensor]:
         """Logits [T, V], and what the output layer made them of: the last hidden states [T, H]."""
-        read: list[torch.Tensor] = []
+        read: list[Tensor] = []
         output = self.model.get_output_embeddings()
         hook = output.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].flatten(0, -2)))
         try:
@@ -193,7 +194,7 @@ class PackedModel:
             hook.remove()
         return logits_tv, read[0] if self._flat else torch.cat(read)[pack.collect_u[pack.select_t]]
 
-    def _logits_by_rows(self, pack: Pack) -> torch.Tensor:
+    def _logits_by_rows(self, pack: Pack) -> Tensor:
         """For any other causal LM: one forward per run, as equal-length rows. Exact, without padding, but more calls."""
         ids_by_run = pack.input_ids_u[pack.expand_s].split([count * length for count, length in pack.runs])
         rows = [
