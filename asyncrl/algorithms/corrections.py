@@ -1,8 +1,15 @@
-"""Off-policy corrections: weights for tokens that the proximal policy (start of this update) did not sample itself.
+"""Off-policy corrections, by the names that a recipe has for them: weights, and masks. Flat layout [T]; pure.
 
-A correction weighs the policy loss per token, without gradient. One per recipe, so none is applied twice; masks are another
-thing (see `masks`), and combine with it. Flat layout [T]; pure.
-proximal_t, behaviour_t: full-softmax logprobs at the sampling temperature, of the same tokens under both policies.
+For tokens that the proximal policy (start of this update) did not sample itself, a correction weighs the policy loss per
+token, without gradient. One per recipe, so none is applied twice. proximal_t, behaviour_t: full-softmax logprobs at the
+sampling temperature, of the same tokens under both policies.
+
+Rejection masks leave tokens out of the policy loss, where learner and behaviour are too far apart. delta = proximal −
+behaviour [T]. True: the token stays. Masks combine, with each other and with a correction: a token must pass all. A masked
+token counts in the normalizer of the aggregation, as in the papers: masking shrinks a step and never moves weight onto the
+tokens that stay. KL and entropy terms still see it.
+
+To add one: its function and its line in CORRECTIONS or MASKS here, its name and its settings in config/algorithm.py.
 """
 
 from collections.abc import Callable
@@ -16,10 +23,10 @@ from asyncrl.config import AlgorithmSpec
 
 
 class Weights(NamedTuple):
-    """weights_t [T] multiply the policy loss; capped_t [T] bool: where the weight was truncated."""
+    """A correction of each token, [T] each."""
 
-    weights_t: Tensor
-    capped_t: Tensor
+    weights_t: Tensor  # multiply the policy loss
+    capped_t: Tensor  # bool: where the weight was truncated
 
 
 def behaviour_ratio(proximal_t: Tensor, behaviour_t: Tensor) -> Tensor:
@@ -38,7 +45,7 @@ def decoupled(proximal_t: Tensor, behaviour_t: Tensor, cap: float) -> Weights:
 
 def tis_sequence(proximal_t: Tensor, behaviour_t: Tensor, sequence_t: Tensor, cap: float) -> Weights:
     """min(exp(Σ over the sequence of proximal − behaviour), cap), for all its tokens. TIS at sequence level (verl; Liu et
-    al. 2025): unbiased for whole answers, at a variance that grows with their length. The sum is over trained tokens."""
+    al. 2025): unbiased for whole responses, at a variance that grows with their length. The sum is over trained tokens."""
     ratio_t = behaviour_ratio(sequence_sum((proximal_t - behaviour_t).detach(), sequence_t), torch.zeros_like(behaviour_t))
     return Weights(ratio_t.clamp(max=cap), ratio_t > cap)
 
@@ -72,11 +79,7 @@ CORRECTIONS: dict[str, Correction] = {
 }
 
 
-# --------------------------------------------------------------------------------------------- masks
-# Rejection masks: tokens left out of the policy loss because learner and behaviour are too far apart there. Pure.
-# delta = proximal − behaviour, logprobs of the same token [T]. True: the token stays. Masks combine: a token must pass all. A
-# masked token counts in the normalizer of the aggregation, as in the papers: masking shrinks a step and never moves weight
-# onto the tokens that stay. KL and entropy terms still see it.
+# ----------------------------------------------------------------------------------------------- masks
 
 
 def icepop(delta_t: Tensor, low: float, high: float) -> Tensor:
@@ -103,11 +106,17 @@ def m2po(delta_m: Tensor, bound: float) -> Tensor:
     return torch.ones_like(squared_m, dtype=torch.bool) if stay == len(ordered_m) else squared_m < ordered_m[stay]
 
 
-def pack_mask(spec: AlgorithmSpec, delta_t: Tensor, sequence_t: Tensor) -> Tensor | None:
-    """What of a pack stays by those of the recipe's masks that see a token or a sequence [T] bool; None without any."""
-    kept = []
-    if "icepop" in spec.masks:
-        kept.append(icepop(delta_t, *spec.icepop_bounds))
-    if "geometric" in spec.masks:
-        kept.append(geometric(delta_t, sequence_t, *spec.geometric_bounds))
-    return torch.stack(kept).all(0) if kept else None
+# (recipe, delta_t, sequence_t) -> what stays; m2po, which sees a whole minibatch, is made before its packs
+MASKS: dict[str, Callable[[AlgorithmSpec, Tensor, Tensor], Tensor]] = {
+    "icepop": lambda spec, delta_t, _: icepop(delta_t, *spec.icepop_bounds),
+    "geometric": lambda spec, delta_t, sequence_t: geometric(delta_t, sequence_t, *spec.geometric_bounds),
+}
+
+
+def pack_mask(spec: AlgorithmSpec, delta_t: Tensor, sequence_t: Tensor) -> Tensor:
+    """What of a pack stays by those of the recipe's masks that see a token or a sequence [T] bool."""
+    kept_t = torch.ones_like(delta_t, dtype=torch.bool)
+    for name in spec.masks:
+        if name in MASKS:
+            kept_t = kept_t & MASKS[name](spec, delta_t, sequence_t)
+    return kept_t

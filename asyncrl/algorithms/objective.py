@@ -25,6 +25,10 @@ class Columns(NamedTuple):
     reference_t: Tensor | None = None  # logprob under the reference; None without a KL in the loss
     kept_t: Tensor | None = None  # bool: what a mask over the whole minibatch leaves (m2po); None without
 
+    def take(self, index_t: Tensor) -> "Columns":
+        """The columns of some tokens."""
+        return Columns(*(None if column is None else column[index_t] for column in self))  # type: ignore[arg-type]
+
 
 class TokenWeights(NamedTuple):
     """How a token counts in the policy loss, [T] each."""
@@ -79,11 +83,9 @@ def _old(spec: AlgorithmSpec, columns: Columns, logp_t: Tensor) -> Tensor:
 def _count(spec: AlgorithmSpec, columns: Columns, old_t: Tensor) -> TokenWeights:
     correction = "none" if spec.learns_preferences else spec.correction
     weights_t, capped_t = CORRECTIONS[correction](spec, old_t, columns.behaviour_t, columns.sequence_t)
-    within_t = pack_mask(spec, (columns.proximal_t - columns.behaviour_t).detach(), columns.sequence_t)
-    kept = [kept_t for kept_t in (within_t, columns.kept_t) if kept_t is not None]
-    if not kept:
-        return TokenWeights(weights_t, capped_t, torch.zeros_like(capped_t))
-    kept_t = torch.stack(kept).all(0)
+    kept_t = pack_mask(spec, (columns.proximal_t - columns.behaviour_t).detach(), columns.sequence_t)
+    if columns.kept_t is not None:
+        kept_t = kept_t & columns.kept_t
     return TokenWeights(weights_t * kept_t, capped_t, ~kept_t)
 
 

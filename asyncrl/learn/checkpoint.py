@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from asyncrl.errors import CheckpointError
 from asyncrl.learn.critic import Critic
+from asyncrl.learn.policies import newest_complete
 from asyncrl.models.loading import load_weights, named_weights
 from asyncrl.rundir import RunDir, atomic_folder, verify_manifest, write_manifest
 from asyncrl.types import Version
@@ -87,7 +88,7 @@ class Checkpoints:
         elif not folders:
             return None
         else:
-            wanted, extra = _newest_complete(folders)
+            wanted, extra = newest_complete(folders)
         load_policy(model, wanted / "policy")
         optimizer.load_state_dict(_load(wanted / "optimizer.pt"))
         if critic is not None:
@@ -114,8 +115,7 @@ def save_policy(model: PreTrainedModel, folder: Path) -> None:
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    weights = {name: tensor.contiguous() for name, tensor in named_weights(model).items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _save_weights(model, folder)
 
 
 def load_policy(model: torch.nn.Module, folder: Path) -> None:
@@ -123,10 +123,14 @@ def load_policy(model: torch.nn.Module, folder: Path) -> None:
     load_weights(model, load_file(folder / "model.safetensors"))
 
 
+def _save_weights(module: torch.nn.Module, folder: Path) -> None:
+    weights = {name: tensor.contiguous() for name, tensor in named_weights(module).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def _save_critic(critic: Critic, folder: Path) -> None:
     folder.mkdir()
-    weights = {name: tensor.contiguous() for name, tensor in named_weights(critic.module).items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _save_weights(critic.module, folder)
     torch.save(critic.optimizer.state_dict(), folder / "optimizer.pt")
 
 
@@ -138,15 +142,6 @@ def _load_critic(critic: Critic, folder: Path) -> None:
         )
     load_weights(critic.module, load_file(folder / "model.safetensors"))
     critic.optimizer.load_state_dict(_load(folder / "optimizer.pt"))
-
-
-def _newest_complete(folders: list[Path]) -> tuple[Path, dict[str, Any]]:
-    for folder in reversed(folders):
-        try:
-            return folder, verify_manifest(folder)
-        except CheckpointError as error:
-            log.warning("skipping %s: %s", folder, error)
-    raise CheckpointError(f"none of {[folder.name for folder in folders]} is complete; the warnings above say why")
 
 
 def _load(path: Path) -> Any:

@@ -26,14 +26,11 @@ class Critic:
         self.module = values.module  # with the optimizer, what a checkpoint holds
         self.shared = values if isinstance(values, SharedValues) else None  # the head, if it is one on the policy
         self.optimization = Optimization(values.module, spec, total_steps, "critic.lr")
+        self.optimizer = self.optimization.adamw
         self.value_coef = spec.value_coef
         self._values = values
         self._spec = spec
         self._refused = refused
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        return self.optimization.adamw
 
     def alone(self, update: Update) -> bool:
         """Whether only the critic learns in this update."""

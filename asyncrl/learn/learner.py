@@ -2,7 +2,7 @@
 
     fence(c₀) ─► publish c₀ ─► ┌ take batch ─► update ─► commit ─► publish ─► (checkpoint) ─► (request_eval) ┐ ─► …
                                └─────────────────────────────────────────────────────────────────────────────┘
-    beside it, in a helper:      lease_batch ─► rows of the next batch, for the update at which it will be trained
+    beside it, in a helper:      lease_batch(c+1) ─► rows(c+1), for the update at which they will be trained
 Waits only for that batch: `lease_batch` is a long poll for the store's oldest full batch. Commit comes before publish, so
 that no generator ever holds weights that a restore would not reach again.
 
@@ -17,9 +17,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -33,26 +32,23 @@ from asyncrl.report.timing import TimeInState
 from asyncrl.rundir import atomic_folder
 from asyncrl.types import BatchLease, Report, TrainRollout, Version
 
-# ------------------------------------------------------------------------------------------ prefetch
-# The next batch, leased and read while the learner still trains the one before.
-# learner   take(c) ─► ask(c+1) ─► train c ─► commit ─► publish ─► take(c+1) ─► …
-# helper                  └─► lease_batch(c+1) ─► rows(c+1) ───────────┘
+log = logging.getLogger(__name__)
 
 
 class LeasedBatch(NamedTuple):
-    """A lease and its rows. rows_s: how long these took to come, in the helper thread."""
+    """A lease and its rows."""
 
     lease: BatchLease
     rollouts: list[TrainRollout]
-    rows_s: float
+    rows_s: float  # how long the rows took to come, in the helper thread
 
 
 class Prefetch:
-    """A helper thread, for as long as its `with` block, that fetches one batch at a time.
+    """A helper thread that fetches one batch at a time: the next one, while the learner still trains the one before.
 
     A batch is asked for by the update after which it will be trained: the store applies the bound for that moment, not for
     the moment of asking. Whoever asks must train the batch: a lease ends only by its commit or a newer fence.
-    Leaving the block waits for the poll under way, `poll_s` at most while the store lives. over: checked between polls.
+    `close` waits for the poll under way, `poll_s` at most while the store lives. over: checked between polls.
     """
 
     def __init__(self, store: LearnerStore, poll_s: float, over: Callable[[], bool]) -> None:
@@ -85,15 +81,9 @@ class Prefetch:
                 return None
         return None
 
-    def __enter__(self) -> "Prefetch":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
         self._left.set()
         self._helper.shutdown()
-
-
-log = logging.getLogger(__name__)
 
 
 class Learner:
@@ -129,8 +119,8 @@ class Learner:
         self._stopping = threading.Event()
         self._started = False
         self._version = Version(0, 0)
-        self._saved: int | None = None
-        self._evaluated: int | None = None
+        self._saved: Version | None = None  # the newest that is checkpointed
+        self._evaluated: Version | None = None  # the newest whose evaluation was requested
         self._timings: dict[str, float] = defaultdict(float)  # since the last commit
 
     def start(self, at: int | None = None) -> Version:
@@ -155,11 +145,10 @@ class Learner:
         if restored is None:
             self._save()
         else:
-            self._saved = restored
+            self._saved = self._version
             self._store.checkpointed(self._checkpoints.prune())
         self._publish()
-        if self._eval_freq is not None and committed % self._eval_freq == 0:
-            self._request_eval()
+        self._save_and_evaluate()
         return self._version
 
     def run(self, until: int) -> int:
@@ -172,10 +161,10 @@ class Learner:
         try:
             if not self._started:
                 self.start()
-            with Prefetch(self._store, self._poll_s, self._stopping.is_set) as ahead:
+            with closing(Prefetch(self._store, self._poll_s, self._stopping.is_set)) as ahead:
                 self._train_until(until, ahead)
             if not self._stopping.is_set():
-                self._finish()
+                self._save_and_evaluate(last=True)
         except Closed:
             log.info("the store has closed; ending at update %d", self.committed)
         finally:
@@ -243,16 +232,18 @@ class Learner:
             self._store.commit(lease.lease, following, metrics)
         self._version, self._started = following, True
         self._publish()
-        if following.update % self._save_freq == 0:
-            self._save()
-        if self._eval_freq is not None and following.update % self._eval_freq == 0:
-            self._request_eval()
+        self._save_and_evaluate()
 
-    def _finish(self) -> None:
-        if self._saved != self.committed:
+    def _save_and_evaluate(self, last: bool = False) -> None:
+        """Checkpoints this version, and requests its evaluation, where it is its turn or the last; neither twice."""
+        if self._saved != self._version and (last or self.committed % self._save_freq == 0):
             self._save()
-        if self._eval_freq is not None and self._evaluated != self.committed:
-            self._request_eval()
+        if self._eval_freq is None or self._evaluated == self._version:
+            return
+        if last or self.committed % self._eval_freq == 0:
+            with self._ledger.span("wait:store"):
+                self._store.request_eval(self._version)
+            self._evaluated = self._version
 
     def _publish(self) -> None:
         with self._timed("sync", "timing_s/publish"):
@@ -263,14 +254,9 @@ class Learner:
         with self._timed("sync", "timing_s/checkpoint"):
             trainer = self._trainer
             path = self._checkpoints.save(trainer.model, trainer.optimizer, self._version, trainer.state, trainer.critic)
-            self._saved = self.committed
+            self._saved = self._version
             self._store.checkpointed(self._checkpoints.prune())
         return path
-
-    def _request_eval(self) -> None:
-        with self._ledger.span("wait:store"):
-            self._store.request_eval(self._version)
-        self._evaluated = self.committed
 
     @contextmanager
     def _timed(self, state: str, name: str) -> Iterator[None]:

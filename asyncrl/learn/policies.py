@@ -1,7 +1,9 @@
 """What a person may name as a model: a Hugging Face id or folder, a checkpoint, or a run (then its newest checkpoint)."""
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import Struct
@@ -14,15 +16,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class Policy(Struct, frozen=True, kw_only=True):
-    """Where the weights, configuration and tokenizer are. checkpoint: None for a Hugging Face model.
+log = logging.getLogger(__name__)
 
-    recipe: of the run that the checkpoint lies in, if it still does.
-    """
+
+class Policy(Struct, frozen=True, kw_only=True):
+    """Where the weights, configuration and tokenizer are."""
 
     spec: ModelSpec
-    checkpoint: Path | None = None
-    recipe: Recipe | None = None
+    checkpoint: Path | None = None  # None for a Hugging Face model
+    recipe: Recipe | None = None  # of the run that the checkpoint lies in, if it still does
 
 
 def locate(name: str, tokenizer: str = "", dtype: str = "") -> Policy:
@@ -38,8 +40,12 @@ def locate(name: str, tokenizer: str = "", dtype: str = "") -> Policy:
     if path.name.startswith("step_") or (path / MANIFEST).is_file():
         return _checkpoint(path, verify_manifest(path), tokenizer, dtype)
     if (path / "checkpoints").is_dir() or (path / "recipe.json").is_file():
-        folder, manifest = _newest(RunDir(path))
-        return _checkpoint(folder, manifest, tokenizer, dtype)
+        folders = RunDir(path).steps()
+        if not folders:
+            raise ConfigError(
+                f"run {path} has no checkpoint yet: there is nothing to load; wait for its first, or name a model"
+            )
+        return _checkpoint(*newest_complete(folders), tokenizer, dtype)
     if name.startswith((".", "/", "~")) and not path.exists():
         raise ConfigError(f"{name} does not exist: no model could be loaded; name a Hugging Face folder or id, or runs/NAME")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -80,19 +86,16 @@ def load(policy: Policy, device: str = "cpu") -> "tuple[PreTrainedModel, PreTrai
     return model.to(device).eval(), tokenizer
 
 
-def _newest(run_dir: RunDir) -> tuple[Path, dict[str, object]]:
-    folders = run_dir.steps()
+def newest_complete(folders: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+    """The last of a run's checkpoints that is whole, and its manifest; warns of those skipped. CheckpointError: none is."""
     problems = []
     for folder in reversed(folders):
         try:
             return folder, verify_manifest(folder)
         except CheckpointError as error:
+            log.warning("skipping %s: %s", folder, error)
             problems.append(str(error))
-    if not folders:
-        raise ConfigError(
-            f"run {run_dir.path} has no checkpoint yet: there is nothing to load; wait for its first, or name a model"
-        )
-    raise CheckpointError(f"no checkpoint of {run_dir.path} is whole:\n  " + "\n  ".join(problems))
+    raise CheckpointError(f"no checkpoint of {folders[0].parent.parent} is whole:\n  " + "\n  ".join(problems))
 
 
 def _checkpoint(folder: Path, manifest: dict[str, object], tokenizer: str, dtype: str) -> Policy:

@@ -32,13 +32,10 @@ class SupervisedTrainer:
     def __init__(self, model: PreTrainedModel, spec: OptimizerSpec, total_steps: int, *, max_tokens_per_pack: int) -> None:
         self.model = model
         self._optimization = Optimization(model, spec, total_steps, "lr")
+        self.optimizer = self._optimization.adamw
         self.total_steps = total_steps
         self._packed = PackedModel(model)
         self._max_tokens = max_tokens_per_pack
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        return self._optimization.adamw
 
     def step(self, examples: Sequence[TokenSequence], done: int) -> dict[str, float]:
         """Makes step `done + 1` and returns its figures. Raises NonFinite, weights as before, where it can't be made."""

@@ -64,6 +64,7 @@ class PolicyTrainer:
         self.critic = critic
         self._head = critic.shared if critic is not None else None
         self._optimization = Optimization(policy.model, learner, total_steps, "learner.lr")
+        self.optimizer = self._optimization.adamw
         self._policy = policy
         self._reference = reference if algorithm.needs_reference else None
         self._learner = learner
@@ -73,10 +74,6 @@ class PolicyTrainer:
         self.state = self._kl.state  # figures for the checkpoint: the KL coefficient, where it adapts; moments of the rewards
         self._normalizer = RewardNormalizer(algorithm.reward_normalization, self.state)
         self._refused = RefusedSteps(refused_dir, learner.max_refused_steps)
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        return self._optimization.adamw
 
     def update(self, rollouts: Sequence[TrainRollout], committed: int) -> dict[str, float]:
         """Makes update `committed + 1` and returns its metrics; with nothing to train the weights stay as they are.
@@ -190,7 +187,16 @@ class PolicyTrainer:
         coefficient_s = self._coefficients(update, members)
         preferred = self._prefer(update, members, packs, coefficient_s) if spec.learns_preferences else {}
         batch = update.batch
-        kept_n = self._keep(update, packs, spec.m2po_bound) if "m2po" in spec.masks else None
+        columns_n = Columns(
+            coefficients_t=coefficient_s[batch.sequence_n],
+            advantages_t=update.advantages_n,
+            behaviour_t=batch.behaviour_n,
+            proximal_t=update.proximal_n,
+            sequence_t=batch.sequence_n,
+            lag_t=batch.lag_n,
+            reference_t=update.reference_n if spec.kl_in_loss else None,
+            kept_t=self._keep(update, packs, spec.m2po_bound) if "m2po" in spec.masks else None,
+        )
         totals: dict[str, Tensor] = {}
         for pack in packs:
             logits_tv, values_t = self._forward(pack)
@@ -199,16 +205,7 @@ class PolicyTrainer:
                 entropy_t = entropy(logits_tv, self._policy.temperature)
             if not update.recomputed and not update.actor.tried:
                 update.proximal_n[pack.flat_t] = logp_t.detach()
-            columns = Columns(
-                coefficients_t=coefficient_s[batch.sequence_n[pack.flat_t]],
-                advantages_t=update.advantages_n[pack.flat_t],
-                behaviour_t=batch.behaviour_n[pack.flat_t],
-                proximal_t=update.proximal_n[pack.flat_t],
-                sequence_t=batch.sequence_n[pack.flat_t],
-                lag_t=batch.lag_n[pack.flat_t],
-                reference_t=update.reference_n[pack.flat_t] if update.reference_n is not None and spec.kl_in_loss else None,
-                kept_t=None if kept_n is None else kept_n[pack.flat_t],
-            )
+            columns = columns_n.take(pack.flat_t)
             loss, sums, counted = objective(spec, columns, logp_t, entropy_t, self._kl.coef)
             if self.critic is not None and values_t is not None:
                 value_loss, value_sums = self.critic.loss(update, members, pack, values_t)

@@ -95,21 +95,13 @@ def make_pack(sequences: Sequence[TokenSequence], members: Sequence[int], device
     return Pack(runs=tuple((count, length) for length, count in runs.items()), **tensors)
 
 
-class _Layout(NamedTuple):
-    """What packed_attention needs of a pack; None in place of the indices if nothing is shared."""
-
-    runs: tuple[tuple[int, int], ...]
-    expand_s: Tensor | None
-    collect_u: Tensor | None
-
-
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    packed_layout: _Layout | None = None,
+    packed_layout: Pack | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each sequence of a pack: query [1, H, U, D] to [1, U, H, D]. Without `packed_layout`, plain SDPA."""
@@ -118,9 +110,13 @@ def packed_attention(
             raise ConfigError(f"{type(module).__name__} does not hand `packed_layout` to its attention: it can't train packed")
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     window = kwargs.get("sliding_window")
+    shares = len(packed_layout.expand_s) > len(packed_layout.input_ids_u)
     sizes = [count * length for count, length in packed_layout.runs]
     # split, not slices: its backward is one concatenation instead of a full-size zero tensor per run
-    split = [_expand(tensor[0].transpose(0, 1), packed_layout.expand_s).split(sizes) for tensor in (query, key, value)]
+    split = [
+        _expand(tensor[0].transpose(0, 1), packed_layout.expand_s if shares else None).split(sizes)
+        for tensor in (query, key, value)
+    ]
     outputs = []
     for (count, length), *parts in zip(packed_layout.runs, *split, strict=True):
         q, k, v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in parts)
@@ -131,7 +127,7 @@ def packed_attention(
             q, k, v, attn_mask=band, is_causal=band is None, scale=kwargs.get("scaling"), enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return _expand(torch.cat(outputs), packed_layout.collect_u)[None], None
+    return _expand(torch.cat(outputs), packed_layout.collect_u if shares else None)[None], None
 
 
 def _expand(rows: Tensor, index: Tensor | None) -> Tensor:
@@ -170,7 +166,6 @@ class PackedModel:
         """Logits [T, V] that predict the pack's scored tokens; no other logits are computed."""
         if not self._flat:
             return self._logits_by_rows(pack)
-        shares = len(pack.expand_s) > len(pack.input_ids_u)
         # the 4-D mask tells Hugging Face that masking is taken care of; packed_attention never reads it
         done = torch.zeros(1, 1, 1, 1, dtype=self.model.dtype, device=pack.input_ids_u.device)
         output = self.model(
@@ -179,7 +174,7 @@ class PackedModel:
             attention_mask=done,
             use_cache=False,
             logits_to_keep=pack.select_t,
-            packed_layout=_Layout(pack.runs, pack.expand_s, pack.collect_u) if shares else _Layout(pack.runs, None, None),
+            packed_layout=pack,
         )
         return output.logits[0]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.algorithms.advantages import ESTIMATORS, advantages, estimator, gae, grpo, grpo_no_std, opo, returns_to_go, rloo
@@ -71,18 +71,19 @@ def test_no_rollouts_at_all(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ALL)
+@settings(deadline=None)  # the first call of torch.testing imports for long
 @given(st.lists(st.tuples(st.integers(0, 4), st.floats(-10, 10), st.integers(1, 50)), min_size=1, max_size=20), st.randoms())
 def test_equals_the_plain_form_and_order_is_irrelevant(kind: str, items: list[tuple[int, float, int]], shuffler) -> None:
     """Groups are of any size, so this holds for what evictions leave of them as well."""
     groups, rewards, lengths = (list(column) for column in zip(*items, strict=True))
     columns = torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups), torch.tensor(lengths)
-    advantages = ALL[kind](*columns)
-    assert advantages.dtype == torch.float64
+    found = ALL[kind](*columns)
+    assert found.dtype == torch.float64
     # Division by a spread of almost 0 enlarges rounding errors of the mean by 1e6.
-    assert advantages.tolist() == pytest.approx(by_group(kind, rewards, groups, lengths), rel=1e-9, abs=1e-7)
+    assert found.tolist() == pytest.approx(by_group(kind, rewards, groups, lengths), rel=1e-9, abs=1e-7)
     order = list(range(len(items)))
     shuffler.shuffle(order)
-    torch.testing.assert_close(ALL[kind](*(c[order] for c in columns)), advantages[order], atol=1e-7, rtol=1e-9)
+    torch.testing.assert_close(ALL[kind](*(c[order] for c in columns)), found[order], atol=1e-7, rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ALL)

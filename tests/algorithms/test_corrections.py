@@ -129,5 +129,5 @@ def test_a_token_must_pass_all_masks() -> None:
     spec = AlgorithmSpec(masks=("icepop", "geometric"), geometric_bounds=(0.6, 1.1))
     assert pack_mask(spec, delta, sequences).tolist() == [True, False, False, False]
     assert pack_mask(AlgorithmSpec(masks=("icepop",)), delta, sequences).tolist() == [True, False, True, True]
-    assert pack_mask(AlgorithmSpec(masks=("m2po",)), delta, sequences) is None  # sees the minibatch, not the pack
-    assert pack_mask(AlgorithmSpec(), delta, sequences) is None
+    assert pack_mask(AlgorithmSpec(masks=("m2po",)), delta, sequences).all()  # sees the minibatch, not the pack
+    assert pack_mask(AlgorithmSpec(), delta, sequences).all()
