@@ -1,7 +1,6 @@
 """The loss of one pack: policy loss × correction × masks + KL + entropy bonus, put together by name. Pure."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from asyncrl.config import AlgorithmSpec
 class Columns(NamedTuple):
     """What the loss needs of each trained token, [T] each."""
 
-    coefficients_t: Tensor  # what its loss weighs in the minibatch's: see `aggregation`
+    coefficients_t: Tensor  # what its loss weighs in the minibatch's: see AGGREGATIONS
     advantages_t: Tensor
     behaviour_t: Tensor  # logprob under the policy that sampled it
     proximal_t: Tensor  # at the start of the update; may be NaN where `needs_proximal` says that nothing asks for it
@@ -108,47 +107,26 @@ def loss_metrics(sums: Mapping[str, float], steps: int) -> dict[str, float]:
     return named
 
 
-# ----------------------------------------------------------------------------------------- aggregate
+# ---------------------------------------------------------------------------------------- aggregation
 # From one loss per token to one number: a fixed coefficient per sequence, so that loss = Σ_t coefficient[seq(t)] · loss_t.
 # The coefficients come from the whole minibatch. A sum over any division into packs is then the same number: how tokens are
-# packed can't change a step. counts_s [S]: trained tokens of each sequence of the minibatch, all >= 1. Pure.
-
-Aggregation = Callable[[Tensor], Tensor]
+# packed can't change a step. To add one: here, and its name in config/algorithm.py.
 
 
-def token_mean(counts_s: Tensor) -> Tensor:
-    """Every token weighs the same (DAPO): 1 / Σ counts."""
-    return torch.full_like(counts_s, 1.0 / counts_s.sum().item())
+def _sum_norm(spec: AlgorithmSpec, counts_s: Tensor) -> Tensor:
+    assert spec.loss_scale_factor is not None, "refused when the recipe was made"
+    return torch.full_like(counts_s, 1.0 / len(counts_s)) / spec.loss_scale_factor
 
 
-def seq_mean_token_sum(counts_s: Tensor) -> Tensor:
-    """Sum over a sequence's tokens, mean over sequences: 1 / S."""
-    return torch.full_like(counts_s, 1.0 / len(counts_s))
-
-
-def seq_mean_token_mean(counts_s: Tensor) -> Tensor:
-    """Mean over a sequence's tokens, mean over sequences (GRPO): 1 / (S · count)."""
-    return 1.0 / (counts_s * len(counts_s))
-
-
-def seq_mean_token_sum_norm(counts_s: Tensor, scale: int) -> Tensor:
-    """Sum over a sequence's tokens over a constant, mean over sequences: 1 / (S · scale). Dr. GRPO (Liu et al. 2025).
-
-    scale: tokens, usually the longest response; the same in every step, or steps would weigh differently.
-    """
-    return seq_mean_token_sum(counts_s) / scale
-
-
-AGGREGATIONS: dict[str, Aggregation] = {
-    "token-mean": token_mean,
-    "seq-mean-token-sum": seq_mean_token_sum,
-    "seq-mean-token-mean": seq_mean_token_mean,
+# (recipe, trained tokens of each sequence of the minibatch [S], all >= 1) -> coefficient of each of its tokens [S]
+AGGREGATIONS: dict[str, Callable[[AlgorithmSpec, Tensor], Tensor]] = {
+    # Every token weighs the same (DAPO): 1 / Σ counts.
+    "token-mean": lambda spec, counts_s: torch.full_like(counts_s, 1.0 / counts_s.sum().item()),
+    # Sum over a sequence's tokens, mean over sequences: 1 / S.
+    "seq-mean-token-sum": lambda spec, counts_s: torch.full_like(counts_s, 1.0 / len(counts_s)),
+    # Mean over a sequence's tokens, mean over sequences (GRPO): 1 / (S · count).
+    "seq-mean-token-mean": lambda spec, counts_s: 1.0 / (counts_s * len(counts_s)),
+    # Sum over a sequence's tokens over a constant, mean over sequences: 1 / (S · scale). Dr. GRPO (Liu et al. 2025). The scale
+    # is the same in every step, or steps would weigh differently.
+    "seq-mean-token-sum-norm": _sum_norm,
 }
-
-
-def aggregation(spec: AlgorithmSpec) -> Aggregation:
-    """The recipe's aggregation."""
-    if spec.loss_agg == "seq-mean-token-sum-norm":
-        assert spec.loss_scale_factor is not None, "refused when the recipe was made"
-        return partial(seq_mean_token_sum_norm, scale=spec.loss_scale_factor)
-    return AGGREGATIONS[spec.loss_agg]

@@ -9,7 +9,6 @@ A loss couples sequences, over a whole minibatch. It is one number, and its grad
 
 from typing import Literal, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,14 +21,11 @@ Figures = dict[str, Tensor]
 
 
 class Pairs(NamedTuple):
-    """chosen_p, rejected_p [P] int64: indices of sequences. weights_p [P], in the rewards' dtype: their sum is 1."""
+    """Pairs of sequences, [P] each."""
 
-    chosen_p: Tensor
-    rejected_p: Tensor
-    weights_p: Tensor
-
-    def to(self, device: torch.device) -> "Pairs":
-        return Pairs(*(column_p.to(device) for column_p in self))
+    chosen_p: Tensor  # int64, indices
+    rejected_p: Tensor  # likewise
+    weights_p: Tensor  # in the rewards' dtype; their sum is 1
 
 
 def rank_pairs(rewards_s: Tensor, groups_s: Tensor, kind: Literal["best_worst", "all"]) -> Pairs:
@@ -103,8 +99,8 @@ def preference_loss(spec: AlgorithmSpec, outcomes: Outcomes, members_m: Tensor, 
     members_m [M]: the minibatch's sequences among the rollouts of `outcomes`. h_m [M]: theirs, with gradient, on any device.
     """
     if spec.policy_loss == "dpo":
-        pairs = rank_pairs(outcomes.ranked_s[members_m], outcomes.groups_s[members_m], spec.dpo_pairs).to(h_m.device)
-        return *dpo(h_m, pairs), len(pairs.weights_p)
+        pairs = rank_pairs(outcomes.ranked_s[members_m], outcomes.groups_s[members_m], spec.dpo_pairs)
+        return *dpo(h_m, Pairs(*(column_p.to(h_m.device) for column_p in pairs))), len(pairs.weights_p)
     labels_m = desirability(outcomes.ranked_s, outcomes.groups_s)[members_m].to(h_m.device)
     loss, figures = kto(
         h_m, labels_m, desirable_weight=spec.kto_desirable_weight, undesirable_weight=spec.kto_undesirable_weight

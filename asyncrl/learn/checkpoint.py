@@ -10,9 +10,8 @@ update count, and the place in the store's log is that count too, so neither nee
 import logging
 import random
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +28,17 @@ from asyncrl.types import Version
 log = logging.getLogger(__name__)
 
 
+class Checkpointed(Protocol):
+    """What a checkpoint holds of a trainer."""
+
+    model: PreTrainedModel
+    optimizer: torch.optim.AdamW
+    state: dict[str, float]  # its own figures, kept in the manifest
+
+    @property
+    def critic(self) -> Critic | None: ...
+
+
 class Checkpoints:
     """The checkpoints of one run; at most keep_last_n stay. One writer at a time: the learner that holds the fence."""
 
@@ -36,48 +46,32 @@ class Checkpoints:
         self._run_dir = run_dir
         self._keep_last_n = keep_last_n
 
-    def save(
-        self,
-        model: PreTrainedModel,
-        optimizer: torch.optim.Optimizer,
-        version: Version,
-        state: Mapping[str, float] | None = None,
-        critic: Critic | None = None,
-    ) -> Path:
-        """Writes `step_<update>`, whole or not at all, and returns its folder. An older one of that name is replaced.
-
-        state: the trainer's own figures, kept in the manifest.
-        """
+    def save(self, trainer: Checkpointed, version: Version) -> Path:
+        """Writes `step_<update>`, whole or not at all, and returns its folder. An older one of that name is replaced."""
+        model = trainer.model
         path = self._run_dir.checkpoint(version.update)
         with atomic_folder(path) as folder:
             save_policy(model, folder / "policy")
-            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+            torch.save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
             torch.save(_rng_state(), folder / "rng.pt")
-            if critic is not None:
-                _save_critic(critic, folder / "critic")
+            if trainer.critic is not None:
+                _save_critic(trainer.critic, folder / "critic")
             summary = {
                 "type": model.config.model_type,
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "dtype": str(model.dtype).removeprefix("torch."),
             }
-            extra = {"update": version.update, "incarnation": version.incarnation, "model": summary, "state": dict(state or {})}
+            extra = {"update": version.update, "incarnation": version.incarnation, "model": summary, "state": trainer.state}
             write_manifest(folder, extra)
         return path
 
-    def restore(
-        self,
-        model: PreTrainedModel,
-        optimizer: torch.optim.Optimizer,
-        at: int | None = None,
-        state: dict[str, float] | None = None,
-        critic: Critic | None = None,
-    ) -> int | None:
+    def restore(self, trainer: Checkpointed, at: int | None = None) -> int | None:
         """Loads the newest complete checkpoint, or that of update `at`, random states included; returns its update count.
 
-        state: figures to overwrite in place with those that were saved; others that were saved are ignored. So is a critic
-        where none is given; one that is given must be in the checkpoint.
+        Of the figures saved, those that the trainer has are overwritten in place, and others ignored. So is a critic where it
+        has none; one that it has must be in the checkpoint.
         None in a run that has none yet. Incomplete ones are skipped with a warning. Checkpoints of later updates belong to
-        the lineage that is given up here, and are deleted. Raises CheckpointError if `at` is not there, or none is whole.
+        the lineage that is abandoned here, and are deleted. Raises CheckpointError if `at` is not there, or none is whole.
         """
         folders = self._run_dir.steps()
         if at is not None:
@@ -89,13 +83,12 @@ class Checkpoints:
             return None
         else:
             wanted, extra = newest_complete(folders)
-        load_policy(model, wanted / "policy")
-        optimizer.load_state_dict(_load(wanted / "optimizer.pt"))
-        if critic is not None:
-            _load_critic(critic, wanted / "critic")
+        load_policy(trainer.model, wanted / "policy")
+        trainer.optimizer.load_state_dict(_load(wanted / "optimizer.pt"))
+        if trainer.critic is not None:
+            _load_critic(trainer.critic, wanted / "critic")
         _set_rng_state(_load(wanted / "rng.pt"))
-        if state is not None:
-            state |= {name: value for name, value in extra.get("state", {}).items() if name in state}
+        trainer.state |= {name: value for name, value in extra.get("state", {}).items() if name in trainer.state}
         for folder in folders[folders.index(wanted) + 1 :]:
             log.warning("deleting %s: the run goes on from %s", folder, wanted.name)
             shutil.rmtree(folder)

@@ -129,8 +129,7 @@ class Learner:
         In a new run this is version 0 of the starting weights, saved as step_000000. `run` calls it if nobody has.
         """
         with self._timed("sync", "timing_s/restore"):
-            trainer = self._trainer
-            restored = self._checkpoints.restore(trainer.model, trainer.optimizer, at, trainer.state, trainer.critic)
+            restored = self._checkpoints.restore(self._trainer, at)
             committed = restored or 0
             fence = self._store.fence(committed)
         if fence.committed != committed:
@@ -252,8 +251,7 @@ class Learner:
 
     def _save(self) -> Path:
         with self._timed("sync", "timing_s/checkpoint"):
-            trainer = self._trainer
-            path = self._checkpoints.save(trainer.model, trainer.optimizer, self._version, trainer.state, trainer.critic)
+            path = self._checkpoints.save(self._trainer, self._version)
             self._saved = self._version
             self._store.checkpointed(self._checkpoints.prune())
         return path

@@ -21,7 +21,7 @@ def prefer(
     """What stands for the advantages [N] of a minibatch's tokens (0 elsewhere), its loss and sums for `preference_metrics`.
 
     members: the minibatch's sequences. logp_n [N]: of the policy before this step; of other tokens than theirs, anything.
-    coefficient_s [S]: what a token will weigh in the policy loss (`aggregation`), so that it can be divided out.
+    coefficient_s [S]: what a token will weigh in the policy loss (AGGREGATIONS), so that it can be divided out.
     """
     assert update.reference_n is not None, "preferences without a reference"
     sequence_n, outcomes = update.batch.sequence_n, update.batch.outcomes

@@ -16,12 +16,6 @@ from asyncrl.models.packed import PackedModel, TokenSequence
 OnStep = Callable[[int, dict[str, float]], None]
 
 
-def example(prompt: Sequence[int], response: Sequence[int]) -> TokenSequence:
-    """A prompt and the response to learn, as token ids (with the stop token, if it shall be learned); neither is empty."""
-    ids = np.concatenate((np.asarray(prompt, dtype=np.int64), np.asarray(response, dtype=np.int64)))
-    return TokenSequence(ids, np.arange(len(prompt), len(ids)))
-
-
 class SupervisedTrainer:
     """Owns the policy and its optimizer. The loss is the mean over a batch's scored tokens, however they are packed.
 
@@ -33,6 +27,8 @@ class SupervisedTrainer:
         self.model = model
         self._optimization = Optimization(model, spec, total_steps, "lr")
         self.optimizer = self._optimization.adamw
+        self.state: dict[str, float] = {}  # figures for the checkpoint
+        self.critic = None
         self.total_steps = total_steps
         self._packed = PackedModel(model)
         self._max_tokens = max_tokens_per_pack

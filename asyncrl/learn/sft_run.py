@@ -19,10 +19,7 @@ Observe = Callable[[int, int, dict[str, float]], None]  # step, of how many, its
 
 
 class Journal:
-    """`start` once, then `step` after each. Metrics that were written before an interruption are not written twice.
-
-    loss: of the newest batch. first_heldout, last_heldout: NaN until measured.
-    """
+    """`start` once, then `step` after each. Metrics that were written before an interruption are not written twice."""
 
     def __init__(
         self,
@@ -39,24 +36,25 @@ class Journal:
         self._observe = observe
         self._checkpoints = Checkpoints(work, keep_last_n=1)
         self._metrics = MetricsLog(work.metrics, work.tensorboard)
-        self._examples = float(_digest(examples))
-        self.loss = self.first_heldout = self.last_heldout = math.nan
+        trainer.state |= {"examples": float(_digest(examples)), "first_heldout": math.nan}
+        self.loss = self.first_heldout = self.last_heldout = math.nan  # of the newest batch; of held-out examples
 
     def start(self) -> int:
         """Restores the newest checkpoint, if there is one, and returns the steps done. Raises ConfigError if data changed."""
-        saved = {"examples": math.nan, "first_heldout": math.nan}
-        done = self._checkpoints.restore(self._trainer.model, self._trainer.optimizer, state=saved)
+        state = self._trainer.state
+        examples = state["examples"]
+        done = self._checkpoints.restore(self._trainer)
         if done is None:
             if self._heldout:
-                self.first_heldout = self.last_heldout = self._trainer.loss(self._heldout)
+                self.first_heldout = self.last_heldout = state["first_heldout"] = self._trainer.loss(self._heldout)
                 self._write(0, {"heldout/loss": self.first_heldout})
             return 0
-        if saved["examples"] != self._examples:
+        if state["examples"] != examples:
             raise ConfigError(
                 f"{', '.join(self._spec.data.files)} or the tokenizer changed since the checkpoint of step {done}: the rest "
                 "would be other data in another order; put the old files back, or begin anew with --force"
             )
-        self.first_heldout = saved["first_heldout"]
+        self.first_heldout = state["first_heldout"]
         return done
 
     def step(self, step: int, figures: dict[str, float]) -> None:
@@ -68,8 +66,7 @@ class Journal:
             metrics["heldout/loss"] = self.last_heldout = self._trainer.loss(self._heldout)
         self._write(step, metrics)
         if self._spec.save_freq and step % self._spec.save_freq == 0 and not last:
-            state = {"examples": self._examples, "first_heldout": self.first_heldout}
-            self._checkpoints.save(self._trainer.model, self._trainer.optimizer, Version(0, step), state)
+            self._checkpoints.save(self._trainer, Version(0, step))
             self._checkpoints.prune()
 
     def close(self) -> None:

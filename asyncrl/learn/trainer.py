@@ -16,7 +16,7 @@ from torch import Tensor
 
 from asyncrl.algorithms.advantages import advantages
 from asyncrl.algorithms.corrections import m2po
-from asyncrl.algorithms.objective import Columns, aggregation, loss_metrics, needs_proximal, objective
+from asyncrl.algorithms.objective import AGGREGATIONS, Columns, loss_metrics, needs_proximal, objective
 from asyncrl.algorithms.rewards import RewardNormalizer
 from asyncrl.config import AlgorithmSpec, LearnerSpec
 from asyncrl.errors import ConfigError
@@ -98,7 +98,7 @@ class PolicyTrainer:
             **rollout_metrics(rollouts),
             **staleness_metrics(rollouts, batch),
             **gap_metrics(batch, update.proximal_n.cpu()),
-            **correction_metrics(batch.lag_n, update.weights_n.cpu(), update.capped_n.cpu(), update.masked_n.cpu()),
+            **correction_metrics(batch.lag_n, *(column_n.cpu() for column_n in update.counted)),
             **loss_metrics(update.actor.sums, update.actor.accepted),
             **preference_metrics(update.actor.sums),
             **self._kl.control(update, len(rollouts) if update.actor.tried else 0),  # 0: while a critic learns alone
@@ -118,8 +118,7 @@ class PolicyTrainer:
         update.recomputed = (several and needs_proximal(spec)) or asked
         with update.timed("timing_s/old_log_prob"), torch.no_grad():
             for pack in packs if update.recomputed else ():
-                logits_tv, values_t = self._forward(pack)
-                update.proximal_n[pack.flat_t] = self._logprobs(logits_tv, pack)
+                _, update.proximal_n[pack.flat_t], values_t = self._forward(pack)
                 if values_t is not None:
                     update.values_n[pack.flat_t] = values_t
             if self._reference is not None:
@@ -127,15 +126,14 @@ class PolicyTrainer:
         if self.critic is not None and self._head is None:
             self.critic.score(update, packs)
 
-    def _forward(self, pack: Pack) -> tuple[Tensor, Tensor | None]:
-        """The policy's logits [T, V], and the values [T] of a head on it."""
+    def _forward(self, pack: Pack) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The policy's logits [T, V] and logprobs [T], and the values [T] of a head on it."""
         if self._head is None:
-            return self._policy.logits(pack), None
-        logits_tv, hidden_th = self._policy.logits_and_hidden(pack)
-        return logits_tv, self._head.of(hidden_th)
-
-    def _logprobs(self, logits_tv: Tensor, pack: Pack) -> Tensor:
-        return sampled_logprobs(logits_tv, pack.target_ids_t, self._policy.temperature)
+            logits_tv, values_t = self._policy.logits(pack), None
+        else:
+            logits_tv, hidden_th = self._policy.logits_and_hidden(pack)
+            values_t = self._head.of(hidden_th)
+        return logits_tv, sampled_logprobs(logits_tv, pack.target_ids_t, self._policy.temperature), values_t
 
     def _estimate(self, update: Update) -> None:
         """Makes the batch's advantages, and returns for a critic. (A preference loss makes its own, step by step.)"""
@@ -199,8 +197,7 @@ class PolicyTrainer:
         )
         totals: dict[str, Tensor] = {}
         for pack in packs:
-            logits_tv, values_t = self._forward(pack)
-            logp_t = self._logprobs(logits_tv, pack)
+            logits_tv, logp_t, values_t = self._forward(pack)
             with nullcontext() if spec.entropy_coef else torch.no_grad():
                 entropy_t = entropy(logits_tv, self._policy.temperature)
             if not update.recomputed and not update.actor.tried:
@@ -226,14 +223,14 @@ class PolicyTrainer:
 
     def _coefficients(self, update: Update, members: Sequence[int]) -> Tensor:
         """What a token of each sequence weighs in this minibatch's loss [S]; 0 for sequences of other minibatches."""
-        coefficient_s = torch.zeros_like(update.batch.counts_s)
-        coefficient_s[members] = aggregation(self._algorithm)(update.batch.counts_s[members])
+        spec, coefficient_s = self._algorithm, torch.zeros_like(update.batch.counts_s)
+        coefficient_s[members] = AGGREGATIONS[spec.loss_agg](spec, update.batch.counts_s[members])
         return coefficient_s
 
     @staticmethod
     def _keep(update: Update, packs: Sequence[Pack], bound: float) -> Tensor:
         """What m2po leaves of a minibatch [N] bool; False outside of it."""
         flat_m = torch.cat([pack.flat_t for pack in packs])
-        kept_n = torch.zeros_like(update.masked_n)
+        kept_n = torch.zeros_like(update.counted.masked_t)
         kept_n[flat_m] = m2po(update.proximal_n[flat_m] - update.batch.behaviour_n[flat_m], bound)
         return kept_n

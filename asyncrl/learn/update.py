@@ -52,17 +52,15 @@ class Update:
         self.values_n = unknown()  # the critic's at the start of the update
         self.returns_n = unknown()  # what the critic learns
         self.advantages_n = unknown()  # made once, after scoring; of preferences, for every minibatch anew
-        self.weights_n = unknown()  # the correction's, when a token was last trained; 0 where it was masked
-        self.capped_n = torch.zeros_like(batch.behaviour_n, dtype=torch.bool)  # whether that weight was truncated
-        self.masked_n = torch.zeros_like(batch.behaviour_n, dtype=torch.bool)  # whether a mask left the token out
+        no = torch.zeros_like(batch.behaviour_n, dtype=torch.bool)
+        self.counted = TokenWeights(unknown(), no, no.clone())  # how each token counted when it was last trained
         self.actor = Steps()
         self.critic = Steps()
         self.timings: dict[str, float] = defaultdict(float)  # seconds by metric name
 
     def remember(self, pack: Pack, counted: TokenWeights) -> None:
-        self.weights_n[pack.flat_t] = counted.weights_t
-        self.capped_n[pack.flat_t] = counted.capped_t
-        self.masked_n[pack.flat_t] = counted.masked_t
+        for column_n, column_t in zip(self.counted, counted, strict=True):
+            column_n[pack.flat_t] = column_t
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

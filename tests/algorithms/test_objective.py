@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from asyncrl.algorithms.objective import Columns, aggregation, loss_metrics, needs_proximal, objective
+from asyncrl.algorithms.objective import AGGREGATIONS, Columns, loss_metrics, needs_proximal, objective
 from asyncrl.config import AlgorithmSpec
 
 
@@ -182,5 +182,5 @@ LOSSES = [[1.0, 2.0, 3.0], [10.0]]  # two sequences, 3 and 1 trained tokens
 )
 def test_by_hand(name: str, scale: int | None, expected: float) -> None:
     spec = AlgorithmSpec(loss_agg=name, loss_scale_factor=scale)
-    coefficients = aggregation(spec)(torch.tensor([3.0, 1.0])).tolist()
+    coefficients = AGGREGATIONS[name](spec, torch.tensor([3.0, 1.0])).tolist()
     assert sum(c * sum(values) for c, values in zip(coefficients, LOSSES, strict=True)) == pytest.approx(expected)

@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from asyncrl.config import AlgorithmSpec, LearnerSpec, OptimizerSpec
-from asyncrl.learn.sft import SupervisedTrainer, example, fit
+from asyncrl.learn.sft import SupervisedTrainer, fit
 from asyncrl.learn.trainer import PolicyTrainer
-from asyncrl.models.packed import PackedModel
+from asyncrl.models.packed import PackedModel, TokenSequence
 from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
 
@@ -115,7 +115,8 @@ def compare(name: str, rollouts: list[TrainRollout], pack_tokens: int) -> None:
 
 def warm_start(steps: int = 10, batch: int = 256) -> None:
     generator = np.random.default_rng(0)
-    examples = [example(generator.integers(0, 32, 9), generator.integers(0, 32, generator.integers(3, 7))) for _ in range(2048)]
+    lengths = generator.integers(3, 7, 2048)
+    examples = [TokenSequence(generator.integers(0, 32, 9 + length), np.arange(9, 9 + length)) for length in lengths]
     started = time.perf_counter()
     fit(SupervisedTrainer(make_model(), OptimizerSpec(lr=1e-3), steps, max_tokens_per_pack=2048), examples, batch=batch)
     seconds = time.perf_counter() - started

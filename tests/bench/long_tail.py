@@ -139,15 +139,19 @@ def make_model(seed: int) -> "Qwen3ForCausalLM":
 
 def _warm_up(model: "Qwen3ForCausalLM", tokenizer: "PreTrainedTokenizerFast", seed: int) -> None:
     """Supervised learning on careless demonstrations of every length."""
+    import numpy as np
+
     from asyncrl.config import OptimizerSpec
     from asyncrl.learn import sft
+    from asyncrl.models.packed import TokenSequence
 
     rng = random.Random(seed)
     examples = []
     for _ in range(WARM_STEPS * WARM_BATCH):
         start = rng.randint(1, LONGEST)
         prompt = tokenizer.encode(f"<user>{start}<assistant>")
-        examples.append(sft.example(prompt, tokenizer.convert_tokens_to_ids([*countdown(start, rng), "<eos>"])))
+        ids = np.array([*prompt, *tokenizer.convert_tokens_to_ids([*countdown(start, rng), "<eos>"])])
+        examples.append(TokenSequence(ids, np.arange(len(prompt), len(ids))))
     spec = OptimizerSpec(lr=WARM_LR, warmup_steps=20, lr_schedule="cosine", min_lr_ratio=0.1)
     trainer = sft.SupervisedTrainer(model, spec, WARM_STEPS, max_tokens_per_pack=2048)
     sft.fit(trainer, examples, batch=WARM_BATCH, seed=seed)

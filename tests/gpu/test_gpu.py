@@ -172,9 +172,9 @@ def test_minibatches_epochs_a_reference_and_a_restore(tmp_path: Path, dtype: Dty
     assert (figures["actor/optimizer_steps"], figures["actor/refused_steps"]) == (4, 0)
     assert figures["actor/kl_loss"] > 0  # the later steps have left the reference
     checkpoints = Checkpoints(RunDir(tmp_path / "run"), keep_last_n=1)
-    checkpoints.save(model, trainer.optimizer, V1)
+    checkpoints.save(trainer, V1)
     other = make_trainer(make_model(1, dtype), tmp_path, reference=make_model(0, dtype), mini_batch_groups=2, ppo_epochs=2)
-    assert checkpoints.restore(other.model, other.optimizer) == 1
+    assert checkpoints.restore(other) == 1
     assert next(other.model.parameters()).device.type == DEVICE
     again, once = other.update(rollouts, committed=1), trainer.update(rollouts, committed=1)
     assert again["actor/grad_norm"] == pytest.approx(once["actor/grad_norm"], rel=1e-2)

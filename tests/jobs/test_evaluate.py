@@ -1,5 +1,6 @@
 import argparse
 import json
+from types import SimpleNamespace
 
 import msgspec
 import pyarrow as pa
@@ -168,7 +169,9 @@ def test_a_run_is_evaluated_at_its_newest_checkpoint_with_its_recipe(model, data
     run = RunDir(tmp_path / "run").create()
     run.recipe.write_bytes(msgspec.json.encode(recipe))
     policy = AutoModelForCausalLM.from_pretrained(model)
-    Checkpoints(run, keep_last_n=1).save(policy, torch.optim.AdamW(policy.parameters()), Version(0, 0))
+    optimizer = torch.optim.AdamW(policy.parameters())
+    trainer = SimpleNamespace(model=policy, optimizer=optimizer, state={}, critic=None)
+    Checkpoints(run, keep_last_n=1).save(trainer, Version(0, 0))
     out = tmp_path / "of_run.parquet"
     evaluate(run.path, "--data", data, "--reward", reward, "--out", out)
     evaluate(model, "--data", data, "--reward", reward, "--max-response-length", 3, "--out", tmp_path / "of_model.parquet")
@@ -194,7 +197,9 @@ def test_a_run_brings_its_rewards_and_its_held_out_files(model, data, reward, tm
     run = RunDir(tmp_path / "run").create()
     run.recipe.write_bytes(msgspec.json.encode(recipe))
     policy = AutoModelForCausalLM.from_pretrained(model)
-    Checkpoints(run, keep_last_n=1).save(policy, torch.optim.AdamW(policy.parameters()), Version(0, 0))
+    optimizer = torch.optim.AdamW(policy.parameters())
+    trainer = SimpleNamespace(model=policy, optimizer=optimizer, state={}, critic=None)
+    Checkpoints(run, keep_last_n=1).save(trainer, Version(0, 0))
     evaluate(run.path, "--out", tmp_path / "samples.parquet")
     assert json.loads(capsys.readouterr().out)["data"] == [str(data)]
     rows = pq.read_table(tmp_path / "samples.parquet").to_pylist()

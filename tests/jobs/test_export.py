@@ -1,5 +1,6 @@
 import argparse
 import json
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -50,11 +51,12 @@ def run(tmp_path, model):
     )
     run_dir.recipe.write_bytes(msgspec.json.encode(recipe))
     checkpoints, optimizer = Checkpoints(run_dir, keep_last_n=3), torch.optim.AdamW(model.parameters())
-    checkpoints.save(model, optimizer, Version(0, 0))
+    trainer = SimpleNamespace(model=model, optimizer=optimizer, state={}, critic=None)
+    checkpoints.save(trainer, Version(0, 0))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
-    checkpoints.save(model, optimizer, Version(0, 1))
+    checkpoints.save(trainer, Version(0, 1))
     return run_dir
 
 

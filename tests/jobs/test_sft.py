@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -10,8 +11,9 @@ from asyncrl.cli import main
 from asyncrl.config import DemonstrationsSpec, ModelSpec, OptimizerSpec, SFTSpec
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.jobs.sft import train
-from asyncrl.learn.sft import SupervisedTrainer, example, fit
+from asyncrl.learn.sft import SupervisedTrainer, fit
 from asyncrl.learn.sft_run import Lines
+from asyncrl.models.packed import TokenSequence
 
 SUMS = [(left, right) for left in range(4) for right in range(5)]
 
@@ -65,7 +67,8 @@ def test_the_command_trains_writes_and_tells(tiny_model, demonstrations, tmp_pat
 
     # the same by hand, with the learner's parts
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(tiny_model)
-    examples = [example(tokenizer.encode(f"<user>{a}+{b}=<assistant>"), tokenizer.encode(f"{a + b}<eos>")) for a, b in SUMS]
+    encoded = [(tokenizer.encode(f"<user>{a}+{b}=<assistant>"), tokenizer.encode(f"{a + b}<eos>")) for a, b in SUMS]
+    examples = [TokenSequence(np.array(p + r), np.arange(len(p), len(p + r))) for p, r in encoded]
     spec = OptimizerSpec(lr=3e-3, warmup_steps=2, lr_schedule="cosine", min_lr_ratio=0.1)
     trainer = SupervisedTrainer(model, spec, 8, max_tokens_per_pack=2048)
     fit(trainer, examples, batch=8)

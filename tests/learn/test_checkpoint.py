@@ -21,7 +21,7 @@ def run_dir(tmp_path: Path) -> RunDir:
 
 
 def save(checkpoints: Checkpoints, trainer, update: int, incarnation: int = 1) -> Path:
-    return checkpoints.save(trainer.model, trainer.optimizer, Version(incarnation, update))
+    return checkpoints.save(trainer, Version(incarnation, update))
 
 
 def state(trainer) -> list[torch.Tensor]:
@@ -39,7 +39,7 @@ def test_continuing_equals_never_having_stopped(run_dir: RunDir, make_trainer, m
         first.update(batches[committed], committed)
     save(Checkpoints(run_dir, 2), first, 2)
     second = make_trainer(learner=LEARNER, max_lag=9, model=make_model(seed=5))
-    assert Checkpoints(run_dir, 2).restore(second.model, second.optimizer) == 2
+    assert Checkpoints(run_dir, 2).restore(second) == 2
     assert all(torch.equal(a, b) for a, b in zip(state(first), state(second), strict=True))
     for committed in (2, 3):
         second.update(batches[committed], committed)
@@ -52,7 +52,7 @@ def test_random_states_return(run_dir: RunDir, make_trainer) -> None:
     random.gauss(0, 1)
     save(checkpoints, trainer, 1)
     expected = (torch.rand(3).tolist(), np.random.normal(size=3).tolist(), random.gauss(0, 1), random.random())
-    checkpoints.restore(trainer.model, trainer.optimizer)
+    checkpoints.restore(trainer)
     assert (torch.rand(3).tolist(), np.random.normal(size=3).tolist(), random.gauss(0, 1), random.random()) == expected
 
 
@@ -79,7 +79,7 @@ def test_a_torn_checkpoint_is_skipped_said_and_removed(run_dir: RunDir, make_tra
     torn = run_dir.checkpoint(5) / "optimizer.pt"
     torn.write_bytes(torn.read_bytes()[:-1])
     with caplog.at_level(logging.WARNING):
-        assert checkpoints.restore(trainer.model, trainer.optimizer) == 0
+        assert checkpoints.restore(trainer) == 0
     assert "step_000010 has no manifest.json" in caplog.text
     assert "optimizer.pt has" in caplog.text
     assert [folder.name for folder in run_dir.steps()] == ["step_000000"]  # the others belong to no lineage any more
@@ -99,17 +99,17 @@ def test_restore_at_an_update_gives_up_what_came_after(run_dir: RunDir, make_tra
     for update in (0, 5, 10):
         save(checkpoints, trainer, update)
     with pytest.raises(CheckpointError, match=r"step_000007 does not exist; the run has \['step_000000', 'step_000005'"):
-        checkpoints.restore(trainer.model, trainer.optimizer, at=7)
-    assert checkpoints.restore(trainer.model, trainer.optimizer, at=5) == 5
+        checkpoints.restore(trainer, at=7)
+    assert checkpoints.restore(trainer, at=5) == 5
     assert [folder.name for folder in run_dir.steps()] == ["step_000000", "step_000005"]
 
 
 def test_nothing_to_restore_and_nothing_whole(run_dir: RunDir, make_trainer) -> None:
     trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 5)
-    assert checkpoints.restore(trainer.model, trainer.optimizer) is None
+    assert checkpoints.restore(trainer) is None
     (save(checkpoints, trainer, 0) / "rng.pt").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint of .* is whole"):
-        checkpoints.restore(trainer.model, trainer.optimizer)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is whole"):
+        checkpoints.restore(trainer)
 
 
 def test_an_adaptive_kl_coefficient_survives(run_dir: RunDir, make_trainer, make_model, make_rollouts) -> None:
@@ -121,11 +121,11 @@ def test_an_adaptive_kl_coefficient_survives(run_dir: RunDir, make_trainer, make
     whole, checkpoints = trainer(), Checkpoints(run_dir, 2)
     for committed in range(4):
         if committed == 2:
-            checkpoints.save(whole.model, whole.optimizer, Version(1, 2), whole.state)
+            checkpoints.save(whole, Version(1, 2))
             saved = whole.state["kl_coef"]
         whole.update(make_rollouts(seed=committed), committed)
     second = trainer()
-    assert checkpoints.restore(second.model, second.optimizer, state=second.state) == 2
+    assert checkpoints.restore(second) == 2
     assert second.state == {"kl_coef": saved} != {"kl_coef": 0.2}
     for committed in (2, 3):
         second.update(make_rollouts(seed=committed), committed)
@@ -135,8 +135,10 @@ def test_an_adaptive_kl_coefficient_survives(run_dir: RunDir, make_trainer, make
 
 def test_a_state_of_another_recipe_is_left_alone(run_dir: RunDir, make_trainer) -> None:
     trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 2)
-    checkpoints.save(trainer.model, trainer.optimizer, Version(1, 0), {"kl_coef": 0.7})
+    trainer.state["kl_coef"] = 0.7
+    checkpoints.save(trainer, Version(1, 0))
     fixed, adaptive, other = {}, {"kl_coef": 0.1}, {"else": 1.0}
     for figures in (fixed, adaptive, other):
-        checkpoints.restore(trainer.model, trainer.optimizer, state=figures)
+        trainer.state = figures
+        checkpoints.restore(trainer)
     assert (fixed, adaptive, other) == ({}, {"kl_coef": 0.7}, {"else": 1.0})

@@ -261,12 +261,12 @@ def test_continuing_equals_never_having_stopped(backbone: str, make_trainer, mak
     whole, checkpoints = trainer(0), Checkpoints(run_dir, 2)
     for committed in range(4):
         if committed == 2:
-            folder = checkpoints.save(whole.model, whole.optimizer, Version(1, 2), whole.state, whole.critic)
+            folder = checkpoints.save(whole, Version(1, 2))
             saved = state(whole)
         metrics = whole.update(make_rollouts(seed=committed), committed)
     second = trainer(5)
     second.update(make_rollouts(), 1)
-    assert checkpoints.restore(second.model, second.optimizer, None, second.state, second.critic) == 2
+    assert checkpoints.restore(second) == 2
     assert_equal(saved, state(second))
     for committed in (2, 3):
         again = second.update(make_rollouts(seed=committed), committed)
@@ -282,11 +282,11 @@ def test_continuing_equals_never_having_stopped(backbone: str, make_trainer, mak
 def test_a_checkpoint_without_a_critic_is_refused_where_one_is_needed(make_trainer, tmp_path: Path) -> None:
     checkpoints = Checkpoints(RunDir(tmp_path / "run").create(), 2)
     plain, critical = make_trainer(), make_trainer(algorithm=GAE, critic={})
-    checkpoints.save(plain.model, plain.optimizer, Version(1, 0))
+    checkpoints.save(plain, Version(1, 0))
     with pytest.raises(CheckpointError, match=r"step_000000 holds no critic, but the recipe has one: .* start a new run"):
-        checkpoints.restore(critical.model, critical.optimizer, critic=critical.critic)
-    checkpoints.save(critical.model, critical.optimizer, Version(1, 1), critic=critical.critic)
-    assert checkpoints.restore(plain.model, plain.optimizer) == 1  # one that is not needed is left alone
+        checkpoints.restore(critical)
+    checkpoints.save(critical, Version(1, 1))
+    assert checkpoints.restore(plain) == 1  # one that is not needed is left alone
     other = make_trainer(algorithm=GAE, critic=CRITICS["shared"])
     with pytest.raises(CheckpointError, match="weights do not belong to this model"):
-        checkpoints.restore(other.model, other.optimizer, critic=other.critic)
+        checkpoints.restore(other)

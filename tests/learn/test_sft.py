@@ -1,11 +1,18 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 
 from asyncrl.config import OptimizerSpec
 from asyncrl.errors import ConfigError, NonFinite
-from asyncrl.learn.sft import SupervisedTrainer, batches, example, fit
+from asyncrl.learn.sft import SupervisedTrainer, batches, fit
 from asyncrl.models.packed import TokenSequence
+
+
+def example(prompt: Sequence[int], response: Sequence[int]) -> TokenSequence:
+    ids = np.array([*prompt, *response])
+    return TokenSequence(ids, np.arange(len(prompt), len(ids)))
 
 
 def successor_task(count: int = 64) -> list[TokenSequence]:

@@ -249,9 +249,9 @@ def test_running_moments_survive_a_checkpoint_to_the_bit(make_trainer, make_roll
     going, resumed = make_trainer(algorithm=algorithm, max_lag=9), make_trainer(algorithm=algorithm, max_lag=9)
     going.update(make_rollouts(seed=1), 0)
     checkpoints = Checkpoints(RunDir(tmp_path / "run"), 1)
-    checkpoints.save(going.model, going.optimizer, Version(1, 1), going.state)
+    checkpoints.save(going, Version(1, 1))
     resumed.update(make_rollouts(seed=5), 0)  # what a restore must overwrite
-    assert checkpoints.restore(resumed.model, resumed.optimizer, state=resumed.state) == 1
+    assert checkpoints.restore(resumed) == 1
     for trainer in (going, resumed):
         trainer.update(make_rollouts(seed=2), 1)
     assert resumed.state == going.state
