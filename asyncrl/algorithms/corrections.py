@@ -65,19 +65,14 @@ def interpolated_proximal(logp_t: Tensor, behaviour_t: Tensor, lag_t: Tensor) ->
     return behaviour_t + share_t * (logp_t.detach() - behaviour_t)
 
 
-Correction = Callable[[AlgorithmSpec, Tensor, Tensor, Tensor], Weights]
-
 # (recipe, proximal_t, behaviour_t, sequence_t) -> weights
-CORRECTIONS: dict[str, Correction] = {
+CORRECTIONS: dict[str, Callable[[AlgorithmSpec, Tensor, Tensor, Tensor], Weights]] = {
     "decoupled": lambda spec, proximal_t, behaviour_t, _: decoupled(proximal_t, behaviour_t, spec.behaviour_cap),
     "decoupled_loglinear": lambda spec, proximal_t, behaviour_t, _: decoupled(proximal_t, behaviour_t, spec.behaviour_cap),
     "tis": lambda spec, proximal_t, behaviour_t, _: decoupled(proximal_t, behaviour_t, spec.tis_cap),
-    "tis_sequence": lambda spec, proximal_t, behaviour_t, sequence_t: tis_sequence(
-        proximal_t, behaviour_t, sequence_t, spec.tis_cap
-    ),
+    "tis_sequence": lambda spec, new_t, old_t, sequence_t: tis_sequence(new_t, old_t, sequence_t, spec.tis_cap),
     "none": lambda spec, proximal_t, *_: uncorrected(proximal_t),
 }
-
 
 # ----------------------------------------------------------------------------------------------- masks
 

@@ -142,22 +142,21 @@ def gmpo(logp_t: Tensor, old_t: Tensor, advantages_t: Tensor, sequence_t: Tensor
     return -mean_advantage_t * ratio_t, {"pg_clipfrac": was_clipped_t}
 
 
-def _of_tokens(loss: Callable[..., Loss]) -> PolicyLoss:
+def _of_tokens(loss: Callable[..., Loss], **bounds: float | None) -> PolicyLoss:
     """Of a loss that has no use for sequences."""
-    return lambda logp_t, old_t, advantages_t, _: loss(logp_t, old_t, advantages_t)
+    return lambda logp_t, old_t, advantages_t, _: loss(logp_t, old_t, advantages_t, **bounds)
 
 
+# the recipe -> its loss, with its settings
 POLICY_LOSSES: dict[str, Callable[[AlgorithmSpec], PolicyLoss]] = {
-    "ppo": lambda spec: _of_tokens(
-        partial(clipped_ppo, clip_low=spec.clip_ratio, clip_high=spec.clip_high, dual=spec.clip_ratio_c)
-    ),
-    "gspo": lambda spec: partial(gspo, clip_low=spec.clip_ratio, clip_high=spec.clip_high),
-    "gmpo": lambda spec: partial(gmpo, clip_low=spec.clip_ratio, clip_high=spec.clip_high),
-    "cispo": lambda spec: _of_tokens(partial(cispo, clip_high=spec.clip_high)),
-    "dppo_tv": lambda spec: _of_tokens(partial(dppo_tv, clip_low=spec.clip_ratio, clip_high=spec.clip_high)),
-    "dppo_kl": lambda spec: _of_tokens(partial(dppo_kl, clip_low=spec.clip_ratio, clip_high=spec.clip_high)),
-    "sapo": lambda spec: _of_tokens(partial(sapo, tau_positive=spec.sapo_tau_positive, tau_negative=spec.sapo_tau_negative)),
-    "pg": lambda spec: lambda logp_t, _, advantages_t, __: policy_gradient(logp_t, advantages_t),
+    "ppo": lambda s: _of_tokens(clipped_ppo, clip_low=s.clip_ratio, clip_high=s.clip_high, dual=s.clip_ratio_c),
+    "gspo": lambda s: partial(gspo, clip_low=s.clip_ratio, clip_high=s.clip_high),
+    "gmpo": lambda s: partial(gmpo, clip_low=s.clip_ratio, clip_high=s.clip_high),
+    "cispo": lambda s: _of_tokens(cispo, clip_high=s.clip_high),
+    "dppo_tv": lambda s: _of_tokens(dppo_tv, clip_low=s.clip_ratio, clip_high=s.clip_high),
+    "dppo_kl": lambda s: _of_tokens(dppo_kl, clip_low=s.clip_ratio, clip_high=s.clip_high),
+    "sapo": lambda s: _of_tokens(sapo, tau_positive=s.sapo_tau_positive, tau_negative=s.sapo_tau_negative),
+    "pg": lambda s: lambda logp_t, _, advantages_t, __: policy_gradient(logp_t, advantages_t),
 }
 POLICY_LOSSES |= dict.fromkeys(PREFERENCE_LOSSES, POLICY_LOSSES["pg"])  # with the slopes of preferences.py as advantages
 

@@ -76,10 +76,6 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
         return self.policy_loss in PREFERENCE_LOSSES
 
     @property
-    def kl_in_loss(self) -> bool:
-        return self.kl_coef > 0 and self.kl_in == "loss"
-
-    @property
     def needs_reference(self) -> bool:
         return self.kl_coef > 0 or self.learns_preferences
 
@@ -103,11 +99,7 @@ _RULES: tuple[Rule, ...] = (
     ("clip_ratio_c", lambda x: x > 1, "<= 1: ratios that never moved would be clipped; use > 1, or null"),
     ("behaviour_cap tis_cap", lambda x: x > 0, "<= 0: no token would be learned from; use > 0"),
     ("sapo_tau_positive sapo_tau_negative", lambda x: x > 0, "<= 0: no token would be learned from; use > 0"),
-    (
-        "masks",
-        lambda x: len(set(x)) == len(x),
-        "names one twice: a second pass of the same mask changes nothing; name each once",
-    ),
+    ("masks", lambda x: len(set(x)) == len(x), "names one twice: a second pass changes nothing; name each once"),
     (
         "icepop_bounds geometric_bounds",
         lambda x: 0 <= x[0] <= 1 <= x[1] and x[0] < x[1],
@@ -118,11 +110,8 @@ _RULES: tuple[Rule, ...] = (
     ("kl_target", lambda x: x > 0, "<= 0: the coefficient would grow for ever; use > 0"),
     ("kl_horizon", lambda x: x >= 1, "< 1: the coefficient would leap; use >= 1"),
     ("loss_scale_factor", lambda x: x >= 1, "< 1: use the longest response in tokens, >= 1"),
-    (
-        "preference_beta kto_desirable_weight kto_undesirable_weight",
-        lambda x: x > 0,
-        "<= 0: nothing would be learned from what is preferred; use > 0",
-    ),
+    ("preference_beta", lambda x: x > 0, "<= 0: nothing would be learned from what is preferred; use > 0"),
+    ("kto_desirable_weight kto_undesirable_weight", lambda x: x > 0, "<= 0: nothing would be learned from it; use > 0"),
 )
 
 

@@ -19,10 +19,8 @@ class DemonstrationsSpec(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require(len(self.files) > 0, "data.files=(): there is nothing to learn from; name at least one parquet or JSONL file")
-        require(
-            self.max_length >= 2,
-            f"data.max_length={self.max_length} < 2 tokens: a prompt and a response need one each; raise it",
-        )
+        rule = ("max_length", lambda x: x >= 2, "< 2 tokens: a prompt and a response need one each; raise it")
+        require_fields(self, "data.", [rule])
 
 
 class SFTSpec(OptimizerSpec, frozen=True, kw_only=True):

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from asyncrl.algorithms.rewards import Outcomes, credited
 from asyncrl.models.packed import Pack, TokenSequence, input_length, make_pack
@@ -22,10 +21,10 @@ class TrainBatch(NamedTuple):
     sequences: list[TokenSequence]  # those with at least one trained token (S); `scored` are the trained tokens
     groups: np.ndarray  # [S] int64
     lengths: np.ndarray  # [S] int64, response tokens, trained or not
-    counts_s: Tensor  # [S] float32, trained tokens
-    sequence_n: Tensor  # [N] int64
-    behaviour_n: Tensor  # [N] float32, full-softmax logprobs of the policy that sampled
-    lag_n: Tensor  # [N] int64, versions
+    counts_s: torch.Tensor  # [S] float32, trained tokens
+    sequence_n: torch.Tensor  # [N] int64
+    behaviour_n: torch.Tensor  # [N] float32, full-softmax logprobs of the policy that sampled
+    lag_n: torch.Tensor  # [N] int64, versions
     outcomes: Outcomes  # the rewards, of all rollouts; stays on the CPU
 
     @property
@@ -41,7 +40,7 @@ def make_batch(
     rollouts: Sequence[TrainRollout],
     bound: Staleness,
     committed: int,
-    normalized: Callable[[Tensor], Tensor] = lambda rewards_s: rewards_s,
+    normalized: Callable[[torch.Tensor], torch.Tensor] = lambda rewards_s: rewards_s,
 ) -> TrainBatch:
     """Columns for update `committed + 1`. normalized: what estimators see of the rewards [S], float64; token-level rewards
     stay as they are.
@@ -65,7 +64,7 @@ def make_batch(
 
 
 def _outcomes(
-    rollouts: Sequence[TrainRollout], trained: Sequence[np.ndarray], normalized: Callable[[Tensor], Tensor]
+    rollouts: Sequence[TrainRollout], trained: Sequence[np.ndarray], normalized: Callable[[torch.Tensor], torch.Tensor]
 ) -> Outcomes:
     """The rewards of the rollouts. trained: of each, which of its tokens [T] bool. normalized: see `make_batch`."""
     counts = [int(mask.sum()) for mask in trained]
@@ -87,7 +86,7 @@ def _outcomes(
     )
 
 
-def _column(parts: list[np.ndarray], dtype: type) -> Tensor:
+def _column(parts: list[np.ndarray], dtype: type) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.empty(0, dtype), *parts]).astype(dtype, copy=False))
 
 

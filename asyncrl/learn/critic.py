@@ -65,12 +65,7 @@ class Critic:
                 totals[name] = totals.get(name, 0.0) + value.double()
         figures = {name: value.item() for name, value in totals.items()}
         (norm,), cause = step(figures["vf_loss"], self.optimization)
-        if cause:
-            update.critic.refused += 1
-            self._refused.refuse(update, members, f"critic: {cause}")
-            return
-        self._refused.accepted()
-        update.critic.accept({**figures, "grad_norm": norm})
+        self._refused.settle(update, members, cause and f"critic: {cause}", figures, {update.critic: norm})
 
     def metrics(self, update: Update) -> dict[str, float]:
         """vf_loss and grad_norm: mean over steps. Values are those at the start; explained_var too: before they learned."""

@@ -8,7 +8,6 @@ minibatch, made without gradient before its packs; the packs' gradients then add
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from asyncrl.algorithms.preferences import preference_loss
 from asyncrl.config import AlgorithmSpec
@@ -16,8 +15,8 @@ from asyncrl.learn.update import Update
 
 
 def prefer(
-    spec: AlgorithmSpec, update: Update, members: Sequence[int], logp_n: Tensor, coefficient_s: Tensor
-) -> tuple[Tensor, dict[str, float]]:
+    spec: AlgorithmSpec, update: Update, members: Sequence[int], logp_n: torch.Tensor, coefficient_s: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, float]]:
     """What stands for the advantages [N] of a minibatch's tokens (0 elsewhere), its loss and sums for `preference_metrics`.
 
     members: the minibatch's sequences. logp_n [N]: of the policy before this step; of other tokens than theirs, anything.

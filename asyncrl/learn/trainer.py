@@ -6,6 +6,7 @@
 Deterministic: the same model, rollouts and count give the same bits, on the same number of threads.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -160,24 +161,16 @@ class PolicyTrainer:
 
     def _step(self, update: Update, members: Sequence[int], packs: Sequence[Pack]) -> None:
         """One optimizer step over a minibatch (a shared critic's with it), or none if anything in it is not finite."""
-        joint = [(self._optimization, update.actor)]
+        joint = {update.actor: self._optimization}
         if self.critic is not None and self._head is not None:
-            joint.append((self.critic.optimization, update.critic))
+            joint[update.critic] = self.critic.optimization
+        sums, norms, cause = {}, [math.nan] * len(joint), "a behaviour logprob is not finite"
         if all(update.batch.behaviour_n[pack.flat_t].isfinite().all() for pack in packs):
             with update.timed("timing_s/forward_backward"):
                 sums = self._backward(update, members, packs)
             with update.timed("timing_s/optimizer"):
-                norms, cause = step(sums["loss"], *(optimization for optimization, _ in joint))
-        else:
-            cause = "a behaviour logprob is not finite"
-        if cause:
-            for _, steps in joint:
-                steps.refused += 1
-            self._refused.refuse(update, members, cause)
-            return
-        self._refused.accepted()
-        for (_, steps), norm in zip(joint, norms, strict=True):
-            steps.accept({**sums, "grad_norm": norm})
+                norms, cause = step(sums["loss"], *joint.values())
+        self._refused.settle(update, members, cause, sums, dict(zip(joint, norms, strict=True)))
 
     def _backward(self, update: Update, members: Sequence[int], packs: Sequence[Pack]) -> dict[str, float]:
         """Accumulates the minibatch's gradient pack by pack; returns sums over its tokens, the loss among them."""
@@ -192,7 +185,7 @@ class PolicyTrainer:
             proximal_t=update.proximal_n,
             sequence_t=batch.sequence_n,
             lag_t=batch.lag_n,
-            reference_t=update.reference_n if spec.kl_in_loss else None,
+            reference_t=update.reference_n if spec.kl_coef > 0 and spec.kl_in == "loss" else None,
             kept_t=self._keep(update, packs, spec.m2po_bound) if "m2po" in spec.masks else None,
         )
         totals: dict[str, Tensor] = {}

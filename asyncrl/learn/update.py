@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from asyncrl.algorithms.objective import TokenWeights
 from asyncrl.errors import NonFinite
@@ -41,14 +40,14 @@ class Update:
     """The columns [N] of an update are float32 and NaN until they are known, if they ever are."""
 
     def __init__(self, batch: TrainBatch, number: int) -> None:
-        def unknown() -> Tensor:
+        def unknown() -> torch.Tensor:
             return torch.full_like(batch.behaviour_n, math.nan)
 
         self.batch = batch
         self.number = number  # from 1
         self.recomputed = False  # whether proximal_n came from a pass of its own, before the first step
         self.proximal_n = unknown()  # logprobs at the start of the update
-        self.reference_n: Tensor | None = None  # logprobs of the reference, where there is one
+        self.reference_n: torch.Tensor | None = None  # logprobs of the reference, where there is one
         self.values_n = unknown()  # the critic's at the start of the update
         self.returns_n = unknown()  # what the critic learns
         self.advantages_n = unknown()  # made once, after scoring; of preferences, for every minibatch anew
@@ -78,12 +77,22 @@ class RefusedSteps:
         self._limit = limit
         self._in_a_row = 0
 
-    def accepted(self) -> None:
-        self._in_a_row = 0
+    def settle(
+        self, update: Update, members: Sequence[int], cause: str, sums: Mapping[str, float], norms: Mapping[Steps, float]
+    ) -> None:
+        """Counts a step over a minibatch: as refused where there is a cause, else as accepted, with its sums.
 
-    def refuse(self, update: Update, members: Sequence[int], cause: str) -> None:
-        """Saves the minibatch of a refused step. Raises NonFinite when it is the `limit`-th in a row."""
+        norms: of the gradients of those who made it together. A refused one's minibatch is saved. Raises NonFinite when it
+        is the `limit`-th in a row.
+        """
+        if not cause:
+            self._in_a_row = 0
+            for steps, norm in norms.items():
+                steps.accept({**sums, "grad_norm": norm})
+            return
         self._in_a_row += 1
+        for steps in norms:
+            steps.refused += 1
         path = self._folder / f"update_{update.number:06d}_refused_{self._in_a_row}.npz"
         _save(path, update, members, cause)
         if self._in_a_row >= self._limit:

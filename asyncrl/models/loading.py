@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -69,7 +68,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> tuple
     return tuple(sorted(token for token in ids if token is not None))
 
 
-def named_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by name, detached, without copies; of tied tensors only the first name."""
     seen: set[tuple[object, ...]] = set()
     weights = {}
@@ -83,7 +82,7 @@ def named_weights(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
+def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Copies weights into the model in place. Names and shapes must match `named_weights` exactly."""
     own = named_weights(model)
     if missing := own.keys() ^ weights.keys():

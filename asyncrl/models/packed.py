@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -51,14 +50,14 @@ class Pack(NamedTuple):
     flat_t: where each scored token stands in the concatenation of all sequences' scored tokens.
     """
 
-    input_ids_u: Tensor
-    position_ids_u: Tensor
-    expand_s: Tensor
-    collect_u: Tensor
+    input_ids_u: torch.Tensor
+    position_ids_u: torch.Tensor
+    expand_s: torch.Tensor
+    collect_u: torch.Tensor
     runs: tuple[tuple[int, int], ...]
-    select_t: Tensor
-    target_ids_t: Tensor
-    flat_t: Tensor
+    select_t: torch.Tensor
+    target_ids_t: torch.Tensor
+    flat_t: torch.Tensor
 
 
 def input_length(sequence: TokenSequence) -> int:
@@ -97,13 +96,13 @@ def make_pack(sequences: Sequence[TokenSequence], members: Sequence[int], device
 
 def packed_attention(
     module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     packed_layout: Pack | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[torch.Tensor, None]:
     """Attention within each sequence of a pack: query [1, H, U, D] to [1, U, H, D]. Without `packed_layout`, plain SDPA."""
     if packed_layout is None:
         if attention_mask is not None and attention_mask.numel() == 1 and query.shape[2] > 1:
@@ -130,7 +129,7 @@ def packed_attention(
     return _expand(torch.cat(outputs), packed_layout.collect_u if shares else None)[None], None
 
 
-def _expand(rows: Tensor, index: Tensor | None) -> Tensor:
+def _expand(rows: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
     """rows[index] of [rows, H, D], with the backward pass of an embedding: fast, and in a fixed order where rows repeat."""
     return rows if index is None else F.embedding(index, rows.flatten(1)).unflatten(1, rows.shape[1:])
 
@@ -151,18 +150,18 @@ class PackedModel:
         if self._flat:
             model.set_attn_implementation(ATTENTION)
 
-    def logprobs(self, pack: Pack) -> Tensor:
+    def logprobs(self, pack: Pack) -> torch.Tensor:
         """Log-probabilities [T] of the pack's scored tokens, with gradient."""
         return sampled_logprobs(self.logits(pack), pack.target_ids_t, self.temperature)
 
     @torch.no_grad()
-    def score(self, packs: Sequence[Pack], out_n: Tensor) -> Tensor:
+    def score(self, packs: Sequence[Pack], out_n: torch.Tensor) -> torch.Tensor:
         """Fills and returns out_n [N], the logprobs of all packs' tokens in the order of their sequences."""
         for pack in packs:
             out_n[pack.flat_t] = self.logprobs(pack)
         return out_n
 
-    def logits(self, pack: Pack) -> Tensor:
+    def logits(self, pack: Pack) -> torch.Tensor:
         """Logits [T, V] that predict the pack's scored tokens; no other logits are computed."""
         if not self._flat:
             return self._logits_by_rows(pack)
@@ -178,9 +177,9 @@ class PackedModel:
         )
         return output.logits[0]
 
-    def logits_and_hidden(self, pack: Pack) -> tuple[Tensor, Tensor]:
+    def logits_and_hidden(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [T, V], and what the output layer made them of: the last hidden states [T, H]."""
-        read: list[Tensor] = []
+        read: list[torch.Tensor] = []
         output = self.model.get_output_embeddings()
         hook = output.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].flatten(0, -2)))
         try:
@@ -189,7 +188,7 @@ class PackedModel:
             hook.remove()
         return logits_tv, read[0] if self._flat else torch.cat(read)[pack.collect_u[pack.select_t]]
 
-    def _logits_by_rows(self, pack: Pack) -> Tensor:
+    def _logits_by_rows(self, pack: Pack) -> torch.Tensor:
         """For any other causal LM: one forward per run, as equal-length rows. Exact, without padding, but more calls."""
         ids_by_run = pack.input_ids_u[pack.expand_s].split([count * length for count, length in pack.runs])
         rows = [

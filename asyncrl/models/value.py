@@ -5,7 +5,6 @@ noise, which whitening blows up to the size of a signal. The head's own gradient
 """
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from asyncrl.models.packed import Pack, PackedModel
@@ -32,7 +31,7 @@ class OwnValues:
         self.module: torch.nn.Module = model
         self._packed = PackedModel(model)
 
-    def __call__(self, pack: Pack) -> Tensor:
+    def __call__(self, pack: Pack) -> torch.Tensor:
         """V [T] before each scored token of the pack, float32, with gradient."""
         return self._packed.logits(pack)[:, 0].float()
 
@@ -44,12 +43,12 @@ class SharedValues:
         self.module: torch.nn.Module = value_head(policy)
         self._packed = PackedModel(policy)
 
-    def __call__(self, pack: Pack) -> Tensor:
+    def __call__(self, pack: Pack) -> torch.Tensor:
         """As with OwnValues, but the gradient stops at the policy's hidden states."""
         with torch.no_grad():
             _, hidden_th = self._packed.logits_and_hidden(pack)
         return self.of(hidden_th)
 
-    def of(self, hidden_th: Tensor) -> Tensor:
+    def of(self, hidden_th: torch.Tensor) -> torch.Tensor:
         """V [T] of hidden states [T, H], float32; the gradient goes on into them."""
         return self.module(hidden_th.float())[:, 0]
