@@ -122,8 +122,7 @@ def _remax(spec: AlgorithmSpec, outcomes: Outcomes) -> Tensor:
             "algorithm.adv_estimator='remax' on rollouts without a baseline: there is nothing to compare them with; generate "
             "them with replay.plan.Grouping(baseline=True)"
         )
-    rewards_s = outcomes.rewards_s - outcomes.baselines_s
-    return rewards_s[outcomes.sequence_n] + returns_to_go(outcomes.token_rewards_n, outcomes.sequence_n)
+    return _reinforce_plus_plus(spec, outcomes._replace(rewards_s=outcomes.rewards_s - outcomes.baselines_s))
 
 
 def _gae(spec: AlgorithmSpec, outcomes: Outcomes) -> Tensor:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from asyncrl.algorithms.losses import LOG_RATIO_LIMIT, sequence_mean, sequence_sum
+from asyncrl.algorithms.losses import LOG_RATIO_LIMIT, log_ratio, sequence_mean, sequence_sum
 from asyncrl.config import AlgorithmSpec
 
 
@@ -31,7 +31,7 @@ class Weights(NamedTuple):
 
 def behaviour_ratio(proximal_t: Tensor, behaviour_t: Tensor) -> Tensor:
     """exp(proximal − behaviour) [T], its logarithm clamped to ±20, without gradient."""
-    return (proximal_t - behaviour_t).detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    return log_ratio(proximal_t, behaviour_t).detach().exp()
 
 
 def decoupled(proximal_t: Tensor, behaviour_t: Tensor, cap: float) -> Weights:

@@ -11,13 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from asyncrl.algorithms.losses import LOG_RATIO_LIMIT
+from asyncrl.algorithms.losses import log_ratio
 
 KLEstimator = Callable[[Tensor, Tensor], Tensor]
-
-
-def _log_ratio(logp_t: Tensor, reference_t: Tensor) -> Tensor:
-    return (logp_t - reference_t).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
 def k1(logp_t: Tensor, reference_t: Tensor) -> Tensor:
@@ -26,19 +22,19 @@ def k1(logp_t: Tensor, reference_t: Tensor) -> Tensor:
     The own gradient of k1, ∇logp, has expectation zero: as a loss it would pull nowhere. δ·∇logp, the gradient of k2, is
     the unbiased one of the KL on-policy.
     """
-    delta_t = _log_ratio(logp_t, reference_t)
+    delta_t = log_ratio(logp_t, reference_t)
     squared_t = 0.5 * delta_t.square()
     return delta_t.detach() + squared_t - squared_t.detach()
 
 
 def k2(logp_t: Tensor, reference_t: Tensor) -> Tensor:
     """δ²/2: biased value, unbiased gradient on-policy."""
-    return 0.5 * _log_ratio(logp_t, reference_t).square()
+    return 0.5 * log_ratio(logp_t, reference_t).square()
 
 
 def k3(logp_t: Tensor, reference_t: Tensor) -> Tensor:
     """exp(−δ) − 1 + δ: never negative, low variance; GRPO's choice, with its own gradient 1 − exp(−δ)."""
-    delta_t = _log_ratio(logp_t, reference_t)
+    delta_t = log_ratio(logp_t, reference_t)
     return torch.expm1(-delta_t) + delta_t
 
 

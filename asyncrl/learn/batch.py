@@ -27,10 +27,6 @@ class TrainBatch(NamedTuple):
     lag_n: torch.Tensor  # [N] int64, versions
     outcomes: Outcomes  # the rewards, of all rollouts; stays on the CPU
 
-    @property
-    def tokens(self) -> int:
-        return len(self.sequence_n)
-
     def to(self, device: torch.device) -> "TrainBatch":
         columns = ("counts_s", "sequence_n", "behaviour_n", "lag_n")
         return self._replace(**{name: getattr(self, name).to(device) for name in columns})

@@ -14,7 +14,7 @@ from torch import Tensor
 from asyncrl.algorithms.losses import clipped_value_loss, explained_variance
 from asyncrl.config import CriticSpec
 from asyncrl.learn.optimizer import Optimization, step
-from asyncrl.learn.update import Minibatches, RefusedSteps, Update
+from asyncrl.learn.update import Minibatch, RefusedSteps, Update
 from asyncrl.models.packed import Pack
 from asyncrl.models.value import OwnValues, SharedValues
 
@@ -42,7 +42,7 @@ class Critic:
             for pack in packs:
                 update.values_n[pack.flat_t] = self._values(pack)
 
-    def train(self, update: Update, minibatches: Minibatches) -> None:
+    def train(self, update: Update, minibatches: Sequence[Minibatch]) -> None:
         """Steps of the critic by itself: ppo_epochs over the minibatches."""
         with update.timed("timing_s/update_critic"):
             for _ in range(self._spec.ppo_epochs):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncrl.algorithms.losses import LOG_RATIO_LIMIT
+from asyncrl.algorithms.kl import k3
 from asyncrl.learn.batch import TrainBatch
 from asyncrl.types import TrainRollout
 
@@ -49,15 +49,16 @@ def staleness_metrics(rollouts: Sequence[TrainRollout], batch: TrainBatch) -> di
     policy_tokens = sum(int(r.loss_mask.sum()) for r in rollouts)
     if not policy_tokens:
         return {}
+    tokens = len(batch.lag_n)
     figures = {
         "tokens/policy": float(policy_tokens),
-        "tokens/trained": float(batch.tokens),
-        "staleness/masked_share": 1.0 - batch.tokens / policy_tokens,
+        "tokens/trained": float(tokens),
+        "staleness/masked_share": 1.0 - tokens / policy_tokens,
         "staleness/dispatched_length": float(np.mean([len(r.response_ids) for r in rollouts])),
     }
-    if batch.tokens:
+    if tokens:
         count_by_lag = torch.bincount(batch.lag_n).tolist()
-        figures |= {f"staleness/lag_{lag}": count / batch.tokens for lag, count in enumerate(count_by_lag)}
+        figures |= {f"staleness/lag_{lag}": count / tokens for lag, count in enumerate(count_by_lag)}
         figures["staleness/lag_mean"] = float(batch.lag_n.double().mean())
         figures["staleness/lag_max"] = float(len(count_by_lag) - 1)
         figures["staleness/trained_length"] = float(batch.lengths.mean())
@@ -71,11 +72,11 @@ def gap_metrics(batch: TrainBatch, proximal_n: Tensor) -> dict[str, float]:
     gap/k3 over all tokens estimates KL(behaviour ‖ proximal), staleness included; gap/k3_lag_* the same by lag.
     """
     delta_n = proximal_n - batch.behaviour_n
-    delta_n, lag_n = delta_n[delta_n.isfinite()], batch.lag_n[delta_n.isfinite()]
-    if not len(delta_n):
+    known_n = delta_n.isfinite()
+    if not known_n.any():
         return {}
-    ratio_n = delta_n.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)  # one token could make the mean infinite
-    k3_n = torch.expm1(ratio_n) - ratio_n
+    k3_n = k3(batch.behaviour_n, proximal_n)[known_n]
+    delta_n, lag_n = delta_n[known_n], batch.lag_n[known_n]
     figures = {"gap/k3": float(k3_n.mean())}
     figures |= {f"gap/k3_lag_{lag}": float(k3_n[lag_n == lag].mean()) for lag in lag_n.unique().tolist()}
     fresh = delta_n[lag_n == 0].abs()

@@ -5,25 +5,29 @@ That is a policy gradient with advantages −β·dL/dh, summed over tokens. L an
 minibatch, made without gradient before its packs; the packs' gradients then add up to that of L, however it is divided.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
 from asyncrl.algorithms.preferences import preference_loss
 from asyncrl.config import AlgorithmSpec
-from asyncrl.learn.update import Update
+from asyncrl.learn.update import Minibatch, Update
+from asyncrl.models.packed import PackedModel
 
 
 def prefer(
-    spec: AlgorithmSpec, update: Update, members: Sequence[int], logp_n: torch.Tensor, coefficient_s: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """What stands for the advantages [N] of a minibatch's tokens (0 elsewhere), its loss and sums for `preference_metrics`.
+    spec: AlgorithmSpec, policy: PackedModel, update: Update, minibatch: Minibatch, coefficient_s: torch.Tensor
+) -> dict[str, float]:
+    """Makes the advantages of a minibatch's tokens (0 elsewhere); returns its loss and sums for `preference_metrics`.
 
-    members: the minibatch's sequences. logp_n [N]: of the policy before this step; of other tokens than theirs, anything.
     coefficient_s [S]: what a token will weigh in the policy loss (AGGREGATIONS), so that it can be divided out.
     """
     assert update.reference_n is not None, "preferences without a reference"
+    members, packs = minibatch
     sequence_n, outcomes = update.batch.sequence_n, update.batch.outcomes
+    logp_n = update.proximal_n  # which are those before the first step
+    if update.actor.tried:
+        logp_n = policy.score(packs, torch.empty_like(logp_n))
     ratio_s = torch.zeros_like(coefficient_s).index_add(0, sequence_n, logp_n - update.reference_n)
     h_m = (spec.preference_beta * ratio_s[members]).requires_grad_()
     members_m = outcomes.sequence_n.unique_consecutive()[list(members)]  # the batch's sequences are rollouts with a token
@@ -32,7 +36,8 @@ def prefer(
     advantage_s = torch.zeros_like(coefficient_s)
     advantage_s[members] = -spec.preference_beta * slope_m / coefficient_s[members]
     means = {**figures, "objective/kl": ratio_s[members].mean()}
-    return advantage_s[sequence_n], {
+    update.advantages_n = advantage_s[sequence_n]
+    return {
         "pg_loss": loss.item(),
         "preference_steps": float(bool(figures)),
         "preferences": float(told),

@@ -74,9 +74,8 @@ class Journal:
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         # a sequence number starts at 1, and step 0 may have a line too
-        self._metrics.append(
-            Record(sequence=step + 1, time=time.time(), kind="step", version=Version(0, step), metrics=metrics)
-        )
+        version = Version(0, step)
+        self._metrics.append(Record(sequence=step + 1, time=time.time(), kind="step", version=version, metrics=metrics))
         if self._observe is not None:
             self._observe(step, self._trainer.total_steps, metrics)
 
@@ -105,9 +104,8 @@ class Lines:
         self._printed = now
         parts = [f"step {step}/{total}", f"loss {metrics['train/loss']:.4g}"]
         if self._heldout:
-            parts.append(
-                "held-out " + " → ".join(f"{loss:.4g}" for loss in dict.fromkeys((self._heldout[0], self._heldout[-1])))
-            )
+            first_last = dict.fromkeys((self._heldout[0], self._heldout[-1]))
+            parts.append("held-out " + " → ".join(f"{loss:.4g}" for loss in first_last))
         parts.append(f"{number(self._tokens / seconds if steps else None)} learned tokens/s")
         left = (total - step) * seconds / steps if steps else None
         self._write(" · ".join([*parts, f"{clock(left)} left"]))

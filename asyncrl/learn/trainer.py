@@ -27,7 +27,7 @@ from asyncrl.learn.kl_control import KLControl
 from asyncrl.learn.metrics import correction_metrics, gap_metrics, rollout_metrics, staleness_metrics
 from asyncrl.learn.optimizer import Optimization, step
 from asyncrl.learn.preference_step import prefer, preference_metrics
-from asyncrl.learn.update import Minibatches, RefusedSteps, Update
+from asyncrl.learn.update import Minibatch, RefusedSteps, Update
 from asyncrl.models.logprobs import entropy, sampled_logprobs
 from asyncrl.models.packed import Pack, PackedModel
 from asyncrl.staleness import Staleness
@@ -110,7 +110,7 @@ class PolicyTrainer:
             **update.timings,
         }
 
-    def _score(self, update: Update, steps: Minibatches) -> None:
+    def _score(self, update: Update, steps: Sequence[Minibatch]) -> None:
         """What the models say at the start of the update: proximal and reference logprobs, and values, where needed."""
         spec, packs = self._algorithm, [pack for _, minibatch in steps for pack in minibatch]
         # A single step's own forward pass is made by the proximal policy: no extra pass is needed.
@@ -150,33 +150,34 @@ class PolicyTrainer:
         if returns_n is not None:
             update.returns_n = returns_n.to(update.returns_n)
 
-    def _train(self, update: Update, steps: Minibatches) -> None:
+    def _train(self, update: Update, steps: Sequence[Minibatch]) -> None:
         """The steps of an own critic, and of the policy; while the critic warms up, of the critic (or its head) alone."""
         alone = self.critic is not None and self.critic.alone(update)
         if self.critic is not None and (alone or self._head is None):
             self.critic.train(update, steps)
         for _ in range(0 if alone else self._learner.ppo_epochs):
-            for members, packs in steps:
-                self._step(update, members, packs)
+            for minibatch in steps:
+                self._step(update, minibatch)
 
-    def _step(self, update: Update, members: Sequence[int], packs: Sequence[Pack]) -> None:
+    def _step(self, update: Update, minibatch: Minibatch) -> None:
         """One optimizer step over a minibatch (a shared critic's with it), or none if anything in it is not finite."""
+        members, packs = minibatch
         joint = {update.actor: self._optimization}
         if self.critic is not None and self._head is not None:
             joint[update.critic] = self.critic.optimization
         sums, norms, cause = {}, [math.nan] * len(joint), "a behaviour logprob is not finite"
         if all(update.batch.behaviour_n[pack.flat_t].isfinite().all() for pack in packs):
             with update.timed("timing_s/forward_backward"):
-                sums = self._backward(update, members, packs)
+                sums = self._backward(update, minibatch)
             with update.timed("timing_s/optimizer"):
                 norms, cause = step(sums["loss"], *joint.values())
         self._refused.settle(update, members, cause, sums, dict(zip(joint, norms, strict=True)))
 
-    def _backward(self, update: Update, members: Sequence[int], packs: Sequence[Pack]) -> dict[str, float]:
+    def _backward(self, update: Update, minibatch: Minibatch) -> dict[str, float]:
         """Accumulates the minibatch's gradient pack by pack; returns sums over its tokens, the loss among them."""
-        spec = self._algorithm
+        spec, (members, packs) = self._algorithm, minibatch
         coefficient_s = self._coefficients(update, members)
-        preferred = self._prefer(update, members, packs, coefficient_s) if spec.learns_preferences else {}
+        preferred = prefer(spec, self._policy, update, minibatch, coefficient_s) if spec.learns_preferences else {}
         batch = update.batch
         columns_n = Columns(
             coefficients_t=coefficient_s[batch.sequence_n],
@@ -205,14 +206,6 @@ class PolicyTrainer:
             for name, value in {**sums, "loss": loss.detach()}.items():
                 totals[name] = totals.get(name, 0.0) + value.double()
         return {name: value.item() for name, value in totals.items()} | preferred
-
-    def _prefer(self, update: Update, members: Sequence[int], packs: Sequence[Pack], coefficient_s: Tensor) -> dict[str, float]:
-        """Turns preferences of the minibatch into advantages. The first step's logprobs are there: the proximal ones."""
-        logp_n = update.proximal_n
-        if update.actor.tried:
-            logp_n = self._policy.score(packs, torch.empty_like(logp_n))
-        update.advantages_n, sums = prefer(self._algorithm, update, members, logp_n, coefficient_s)
-        return sums
 
     def _coefficients(self, update: Update, members: Sequence[int]) -> Tensor:
         """What a token of each sequence weighs in this minibatch's loss [S]; 0 for sequences of other minibatches."""

@@ -15,7 +15,7 @@ from asyncrl.errors import NonFinite
 from asyncrl.learn.batch import TrainBatch
 from asyncrl.models.packed import Pack
 
-Minibatches = Sequence[tuple[Sequence[int], Sequence[Pack]]]  # members (indices of the batch's sequences), their packs
+Minibatch = tuple[Sequence[int], Sequence[Pack]]  # members (indices of the batch's sequences), their packs
 
 
 class Steps:
