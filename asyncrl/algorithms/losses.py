@@ -6,7 +6,9 @@ taken to, without gradient: the proximal one, or behaviour (`algorithm.ratio_to`
 those of all its trained tokens.
 
 Each returns the loss [T], differentiable in logp_t, and figures by name [T], logged as actor/<name>, their mean over tokens.
-Correction weights, masks, KL, entropy and aggregation are added around it (objective.py).
+Correction weights, masks, KL, entropy and aggregation are added around it (objective.py). The user's own is named in the
+recipe as `file.py:name`, and is of this kind: `f(logp_t, old_t, advantages_t, sequence_t) -> (loss_t, figures)`; figures may
+be {}.
 
 To add one: its function and its line in POLICY_LOSSES here, its name and its settings in config/algorithm.py.
 """

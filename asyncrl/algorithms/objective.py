@@ -26,7 +26,7 @@ class Columns(NamedTuple):
 
     def take(self, index_t: Tensor) -> "Columns":
         """The columns of some tokens."""
-        return Columns(*(None if column is None else column[index_t] for column in self))  # type: ignore[arg-type]
+        return Columns._make(None if column is None else column[index_t] for column in self)
 
 
 class TokenWeights(NamedTuple):

@@ -2,7 +2,7 @@
 
     fence(c₀) ─► publish c₀ ─► ┌ take batch ─► update ─► commit ─► publish ─► (checkpoint) ─► (request_eval) ┐ ─► …
                                └─────────────────────────────────────────────────────────────────────────────┘
-    beside it, in a helper:      lease_batch(c+1) ─► rows(c+1), for the update at which they will be trained
+    meanwhile, in a helper:      lease_batch(c+1) ─► rows(c+1), for the update at which they will be trained
 Waits only for that batch: `lease_batch` is a long poll for the store's oldest full batch. Commit comes before publish, so
 that no generator ever holds weights that a restore would not reach again.
 
@@ -222,7 +222,7 @@ class Learner:
             metrics = self._trainer.update(rollouts, version.update)
         metrics |= self._timings
         self._timings.clear()
-        metrics["timing_s/rows"] = rows_s  # in the helper, beside the update before
+        metrics["timing_s/rows"] = rows_s  # in the helper, during the update before
         metrics["training/groups"] = float(len(lease.groups))
         metrics["training/rollouts"] = float(len(rollouts))
         metrics["training/replayed"] = float(lease.replayed)

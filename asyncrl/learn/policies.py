@@ -68,15 +68,11 @@ def load(policy: Policy, device: str = "cpu") -> "tuple[PreTrainedModel, PreTrai
 
     from asyncrl.learn.checkpoint import load_policy
 
-    folder = Path(policy.spec.path)
+    folder, trust = Path(policy.spec.path), policy.spec.trust_remote_code
+    dtype = getattr(torch, policy.spec.dtype)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=policy.spec.trust_remote_code)
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=getattr(torch, policy.spec.dtype),
-            attn_implementation="sdpa",
-            trust_remote_code=policy.spec.trust_remote_code,
-        )
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -98,7 +94,7 @@ def newest_complete(folders: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
     raise CheckpointError(f"no checkpoint of {folders[0].parent.parent} is whole:\n  " + "\n  ".join(problems))
 
 
-def _checkpoint(folder: Path, manifest: dict[str, object], tokenizer: str, dtype: str) -> Policy:
+def _checkpoint(folder: Path, manifest: dict[str, Any], tokenizer: str, dtype: str) -> Policy:
     recipe = _recipe(folder.absolute().parent.parent / "recipe.json")
     if not tokenizer and recipe is None:
         raise ConfigError(
@@ -106,11 +102,10 @@ def _checkpoint(folder: Path, manifest: dict[str, object], tokenizer: str, dtype
             "add --tokenizer FOLDER_OR_ID"
         )
     of_run = recipe.model if recipe else None
-    summary = msgspec.convert(manifest.get("model", {}), dict[str, object])
     spec = _spec(
         str(folder / "policy"),
         tokenizer or (of_run.tokenizer or of_run.path if of_run else ""),
-        dtype or str(summary.get("dtype", "float32")),
+        dtype or manifest.get("model", {}).get("dtype", "float32"),
         of_run is not None and of_run.trust_remote_code,
     )
     return Policy(spec=spec, checkpoint=folder, recipe=recipe)

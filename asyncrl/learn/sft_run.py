@@ -1,4 +1,4 @@
-"""What a warm start keeps while it goes on: its metrics, its checkpoints, the held-out loss. And whoever watches it."""
+"""A warm start under way: its metrics, its checkpoints, the held-out loss, and the lines that report it."""
 
 import math
 import time
