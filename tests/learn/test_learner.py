@@ -69,6 +69,12 @@ def test_calls_of_a_run_in_order(make_learner, tmp_path: Path) -> None:
     assert [folder.name for folder in RunDir(tmp_path / "run").steps()] == ["step_000002", "step_000003"]
 
 
+def test_a_last_version_whose_turn_it_is_is_saved_and_evaluated_once(make_learner) -> None:
+    learner, store, _, _ = make_learner([lease(1, 0), lease(2, 1)])
+    learner.run(2)
+    assert store.calls[-3:] == [("publish", "3.2"), ("checkpointed", 0), ("eval", "3.2")]
+
+
 def test_the_next_batch_is_fetched_while_the_learner_trains(make_learner) -> None:
     learner, store, _, trainer = make_learner([lease(1, 0), lease(2, 0), lease(3, 2)], eval_freq=None)
     fetched = {update: threading.Event() for update in (0, 1, 2)}
