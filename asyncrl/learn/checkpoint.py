@@ -51,7 +51,7 @@ class Checkpoints:
         model = trainer.model
         path = self._run_dir.checkpoint(version.update)
         with atomic_folder(path) as folder:
-            save_policy(model, folder / "policy")
+            _save_policy(model, folder / "policy")
             torch.save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
             torch.save(_rng_state(), folder / "rng.pt")
             if trainer.critic is not None:
@@ -83,7 +83,7 @@ class Checkpoints:
             return None
         else:
             wanted, extra = newest_complete(folders)
-        load_policy(trainer.model, wanted / "policy")
+        load_weights(trainer.model, load_file(wanted / "policy" / "model.safetensors"))
         trainer.optimizer.load_state_dict(_load(wanted / "optimizer.pt"))
         if trainer.critic is not None:
             _load_critic(trainer.critic, wanted / "critic")
@@ -102,18 +102,13 @@ class Checkpoints:
         return int(folders[-self._keep_last_n :][0].name.removeprefix("step_"))
 
 
-def save_policy(model: PreTrainedModel, folder: Path) -> None:
+def _save_policy(model: PreTrainedModel, folder: Path) -> None:
     """Writes weights under the names of `named_weights`, and the model's configuration."""
     folder.mkdir()
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     _save_weights(model, folder)
-
-
-def load_policy(model: torch.nn.Module, folder: Path) -> None:
-    """Copies a checkpoint's weights into a model of the same shape. Raises CheckpointError where they don't fit."""
-    load_weights(model, load_file(folder / "model.safetensors"))
 
 
 def _save_weights(module: torch.nn.Module, folder: Path) -> None:

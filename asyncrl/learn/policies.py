@@ -58,15 +58,14 @@ def locate(name: str, tokenizer: str = "", dtype: str = "") -> Policy:
 
 def load(policy: Policy, device: str = "cpu") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The model in eval mode and its tokenizer. Raises ConfigError or CheckpointError naming what could not be loaded."""
-    from asyncrl.models.loading import load_model, load_tokenizer
+    from asyncrl.models.loading import load_model, load_tokenizer, load_weights
 
     tokenizer = load_tokenizer(policy.spec)
     if policy.checkpoint is None:
         return load_model(policy.spec, device), tokenizer
     import torch
+    from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    from asyncrl.learn.checkpoint import load_policy
 
     folder, trust = Path(policy.spec.path), policy.spec.trust_remote_code
     dtype = getattr(torch, policy.spec.dtype)
@@ -78,7 +77,7 @@ def load(policy: Policy, device: str = "cpu") -> "tuple[PreTrainedModel, PreTrai
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: no causal LM can be made from its configuration: {error}") from error
     # A checkpoint holds the names of the model in memory, which from_pretrained would try to convert, or leave out.
-    load_policy(model, folder)
+    load_weights(model, load_file(folder / "model.safetensors"))
     return model.to(device).eval(), tokenizer
 
 
