@@ -23,7 +23,7 @@ AggregationName = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-me
 class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     """The algorithm, composed by name of pure functions. Settings that the choices made here would ignore are refused."""
 
-    # How rewards become advantages: one of ESTIMATOR_NAMES, or the user's own, `file.py:name`: `f(rewards_s, groups_s) ->
+    # How rewards become advantages: a built-in estimator, or the user's own, `file.py:name`: `f(rewards_s, groups_s) ->
     # advantages_s`, see algorithms/advantages.py.
     adv_estimator: str = "grpo"
     # Rewards to mean 0 and standard deviation 1: of the batch, or of all rollouts trained so far (`running`). Turn- and
@@ -31,7 +31,7 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     reward_normalization: Literal["none", "batch", "running"] = "none"
     gamma: float = 1.0  # discount per trained token; gae only, which is the only estimator with a critic (CriticSpec)
     lam: float = 1.0  # λ of gae; with gamma 1 too, as in verl, the advantage is the return minus the value
-    # What an advantage does to a token: one of LOSS_NAMES, or the user's own, `file.py:name`: `f(logp_t, old_t, advantages_t,
+    # What an advantage does to a token: a built-in loss, or the user's own, `file.py:name`: `f(logp_t, old_t, advantages_t,
     # sequence_t) -> (loss_t, {figure: values_t})`, see algorithms/losses.py. `dpo` and `kto` learn from how rewards rank a
     # group's rollouts, against the reference, which they load whatever kl_coef is; they take no estimator, correction or mask,
     # and loss_agg is for KL and entropy only.
@@ -40,18 +40,18 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     ratio_to: Literal["proximal", "behaviour"] = "proximal"
     correction: CorrectionName = "decoupled"  # weights that bring the behaviour policy to the proximal one
     masks: tuple[MaskName, ...] = ()  # tokens left out of the policy loss, by any number of masks
-    clip_ratio: float = 0.2  # ε below; for dppo_* it bounds a divergence, for gmpo a log-ratio; gspo wants about 3e-4
-    clip_ratio_high: float | None = None  # ε above; None: as below
+    clip_ratio: float = 0.2  # ε below 1; for dppo_* it bounds a divergence, for gmpo a log-ratio; gspo wants about 3e-4
+    clip_ratio_high: float | None = None  # ε above 1; None: clip_ratio
     clip_ratio_c: float | None = None  # dual clip of ppo, > 1; None: off
     sapo_tau_positive: float = 1.0  # temperature of sapo where the advantage is > 0
-    sapo_tau_negative: float = 1.05  # and elsewhere
+    sapo_tau_negative: float = 1.05  # temperature of sapo elsewhere
     behaviour_cap: float = 5.0  # truncation of exp(proximal − behaviour) for decoupled*
-    tis_cap: float = 2.0  # likewise for tis*
-    icepop_bounds: tuple[float, float] = (0.5, 5.0)  # of exp(proximal − behaviour) of a token
-    geometric_bounds: tuple[float, float] = (0.99, 1.01)  # of its geometric mean over a sequence
-    m2po_bound: float = 0.04  # of the mean of (proximal − behaviour)² over a minibatch
+    tis_cap: float = 2.0  # truncation of exp(proximal − behaviour) for tis*
+    icepop_bounds: tuple[float, float] = (0.5, 5.0)  # least and largest exp(proximal − behaviour) of a token
+    geometric_bounds: tuple[float, float] = (0.99, 1.01)  # likewise of its geometric mean over a sequence
+    m2po_bound: float = 0.04  # largest mean of (proximal − behaviour)² over a minibatch
     kl_coef: float = 0.0  # weight of the KL to the reference, which is the starting policy; 0 loads no reference
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # algorithms/kl.py
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of the KL per token: algorithms/kl.py
     kl_in: Literal["loss", "reward"] = "loss"  # a term of the loss, or a penalty in the reward (of the tokens that are trained)
     kl_control: Literal["fixed", "adaptive"] = "fixed"  # adaptive: kl_coef moves so that the KL per token nears kl_target
     kl_target: float = 0.1  # nats per token
