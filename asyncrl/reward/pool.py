@@ -13,7 +13,7 @@ import msgspec
 
 from asyncrl.config import RewardTerm
 from asyncrl.errors import ConfigError, Unavailable
-from asyncrl.reward.frames import Sample, Verdict
+from asyncrl.reward.results import Sample, Verdict
 from asyncrl.reward.scorer import Scorer, died
 
 T = TypeVar("T")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from asyncrl.errors import Closed
 from asyncrl.interfaces import RewardStore
 from asyncrl.report.timing import TimeInState
-from asyncrl.reward.frames import Sample, Verdict
 from asyncrl.reward.pool import RewardPool
+from asyncrl.reward.results import Sample, Verdict
 from asyncrl.rundir import redact
 from asyncrl.types import Report, Score, Unscored, UnscoredLease
 
@@ -19,12 +19,12 @@ LOGGED_ERRORS = 20  # the first of them; all are in the replay log
 # While one process is stuck in a slow sample and another is free, the store is asked this often for more.
 _ASK_AGAIN_S = 0.1
 
-Tag = tuple["Held", Unscored]
+Tag = tuple["ScoringLease", Unscored]
 Shape = Callable[[float, Sequence[int]], tuple[float, dict[str, float]]]
 
 
 @dataclass(eq=False)
-class Held:
+class ScoringLease:
     """A lease being worked on: verdicts still owed, and when to renew it (monotonic seconds).
 
     Told apart by identity, not by number: a store that restarted may give a number again.
@@ -58,7 +58,6 @@ class RewardWorker:
         shape: Shape = lambda reward, response_ids: (reward, {}),
         lease_size: int = 64,
         poll_s: float = 5.0,
-        ledger: TimeInState | None = None,
     ) -> None:
         self._store = store
         self._pool = pool
@@ -68,8 +67,8 @@ class RewardWorker:
         self._shape = shape
         self._lease_size = lease_size
         self._poll_s = poll_s
-        self._ledger = ledger or TimeInState()
-        self._held: set[Held] = set()
+        self._ledger = TimeInState()
+        self._held: set[ScoringLease] = set()
         self._counts = {"ok": 0, "invalid": 0, "timeout": 0}
         self._began = time.monotonic()
         self._ended = False
@@ -125,7 +124,7 @@ class RewardWorker:
             return
         self._ledger.enter("busy")
         renew_at = time.monotonic() + lease.lease_s / 3
-        held = Held(lease.lease, len(lease.items), lease.lease_s, renew_at)
+        held = ScoringLease(lease.lease, len(lease.items), lease.lease_s, renew_at)
         self._held.add(held)
         self._pool.submit(((held, item), self._sample(item)) for item in lease.items)
 
@@ -135,7 +134,7 @@ class RewardWorker:
         return Sample(prompt.data_source, text, prompt.ground_truth, prompt.extra_info, record, item.response_ids, item.turns)
 
     def _deliver(self, verdicts: list[tuple[Tag, Verdict]]) -> None:
-        by_lease: dict[Held, list[Score]] = {}
+        by_lease: dict[ScoringLease, list[Score]] = {}
         for (held, item), verdict in verdicts:
             self._counts[verdict.status] += 1
             if verdict.status != "ok" and self._counts["invalid"] + self._counts["timeout"] <= LOGGED_ERRORS:

@@ -5,9 +5,9 @@ import pytest
 
 from asyncrl.config import RewardSpec, RewardTerm
 from asyncrl.errors import ConfigError
-from asyncrl.reward.frames import Sample, Verdict
 from asyncrl.reward.functions import alone, is_trl, judge, load_judge, load_terms, weighted
 from asyncrl.reward.pool import RewardPool
+from asyncrl.reward.results import Sample, Verdict
 
 SAMPLE = Sample("gsm8k", "it is #### 72", '"72"', '{"index":3}')
 

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from asyncrl.errors import ConfigError, Unavailable
-from asyncrl.reward.frames import Sample, Verdict
 from asyncrl.reward.pool import RewardPool
+from asyncrl.reward.results import Sample, Verdict
 
 
 def sample(do, value=None):
@@ -135,7 +135,7 @@ def test_close_leaves_no_process_even_in_mid_sample(function, tmp_path):
 PARENT = """
 import sys, json
 from asyncrl.reward.pool import RewardPool
-from asyncrl.reward.frames import Sample
+from asyncrl.reward.results import Sample
 with RewardPool(sys.argv[1], deadline_s=600.0) as pool:
     [verdict] = pool.map([Sample("", "pid", "null", "null")])
     pool.submit([(0, Sample("", sys.argv[2], "null", "null"))])

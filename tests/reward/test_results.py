@@ -4,8 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from asyncrl.reward.frames import Sample, Verdict
-from asyncrl.reward.results import read_result
+from asyncrl.reward.results import Sample, Verdict, read_result
 
 SAMPLE = Sample("gsm8k", "it is #### 72", '"72"', "null", response_ids=[4, 5, 6, 7], turns=(0, 3))
 

@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from asyncrl.reward import verify
-from asyncrl.reward.frames import Sample
 from asyncrl.reward.pool import RewardPool
+from asyncrl.reward.results import Sample
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
