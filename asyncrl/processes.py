@@ -2,8 +2,8 @@
 
 Each child leads a session, and so a process group, of its own. It is given a *lifeline*: the read end of a pipe into which
 nothing is ever written, and whose other end the owner alone holds. So the pipe closes when the owner ends, however it ends, and
-then the whole group is killed: by the child itself where it is asyncrl's own Python (`end_with_owner`), by a guard for any other
-command (`under_guard`; the guard is this file, run as a script).
+then the whole group is killed: by the child itself where it is asyncrl's own Python (`end_with_owner`), by a guard for any
+other command (`under_guard`; the guard is this file, run as a script).
 """
 
 import fcntl

@@ -13,3 +13,10 @@ def require(condition: bool, message: str) -> None:
     """Raises ConfigError with `message` (value, bound, consequence, fix) unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def require_at_least(low: float, spec: Spec, section: str, /, **reasons: str) -> None:
+    """Raises ConfigError for a field of `reasons` that is below `low`; None passes. A reason is the consequence, and the fix."""
+    for name, reason in reasons.items():
+        value = getattr(spec, name)
+        require(value is None or value >= low, f"{section}.{name}={value} < {low}: {reason}")
