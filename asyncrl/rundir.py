@@ -47,12 +47,6 @@ class RunDir:
         self.exports = self.path / "exports"
         self.logs = self.path / "logs"
 
-    def __fspath__(self) -> str:
-        return str(self.path)
-
-    def __repr__(self) -> str:
-        return f"RunDir({str(self.path)!r})"
-
     def create(self, *folders: Path) -> "RunDir":
         """Makes the folders that are missing (none named: all of a run's); safe to call from several processes.
 

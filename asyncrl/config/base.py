@@ -16,7 +16,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_at_least(low: float, spec: Spec, section: str, /, **reasons: str) -> None:
-    """Raises ConfigError for a field of `reasons` that is below `low`; None passes. A reason is the consequence, and the fix."""
+    """Raises ConfigError for a field of `reasons` that is below `low`; None passes. A reason is consequence and fix."""
     for name, reason in reasons.items():
         value = getattr(spec, name)
         require(value is None or value >= low, f"{section}.{name}={value} < {low}: {reason}")

@@ -14,7 +14,7 @@ from msgspec import Struct
 from asyncrl.config import DataSpec
 from asyncrl.errors import DataError
 from asyncrl.prompts.encoding import Encode
-from asyncrl.prompts.reading import Row, read_rows
+from asyncrl.prompts.reading import DatasetRow, read_rows
 from asyncrl.rundir import atomic_file
 from asyncrl.types import Prompt
 
@@ -72,14 +72,14 @@ class PromptFile(Sequence[Prompt]):
 
     def __init__(self, path: Path) -> None:
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            self._batches = [b for b in map(reader.get_batch, range(reader.num_record_batches)) if b.num_rows]
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path} is not a prepared prompt file: {error}; delete it, and it will be made again") from error
-        self._ends = np.cumsum([batch.num_rows for batch in self._batches]).tolist()
+        self._columns = {name: table.column(name) for name in table.column_names}
+        self._length = table.num_rows
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._length
 
     @overload
     def __getitem__(self, index: int) -> Prompt: ...
@@ -88,13 +88,10 @@ class PromptFile(Sequence[Prompt]):
     def __getitem__(self, index: slice) -> list[Prompt]: ...
 
     def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = index + len(self) if index < 0 else index
-        if not 0 <= place < len(self):
-            raise IndexError(f"prompt {index} of {len(self)}")
-        batch, at = self._locate(place)
-        row, ids, source, truth, extra = (batch.column(name)[at] for name in _PROMPT_COLUMNS)
+        place = range(len(self))[index]
+        if isinstance(place, range):
+            return [self[i] for i in place]
+        row, ids, source, truth, extra = (self._columns[name][place] for name in _PROMPT_COLUMNS)
         return Prompt(
             row=row.as_py(),
             ids=tuple(ids.values.to_numpy().tolist()),
@@ -109,20 +106,11 @@ class PromptFile(Sequence[Prompt]):
         An empty object if the row is not here: held-out files may change between a run and its resumption, and a rollout that
         still waits for its score from before must cost at most itself.
         """
-        place = bisect.bisect_left(range(len(self)), row, key=self._row)  # rows stand in rising order
-        if place == len(self) or self._row(place) != row:
+        rows = self._columns["row"]
+        place = bisect.bisect_left(range(len(self)), row, key=lambda i: rows[i].as_py())  # rows stand in rising order
+        if place == len(self) or rows[place].as_py() != row:
             return "{}"
-        batch, at = self._locate(place)
-        return str(batch.column("record")[at].as_py())
-
-    def _row(self, place: int) -> int:
-        batch, at = self._locate(place)
-        return int(batch.column("row")[at].as_py())
-
-    def _locate(self, place: int) -> tuple[pa.RecordBatch, int]:
-        number = bisect.bisect_right(self._ends, place)
-        batch = self._batches[number]
-        return batch, place - (self._ends[number] - batch.num_rows)
+        return str(self._columns["record"][place].as_py())
 
 
 def to_json(value: Any) -> str:
@@ -130,7 +118,7 @@ def to_json(value: Any) -> str:
     return msgspec.json.encode(value, enc_hook=_plain).decode()
 
 
-def as_prompt(row: Row, encode: Encode) -> Prompt:
+def as_prompt(row: DatasetRow, encode: Encode) -> Prompt:
     """One row, tokenized. Raises DataError for an empty result, or a value that JSON can't hold."""
     ids = encode(row.prompt)
     if not ids:
@@ -142,7 +130,7 @@ def as_prompt(row: Row, encode: Encode) -> Prompt:
     return Prompt(row=row.row, ids=tuple(ids), data_source=row.data_source, ground_truth=truth, extra_info=extra)
 
 
-def as_record(row: Row) -> str:
+def as_record(row: DatasetRow) -> str:
     """The row's columns as one JSON object, its prompt under "prompt". What JSON can't hold is left out: a reward function
     that asks for such a column is told which ones there are."""
     fields = []
@@ -166,7 +154,7 @@ def _write(spec: DataSpec, encode: Encode, path: Path, fingerprint: str) -> tupl
     """Returns rows read, prompts kept, and the length in tokens of the shortest."""
     rows = kept = 0
     shortest = 0
-    pending: list[tuple[Prompt, str]] = []
+    pending: list[dict[str, Any]] = []
     schema = _SCHEMA.with_metadata({_FINGERPRINT: fingerprint})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for row in read_rows(spec):
@@ -176,21 +164,15 @@ def _write(spec: DataSpec, encode: Encode, path: Path, fingerprint: str) -> tupl
             if len(prompt.ids) > spec.max_prompt_length:
                 continue
             kept += 1
-            pending.append((prompt, as_record(row)))
+            pending.append({**msgspec.structs.asdict(prompt), "record": as_record(row)})
             if len(pending) == _BATCH_ROWS:
-                writer.write_batch(_batch(pending))
+                writer.write_batch(pa.RecordBatch.from_pylist(pending, _SCHEMA))
                 pending.clear()
         if pending:
-            writer.write_batch(_batch(pending))
+            writer.write_batch(pa.RecordBatch.from_pylist(pending, _SCHEMA))
         # How many rows were read is known only now, and a file's schema is written first: an empty batch carries it.
-        writer.write_batch(_batch([]), custom_metadata={_ROWS_READ: str(rows)})
+        writer.write_batch(pa.RecordBatch.from_pylist([], _SCHEMA), custom_metadata={_ROWS_READ: str(rows)})
     return rows, kept, shortest
-
-
-def _batch(prompts: list[tuple[Prompt, str]]) -> pa.RecordBatch:
-    columns = [pa.array([getattr(p, name) for p, _ in prompts], _SCHEMA.field(name).type) for name in _PROMPT_COLUMNS]
-    columns.append(pa.array([record for _, record in prompts], pa.string()))
-    return pa.record_batch(columns, schema=_SCHEMA)
 
 
 def _existing(path: Path, fingerprint: str) -> PromptSummary | None:

@@ -6,6 +6,7 @@ by jsonschema. None has a clock of its own: math-verify's uses SIGALRM, which wo
 into "wrong". Here the scoring process has a deadline (`reward.deadline_s`), past which the sample is `timeout`.
 """
 
+import importlib
 import json
 import logging
 import re
@@ -31,25 +32,20 @@ def _warmed_by(load: Callable[[], object]) -> Callable[[F], F]:
     return mark
 
 
-def _math_verify() -> ModuleType:
+def _library(module: str, *, needed_by: str, package: str) -> ModuleType:
     try:
-        import math_verify
+        return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(
-            f"the verifiers gsm8k and math need math-verify, which can't be imported ({error}); pip install 'asyncrl[math]'"
-        ) from error
+        raise ConfigError(f"{needed_by}, which can't be imported ({error}); pip install {package}") from error
+
+
+def _math_verify() -> ModuleType:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once per process that its own clock is off
-    return math_verify
+    return _library("math_verify", needed_by="the verifiers gsm8k and math need math-verify", package="'asyncrl[math]'")
 
 
 def _jsonschema() -> ModuleType:
-    try:
-        import jsonschema
-    except ImportError as error:
-        raise ConfigError(
-            f"the verifier json_schema needs jsonschema, which can't be imported ({error}); pip install jsonschema"
-        ) from error
-    return jsonschema
+    return _library("jsonschema", needed_by="the verifier json_schema needs jsonschema", package="jsonschema")
 
 
 @_warmed_by(_math_verify)

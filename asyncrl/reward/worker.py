@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from asyncrl.report.timing import TimeInState
 from asyncrl.reward.pool import RewardPool
 from asyncrl.reward.results import Sample, Verdict
 from asyncrl.rundir import redact
-from asyncrl.types import Report, Score, Unscored, UnscoredLease
+from asyncrl.types import Report, Score, Status, Unscored, UnscoredLease
 
 log = logging.getLogger(__name__)
 LOGGED_ERRORS = 20  # the first of them; all are in the replay log
@@ -25,15 +26,15 @@ Shape = Callable[[float, Sequence[int]], tuple[float, dict[str, float]]]
 
 @dataclass(eq=False)
 class ScoringLease:
-    """A lease being worked on: verdicts still owed, and when to renew it (monotonic seconds).
+    """A lease that is being worked on.
 
     Told apart by identity, not by number: a store that restarted may give a number again.
     """
 
-    lease: int
-    owed: int
+    lease: int  # the store's number
+    owed: int  # verdicts still to deliver
     lease_s: float
-    renew_at: float
+    renew_at: float  # monotonic seconds
 
 
 class RewardWorker:
@@ -41,10 +42,11 @@ class RewardWorker:
 
     Verdicts are delivered as they come: a slow sample holds up nobody else's. New rollouts are leased as soon as a
     process is free, and leases are renewed at a third of their time. The main loop waits for the store (`wait:store`)
-    or works (`busy`). `run` owns the pool and closes it. `decode`: token ids to text, special tokens left out.
-    `record`: the dataset row of a rollout as JSON, for TRL's functions. `shape`: what becomes of the reward of a training
-    rollout, given its response's tokens, and named parts to add to the function's; evaluation is scored as it is, and by what
-    is due at the end alone.
+    or works (`busy`). `run` owns the pool and closes it.
+
+    decode: token ids to text, special tokens left out. record: the dataset row of a rollout as JSON, for TRL's functions.
+    shape: what becomes of the reward of a training rollout, given its response's tokens, and named parts to add to the
+    function's. Evaluation is scored as it is, without turn- and token-level rewards.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class RewardWorker:
         self._poll_s = poll_s
         self._ledger = TimeInState()
         self._held: set[ScoringLease] = set()
-        self._counts = {"ok": 0, "invalid": 0, "timeout": 0}
+        self._counts: Counter[Status] = Counter()
         self._began = time.monotonic()
         self._ended = False
         self._stop = threading.Event()
@@ -94,7 +96,7 @@ class RewardWorker:
 
     def report(self) -> Report:
         """Samples so far by status, processes replaced, and samples per second since the start."""
-        scored = sum(self._counts.values())
+        scored = self._counts.total()
         gauges = {
             "scored": float(scored),
             "invalid": float(self._counts["invalid"]),
@@ -123,8 +125,7 @@ class RewardWorker:
         if not lease.items:
             return
         self._ledger.enter("busy")
-        renew_at = time.monotonic() + lease.lease_s / 3
-        held = ScoringLease(lease.lease, len(lease.items), lease.lease_s, renew_at)
+        held = ScoringLease(lease.lease, len(lease.items), lease.lease_s, time.monotonic() + lease.lease_s / 3)
         self._held.add(held)
         self._pool.submit(((held, item), self._sample(item)) for item in lease.items)
 
@@ -137,7 +138,7 @@ class RewardWorker:
         by_lease: dict[ScoringLease, list[Score]] = {}
         for (held, item), verdict in verdicts:
             self._counts[verdict.status] += 1
-            if verdict.status != "ok" and self._counts["invalid"] + self._counts["timeout"] <= LOGGED_ERRORS:
+            if verdict.status != "ok" and self._counts.total() - self._counts["ok"] <= LOGGED_ERRORS:
                 log.warning("group %d, rollout %d: %s: %s", item.group, item.rollout, verdict.status, verdict.error)
             by_lease.setdefault(held, []).append(self._score(item, verdict))
         for held, scores in by_lease.items():
@@ -165,6 +166,6 @@ class RewardWorker:
             status=verdict.status,
             reward=reward,
             parts=parts,
-            error=redact(verdict.error),
+            error=redact(verdict.error) if verdict.error else "",
             token_rewards=verdict.token_rewards if item.purpose == "train" else None,
         )
