@@ -166,7 +166,7 @@ class StalenessSpec(Spec, frozen=True, kw_only=True):
 
     max_lag: int = 4  # η: the most versions between a token and the update that trains it; 0 is synchronous on-policy
     # What happens when a slow group would pass the bound: its overdue tokens leave the loss (`mask`), the learner waits for it
-    # (`wait`; always for max_lag 0), or it is given up and its prompt tried again (`drop`).
+    # (`wait`; always for max_lag 0), or it is cancelled and its prompt tried again (`drop`).
     on_stale: OnStale = "mask"
     # Which ready groups are trained first: those reserved first (`oldest`), those of the freshest tokens, or any (`uniform`).
     selector: SelectorName = "oldest"

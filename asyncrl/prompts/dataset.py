@@ -2,7 +2,8 @@
 
 import bisect
 import hashlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -36,13 +37,17 @@ _PROMPT_COLUMNS = _SCHEMA.names[:-1]
 
 
 class PromptSummary(Struct, frozen=True, kw_only=True):
-    """rows read = prompts kept + too_long left out. reused: the file was there already, made from the same inputs."""
+    """What a prepared file holds."""
 
     path: Path
-    rows: int
-    prompts: int
-    too_long: int
-    reused: bool
+    rows: int  # read
+    prompts: int  # kept
+    reused: bool = False  # the file was there already, made from the same inputs
+
+    @property
+    def too_long(self) -> int:
+        """Rows whose prompts were left out."""
+        return self.rows - self.prompts
 
 
 def prepare(spec: DataSpec, encode: Encode, out: Path, tokenizer_id: str, must_reuse: bool = False) -> PromptSummary:
@@ -58,13 +63,14 @@ def prepare(spec: DataSpec, encode: Encode, out: Path, tokenizer_id: str, must_r
     if must_reuse:
         raise DataError(
             f"{', '.join(map(str, spec.files))} or the tokenizer changed since {out} was made: groups in the run's log would "
-            "be finished with other prompts; put the old files back, or start anew under another --name"
+            "be finished with other prompts; put the old files back, or start a new run under another --name"
         )
     with atomic_file(out) as beside:
-        rows, prompts, shortest = _write(spec, encode, beside, fingerprint)
-        if prompts == 0:
-            raise DataError(_nothing_left(spec, rows, shortest))
-    return PromptSummary(path=out, rows=rows, prompts=prompts, too_long=rows - prompts, reused=False)
+        lengths = _write(spec, encode, beside, fingerprint)
+        kept = sum(length <= spec.max_prompt_length for length in lengths)
+        if not kept:
+            raise DataError(_nothing_left(spec, lengths))
+    return PromptSummary(path=out, rows=len(lengths), prompts=kept)
 
 
 class PromptFile(Sequence[Prompt]):
@@ -150,29 +156,24 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} {value!r:.60}")
 
 
-def _write(spec: DataSpec, encode: Encode, path: Path, fingerprint: str) -> tuple[int, int, int]:
-    """Returns rows read, prompts kept, and the length in tokens of the shortest."""
-    rows = kept = 0
-    shortest = 0
-    pending: list[dict[str, Any]] = []
+def _write(spec: DataSpec, encode: Encode, path: Path, fingerprint: str) -> list[int]:
+    """Returns the length in tokens of every row's prompt."""
+    lengths: list[int] = []
+    found = read_rows(spec)
     schema = _SCHEMA.with_metadata({_FINGERPRINT: fingerprint})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for row in read_rows(spec):
-            prompt = as_prompt(row, encode)
-            rows += 1
-            shortest = min(shortest or len(prompt.ids), len(prompt.ids))
-            if len(prompt.ids) > spec.max_prompt_length:
-                continue
-            kept += 1
-            pending.append({**msgspec.structs.asdict(prompt), "record": as_record(row)})
-            if len(pending) == _BATCH_ROWS:
-                writer.write_batch(pa.RecordBatch.from_pylist(pending, _SCHEMA))
-                pending.clear()
-        if pending:
-            writer.write_batch(pa.RecordBatch.from_pylist(pending, _SCHEMA))
+        while rows := list(itertools.islice(found, _BATCH_ROWS)):
+            prompts = [as_prompt(row, encode) for row in rows]
+            lengths += [len(prompt.ids) for prompt in prompts]
+            kept = [
+                {**msgspec.structs.asdict(prompt), "record": as_record(row)}
+                for prompt, row in zip(prompts, rows, strict=True)
+                if len(prompt.ids) <= spec.max_prompt_length
+            ]
+            writer.write_batch(pa.RecordBatch.from_pylist(kept, _SCHEMA))
         # How many rows were read is known only now, and a file's schema is written first: an empty batch carries it.
-        writer.write_batch(pa.RecordBatch.from_pylist([], _SCHEMA), custom_metadata={_ROWS_READ: str(rows)})
-    return rows, kept, shortest
+        writer.write_batch(pa.RecordBatch.from_pylist([], _SCHEMA), custom_metadata={_ROWS_READ: str(len(lengths))})
+    return lengths
 
 
 def _existing(path: Path, fingerprint: str) -> PromptSummary | None:
@@ -188,8 +189,7 @@ def _existing(path: Path, fingerprint: str) -> PromptSummary | None:
         return None
     if last.num_rows or metadata is None:
         return None
-    rows, prompts = int(metadata[_ROWS_READ]), len(PromptFile(path))
-    return PromptSummary(path=path, rows=rows, prompts=prompts, too_long=rows - prompts, reused=True)
+    return PromptSummary(path=path, rows=int(metadata[_ROWS_READ]), prompts=len(PromptFile(path)), reused=True)
 
 
 def _fingerprint(spec: DataSpec, tokenizer_id: str) -> str:
@@ -197,26 +197,21 @@ def _fingerprint(spec: DataSpec, tokenizer_id: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in (_FORMAT, spec.prompt_key, spec.answer_key, spec.source_key, spec.max_prompt_length, tokenizer_id):
         digest.update(f"{part}\0".encode())
-    for content in _contents(spec.files):
-        digest.update(content)
+    for name in spec.files:
+        digest.update(f"{Path(name).name}\0".encode())
+        try:
+            with open(name, "rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+        except OSError as error:
+            raise DataError(f"data file {Path(name).absolute()} can't be read: {error.strerror}") from error
     return digest.hexdigest()
 
 
-def _contents(files: Sequence[str]) -> Iterator[bytes]:
-    for name in files:
-        yield f"{Path(name).name}\0".encode()
-        try:
-            with open(name, "rb") as file:
-                yield hashlib.file_digest(file, "blake2b").digest()
-        except OSError as error:
-            raise DataError(f"data file {Path(name).absolute()} can't be read: {error.strerror}") from error
-
-
-def _nothing_left(spec: DataSpec, rows: int, shortest: int) -> str:
+def _nothing_left(spec: DataSpec, lengths: Sequence[int]) -> str:
     files = ", ".join(spec.files)
-    if rows == 0:
+    if not lengths:
         return f"{files}: no rows, so there is nothing to train on"
     return (
-        f"{files}: all {rows} prompts are longer than data.max_prompt_length={spec.max_prompt_length} tokens (the shortest "
-        f"has {shortest}): nothing is left to train on; raise data.max_prompt_length"
+        f"{files}: all {len(lengths)} prompts are longer than data.max_prompt_length={spec.max_prompt_length} tokens (the "
+        f"shortest has {min(lengths)}): nothing is left to train on; raise data.max_prompt_length"
     )

@@ -41,9 +41,16 @@ def read_rows(spec: DataSpec) -> Iterator[DatasetRow]:
 def check_columns(files: Sequence[str], spec: DataSpec) -> None:
     """Proves that each file exists and its first row is well-formed, without reading more. Raises DataError."""
     for file in files:
-        first = next(read_rows(msgspec.structs.replace(spec, files=(file,))), None)
-        if first is None:
-            raise DataError(f"{file} holds no rows: there is nothing to train on or to evaluate")
+        where, record = first_record(file, "to train on or to evaluate")
+        _row(0, where, record, spec, Path(file))
+
+
+def first_record(file: str, purpose: str) -> tuple[str, Mapping[str, Any]]:
+    """A file's first row and where it stands. Raises DataError for a file without rows; purpose: what there is nothing for."""
+    first = next(records(Path(file)), None)
+    if first is None:
+        raise DataError(f"{file} holds no rows: there is nothing {purpose}")
+    return first
 
 
 def records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

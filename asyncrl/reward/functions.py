@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from asyncrl.config import RewardStyle, RewardTerm
+from asyncrl.config import RewardTerm
 from asyncrl.config.callables import describe, load_callable
 from asyncrl.errors import ConfigError
 from asyncrl.reward.results import Sample, Verdict, read_result
@@ -27,7 +27,7 @@ _json = msgspec.json.Decoder()
 
 def load_terms(terms: Sequence[RewardTerm]) -> Judge:
     """Loads every function of `RewardSpec.terms()`. Raises ConfigError."""
-    judges = [load_judge(term.function, term.style, term.arguments) for term in terms]
+    judges = [load_judge(term) for term in terms]
     return alone(judges[0]) if not terms[0].name else weighted(terms, judges)
 
 
@@ -40,7 +40,7 @@ def weighted(terms: Sequence[RewardTerm], judges: Sequence[Judge]) -> Judge:
     """The weighted sum of the rewards that apply to a sample, as in TRL (`reward_weights`, None left out).
 
     Parts: each reward's unweighted value under the term's name, and its own parts under `name/part`. One failure makes the
-    sample `invalid`: a sum that lacks a reward would be another reward. The answer is that of the first term that has one.
+    sample `invalid`: a sum that lacks a reward would be another reward. The answer (of majority votes) is that of the first term that has one.
     Token rewards are summed by the same weights.
     """
 
@@ -81,33 +81,28 @@ def _checked(verdict: Verdict) -> Verdict:
 # -------------------------------------------------------------------------------------------- one function
 
 
-def load_judge(reference: str, style: RewardStyle = "auto", arguments: Mapping[str, Any] | None = None) -> Judge:
+def load_judge(term: RewardTerm) -> Judge:
     """Loads the reward function and returns what turns a sample into a verdict. Raises ConfigError.
 
     A function may carry an attribute `warm_up`, called here: slow imports in it cost no sample its deadline.
     """
-    function = load_callable(reference, "reward.function")
+    function = load_callable(term.function, "reward.function")
     getattr(function, "warm_up", lambda: None)()
-    return judge(function, reference, style, arguments)
+    return judge(function, term)
 
 
-def judge(
-    function: Callable[..., Any],
-    reference: str = "reward.function",
-    style: RewardStyle = "auto",
-    arguments: Mapping[str, Any] | None = None,
-) -> Judge:
+def judge(function: Callable[..., Any], term: RewardTerm) -> Judge:
     """Wraps a reward function: whatever it raises becomes `invalid` with the error's text, never a silent 0.
 
-    `ok` without a reward: a function of TRL's kind says that it does not apply. arguments: more keywords for every call.
+    `ok` without a reward: a function of TRL's kind says that it does not apply.
     """
-    is_of_trl = style == "trl" or (style == "auto" and is_trl(function))
-    ask = _trl_call(function, arguments or {}) if is_of_trl else _verl_call(function, reference, arguments or {})
+    of_trl = term.style == "trl" or (term.style == "auto" and is_trl(function))
+    ask = _trl_call(function, term.arguments) if of_trl else _verl_call(function, term)
 
     def verdict(sample: Sample) -> Verdict:
         try:
             value = ask(sample)
-            return Verdict("ok") if value is None and is_of_trl else read_result(value, sample)
+            return Verdict("ok") if value is None and of_trl else read_result(value, sample)
         except BaseException as error:  # sys.exit in a user's function must cost one sample, not the process
             return Verdict("invalid", error=describe(error))
 
@@ -136,8 +131,8 @@ _NAMES = ("data_source", "solution_str", "ground_truth", "extra_info")
 _EXTRA_NAMES = ("response_ids", "turns")  # for turn- and token-level rewards; given to functions that name them
 
 
-def _verl_call(function: Callable[..., Any], reference: str, arguments: Mapping[str, Any]) -> Callable[[Sample], Any]:
-    keywords, positional = _convention(partial(function, **arguments), reference, arguments)
+def _verl_call(function: Callable[..., Any], term: RewardTerm) -> Callable[[Sample], Any]:
+    keywords, positional = _convention(partial(function, **term.arguments), term)
 
     def ask(sample: Sample) -> Any:
         values = {
@@ -149,12 +144,12 @@ def _verl_call(function: Callable[..., Any], reference: str, arguments: Mapping[
             "turns": sample.turns,
         }
         positions = [values[name] for name in _NAMES[:positional]]
-        return _awaited(function(*positions, **{name: values[name] for name in keywords}, **arguments))
+        return _awaited(function(*positions, **{name: values[name] for name in keywords}, **term.arguments))
 
     return ask
 
 
-def _convention(function: Callable[..., Any], reference: str, arguments: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
+def _convention(function: Callable[..., Any], term: RewardTerm) -> tuple[tuple[str, ...], int]:
     """(names to pass by keyword, how many of the four by position): none, but where the parameters have other names.
 
     A function may take fewer than the four, as verl's own `gsm8k.compute_score(solution_str, ground_truth, …)` does. Beside
@@ -167,14 +162,14 @@ def _convention(function: Callable[..., Any], reference: str, arguments: Mapping
     named, open_ended = _keywords(signature)
     keywords = tuple(name for name in _NAMES if open_ended or name in named)
     # others must not be handed on by a `**kwargs`, nor where the recipe gives an argument of that name
-    extra = tuple(name for name in _EXTRA_NAMES if name in named and name not in arguments)
+    extra = tuple(name for name in _EXTRA_NAMES if name in named and name not in term.arguments)
     if "solution_str" in keywords and _binds(signature, **dict.fromkeys(keywords + extra)):
         return keywords + extra, 0
     for count in (4, 3):
         if _binds(signature, *_NAMES[:count], **dict.fromkeys(extra)):
             return extra, count
     raise ConfigError(
-        f"reward.function={reference!r} takes {signature}, but is called as "
+        f"reward.function={term.function!r} takes {signature}, but is called as "
         f"({', '.join(_NAMES)}); rename its parameters, or give the others defaults"
     )
 

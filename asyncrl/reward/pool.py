@@ -31,7 +31,7 @@ class RewardPool(Generic[T]):
     started are killed and replaced, and the sample is `timeout`. A process that dies leaves its sample `invalid`.
     Samples that waited behind it in the same process are scored again from their start. `T` tags a sample.
 
-    Use from one thread. rewards: one function, or `RewardSpec.terms()`. `log`: where the functions' prints go; None: standard
+    Use from one thread. rewards: one function, or `RewardSpec.terms()`. log: where the functions' prints go; None: standard
     error.
     """
 
@@ -79,7 +79,7 @@ class RewardPool(Generic[T]):
 
     @property
     def has_capacity(self) -> bool:
-        """Whether more samples are welcome: nothing is queued, and a process is idle or everything is answered."""
+        """Whether more samples are welcome: nothing is queued, and a process is idle or everything is scored."""
         return not self.pending or (not self._queue and any(scorer.idle for scorer in self._scorers))
 
     def poll(self, wait_s: float) -> list[tuple[T, Verdict]]:

@@ -22,8 +22,8 @@ T = TypeVar("T")
 class Scorer(Generic[T]):
     """One scoring process. Owned by one thread; never blocks, but for the reaping of a killed process.
 
-    terms: the reward terms as JSON, for its command line. `flight`: what it was given and has not answered, in order; it
-    scores the first, since `since` (monotonic seconds).
+    terms: the reward terms as JSON, for its command line. flight: the samples that it was given and has not scored, in order;
+    it scores the first, since `since` (monotonic seconds).
     """
 
     def __init__(self, terms: str, log: Path | None, selector: selectors.BaseSelector) -> None:

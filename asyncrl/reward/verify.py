@@ -1,4 +1,4 @@
-"""Verifiers to name in a recipe, e.g. `reward.function=asyncrl.reward.verify:gsm8k`: 1 for a right answer, else 0.
+"""Built-in verifiers to name in a recipe, e.g. `reward.function=asyncrl.reward.verify:gsm8k`: 1 for a right answer, else 0.
 
 All take verl's `compute_score` parameters and return `{"score", "pred"}`, pred being the answer as read: majority votes count
 it. Answers in mathematics are read and compared by math-verify (Hugging Face; `pip install 'asyncrl[math]'`), JSON is checked

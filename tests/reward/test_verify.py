@@ -88,10 +88,11 @@ def test_a_missing_library_is_known_before_the_first_sample(module, function, fi
 import sys
 sys.modules[{module!r}] = None
 from asyncrl.errors import ConfigError
+from asyncrl.config import RewardTerm
 from asyncrl.reward.functions import load_judge
-load_judge("asyncrl.reward.verify:exact_match")
+load_judge(RewardTerm(function="asyncrl.reward.verify:exact_match"))
 try:
-    load_judge("asyncrl.reward.verify:{function}")
+    load_judge(RewardTerm(function="asyncrl.reward.verify:{function}"))
 except ConfigError as error:
     print(error)
 """

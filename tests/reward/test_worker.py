@@ -188,7 +188,7 @@ def test_training_rewards_are_shaped_and_held_out_ones_are_not(worker):
     assert (scores[2].status, scores[2].reward, scores[2].parts) == ("invalid", None, {})
 
 
-def test_what_tokens_earn_travels_with_training_scores(tmp_path):
+def test_token_rewards_travel_with_training_scores(tmp_path):
     path = tmp_path / "turns.py"
     path.write_text(
         "def f(solution_str, ground_truth, response_ids, turns):\n"
