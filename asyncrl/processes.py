@@ -13,54 +13,34 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from typing import IO
-
-Stream = int | IO[bytes] | None
+from collections.abc import Sequence
+from typing import Any
 
 
-class OwnedProcess:
+class OwnedProcess(subprocess.Popen[bytes]):
     """A child that leads its own process group: the group ends when this process ends, or at `kill`.
 
-    The number of its lifeline's descriptor becomes the last argument of `command`. stdin, stdout, stderr, env: as
-    subprocess.Popen takes them. Raises OSError if it can't be started.
+    The number of its lifeline's descriptor becomes the last argument of `command`. options: as subprocess.Popen takes them.
+    Raises OSError if it can't be started.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        *,
-        stdin: Stream = subprocess.DEVNULL,
-        stdout: Stream = None,
-        stderr: Stream = None,
-        env: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, command: Sequence[str], **options: Any) -> None:
         lifeline, self._lifeline = os.pipe()
         try:
-            self._child = subprocess.Popen(
-                [*command, str(lifeline)],
-                stdin=stdin,
-                stdout=stdout,
-                stderr=stderr,
-                env=env,
-                pass_fds=(lifeline,),
-                start_new_session=True,
-            )
+            super().__init__([*command, str(lifeline)], pass_fds=(lifeline,), start_new_session=True, **options)
         except BaseException:
             os.close(self._lifeline)
             raise
         finally:
             os.close(lifeline)
-        self.pid = self._child.pid
-        self.stdin, self.stdout = self._child.stdin, self._child.stdout
 
     def exit_code(self) -> int | None:
         """None while the child runs; minus the signal's number if one killed it.
 
-        Does not reap the child, so that its group's number can't pass to others before `kill`.
+        Does not reap the child, as `poll` would: so its group's number can't pass to others before `kill`.
         """
-        if self._child.returncode is not None:
-            return self._child.returncode
+        if self.returncode is not None:
+            return self.returncode
         status = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if status is None:
             return None
@@ -68,10 +48,10 @@ class OwnedProcess:
 
     def kill(self) -> None:
         """SIGKILL to the child and its group; then reaps the child and frees the descriptors. Idempotent."""
-        if self._child.returncode is not None:
+        if self.returncode is not None:
             return
         os.killpg(self.pid, signal.SIGKILL)
-        self._child.wait()
+        self.wait()
         os.close(self._lifeline)
         for stream in (self.stdin, self.stdout):
             if stream is not None:

@@ -40,7 +40,7 @@ def weighted(terms: Sequence[RewardTerm], judges: Sequence[Judge]) -> Judge:
     """The weighted sum of the rewards that apply to a sample, as in TRL (`reward_weights`, None left out).
 
     Parts: each reward's unweighted value under the term's name, and its own parts under `name/part`. One failure makes the
-    sample `invalid`: a sum that lacks a reward would be another reward. The answer (of majority votes) is that of the first term that has one.
+    sample `invalid`: a sum that lacks a reward would be another reward. The answer is that of the first term that has one.
     Token rewards are summed by the same weights.
     """
 

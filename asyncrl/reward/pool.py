@@ -57,7 +57,7 @@ class RewardPool(Generic[T]):
         self._scorers: list[Scorer[T]] = []
         self._loaded = False  # by any process, ever: then the file is not to blame for one that could not
 
-    def start(self) -> None:
+    def __enter__(self) -> Self:
         """Spawns the processes and waits until all have loaded the function. Raises as `poll` does."""
         try:
             while len(self._scorers) < self._count:
@@ -67,6 +67,10 @@ class RewardPool(Generic[T]):
         except BaseException:
             self.close()
             raise
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
     def submit(self, samples: Iterable[tuple[T, Sample]]) -> None:
         """Queues tagged samples. Never waits."""
@@ -118,13 +122,6 @@ class RewardPool(Generic[T]):
             self._scorers.pop().kill()
         self._queue.clear()
         self._selector.close()
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.close()
 
     def _spawn(self) -> Scorer[T]:
         return Scorer(self._terms, self._log, self._selector)

@@ -42,7 +42,7 @@ class RewardWorker:
 
     Verdicts are delivered as they come: a slow sample holds up nobody else's. New rollouts are leased as soon as a
     process is free, and leases are renewed at a third of their time. The main loop waits for the store (`wait:store`)
-    or works (`busy`). `run` owns the pool and closes it.
+    or works (`busy`). `run` starts the pool and closes it.
 
     decode: token ids to text, special tokens left out. record: the dataset row of a rollout as JSON, for TRL's functions.
     shape: what becomes of the reward of a training rollout, given its response's tokens, and named parts to add to the
@@ -80,15 +80,14 @@ class RewardWorker:
         """Returns at the end of the data, after `stop`, or when the store closes. Raises ConfigError for a reward
         function that can't be loaded, and what the store raises (`Fenced`, `Unavailable`)."""
         try:
-            self._pool.start()
-            self._began = time.monotonic()
-            while not self._stop.is_set() and not (self._ended and not self._pool.pending):
-                self._step()
+            with self._pool:
+                self._began = time.monotonic()
+                while not self._stop.is_set() and not (self._ended and not self._pool.pending):
+                    self._step()
         except Closed:
             pass  # the run is stopping: a clean end
         finally:
             self._ledger.enter("wait:end")
-            self._pool.close()
 
     def stop(self) -> None:
         """Asks `run` to return; it does after its current wait, of `poll_s` at most. Callable from any thread."""

@@ -42,7 +42,8 @@ class ServerProcess(OwnedProcess):
         program = find_program(command[0]) or command[0]
         with open(log, "ab") as output:
             self._log_start = output.tell()
-            super().__init__(under_guard([program, *command[1:]]), stdout=output, stderr=output, env={**os.environ, **env})
+            environment = {**os.environ, **env}
+            super().__init__(under_guard([program, *command[1:]]), stdout=output, stderr=output, env=environment)
 
     def alive(self) -> bool:
         """Whether the command runs, and no process under it has crashed (SGLang itself needs seconds to notice).
