@@ -5,7 +5,6 @@ A judge takes a sample and returns a verdict; `load_terms` makes the judge of a 
 
 import asyncio
 import inspect
-import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -33,7 +32,7 @@ def load_terms(terms: Sequence[RewardTerm]) -> Judge:
 
 def alone(judge: Judge) -> Judge:
     """One function, whose parts keep their names. Where it does not apply, nothing does: the sample is `invalid`."""
-    return lambda sample: _checked(judge(sample))
+    return lambda sample: _applied(judge(sample))
 
 
 def weighted(terms: Sequence[RewardTerm], judges: Sequence[Judge]) -> Judge:
@@ -62,20 +61,15 @@ def weighted(terms: Sequence[RewardTerm], judges: Sequence[Judge]) -> Judge:
             if one.token_rewards is not None:
                 before = token_rewards or [0.0] * len(one.token_rewards)
                 token_rewards = [sum_ + term.weight * more for sum_, more in zip(before, one.token_rewards, strict=True)]
-        return _checked(Verdict("ok", total, parts, answer=answer, token_rewards=token_rewards))
+        return _applied(Verdict("ok", total, parts, answer=answer, token_rewards=token_rewards))
 
     return verdict
 
 
-def _checked(verdict: Verdict) -> Verdict:
-    """Sums of finite numbers may still overflow, and an `ok` verdict needs a reward: what has none of these is `invalid`."""
-    if verdict.status != "ok":
+def _applied(verdict: Verdict) -> Verdict:
+    if verdict.status != "ok" or verdict.reward is not None:
         return verdict
-    if verdict.reward is None:
-        return Verdict("invalid", error="no reward function applies to this sample: each returned None for it")
-    if not all(map(math.isfinite, (verdict.reward, *(verdict.token_rewards or ())))):
-        return Verdict("invalid", error="the rewards add up to no finite number; lower their weights")
-    return verdict
+    return Verdict("invalid", error="no reward function applies to this sample: each returned None for it")
 
 
 # -------------------------------------------------------------------------------------------- one function

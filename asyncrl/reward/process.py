@@ -1,12 +1,12 @@
 """One scoring process: `python -m asyncrl.reward.process TERMS LIFELINE`, started by `Scorer` and by nobody else.
 
-TERMS: the reward terms as JSON. Every message is one line of JSON:
+TERMS: the reward terms as JSON. Every message is a frame: its length in bytes, then msgpack.
 
     Scorer ── list[Sample] ──► standard input       (a batch, scored one at a time, in order)
     Scorer ◄── Ready | Broken ── standard output    (once, when the function is loaded or can't be)
     Scorer ◄── Verdict ── standard output           (one per sample, in order; it also says that the next sample starts)
 
-Both streams are moved away first, so that what the user's function prints goes to standard error, and cannot break a line.
+Both streams are moved away first, so that what the user's function prints goes to standard error, and cannot break a frame.
 No numpy, no torch: a scoring process must start quickly.
 """
 
@@ -36,20 +36,23 @@ class Broken(Struct, frozen=True, array_like=True, tag="broken"):
 
 
 Reply = Verdict | Ready | Broken
-_samples = msgspec.json.Decoder(list[Sample])
-_replies = msgspec.json.Decoder(Reply)
+HEADER = 8  # bytes of a frame's length
+_samples = msgspec.msgpack.Decoder(list[Sample])
+_replies = msgspec.msgpack.Decoder(Reply)
 
 
-def to_line(message: list[Sample] | Reply) -> bytes:
-    return msgspec.json.encode(message) + b"\n"
+def to_frame(message: list[Sample] | Reply) -> bytes:
+    body = msgspec.msgpack.encode(message)
+    return len(body).to_bytes(HEADER) + body
 
 
 def take_replies(received: bytearray) -> list[Reply]:
-    """Cuts the whole lines off the front of `received`; the rest waits for more, however the pipe split it."""
-    whole = received.rfind(b"\n") + 1
-    lines = bytes(received[:whole]).splitlines()
-    del received[:whole]
-    return [_replies.decode(line) for line in lines]
+    """Cuts the whole frames off the front of `received`; the rest waits for more, however the pipe split it."""
+    replies = []
+    while len(received) >= HEADER and len(received) >= (end := HEADER + int.from_bytes(received[:HEADER])):
+        replies.append(_replies.decode(received[HEADER:end]))
+        del received[:end]
+    return replies
 
 
 def serve(terms: str, lifeline: int) -> int:
@@ -62,8 +65,8 @@ def serve(terms: str, lifeline: int) -> int:
         _send(results, Broken(str(error)))
         return 1
     _send(results, Ready())
-    for line in tasks:
-        for sample in _samples.decode(line):
+    while header := tasks.read(HEADER):
+        for sample in _samples.decode(tasks.read(int.from_bytes(header))):
             verdict = judge(sample)
             # An alarm that the function left running would hit the next sample.
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -73,10 +76,10 @@ def serve(terms: str, lifeline: int) -> int:
 
 def _send(results: BinaryIO, reply: Reply) -> None:
     try:
-        line = to_line(reply)
+        frame = to_frame(reply)
     except (UnicodeEncodeError, TypeError) as error:  # e.g. a lone surrogate in the error's text
-        line = to_line(Verdict("invalid", error=f"the verdict could not be encoded: {error!a}"))
-    results.write(line)
+        frame = to_frame(Verdict("invalid", error=f"the verdict could not be encoded: {error!a}"))
+    results.write(frame)
     results.flush()
 
 

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 from asyncrl.errors import ConfigError
 from asyncrl.processes import OwnedProcess
-from asyncrl.reward.process import Broken, Ready, take_replies, to_line
+from asyncrl.reward.process import Broken, Ready, take_replies, to_frame
 from asyncrl.reward.results import Sample, Verdict
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class Scorer(Generic[T]):
         """Gives an idle process samples to score; the first one's clock starts now."""
         self.flight.extend(batch)
         self.since = time.monotonic()
-        self._unsent = memoryview(to_line([sample for _, sample in batch]))
+        self._unsent = memoryview(to_frame([sample for _, sample in batch]))
         self._selector.register(self._tasks, selectors.EVENT_WRITE, self)
         self.flush()
 

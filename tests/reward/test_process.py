@@ -4,7 +4,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncrl.reward.process import Broken, Ready, take_replies, to_line
+from asyncrl.reward.process import HEADER, Broken, Ready, take_replies, to_frame
 from asyncrl.reward.results import Sample, Verdict
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -23,7 +23,7 @@ replies = verdicts | st.just(Ready()) | st.builds(Broken, text)
 
 @given(st.lists(replies, max_size=8), st.data())
 def test_replies_survive_any_split_of_the_stream(messages, data):
-    stream = b"".join(map(to_line, messages))
+    stream = b"".join(map(to_frame, messages))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=12)))
     buffer, received = bytearray(), []
     for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
@@ -33,14 +33,14 @@ def test_replies_survive_any_split_of_the_stream(messages, data):
 
 
 @given(st.lists(st.builds(Sample, text, text, text, text, text, st.lists(st.integers(0, 2**32))), max_size=5))
-def test_samples_round_trip_in_one_line(batch):
-    line = to_line(batch)
-    assert line.count(b"\n") == 1
-    assert msgspec.json.decode(line, type=list[Sample]) == batch
+def test_samples_round_trip(batch):
+    frame = to_frame(batch)
+    assert int.from_bytes(frame[:HEADER]) == len(frame) - HEADER
+    assert msgspec.msgpack.decode(frame[HEADER:], type=list[Sample]) == batch
 
 
-def test_an_incomplete_line_waits():
-    whole = to_line(Verdict("ok", 1.0))
+def test_an_incomplete_frame_waits():
+    whole = to_frame(Verdict("ok", 1.0))
     buffer = bytearray(whole[:-1])
     assert take_replies(buffer) == []
     buffer += whole[-1:] + whole[:2]
