@@ -27,7 +27,7 @@ class DataSpec(Spec, frozen=True, kw_only=True):
     # The column of the prompt: chat messages, or a plain string. This and the other keys may be dotted paths into the row.
     prompt_key: str = "prompt"
     answer_key: str = "reward_model.ground_truth"  # the ground truth; empty: there is none
-    source_key: str = "data_source"  # empty: the file's name
+    source_key: str = "data_source"  # where the row comes from, for metrics by source; empty: the file's name
     # Longer prompts, in tokens, are left out, and counted.
     max_prompt_length: int = 1024
     shuffle: bool = True  # each epoch in an order of its own
@@ -58,10 +58,10 @@ class ShapingSpec(Spec, frozen=True, kw_only=True):
     # DAPO's soft punishment: nothing up to max_response_length − overlong_buffer tokens, then linear down to
     # −overlong_penalty at max_response_length. 0 turns it off.
     overlong_buffer: int = 0
-    overlong_penalty: float = 1.0  # what a response of max_response_length tokens costs
+    overlong_penalty: float = 1.0  # what that costs at most
     # What a response of max_response_length tokens costs, shorter ones in proportion. 0 turns it off.
     length_penalty: float = 0.0
-    # Times the share of token n-grams that stood in the response before. 0 turns it off.
+    # What a response costs by the share of its token n-grams that stood in it before. 0 turns it off.
     repetition_penalty: float = 0.0
     repetition_ngram: int = 4  # tokens of such an n-gram
     clip: tuple[float, float] | None = None  # [low, high]: bounds of the result, last of all
