@@ -47,12 +47,6 @@ class RunDir:
         self.exports = self.path / "exports"
         self.logs = self.path / "logs"
 
-    def __fspath__(self) -> str:
-        return str(self.path)
-
-    def __repr__(self) -> str:
-        return f"RunDir({str(self.path)!r})"
-
     def create(self, *folders: Path) -> "RunDir":
         """Makes the folders that are missing (none named: all of a run's); safe to call from several processes.
 
@@ -144,12 +138,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     beside = _beside(path)
     try:
         yield beside
-        _sync_file(beside)
+        _sync(beside)
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    _sync(path.parent)
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
@@ -170,13 +164,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield beside
         for file in beside.rglob("*"):
-            _sync_folder(file) if file.is_dir() else _sync_file(file)
-        _sync_folder(beside)
+            _sync(file)
+        _sync(beside)
         old = path.parent / f".{path.name}.old-{os.getpid()}"
         if path.exists():
             path.rename(old)
         beside.rename(path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -203,13 +197,9 @@ def _beside(path: Path) -> Path:
     return path.parent / f".{path.name}.tmp-{uuid.uuid4().hex}"
 
 
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -16,16 +16,12 @@ SelectorName = Literal["oldest", "freshest", "uniform"]
 
 
 class Staleness(Struct, frozen=True, kw_only=True):
-    """The hard bound and what happens when a slow group would pass it.
+    """The hard bound and what happens when a slow group would pass it."""
 
-    max_lag: η, in versions; 0 is synchronous on-policy. batch_groups: B, groups per update.
-    on_stale: `mask`, `wait` or `drop`; η = 0 always waits, whatever it says.
-    """
-
-    max_lag: int
-    batch_groups: int
-    on_stale: OnStale = "mask"
-    selector: SelectorName = "oldest"
+    max_lag: int  # η, in versions; 0 is synchronous on-policy
+    batch_groups: int  # B: groups per update
+    on_stale: OnStale = "mask"  # η = 0 always waits, whatever it says
+    selector: SelectorName = "oldest"  # which ready groups are trained first
 
     def __post_init__(self) -> None:
         if self.max_lag < 0:

@@ -1,13 +1,13 @@
 """Two-digit addition and subtraction, learned on two cores: the shortest whole run there is.
 
     prompt   <user>12+45=<assistant>          operands padded to two digits; subtractions never go below zero
-    answer   750<eos>                         three digits, lowest first: 57
+    response 750<eos>                         three digits, lowest first: 57
 
 `prepare` makes everything on the spot, seeded by `recipe.seed`: a train and a held-out set of distinct problems in verl's
 parquet schema, a character tokenizer with a chat template, and a Qwen3-architecture policy of 0.8M parameters. The policy
-is warmed up on careless demonstrations: three in four forget every carry and borrow. So it starts out mediocre, knowing
+has an SFT warm start on careless demonstrations: three in four forget every carry and borrow. So it is mediocre, knowing
 the right way but seldom going it, and asynchronous PPO against the exact reward improves it: held-out exact match (greedy)
-rises from about 0.4 to above 0.95. A second run in the same run directory finds the warm policy there and skips the warm-up.
+rises from about 0.4 to above 0.95. A second run in the same run directory finds the warm policy there and skips the warm start.
 
     asyncrl run recipes/arithmetic.py
     asyncrl run recipes/arithmetic.py staleness.max_lag=0 --name synchronous
@@ -93,10 +93,8 @@ def prepare(recipe: Recipe, run_dir: Path) -> None:
     from asyncrl.rundir import write_atomic
 
     folder = run_dir / "data"
-    made, settings = (
-        folder / "warm" / "made.json",
-        json.dumps([recipe.seed, TRAIN, HELD_OUT, CARELESS_SHARE, WARM_STEPS, WARM_BATCH, WARM_LR]),
-    )
+    made = folder / "warm" / "made.json"
+    settings = json.dumps([recipe.seed, TRAIN, HELD_OUT, CARELESS_SHARE, WARM_STEPS, WARM_BATCH, WARM_LR])
     if made.exists() and made.read_text() == settings:
         return
     made.unlink(missing_ok=True)
@@ -183,7 +181,7 @@ def make_model(seed: int) -> "Qwen3ForCausalLM":
 
 
 def _warm_up(folder: Path, problems: list[Problem], seed: int) -> None:
-    """Supervised learning on careless demonstrations: `{folder}/warm` from a random policy."""
+    """The SFT warm start on careless demonstrations: `{folder}/warm` from a random policy."""
     import torch
 
     from asyncrl.config import DemonstrationsSpec, SFTSpec

@@ -2,16 +2,16 @@
 
 from typing import Literal
 
-from asyncrl.config.base import Spec, require
+from asyncrl.config.base import Spec, require, require_at_least
 
 
 class PlaceSpec(Spec, frozen=True, kw_only=True):
     """What one actor process reserves of the cluster, and the torch threads it computes with."""
 
-    cpus: float = 0.0
-    gpus: float = 0.0
-    threads: int = 1
-    resources: dict[str, float] = {}
+    cpus: float = 0.0  # 0: it runs anywhere and reserves none
+    gpus: float = 0.0  # 0: it computes on the CPU
+    threads: int = 1  # of torch
+    resources: dict[str, float] = {}  # Ray's custom resources, by name
 
 
 UpdateMode = Literal["in_flight", "keep_kv", "drain", "restart"]
@@ -118,65 +118,66 @@ class GeneratorsSpec(Spec, frozen=True, kw_only=True):
 
 
 class RewardsSpec(Spec, frozen=True, kw_only=True):
-    """count actors, each with `processes` killable processes that score `lease_size` rollouts at a time."""
+    """The actors that score."""
 
-    count: int = 1
-    processes: int = 1
-    lease_size: int = 64
-    place: PlaceSpec = PlaceSpec()
+    count: int = 1  # actors
+    processes: int = 1  # killable scoring processes of each
+    lease_size: int = 64  # the most rollouts that an actor asks for at a time
+    place: PlaceSpec = PlaceSpec()  # of each actor
 
     def __post_init__(self) -> None:
-        require(self.count >= 1, f"rewards.count={self.count} < 1: nothing would be scored; use at least 1")
-        require(self.processes >= 1, f"rewards.processes={self.processes} < 1: nothing would be scored; use at least 1")
+        nobody = "nothing would be scored; use at least 1"
+        require_at_least(1, self, "rewards", count=nobody, processes=nobody)
 
 
 class LearnerPlaceSpec(Spec, frozen=True, kw_only=True):
-    ranks: Literal[1] = 1
-    place: PlaceSpec = PlaceSpec()
+    """Where the learner runs."""
+
+    ranks: Literal[1] = 1  # processes that train together
+    place: PlaceSpec = PlaceSpec()  # of each
 
 
 class StoreSpec(Spec, frozen=True, kw_only=True):
-    """fsync: `segment` syncs each closed segment, `call` every acknowledged call. keep_segments: `checkpoint` deletes
-    segments that no retained checkpoint needs, `all` keeps the whole history."""
+    """The replay store and its log on disk."""
 
-    segment_bytes: int = 64 << 20
+    segment_bytes: int = 64 << 20  # a segment of the log is closed when it is larger
+    # `segment` syncs each closed segment to the disk, `call` every acknowledged call.
     fsync: Literal["segment", "call"] = "segment"
+    # `checkpoint` deletes segments that no retained checkpoint needs, `all` keeps the whole history.
     keep_segments: Literal["checkpoint", "all"] = "checkpoint"
-    place: PlaceSpec = PlaceSpec()
+    place: PlaceSpec = PlaceSpec()  # of its actor
 
 
 class BusSpec(Spec, frozen=True, kw_only=True):
-    """transport `auto`: shared memory within a node, TCP between nodes. credit: buckets asked for ahead."""
+    """How weights travel from the learner to the generators."""
 
-    transport: Literal["auto", "tcp"] = "auto"
-    bucket_bytes: int = 4 << 20
-    credit: int = 4
+    transport: Literal["auto", "tcp"] = "auto"  # `auto`: shared memory within a node, TCP between nodes
+    bucket_bytes: int = 4 << 20  # sent and checked as one
+    credit: int = 4  # buckets that a receiver asks for ahead
 
 
 class LimitsSpec(Spec, frozen=True, kw_only=True):
-    """Seconds unless said otherwise. max_restarts: per actor. lease_s: silence after which a worker's work is reissued.
+    """How long anybody waits for anything, in seconds, and how often an actor is replaced."""
 
-    health_timeout_s: an actor that answers nothing for so long, or whose engine makes no step, is replaced.
-    stall_timeout_s: a run in which nothing moves for so long is given up, with a dump of who waits for what.
-    """
-
-    max_restarts: int = 3
-    lease_s: float = 30.0
-    poll_s: float = 2.0
-    start_timeout_s: float = 180.0
+    max_restarts: int = 3  # of each actor
+    lease_s: float = 30.0  # silence after which a worker's work is reassigned
+    poll_s: float = 2.0  # the longest that one call to the store waits
+    start_timeout_s: float = 180.0  # for an actor to be up
+    # An actor that answers nothing for so long, or whose engine makes no step, is replaced.
     health_timeout_s: float = 60.0
+    # A run in which nothing moves for so long is stopped, with a dump of who waits for what.
     stall_timeout_s: float = 300.0
-    stop_timeout_s: float = 15.0
+    stop_timeout_s: float = 15.0  # for actors to end by themselves, before they are killed
 
 
 class Deployment(Spec, frozen=True, kw_only=True):
-    """Where a recipe runs. ray_address empty: RAY_ADDRESS if set, else a local Ray with `num_cpus`."""
+    """Where a recipe runs."""
 
-    ray_address: str = ""
-    num_cpus: int | None = None
-    generators: GeneratorsSpec = GeneratorsSpec()
-    rewards: RewardsSpec = RewardsSpec()
-    learner: LearnerPlaceSpec = LearnerPlaceSpec()
-    store: StoreSpec = StoreSpec()
-    bus: BusSpec = BusSpec()
-    limits: LimitsSpec = LimitsSpec()
+    ray_address: str = ""  # empty: RAY_ADDRESS if it is set, else a local Ray
+    num_cpus: int | None = None  # of a local Ray; null: those that this process may use
+    generators: GeneratorsSpec = GeneratorsSpec()  # who generates, with which engine
+    rewards: RewardsSpec = RewardsSpec()  # who scores
+    learner: LearnerPlaceSpec = LearnerPlaceSpec()  # where the policy is trained
+    store: StoreSpec = StoreSpec()  # the replay store
+    bus: BusSpec = BusSpec()  # the weight bus
+    limits: LimitsSpec = LimitsSpec()  # timeouts and restarts

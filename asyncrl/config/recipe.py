@@ -1,6 +1,6 @@
 """The recipe: what to learn. Like the deployment (deployment.py) it is data, validated when made.
 
-Every default lives once, here or in algorithm.py and learning.py. Paths may hold `{run}`: the run directory. Callables are
+Every default lives once, here or in algorithm.py and learner.py. Paths may hold `{run}`: the run directory. Callables are
 `package.module:name` or `path/to/file.py:name`. No torch here: a wrong spec must fail in well under two seconds.
 """
 
@@ -9,7 +9,7 @@ from typing import Literal
 from msgspec.structs import replace
 
 from asyncrl.config.algorithm import AlgorithmSpec
-from asyncrl.config.base import Spec, require
+from asyncrl.config.base import Spec, require, require_at_least
 from asyncrl.config.learner import CriticSpec, LearnerSpec, ModelSpec
 from asyncrl.staleness import OnStale, SelectorName, Staleness
 
@@ -18,71 +18,59 @@ RewardStyle = Literal["auto", "verl", "trl"]
 SHAPING_PARTS = ("unshaped", "overlong_penalty", "length_penalty", "repetition_penalty")
 _TAKEN = ("mean", "std", "token_sum", "baseline", *SHAPING_PARTS)
 
-# ------------------------------------------------------------------------------------------------- recipe
-
 
 class DataSpec(Spec, frozen=True, kw_only=True):
-    """Prompts in verl's parquet schema or JSONL: `prompt_key` holds chat messages or a plain string.
+    """The prompts to train on, and where their ground truth is."""
 
-    answer_key: a dotted path to the ground truth inside the row. epochs None: as many as total_steps needs.
-    Prompts longer than max_prompt_length tokens are left out, and counted.
-    """
-
+    # Parquet in verl's schema, or JSONL.
     files: tuple[str, ...]
+    # The column of the prompt: chat messages, or a plain string. This and the other keys may be dotted paths into the row.
     prompt_key: str = "prompt"
-    answer_key: str = "reward_model.ground_truth"
-    source_key: str = "data_source"
+    answer_key: str = "reward_model.ground_truth"  # the ground truth; empty: there is none
+    source_key: str = "data_source"  # where the row comes from, for metrics by source; empty: the file's name
+    # Longer prompts, in tokens, are left out, and counted.
     max_prompt_length: int = 1024
-    shuffle: bool = True
-    epochs: int | None = None
+    shuffle: bool = True  # each epoch in an order of its own
+    epochs: int | None = None  # null: as many as total_steps needs
 
     def __post_init__(self) -> None:
         require(len(self.files) > 0, "data.files=(): there is nothing to train on; name at least one parquet or JSONL file")
-        require(
-            self.epochs is None or self.epochs >= 1,
-            f"data.epochs={self.epochs} < 1: nothing would be trained; use null or >= 1",
-        )
+        require_at_least(1, self, "data", epochs="nothing would be trained; use null or >= 1")
 
 
 class RewardTerm(Spec, frozen=True, kw_only=True):
-    """One of several rewards. `weight` times its value enters the sum; its unweighted value is logged as `reward/<name>`.
+    """One of several rewards, whose weighted sum is the reward."""
 
-    function, style: as in RewardSpec. name: empty is the function's own. arguments: passed by keyword with every call.
-    """
-
-    function: str
-    weight: float = 1.0
+    function: str  # as RewardSpec.function
+    weight: float = 1.0  # times its value enters the sum
+    # Its unweighted value is logged as `reward/<name>`. Empty: the function's own name.
     name: str = ""
-    style: RewardStyle = "auto"
-    arguments: dict[str, str | int | float | bool] = {}
+    style: RewardStyle = "auto"  # as RewardSpec.style
+    arguments: dict[str, str | int | float | bool] = {}  # passed by keyword with every call
 
 
 class ShapingSpec(Spec, frozen=True, kw_only=True):
-    """What is added to the rewards of training rollouts, after the functions; evaluation is never shaped. 0 is off.
+    """What is added to the rewards of training rollouts, after the functions.
 
-    overlong_buffer, overlong_penalty: DAPO's soft punishment: none up to max_response_length − overlong_buffer tokens, then
-    linear down to −overlong_penalty at max_response_length. length_penalty: what an answer of max_response_length costs,
-    shorter ones in proportion. repetition_penalty: times the share of token n-grams (of repetition_ngram tokens) that stood
-    in the answer before. clip: [low, high] bounds of the result, last of all. Token and turn
-    rewards pass by it.
+    Evaluation is never shaped, nor are turn- and token-level rewards.
     """
 
+    # DAPO's soft punishment: nothing up to max_response_length − overlong_buffer tokens, then linear down to
+    # −overlong_penalty at max_response_length. 0 turns it off.
     overlong_buffer: int = 0
-    overlong_penalty: float = 1.0
+    overlong_penalty: float = 1.0  # what that costs at most
+    # What a response of max_response_length tokens costs, shorter ones in proportion. 0 turns it off.
     length_penalty: float = 0.0
+    # What a response costs by the share of its token n-grams that stood in it before. 0 turns it off.
     repetition_penalty: float = 0.0
-    repetition_ngram: int = 4
-    clip: tuple[float, float] | None = None
+    repetition_ngram: int = 4  # tokens of such an n-gram
+    clip: tuple[float, float] | None = None  # [low, high]: bounds of the result, last of all
 
     def __post_init__(self) -> None:
         require(self.overlong_buffer >= 0, f"reward.shaping.overlong_buffer={self.overlong_buffer} < 0 tokens; 0 turns it off")
-        for name in ("overlong_penalty", "length_penalty", "repetition_penalty"):
-            value = getattr(self, name)
-            require(value >= 0, f"reward.shaping.{name}={value} < 0: it is subtracted, so this would pay for it; use >= 0")
-        require(
-            self.repetition_ngram >= 1,
-            f"reward.shaping.repetition_ngram={self.repetition_ngram} < 1 token: nothing could repeat; use at least 1",
-        )
+        pays = "it is subtracted, so this would pay for it; use >= 0"
+        require_at_least(0, self, "reward.shaping", overlong_penalty=pays, length_penalty=pays, repetition_penalty=pays)
+        require_at_least(1, self, "reward.shaping", repetition_ngram="no token could repeat; use at least 1")
         require(
             self.clip is None or self.clip[0] < self.clip[1],
             f"reward.shaping.clip={self.clip}: low is not below high, so all rewards would be equal; write [low, high]",
@@ -90,18 +78,18 @@ class ShapingSpec(Spec, frozen=True, kw_only=True):
 
 
 class RewardSpec(Spec, frozen=True, kw_only=True):
-    """function: verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`, a float or a dict with `score`
-    and, for what is earned beside it, `turn_rewards` or `token_rewards`; or TRL's `f(prompts, completions, **columns) ->
-    list[float | None]`, called with lists of one.
+    """What scores a response: one function, or the weighted sum of several."""
 
-    functions: several instead; the reward is their weighted sum. style `auto` tells the two kinds apart by their parameters.
-    deadline_s: wall clock for one sample; past it the process is killed and the sample is `timeout`.
-    """
-
+    # verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`, a float or a dict with `score` and, for
+    # turn- and token-level rewards, `turn_rewards` or `token_rewards`; or TRL's `f(prompts, completions, **columns) ->
+    # list[float | None]`, called with lists of one.
     function: str = ""
+    # Several instead: the reward is their weighted sum.
     functions: tuple[RewardTerm, ...] = ()
+    # The convention of `function`; `auto` tells it by the names of the parameters.
     style: RewardStyle = "auto"
-    shaping: ShapingSpec = ShapingSpec()
+    shaping: ShapingSpec = ShapingSpec()  # penalties for length and repetition, and bounds
+    # Wall clock for one sample, in seconds; past it the process is killed and the sample is `timeout`.
     deadline_s: float = 10.0
 
     def __post_init__(self) -> None:
@@ -133,33 +121,35 @@ class RewardSpec(Spec, frozen=True, kw_only=True):
 
 
 class SamplingSpec(Spec, frozen=True, kw_only=True):
-    """n rollouts per prompt. top_p 1 and top_k 0 are off, which is the default: both renormalize the behaviour policy.
+    """How responses are sampled, and which groups of them are worth training."""
 
-    keep: which complete groups are worth training: `all`, `varied` (rewards not all equal), or a user's
-    `keep(rewards) -> bool`. min_valid: fewer `ok` rollouts than this and the group is `failed`.
-    max_attempts: how often one prompt may be tried after failures. max_empty_batches: the run ends, with a message, when so
-    many times learner.batch_groups groups in a row gave nothing to train on; None: 32 times, and at least 1024 groups.
-    """
-
-    n: int = 8
-    temperature: float = 1.0
+    n: int = 8  # rollouts per prompt
+    temperature: float = 1.0  # logits are divided by it
+    # 1 is off. Truncation by top_p or top_k renormalizes the behaviour policy.
     top_p: float = 1.0
-    top_k: int = 0
-    max_response_length: int = 1024
-    min_valid: int = 2
-    max_attempts: int = 3
+    top_k: int = 0  # 0 is off
+    max_response_length: int = 1024  # tokens
+    min_valid: int = 2  # a group with fewer `ok` rollouts is `failed`
+    max_attempts: int = 3  # how often one prompt may be tried after failures
+    # Which complete groups are trained: `all`, `varied` (rewards not all equal), or your own `keep(rewards) -> bool`.
     keep: str = "all"
+    # The run ends, with a message, when so many times learner.batch_groups groups in a row gave nothing to train on. null:
+    # 32 times, and at least 1024 groups.
     max_empty_batches: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.n >= 1, f"sampling.n={self.n} < 1: a group needs at least one rollout")
+        require_at_least(
+            1,
+            self,
+            "sampling",
+            n="a group needs at least one rollout",
+            max_response_length="no token could be sampled",
+            max_attempts="no prompt could be tried",
+            max_empty_batches="the run would end before its first group; use >= 1, or null",
+        )
         require(self.temperature > 0, f"sampling.temperature={self.temperature}: training needs a stochastic policy; use > 0")
         require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p} is outside (0, 1]; 1 turns it off")
         require(self.top_k >= 0, f"sampling.top_k={self.top_k} < 0; 0 turns it off")
-        require(
-            self.max_response_length >= 1,
-            f"sampling.max_response_length={self.max_response_length} < 1: no token could be sampled",
-        )
         require(
             1 <= self.min_valid <= self.n,
             f"sampling.min_valid={self.min_valid} is outside [1, n={self.n}]: no group could ever be complete; lower it",
@@ -169,65 +159,63 @@ class SamplingSpec(Spec, frozen=True, kw_only=True):
             "sampling.keep='varied' with sampling.n=1: a single reward never varies, so every group would be filtered; use "
             "keep='all', or n >= 2",
         )
-        require(self.max_attempts >= 1, f"sampling.max_attempts={self.max_attempts} < 1: no prompt could be tried")
-        empty = self.max_empty_batches
-        require(
-            empty is None or empty >= 1,
-            f"sampling.max_empty_batches={empty} < 1: the run would end before its first group; use >= 1, or null",
-        )
 
 
 class StalenessSpec(Spec, frozen=True, kw_only=True):
-    """max_lag: η, in versions, per token. on_stale and selector: see asyncrl.staleness. capacity_groups: outstanding
-    groups at the most, whatever the bound admits; None: the bound alone."""
+    """How stale the tokens of a batch may be."""
 
-    max_lag: int = 4
+    max_lag: int = 4  # η: the most versions between a token and the update that trains it; 0 is synchronous on-policy
+    # What happens when a slow group would pass the bound: its overdue tokens leave the loss (`mask`), the learner waits for it
+    # (`wait`; always for max_lag 0), or it is cancelled and its prompt tried again (`drop`).
     on_stale: OnStale = "mask"
+    # Which ready groups are trained first: those reserved first (`oldest`), those of the freshest tokens, or any (`uniform`).
     selector: SelectorName = "oldest"
+    # The most groups outstanding, whatever the bound admits. null: the bound alone.
     capacity_groups: int | None = None
 
 
 class EvaluationSpec(Spec, frozen=True, kw_only=True):
-    """Held-out evaluation through the same hops, every `freq` updates, at the start and at the end; files () turns it off."""
+    """Evaluation on held-out prompts, through the same hops; also at the start and at the end."""
 
-    files: tuple[str, ...] = ()
-    freq: int = 10
-    n: int = 1
-    temperature: float = 0.0
-    limit: int | None = None
+    files: tuple[str, ...] = ()  # with the keys of `data`; none turns it off
+    freq: int = 10  # updates between two evaluations
+    n: int = 1  # rollouts per prompt
+    temperature: float = 0.0  # 0 is greedy
+    limit: int | None = None  # the first so many prompts only
 
     def __post_init__(self) -> None:
-        require(self.freq >= 1, f"evaluation.freq={self.freq} < 1; to turn evaluation off leave evaluation.files empty")
+        require_at_least(1, self, "evaluation", freq="to turn evaluation off leave evaluation.files empty")
 
 
 class CheckpointSpec(Spec, frozen=True, kw_only=True):
-    """Every save_freq updates; keep_last_n complete ones are kept. step_000000 is written at the start."""
+    """When checkpoints are written. step_000000 is written at the start."""
 
-    save_freq: int = 50
-    keep_last_n: int = 2
+    save_freq: int = 50  # updates between two checkpoints
+    keep_last_n: int = 2  # complete ones that are kept
 
     def __post_init__(self) -> None:
-        require(self.save_freq >= 1, f"checkpoint.save_freq={self.save_freq} < 1: a killed learner could not be restored")
-        require(self.keep_last_n >= 1, f"checkpoint.keep_last_n={self.keep_last_n} < 1: there would be nothing to resume from")
+        unsafe, none = "a killed learner could not be restored", "there would be nothing to resume from"
+        require_at_least(1, self, "checkpoint", save_freq=unsafe, keep_last_n=none)
 
 
 class Recipe(Spec, frozen=True, kw_only=True):
-    """What to learn. prepare: optional `prepare(recipe, run_dir)` that makes data and models before any actor starts."""
+    """What to learn."""
 
-    name: str
-    model: ModelSpec
-    data: DataSpec
-    reward: RewardSpec
-    total_steps: int
-    seed: int = 0
+    name: str  # the run's, unless --name says otherwise
+    model: ModelSpec  # the policy
+    data: DataSpec  # the prompts
+    reward: RewardSpec  # what scores the responses
+    total_steps: int  # updates
+    seed: int = 0  # of the order of prompts, of sampling and of whatever `prepare` makes
+    # Optional `prepare(recipe, run_dir)`, called before any actor starts: it makes data and models.
     prepare: str = ""
-    sampling: SamplingSpec = SamplingSpec()
-    staleness: StalenessSpec = StalenessSpec()
-    algorithm: AlgorithmSpec = AlgorithmSpec()
-    learner: LearnerSpec = LearnerSpec()
-    critic: CriticSpec = CriticSpec()
-    evaluation: EvaluationSpec = EvaluationSpec()
-    checkpoint: CheckpointSpec = CheckpointSpec()
+    sampling: SamplingSpec = SamplingSpec()  # how groups of rollouts are made
+    staleness: StalenessSpec = StalenessSpec()  # how old their tokens may be
+    algorithm: AlgorithmSpec = AlgorithmSpec()  # estimator, loss, corrections and KL
+    learner: LearnerSpec = LearnerSpec()  # batches and the policy's optimizer
+    critic: CriticSpec = CriticSpec()  # only with algorithm.adv_estimator="gae"
+    evaluation: EvaluationSpec = EvaluationSpec()  # on held-out prompts
+    checkpoint: CheckpointSpec = CheckpointSpec()  # how often, and how many are kept
 
     def __post_init__(self) -> None:
         require(self.total_steps >= 1, f"total_steps={self.total_steps} < 1: nothing would be trained")
@@ -240,8 +228,8 @@ class Recipe(Spec, frozen=True, kw_only=True):
         buffer, longest = self.reward.shaping.overlong_buffer, self.sampling.max_response_length
         require(
             buffer <= longest,
-            f"reward.shaping.overlong_buffer={buffer} > sampling.max_response_length={longest}: every answer would be punished "
-            "for its length; lower the buffer",
+            f"reward.shaping.overlong_buffer={buffer} > sampling.max_response_length={longest}: every response would be "
+            "punished for its length; lower the buffer",
         )
         loss, n = self.algorithm.policy_loss, self.sampling.n
         require(

@@ -125,8 +125,8 @@ def generate(
 
 
 def _evaluate(args: argparse.Namespace, policy: Policy, data: DataSpec, terms: Sequence[RewardTerm]) -> list[Answer]:
-    from asyncrl.reward.frames import Sample
     from asyncrl.reward.pool import RewardPool
+    from asyncrl.reward.results import Sample
 
     pool: RewardPool[int] = RewardPool(terms, processes=args.reward_processes, deadline_s=args.reward_deadline)
     with pool:  # first: a reward that can't be loaded is known before the model is

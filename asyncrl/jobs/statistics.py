@@ -15,7 +15,7 @@ from asyncrl.rundir import atomic_file
 from asyncrl.types import Generation, Prompt
 
 if TYPE_CHECKING:
-    from asyncrl.reward.frames import Verdict
+    from asyncrl.reward.results import Verdict
 
 
 Z95 = 1.959963984540054  # the 97.5% quantile of the normal distribution

@@ -2,7 +2,8 @@
 
 import bisect
 import hashlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,7 +15,7 @@ from msgspec import Struct
 from asyncrl.config import DataSpec
 from asyncrl.errors import DataError
 from asyncrl.prompts.encoding import Encode
-from asyncrl.prompts.reading import Row, read_rows
+from asyncrl.prompts.reading import DatasetRow, read_rows
 from asyncrl.rundir import atomic_file
 from asyncrl.types import Prompt
 
@@ -36,13 +37,17 @@ _PROMPT_COLUMNS = _SCHEMA.names[:-1]
 
 
 class PromptSummary(Struct, frozen=True, kw_only=True):
-    """rows read = prompts kept + too_long left out. reused: the file was there already, made from the same inputs."""
+    """What a prepared file holds."""
 
     path: Path
-    rows: int
-    prompts: int
-    too_long: int
-    reused: bool
+    rows: int  # read
+    prompts: int  # kept
+    reused: bool = False  # the file was there already, made from the same inputs
+
+    @property
+    def too_long(self) -> int:
+        """Rows whose prompts were left out."""
+        return self.rows - self.prompts
 
 
 def prepare(spec: DataSpec, encode: Encode, out: Path, tokenizer_id: str, must_reuse: bool = False) -> PromptSummary:
@@ -58,13 +63,14 @@ def prepare(spec: DataSpec, encode: Encode, out: Path, tokenizer_id: str, must_r
     if must_reuse:
         raise DataError(
             f"{', '.join(map(str, spec.files))} or the tokenizer changed since {out} was made: groups in the run's log would "
-            "be finished with other prompts; put the old files back, or start anew under another --name"
+            "be finished with other prompts; put the old files back, or start a new run under another --name"
         )
     with atomic_file(out) as beside:
-        rows, prompts, shortest = _write(spec, encode, beside, fingerprint)
-        if prompts == 0:
-            raise DataError(_nothing_left(spec, rows, shortest))
-    return PromptSummary(path=out, rows=rows, prompts=prompts, too_long=rows - prompts, reused=False)
+        lengths = _write(spec, encode, beside, fingerprint)
+        kept = sum(length <= spec.max_prompt_length for length in lengths)
+        if not kept:
+            raise DataError(_nothing_left(spec, lengths))
+    return PromptSummary(path=out, rows=len(lengths), prompts=kept)
 
 
 class PromptFile(Sequence[Prompt]):
@@ -72,14 +78,14 @@ class PromptFile(Sequence[Prompt]):
 
     def __init__(self, path: Path) -> None:
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            self._batches = [b for b in map(reader.get_batch, range(reader.num_record_batches)) if b.num_rows]
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path} is not a prepared prompt file: {error}; delete it, and it will be made again") from error
-        self._ends = np.cumsum([batch.num_rows for batch in self._batches]).tolist()
+        self._columns = {name: table.column(name) for name in table.column_names}
+        self._length = table.num_rows
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._length
 
     @overload
     def __getitem__(self, index: int) -> Prompt: ...
@@ -88,13 +94,10 @@ class PromptFile(Sequence[Prompt]):
     def __getitem__(self, index: slice) -> list[Prompt]: ...
 
     def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = index + len(self) if index < 0 else index
-        if not 0 <= place < len(self):
-            raise IndexError(f"prompt {index} of {len(self)}")
-        batch, at = self._locate(place)
-        row, ids, source, truth, extra = (batch.column(name)[at] for name in _PROMPT_COLUMNS)
+        place = range(len(self))[index]
+        if isinstance(place, range):
+            return [self[i] for i in place]
+        row, ids, source, truth, extra = (self._columns[name][place] for name in _PROMPT_COLUMNS)
         return Prompt(
             row=row.as_py(),
             ids=tuple(ids.values.to_numpy().tolist()),
@@ -109,20 +112,11 @@ class PromptFile(Sequence[Prompt]):
         An empty object if the row is not here: held-out files may change between a run and its resumption, and a rollout that
         still waits for its score from before must cost at most itself.
         """
-        place = bisect.bisect_left(range(len(self)), row, key=self._row)  # rows stand in rising order
-        if place == len(self) or self._row(place) != row:
+        rows = self._columns["row"]
+        place = bisect.bisect_left(range(len(self)), row, key=lambda i: rows[i].as_py())  # rows stand in rising order
+        if place == len(self) or rows[place].as_py() != row:
             return "{}"
-        batch, at = self._locate(place)
-        return str(batch.column("record")[at].as_py())
-
-    def _row(self, place: int) -> int:
-        batch, at = self._locate(place)
-        return int(batch.column("row")[at].as_py())
-
-    def _locate(self, place: int) -> tuple[pa.RecordBatch, int]:
-        number = bisect.bisect_right(self._ends, place)
-        batch = self._batches[number]
-        return batch, place - (self._ends[number] - batch.num_rows)
+        return str(self._columns["record"][place].as_py())
 
 
 def to_json(value: Any) -> str:
@@ -130,7 +124,7 @@ def to_json(value: Any) -> str:
     return msgspec.json.encode(value, enc_hook=_plain).decode()
 
 
-def as_prompt(row: Row, encode: Encode) -> Prompt:
+def as_prompt(row: DatasetRow, encode: Encode) -> Prompt:
     """One row, tokenized. Raises DataError for an empty result, or a value that JSON can't hold."""
     ids = encode(row.prompt)
     if not ids:
@@ -142,7 +136,7 @@ def as_prompt(row: Row, encode: Encode) -> Prompt:
     return Prompt(row=row.row, ids=tuple(ids), data_source=row.data_source, ground_truth=truth, extra_info=extra)
 
 
-def as_record(row: Row) -> str:
+def as_record(row: DatasetRow) -> str:
     """The row's columns as one JSON object, its prompt under "prompt". What JSON can't hold is left out: a reward function
     that asks for such a column is told which ones there are."""
     fields = []
@@ -162,35 +156,24 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} {value!r:.60}")
 
 
-def _write(spec: DataSpec, encode: Encode, path: Path, fingerprint: str) -> tuple[int, int, int]:
-    """Returns rows read, prompts kept, and the length in tokens of the shortest."""
-    rows = kept = 0
-    shortest = 0
-    pending: list[tuple[Prompt, str]] = []
+def _write(spec: DataSpec, encode: Encode, path: Path, fingerprint: str) -> list[int]:
+    """Returns the length in tokens of every row's prompt."""
+    lengths: list[int] = []
+    found = read_rows(spec)
     schema = _SCHEMA.with_metadata({_FINGERPRINT: fingerprint})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for row in read_rows(spec):
-            prompt = as_prompt(row, encode)
-            rows += 1
-            shortest = min(shortest or len(prompt.ids), len(prompt.ids))
-            if len(prompt.ids) > spec.max_prompt_length:
-                continue
-            kept += 1
-            pending.append((prompt, as_record(row)))
-            if len(pending) == _BATCH_ROWS:
-                writer.write_batch(_batch(pending))
-                pending.clear()
-        if pending:
-            writer.write_batch(_batch(pending))
+        while rows := list(itertools.islice(found, _BATCH_ROWS)):
+            prompts = [as_prompt(row, encode) for row in rows]
+            lengths += [len(prompt.ids) for prompt in prompts]
+            kept = [
+                {**msgspec.structs.asdict(prompt), "record": as_record(row)}
+                for prompt, row in zip(prompts, rows, strict=True)
+                if len(prompt.ids) <= spec.max_prompt_length
+            ]
+            writer.write_batch(pa.RecordBatch.from_pylist(kept, _SCHEMA))
         # How many rows were read is known only now, and a file's schema is written first: an empty batch carries it.
-        writer.write_batch(_batch([]), custom_metadata={_ROWS_READ: str(rows)})
-    return rows, kept, shortest
-
-
-def _batch(prompts: list[tuple[Prompt, str]]) -> pa.RecordBatch:
-    columns = [pa.array([getattr(p, name) for p, _ in prompts], _SCHEMA.field(name).type) for name in _PROMPT_COLUMNS]
-    columns.append(pa.array([record for _, record in prompts], pa.string()))
-    return pa.record_batch(columns, schema=_SCHEMA)
+        writer.write_batch(pa.RecordBatch.from_pylist([], _SCHEMA), custom_metadata={_ROWS_READ: str(len(lengths))})
+    return lengths
 
 
 def _existing(path: Path, fingerprint: str) -> PromptSummary | None:
@@ -206,8 +189,7 @@ def _existing(path: Path, fingerprint: str) -> PromptSummary | None:
         return None
     if last.num_rows or metadata is None:
         return None
-    rows, prompts = int(metadata[_ROWS_READ]), len(PromptFile(path))
-    return PromptSummary(path=path, rows=rows, prompts=prompts, too_long=rows - prompts, reused=True)
+    return PromptSummary(path=path, rows=int(metadata[_ROWS_READ]), prompts=len(PromptFile(path)), reused=True)
 
 
 def _fingerprint(spec: DataSpec, tokenizer_id: str) -> str:
@@ -215,26 +197,21 @@ def _fingerprint(spec: DataSpec, tokenizer_id: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in (_FORMAT, spec.prompt_key, spec.answer_key, spec.source_key, spec.max_prompt_length, tokenizer_id):
         digest.update(f"{part}\0".encode())
-    for content in _contents(spec.files):
-        digest.update(content)
+    for name in spec.files:
+        digest.update(f"{Path(name).name}\0".encode())
+        try:
+            with open(name, "rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+        except OSError as error:
+            raise DataError(f"data file {Path(name).absolute()} can't be read: {error.strerror}") from error
     return digest.hexdigest()
 
 
-def _contents(files: Sequence[str]) -> Iterator[bytes]:
-    for name in files:
-        yield f"{Path(name).name}\0".encode()
-        try:
-            with open(name, "rb") as file:
-                yield hashlib.file_digest(file, "blake2b").digest()
-        except OSError as error:
-            raise DataError(f"data file {Path(name).absolute()} can't be read: {error.strerror}") from error
-
-
-def _nothing_left(spec: DataSpec, rows: int, shortest: int) -> str:
+def _nothing_left(spec: DataSpec, lengths: Sequence[int]) -> str:
     files = ", ".join(spec.files)
-    if rows == 0:
+    if not lengths:
         return f"{files}: no rows, so there is nothing to train on"
     return (
-        f"{files}: all {rows} prompts are longer than data.max_prompt_length={spec.max_prompt_length} tokens (the shortest "
-        f"has {shortest}): nothing is left to train on; raise data.max_prompt_length"
+        f"{files}: all {len(lengths)} prompts are longer than data.max_prompt_length={spec.max_prompt_length} tokens (the "
+        f"shortest has {min(lengths)}): nothing is left to train on; raise data.max_prompt_length"
     )

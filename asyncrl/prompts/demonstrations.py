@@ -14,7 +14,7 @@ import numpy as np
 from asyncrl.config import DemonstrationsSpec
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.prompts.encoding import require_template
-from asyncrl.prompts.reading import Messages, Text, as_text, records, shown, value_at
+from asyncrl.prompts.reading import Messages, Text, as_text, first_record, records, shown, value_at
 
 _CHUNK_ROWS = 1024  # tokenized together: per row, the calls would take longer than the work
 
@@ -72,10 +72,7 @@ def read_demonstrations(
 def check_demonstrations(files: Sequence[str], spec: DemonstrationsSpec) -> None:
     """Proves that each file exists and its first row is well-formed, without reading more. Raises DataError."""
     for file in files:
-        first = next(records(Path(file)), None)
-        if first is None:
-            raise DataError(f"{file} holds no rows: there is nothing to learn from")
-        _turns(*first, spec)
+        _turns(*first_record(file, "to learn from"), spec)
 
 
 def _rows(files: Sequence[str], spec: DemonstrationsSpec, tokenizer: Any) -> Iterator[_Row]:
@@ -118,7 +115,7 @@ def _turns(where: str, record: Mapping[str, Any], spec: DemonstrationsSpec) -> t
 
 
 def _conversation(where: str, tokenizer: Any, messages: Messages) -> list[_Segment]:
-    """The template's text turn by turn, up to the last answer: what comes before each one, and the answer."""
+    """The template's text, up to the last assistant turn: what comes before each such turn, and the turn."""
     segments, done = [], ""
     for place, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -128,7 +125,7 @@ def _conversation(where: str, tokenizer: Any, messages: Messages) -> list[_Segme
         if not (before.startswith(done) and after.startswith(before)):
             raise DataError(
                 f"{where}: the chat template writes what comes before message {place} differently once more messages follow, "
-                "so no single text has every answer after what the model will see before it; give one row per answer, "
+                "so no single text has every response after what the model will see before it; give one row per response, "
                 "with data.prompt_key and data.response_key, or a template that only appends"
             )
         segments += [_Segment(before[len(done) :]), _Segment(after[len(before) :], learned=True)]

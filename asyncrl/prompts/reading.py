@@ -19,36 +19,38 @@ Text = str | Messages  # a plain prompt, or chat messages {role, content}
 _BATCH_ROWS = 1024
 
 
-class Row(Struct, frozen=True, kw_only=True):
-    """One dataset row. `row` counts from 0 over all files, in order; `where` names file and place, for errors.
+class DatasetRow(Struct, frozen=True, kw_only=True):
+    """One row of a dataset."""
 
-    columns: all that the row holds, by name.
-    """
-
-    row: int
-    where: str
+    row: int  # counts from 0 over all files, in order
+    where: str  # file and place, for errors
     prompt: Text
     data_source: str
     ground_truth: Any
     extra_info: Any
-    columns: Mapping[str, Any] = {}
+    columns: Mapping[str, Any] = {}  # all that the row holds, by name
 
 
-def read_rows(spec: DataSpec) -> Iterator[Row]:
+def read_rows(spec: DataSpec) -> Iterator[DatasetRow]:
     """Every row of `spec.files`, in order. Raises DataError naming file, row or line, and the columns found."""
-    number = 0
-    for file in spec.files:
-        for where, record in records(Path(file)):
-            yield _row(number, where, record, spec, Path(file))
-            number += 1
+    found = ((Path(file), where, record) for file in spec.files for where, record in records(Path(file)))
+    for number, (file, where, record) in enumerate(found):
+        yield _row(number, where, record, spec, file)
 
 
 def check_columns(files: Sequence[str], spec: DataSpec) -> None:
     """Proves that each file exists and its first row is well-formed, without reading more. Raises DataError."""
     for file in files:
-        first = next(read_rows(msgspec.structs.replace(spec, files=(file,))), None)
-        if first is None:
-            raise DataError(f"{file} holds no rows: there is nothing to train on or to evaluate")
+        where, record = first_record(file, "to train on or to evaluate")
+        _row(0, where, record, spec, Path(file))
+
+
+def first_record(file: str, purpose: str) -> tuple[str, Mapping[str, Any]]:
+    """A file's first row and where it stands. Raises DataError for a file without rows; purpose: what there is nothing for."""
+    first = next(records(Path(file)), None)
+    if first is None:
+        raise DataError(f"{file} holds no rows: there is nothing {purpose}")
+    return first
 
 
 def records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -66,11 +68,9 @@ def records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _parquet_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
-            number = 0
-            for batch in file.iter_batches(_BATCH_ROWS):
-                for record in batch.to_pylist():
-                    yield f"{path}, row {number}", record
-                    number += 1
+            rows = (row for batch in file.iter_batches(_BATCH_ROWS) for row in batch.to_pylist())
+            for number, record in enumerate(rows):
+                yield f"{path}, row {number}", record
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} can't be read as parquet: {error}") from error
 
@@ -90,13 +90,13 @@ def _json_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield where, record
 
 
-def _row(number: int, where: str, record: Mapping[str, Any], spec: DataSpec, path: Path) -> Row:
+def _row(number: int, where: str, record: Mapping[str, Any], spec: DataSpec, path: Path) -> DatasetRow:
     """An empty answer_key means no ground truth, an empty source_key the file's name."""
     prompt = as_text(value_at(record, spec.prompt_key, "data.prompt_key", where), spec.prompt_key, where)
     source = value_at(record, spec.source_key, "data.source_key", where) if spec.source_key else path.stem
     if not isinstance(source, str):
         raise DataError(f"{where}: {spec.source_key!r} (data.source_key) is {shown(source)}; expected a string")
-    return Row(
+    return DatasetRow(
         row=number,
         where=where,
         prompt=prompt,

@@ -1,4 +1,7 @@
-"""How a user's reward function is called, by verl's convention or TRL's (reward/trl.py). What it answers: reward/results.py."""
+"""How users' reward functions are called, one or several weighted ones, by verl's convention or TRL's.
+
+A judge takes a sample and returns a verdict; `load_terms` makes the judge of a recipe. What functions return: results.py.
+"""
 
 import asyncio
 import inspect
@@ -8,54 +11,122 @@ from typing import Any
 
 import msgspec
 
-from asyncrl.config import RewardStyle, RewardTerm
+from asyncrl.config import RewardTerm
 from asyncrl.config.callables import describe, load_callable
 from asyncrl.errors import ConfigError
-from asyncrl.reward.frames import Sample, Verdict
-from asyncrl.reward.results import read_result
-
-_NAMES = ("data_source", "solution_str", "ground_truth", "extra_info")
-_EXTRA_NAMES = ("response_ids", "turns")  # for functions that reward tokens or turns; given to those that name them
-_json = msgspec.json.Decoder()
+from asyncrl.reward.results import Sample, Verdict, read_result
 
 Judge = Callable[[Sample], Verdict]
 
+_json = msgspec.json.Decoder()
 
-def load_judge(reference: str, style: RewardStyle = "auto", arguments: Mapping[str, Any] | None = None) -> Judge:
+
+# ------------------------------------------------------------------------------------------- weighted sums
+
+
+def load_terms(terms: Sequence[RewardTerm]) -> Judge:
+    """Loads every function of `RewardSpec.terms()`. Raises ConfigError."""
+    judges = [load_judge(term) for term in terms]
+    return alone(judges[0]) if not terms[0].name else weighted(terms, judges)
+
+
+def alone(judge: Judge) -> Judge:
+    """One function, whose parts keep their names. Where it does not apply, nothing does: the sample is `invalid`."""
+    return lambda sample: _applied(judge(sample))
+
+
+def weighted(terms: Sequence[RewardTerm], judges: Sequence[Judge]) -> Judge:
+    """The weighted sum of the rewards that apply to a sample, as in TRL (`reward_weights`, None left out).
+
+    Parts: each reward's unweighted value under the term's name, and its own parts under `name/part`. One failure makes the
+    sample `invalid`: a sum that lacks a reward would be another reward. The answer is that of the first term that has one.
+    Token rewards are summed by the same weights.
+    """
+
+    def verdict(sample: Sample) -> Verdict:
+        total: float | None = None
+        parts: dict[str, float] = {}
+        answer: str | None = None
+        token_rewards: list[float] | None = None
+        for term, judge in zip(terms, judges, strict=True):
+            one = judge(sample)
+            if one.status != "ok":
+                return Verdict(one.status, error=f"{term.name}: {one.error}")
+            if one.reward is None:
+                continue
+            total = (total or 0.0) + term.weight * one.reward
+            parts[term.name] = one.reward
+            parts |= {f"{term.name}/{part}": value for part, value in one.parts.items()}
+            answer = one.answer if answer is None else answer
+            if one.token_rewards is not None:
+                before = token_rewards or [0.0] * len(one.token_rewards)
+                token_rewards = [sum_ + term.weight * more for sum_, more in zip(before, one.token_rewards, strict=True)]
+        return _applied(Verdict("ok", total, parts, answer=answer, token_rewards=token_rewards))
+
+    return verdict
+
+
+def _applied(verdict: Verdict) -> Verdict:
+    if verdict.status != "ok" or verdict.reward is not None:
+        return verdict
+    return Verdict("invalid", error="no reward function applies to this sample: each returned None for it")
+
+
+# -------------------------------------------------------------------------------------------- one function
+
+
+def load_judge(term: RewardTerm) -> Judge:
     """Loads the reward function and returns what turns a sample into a verdict. Raises ConfigError.
 
     A function may carry an attribute `warm_up`, called here: slow imports in it cost no sample its deadline.
     """
-    function = load_callable(reference, "reward.function")
+    function = load_callable(term.function, "reward.function")
     getattr(function, "warm_up", lambda: None)()
-    return judge(function, reference, style, arguments)
+    return judge(function, term)
 
 
-def judge(
-    function: Callable[..., Any],
-    reference: str = "reward.function",
-    style: RewardStyle = "auto",
-    arguments: Mapping[str, Any] | None = None,
-) -> Judge:
+def judge(function: Callable[..., Any], term: RewardTerm) -> Judge:
     """Wraps a reward function: whatever it raises becomes `invalid` with the error's text, never a silent 0.
 
-    `ok` without a reward: a function of TRL's kind says that it does not apply. arguments: more keywords for every call.
+    `ok` without a reward: a function of TRL's kind says that it does not apply.
     """
-    is_of_trl = style == "trl" or (style == "auto" and is_trl(function))
-    ask = trl_call(function, arguments or {}) if is_of_trl else _verl_call(function, reference, arguments or {})
+    of_trl = term.style == "trl" or (term.style == "auto" and is_trl(function))
+    ask = _trl_call(function, term.arguments) if of_trl else _verl_call(function, term)
 
     def verdict(sample: Sample) -> Verdict:
         try:
             value = ask(sample)
-            return Verdict("ok") if value is None and is_of_trl else read_result(value, sample)
+            return Verdict("ok") if value is None and of_trl else read_result(value, sample)
         except BaseException as error:  # sys.exit in a user's function must cost one sample, not the process
             return Verdict("invalid", error=describe(error))
 
     return verdict
 
 
-def _verl_call(function: Callable[..., Any], reference: str, arguments: Mapping[str, Any]) -> Callable[[Sample], Any]:
-    keywords, positional = _convention(partial(function, **arguments), reference, arguments)
+def _awaited(result: Any) -> Any:
+    """The result of a function, run to its end if it is an `async def`."""
+
+    async def wait(result: Awaitable[Any]) -> Any:
+        return await result
+
+    return asyncio.run(wait(result)) if inspect.isawaitable(result) else result
+
+
+def _keywords(signature: inspect.Signature) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The parameters that can be passed by name, and whether `**kwargs` takes any other."""
+    parameters = signature.parameters
+    named = {name: p for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+# ---------------------------------------------------------------------------------------- verl's convention
+
+_NAMES = ("data_source", "solution_str", "ground_truth", "extra_info")
+_EXTRA_NAMES = ("response_ids", "turns")  # for turn- and token-level rewards; given to functions that name them
+
+
+def _verl_call(function: Callable[..., Any], term: RewardTerm) -> Callable[[Sample], Any]:
+    keywords, positional = _convention(partial(function, **term.arguments), term)
 
     def ask(sample: Sample) -> Any:
         values = {
@@ -66,15 +137,13 @@ def _verl_call(function: Callable[..., Any], reference: str, arguments: Mapping[
             "response_ids": sample.response_ids,
             "turns": sample.turns,
         }
-        if positional:
-            positions = [values[name] for name in _NAMES[:positional]]
-            return awaited(function(*positions, **{name: values[name] for name in keywords}, **arguments))
-        return awaited(function(**{name: values[name] for name in keywords}, **arguments))
+        positions = [values[name] for name in _NAMES[:positional]]
+        return _awaited(function(*positions, **{name: values[name] for name in keywords}, **term.arguments))
 
     return ask
 
 
-def _convention(function: Callable[..., Any], reference: str, arguments: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
+def _convention(function: Callable[..., Any], term: RewardTerm) -> tuple[tuple[str, ...], int]:
     """(names to pass by keyword, how many of the four by position): none, but where the parameters have other names.
 
     A function may take fewer than the four, as verl's own `gsm8k.compute_score(solution_str, ground_truth, …)` does. Beside
@@ -84,19 +153,17 @@ def _convention(function: Callable[..., Any], reference: str, arguments: Mapping
         signature = inspect.signature(function)
     except ValueError:  # a compiled function that doesn't tell
         return _NAMES, 0
-    parameters = signature.parameters.values()
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    keywords = tuple(name for name in _NAMES if open_ended or name in by_name)
+    named, open_ended = _keywords(signature)
+    keywords = tuple(name for name in _NAMES if open_ended or name in named)
     # others must not be handed on by a `**kwargs`, nor where the recipe gives an argument of that name
-    extra = tuple(name for name in _EXTRA_NAMES if name in by_name and name not in arguments)
+    extra = tuple(name for name in _EXTRA_NAMES if name in named and name not in term.arguments)
     if "solution_str" in keywords and _binds(signature, **dict.fromkeys(keywords + extra)):
         return keywords + extra, 0
     for count in (4, 3):
         if _binds(signature, *_NAMES[:count], **dict.fromkeys(extra)):
             return extra, count
     raise ConfigError(
-        f"reward.function={reference!r} takes {signature}, but is called as "
+        f"reward.function={term.function!r} takes {signature}, but is called as "
         f"({', '.join(_NAMES)}); rename its parameters, or give the others defaults"
     )
 
@@ -109,67 +176,12 @@ def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
     return True
 
 
-# --------------------------------------------------------------------------------------------- terms
-# Several weighted rewards as one: the sum is the reward, and each value is a part under its name.
-
-
-def load_terms(terms: Sequence[RewardTerm]) -> Judge:
-    """Loads every function of `RewardSpec.terms()`. Raises ConfigError."""
-    judges = [load_judge(term.function, term.style, term.arguments) for term in terms]
-    return alone(judges[0]) if not terms[0].name else weighted(terms, judges)
-
-
-def alone(judge: Judge) -> Judge:
-    """One function, whose parts keep their names. Where it does not apply, nothing does: the sample is `invalid`."""
-
-    def verdict(sample: Sample) -> Verdict:
-        return _applied(judge(sample), True)
-
-    return verdict
-
-
-def weighted(terms: Sequence[RewardTerm], judges: Sequence[Judge]) -> Judge:
-    """The weighted sum of the rewards that apply to a sample, as in TRL (`reward_weights`, None left out).
-
-    Parts: each reward's unweighted value under the term's name, and its own parts under `name/part`. One failure makes the
-    sample `invalid`: a sum that lacks a reward would be another reward. The answer is that of the first term that has one.
-    What tokens earn is summed by the same weights.
-    """
-
-    def verdict(sample: Sample) -> Verdict:
-        total, parts, answer, applies = 0.0, dict[str, float](), None, False
-        earned: list[float] | None = None
-        for term, judge in zip(terms, judges, strict=True):
-            one = judge(sample)
-            if one.status != "ok":
-                return Verdict(one.status, error=f"{term.name}: {one.error}")
-            if one.reward is None:
-                continue
-            applies = True
-            total += term.weight * one.reward
-            parts[term.name] = one.reward
-            parts |= {f"{term.name}/{part}": value for part, value in one.parts.items()}
-            answer = one.answer if answer is None else answer
-            if one.token_rewards is not None:
-                before = earned or [0.0] * len(one.token_rewards)
-                earned = [sum_ + term.weight * more for sum_, more in zip(before, one.token_rewards, strict=True)]
-        return _applied(Verdict("ok", total, parts, answer=answer, token_rewards=earned), applies)
-
-    return verdict
-
-
-def _applied(verdict: Verdict, applies: bool) -> Verdict:
-    if verdict.status != "ok" or (applies and verdict.reward is not None):
-        return verdict
-    return Verdict("invalid", error="no reward function applies to this sample: each returned None for it")
-
-
-# ----------------------------------------------------------------------------------------------- trl
-# TRL's reward convention: `f(prompts, completions, **columns) -> list[float | None]`, called with lists of one.
-# As `GRPOTrainer` of TRL does (huggingface.co/docs/trl/grpo_trainer, "Using a custom reward function"): everything by
-# keyword; completions are texts or, where the prompt is chat messages, lists with one assistant message; every column of
-# the dataset but the prompt comes as a list too; `async def` is awaited. There is no `trainer_state`: rewards are scored
-# apart from the learner. A function that compares the members of a batch with each other sees one of them here.
+# ----------------------------------------------------------------------------------------- TRL's convention
+# `f(prompts, completions, **columns) -> list[float | None]`, called with lists of one, as `GRPOTrainer` of TRL does
+# (huggingface.co/docs/trl/grpo_trainer, "Using a custom reward function"): everything by keyword; completions are texts or,
+# where the prompt is chat messages, lists with one assistant message; every column of the dataset but the prompt comes as a
+# list too; `async def` is awaited. There is no `trainer_state`: rewards are scored apart from the learner. A function that
+# compares the members of a batch with each other sees one of them here.
 
 _OWN = ("prompts", "completions", "completion_ids")
 
@@ -183,24 +195,22 @@ def is_trl(function: Callable[..., Any]) -> bool:
     return "solution_str" not in names and not names.isdisjoint(_OWN)
 
 
-def trl_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[[Sample], Any]:
+def _trl_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[[Sample], Any]:
     """What asks `function` about one sample: its one value, None where it says that it does not apply.
 
     The metrics that it logs through `log_metric` come with the value, in a dict with `score`. arguments: more keywords, passed
-    as they are. Raises TypeError for a column that the row lacks, ValueError for an answer that is no list of one; and whatever
+    as they are. Raises TypeError for a column that the row lacks, ValueError for a result that is no list of one; and whatever
     the function raises.
     """
-    parameters = inspect.signature(function).parameters.values()
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    required = [p.name for p in parameters if p.name in known and p.default is p.empty]
+    named, open_ended = _keywords(inspect.signature(function))
+    required = [name for name, parameter in named.items() if parameter.default is parameter.empty]
 
     def ask(sample: Sample) -> Any:
         metrics: dict[str, Any] = {}
         values = {**_columns(sample), "log_extra": _ignore, "log_metric": metrics.__setitem__, **arguments}
         if missing := [name for name in required if name not in values]:
             raise TypeError(f"it takes {missing}, which the dataset row does not have; its columns are {sorted(values)}")
-        result = awaited(function(**{name: value for name, value in values.items() if open_ended or name in known}))
+        result = _awaited(function(**{name: value for name, value in values.items() if open_ended or name in named}))
         try:
             [value] = result
         except (TypeError, ValueError):
@@ -208,15 +218,6 @@ def trl_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Call
         return {**metrics, "score": value} if metrics and value is not None else value
 
     return ask
-
-
-def awaited(result: Any) -> Any:
-    """The result of a function, run to its end if it is an `async def`."""
-    return asyncio.run(_await(result)) if inspect.isawaitable(result) else result
-
-
-async def _await(result: Awaitable[Any]) -> Any:
-    return await result
 
 
 def _ignore(column: str, values: list[Any]) -> None:
@@ -229,13 +230,14 @@ def _columns(sample: Sample) -> dict[str, Any]:
     prompt = record.pop("prompt", None)
     record.pop("completion", None)  # a column of supervised data sets, which TRL does not pass either
     text = sample.solution_str
-    verls = {
+    columns = {
         "data_source": sample.data_source,
         "ground_truth": _json.decode(sample.ground_truth),
         "extra_info": _json.decode(sample.extra_info),
+        **record,
     }
     return {
-        **{name: [value] for name, value in {**verls, **record}.items()},
+        **{name: [value] for name, value in columns.items()},
         "prompts": [prompt],
         "completions": [[{"role": "assistant", "content": text}] if isinstance(prompt, list) else text],
         "completion_ids": [sample.response_ids],

@@ -6,14 +6,13 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 import msgspec
 
 from asyncrl.config import RewardTerm
 from asyncrl.errors import ConfigError, Unavailable
-from asyncrl.reward.frames import Sample, Verdict
+from asyncrl.reward.results import Sample, Verdict
 from asyncrl.reward.scorer import Scorer, died
 
 T = TypeVar("T")
@@ -32,7 +31,7 @@ class RewardPool(Generic[T]):
     started are killed and replaced, and the sample is `timeout`. A process that dies leaves its sample `invalid`.
     Samples that waited behind it in the same process are scored again from their start. `T` tags a sample.
 
-    Use from one thread. rewards: one function, or `RewardSpec.terms()`. `log`: where the functions' prints go; None: standard
+    Use from one thread. rewards: one function, or `RewardSpec.terms()`. log: where the functions' prints go; None: standard
     error.
     """
 
@@ -58,7 +57,7 @@ class RewardPool(Generic[T]):
         self._scorers: list[Scorer[T]] = []
         self._loaded = False  # by any process, ever: then the file is not to blame for one that could not
 
-    def start(self) -> None:
+    def __enter__(self) -> Self:
         """Spawns the processes and waits until all have loaded the function. Raises as `poll` does."""
         try:
             while len(self._scorers) < self._count:
@@ -68,6 +67,10 @@ class RewardPool(Generic[T]):
         except BaseException:
             self.close()
             raise
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
     def submit(self, samples: Iterable[tuple[T, Sample]]) -> None:
         """Queues tagged samples. Never waits."""
@@ -80,7 +83,7 @@ class RewardPool(Generic[T]):
 
     @property
     def has_capacity(self) -> bool:
-        """Whether more samples are welcome: nothing is queued, and a process is idle or everything is answered."""
+        """Whether more samples are welcome: nothing is queued, and a process is idle or everything is scored."""
         return not self.pending or (not self._queue and any(scorer.idle for scorer in self._scorers))
 
     def poll(self, wait_s: float) -> list[tuple[T, Verdict]]:
@@ -119,13 +122,6 @@ class RewardPool(Generic[T]):
             self._scorers.pop().kill()
         self._queue.clear()
         self._selector.close()
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
     def _spawn(self) -> Scorer[T]:
         return Scorer(self._terms, self._log, self._selector)

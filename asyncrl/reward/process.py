@@ -1,89 +1,97 @@
-"""One scoring process: `python -m asyncrl.reward.process TERMS LIFELINE_FD`, started by `Scorer` and by nobody else.
+"""One scoring process: `python -m asyncrl.reward.process TERMS LIFELINE`, started by `Scorer` and by nobody else.
 
-TERMS: the reward terms as JSON. Samples come in on the first standard input, verdicts leave on the first standard output; both
-are then moved away, so that what the user's function prints goes to standard error, and cannot break a frame.
+TERMS: the reward terms as JSON. Every message is a frame: its length in bytes, then msgpack.
+
+    Scorer ── list[Sample] ──► standard input       (a batch, scored one at a time, in order)
+    Scorer ◄── Ready | Broken ── standard output    (once, when the function is loaded or can't be)
+    Scorer ◄── Verdict ── standard output           (one per sample, in order; it also says that the next sample starts)
+
+Both streams are moved away first, so that what the user's function prints goes to standard error, and cannot break a frame.
+No numpy, no torch: a scoring process must start quickly.
 """
 
-import fcntl
 import os
 import signal
 import sys
-import threading
+from typing import BinaryIO
 
 import msgspec
+from msgspec import Struct
 
 from asyncrl.config import RewardTerm
 from asyncrl.errors import ConfigError
-from asyncrl.reward.frames import Broken, FrameReader, Ready, Verdict, frame, samples
-from asyncrl.reward.functions import Judge, load_terms
+from asyncrl.processes import end_with_owner
+from asyncrl.reward.functions import load_terms
+from asyncrl.reward.results import Sample, Verdict
 
 
-def main(terms: str, lifeline: int) -> int:
-    _die_with_parent(lifeline)
-    tasks, results = _private_pipes()
+class Ready(Struct, frozen=True, array_like=True, tag="ready"):
+    """The function is loaded."""
+
+
+class Broken(Struct, frozen=True, array_like=True, tag="broken"):
+    """The function can't be loaded: no process of this pool ever could."""
+
+    error: str
+
+
+Reply = Verdict | Ready | Broken
+HEADER = 8  # bytes of a frame's length
+_samples = msgspec.msgpack.Decoder(list[Sample])
+_replies = msgspec.msgpack.Decoder(Reply)
+
+
+def to_frame(message: list[Sample] | Reply) -> bytes:
+    body = msgspec.msgpack.encode(message)
+    return len(body).to_bytes(HEADER) + body
+
+
+def take_replies(received: bytearray) -> list[Reply]:
+    """Cuts the whole frames off the front of `received`; the rest waits for more, however the pipe split it."""
+    replies = []
+    while len(received) >= HEADER and len(received) >= (end := HEADER + int.from_bytes(received[:HEADER])):
+        replies.append(_replies.decode(received[HEADER:end]))
+        del received[:end]
+    return replies
+
+
+def serve(terms: str, lifeline: int) -> int:
+    """Scores batches until the owner closes its end. Returns the exit code: 1 if the function can't be loaded."""
+    end_with_owner(lifeline)
+    tasks, results = _private_streams()
     try:
         judge = load_terms(msgspec.json.decode(terms, type=tuple[RewardTerm, ...]))
     except ConfigError as error:
-        _write(results, frame(Broken(str(error))))
+        _send(results, Broken(str(error)))
         return 1
-    _write(results, frame(Ready()))
-    _serve(judge, tasks, results)
+    _send(results, Ready())
+    while header := tasks.read(HEADER):
+        for sample in _samples.decode(tasks.read(int.from_bytes(header))):
+            verdict = judge(sample)
+            # An alarm that the function left running would hit the next sample.
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            _send(results, verdict)
     return 0
 
 
-def _serve(judge: Judge, tasks: int, results: int) -> None:
-    """Scores until the pool closes its end."""
-    reader = FrameReader()
-    while data := os.read(tasks, 1 << 16):
-        for body in reader.feed(data):
-            for sample in samples(body):
-                verdict = judge(sample)
-                # An alarm that the function left running would hit the next sample.
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                _write(results, _encoded(verdict))
-
-
-def _encoded(verdict: Verdict) -> bytes:
+def _send(results: BinaryIO, reply: Reply) -> None:
     try:
-        return frame(verdict)
+        frame = to_frame(reply)
     except (UnicodeEncodeError, TypeError) as error:  # e.g. a lone surrogate in the error's text
-        return frame(Verdict("invalid", error=f"the verdict could not be encoded: {error!a}"))
+        frame = to_frame(Verdict("invalid", error=f"the verdict could not be encoded: {error!a}"))
+    results.write(frame)
+    results.flush()
 
 
-def _die_with_parent(lifeline: int) -> None:
-    """Nothing is ever written to the lifeline; its end means that the pool's process is gone, however it went.
-
-    A thread waits for that. Where a C function holds the GIL for ever (a catastrophic regular expression), the
-    thread can't run: so Linux is also asked to signal our process group by itself.
-    """
-
-    def wait() -> None:
-        os.read(lifeline, 1)
-        os.killpg(0, signal.SIGKILL)
-
-    os.set_inheritable(lifeline, False)
-    if hasattr(fcntl, "F_SETSIG"):
-        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
-        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
-    threading.Thread(target=wait, name="lifeline", daemon=True).start()
-
-
-def _private_pipes() -> tuple[int, int]:
+def _private_streams() -> tuple[BinaryIO, BinaryIO]:
     tasks, results = os.dup(0), os.dup(1)  # dup'ed descriptors are not inherited by the user's own subprocesses
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
     os.dup2(2, 1)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    return tasks, results
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+    return os.fdopen(tasks, "rb"), os.fdopen(results, "wb")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2])))
+    sys.exit(serve(sys.argv[1], int(sys.argv[2])))

@@ -1,11 +1,37 @@
-"""What a reward function's answer means: the score that is due at the end, and what turns and tokens earn before it. Pure."""
+"""What a reward function is asked about, and what its result means: the score, and turn- and token-level rewards. Pure."""
 
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
-from asyncrl.reward.frames import Sample, Verdict
+from msgspec import Struct
+
+
+class Sample(Struct, frozen=True, array_like=True):
+    """One response to score. ground_truth, extra_info and record are JSON texts."""
+
+    data_source: str
+    solution_str: str
+    ground_truth: str
+    extra_info: str
+    # An object: the dataset row by column, its prompt under "prompt". TRL's functions may ask for it.
+    record: str = "{}"
+    response_ids: list[int] = []  # the response's tokens, the stop token included
+    turns: tuple[int, ...] = (0,)  # offsets in response_ids where turns start
+
+
+class Verdict(Struct, frozen=True, array_like=True, tag="verdict"):
+    """What became of one sample. Only `ok` carries a reward."""
+
+    status: Literal["ok", "invalid", "timeout"]
+    reward: float | None = None
+    parts: dict[str, float] = {}  # the other numbers that the function returned, by name
+    error: str = ""
+    # What the function took out of the response as its answer (`pred` in its dict); majority votes count these.
+    answer: str | None = None
+    token_rewards: list[float] | None = None  # one per response token, beside the reward; None: nothing was said
+
 
 _NO_PARTS = ("score", "turn_rewards", "token_rewards")
 
@@ -14,42 +40,43 @@ def read_result(result: Any, sample: Sample) -> Verdict:
     """A finite number, or a dict with a finite `score` whose other finite numbers become parts. Else `invalid`.
 
     A text under `pred` is the answer that the function saw in the response, as verl's own verifiers return it. Lists under
-    `turn_rewards` and `token_rewards` are what is earned beside the score: one number per turn, per token.
+    `turn_rewards` and `token_rewards` come beside the score: one number per turn, one per token.
     """
-    answer: str | None = None
-    earned: list[float] | None = None
-    if not isinstance(result, dict):
-        score, parts = _number(result), {}
-        shown = f"{type(result).__name__} {result!r}"
-    elif "score" in result:
-        score = _number(result["score"])
-        numbers = ((str(name), _number(value)) for name, value in result.items() if name not in _NO_PARTS)
-        parts = {name: value for name, value in numbers if value is not None and math.isfinite(value)}
-        answer = pred if isinstance(pred := result.get("pred"), str) else None
-        shown = f"score={result['score']!r}"
-        try:
-            earned = _token_rewards(result, len(sample.response_ids), sample.turns)
-        except ValueError as error:
-            return Verdict("invalid", error=str(error))
-    else:
-        return Verdict("invalid", error=f"returned a dict without 'score'; its keys are {sorted(map(str, result))}"[:500])
+    try:
+        if not isinstance(result, dict):
+            return Verdict("ok", _score(result, f"{type(result).__name__} {result!r}"))
+        if "score" not in result:
+            raise ValueError(f"returned a dict without 'score'; its keys are {sorted(map(str, result))}"[:500])
+        score = _score(result["score"], f"score={result['score']!r}")
+        token_rewards = _token_rewards(result, len(sample.response_ids), sample.turns)
+    except ValueError as error:
+        return Verdict("invalid", error=str(error))
+    numbers = ((str(name), _number(value)) for name, value in result.items() if name not in _NO_PARTS)
+    parts = {name: value for name, value in numbers if value is not None and math.isfinite(value)}
+    answer = pred if isinstance(pred := result.get("pred"), str) else None
+    return Verdict("ok", score, parts, answer=answer, token_rewards=token_rewards)
+
+
+def _score(value: Any, shown: str) -> float:
+    """Raises ValueError for what is no finite number."""
+    score = _number(value)
     if score is None:
-        return Verdict("invalid", error=f"returned {shown}"[:400] + "; expected a finite number or a dict with 'score'")
+        raise ValueError(f"returned {shown}"[:400] + "; expected a finite number or a dict with 'score'")
     if not math.isfinite(score):
-        return Verdict("invalid", error=f"returned {score}; expected a finite number")
-    return Verdict("ok", score, parts, answer=answer, token_rewards=earned)
+        raise ValueError(f"returned {score}; expected a finite number")
+    return score
 
 
 def _token_rewards(result: Mapping[str, Any], length: int, turns: Sequence[int]) -> list[float] | None:
-    """What each of `length` response tokens, the stop token included, earns beside the score; None: nothing is said.
+    """The rewards of `length` response tokens, the stop token included, beside the score; None: the result has none.
 
-    A turn's reward is due at its last token; `turns` are the offsets where they start. Turns and tokens add up.
+    A turn's reward is assigned to its last token; `turns` are the offsets where they start. Turns and tokens add up.
     """
     total: list[float] | None = None
     if result.get("turn_rewards") is not None:
         total = [0.0] * length
-        for end, earned in zip([*turns[1:], length], _listed(result, "turn_rewards", len(turns), "turn"), strict=True):
-            total[end - 1] += earned
+        for end, reward in zip([*turns[1:], length], _listed(result, "turn_rewards", len(turns), "turn"), strict=True):
+            total[end - 1] += reward
     if result.get("token_rewards") is not None:
         single = _listed(result, "token_rewards", length, "response token")
         total = single if total is None else [a + b for a, b in zip(total, single, strict=True)]

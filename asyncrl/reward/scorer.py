@@ -1,5 +1,6 @@
-"""The pool's handle on one scoring process: spawn, feed, read, and kill with everything it started."""
+"""The pool's handle on one scoring process: spawn, send, read, and kill with everything it started."""
 
+import contextlib
 import os
 import selectors
 import signal
@@ -11,16 +12,18 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from asyncrl.errors import ConfigError
-from asyncrl.reward.frames import Broken, FrameReader, Ready, Sample, Verdict, frame, reply
+from asyncrl.processes import OwnedProcess
+from asyncrl.reward.process import Broken, Ready, take_replies, to_frame
+from asyncrl.reward.results import Sample, Verdict
 
 T = TypeVar("T")
 
 
 class Scorer(Generic[T]):
-    """One process in a session of its own. Owned by one thread; never blocks, but for the reaping of a killed process.
+    """One scoring process. Owned by one thread; never blocks, but for the reaping of a killed process.
 
-    terms: the reward terms as JSON, for its command line. `flight`: what it was given and has not answered, in order; it
-    scores the first, since `since` (monotonic seconds).
+    terms: the reward terms as JSON, for its command line. flight: the samples that it was given and has not scored, in order;
+    it scores the first, since `since` (monotonic seconds).
     """
 
     def __init__(self, terms: str, log: Path | None, selector: selectors.BaseSelector) -> None:
@@ -29,26 +32,11 @@ class Scorer(Generic[T]):
         self.ready = False
         self.mean_s = float("inf")  # running mean of seconds per sample; unknown before the first
         self._selector = selector
-        self._reader = FrameReader()
+        self._received = bytearray()
         self._unsent = memoryview(b"")
-        lifeline, self._lifeline = os.pipe()
-        output = open(log, "ab") if log else None  # noqa: SIM115  # closed below, once the process has its own
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "asyncrl.reward.process", terms, str(lifeline)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                pass_fds=(lifeline,),
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(self._lifeline)
-            raise
-        finally:
-            os.close(lifeline)
-            if output:
-                output.close()
+        command = [sys.executable, "-m", "asyncrl.reward.process", terms]
+        with open(log, "ab") if log else contextlib.nullcontext() as output:
+            self._process = OwnedProcess(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._tasks, self._results = self._process.stdin.fileno(), self._process.stdout.fileno()
@@ -64,7 +52,7 @@ class Scorer(Generic[T]):
         """Gives an idle process samples to score; the first one's clock starts now."""
         self.flight.extend(batch)
         self.since = time.monotonic()
-        self._unsent = memoryview(frame([sample for _, sample in batch]))
+        self._unsent = memoryview(to_frame([sample for _, sample in batch]))
         self._selector.register(self._tasks, selectors.EVENT_WRITE, self)
         self.flush()
 
@@ -77,21 +65,21 @@ class Scorer(Generic[T]):
             return
         except BrokenPipeError:  # died; `exit_code` will say how
             self._unsent = memoryview(b"")
-        if self._tasks in self._selector.get_map():
-            self._selector.unregister(self._tasks)
+        self._unregister(self._tasks)
 
     def read(self) -> list[tuple[T, Verdict]]:
         """The verdicts that have arrived. Raises ConfigError if the function can't be loaded."""
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self._results, 1 << 16):
+                self._received += data
         verdicts: list[tuple[T, Verdict]] = []
-        while data := self._read_some():
-            for body in self._reader.feed(data):
-                message = reply(body)
-                if isinstance(message, Broken):
-                    raise ConfigError(message.error)
-                if isinstance(message, Ready):
-                    self.ready = True
-                    continue
-                verdicts.append((self.flight.popleft()[0], message))
+        for reply in take_replies(self._received):
+            if isinstance(reply, Broken):
+                raise ConfigError(reply.error)
+            if isinstance(reply, Ready):
+                self.ready = True
+            else:
+                verdicts.append((self.flight.popleft()[0], reply))
         if verdicts:
             now = time.monotonic()
             each = (now - self.since) / len(verdicts)
@@ -100,29 +88,18 @@ class Scorer(Generic[T]):
         return verdicts
 
     def exit_code(self) -> int | None:
-        """None while it lives; minus the signal's number if one killed it. Does not reap: its group keeps its name."""
-        status = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if status is None:
-            return None
-        return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+        """As of `OwnedProcess`."""
+        return self._process.exit_code()
 
     def kill(self) -> None:
-        """SIGKILL to the process and its group, then reaps it and frees the descriptors."""
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for descriptor in (self._tasks, self._results):
-            if descriptor in self._selector.get_map():
-                self._selector.unregister(descriptor)
-        for stream in (self._process.stdin, self._process.stdout):
-            assert stream is not None
-            stream.close()
-        os.close(self._lifeline)
+        """Kills the process and all that it started, and frees the descriptors."""
+        self._unregister(self._tasks)
+        self._unregister(self._results)
+        self._process.kill()
 
-    def _read_some(self) -> bytes:
-        try:
-            return os.read(self._results, 1 << 16)
-        except BlockingIOError:
-            return b""
+    def _unregister(self, descriptor: int) -> None:
+        if descriptor in self._selector.get_map():
+            self._selector.unregister(descriptor)
 
 
 def died(code: int) -> str:

@@ -1,4 +1,4 @@
-"""What is added to a training rollout's reward for its length and its repetitions, and the bounds of the result. Pure.
+"""Reward shaping: penalties for a training rollout's length and its repetitions, and the bounds of the result. Pure.
 
 Lengths are tokens of the response, its stop token included. Normalization is not done here: within a group it is the
 estimator's, and a running one would give one rollout different rewards on two workers.

@@ -1,4 +1,4 @@
-"""Verifiers to name in a recipe, e.g. `reward.function=asyncrl.reward.verify:gsm8k`: 1 for a right answer, else 0.
+"""Built-in verifiers to name in a recipe, e.g. `reward.function=asyncrl.reward.verify:gsm8k`: 1 for a right answer, else 0.
 
 All take verl's `compute_score` parameters and return `{"score", "pred"}`, pred being the answer as read: majority votes count
 it. Answers in mathematics are read and compared by math-verify (Hugging Face; `pip install 'asyncrl[math]'`), JSON is checked
@@ -6,53 +6,36 @@ by jsonschema. None has a clock of its own: math-verify's uses SIGALRM, which wo
 into "wrong". Here the scoring process has a deadline (`reward.deadline_s`), past which the sample is `timeout`.
 """
 
+import importlib
 import json
 import logging
 import re
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from asyncrl.errors import ConfigError
 
 Result = dict[str, Any]
-F = TypeVar("F", bound=Callable[..., Result])
 
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 
 
-def _warmed_by(load: Callable[[], object]) -> Callable[[F], F]:
-    """Sets `warm_up` (reward/functions.py): a missing library is known, and imported, before the first sample."""
-
-    def mark(function: F) -> F:
-        function.warm_up = load  # type: ignore[attr-defined]
-        return function
-
-    return mark
+def _library(module: str, *, needed_by: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"{needed_by}, which can't be imported ({error}); pip install {package}") from error
 
 
 def _math_verify() -> ModuleType:
-    try:
-        import math_verify
-    except ImportError as error:
-        raise ConfigError(
-            f"the verifiers gsm8k and math need math-verify, which can't be imported ({error}); pip install 'asyncrl[math]'"
-        ) from error
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once per process that its own clock is off
-    return math_verify
+    return _library("math_verify", needed_by="the verifiers gsm8k and math need math-verify", package="'asyncrl[math]'")
 
 
 def _jsonschema() -> ModuleType:
-    try:
-        import jsonschema
-    except ImportError as error:
-        raise ConfigError(
-            f"the verifier json_schema needs jsonschema, which can't be imported ({error}); pip install jsonschema"
-        ) from error
-    return jsonschema
+    return _library("jsonschema", needed_by="the verifier json_schema needs jsonschema", package="jsonschema")
 
 
-@_warmed_by(_math_verify)
 def gsm8k(data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None) -> Result:
     """GSM8K (Cobbe et al. 2021): what follows the last `####`, or the last number of a response that has none.
 
@@ -61,7 +44,6 @@ def gsm8k(data_source: str, solution_str: str, ground_truth: Any, extra_info: An
     return _compare(_after_marks(str(ground_truth)), _after_marks(solution_str))
 
 
-@_warmed_by(_math_verify)
 def math(data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None) -> Result:
     r"""MATH (Hendrycks et al. 2021): the last `\boxed{}` of a response, else its last formula, equal as mathematics.
 
@@ -93,7 +75,6 @@ def regex_answer(data_source: str, solution_str: str, ground_truth: Any, extra_i
     return {"score": float(answer is not None and answer == str(ground_truth).strip()), "pred": answer}
 
 
-@_warmed_by(_jsonschema)
 def json_schema(data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None) -> Result:
     """Whether the response, or its last fenced block, is JSON that fits the schema.
 
@@ -109,6 +90,11 @@ def json_schema(data_source: str, solution_str: str, ground_truth: Any, extra_in
     except (ValueError, RecursionError):
         return {"score": 0.0}
     return {"score": float(validator(schema).is_valid(value)), "pred": json.dumps(value, sort_keys=True)}
+
+
+# `warm_up` (reward/functions.py): a missing library is known, and imported, before the first sample.
+gsm8k.warm_up = math.warm_up = _math_verify  # type: ignore[attr-defined]
+json_schema.warm_up = _jsonschema  # type: ignore[attr-defined]
 
 
 def _after_marks(text: str) -> str:

@@ -3,37 +3,38 @@
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from asyncrl.errors import Closed
 from asyncrl.interfaces import RewardStore
 from asyncrl.report.timing import TimeInState
-from asyncrl.reward.frames import Sample, Verdict
 from asyncrl.reward.pool import RewardPool
+from asyncrl.reward.results import Sample, Verdict
 from asyncrl.rundir import redact
-from asyncrl.types import Report, Score, Unscored, UnscoredLease
+from asyncrl.types import Report, Score, Status, Unscored, UnscoredLease
 
 log = logging.getLogger(__name__)
 LOGGED_ERRORS = 20  # the first of them; all are in the replay log
 # While one process is stuck in a slow sample and another is free, the store is asked this often for more.
 _ASK_AGAIN_S = 0.1
 
-Tag = tuple["Held", Unscored]
+Tag = tuple["ScoringLease", Unscored]
 Shape = Callable[[float, Sequence[int]], tuple[float, dict[str, float]]]
 
 
 @dataclass(eq=False)
-class Held:
-    """A lease being worked on: verdicts still owed, and when to renew it (monotonic seconds).
+class ScoringLease:
+    """A lease that is being worked on.
 
     Told apart by identity, not by number: a store that restarted may give a number again.
     """
 
-    lease: int
-    owed: int
+    lease: int  # the store's number
+    owed: int  # verdicts still to deliver
     lease_s: float
-    renew_at: float
+    renew_at: float  # monotonic seconds
 
 
 class RewardWorker:
@@ -41,10 +42,11 @@ class RewardWorker:
 
     Verdicts are delivered as they come: a slow sample holds up nobody else's. New rollouts are leased as soon as a
     process is free, and leases are renewed at a third of their time. The main loop waits for the store (`wait:store`)
-    or works (`busy`). `run` owns the pool and closes it. `decode`: token ids to text, special tokens left out.
-    `record`: the dataset row of a rollout as JSON, for TRL's functions. `shape`: what becomes of the reward of a training
-    rollout, given its response's tokens, and named parts to add to the function's; evaluation is scored as it is, and by what
-    is due at the end alone.
+    or works (`busy`). `run` starts the pool and closes it.
+
+    decode: token ids to text, special tokens left out. record: the dataset row of a rollout as JSON, for TRL's functions.
+    shape: what becomes of the reward of a training rollout, given its response's tokens, and named parts to add to the
+    function's. Evaluation is scored as it is, without turn- and token-level rewards.
     """
 
     def __init__(
@@ -58,7 +60,6 @@ class RewardWorker:
         shape: Shape = lambda reward, response_ids: (reward, {}),
         lease_size: int = 64,
         poll_s: float = 5.0,
-        ledger: TimeInState | None = None,
     ) -> None:
         self._store = store
         self._pool = pool
@@ -68,9 +69,9 @@ class RewardWorker:
         self._shape = shape
         self._lease_size = lease_size
         self._poll_s = poll_s
-        self._ledger = ledger or TimeInState()
-        self._held: set[Held] = set()
-        self._counts = {"ok": 0, "invalid": 0, "timeout": 0}
+        self._ledger = TimeInState()
+        self._held: set[ScoringLease] = set()
+        self._counts: Counter[Status] = Counter()
         self._began = time.monotonic()
         self._ended = False
         self._stop = threading.Event()
@@ -79,15 +80,14 @@ class RewardWorker:
         """Returns at the end of the data, after `stop`, or when the store closes. Raises ConfigError for a reward
         function that can't be loaded, and what the store raises (`Fenced`, `Unavailable`)."""
         try:
-            self._pool.start()
-            self._began = time.monotonic()
-            while not self._stop.is_set() and not (self._ended and not self._pool.pending):
-                self._step()
+            with self._pool:
+                self._began = time.monotonic()
+                while not self._stop.is_set() and not (self._ended and not self._pool.pending):
+                    self._step()
         except Closed:
             pass  # the run is stopping: a clean end
         finally:
             self._ledger.enter("wait:end")
-            self._pool.close()
 
     def stop(self) -> None:
         """Asks `run` to return; it does after its current wait, of `poll_s` at most. Callable from any thread."""
@@ -95,7 +95,7 @@ class RewardWorker:
 
     def report(self) -> Report:
         """Samples so far by status, processes replaced, and samples per second since the start."""
-        scored = sum(self._counts.values())
+        scored = self._counts.total()
         gauges = {
             "scored": float(scored),
             "invalid": float(self._counts["invalid"]),
@@ -124,8 +124,7 @@ class RewardWorker:
         if not lease.items:
             return
         self._ledger.enter("busy")
-        renew_at = time.monotonic() + lease.lease_s / 3
-        held = Held(lease.lease, len(lease.items), lease.lease_s, renew_at)
+        held = ScoringLease(lease.lease, len(lease.items), lease.lease_s, time.monotonic() + lease.lease_s / 3)
         self._held.add(held)
         self._pool.submit(((held, item), self._sample(item)) for item in lease.items)
 
@@ -135,10 +134,10 @@ class RewardWorker:
         return Sample(prompt.data_source, text, prompt.ground_truth, prompt.extra_info, record, item.response_ids, item.turns)
 
     def _deliver(self, verdicts: list[tuple[Tag, Verdict]]) -> None:
-        by_lease: dict[Held, list[Score]] = {}
+        by_lease: dict[ScoringLease, list[Score]] = {}
         for (held, item), verdict in verdicts:
             self._counts[verdict.status] += 1
-            if verdict.status != "ok" and self._counts["invalid"] + self._counts["timeout"] <= LOGGED_ERRORS:
+            if verdict.status != "ok" and self._counts.total() - self._counts["ok"] <= LOGGED_ERRORS:
                 log.warning("group %d, rollout %d: %s: %s", item.group, item.rollout, verdict.status, verdict.error)
             by_lease.setdefault(held, []).append(self._score(item, verdict))
         for held, scores in by_lease.items():
@@ -166,6 +165,6 @@ class RewardWorker:
             status=verdict.status,
             reward=reward,
             parts=parts,
-            error=redact(verdict.error),
+            error=redact(verdict.error) if verdict.error else "",
             token_rewards=verdict.token_rewards if item.purpose == "train" else None,
         )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.jobs.statistics import Answer, Estimate, estimate, maj_at_k, pass_at_k, summary, write_samples
-from asyncrl.reward.frames import Verdict
+from asyncrl.reward.results import Verdict
 from asyncrl.types import Generation, Prompt
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from asyncrl.config import DataSpec
 from asyncrl.errors import DataError
 from asyncrl.prompts.dataset import PromptFile, as_record, prepare, to_json
-from asyncrl.prompts.reading import Row
+from asyncrl.prompts.reading import DatasetRow
 from asyncrl.types import Prompt
 
 
@@ -156,5 +156,7 @@ def test_the_whole_row_is_kept_beside_its_prompt(tmp_path, encode):
 
 
 def test_a_column_that_json_cannot_hold_is_left_out_of_the_record():
-    row = Row(row=0, where="", prompt="1+1", data_source="", ground_truth=None, extra_info=None, columns={"a": 1, "b": 1j})
+    row = DatasetRow(
+        row=0, where="", prompt="1+1", data_source="", ground_truth=None, extra_info=None, columns={"a": 1, "b": 1j}
+    )
     assert json.loads(as_record(row)) == {"a": 1, "prompt": "1+1"}

@@ -5,9 +5,15 @@ import pytest
 
 from asyncrl.config import RewardSpec, RewardTerm
 from asyncrl.errors import ConfigError
-from asyncrl.reward.frames import Sample, Verdict
-from asyncrl.reward.functions import alone, is_trl, judge, load_judge, load_terms, weighted
+from asyncrl.reward.functions import alone, is_trl, load_judge, load_terms, weighted
+from asyncrl.reward.functions import judge as judge_of
 from asyncrl.reward.pool import RewardPool
+from asyncrl.reward.results import Sample, Verdict
+
+
+def judge(function, **fields):
+    return judge_of(function, RewardTerm(function="m:f", **fields))
+
 
 SAMPLE = Sample("gsm8k", "it is #### 72", '"72"', '{"index":3}')
 
@@ -108,14 +114,13 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 def test_a_gsm8k_compute_score_file(tmp_path):
     path = tmp_path / "gsm8k.py"
     path.write_text(GSM8K)
-    score = load_judge(f"{path}:compute_score")
+    score = load_judge(RewardTerm(function=f"{path}:compute_score"))
     assert score(Sample("openai/gsm8k", "so 1,172 of them\n#### 1,172", '"1172"', "null")) == Verdict("ok", 1.0, {"acc": 1.0})
     assert score(Sample("openai/gsm8k", "#### 7", '"1172"', "null")) == Verdict("ok", 0.0, {"acc": 0.0})
     assert score(Sample("openai/gsm8k", "no idea", '"1172"', "null")) == Verdict("ok", 0.0)
 
 
-# ----------------------------------------------------------------------------------------------- terms
-#
+# ------------------------------------------------------------------------------------------ weighted sums
 
 SOURCE = """
 def right(data_source, solution_str, ground_truth, extra_info=None):
@@ -156,7 +161,7 @@ def test_the_reward_is_the_weighted_sum_and_the_parts_are_named(file):
     assert score(sample("134")) == Verdict("ok", 0.0, {"right": 0.0, "right/digits": 3.0, "short": 0.0}, answer="134")
 
 
-def test_what_tokens_earn_is_summed_by_the_same_weights():
+def test_token_rewards_are_summed_by_the_same_weights():
     judges = [
         lambda sample: Verdict("ok", 1.0, token_rewards=[1.0, 2.0]),
         lambda sample: Verdict("ok", 1.0),
@@ -204,8 +209,7 @@ def test_one_function_that_is_missing_fails_the_pool(file):
         pass
 
 
-# ------------------------------------------------------------------------------------------------- trl
-#
+# ---------------------------------------------------------------------------------------- TRL's convention
 
 CHAT = [{"role": "user", "content": "6 + 6?"}]
 ROW = {"solution": "12", "level": 3, "prompt": CHAT}
@@ -290,7 +294,7 @@ def test_none_is_no_failure_and_no_reward():
         (lambda completions, **kwargs: [float("nan")], "returned nan"),
     ],
 )
-def test_answers_that_are_no_reward_are_invalid(function, words):
+def test_results_that_are_no_reward_are_invalid(function, words):
     verdict = judge(function)(trl_sample("12"))
     assert (verdict.status, verdict.reward) == ("invalid", None)
     assert words in verdict.error
@@ -329,6 +333,6 @@ def reward_func(completions, ground_truth, **kwargs):
 
 def test_a_file_in_trls_convention(tmp_path):
     (tmp_path / "boxed.py").write_text(DOCUMENTED)
-    score = load_judge(f"{tmp_path}/boxed.py:reward_func")
+    score = load_judge(RewardTerm(function=f"{tmp_path}/boxed.py:reward_func"))
     assert score(trl_sample(r"so \boxed{12}", {"prompt": "6+6="}, truth='"12"')) == Verdict("ok", 1.0)
     assert score(trl_sample(r"so \boxed{13}", {"prompt": "6+6="}, truth='"12"')) == Verdict("ok", 0.0)

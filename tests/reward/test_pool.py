@@ -8,8 +8,8 @@ import time
 import pytest
 
 from asyncrl.errors import ConfigError, Unavailable
-from asyncrl.reward.frames import Sample, Verdict
 from asyncrl.reward.pool import RewardPool
+from asyncrl.reward.results import Sample, Verdict
 
 
 def sample(do, value=None):
@@ -135,7 +135,7 @@ def test_close_leaves_no_process_even_in_mid_sample(function, tmp_path):
 PARENT = """
 import sys, json
 from asyncrl.reward.pool import RewardPool
-from asyncrl.reward.frames import Sample
+from asyncrl.reward.results import Sample
 with RewardPool(sys.argv[1], deadline_s=600.0) as pool:
     [verdict] = pool.map([Sample("", "pid", "null", "null")])
     pool.submit([(0, Sample("", sys.argv[2], "null", "null"))])
@@ -187,8 +187,9 @@ def test_a_function_that_cannot_be_loaded_is_fatal_and_not_respawned(tmp_path):
 def test_a_process_that_ends_while_its_file_is_being_loaded(tmp_path, body, error, how):
     path = tmp_path / "ends.py"
     path.write_text(body)
-    with pytest.raises(error, match=f"process died: {how} while its file was being loaded"):
-        RewardPool(f"{path}:compute_score").start()
+    pool = RewardPool(f"{path}:compute_score")
+    with pytest.raises(error, match=f"process died: {how} while its file was being loaded"), pool:
+        pass
 
 
 def test_a_process_that_died_while_it_had_nothing_to_do_costs_no_sample(function):

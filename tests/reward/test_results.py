@@ -4,8 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from asyncrl.reward.frames import Sample, Verdict
-from asyncrl.reward.results import read_result
+from asyncrl.reward.results import Sample, Verdict, read_result
 
 SAMPLE = Sample("gsm8k", "it is #### 72", '"72"', "null", response_ids=[4, 5, 6, 7], turns=(0, 3))
 
@@ -59,7 +58,7 @@ def test_results_that_are_none(result, words):
         ({"turn_rewards": None}, None),
     ],
 )
-def test_what_turns_and_tokens_earn_is_told_per_token(earned, token_rewards):
+def test_turn_rewards_are_assigned_to_the_last_token_and_add_to_token_rewards(earned, token_rewards):
     assert read_result({"score": 1.0, **earned}, SAMPLE) == Verdict("ok", 1.0, token_rewards=token_rewards)
 
 

@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from asyncrl.reward import verify
-from asyncrl.reward.frames import Sample
 from asyncrl.reward.pool import RewardPool
+from asyncrl.reward.results import Sample
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
@@ -88,10 +88,11 @@ def test_a_missing_library_is_known_before_the_first_sample(module, function, fi
 import sys
 sys.modules[{module!r}] = None
 from asyncrl.errors import ConfigError
+from asyncrl.config import RewardTerm
 from asyncrl.reward.functions import load_judge
-load_judge("asyncrl.reward.verify:exact_match")
+load_judge(RewardTerm(function="asyncrl.reward.verify:exact_match"))
 try:
-    load_judge("asyncrl.reward.verify:{function}")
+    load_judge(RewardTerm(function="asyncrl.reward.verify:{function}"))
 except ConfigError as error:
     print(error)
 """

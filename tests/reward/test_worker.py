@@ -8,6 +8,7 @@ from asyncrl.errors import Closed, ConfigError
 from asyncrl.report.timing import TimeInState
 from asyncrl.reward.pool import RewardPool
 from asyncrl.reward.worker import RewardWorker
+from asyncrl.rundir import MASK
 from asyncrl.types import Prompt, Score, Unscored, UnscoredLease
 
 SOURCE = '''
@@ -20,6 +21,8 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
             time.sleep(0.001)
     if solution_str == "9":
         raise ValueError("nine")
+    if solution_str == "8":
+        raise ValueError("password='hunter22'")
     return {"score": float(solution_str == ground_truth), "length": len(solution_str)}
 '''
 
@@ -85,6 +88,14 @@ def test_every_rollout_gets_one_verdict_and_the_end_is_clean(worker, caplog):
     assert later.group == 3
     gauges = reward.report().gauges
     assert (gauges["scored"], gauges["invalid"], gauges["timeout"], gauges["process_restarts"]) == (4, 1, 0, 0)
+
+
+def test_secrets_in_an_error_are_masked(worker):
+    store = FakeStore([rollout(0, "8")])
+    worker(store).run()
+    [(_, score)] = store.scores
+    assert "hunter22" not in score.error
+    assert f"password='{MASK}'" in score.error
 
 
 def test_a_slow_sample_holds_up_no_other_of_its_lease(worker, tmp_path):
@@ -188,7 +199,7 @@ def test_training_rewards_are_shaped_and_held_out_ones_are_not(worker):
     assert (scores[2].status, scores[2].reward, scores[2].parts) == ("invalid", None, {})
 
 
-def test_what_tokens_earn_travels_with_training_scores(tmp_path):
+def test_token_rewards_travel_with_training_scores(tmp_path):
     path = tmp_path / "turns.py"
     path.write_text(
         "def f(solution_str, ground_truth, response_ids, turns):\n"

@@ -1,20 +1,18 @@
-"""A server process that this process owns: started in a session of its own, and gone when its owner is gone."""
+"""An SGLang server's processes: the command that starts them, its port, its log, and whether all of them live."""
 
 import contextlib
 import os
 import secrets
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from asyncrl.errors import ConfigError
+from asyncrl.processes import OwnedProcess, under_guard
 
-GUARD = Path(__file__).with_name("guard.py")
 REAP_S = 1.0  # in which a parent that lives has reaped a child that ended
 LOG_TAIL = 15  # lines of its log that an error about a server shows
 
@@ -32,34 +30,20 @@ def free_port() -> int:
             return port
 
 
-class ServerProcess:
+class ServerProcess(OwnedProcess):
     """The command, and every process that it starts. Standard output and error go to `log`, appended.
 
     env is added to this process's environment. A command that can't be started shows as one that has died, its log says why.
     """
 
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str], log: Path) -> None:
-        lifeline, self._lifeline = os.pipe()
         self._log = log
         self._defunct: dict[int, float] = {}  # pid -> when it was first seen so
         program = find_program(command[0]) or command[0]
-        try:
-            with open(log, "ab") as output:
-                self._start = output.tell()
-                self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", str(GUARD), str(lifeline), program, *command[1:]],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    env={**os.environ, **env},
-                    pass_fds=(lifeline,),
-                    start_new_session=True,
-                )
-        except BaseException:
-            os.close(self._lifeline)
-            raise
-        finally:
-            os.close(lifeline)
+        with open(log, "ab") as output:
+            self._log_start = output.tell()
+            environment = {**os.environ, **env}
+            super().__init__(under_guard([program, *command[1:]]), stdout=output, stderr=output, env=environment)
 
     def alive(self) -> bool:
         """Whether the command runs, and no process under it has crashed (SGLang itself needs seconds to notice).
@@ -68,11 +52,11 @@ class ServerProcess:
         """
         now = time.monotonic()
         self._defunct = {pid: self._defunct.get(pid, now) for pid in self.pids() if _defunct(pid)}
-        return self._process.poll() is None and not any(now - since > REAP_S for since in self._defunct.values())
+        return self.exit_code() is None and not any(now - since > REAP_S for since in self._defunct.values())
 
     def pids(self) -> list[int]:
-        """Every process of the session, on Linux; the guard comes first."""
-        found, frontier = [], [self._process.pid]
+        """Every process of the server, on Linux; its guard comes first."""
+        found, frontier = [], [self.pid]
         while frontier:
             pid = frontier.pop(0)
             found.append(pid)
@@ -88,18 +72,9 @@ class ServerProcess:
     def log_tail(self) -> str:
         """The last lines that it wrote."""
         with open(self._log, "rb") as log:
-            log.seek(self._start)
+            log.seek(self._log_start)
             lines = log.read().decode(errors="replace").splitlines()
         return "\n".join(lines[-LOG_TAIL:])
-
-    def kill(self) -> None:
-        """Ends it and all that it started, at once. Idempotent."""
-        if self._lifeline >= 0:
-            os.close(self._lifeline)
-            self._lifeline = -1
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
 
 
 def _defunct(pid: int) -> bool:

@@ -1,0 +1,104 @@
+"""Child processes that never outlive their owner, nor does anything that they start. Standard library only.
+
+Each child leads a session, and so a process group, of its own. It is given a *lifeline*: the read end of a pipe into which
+nothing is ever written, and whose other end the owner alone holds. So the pipe closes when the owner ends, however it ends, and
+then the whole group is killed: by the child itself where it is asyncrl's own Python (`end_with_owner`), by a guard for any
+other command (`under_guard`; the guard is this file, run as a script).
+"""
+
+import fcntl
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+
+class OwnedProcess(subprocess.Popen[bytes]):
+    """A child that leads its own process group: the group ends when this process ends, or at `kill`.
+
+    The number of its lifeline's descriptor becomes the last argument of `command`. options: as subprocess.Popen takes them.
+    Raises OSError if it can't be started.
+    """
+
+    def __init__(self, command: Sequence[str], **options: Any) -> None:
+        lifeline, self._lifeline = os.pipe()
+        try:
+            super().__init__([*command, str(lifeline)], pass_fds=(lifeline,), start_new_session=True, **options)
+        except BaseException:
+            os.close(self._lifeline)
+            raise
+        finally:
+            os.close(lifeline)
+
+    def exit_code(self) -> int | None:
+        """None while the child runs; minus the signal's number if one killed it.
+
+        Does not reap the child, as `poll` would: so its group's number can't pass to others before `kill`.
+        """
+        if self.returncode is not None:
+            return self.returncode
+        status = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if status is None:
+            return None
+        return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+
+    def kill(self) -> None:
+        """SIGKILL to the child and its group; then reaps the child and frees the descriptors. Idempotent."""
+        if self.returncode is not None:
+            return
+        os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
+        os.close(self._lifeline)
+        for stream in (self.stdin, self.stdout):
+            if stream is not None:
+                stream.close()
+
+
+def end_with_owner(lifeline: int) -> None:
+    """Called by a Python child first of all: from now on its process group is killed when its owner ends.
+
+    A thread waits for that. Where a C function holds the GIL for ever (a catastrophic regular expression), the thread can't
+    run: so Linux is also asked to signal the group by itself.
+    """
+
+    def wait() -> None:
+        os.read(lifeline, 1)
+        os.killpg(0, signal.SIGKILL)
+
+    os.set_inheritable(lifeline, False)
+    if hasattr(fcntl, "F_SETSIG"):
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    threading.Thread(target=wait, name="lifeline", daemon=True).start()
+
+
+def under_guard(command: Sequence[str]) -> list[str]:
+    """The command under a guard, for `OwnedProcess`. When the command ends, what it started is killed as well."""
+    return [sys.executable, "-I", "-S", __file__, *command]
+
+
+def _guard(command: list[str], lifeline: int) -> None:
+    """Runs the command until it or the owner ends, then kills the group.
+
+    It is two processes, of which the inner one does all this when the outer one is killed too: a Ray worker that exits kills
+    its direct children, and only these.
+    """
+    os.set_inheritable(lifeline, False)
+    outer = os.pidfd_open(os.getpid())
+    if os.fork():
+        signal.pause()
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    ended = os.pidfd_open(process.pid)
+    select.select([lifeline, ended, outer], [], [])
+    if (code := process.poll()) is not None:
+        print(f"guard: {command[0]} ended with exit code {code}", file=sys.stderr, flush=True)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":  # it must start in milliseconds: nothing of asyncrl is imported
+    _guard(sys.argv[1:-1], int(sys.argv[-1]))
