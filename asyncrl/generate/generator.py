@@ -15,15 +15,7 @@ from functools import partial
 
 from asyncrl.errors import Closed, Fenced, Unavailable
 from asyncrl.generate.states import GeneratorEvent, GeneratorState, accepts, state_after
-from asyncrl.generate.workload import (
-    EndedRequest,
-    GeneratorCounters,
-    HeldGroup,
-    StoreAnswer,
-    Workload,
-    requests_of,
-    rollout_of,
-)
+from asyncrl.generate.workload import EndedRequest, GeneratorCounters, HeldGroup, StoreAnswer, Workload
 from asyncrl.interfaces import Engine, GeneratorStore, WeightSource
 from asyncrl.report.timing import TimeInState
 from asyncrl.types import Generation, Report, Reserved, Rollout, Ticket, Version
@@ -216,7 +208,7 @@ class Generator:
         with self._cond:
             self._work.begin(held)
             self._changed()
-        for rollout, future in zip(ticket.rollouts, self._engine.submit_group(requests_of(ticket)), strict=True):
+        for rollout, future in zip(ticket.rollouts, self._engine.submit_group(held.requests()), strict=True):
             future.add_done_callback(partial(self._finished, held, rollout))
 
     # ------------------------------------------------------------------------------------------- submit
@@ -254,7 +246,7 @@ class Generator:
                 self._work.forget(request.held.ticket.group)
                 return None
             self._counters.rollout(len(generation.token_ids))
-        return rollout_of(request, generation, self._name)
+        return request.as_rollout(generation, self._name)
 
     # --------------------------------------------------------------------------------------------- sync
 

@@ -20,6 +20,20 @@ class HeldGroup:
     started: float  # seconds since the epoch
     unsubmitted: int  # rollouts that the store does not have yet
 
+    def requests(self) -> list[GenerationRequest]:
+        """One request per missing rollout of the ticket; that of the baseline is greedy."""
+        ticket = self.ticket
+        return [
+            GenerationRequest(
+                id=f"{ticket.group}/{rollout}/{ticket.attempt}",
+                group=ticket.group,
+                prompt_ids=ticket.prompt.ids,
+                sampling=ticket.sampling.greedy() if rollout == ticket.baseline else ticket.sampling,
+                seed=seed,
+            )
+            for rollout, seed in zip(ticket.rollouts, ticket.seeds, strict=True)
+        ]
+
 
 class EndedRequest(NamedTuple):
     """One request that the engine has ended, well or not."""
@@ -28,6 +42,27 @@ class EndedRequest(NamedTuple):
     rollout: int
     future: "Future[Generation]"
     finished: float  # seconds since the epoch
+
+    def as_rollout(self, generation: Generation, worker: str) -> Rollout:
+        """A single-turn rollout: every response token was chosen by the policy."""
+        held, ticket = self.held, self.held.ticket
+        return Rollout(
+            group=ticket.group,
+            rollout=self.rollout,
+            attempt=ticket.attempt,
+            prompt=ticket.prompt,
+            response_ids=generation.token_ids,
+            logprobs=generation.logprobs,
+            kept_logmass=generation.kept_logmass,
+            loss_mask=[1] * len(generation.token_ids),
+            turns=(0,),
+            spans=generation.spans,
+            finish_reason=generation.finish_reason,
+            worker=worker,
+            times={"reserved": held.reserved, "started": held.started, "finished": self.finished},
+            purpose=ticket.purpose,
+            baseline=self.rollout == ticket.baseline,
+        )
 
 
 @dataclass
@@ -135,39 +170,3 @@ class GeneratorCounters:
     def gauges(self) -> dict[str, float]:
         seconds = max(time.monotonic() - self._since, 1e-9)
         return {**self._gauges, "tokens_per_s": self._gauges["tokens"] / seconds}
-
-
-def requests_of(ticket: Ticket) -> list[GenerationRequest]:
-    """One request per missing rollout of the ticket; that of the baseline is greedy."""
-    return [
-        GenerationRequest(
-            id=f"{ticket.group}/{rollout}/{ticket.attempt}",
-            group=ticket.group,
-            prompt_ids=ticket.prompt.ids,
-            sampling=ticket.sampling.greedy() if rollout == ticket.baseline else ticket.sampling,
-            seed=seed,
-        )
-        for rollout, seed in zip(ticket.rollouts, ticket.seeds, strict=True)
-    ]
-
-
-def rollout_of(request: EndedRequest, generation: Generation, worker: str) -> Rollout:
-    """A single-turn rollout: every response token was chosen by the policy."""
-    held = request.held
-    return Rollout(
-        group=held.ticket.group,
-        rollout=request.rollout,
-        attempt=held.ticket.attempt,
-        prompt=held.ticket.prompt,
-        response_ids=generation.token_ids,
-        logprobs=generation.logprobs,
-        kept_logmass=generation.kept_logmass,
-        loss_mask=[1] * len(generation.token_ids),
-        turns=(0,),
-        spans=generation.spans,
-        finish_reason=generation.finish_reason,
-        worker=worker,
-        times={"reserved": held.reserved, "started": held.started, "finished": request.finished},
-        purpose=held.ticket.purpose,
-        baseline=request.rollout == held.ticket.baseline,
-    )

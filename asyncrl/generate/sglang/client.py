@@ -10,7 +10,7 @@ import msgspec
 from msgspec import structs
 
 from asyncrl.errors import ConfigError, Unavailable
-from asyncrl.generate.sglang.segments import Chunk, Row
+from asyncrl.generate.sglang.segments import Chunk, RequestRow
 from asyncrl.types import GenerationRequest
 
 T = TypeVar("T")
@@ -21,8 +21,9 @@ MAX_TOP_K = 4096
 _FAILURES = (aiohttp.ClientError, TimeoutError, OSError)
 
 
-class Client:
-    """Of the engine's loop only. Raises Unavailable, naming the server, when it can't be reached or answers nonsense."""
+class SGLangClient:
+    """Call it only from the engine's event loop. Raises Unavailable, naming the server, when it can't be reached or answers
+    nonsense."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -88,7 +89,7 @@ class Client:
             raise Unavailable(f"{self.url}{path}: status {response.status}: {text.decode(errors='replace')[:500]}")
         return answer
 
-    async def generate(self, rows: Sequence[Row], *, salt: str | None, stream_interval: int) -> AsyncIterator[Chunk]:
+    async def generate(self, rows: Sequence[RequestRow], *, salt: str | None, stream_interval: int) -> AsyncIterator[Chunk]:
         """Sends rows as one batch and yields the news of them as it comes, each row's last one with its finish reason.
 
         salt: keeps the server's prefix cache from mixing versions; None where there is no such cache.
@@ -156,12 +157,12 @@ def check_top_k(request: GenerationRequest) -> ConfigError | None:
     )
 
 
-def request_id(row: Row) -> str:
+def request_id(row: RequestRow) -> str:
     """Names this segment of the row to the server."""
     return f"{row.request.id}#{row.segments}"
 
 
-def _sampling(row: Row, stream_interval: int) -> dict[str, Any]:
+def _sampling(row: RequestRow, stream_interval: int) -> dict[str, Any]:
     sampling = row.request.sampling
     return {
         "temperature": sampling.temperature,

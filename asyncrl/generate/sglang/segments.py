@@ -54,7 +54,7 @@ class Chunk(Struct, frozen=True):
     index: int = 0
 
 
-class Row:
+class RequestRow:
     """One request: what is known of its answer. Not thread-safe; the engine's loop owns it.
 
     A segment is *mixed* once weights were swapped while it ran: only its end tells which token came from which version.

@@ -10,7 +10,7 @@ from msgspec import Struct, convert
 
 from asyncrl.config import UpdateMode
 from asyncrl.errors import ConfigError, Unavailable
-from asyncrl.generate.sglang.client import Client
+from asyncrl.generate.sglang.client import SGLangClient
 from asyncrl.generate.sglang.process import ServerProcess, free_port
 from asyncrl.generate.sglang.transfer import Stage, Transfer
 
@@ -27,15 +27,14 @@ class Facts(Struct, frozen=True):
     disable_overlap_schedule: bool = False
 
 
-class Core(Struct, frozen=True):
+class ServerLoad(Struct, frozen=True):
     """One entry of /v1/loads."""
 
-    num_running_reqs: int = 0
     num_waiting_reqs: int = 0
     token_usage: float = 0.0
 
 
-class Launch(NamedTuple):
+class LaunchCommand(NamedTuple):
     """How to start a server: the command with its arguments but the port's, what to add to the environment, and the log."""
 
     command: tuple[str, ...]
@@ -43,14 +42,14 @@ class Launch(NamedTuple):
     log: Path
 
 
-class Server:
-    """A server from its start (or from when it was found at `url`) to its end. Of the engine's loop only.
+class SGLangServer:
+    """A server from its start (or from when it was found at `url`) to its end. Call it only from the engine's event loop.
 
     at: how to start one, or the URL of one that runs already. transfer: makes its way in for weights, given its
     tensor-parallel size.
     """
 
-    def __init__(self, at: Launch | str, transfer: Callable[[int], Transfer]) -> None:
+    def __init__(self, at: LaunchCommand | str, transfer: Callable[[int], Transfer]) -> None:
         self._transfer_of = transfer
         self._process: ServerProcess | None = None
         if isinstance(at, str):
@@ -59,7 +58,7 @@ class Server:
             port = free_port()
             url = f"http://127.0.0.1:{port}"
             self._process = ServerProcess((*at.command, "--port", str(port)), env=at.env, log=at.log)
-        self.client = Client(url)
+        self.client = SGLangClient(url)
         self.facts = Facts()
         self._transfer: Transfer | None = None
 
@@ -112,11 +111,10 @@ class Server:
     def _log(self) -> str:
         return f"; the end of its log:\n{self._process.log_tail()}" if self._process else ""
 
-    async def load(self) -> Core:
+    async def load(self) -> ServerLoad:
         """How busy it is, summed over data-parallel ranks; the fullest KV cache of them."""
-        ranks = convert((await self.client.get("/v1/loads?include=core", CALL_S))["loads"], list[Core])
-        return Core(
-            num_running_reqs=sum(rank.num_running_reqs for rank in ranks),
+        ranks = convert((await self.client.get("/v1/loads?include=core", CALL_S))["loads"], list[ServerLoad])
+        return ServerLoad(
             num_waiting_reqs=sum(rank.num_waiting_reqs for rank in ranks),
             token_usage=max((rank.token_usage for rank in ranks), default=0.0),
         )
