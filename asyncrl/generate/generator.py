@@ -191,14 +191,15 @@ class Generator:
             self._engine.abort(group)
         for ticket in reserved.tickets:
             if ticket.purpose == "eval" and ticket.pinned != version:
-                self._counters.eval_left()  # never named as held, so the store gives it to a generator at that version
+                self._counters.add("evals_left")  # never named as held, so the store gives it to a generator at that version
             else:
                 self._begin(ticket)
         with self._cond:
             self._answer.ended = self._answer.ended or reserved.ended
             if asked:
                 self._answer.too_old = version if "too old" in reserved.waiting_for else None
-                self._counters.waited(reserved.waiting_for)
+                if reserved.waiting_for:
+                    self._counters.add("waits/" + reserved.waiting_for.replace(" ", "_"))
                 self._step(GeneratorEvent.RESERVED)
             self._changed()
 
@@ -245,7 +246,8 @@ class Generator:
             if generation.finish_reason == "abort":
                 self._work.forget(request.held.ticket.group)
                 return None
-            self._counters.rollout(len(generation.token_ids))
+            self._counters.add("rollouts")
+            self._counters.add("tokens", len(generation.token_ids))
         return request.as_rollout(generation, self._name)
 
     # --------------------------------------------------------------------------------------------- sync

@@ -131,41 +131,26 @@ class GeneratorCounters:
 
     def __init__(self) -> None:
         self._since = time.monotonic()
-        self._gauges = dict.fromkeys(
-            (
-                *("tokens", "rollouts", "swaps", "pause_s_total", "pause_s_last", "pause_s_max"),
-                *("recomputed_tokens", "discarded_tokens", "evals_left"),
-            ),
-            0.0,
-        )
+        counted = ("tokens", "rollouts", "swaps", "recomputed_tokens", "discarded_tokens", "evals_left")
+        self._gauges = dict.fromkeys((*counted, "pause_s_total", "pause_s_last", "pause_s_max"), 0.0)
 
     def start(self) -> None:
         """Rates count from here."""
         self._since = time.monotonic()
 
-    def rollout(self, tokens: int) -> None:
-        """Counts one rollout for the store."""
-        self._gauges["rollouts"] += 1
-        self._gauges["tokens"] += tokens
+    def add(self, name: str, count: int = 1) -> None:
+        self._gauges[name] = self._gauges.get(name, 0.0) + count
 
     def swap(self, report: SwapReport) -> None:
-        self._gauges["swaps"] += 1
-        self._gauges["recomputed_tokens"] += report.recomputed_tokens
-        self._gauges["discarded_tokens"] += report.discarded_tokens
-        self._gauges["swapped_at"] = time.time()  # seconds since the epoch
-        self._gauges["pause_s_last"] = report.pause_s
-        self._gauges["pause_s_total"] += report.pause_s
-        self._gauges["pause_s_max"] = max(self._gauges["pause_s_max"], report.pause_s)
-
-    def waited(self, reason: str) -> None:
-        """Counts a reserve for which the store had no ticket; an empty reason counts nothing."""
-        if reason:
-            key = "waits/" + reason.replace(" ", "_")
-            self._gauges[key] = self._gauges.get(key, 0.0) + 1
-
-    def eval_left(self) -> None:
-        """Counts an eval ticket for a version that is no longer loaded."""
-        self._gauges["evals_left"] += 1
+        self.add("swaps")
+        self.add("recomputed_tokens", report.recomputed_tokens)
+        self.add("discarded_tokens", report.discarded_tokens)
+        self._gauges |= {
+            "swapped_at": time.time(),  # seconds since the epoch
+            "pause_s_last": report.pause_s,
+            "pause_s_total": self._gauges["pause_s_total"] + report.pause_s,
+            "pause_s_max": max(self._gauges["pause_s_max"], report.pause_s),
+        }
 
     def gauges(self) -> dict[str, float]:
         seconds = max(time.monotonic() - self._since, 1e-9)

@@ -19,7 +19,7 @@ class Job(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A job with its answer."""
+    """A job with its generation."""
 
     job: Job
     generation: Generation
@@ -167,8 +167,8 @@ class Rows:
         return to, source
 
     def clear(self) -> tuple[list[Job], int]:
-        """Takes out all rows. Returns the jobs that have no answer, in the order in which they joined, and the number of
-        tokens sampled for them, which are lost."""
+        """Takes out all rows. Returns the jobs of the living ones, in the order in which they joined, and the number of tokens
+        sampled for them, which are lost."""
         living = [int(row) for row in np.argsort(self._turn[: self.count]) if self.alive[row]]
         jobs = [self._jobs[row] for row in living]
         sampled = int((self.length[living] - self._prompt[living]).sum())

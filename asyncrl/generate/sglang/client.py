@@ -18,7 +18,6 @@ _EVENT = b"data: "
 _DONE = b"[DONE]"
 # SGLang says what top-p and top-k kept only for a bounded top_k (its --sampling-mask-max-tokens); top_p alone gets this one.
 MAX_TOP_K = 4096
-_FAILURES = (aiohttp.ClientError, TimeoutError, OSError)
 
 
 class SGLangClient:
@@ -34,53 +33,46 @@ class SGLangClient:
         )
         self._chunks = msgspec.json.Decoder(Chunk)
         self._batches = msgspec.json.Decoder(list[Chunk])
-        self._scopes: set[asyncio.Timeout] = set()  # of what waits now
+        self._waiting: set[asyncio.Timeout] = set()
+        self._closed = False
         self._encoder = msgspec.json.Encoder()
 
     async def close(self) -> None:
-        """Whoever waits for an answer gets Unavailable. Idempotent."""
-        if self._session.closed:
-            return
-        for scope in self._scopes:
-            scope.reschedule(0)
-        await self._session.close()
+        """Whoever waits for the server gets Unavailable. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            for timeout in self._waiting:
+                timeout.reschedule(0)
+            await self._session.close()
 
     @asynccontextmanager
-    async def _while_open(self) -> AsyncIterator[None]:
-        """Has what waits inside raise Unavailable at `close`. By itself, aiohttp lets it wait for ever."""
-        scope = asyncio.timeout(0 if self._session.closed else None)
-        self._scopes.add(scope)
+    async def _reaching(self, path: str, deadline_s: float | None = None) -> AsyncIterator[None]:
+        """Has whatever goes wrong inside raise Unavailable: also its deadline, and `close`, at which aiohttp would wait on."""
+        timeout = asyncio.timeout(0 if self._closed else deadline_s)
+        self._waiting.add(timeout)
         try:
-            async with scope:
+            async with timeout:
                 yield
-        except TimeoutError as error:
-            if scope.expired():
-                raise Unavailable(f"{self.url} was given up") from error
-            raise
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            what = f": {type(error).__name__}: {error}"
+            if timeout.expired():
+                what = " was cancelled: its client was closed" if self._closed else f" did not answer in {deadline_s:g} s"
+            raise Unavailable(f"{self.url}{path}{what}") from error
         finally:
-            self._scopes.discard(scope)
+            self._waiting.discard(timeout)
 
     async def get(self, path: str, deadline_s: float) -> Any:
-        """The JSON answer."""
+        """The JSON that the server answers."""
         return await self._call("GET", path, None, deadline_s)
 
     async def post(self, path: str, body: dict[str, Any], deadline_s: float) -> Any:
-        """The JSON answer, or None where it is no JSON. Raises Unavailable for a status >= 400, or `success: false`."""
+        """The JSON that the server answers, or None where it is none. Raises Unavailable for status >= 400 or `success: false`."""
         return await self._call("POST", path, body, deadline_s)
 
     async def _call(self, method: str, path: str, body: dict[str, Any] | None, deadline_s: float) -> Any:
         data = None if body is None else self._encoder.encode(body)
-        timeout = aiohttp.ClientTimeout(total=deadline_s)
-        try:
-            async with (
-                self._while_open(),
-                self._session.request(method, self.url + path, data=data, timeout=timeout) as response,
-            ):
-                text = await response.read()
-        except TimeoutError as error:
-            raise Unavailable(f"{self.url}{path} did not answer in {deadline_s:g} s") from error
-        except _FAILURES as error:
-            raise Unavailable(f"{self.url}{path}: {type(error).__name__}: {error}") from error
+        async with self._reaching(path, deadline_s), self._session.request(method, self.url + path, data=data) as response:
+            text = await response.read()
         try:
             answer = msgspec.json.decode(text) if text else None
         except msgspec.DecodeError:
@@ -108,34 +100,31 @@ class SGLangClient:
         }
         if salt is not None:
             body["extra_key"] = [salt] * len(rows)
-        try:
-            async with self._while_open():
-                response = await self._session.post(f"{self.url}/generate", data=self._encoder.encode(body))
-            async with response:
-                if response.status >= 400 or not stream:
-                    async with self._while_open():
-                        whole = await response.read()
-                if response.status >= 400:
-                    _refused(self.url, response.status, whole)
-                if not stream:
-                    chunks = self._decode(self._batches, whole)
-                    for index, chunk in enumerate(chunks):
-                        yield structs.replace(chunk, index=index)
-                    return
-                rest = b""
-                while data := await self._read(response):
-                    *events, rest = (rest + data).split(b"\n\n")
-                    for event in events:
-                        if event == _EVENT + _DONE:
-                            return
-                        yield self._decode(self._chunks, event.removeprefix(_EVENT))
-                raise Unavailable(f"{self.url}/generate ended before all of its requests had")
-        except _FAILURES as error:
-            raise Unavailable(f"{self.url}/generate: {type(error).__name__}: {error}") from error
+        async with self._reaching("/generate"):
+            response = await self._session.post(f"{self.url}/generate", data=self._encoder.encode(body))
+        async with response:
+            if response.status >= 400 or not stream:
+                async with self._reaching("/generate"):
+                    whole = await response.read()
+            if response.status >= 400:
+                _refused(self.url, response.status, whole)
+            if not stream:
+                chunks = self._decode(self._batches, whole)
+                for index, chunk in enumerate(chunks):
+                    yield structs.replace(chunk, index=index)
+                return
+            rest = b""
+            while data := await self._read(response):
+                *events, rest = (rest + data).split(b"\n\n")
+                for event in events:
+                    if event == _EVENT + _DONE:
+                        return
+                    yield self._decode(self._chunks, event.removeprefix(_EVENT))
+            raise Unavailable(f"{self.url}/generate ended before all of its requests had")
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         """What came next; nothing at its end."""
-        async with self._while_open():
+        async with self._reaching("/generate"):
             return await response.content.readany()
 
     def _decode(self, decoder: msgspec.json.Decoder[T], text: bytes) -> T:
