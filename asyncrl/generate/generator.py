@@ -15,7 +15,7 @@ from functools import partial
 
 from asyncrl.errors import Closed, Fenced, Unavailable
 from asyncrl.generate.states import GeneratorEvent, GeneratorState, accepts, state_after
-from asyncrl.generate.workload import EndedRequest, GeneratorCounters, HeldGroup, StoreAnswer, Workload
+from asyncrl.generate.workload import EndedRequest, GeneratorCounters, HeldGroup, StoreReply, Workload
 from asyncrl.interfaces import Engine, GeneratorStore, WeightSource
 from asyncrl.report.timing import TimeInState
 from asyncrl.types import Generation, Report, Reserved, Rollout, Ticket, Version
@@ -54,7 +54,7 @@ class Generator:
         self._state = GeneratorState.NO_WEIGHTS
         self._version: Version | None = None
         self._work = Workload()
-        self._answer = StoreAnswer()
+        self._reply = StoreReply()
         self._counters = GeneratorCounters()
         self._failure: Exception | None = None
 
@@ -73,7 +73,7 @@ class Generator:
             activity = "busy"
         else:
             # Both None before the first weights.
-            activity = "wait:weights" if self._answer.too_old == self._version else "wait:store"
+            activity = "wait:weights" if self._reply.too_old == self._version else "wait:store"
         self._time.enter(activity)
         self._cond.notify_all()
 
@@ -127,7 +127,7 @@ class Generator:
         while True:
             with self._cond:
                 over = self._cond.wait_for(
-                    lambda: self._over() or (self._answer.ended and self._work.empty), timeout=self._health_timeout_s / 2
+                    lambda: self._over() or (self._reply.ended and self._work.empty), timeout=self._health_timeout_s / 2
                 )
             if over:
                 return
@@ -152,15 +152,15 @@ class Generator:
 
     def _room(self) -> int:
         """How many tickets to ask for now. The engine may have fewer slots than requests unfinished: then none."""
-        too_old = self._answer.too_old == self._version and self._since_heard() < self._poll_s
-        if too_old or self._answer.ended or not accepts(self._state, GeneratorEvent.RESERVE):
+        too_old = self._reply.too_old == self._version and self._since_heard() < self._poll_s
+        if too_old or self._reply.ended or not accepts(self._state, GeneratorEvent.RESERVE):
             return 0
         if self._work.unfinished == 0:
             return max(1, self._engine.slots // self._group_size)
         return max(0, self._engine.slots - self._work.unfinished) // self._group_size
 
     def _since_heard(self) -> float:
-        return time.monotonic() - self._answer.heard
+        return time.monotonic() - self._reply.heard
 
     def _feed(self) -> None:
         while True:
@@ -181,7 +181,7 @@ class Generator:
     def _take(self, reserved: Reserved, version: Version, *, asked: bool) -> None:
         """Drops what was cancelled, begins what was reserved. `version` is still the engine's: a swap waits for us."""
         with self._cond:
-            self._answer.heard = time.monotonic()
+            self._reply.heard = time.monotonic()
             for group in reserved.cancelled:
                 self._work.forget(group)
             if asked:
@@ -195,9 +195,9 @@ class Generator:
             else:
                 self._begin(ticket)
         with self._cond:
-            self._answer.ended = self._answer.ended or reserved.ended
+            self._reply.ended = self._reply.ended or reserved.ended
             if asked:
-                self._answer.too_old = version if "too old" in reserved.waiting_for else None
+                self._reply.too_old = version if "too old" in reserved.waiting_for else None
                 if reserved.waiting_for:
                     self._counters.add("waits/" + reserved.waiting_for.replace(" ", "_"))
                 self._step(GeneratorEvent.RESERVED)

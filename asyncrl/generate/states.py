@@ -27,8 +27,8 @@ class GeneratorState(Enum):
 
 class GeneratorEvent(Enum):
     RESERVE = auto()  # tickets are asked for
-    RESERVED = auto()  # the store has answered, and its tickets are begun
-    PIN = auto()  # the answer holds tickets of an evaluation of the present weights
+    RESERVED = auto()  # the store has replied, and work on its tickets has begun
+    PIN = auto()  # the reply holds tickets of an evaluation of the present weights
     UNPIN = auto()  # the last request of an evaluation has ended, and the last reserve brought no more
     WEIGHTS = auto()  # newer weights are here
     SWAPPED = auto()  # the engine has them

@@ -66,7 +66,7 @@ class EndedRequest(NamedTuple):
 
 
 @dataclass
-class StoreAnswer:
+class StoreReply:
     """What the store last said."""
 
     heard: float = -math.inf  # when it was last called, monotonic seconds

@@ -159,8 +159,8 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def swapped(self, version: Version, *, recompute: bool) -> int:
-        """Later tokens come from `version`. recompute: computes the cache of every row anew, generated tokens included; returns
-        how many tokens that were."""
+        """Later tokens come from `version`. recompute: computes the cache of every row again, generated tokens included.
+        Returns how many tokens were computed."""
         self._rows.mark(version)
         rows = range(self._rows.count if recompute else 0)
         return self._decoder.fill([self._rows.known(row) for row in rows], [[row] for row in rows])

@@ -21,8 +21,8 @@ MAX_TOP_K = 4096
 
 
 class SGLangClient:
-    """Call it only from the engine's event loop. Raises Unavailable, naming the server, when it can't be reached or answers
-    nonsense."""
+    """Call it only from the engine's event loop. Raises Unavailable, naming the server, when it can't be reached or
+    its response makes no sense."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -56,17 +56,17 @@ class SGLangClient:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             what = f": {type(error).__name__}: {error}"
             if timeout.expired():
-                what = " was cancelled: its client was closed" if self._closed else f" did not answer in {deadline_s:g} s"
+                what = " was cancelled: its client was closed" if self._closed else f" did not respond in {deadline_s:g} s"
             raise Unavailable(f"{self.url}{path}{what}") from error
         finally:
             self._waiting.discard(timeout)
 
     async def get(self, path: str, deadline_s: float) -> Any:
-        """The JSON that the server answers."""
+        """The JSON of the response."""
         return await self._call("GET", path, None, deadline_s)
 
     async def post(self, path: str, body: dict[str, Any], deadline_s: float) -> Any:
-        """The JSON that the server answers, or None where it is none. Raises Unavailable for status >= 400 or `success: false`."""
+        """The JSON of the response, None if it is none. Raises Unavailable for a status >= 400, or `success: false`."""
         return await self._call("POST", path, body, deadline_s)
 
     async def _call(self, method: str, path: str, body: dict[str, Any] | None, deadline_s: float) -> Any:
@@ -74,12 +74,12 @@ class SGLangClient:
         async with self._reaching(path, deadline_s), self._session.request(method, self.url + path, data=data) as response:
             text = await response.read()
         try:
-            answer = msgspec.json.decode(text) if text else None
+            decoded = msgspec.json.decode(text) if text else None
         except msgspec.DecodeError:
-            answer = None
-        if response.status >= 400 or (isinstance(answer, dict) and answer.get("success") is False):
+            decoded = None
+        if response.status >= 400 or (isinstance(decoded, dict) and decoded.get("success") is False):
             raise Unavailable(f"{self.url}{path}: status {response.status}: {text.decode(errors='replace')[:500]}")
-        return answer
+        return decoded
 
     async def generate(self, rows: Sequence[RequestRow], *, salt: str | None, stream_interval: int) -> AsyncIterator[Chunk]:
         """Sends rows as one batch and yields the news of them as it comes, each row's last one with its finish reason.

@@ -31,7 +31,7 @@ CLOSE_S = 30.0
 class SGLangEngine:
     """An `Engine` (asyncrl.interfaces) over SGLang servers. Thread-safe. Nothing is decoded before the first weights.
 
-    servers: each makes one server, anew after every death. vocabulary: of the model, tokens.
+    servers: each makes one server, and another one after every death. vocabulary: of the model, tokens.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class SGLangEngine:
     def version(self) -> Version | None:
         return self._version
 
-    # ------------------------------------------------------------------------------------------ asking
+    # ---------------------------------------------------------------------------------------- requests
 
     def submit(self, request: GenerationRequest) -> "Future[Generation]":
         """Queues a request. Its future raises ConfigError if it can't fit, Closed after `close`, Unavailable on failure."""
@@ -205,7 +205,7 @@ class SGLangEngine:
         try:
             self._loop.ask(asyncio.sleep(0)).result(deadline_s)
         except NotInTime:
-            raise Unavailable(f"the sglang engine's thread did not answer in {deadline_s} s; restart it") from None
+            raise Unavailable(f"the sglang engine's thread did not respond in {deadline_s} s; restart it") from None
 
     def gauges(self) -> dict[str, float]:
         """Counters since the start, and where every server stands now."""

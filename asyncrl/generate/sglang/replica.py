@@ -252,7 +252,7 @@ class Replica:
         )
 
     async def _update_paused(self, server: SGLangServer) -> None:
-        """SGLang keeps the requests: `retract` frees their KV cache, so that it is computed anew; `in_place` leaves it.
+        """SGLang keeps the requests: `retract` frees their KV cache, so that it is computed again; `in_place` leaves it.
 
         Never with flush_cache: SGLang's scheduler dies of it while requests wait.
         """

@@ -71,7 +71,7 @@ class SGLangServer:
         return self._process.pids() if self._process else []
 
     async def open(self, deadline_s: float) -> None:
-        """Waits until it answers a real request. Raises Unavailable, with the end of its log, if it ends or takes too long."""
+        """Waits until the server is healthy. Raises Unavailable, with the end of its log, if it ends or takes too long."""
         deadline = time.monotonic() + deadline_s
         while True:
             self.check_alive()
@@ -134,7 +134,7 @@ class SGLangServer:
         return await self.client.post(path, body, UPDATE_S)
 
     async def close(self) -> None:
-        """Ends it if it is ours; whatever waits for its answers gets Unavailable. Idempotent."""
+        """Ends the server if it is ours; whoever waits for it gets Unavailable. Idempotent."""
         if self._process is not None:
             self._process.kill()
         await self.client.close()
