@@ -48,7 +48,9 @@ class SGLangClient:
     @asynccontextmanager
     async def _reaching(self, path: str, deadline_s: float | None = None) -> AsyncIterator[None]:
         """Has whatever goes wrong inside raise Unavailable: also its deadline, and `close`, at which aiohttp would wait on."""
-        timeout = asyncio.timeout(0 if self._closed else deadline_s)
+        if self._closed:
+            raise Unavailable(f"{self.url}{path} can't be reached: its client was closed")
+        timeout = asyncio.timeout(deadline_s)
         self._waiting.add(timeout)
         try:
             async with timeout:
@@ -56,7 +58,7 @@ class SGLangClient:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             what = f": {type(error).__name__}: {error}"
             if timeout.expired():
-                what = " was cancelled: its client was closed" if self._closed else f" did not respond in {deadline_s:g} s"
+                what = ": its client was closed" if self._closed else f" did not respond in {deadline_s:g} s"
             raise Unavailable(f"{self.url}{path}{what}") from error
         finally:
             self._waiting.discard(timeout)
