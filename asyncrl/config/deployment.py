@@ -91,10 +91,11 @@ class EngineSpec(Spec, frozen=True, kw_only=True):
     sglang: SGLangSpec = SGLangSpec()
 
     def __post_init__(self) -> None:
-        if self.kind == "torch":
+        if self.kind != "sglang":
             require(
                 self.sglang == SGLangSpec(),
-                "engine.sglang is set, but engine.kind='torch': it would be ignored; set engine.kind: sglang, or leave it out",
+                f"engine.sglang is set, but engine.kind={self.kind!r}: it would be ignored; set engine.kind: sglang, or leave "
+                "it out",
             )
             return
         require(
@@ -128,7 +129,10 @@ class GeneratorsSpec(Spec, frozen=True, kw_only=True):
         )
         needed = sglang.servers * sglang.tp_size
         require(
-            self.engine.kind == "torch" or bool(sglang.urls) or self.place.gpus in (0, needed) or self.place.gpus < needed == 1,
+            self.engine.kind != "sglang"
+            or bool(sglang.urls)
+            or self.place.gpus in (0, needed)
+            or self.place.gpus < needed == 1,
             f"generators.place.gpus={self.place.gpus:g}, but engine.sglang.servers={sglang.servers} × tp_size={sglang.tp_size} "
             f"need {needed}: servers would share a GPU or leave one idle; set generators.place.gpus={needed}",
         )

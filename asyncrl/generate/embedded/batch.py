@@ -42,15 +42,14 @@ class Decoder:
         Sequences are int64 [T_i]; those of like length share a forward. Returns the number of tokens computed.
         """
         order = sorted((i for i in range(len(sequences)) if len(sequences[i])), key=lambda i: len(sequences[i]), reverse=True)
-        chunk: list[int] = []
+        chunks: list[list[int]] = []
         for i in order:
-            longest = len(sequences[chunk[0]]) if chunk else 0
-            if chunk and ((len(chunk) + 1) * longest > PREFILL_TOKENS or 2 * len(sequences[i]) < longest):
-                self._fill_chunk([sequences[j] for j in chunk], [rows[j] for j in chunk])
-                chunk = []
-            chunk.append(i)
-        if chunk:
-            self._fill_chunk([sequences[j] for j in chunk], [rows[j] for j in chunk])
+            longest = len(sequences[chunks[-1][0]]) if chunks else 0
+            if not chunks or (len(chunks[-1]) + 1) * longest > PREFILL_TOKENS or 2 * len(sequences[i]) < longest:
+                chunks.append([])
+            chunks[-1].append(i)
+        for chunk in chunks:
+            self._fill_chunk([sequences[i] for i in chunk], [rows[i] for i in chunk])
         return sum(len(sequences[i]) for i in order)
 
     def _fill_chunk(self, sequences: list[np.ndarray], rows: list[Sequence[int]]) -> None:
