@@ -32,23 +32,20 @@ def spans_of(starts: Sequence[tuple[Version, int]], length: int) -> tuple[Span, 
 
 
 class Rows:
-    """State of rows 0 … count−1. A row that has ended stays, as a dummy, until `drop` takes it out.
-
-    length [slots]: tokens known, the prompt's included; the token at length−1 is fed next. limit: length at which it ends.
-    """
+    """State of rows 0 … count−1. A row that has ended stays, as a dummy, until `drop` takes it out."""
 
     def __init__(self, slots: int, max_length: int, device: torch.device) -> None:
         self.count = 0
         self.slots = slots
         self.tokens = np.zeros((slots, max_length), dtype=np.int64)
-        self.length = np.zeros(slots, dtype=np.int64)
+        self.length = np.zeros(slots, dtype=np.int64)  # tokens known, the prompt's included; the last one is fed next
         self.alive = np.zeros(slots, dtype=bool)
         self._device = device
         self._index = np.arange(slots)
         self._logprobs = np.zeros((slots, max_length), dtype=np.float32)
         self._kept = np.zeros((slots, max_length), dtype=np.float32)
-        self._prompt = np.zeros(slots, dtype=np.int64)
-        self._limit = np.zeros(slots, dtype=np.int64)
+        self._prompt = np.zeros(slots, dtype=np.int64)  # tokens of the prompt
+        self._limit = np.zeros(slots, dtype=np.int64)  # length at which the row ends
         self._seed = np.zeros(slots, dtype=np.int64)
         self._turn = np.zeros(slots, dtype=np.int64)  # rises in the order in which rows joined
         self._turns = 0

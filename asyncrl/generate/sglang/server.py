@@ -20,7 +20,7 @@ UPDATE_S = 300.0  # longest that one transfer of weights may take
 
 
 class Facts(Struct, frozen=True):
-    """What a server says of itself, of what asyncrl must know."""
+    """What asyncrl must know of a server, as the server itself says it."""
 
     tp_size: int = 1
     disable_radix_cache: bool = False
@@ -35,10 +35,10 @@ class ServerLoad(Struct, frozen=True):
 
 
 class LaunchCommand(NamedTuple):
-    """How to start a server: the command with its arguments but the port's, what to add to the environment, and the log."""
+    """How to start a server."""
 
-    command: tuple[str, ...]
-    env: Mapping[str, str]
+    command: tuple[str, ...]  # with all arguments but the port
+    env: Mapping[str, str]  # added to this process's environment
     log: Path
 
 
