@@ -263,6 +263,7 @@ class Generator:
                 if self._over():
                     return
             swap = self._engine.update_weights(*news)
+            del news  # its memory may go before the next version comes
             with self._cond:
                 self._version = swap.version
                 self._counters.swap(swap)

@@ -10,7 +10,7 @@ After Orca (Yu et al., OSDI 2022) for iteration-level batching, and PipelineRL f
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 
 from transformers import PreTrainedModel
@@ -57,7 +57,6 @@ class TorchEngine:
         max_length: int,
         update_mode: UpdateMode = "in_flight",
         deterministic: bool = False,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_length = longest_context(model, max_length)
         self._model = model
@@ -67,7 +66,6 @@ class TorchEngine:
         self._admission = GroupAlone(slots) if deterministic else JoinAtOnce(slots)
         self._deterministic = deterministic
         self._update_mode = update_mode
-        self._clock = clock
         self._gate = StepGate()
         # Guards everything below; notified at every change. Taken inside the gate, never around it.
         self._cond = threading.Condition()
@@ -216,7 +214,7 @@ class TorchEngine:
         try:
             with self._gate.between_steps():
                 self._require_running()
-                started = self._clock()
+                started = time.monotonic()
                 load_weights(self._model, tensors)
                 discarded = self._requeue() if self._update_mode == "restart" else 0
                 # After a drain or a restart there is nothing to recompute.
@@ -225,7 +223,7 @@ class TorchEngine:
                     self._version, self._draining = version, False
                     self._beats += 1
                     self._cond.notify_all()
-                pause_s = self._clock() - started
+                pause_s = time.monotonic() - started
             return SwapReport(version=version, pause_s=pause_s, recomputed_tokens=recomputed, discarded_tokens=discarded)
         except Exception as error:
             self._fail(error)

@@ -45,12 +45,12 @@ class SGLangEngine:
     ) -> None:
         self.max_length = max_length
         self._slots_each, self._vocabulary = spec.slots, vocabulary
-        self._stage = Stage()
+        self._staged = Stage()
         self._loop = LoopThread("the sglang engine", self._drop)
         self._changes = self._loop.changes
         self._counters = ServerCounters()
         self._replicas = [
-            Replica(make, spec, limits, stage=self._stage, changes=self._changes, counters=self._counters) for make in servers
+            Replica(make, spec, limits, staged=self._staged, changes=self._changes, counters=self._counters) for make in servers
         ]
         self._version: Version | None = None
         self._paused = self._swapping = False
@@ -149,8 +149,8 @@ class SGLangEngine:
 
     async def _update(self, version: Version, tensors: Tensors) -> SwapReport:
         async with self._updating:
-            await asyncio.to_thread(self._stage.put, version, tensors)
-        # A replica that comes up meanwhile takes them from the stage.
+            await asyncio.to_thread(self._staged.put, version, tensors)
+        # A replica that comes up meanwhile takes the staged ones.
         await self._changes.until(lambda: self._up())
         async with self._updating:
             stale = [replica for replica in self._up() if replica.version != version]
@@ -230,7 +230,7 @@ class SGLangEngine:
     def close(self, deadline_s: float = CLOSE_S) -> None:
         """Ends the servers that it started; unfinished futures raise Closed."""
         self._loop.close(Closed("the engine was closed"), self._close, deadline_s)
-        self._stage.close()
+        self._staged.close()
 
     async def _close(self) -> None:
         await asyncio.gather(*(replica.close() for replica in self._replicas))

@@ -49,7 +49,7 @@ class Replica:
         spec: EngineSpec,
         limits: LimitsSpec,
         *,
-        stage: Stage,
+        staged: Stage,
         changes: Changes,
         counters: ServerCounters,
     ) -> None:
@@ -61,7 +61,7 @@ class Replica:
         self._make, self._mode, self._stream_interval = make, spec.update_mode, spec.sglang.stream_interval
         # After so long a silence the server must generate a token, in as long again, or is replaced.
         self._probe_s, self._start_timeout_s = limits.health_timeout_s / 2, limits.start_timeout_s
-        self._stage, self._changes, self._counters = stage, changes, counters
+        self._staged, self._changes, self._counters = staged, changes, counters
         self._lost: Unavailable | None = None  # why the present server is not to be trusted any more
         self._lost_at: float | None = (
             None  # since when no server serves, monotonic seconds; None: before the first, or one does
@@ -85,9 +85,9 @@ class Replica:
                 await server.open(self._start_timeout_s)
                 server.require(self._mode)
                 async with updating:
-                    if self._stage.version is not None:
-                        await server.update(self._stage)
-                    self.version = self._stage.version
+                    if self._staged.version is not None:
+                        await server.update(self._staged)
+                    self.version = self._staged.version
                     self._rise()
                 await self._watch(server)
             except Unavailable as error:
@@ -235,7 +235,7 @@ class Replica:
                 elif self._mode == "restart":
                     discarded = sum(row.restart() for row in unfinished)
                 recomputed = sum(row.length for row in unfinished)
-                await server.update(self._stage)
+                await server.update(self._staged)
             else:
                 for row in self.rows:
                     row.swapping(version)
@@ -258,7 +258,7 @@ class Replica:
         """
         mode = "in_place" if self._mode == "keep_kv" else "retract"
         await server.client.post("/pause_generation", {"mode": mode}, CALL_S)
-        await server.update(self._stage)
+        await server.update(self._staged)
         await server.client.post("/continue_generation", {}, CALL_S)
 
     async def empty(self, wait_only: bool = False) -> list[RequestRow]:

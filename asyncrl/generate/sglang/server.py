@@ -125,10 +125,10 @@ class SGLangServer:
             "/generate", {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "ignore_eos": True}}, deadline_s
         )
 
-    async def update(self, stage: Stage) -> None:
+    async def update(self, staged: Stage) -> None:
         """Takes the staged weights while nothing of it is computing: when it is idle, or paused."""
         assert self._transfer is not None
-        await self._transfer.send(self._post_weights, stage)
+        await self._transfer.send(self._post_weights, staged)
 
     async def _post_weights(self, path: str, body: dict[str, Any]) -> Any:
         return await self.client.post(path, body, UPDATE_S)
