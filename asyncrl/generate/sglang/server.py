@@ -92,15 +92,15 @@ class SGLangServer:
 
     def require(self, mode: UpdateMode) -> None:
         """Raises ConfigError if this server could not label its tokens truly in an update of this mode."""
-        if mode == "keep_kv" and not self.facts.disable_radix_cache:
+        flags = {
+            "--disable-radix-cache": self.facts.disable_radix_cache,  # a prompt cached under old weights
+            "--disable-overlap-schedule": self.facts.disable_overlap_schedule,  # the step in flight
+        }
+        missing = [flag for flag, is_set in flags.items() if not is_set]
+        if mode == "keep_kv" and missing:
             raise ConfigError(
-                f"{self.client.url} has a prefix cache, and engine.update_mode is 'keep_kv': prompts cached under old weights "
-                "would be labelled as new; start it with --disable-radix-cache, or use update_mode: in_flight"
-            )
-        if mode == "keep_kv" and not self.facts.disable_overlap_schedule:
-            raise ConfigError(
-                f"{self.client.url} overlaps its schedule, and engine.update_mode is 'keep_kv': the step in flight would be "
-                "labelled with weights that come after it; start it with --disable-overlap-schedule, or use in_flight"
+                f"{self.client.url} runs without {' and '.join(missing)}, and engine.update_mode is 'keep_kv': tokens of old "
+                "weights would be labelled as new; start it with these flags, or use update_mode: in_flight"
             )
 
     def check_alive(self) -> None:

@@ -1,5 +1,6 @@
 """From a deployment's words to a server's command line and its way in for weights."""
 
+import asyncio
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ from asyncrl.errors import ConfigError
 from asyncrl.generate.engines import EngineSite
 from asyncrl.generate.sglang.build import launch_command, sglang_engine
 from asyncrl.generate.sglang.distributed import Distributed
-from asyncrl.generate.sglang.server import LaunchCommand
+from asyncrl.generate.sglang.server import Facts, LaunchCommand, SGLangServer
 from asyncrl.generate.sglang.transfer import SharedMemory
 from asyncrl.types import GenerationRequest, Sampling, Version
 
@@ -107,6 +108,30 @@ def test_what_the_deployment_says_of_dtype_memory_threads_and_environment() -> N
 def test_where_a_server_listens_and_what_it_serves_is_not_for_args(name: str) -> None:
     with pytest.raises(ConfigError, match=r"is chosen by asyncrl.*engine\.sglang\.urls"):
         launched(args={name: "x"})
+
+
+@pytest.mark.parametrize(
+    ("facts", "missing"),
+    [
+        (Facts(), "--disable-radix-cache and --disable-overlap-schedule"),
+        (Facts(disable_radix_cache=True), "without --disable-overlap-schedule"),
+        (Facts(disable_overlap_schedule=True), "without --disable-radix-cache"),
+        (Facts(disable_radix_cache=True, disable_overlap_schedule=True), ""),
+    ],
+)
+def test_a_server_found_running_must_be_able_to_label_its_tokens(facts: Facts, missing: str) -> None:
+    async def run() -> None:
+        server = SGLangServer("http://there:1", lambda _: SharedMemory(1))
+        server.facts = facts
+        server.require("in_flight")
+        if missing:
+            with pytest.raises(ConfigError, match=missing):
+                server.require("keep_kv")
+        else:
+            server.require("keep_kv")
+        await server.close()
+
+    asyncio.run(run())
 
 
 # ---------------------------------------------------------------------------------------- the engine
