@@ -190,7 +190,7 @@ class SGLangEngine:
 
     async def _pause(self) -> None:
         self._paused = True
-        await asyncio.gather(*(replica.empty() for replica in self._replicas))
+        await asyncio.gather(*(replica.interrupt() for replica in self._replicas))
 
     def resume(self) -> None:
         self._loop.ask(self._resume()).result()

@@ -66,7 +66,7 @@ class Replica:
         self._lost_at: float | None = (
             None  # since when no server serves, monotonic seconds; None: before the first, or one does
         )
-        self._emptying = False  # rows are being interrupted, and will go on later
+        self._interrupting = False  # rows have to leave, and will go on later
         self._losses = 0  # in a row
         self._served = False  # a server came up once
         self._heard = time.monotonic()  # last sign of life
@@ -129,7 +129,7 @@ class Replica:
             server.check_alive()
             self.load = await server.load()
             await self.cancel()  # again: it misses requests that the server had not yet read
-            if time.monotonic() - self._heard > self._probe_s and not self._emptying:
+            if time.monotonic() - self._heard > self._probe_s and not self._interrupting:
                 await server.probe(self._probe_s)
                 self._heard = time.monotonic()
 
@@ -157,7 +157,7 @@ class Replica:
                 row = rows[chunk.index]
                 if (reason := self._take(row, chunk)) is not None:
                     self._leave([row])
-                    if reason != "abort" or row.cancelled or not self._emptying:
+                    if reason != "abort" or row.cancelled or not self._interrupting:
                         self._losses = 0
                         settle(row, row.generation(reason))
                         self._explain(row, chunk)
@@ -228,11 +228,13 @@ class Replica:
         # A request that SGLang retracts would find the KV of its prompt in the cache, of the old weights: it has to leave.
         cached = self._mode == "in_flight" and not server.facts.disable_radix_cache
         try:
-            if cached or self._mode in ("drain", "restart"):
-                unfinished = await self.empty(wait_only=self._mode == "drain")
-                if self._mode == "drain":
-                    started = time.monotonic()
-                elif self._mode == "restart":
+            if self._mode == "drain":
+                await self._changes.until(self._idle)
+                started = time.monotonic()
+                await server.update(self._staged)
+            elif cached or self._mode == "restart":
+                unfinished = await self.interrupt()
+                if self._mode == "restart":
                     discarded = sum(row.restart() for row in unfinished)
                 recomputed = sum(row.length for row in unfinished)
                 await server.update(self._staged)
@@ -261,26 +263,28 @@ class Replica:
         await server.update(self._staged)
         await server.client.post("/continue_generation", {}, CALL_S)
 
-    async def empty(self, wait_only: bool = False) -> list[RequestRow]:
-        """Waits until no row is on the server: to their ends (wait_only), or interrupting them. Returns the unfinished ones.
+    def _idle(self) -> bool:
+        """Whether no row is on the server; or it is lost, and its rows are leaving."""
+        return not (self.rows and self.up)
+
+    async def interrupt(self) -> list[RequestRow]:
+        """Has all rows leave the server, to go on later; waits until they have. Returns the unfinished ones.
 
         A server that does not let go of them is lost, as is one that dies meanwhile; that is no error here.
         """
         running, server, deadline = list(self.rows), self.server, time.monotonic() + self._probe_s
-        self._emptying = not wait_only
+        self._interrupting = True
         try:
-            while self.rows and self.up:
-                if not wait_only:
-                    await self._abort({"abort_all": True})
-                try:
-                    async with asyncio.timeout(None if wait_only else AGAIN_S):
-                        await self._changes.until(lambda: not self.rows or not self.up)
-                except TimeoutError:
-                    if time.monotonic() > deadline and server is not None:
-                        text = f"{server.client.url} did not end {len(self.rows)} aborted requests in {self._probe_s:g} s"
-                        self._fall(server, Unavailable(text))
+            while not self._idle():
+                await self._abort({"abort_all": True})
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(AGAIN_S):
+                        await self._changes.until(self._idle)
+                if not self._idle() and time.monotonic() > deadline and server is not None:
+                    text = f"{server.client.url} did not end {len(self.rows)} aborted requests in {self._probe_s:g} s"
+                    self._fall(server, Unavailable(text))
         finally:
-            self._emptying = False
+            self._interrupting = False
         interrupted = [row for row in running if not row.done]
         self._counters.interrupted += len(interrupted)
         return interrupted

@@ -255,6 +255,19 @@ def test_a_server_that_keeps_aborted_rows_is_replaced(open_engine: Open) -> None
     assert engine.gauges()["restarts"] == 1
 
 
+def test_nothing_is_taken_from_a_server_that_somebody_else_updates(open_engine: Open) -> None:
+    engine, farm = open_engine()
+    futures = ask(engine, 0, tokens=60) + ask(engine, 1, tokens=200)
+    decoded(engine, 40)
+    farm[0].version = Version(9, 2)
+    for answer in results(futures):
+        assert {span.version for span in answer.spans} == {V1}
+        assert sum(span.length for span in answer.spans) == len(answer.token_ids)
+    gauges = engine.gauges()
+    assert (gauges["restarts"], gauges["resumed"], gauges["reissued"]) == (1, 0, 8)
+    assert len(farm.made[0]) == 2
+
+
 def test_deaths_in_a_row_end_the_engine_and_a_finished_rollout_forgives_them(open_engine: Open) -> None:
     engine, farm = open_engine()
     for count in range(1, MAX_LOSSES + 1):
