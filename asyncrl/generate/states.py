@@ -1,4 +1,4 @@
-"""What a generator is about, as one state: whether it reserves, whether an evaluation pins its weights, whether it swaps.
+"""What a generator is doing, as one state: whether it reserves, whether an evaluation pins its weights, whether it swaps.
 
     READY ──RESERVE──► RESERVING ──RESERVED──► READY        a reserve is told the version, so a swap waits for its end
       └────WEIGHTS───► SWAPPING  ──SWAPPED───► READY        nothing is reserved meanwhile

@@ -17,7 +17,7 @@ HEADROOM = 16  # tokens of context that SGLang keeps for itself
 
 
 def sglang_engine(site: EngineSite) -> SGLangEngine:
-    """An engine that is not yet started. Raises ConfigError if its command is not here, or its transfer can't work.
+    """Builds an engine that is not yet started. Raises ConfigError if its command is not here, or its transfer can't work.
 
     The GPUs of the site are those of its servers, which compute with the place's `threads` on a CPU.
     """

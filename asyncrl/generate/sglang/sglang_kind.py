@@ -39,8 +39,8 @@ class SGLangKind(NamedTuple):
     prefix: Path = Path(sys.prefix)  # of this Python's environment
 
     def check(self, deployment: Deployment) -> str:
-        """On a cluster the generators' machines are others than the driver's, so nothing is checked here: the generators
-        refuse by themselves."""
+        """Looks for the servers' command on this machine; not on a cluster, where the generators' machines are others than the
+        driver's, and refuse by themselves."""
         count, engine = deployment.generators.count, deployment.generators.engine
         sglang, updates = engine.sglang, f"{engine.update_mode} updates"
         if sglang.urls:
