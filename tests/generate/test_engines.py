@@ -1,16 +1,19 @@
 """The kinds of engines: what the plan of a run says of them, and what the doctor says of this machine."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from transformers import PreTrainedModel
 
-from asyncrl.config import Deployment, EngineSpec, GeneratorsSpec, SGLangSpec
+from asyncrl.config import Deployment, EngineSpec, GeneratorsSpec, ModelSpec, SGLangSpec
 from asyncrl.config.deployment import ENGINES, EngineName
 from asyncrl.errors import ConfigError
-from asyncrl.generate.engines import EngineKind, engine_kind
+from asyncrl.generate.engines import EngineKind, EngineSite, engine_kind
 from asyncrl.generate.sglang.sglang_kind import SGLangKind
 from asyncrl.report.findings import Finding
+from asyncrl.types import GenerationRequest
 
 
 def deployment(sglang: SGLangSpec, count: int = 1, ray_address: str = "") -> Deployment:
@@ -26,6 +29,21 @@ def row(name: str, kind: EngineKind) -> Finding:
 def test_every_kind_that_a_deployment_may_name_is_found() -> None:
     assert set(get_args(EngineName)) == ENGINES.keys()
     assert all(engine_kind(name).machine_checks() for name in ENGINES)
+
+
+def test_each_kind_builds_an_engine_as_the_deployment_says(
+    tmp_path: Path, make_model: Callable[..., PreTrainedModel], make_request: Callable[..., GenerationRequest]
+) -> None:
+    make_model().save_pretrained(tmp_path)
+    model = ModelSpec(path=str(tmp_path), dtype="float32")
+    for kind, sglang in (("torch", SGLangSpec()), ("sglang", SGLangSpec(urls=("http://there:1",)))):
+        spec = EngineSpec(kind=kind, slots=3, max_length=40, sglang=sglang)
+        site = EngineSite(generators=GeneratorsSpec(engine=spec), model=model, name="generator-0", logs=tmp_path)
+        engine = engine_kind(kind).build(site)
+        assert (engine.slots, engine.version) == (3, None)
+        with pytest.raises(ConfigError, match=r"max_tokens=38 > engine\.max_length=40"):
+            engine.submit(make_request(max_tokens=38)).result(0)
+        engine.close()
 
 
 # ------------------------------------------------------------------------------------------ the plan
