@@ -50,6 +50,9 @@ class Engine(Protocol):
     def version(self) -> Version | None:
         """Version of the weights now in use; None before the first `update_weights`."""
 
+    def start(self) -> None:
+        """Begins to work on requests, those that were submitted before included. Returns at once."""
+
     def submit(self, request: GenerationRequest) -> "Future[Generation]":
         """Queues a request. The future ends when the rollout does; `abort` ends it with finish_reason `abort`."""
 

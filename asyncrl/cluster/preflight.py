@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from asyncrl.cluster.engines import check_engine
 from asyncrl.cluster.resources import check_placement
 from asyncrl.config import ESTIMATOR_NAMES, LOSS_NAMES, UNGROUPED, Deployment, Recipe
 from asyncrl.config.callables import check_callable
 from asyncrl.errors import ConfigError, DataError
+from asyncrl.generate.engines import engine_kind
 from asyncrl.prompts.reading import check_columns, read_rows
 from asyncrl.rundir import RunDir
 
@@ -51,7 +51,7 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
     yield lambda: _callables(recipe)
     yield lambda: _lengths(recipe, deployment)
     yield lambda: _batches(recipe, deployment, run_dir)
-    yield lambda: f"engine      {check_engine(deployment)}"
+    yield lambda: f"engine      {engine_kind(deployment.generators.engine.kind).check(deployment)}"
     yield lambda: f"placement   {check_placement(deployment)}"
 
 

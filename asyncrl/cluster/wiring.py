@@ -20,8 +20,6 @@ from asyncrl.rundir import RunDir, write_atomic
 from asyncrl.types import Sampling
 
 if TYPE_CHECKING:
-    from asyncrl.generate.embedded.engine import TorchEngine
-    from asyncrl.generate.sglang.engine import SGLangEngine
     from asyncrl.replay.client import ReplayClient
     from asyncrl.replay.store import ReplayStore
 
@@ -175,13 +173,22 @@ def _device(place: PlaceSpec) -> str:
 
 
 def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") -> Built:
+    from asyncrl.generate.engines import EngineSite, engine_kind
     from asyncrl.generate.generator import Generator
     from asyncrl.models.loading import use_threads
     from asyncrl.weights.subscriber import WeightSubscriber
 
-    bus, limits = plan.deployment.bus, plan.deployment.limits
-    use_threads(plan.deployment.generators.place.threads)
-    engine = _sglang_engine(name, plan) if plan.deployment.generators.engine.kind == "sglang" else _torch_engine(plan)
+    recipe, bus, limits, generators = plan.recipe, plan.deployment.bus, plan.deployment.limits, plan.deployment.generators
+    use_threads(generators.place.threads)
+    site = EngineSite(
+        generators=generators,
+        model=recipe.model,
+        limits=limits,
+        name=name,
+        logs=plan.paths.logs,
+        host=_host(plan),
+    )
+    engine = engine_kind(generators.engine.kind).build(site)
     weights = WeightSubscriber(
         lambda: peers.peek("bus"), name=name, transport=bus.transport, credit=bus.credit, deadline_s=_patience_s(plan)
     )
@@ -191,41 +198,11 @@ def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") ->
         weights,
         name=name,
         poll_s=limits.poll_s,
-        group_size=plan.recipe.rollouts_per_group,
+        group_size=recipe.rollouts_per_group,
         health_timeout_s=limits.health_timeout_s,
     )
     engine.start()
     return Built(generator, None, (store.close, weights.close, engine.close))
-
-
-def _torch_engine(plan: RunPlan) -> "TorchEngine":
-    from asyncrl.generate.embedded.engine import TorchEngine
-    from asyncrl.models.loading import load_model
-
-    spec, place = plan.deployment.generators.engine, plan.deployment.generators.place
-    return TorchEngine(
-        load_model(plan.recipe.model, device=_device(place)),
-        slots=spec.slots,
-        max_length=spec.max_length,
-        update_mode=spec.update_mode,
-        deterministic=spec.deterministic,
-    )
-
-
-def _sglang_engine(name: str, plan: RunPlan) -> "SGLangEngine":
-    from asyncrl.generate.sglang.build import sglang_engine
-
-    generators = plan.deployment.generators
-    return sglang_engine(
-        generators.engine,
-        plan.recipe.model,
-        generators.place,
-        plan.deployment.limits,
-        host=_host(plan),
-        logs=plan.paths.logs,
-        name=name,
-        least=plan.recipe.rollouts_per_group,
-    )
 
 
 def _reward(name: str, plan: RunPlan, store: "ReplayClient") -> Built:

@@ -14,32 +14,36 @@ class PlaceSpec(Spec, frozen=True, kw_only=True):
     resources: dict[str, float] = {}  # Ray's custom resources, by name
 
 
+# How new weights enter while requests run; DESIGN §5 says what each of them promises.
 UpdateMode = Literal["in_flight", "keep_kv", "drain", "restart"]
 
 
 class SGLangSpec(Spec, frozen=True, kw_only=True):
-    """SGLang servers of one generator: `servers` launched and owned by it, or those at `urls`, which run already.
+    """SGLang servers of one generator: launched and owned by it, or found where they run already."""
 
-    command: what starts a server; asyncrl adds the arguments. env: added to the server's environment.
-    args: any other server argument by its command line name, e.g. {"attention-backend": "fa3"}; true is a bare flag.
-    tp_size: GPUs of one server. dtype, mem_fraction: None leaves them to the model and to SGLang.
-    prefix_cache: share the KV cache of common prompts (SGLang's radix cache). An `in_flight` update then interrupts the
-    requests and resumes them after the swap; without, SGLang retracts them itself, which is faster for short prompts.
-    transfer: how weights reach a server. `shared`: shared memory of the node; `cuda_ipc`: the same, from this generator's
-    GPU; `distributed`: a torch.distributed group, to any node. `auto`: the fastest that fits.
-    stream_interval: tokens between two reports of a rollout; what was reported survives the death of its server.
-    """
-
+    # Servers that run already; each generator then launches none. They belong to this run alone.
     urls: tuple[str, ...] = ()
+    # Servers that each generator launches. Most deployments raise generators.count instead.
     servers: int = 1
+    # What starts a server; asyncrl adds the arguments.
     command: tuple[str, ...] = ("python", "-m", "sglang.launch_server")
+    # Added to a server's environment.
     env: dict[str, str] = {}
+    # Any other argument of SGLang's server by its command line name, e.g. {"attention-backend": "fa3"}; true is a bare flag.
     args: dict[str, str | int | float | bool] = {}
+    # GPUs of one server.
     tp_size: int = 1
+    # Of weights and KV cache; null leaves it to the model.
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    # Share of a GPU's memory for weights and KV cache, in (0, 1); null leaves it to SGLang.
     mem_fraction: float | None = None
+    # Whether prompts with a common beginning share its KV cache (SGLang's radix cache). An `in_flight` update then interrupts
+    # the requests and resumes them after the swap; without, SGLang retracts them itself, which is faster for short prompts.
     prefix_cache: bool = False
+    # How weights reach a server. `shared`: shared memory of the node; `cuda_ipc`: the same, from this generator's GPU;
+    # `distributed`: a torch.distributed group, to any node; `auto`: the fastest that fits.
     transfer: Literal["auto", "shared", "cuda_ipc", "distributed"] = "auto"
+    # Tokens between two reports of a rollout; what was reported survives the death of its server.
     stream_interval: int = 64
 
     def __post_init__(self) -> None:
@@ -61,27 +65,37 @@ class SGLangSpec(Spec, frozen=True, kw_only=True):
             )
 
 
+# Kinds of engines, and where the EngineKind (asyncrl.generate.engines) of each is.
+EngineName = Literal["torch", "sglang"]
+ENGINES: dict[str, str] = {
+    "torch": "asyncrl.generate.embedded.torch_kind:TorchKind",
+    "sglang": "asyncrl.generate.sglang.sglang_kind:SGLangKind",
+}
+
+
 class EngineSpec(Spec, frozen=True, kw_only=True):
-    """kind `torch`: the embedded engine; `sglang`: SGLang servers, as `sglang` says. max_length: prompt + response tokens.
+    """What generates tokens in each generator."""
 
-    slots: requests decoded together, at most; with SGLang per server, and fewer while its KV cache is short.
-    update_mode: how new weights enter while requests run (DESIGN §5). `in_flight` recomputes the KV cache of unfinished
-    rollouts and goes on; `keep_kv` goes on with the old one; `drain` waits for them; `restart` begins them anew.
-    deterministic: one group at a time, rows constant, so that a run repeats to the bit (torch only).
-    """
-
-    kind: Literal["torch", "sglang"] = "torch"
+    # `torch`: the embedded engine; `sglang`: SGLang servers, as `sglang` below says.
+    kind: EngineName = "torch"
+    # Requests decoded together, at most; with SGLang per server, which queues what its KV cache has no room for.
     slots: int = 64
+    # Prompt + response tokens of one request, at most.
     max_length: int = 2048
+    # What happens to in-flight requests on a weight update. `in_flight`: they go on, their KV cache recomputed; `keep_kv`: they
+    # go on with the old one; `drain`: the update waits for them; `restart`: they are regenerated from the prompt.
     update_mode: UpdateMode = "in_flight"
+    # One group at a time, rows constant, so that a run repeats to the bit (torch only).
     deterministic: bool = False
+    # Settings of kind `sglang`.
     sglang: SGLangSpec = SGLangSpec()
 
     def __post_init__(self) -> None:
-        if self.kind == "torch":
+        if self.kind != "sglang":
             require(
                 self.sglang == SGLangSpec(),
-                "engine.sglang is set, but engine.kind='torch': it would be ignored; set engine.kind: sglang, or leave it out",
+                f"engine.sglang is set, but engine.kind={self.kind!r}: it would be ignored; set engine.kind: sglang, or leave "
+                "it out",
             )
             return
         require(
@@ -97,7 +111,11 @@ class EngineSpec(Spec, frozen=True, kw_only=True):
 
 
 class GeneratorsSpec(Spec, frozen=True, kw_only=True):
+    """The actors that generate rollouts, each with an engine of its own."""
+
+    # Generators of the run.
     count: int = 1
+    # What each of them reserves; its GPUs are those of its engine.
     place: PlaceSpec = PlaceSpec()
     engine: EngineSpec = EngineSpec()
 
@@ -111,7 +129,10 @@ class GeneratorsSpec(Spec, frozen=True, kw_only=True):
         )
         needed = sglang.servers * sglang.tp_size
         require(
-            self.engine.kind == "torch" or bool(sglang.urls) or self.place.gpus in (0, needed) or self.place.gpus < needed == 1,
+            self.engine.kind != "sglang"
+            or bool(sglang.urls)
+            or self.place.gpus in (0, needed)
+            or self.place.gpus < needed == 1,
             f"generators.place.gpus={self.place.gpus:g}, but engine.sglang.servers={sglang.servers} × tp_size={sglang.tp_size} "
             f"need {needed}: servers would share a GPU or leave one idle; set generators.place.gpus={needed}",
         )

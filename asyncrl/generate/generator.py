@@ -1,9 +1,10 @@
-"""The generator: reserves tickets, has the engine answer them, submits rollouts, and swaps weights in between.
+"""The generator: reserves tickets, has the engine generate their rollouts, submits them, and swaps weights in between.
 
     store.reserve ─► feed ─► engine ─► (future) ─► submit ─► store.submit
     weights.next  ─► sync ─► engine.update_weights        waits for: a running reserve, eval requests in flight
 
-Three threads, because each waits for somebody else. The first error in any of them ends all, and `run` raises it.
+Three threads, because each waits for somebody else; which of them may go on is said by one state (generate/states.py). The
+first error in any of them ends all, and `run` raises it.
 """
 
 import threading
@@ -13,7 +14,8 @@ from concurrent.futures import Future
 from functools import partial
 
 from asyncrl.errors import Closed, Fenced, Unavailable
-from asyncrl.generate.workload import Done, GeneratorCounters, Held, Workload, requests_of, rollout_of
+from asyncrl.generate.states import GeneratorEvent, GeneratorState, accepts, state_after
+from asyncrl.generate.workload import EndedRequest, GeneratorCounters, HeldGroup, StoreReply, Workload
 from asyncrl.interfaces import Engine, GeneratorStore, WeightSource
 from asyncrl.report.timing import TimeInState
 from asyncrl.types import Generation, Report, Reserved, Rollout, Ticket, Version
@@ -46,18 +48,44 @@ class Generator:
         self._engine, self._store, self._weights = engine, store, weights
         self._name, self._poll_s, self._group_size = name, poll_s, group_size
         self._reserve_wait_s, self._health_timeout_s = reserve_wait_s, health_timeout_s
-        self._ledger = TimeInState()
+        self._time = TimeInState()
         # Guards everything below; notified at every change. Reentrant: a future may end inside `submit_group`.
         self._cond = threading.Condition()
-        self._work = Workload()
-        self._counters = GeneratorCounters()
+        self._state = GeneratorState.NO_WEIGHTS
         self._version: Version | None = None
-        self._reserving = self._swap_wanted = self._swapping = False
-        self._more_evals = False  # the last reserve brought eval tickets for our weights: the next may bring more
-        self._ended = self._stopping = False
+        self._work = Workload()
+        self._reply = StoreReply()
+        self._counters = GeneratorCounters()
         self._failure: Exception | None = None
-        self._too_old: Version | None = None  # weights for which the store has no ticket; newer ones are waited for
-        self._heard = -float("inf")  # when the store last heard of us (monotonic)
+
+    # ------------------------------------------------------------------------------------------- state
+
+    def _step(self, event: GeneratorEvent) -> None:
+        """Goes on to the state after `event`. Call it, as `_changed`, with the lock held."""
+        self._state = state_after(self._state, event)
+        self._changed()
+
+    def _changed(self) -> None:
+        """Books the time from now on, and wakes whoever waits for a change."""
+        if self._state is GeneratorState.SWAPPING:
+            activity = "sync"
+        elif self._work.unfinished:
+            activity = "busy"
+        else:
+            # Both None before the first weights.
+            activity = "wait:weights" if self._reply.too_old == self._version else "wait:store"
+        self._time.enter(activity)
+        self._cond.notify_all()
+
+    def _follow_evaluation(self) -> None:
+        """Pins or unpins the weights as the workload now needs it. Call it with the lock held, after every change to that."""
+        if self._work.pinned and accepts(self._state, GeneratorEvent.PIN):
+            self._step(GeneratorEvent.PIN)
+        elif not self._work.pinned and accepts(self._state, GeneratorEvent.UNPIN):
+            self._step(GeneratorEvent.UNPIN)
+
+    def _over(self) -> bool:
+        return self._state is GeneratorState.STOPPED
 
     # --------------------------------------------------------------------------------------------- life
 
@@ -74,7 +102,7 @@ class Generator:
         ]
         with self._cond:
             self._counters.start()
-            self._mark()
+            self._changed()
         for thread in threads:
             thread.start()
         self._guard(self._watch)
@@ -92,18 +120,14 @@ class Generator:
     def stop(self) -> None:
         """Ends `run` soon; unfinished rollouts are dropped, and the store reissues them. Returns at once."""
         with self._cond:
-            self._stopping = True
-            self._cond.notify_all()
-
-    def _over(self) -> bool:
-        return self._stopping or self._failure is not None
+            self._step(GeneratorEvent.STOP)
 
     def _watch(self) -> None:
         """Until the run is over: has the engine prove, again and again, that it makes progress."""
         while True:
             with self._cond:
                 over = self._cond.wait_for(
-                    lambda: self._over() or (self._ended and self._work.empty), timeout=self._health_timeout_s / 2
+                    lambda: self._over() or (self._reply.ended and self._work.empty), timeout=self._health_timeout_s / 2
                 )
             if over:
                 return
@@ -122,26 +146,21 @@ class Generator:
             # After a stop, peers vanish in any order: their errors are no news.
             if not self._over():
                 self._failure = error
-            self._cond.notify_all()
+            self._step(GeneratorEvent.STOP)
 
     # --------------------------------------------------------------------------------------------- feed
 
     def _room(self) -> int:
         """How many tickets to ask for now. The engine may have fewer slots than requests unfinished: then none."""
-        waits_for_swap = self._swapping or (self._swap_wanted and not self._evaluating())
-        too_old = self._too_old == self._version and self._since_heard() < self._poll_s
-        if self._version is None or self._ended or waits_for_swap or too_old:
+        too_old = self._reply.too_old == self._version and self._since_heard() < self._poll_s
+        if too_old or self._reply.ended or not accepts(self._state, GeneratorEvent.RESERVE):
             return 0
         if self._work.unfinished == 0:
             return max(1, self._engine.slots // self._group_size)
         return max(0, self._engine.slots - self._work.unfinished) // self._group_size
 
-    def _evaluating(self) -> bool:
-        """Whether a swap would tear an evaluation that is pinned to the present weights."""
-        return self._work.unfinished_eval > 0 or self._more_evals
-
     def _since_heard(self) -> float:
-        return time.monotonic() - self._heard
+        return time.monotonic() - self._reply.heard
 
     def _feed(self) -> None:
         while True:
@@ -154,78 +173,82 @@ class Generator:
                 if (version := self._version) is None:
                     continue
                 k, held = self._room(), self._work.groups()
-                self._reserving = k > 0
+                if k:
+                    self._step(GeneratorEvent.RESERVE)
             reserved = self._store.reserve(k, version, held, self._reserve_wait_s if k else 0.0)
             self._take(reserved, version, asked=k > 0)
 
     def _take(self, reserved: Reserved, version: Version, *, asked: bool) -> None:
         """Drops what was cancelled, begins what was reserved. `version` is still the engine's: a swap waits for us."""
         with self._cond:
-            self._heard = time.monotonic()
+            self._reply.heard = time.monotonic()
             for group in reserved.cancelled:
                 self._work.forget(group)
+            if asked:
+                self._work.more_evals = any(ticket.pinned == version for ticket in reserved.tickets)
+                self._follow_evaluation()
         for group in reserved.cancelled:
             self._engine.abort(group)
         for ticket in reserved.tickets:
             if ticket.purpose == "eval" and ticket.pinned != version:
-                self._counters.eval_left()  # never named as held, so the store gives it to a generator at that version
+                self._counters.add("evals_left")  # never named as held, so the store gives it to a generator at that version
             else:
                 self._begin(ticket)
         with self._cond:
+            self._reply.ended = self._reply.ended or reserved.ended
             if asked:
-                self._reserving = False
-                self._more_evals = any(ticket.pinned == version for ticket in reserved.tickets)
-                self._too_old = version if "too old" in reserved.waiting_for else None
-                self._counters.waited(reserved.waiting_for)
-            self._ended = self._ended or reserved.ended
-            self._mark()
-            self._cond.notify_all()
+                self._reply.too_old = version if "too old" in reserved.waiting_for else None
+                if reserved.waiting_for:
+                    self._counters.add("waits/" + reserved.waiting_for.replace(" ", "_"))
+                self._step(GeneratorEvent.RESERVED)
+            self._changed()
 
     def _begin(self, ticket: Ticket) -> None:
         now = time.time()
-        held = Held(ticket, reserved=now, started=now, unsubmitted=len(ticket.rollouts))
+        held = HeldGroup(ticket, reserved=now, started=now, unsubmitted=len(ticket.rollouts))
         with self._cond:
             self._work.begin(held)
-            self._mark()
-        for rollout, future in zip(ticket.rollouts, self._engine.submit_group(requests_of(ticket)), strict=True):
+            self._changed()
+        for rollout, future in zip(ticket.rollouts, self._engine.submit_group(held.requests()), strict=True):
             future.add_done_callback(partial(self._finished, held, rollout))
 
     # ------------------------------------------------------------------------------------------- submit
 
-    def _finished(self, held: Held, rollout: int, future: "Future[Generation]") -> None:
+    def _finished(self, held: HeldGroup, rollout: int, future: "Future[Generation]") -> None:
         """Called by the engine's thread, once per request."""
         with self._cond:
-            self._work.finish(Done(held, rollout, future, time.time()))
-            self._mark()
-            self._cond.notify_all()
+            self._work.finish(EndedRequest(held, rollout, future, time.time()))
+            self._follow_evaluation()
+            self._changed()
 
     def _submit(self) -> None:
         while True:
             with self._cond:
-                self._cond.wait_for(lambda: self._over() or len(self._work.done) > 0)
+                self._cond.wait_for(lambda: self._over() or len(self._work.ended) > 0)
                 if self._over():
                     return
-                # Still counted as in hand (their groups are held) until the store has them.
-                done = list(self._work.done)
-                self._work.done.clear()
-            rollouts = [(item, rollout) for item in done if (rollout := self._rollout(item)) is not None]
+                # Their groups are held until the store has them.
+                ended = list(self._work.ended)
+                self._work.ended.clear()
+            rollouts = [(request, rollout) for request in ended if (rollout := self._rollout(request)) is not None]
             if rollouts:
                 self._store.submit([rollout for _, rollout in rollouts])
             with self._cond:
-                self._work.submitted([item for item, _ in rollouts])
-                self._cond.notify_all()
+                self._work.submitted([request for request, _ in rollouts])
+                self._changed()
 
-    def _rollout(self, done: Done) -> Rollout | None:
+    def _rollout(self, request: EndedRequest) -> Rollout | None:
         """None for what nobody wants any more. An abort that the store did not ask for gives the whole group back to it."""
-        generation: Generation = done.future.result()
+        generation: Generation = request.future.result()
         with self._cond:
-            if not self._work.wanted(done.held):
+            if not self._work.wanted(request.held):
                 return None
             if generation.finish_reason == "abort":
-                self._work.forget(done.held.ticket.group)
+                self._work.forget(request.held.ticket.group)
                 return None
-            self._counters.rollout(len(generation.token_ids))
-        return rollout_of(done, generation, self._name)
+            self._counters.add("rollouts")
+            self._counters.add("tokens", len(generation.token_ids))
+        return request.as_rollout(generation, self._name)
 
     # --------------------------------------------------------------------------------------------- sync
 
@@ -235,31 +258,18 @@ class Generator:
             if news is None:
                 continue
             with self._cond:
-                self._swap_wanted = True
-                self._cond.wait_for(lambda: self._over() or not (self._reserving or self._evaluating()))
+                self._step(GeneratorEvent.WEIGHTS)
+                self._cond.wait_for(lambda: self._over() or self._state is GeneratorState.SWAPPING)
                 if self._over():
                     return
-                self._swapping, self._swap_wanted = True, False
-                self._mark()
             swap = self._engine.update_weights(*news)
+            del news  # its memory may go before the next version comes
             with self._cond:
-                self._swapping, self._version = False, swap.version
+                self._version = swap.version
                 self._counters.swap(swap)
-                self._mark()
-                self._cond.notify_all()
+                self._step(GeneratorEvent.SWAPPED)
 
     # ------------------------------------------------------------------------------------------- report
-
-    def _mark(self) -> None:
-        """Books the time from now on."""
-        if self._swapping:
-            state = "sync"
-        elif self._work.unfinished:
-            state = "busy"
-        else:
-            # Both None before the first weights.
-            state = "wait:weights" if self._too_old == self._version else "wait:store"
-        self._ledger.enter(state)
 
     def report(self) -> Report:
         """Time per state, and counters since the start of `run`."""
@@ -271,4 +281,4 @@ class Generator:
             gauges["update"] = float(-1 if self._version is None else self._version.update)
         gauges |= {f"engine/{name}": value for name, value in self._engine.gauges().items()}
         gauges |= {f"bus/{name}": value for name, value in self._weights.gauges().items()}
-        return Report(name=self._name, role="generator", seconds=self._ledger.seconds(), gauges=gauges)
+        return Report(name=self._name, role="generator", seconds=self._time.seconds(), gauges=gauges)

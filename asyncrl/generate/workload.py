@@ -1,5 +1,6 @@
-"""What a generator has in hand: groups held, requests unfinished, rollouts waiting to be submitted. Not thread-safe."""
+"""What a generator has in flight and what it counts: groups held, requests unfinished, rollouts to submit. Not thread-safe."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -7,26 +8,70 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from asyncrl.types import Generation, GenerationRequest, Rollout, SwapReport, Ticket
+from asyncrl.types import Generation, GenerationRequest, Rollout, SwapReport, Ticket, Version
 
 
 @dataclass(eq=False)
-class Held:
-    """One ticket being worked on. Times are seconds since the epoch; unsubmitted: rollouts the store does not have yet."""
+class HeldGroup:
+    """One ticket being worked on."""
 
     ticket: Ticket
-    reserved: float
-    started: float
-    unsubmitted: int
+    reserved: float  # seconds since the epoch
+    started: float  # seconds since the epoch
+    unsubmitted: int  # rollouts that the store does not have yet
+
+    def requests(self) -> list[GenerationRequest]:
+        """One request per missing rollout of the ticket; that of the baseline is greedy."""
+        ticket = self.ticket
+        return [
+            GenerationRequest(
+                id=f"{ticket.group}/{rollout}/{ticket.attempt}",
+                group=ticket.group,
+                prompt_ids=ticket.prompt.ids,
+                sampling=ticket.sampling.greedy() if rollout == ticket.baseline else ticket.sampling,
+                seed=seed,
+            )
+            for rollout, seed in zip(ticket.rollouts, ticket.seeds, strict=True)
+        ]
 
 
-class Done(NamedTuple):
-    """One request that has ended, well or not."""
+class EndedRequest(NamedTuple):
+    """One request that the engine has ended, well or not."""
 
-    held: Held
+    held: HeldGroup
     rollout: int
     future: "Future[Generation]"
-    finished: float
+    finished: float  # seconds since the epoch
+
+    def as_rollout(self, generation: Generation, worker: str) -> Rollout:
+        """A single-turn rollout: every response token was chosen by the policy."""
+        held, ticket = self.held, self.held.ticket
+        return Rollout(
+            group=ticket.group,
+            rollout=self.rollout,
+            attempt=ticket.attempt,
+            prompt=ticket.prompt,
+            response_ids=generation.token_ids,
+            logprobs=generation.logprobs,
+            kept_logmass=generation.kept_logmass,
+            loss_mask=[1] * len(generation.token_ids),
+            turns=(0,),
+            spans=generation.spans,
+            finish_reason=generation.finish_reason,
+            worker=worker,
+            times={"reserved": held.reserved, "started": held.started, "finished": self.finished},
+            purpose=ticket.purpose,
+            baseline=self.rollout == ticket.baseline,
+        )
+
+
+@dataclass
+class StoreReply:
+    """What the store last said."""
+
+    heard: float = -math.inf  # when it was last called, monotonic seconds
+    too_old: Version | None = None  # weights for which it has no ticket; newer ones are waited for
+    ended: bool = False  # there will be no more tickets
 
 
 class Workload:
@@ -34,32 +79,38 @@ class Workload:
 
     def __init__(self) -> None:
         self.unfinished = 0  # requests in the engine
-        self.unfinished_eval = 0  # of them, those pinned to a version
-        self.done: deque[Done] = deque()
-        self._groups: dict[int, Held] = {}
+        self.more_evals = False  # the last reserve brought eval tickets for the present weights: the next may bring more
+        self.ended: deque[EndedRequest] = deque()  # not yet submitted
+        self._unfinished_evals = 0  # requests in the engine that are pinned to the present weights
+        self._groups: dict[int, HeldGroup] = {}
 
     @property
     def empty(self) -> bool:
-        return not (self.unfinished or self.done or self._groups)
+        return not (self.unfinished or self.ended or self._groups)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether a swap would tear an evaluation of the present weights."""
+        return self._unfinished_evals > 0 or self.more_evals
 
     def groups(self) -> tuple[int, ...]:
         """What to name as held in `reserve`."""
         return tuple(self._groups)
 
-    def begin(self, held: Held) -> None:
+    def begin(self, held: HeldGroup) -> None:
         self._groups[held.ticket.group] = held
         self._count(held, len(held.ticket.rollouts))
 
-    def finish(self, done: Done) -> None:
-        self._count(done.held, -1)
-        self.done.append(done)
+    def finish(self, request: EndedRequest) -> None:
+        self._count(request.held, -1)
+        self.ended.append(request)
 
-    def _count(self, held: Held, change: int) -> None:
+    def _count(self, held: HeldGroup, change: int) -> None:
         self.unfinished += change
         if held.ticket.purpose == "eval":
-            self.unfinished_eval += change
+            self._unfinished_evals += change
 
-    def wanted(self, held: Held) -> bool:
+    def wanted(self, held: HeldGroup) -> bool:
         """False once the group was cancelled, even if a later attempt of the same group is held now."""
         return self._groups.get(held.ticket.group) is held
 
@@ -67,94 +118,39 @@ class Workload:
         """The group is no longer held; its requests count as unfinished until the engine has ended them."""
         self._groups.pop(group, None)
 
-    def submitted(self, done: Sequence[Done]) -> None:
-        """The store has these rollouts."""
-        for held, *_ in done:
+    def submitted(self, requests: Sequence[EndedRequest]) -> None:
+        """The store has the rollouts of these requests."""
+        for held, *_ in requests:
             held.unsubmitted -= 1
             if held.unsubmitted == 0 and self.wanted(held):
                 self.forget(held.ticket.group)
 
 
-def requests_of(ticket: Ticket) -> list[GenerationRequest]:
-    """One request per missing rollout of the ticket; that of the baseline is greedy."""
-    return [
-        GenerationRequest(
-            id=f"{ticket.group}/{rollout}/{ticket.attempt}",
-            group=ticket.group,
-            prompt_ids=ticket.prompt.ids,
-            sampling=ticket.sampling.greedy() if rollout == ticket.baseline else ticket.sampling,
-            seed=seed,
-        )
-        for rollout, seed in zip(ticket.rollouts, ticket.seeds, strict=True)
-    ]
-
-
-def rollout_of(done: Done, generation: Generation, worker: str) -> Rollout:
-    """A single-turn rollout: every response token was chosen by the policy."""
-    held = done.held
-    return Rollout(
-        group=held.ticket.group,
-        rollout=done.rollout,
-        attempt=held.ticket.attempt,
-        prompt=held.ticket.prompt,
-        response_ids=generation.token_ids,
-        logprobs=generation.logprobs,
-        kept_logmass=generation.kept_logmass,
-        loss_mask=[1] * len(generation.token_ids),
-        turns=(0,),
-        spans=generation.spans,
-        finish_reason=generation.finish_reason,
-        worker=worker,
-        times={"reserved": held.reserved, "started": held.started, "finished": done.finished},
-        purpose=held.ticket.purpose,
-        baseline=done.rollout == held.ticket.baseline,
-    )
-
-
-# --------------------------------------------------------------------------------------------- tally
-# The generator's counters. Not thread-safe; they never go down, except `pause_s_last`. swapped_at: seconds since the epoch.
-
-
 class GeneratorCounters:
-    """Tokens, rollouts, swaps, and how often the store gave nothing, by its reason."""
+    """Tokens, rollouts, swaps, and how often the store gave nothing, by its reason. None but `pause_s_last` ever goes down."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
-        self._gauges = dict.fromkeys(
-            (
-                *("tokens", "rollouts", "swaps", "pause_s_total", "pause_s_last", "pause_s_max"),
-                *("recomputed_tokens", "discarded_tokens", "evals_left"),
-            ),
-            0.0,
-        )
+        counted = ("tokens", "rollouts", "swaps", "recomputed_tokens", "discarded_tokens", "evals_left")
+        self._gauges = dict.fromkeys((*counted, "pause_s_total", "pause_s_last", "pause_s_max"), 0.0)
 
     def start(self) -> None:
         """Rates count from here."""
         self._since = time.monotonic()
 
-    def rollout(self, tokens: int) -> None:
-        """One rollout for the store."""
-        self._gauges["rollouts"] += 1
-        self._gauges["tokens"] += tokens
+    def add(self, name: str, count: int = 1) -> None:
+        self._gauges[name] = self._gauges.get(name, 0.0) + count
 
     def swap(self, report: SwapReport) -> None:
-        self._gauges["swaps"] += 1
-        self._gauges["recomputed_tokens"] += report.recomputed_tokens
-        self._gauges["discarded_tokens"] += report.discarded_tokens
-        self._gauges["swapped_at"] = time.time()
-        self._gauges["pause_s_last"] = report.pause_s
-        self._gauges["pause_s_total"] += report.pause_s
-        self._gauges["pause_s_max"] = max(self._gauges["pause_s_max"], report.pause_s)
-
-    def waited(self, reason: str) -> None:
-        """The store had no ticket."""
-        if reason:
-            key = "waits/" + reason.replace(" ", "_")
-            self._gauges[key] = self._gauges.get(key, 0.0) + 1
-
-    def eval_left(self) -> None:
-        """An eval ticket for a version that is no longer loaded."""
-        self._gauges["evals_left"] += 1
+        self.add("swaps")
+        self.add("recomputed_tokens", report.recomputed_tokens)
+        self.add("discarded_tokens", report.discarded_tokens)
+        self._gauges |= {
+            "swapped_at": time.time(),  # seconds since the epoch
+            "pause_s_last": report.pause_s,
+            "pause_s_total": self._gauges["pause_s_total"] + report.pause_s,
+            "pause_s_max": max(self._gauges["pause_s_max"], report.pause_s),
+        }
 
     def gauges(self) -> dict[str, float]:
         seconds = max(time.monotonic() - self._since, 1e-9)

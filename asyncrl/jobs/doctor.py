@@ -12,13 +12,13 @@ import tempfile
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
-from msgspec import Struct, to_builtins
+from msgspec import to_builtins
 
-from asyncrl.cluster.engines import CPU_COMMAND, CPU_FIX, GPU_FIX, KERNELS, installed_version
 from asyncrl.cluster.resources import count_gpus
-from asyncrl.generate.sglang.process import find_program
+from asyncrl.config.deployment import ENGINES
+from asyncrl.generate.engines import engine_kind
+from asyncrl.report.findings import Finding, MachineCheck
 
 SHM = Path("/dev/shm")
 MIN_SHM_BYTES = 1 << 30  # Ray's objects and two versions of the weights live there; containers often give 64 MiB
@@ -30,16 +30,6 @@ OPTIONAL = {
     "duckdb": ("querying the replay log", "pip install duckdb"),
     "pytest": ("asyncrl's own tests", "pip install 'pytest>=8' pytest-timeout hypothesis"),
 }
-
-
-class Finding(Struct, frozen=True, kw_only=True):
-    """One row. A required one that is not `ok` makes the exit status 1."""
-
-    name: str
-    status: Literal["ok", "missing", "broken"]
-    detail: str
-    fix: str = ""
-    required: bool = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +49,7 @@ def main(args: argparse.Namespace) -> int:
 
 def examine() -> list[Finding]:
     """Every check, one after the other; one that raises is reported as broken and hides no other."""
-    # Name, check, and the package to install again if the check raises.
-    checks: list[tuple[str, Callable[[], Finding], str]] = [
+    checks: list[MachineCheck] = [
         ("python", python, ""),
         ("torch", torch_build, "torch"),
         ("devices", devices, "torch"),
@@ -70,9 +59,7 @@ def examine() -> list[Finding]:
         ("zeromq", zeromq, "pyzmq"),
         ("arrow", arrow, "pyarrow"),
         ("shared memory", shared_memory, ""),
-        ("torch engine", torch_engine, "transformers"),
-        ("sglang (GPU)", sglang_gpu, ""),
-        ("sglang (CPU)", sglang_cpu, ""),
+        *(check for kind in ENGINES for check in engine_kind(kind).machine_checks()),
     ]
     findings = [guarded(*check) for check in checks]
     return [*findings, *(optional(name, use, fix) for name, (use, fix) in OPTIONAL.items())]
@@ -205,39 +192,6 @@ def shared_memory(folder: Path = SHM, least_bytes: int = MIN_SHM_BYTES) -> Findi
         detail += f": below {_gib(least_bytes)}, larger models will not fit"
         return Finding(name="shared memory", status="broken", detail=detail, fix=fix, required=False)
     return Finding(name="shared memory", status="ok", detail=f"{detail}, writable")
-
-
-def torch_engine() -> Finding:
-    """engine.kind: torch. It comes with asyncrl; importing what it needs is the check."""
-    importlib.import_module("asyncrl.generate.embedded.engine")
-    return Finding(name="torch engine", status="ok", detail="embedded: any Hugging Face causal LM, CPU or GPU")
-
-
-def sglang_gpu(installed: Callable[[str], str] = installed_version) -> Finding:
-    """engine.kind: sglang, where there are GPUs. SGLang is found by its metadata, and not imported."""
-    version, kernels = installed("sglang"), installed(KERNELS)
-    if version and kernels:
-        detail = f"sglang {version}, {KERNELS} {kernels}: production engine"
-        return Finding(name="sglang (GPU)", status="ok", detail=detail, required=False)
-    why = f"; sglang {version} is here without its CUDA kernels" if version else ""
-    return Finding(name="sglang (GPU)", status="missing", detail=f"production engine{why}", fix=GPU_FIX, required=False)
-
-
-def sglang_cpu(
-    find: Callable[[str], str | None] = find_program,
-    installed: Callable[[str], str] = installed_version,
-    prefix: Path = Path(sys.prefix),
-) -> Finding:
-    """engine.kind: sglang, without GPUs: the command that deploy/sglang-cpu/install makes, and the sglang that it starts."""
-    name, use, own = "sglang (CPU)", "SGLang without GPUs", prefix / "bin" / CPU_COMMAND
-    found, version = find(CPU_COMMAND), installed("sglang")
-    if found and Path(found).resolve() != own.resolve():
-        return Finding(name=name, status="ok", detail=f"{found}, of another environment: {use}", required=False)
-    if not found and not own.exists():
-        return Finding(name=name, status="missing", detail=use, fix=CPU_FIX, required=False)
-    if not version:
-        return Finding(name=name, status="broken", detail=f"{own} without sglang", fix=CPU_FIX, required=False)
-    return Finding(name=name, status="ok", detail=f"sglang {version}, {CPU_COMMAND}: {use}", required=False)
 
 
 def optional(name: str, use: str, fix: str) -> Finding:

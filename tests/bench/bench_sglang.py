@@ -27,7 +27,8 @@ import msgspec
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from asyncrl.config import EngineSpec, LimitsSpec, ModelSpec, PlaceSpec, SGLangSpec, UpdateMode
+from asyncrl.config import EngineSpec, GeneratorsSpec, ModelSpec, SGLangSpec, UpdateMode
+from asyncrl.generate.engines import EngineSite
 from asyncrl.generate.generator import Generator
 from asyncrl.generate.sglang.build import sglang_engine
 from asyncrl.generate.sglang.engine import SGLangEngine
@@ -67,9 +68,8 @@ def running(model: ModelSpec, folder: Path, weights: Tensors, **sglang: Any) -> 
         update_mode=mode,
         sglang=SGLangSpec(**({"command": ("sglang-cpu-server",), "args": ARGS, "stream_interval": 16} | sglang)),
     )
-    engine = sglang_engine(
-        spec, model, PlaceSpec(), LimitsSpec(), host="127.0.0.1", logs=folder, name=f"{mode}-{len(sglang)}", least=GROUP
-    )
+    generators = GeneratorsSpec(engine=spec)
+    engine = sglang_engine(EngineSite(generators=generators, model=model, logs=folder, name=f"{mode}-{len(sglang)}"))
     engine.start()
     try:
         engine.update_weights(Version(1, 0), weights)

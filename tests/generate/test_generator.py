@@ -240,6 +240,26 @@ def test_a_swap_waits_for_the_whole_evaluation_even_with_few_slots(
     assert {span.version for rollout in fake_store.rollouts for span in rollout.spans} == {V0}
 
 
+def test_the_end_of_an_evaluation_lets_a_swap_in_even_if_nothing_is_reserved_any_more(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    start(poll_s=0.05)
+    fake_weights.publish(V0)
+    fake_store.put(make_ticket(9, purpose="eval", pinned=V0))
+    fake_engine.wait(lambda: len(fake_engine.pending) == 2)
+    fake_store.put(make_ticket(1))
+    fake_engine.wait(lambda: len(fake_engine.pending) == 4)
+    fake_store.put(ended=True)
+    seen = len(fake_store.calls)
+    fake_store.wait(lambda: len(fake_store.calls) > seen + 1)  # the generator has heard it
+    fake_weights.publish(V1)
+    fake_engine.answer("9/0/0")
+    fake_engine.answer("9/1/0")
+    fake_engine.wait(lambda: fake_engine.swaps == [V0, V1])
+    fake_engine.answer("1/0/0")
+    fake_engine.answer("1/1/0")
+
+
 def test_eval_tickets_for_other_weights_are_left_to_others(
     start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
 ) -> None:

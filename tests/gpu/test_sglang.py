@@ -17,7 +17,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from asyncrl.config import EngineSpec, LimitsSpec, ModelSpec, PlaceSpec, SGLangSpec
+from asyncrl.config import EngineSpec, GeneratorsSpec, ModelSpec, PlaceSpec, SGLangSpec
+from asyncrl.generate.engines import EngineSite
 from asyncrl.generate.sglang.build import sglang_engine
 from asyncrl.generate.sglang.engine import SGLangEngine
 from asyncrl.models.loading import load_model, named_weights
@@ -62,9 +63,8 @@ def open_engine(model_spec: ModelSpec, tmp_path: Path) -> Iterator[Open]:
 
     def start(**sglang: object) -> SGLangEngine:
         spec = EngineSpec(kind="sglang", slots=256, max_length=2048, sglang=SGLangSpec(mem_fraction=0.5, **sglang))  # type: ignore[arg-type]
-        engine = sglang_engine(
-            spec, model_spec, PlaceSpec(gpus=1), LimitsSpec(), host="127.0.0.1", logs=tmp_path, name="gpu", least=8
-        )
+        generators = GeneratorsSpec(engine=spec, place=PlaceSpec(gpus=1))
+        engine = sglang_engine(EngineSite(generators=generators, model=model_spec, logs=tmp_path, name="gpu"))
         engines.append(engine)
         engine.start()
         return engine

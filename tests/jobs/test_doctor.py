@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from asyncrl.jobs import doctor
-from asyncrl.jobs.doctor import Finding
+from asyncrl.report.findings import Finding
 
 
 def test_a_machine_that_can_run_asyncrl_is_healthy(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,30 +75,3 @@ def test_an_extra_that_is_not_installed_names_its_command() -> None:
         name="no-such-extra", status="missing", detail="testing", fix="pip install no-such-extra", required=False
     )
     assert doctor.optional("pytest", "tests", "x").status == "ok"
-
-
-def test_sglang_for_gpus_is_told_from_the_one_for_cpus_by_its_kernels() -> None:
-    gpu = doctor.sglang_gpu({"sglang": "0.5.20", "sglang-kernel": "0.4.7"}.__getitem__)
-    assert (gpu.status, gpu.detail) == ("ok", "sglang 0.5.20, sglang-kernel 0.4.7: production engine")
-    cpu = doctor.sglang_gpu({"sglang": "0.5.20", "sglang-kernel": ""}.__getitem__)
-    assert (cpu.status, cpu.fix, cpu.required) == ("missing", "pip install 'asyncrl[sglang]'", False)
-    assert "without its CUDA kernels" in cpu.detail
-    assert doctor.sglang_gpu(lambda _: "").detail == "production engine"
-
-
-def test_the_cpu_server_of_this_environment(tmp_path: Path) -> None:
-    command = tmp_path / "bin" / "sglang-cpu-server"
-
-    def verdict(found: Path | None, version: str) -> tuple[str, str, str]:
-        finding = doctor.sglang_cpu(lambda _: str(found) if found else None, lambda _: version, tmp_path)
-        assert not finding.required
-        return finding.status, finding.detail, finding.fix
-
-    install = "deploy/sglang-cpu/install"
-    assert verdict(None, "0.5.20") == ("missing", "SGLang without GPUs", install)
-    assert verdict(Path("/other/server"), "") == ("ok", "/other/server, of another environment: SGLang without GPUs", "")
-    command.parent.mkdir()
-    command.touch()
-    assert verdict(command, "0.5.20") == ("ok", "sglang 0.5.20, sglang-cpu-server: SGLang without GPUs", "")
-    assert verdict(command, "") == ("broken", f"{command} without sglang", install)
-    assert verdict(None, "0.5.20")[0] == "ok"  # the environment is not activated, and asyncrl looks beside its own Python

@@ -1,4 +1,8 @@
-"""The running batch: rows and their cache, kept in step. One method per thing that can happen between two tokens."""
+"""The running batch: the rows being decoded and the model's cache of them, kept in step.
+
+`Decoder` runs the model: it fills rows of the cache, decodes all of them one token further, moves rows; it knows no requests.
+`DecodeBatch` puts requests into rows: one method per thing that can happen between two tokens.
+"""
 
 import math
 from collections.abc import Sequence
@@ -12,9 +16,6 @@ from asyncrl.generate.embedded.kv_cache import SlotCache, require_servable, use_
 from asyncrl.generate.embedded.rows import Finished, Job, Rows
 from asyncrl.generate.embedded.sampling import sample, uniforms
 from asyncrl.types import Version
-
-# ------------------------------------------------------------------------------------------- decoder
-# The model and its slot cache: fill rows, decode all of them one token further, move rows. Knows no requests.
 
 PREFILL_TOKENS = 8192  # padded tokens in one prefill forward; bounds its activations
 
@@ -41,15 +42,14 @@ class Decoder:
         Sequences are int64 [T_i]; those of like length share a forward. Returns the number of tokens computed.
         """
         order = sorted((i for i in range(len(sequences)) if len(sequences[i])), key=lambda i: len(sequences[i]), reverse=True)
-        chunk: list[int] = []
+        chunks: list[list[int]] = []
         for i in order:
-            longest = len(sequences[chunk[0]]) if chunk else 0
-            if chunk and ((len(chunk) + 1) * longest > PREFILL_TOKENS or 2 * len(sequences[i]) < longest):
-                self._fill_chunk([sequences[j] for j in chunk], [rows[j] for j in chunk])
-                chunk = []
-            chunk.append(i)
-        if chunk:
-            self._fill_chunk([sequences[j] for j in chunk], [rows[j] for j in chunk])
+            longest = len(sequences[chunks[-1][0]]) if chunks else 0
+            if not chunks or (len(chunks[-1]) + 1) * longest > PREFILL_TOKENS or 2 * len(sequences[i]) < longest:
+                chunks.append([])
+            chunks[-1].append(i)
+        for chunk in chunks:
+            self._fill_chunk([sequences[i] for i in chunk], [rows[i] for i in chunk])
         return sum(len(sequences[i]) for i in order)
 
     def _fill_chunk(self, sequences: list[np.ndarray], rows: list[Sequence[int]]) -> None:
@@ -94,8 +94,8 @@ class Decoder:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
 
-class Batch:
-    """Not thread-safe: the engine's gate lets one caller in at a time.
+class DecodeBatch:
+    """Requests in rows of the model's cache. Not thread-safe: the engine's gate lets one caller in at a time.
 
     keep_ended: rows that end stay as dummies until all have ended, so that the shape of every forward depends on who
     joined, not on who ended when.
@@ -112,7 +112,7 @@ class Batch:
         return self._rows.count
 
     def jobs(self) -> list[Job]:
-        """Jobs without an answer yet."""
+        """Jobs whose responses have not ended."""
         return self._rows.jobs()
 
     @torch.inference_mode()
@@ -157,16 +157,14 @@ class Batch:
             self._decoder.move(to, source, int(self._rows.length[to].max()))
 
     @torch.inference_mode()
-    def recompute(self) -> int:
-        """Computes the cache of every row anew, generated tokens included. Returns how many tokens that were."""
-        rows = range(self._rows.count)
+    def swapped(self, version: Version, *, recompute: bool) -> int:
+        """Later tokens come from `version`. recompute: computes the cache of every row again, generated tokens included.
+        Returns how many tokens were computed."""
+        self._rows.mark(version)
+        rows = range(self._rows.count if recompute else 0)
         return self._decoder.fill([self._rows.known(row) for row in rows], [[row] for row in rows])
 
     def clear(self) -> tuple[list[Job], int]:
-        """Throws all rows away. Returns the jobs without an answer, in the order in which they joined, and how many tokens
-        had been sampled for them."""
+        """Throws all rows away. Returns the jobs whose responses have not ended, in the order in which they joined, and how
+        many tokens had been sampled for them."""
         return self._rows.clear()
-
-    def mark(self, version: Version) -> None:
-        """Later tokens come from `version`."""
-        self._rows.mark(version)

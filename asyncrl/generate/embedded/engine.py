@@ -10,14 +10,14 @@ After Orca (Yu et al., OSDI 2022) for iteration-level batching, and PipelineRL f
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 
 from transformers import PreTrainedModel
 
 from asyncrl.config import UpdateMode
 from asyncrl.errors import AsyncRLError, Closed, ConfigError, Unavailable
-from asyncrl.generate.embedded.batch import Batch
+from asyncrl.generate.embedded.batch import DecodeBatch
 from asyncrl.generate.embedded.kv_cache import longest_context
 from asyncrl.generate.embedded.rows import Finished, Job
 from asyncrl.generate.embedded.scheduling import GroupAlone, JoinAtOnce, StepGate
@@ -45,7 +45,7 @@ class TorchEngine:
     slots: rows decoded together. max_length: prompt + response tokens (cut to what the model's positions allow).
     update_mode: `in_flight` recomputes the cache of unfinished rows, so every logprob is that of the tagged version;
     `keep_kv` does not, which is faster and outside that guarantee; `drain` swaps when the running rows have ended;
-    `restart` begins unfinished rows anew from their prompts, so that a rollout is of one version and its work so far lost.
+    `restart` regenerates unfinished rows from their prompts, so that a rollout is of one version and its work so far lost.
     deterministic: one group at a time, rows constant until all of it has ended; results repeat to the bit.
     """
 
@@ -57,24 +57,22 @@ class TorchEngine:
         max_length: int,
         update_mode: UpdateMode = "in_flight",
         deterministic: bool = False,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_length = longest_context(model, max_length)
         self._model = model
         self.slots = slots
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
-        self._batch = Batch(model, slots=slots, max_length=self.max_length, keep_ended=deterministic)
+        self._batch = DecodeBatch(model, slots=slots, max_length=self.max_length, keep_ended=deterministic)
         self._admission = GroupAlone(slots) if deterministic else JoinAtOnce(slots)
         self._deterministic = deterministic
         self._update_mode = update_mode
-        self._clock = clock
         self._gate = StepGate()
         # Guards everything below; notified at every change. Taken inside the gate, never around it.
         self._cond = threading.Condition()
         self._queue: deque[Job] = deque()
         self._version: Version | None = None
         self._paused = self._draining = False
-        self._ended: AsyncRLError | None = None  # why the engine stopped: failure or close
+        self._ended: AsyncRLError | None = None  # why the engine ended: failure or close
         self._beats = 0  # steps and swaps so far
         self._thread: threading.Thread | None = None
 
@@ -87,7 +85,7 @@ class TorchEngine:
         """Rows being decoded now."""
         return self._batch.count
 
-    # ------------------------------------------------------------------------------------------ asking
+    # ---------------------------------------------------------------------------------------- requests
 
     def submit(self, request: GenerationRequest) -> "Future[Generation]":
         """Queues a request. Its future raises ConfigError if it can't fit, Closed after `close`, Unavailable on failure."""
@@ -96,23 +94,24 @@ class TorchEngine:
     def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
         """Queues requests together, so that they can join the same step and share one prefill of their prompt."""
         jobs = [Job(request, Future()) for request in requests]
-        refusals = [check_request(request, max_length=self.max_length, vocabulary=self._vocabulary) for request in requests]
-        if self._deterministic and len(requests) > self.slots:
-            refusals = [
-                ConfigError(
-                    f"a group of {len(requests)} rollouts > engine.slots={self.slots} in deterministic mode: it could not run "
-                    "as one batch; raise engine.slots or lower sampling.n"
-                )
-            ] * len(requests)
+        refusals = [self._refusal(request, len(requests)) for request in requests]
         with self._cond:
-            ended = self._ended
-            if ended is None:
-                self._queue.extend(job for job, refusal in zip(jobs, refusals, strict=True) if refusal is None)
-                self._cond.notify_all()
-        for job, refusal in zip(jobs, refusals, strict=True):
-            if (error := refusal or ended) is not None:
+            errors = [refusal or self._ended for refusal in refusals]
+            self._queue.extend(job for job, error in zip(jobs, errors, strict=True) if error is None)
+            self._cond.notify_all()
+        for job, error in zip(jobs, errors, strict=True):
+            if error is not None:
                 _settle(job, error)
         return [job.future for job in jobs]
+
+    def _refusal(self, request: GenerationRequest, group: int) -> ConfigError | None:
+        """Why this request of a group of so many can't be served; None if it can."""
+        if self._deterministic and group > self.slots:
+            return ConfigError(
+                f"a group of {group} rollouts > engine.slots={self.slots} in deterministic mode: it could not run as one "
+                "batch; raise engine.slots or lower sampling.n"
+            )
+        return check_request(request, max_length=self.max_length, vocabulary=self._vocabulary)
 
     def abort(self, group: int | None = None) -> None:
         """Ends a group's unfinished requests, or all, with finish_reason `abort` and the tokens so far. Waits for one step."""
@@ -215,27 +214,27 @@ class TorchEngine:
         try:
             with self._gate.between_steps():
                 self._require_running()
-                started = self._clock()
+                started = time.monotonic()
                 load_weights(self._model, tensors)
-                discarded = self._begin_anew() if self._update_mode == "restart" else 0
+                discarded = self._requeue() if self._update_mode == "restart" else 0
                 # After a drain or a restart there is nothing to recompute.
-                recomputed = 0 if self._update_mode == "keep_kv" else self._batch.recompute()
-                self._batch.mark(version)
+                recomputed = self._batch.swapped(version, recompute=self._update_mode != "keep_kv")
                 with self._cond:
                     self._version, self._draining = version, False
                     self._beats += 1
                     self._cond.notify_all()
-                pause_s = self._clock() - started
+                pause_s = time.monotonic() - started
             return SwapReport(version=version, pause_s=pause_s, recomputed_tokens=recomputed, discarded_tokens=discarded)
         except Exception as error:
             self._fail(error)
             raise
 
-    def _begin_anew(self) -> int:
-        """Puts unfinished rows back at the head of the queue, in order. Returns how many tokens are lost with them.
+    def _requeue(self) -> int:
+        """Puts unfinished rows back at the head of the queue, in order, to be regenerated from their prompts. Returns how many
+        tokens are lost with them.
 
         They keep their seeds, and so their random numbers: under weights that hardly changed they come out nearly the same.
-        Fresh ones would favour short answers, since it is the long ones that a swap finds unfinished.
+        Fresh ones would favour short responses, since it is the long ones that a swap finds unfinished.
         """
         with self._cond:  # from batch to queue at once: `close` must find every job in one of them
             jobs, discarded = self._batch.clear()

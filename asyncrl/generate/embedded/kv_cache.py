@@ -23,15 +23,14 @@ FIRST_CAPACITY = 64  # positions per row; doubles as rows grow longer
 
 
 class _Plan:
-    """Where the running forward pass writes. Prefill: sequence `sources[i]` into row `rows[i]`, from position 0.
-    Decode: one token into each of rows 0 … n−1, at `positions` [n]; reads up to `length`. `level`: all at length−1."""
+    """Where the running forward pass writes: a prefill whole sequences, from position 0; a decode one token into each row."""
 
     prefill: bool = True
-    rows: torch.Tensor
-    sources: torch.Tensor
-    positions: torch.Tensor
-    length: int = 0
-    level: bool = False
+    rows: torch.Tensor  # [N] int64, the rows written
+    sources: torch.Tensor  # [N] int64, prefill only: sequence sources[i] goes into row rows[i]
+    positions: torch.Tensor  # [n] int64, decode only: where each row's token goes
+    length: int = 0  # decode only: attention reads up to here
+    level: bool = False  # decode only: all positions are length − 1
 
 
 class SlotLayer(CacheLayerMixin):

@@ -19,7 +19,7 @@ class Job(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A job with its answer."""
+    """A job with its generation."""
 
     job: Job
     generation: Generation
@@ -32,23 +32,20 @@ def spans_of(starts: Sequence[tuple[Version, int]], length: int) -> tuple[Span, 
 
 
 class Rows:
-    """State of rows 0 … count−1. A row that has ended stays, as a dummy, until `drop` takes it out.
-
-    length [slots]: tokens known, the prompt's included; the token at length−1 is fed next. limit: length at which it ends.
-    """
+    """State of rows 0 … count−1. A row that has ended stays, as a dummy, until `drop` takes it out."""
 
     def __init__(self, slots: int, max_length: int, device: torch.device) -> None:
         self.count = 0
         self.slots = slots
         self.tokens = np.zeros((slots, max_length), dtype=np.int64)
-        self.length = np.zeros(slots, dtype=np.int64)
+        self.length = np.zeros(slots, dtype=np.int64)  # tokens known, the prompt's included; the last one is fed next
         self.alive = np.zeros(slots, dtype=bool)
         self._device = device
         self._index = np.arange(slots)
         self._logprobs = np.zeros((slots, max_length), dtype=np.float32)
         self._kept = np.zeros((slots, max_length), dtype=np.float32)
-        self._prompt = np.zeros(slots, dtype=np.int64)
-        self._limit = np.zeros(slots, dtype=np.int64)
+        self._prompt = np.zeros(slots, dtype=np.int64)  # tokens of the prompt
+        self._limit = np.zeros(slots, dtype=np.int64)  # length at which the row ends
         self._seed = np.zeros(slots, dtype=np.int64)
         self._turn = np.zeros(slots, dtype=np.int64)  # rises in the order in which rows joined
         self._turns = 0
@@ -167,8 +164,8 @@ class Rows:
         return to, source
 
     def clear(self) -> tuple[list[Job], int]:
-        """Takes out all rows. Returns the jobs that have no answer, in the order in which they joined, and the number of
-        tokens sampled for them, which are lost."""
+        """Takes out all rows. Returns the jobs of the living ones, in the order in which they joined, and the number of tokens
+        sampled for them, which are lost."""
         living = [int(row) for row in np.argsort(self._turn[: self.count]) if self.alive[row]]
         jobs = [self._jobs[row] for row in living]
         sampled = int((self.length[living] - self._prompt[living]).sum())

@@ -15,16 +15,13 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 class RowSampling(NamedTuple):
-    """Parameters per row, on the logits' device. The flags spare work that no row needs.
+    """Parameters per row, on the logits' device. The flags spare work that no row needs."""
 
-    temperature [n] float32, 0 is greedy; top_p [n] float32, 1 is off; top_k [n] int64, 0 is off.
-    """
-
-    temperature: torch.Tensor
-    top_p: torch.Tensor
-    top_k: torch.Tensor
-    scaled: bool
-    cut: bool
+    temperature: torch.Tensor  # [n] float32, 0 is greedy
+    top_p: torch.Tensor  # [n] float32, 1 is off
+    top_k: torch.Tensor  # [n] int64, 0 is off
+    scaled: bool  # some temperature is not 1
+    cut: bool  # some row has top-p or top-k
 
     @classmethod
     def of(cls, temperature: np.ndarray, top_p: np.ndarray, top_k: np.ndarray, device: torch.device) -> "RowSampling":
@@ -38,11 +35,11 @@ class RowSampling(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """One token per row. ids [n] int64; logprobs [n] float32 nats, of the distribution sampled from;
-    kept_logmass [n] float32: log of the mass that top-k and top-p kept (0 in rows without), None if no row cuts."""
+    """One token per row."""
 
-    ids: torch.Tensor
-    logprobs: torch.Tensor
+    ids: torch.Tensor  # [n] int64
+    logprobs: torch.Tensor  # [n] float32 nats, of the distribution sampled from
+    # [n] float32, log of the mass that top-k and top-p kept (0 in rows without); None if no row cuts.
     kept_logmass: torch.Tensor | None
 
 

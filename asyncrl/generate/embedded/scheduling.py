@@ -1,4 +1,4 @@
-"""Turns on the model: one decode step at a time, and whoever wants to get between two steps goes first."""
+"""When the model runs, and for whom: who gets between two decode steps, and which queued requests join the next one."""
 
 import threading
 from collections import deque
@@ -22,7 +22,7 @@ class StepGate:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """For the step loop."""
+        """Held by the step loop, for one step."""
         with self._cond:
             self._cond.wait_for(lambda: not self._held and self._outsiders == 0)
             self._held = True
@@ -33,7 +33,7 @@ class StepGate:
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
-        """For swaps, aborts and pauses: inside, no step runs."""
+        """Held by swaps, aborts and pauses: inside, no step runs."""
         with self._cond:
             self._outsiders += 1
             self._cond.wait_for(lambda: not self._held)
@@ -48,10 +48,6 @@ class StepGate:
         with self._cond:
             self._held = False
             self._cond.notify_all()
-
-
-# ----------------------------------------------------------------------------------------- admission
-# Which queued requests join the next decode step. Pure: takes the queue, changes nothing but it.
 
 
 class JoinAtOnce:

@@ -4,57 +4,40 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from asyncrl.config import EngineSpec, LimitsSpec, ModelSpec, PlaceSpec, SGLangSpec
+from asyncrl.config import EngineSpec, ModelSpec, PlaceSpec, SGLangSpec
 from asyncrl.errors import ConfigError
+from asyncrl.generate.engines import EngineSite
 from asyncrl.generate.sglang.engine import SGLangEngine
 from asyncrl.generate.sglang.process import require_command
-from asyncrl.generate.sglang.replica import Settings
-from asyncrl.generate.sglang.server import Launch, Server
+from asyncrl.generate.sglang.server import LaunchCommand, SGLangServer
 from asyncrl.generate.sglang.transfer import SharedMemory, Transfer
 from asyncrl.models.loading import context
 
 HEADROOM = 16  # tokens of context that SGLang keeps for itself
 
 
-def sglang_engine(
-    spec: EngineSpec,
-    model: ModelSpec,
-    place: PlaceSpec,
-    limits: LimitsSpec,
-    *,
-    host: str,
-    logs: Path,
-    name: str,
-    least: int = 1,
-) -> SGLangEngine:
-    """An engine that is not yet started. Raises ConfigError if its command is not here, or its transfer can't work.
+def sglang_engine(site: EngineSite) -> SGLangEngine:
+    """Builds an engine that is not yet started. Raises ConfigError if its command is not here, or its transfer can't work.
 
-    place: of this process: its GPUs are those of its servers, which compute with `threads` on a CPU. host: this node's address,
-    for groups of `distributed` transfers. logs: folder for one log per server, called after `name`. least: requests per
-    server at the least, best a group.
+    The GPUs of the site are those of its servers, which compute with the place's `threads` on a CPU.
     """
+    spec, place = site.generators.engine, site.generators.place
     if not spec.sglang.urls:
         require_command(spec.sglang.command)
-    vocabulary, positions = context(model)
+    vocabulary, positions = context(site.model)
     max_length = min(spec.max_length, positions or spec.max_length)
-    transfer = _transfer(spec.sglang, host=host, gpus=place.gpus)
-    where: list[Launch | str] = list(spec.sglang.urls) or [
-        launch(spec, model, place, index=index, max_length=max_length, log=logs / f"{name}.sglang-{index}.log")
+    where: list[LaunchCommand | str] = list(spec.sglang.urls) or [
+        launch_command(spec, site.model, place, index, max_length, log=site.logs / f"{site.name}.sglang-{index}.log")
         for index in range(spec.sglang.servers)
     ]
-    settings = Settings(
-        slots=spec.slots,
-        least=least,
-        mode=spec.update_mode,
-        stream_interval=spec.sglang.stream_interval,
-        probe_s=limits.health_timeout_s / 2,
-        start_timeout_s=limits.start_timeout_s,
-    )
-    servers = [partial(Server, at, transfer) for at in where]
-    return SGLangEngine(servers, max_length=max_length, vocabulary=vocabulary, settings=settings)
+    transfer = _transfer(spec.sglang, host=site.host, gpus=place.gpus)
+    servers = [partial(SGLangServer, at, transfer) for at in where]
+    return SGLangEngine(servers, spec, site.limits, max_length=max_length, vocabulary=vocabulary)
 
 
-def launch(spec: EngineSpec, model: ModelSpec, place: PlaceSpec, *, index: int, max_length: int, log: Path) -> Launch:
+def launch_command(
+    spec: EngineSpec, model: ModelSpec, place: PlaceSpec, index: int, max_length: int, *, log: Path
+) -> LaunchCommand:
     """How to start server number `index` of a generator. `sglang.args` come last, so they win over what asyncrl sets."""
     sglang = spec.sglang
     if own := {"port", "host", "model-path"} & {_name(name) for name in sglang.args}:
@@ -87,7 +70,7 @@ def launch(spec: EngineSpec, model: ModelSpec, place: PlaceSpec, *, index: int, 
             flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     # More threads than cores to themselves wait for each other in spin loops; and HEADROOM may pass the model's positions.
     env = {"OMP_NUM_THREADS": str(place.threads), "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1", **sglang.env}
-    return Launch((*sglang.command, *flags), env, log)
+    return LaunchCommand((*sglang.command, *flags), env, log)
 
 
 def _name(argument: str) -> str:

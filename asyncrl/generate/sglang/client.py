@@ -10,7 +10,7 @@ import msgspec
 from msgspec import structs
 
 from asyncrl.errors import ConfigError, Unavailable
-from asyncrl.generate.sglang.segments import Chunk, Row
+from asyncrl.generate.sglang.segments import Chunk, RequestRow
 from asyncrl.types import GenerationRequest
 
 T = TypeVar("T")
@@ -18,11 +18,11 @@ _EVENT = b"data: "
 _DONE = b"[DONE]"
 # SGLang says what top-p and top-k kept only for a bounded top_k (its --sampling-mask-max-tokens); top_p alone gets this one.
 MAX_TOP_K = 4096
-_FAILURES = (aiohttp.ClientError, TimeoutError, OSError)
 
 
-class Client:
-    """Of the engine's loop only. Raises Unavailable, naming the server, when it can't be reached or answers nonsense."""
+class SGLangClient:
+    """Call it only from the engine's event loop. Raises Unavailable, naming the server, when it can't be reached or
+    its response makes no sense."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -33,62 +33,57 @@ class Client:
         )
         self._chunks = msgspec.json.Decoder(Chunk)
         self._batches = msgspec.json.Decoder(list[Chunk])
-        self._scopes: set[asyncio.Timeout] = set()  # of what waits now
+        self._waiting: set[asyncio.Timeout] = set()
+        self._closed = False
         self._encoder = msgspec.json.Encoder()
 
     async def close(self) -> None:
-        """Whoever waits for an answer gets Unavailable. Idempotent."""
-        if self._session.closed:
-            return
-        for scope in self._scopes:
-            scope.reschedule(0)
-        await self._session.close()
+        """Whoever waits for the server gets Unavailable. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            for timeout in self._waiting:
+                timeout.reschedule(0)
+            await self._session.close()
 
     @asynccontextmanager
-    async def _while_open(self) -> AsyncIterator[None]:
-        """Has what waits inside raise Unavailable at `close`. By itself, aiohttp lets it wait for ever."""
-        scope = asyncio.timeout(0 if self._session.closed else None)
-        self._scopes.add(scope)
+    async def _reaching(self, path: str, deadline_s: float | None = None) -> AsyncIterator[None]:
+        """Has whatever goes wrong inside raise Unavailable: also its deadline, and `close`, at which aiohttp would wait on."""
+        if self._closed:
+            raise Unavailable(f"{self.url}{path} can't be reached: its client was closed")
+        timeout = asyncio.timeout(deadline_s)
+        self._waiting.add(timeout)
         try:
-            async with scope:
+            async with timeout:
                 yield
-        except TimeoutError as error:
-            if scope.expired():
-                raise Unavailable(f"{self.url} was given up") from error
-            raise
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            what = f": {type(error).__name__}: {error}"
+            if timeout.expired():
+                what = ": its client was closed" if self._closed else f" did not respond in {deadline_s:g} s"
+            raise Unavailable(f"{self.url}{path}{what}") from error
         finally:
-            self._scopes.discard(scope)
+            self._waiting.discard(timeout)
 
     async def get(self, path: str, deadline_s: float) -> Any:
-        """The JSON answer."""
+        """The JSON of the response."""
         return await self._call("GET", path, None, deadline_s)
 
     async def post(self, path: str, body: dict[str, Any], deadline_s: float) -> Any:
-        """The JSON answer, or None where it is no JSON. Raises Unavailable for a status >= 400, or `success: false`."""
+        """The JSON of the response, None if it is none. Raises Unavailable for a status >= 400, or `success: false`."""
         return await self._call("POST", path, body, deadline_s)
 
     async def _call(self, method: str, path: str, body: dict[str, Any] | None, deadline_s: float) -> Any:
         data = None if body is None else self._encoder.encode(body)
-        timeout = aiohttp.ClientTimeout(total=deadline_s)
+        async with self._reaching(path, deadline_s), self._session.request(method, self.url + path, data=data) as response:
+            text = await response.read()
         try:
-            async with (
-                self._while_open(),
-                self._session.request(method, self.url + path, data=data, timeout=timeout) as response,
-            ):
-                text = await response.read()
-        except TimeoutError as error:
-            raise Unavailable(f"{self.url}{path} did not answer in {deadline_s:g} s") from error
-        except _FAILURES as error:
-            raise Unavailable(f"{self.url}{path}: {type(error).__name__}: {error}") from error
-        try:
-            answer = msgspec.json.decode(text) if text else None
+            decoded = msgspec.json.decode(text) if text else None
         except msgspec.DecodeError:
-            answer = None
-        if response.status >= 400 or (isinstance(answer, dict) and answer.get("success") is False):
+            decoded = None
+        if response.status >= 400 or (isinstance(decoded, dict) and decoded.get("success") is False):
             raise Unavailable(f"{self.url}{path}: status {response.status}: {text.decode(errors='replace')[:500]}")
-        return answer
+        return decoded
 
-    async def generate(self, rows: Sequence[Row], *, salt: str | None, stream_interval: int) -> AsyncIterator[Chunk]:
+    async def generate(self, rows: Sequence[RequestRow], *, salt: str | None, stream_interval: int) -> AsyncIterator[Chunk]:
         """Sends rows as one batch and yields the news of them as it comes, each row's last one with its finish reason.
 
         salt: keeps the server's prefix cache from mixing versions; None where there is no such cache.
@@ -107,34 +102,31 @@ class Client:
         }
         if salt is not None:
             body["extra_key"] = [salt] * len(rows)
-        try:
-            async with self._while_open():
-                response = await self._session.post(f"{self.url}/generate", data=self._encoder.encode(body))
-            async with response:
-                if response.status >= 400 or not stream:
-                    async with self._while_open():
-                        whole = await response.read()
-                if response.status >= 400:
-                    _refused(self.url, response.status, whole)
-                if not stream:
-                    chunks = self._decode(self._batches, whole)
-                    for index, chunk in enumerate(chunks):
-                        yield structs.replace(chunk, index=index)
-                    return
-                rest = b""
-                while data := await self._read(response):
-                    *events, rest = (rest + data).split(b"\n\n")
-                    for event in events:
-                        if event == _EVENT + _DONE:
-                            return
-                        yield self._decode(self._chunks, event.removeprefix(_EVENT))
-                raise Unavailable(f"{self.url}/generate ended before all of its requests had")
-        except _FAILURES as error:
-            raise Unavailable(f"{self.url}/generate: {type(error).__name__}: {error}") from error
+        async with self._reaching("/generate"):
+            response = await self._session.post(f"{self.url}/generate", data=self._encoder.encode(body))
+        async with response:
+            if response.status >= 400 or not stream:
+                async with self._reaching("/generate"):
+                    whole = await response.read()
+            if response.status >= 400:
+                _refused(self.url, response.status, whole)
+            if not stream:
+                chunks = self._decode(self._batches, whole)
+                for index, chunk in enumerate(chunks):
+                    yield structs.replace(chunk, index=index)
+                return
+            rest = b""
+            while data := await self._read(response):
+                *events, rest = (rest + data).split(b"\n\n")
+                for event in events:
+                    if event == _EVENT + _DONE:
+                        return
+                    yield self._decode(self._chunks, event.removeprefix(_EVENT))
+            raise Unavailable(f"{self.url}/generate ended before all of its requests had")
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         """What came next; nothing at its end."""
-        async with self._while_open():
+        async with self._reaching("/generate"):
             return await response.content.readany()
 
     def _decode(self, decoder: msgspec.json.Decoder[T], text: bytes) -> T:
@@ -156,12 +148,12 @@ def check_top_k(request: GenerationRequest) -> ConfigError | None:
     )
 
 
-def request_id(row: Row) -> str:
+def request_id(row: RequestRow) -> str:
     """Names this segment of the row to the server."""
     return f"{row.request.id}#{row.segments}"
 
 
-def _sampling(row: Row, stream_interval: int) -> dict[str, Any]:
+def _sampling(row: RequestRow, stream_interval: int) -> dict[str, Any]:
     sampling = row.request.sampling
     return {
         "temperature": sampling.temperature,

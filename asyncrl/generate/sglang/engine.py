@@ -1,8 +1,8 @@
 """The `sglang` engine: requests to one or several SGLang servers, which it starts, updates, watches and replaces.
 
-    submit_group ─► place ─► segment on a replica ─► rows end ─► futures
+    submit_group ─► segment on a replica ─► rows end ─► futures
                       ▲            │ interrupted by a swap, or its server died
-                      └────────────┘ go on elsewhere, with the tokens so far as prefix
+                      └────────────┘ they go on, there or elsewhere, with the tokens so far as prefix
 
 Everything below `submit_group` runs in one asyncio loop, in one thread. The replicas' lives are in replica.py.
 """
@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotInTime
 
+from asyncrl.config import EngineSpec, LimitsSpec
 from asyncrl.errors import AsyncRLError, Closed, Unavailable
 from asyncrl.generate.requests import check_request
 from asyncrl.generate.sglang.client import check_top_k
 from asyncrl.generate.sglang.loop import LoopThread
-from asyncrl.generate.sglang.replica import Counts, Replica, Settings
-from asyncrl.generate.sglang.router import Router
-from asyncrl.generate.sglang.segments import Row
-from asyncrl.generate.sglang.server import Server
+from asyncrl.generate.sglang.replica import Replica, ServerCounters
+from asyncrl.generate.sglang.segments import RequestRow
+from asyncrl.generate.sglang.server import SGLangServer
 from asyncrl.generate.sglang.transfer import Stage
 from asyncrl.interfaces import Tensors
 from asyncrl.types import Generation, GenerationRequest, SwapReport, Version
@@ -31,52 +31,45 @@ CLOSE_S = 30.0
 class SGLangEngine:
     """An `Engine` (asyncrl.interfaces) over SGLang servers. Thread-safe. Nothing is decoded before the first weights.
 
-    servers: each makes one server, anew after every death. vocabulary: of the model, tokens.
+    servers: each makes one server, and another one after every death. vocabulary: of the model, tokens.
     """
 
     def __init__(
         self,
-        servers: Sequence[Callable[[], Server]],
+        servers: Sequence[Callable[[], SGLangServer]],
+        spec: EngineSpec,
+        limits: LimitsSpec,
         *,
         max_length: int,
         vocabulary: int,
-        settings: Settings,
     ) -> None:
         self.max_length = max_length
-        self._most, self._vocabulary = settings.slots, vocabulary
-        self._stage = Stage()
+        self._slots_each, self._vocabulary = spec.slots, vocabulary
+        self._staged = Stage()
         self._loop = LoopThread("the sglang engine", self._drop)
         self._changes = self._loop.changes
-        self._counts = Counts()
-        self._router = Router([settings.slots] * len(servers))
+        self._counters = ServerCounters()
         self._replicas = [
-            Replica(
-                index,
-                make,
-                settings,
-                stage=self._stage,
-                router=self._router,
-                changes=self._changes,
-                counts=self._counts,
-            )
-            for index, make in enumerate(servers)
+            Replica(make, spec, limits, staged=self._staged, changes=self._changes, counters=self._counters) for make in servers
         ]
         self._version: Version | None = None
         self._paused = self._swapping = False
-        self._rows: set[Row] = set()  # unfinished
+        self._rows: set[RequestRow] = set()  # unfinished
         self._updating = asyncio.Lock()  # one update of weights at a time, a restarted server's included
 
     @property
     def slots(self) -> int:
-        """Requests that the servers take now: the sum of their windows; all of them while none is up."""
-        up = [replica.window.slots for replica in self._replicas if replica.up]
-        return sum(up) if up else self._most * len(self._replicas)
+        """Requests that the servers take now; while none is up, those that all of them would take."""
+        return self._slots_each * (len(self._up()) or len(self._replicas))
+
+    def _up(self) -> list[Replica]:
+        return [replica for replica in self._replicas if replica.up]
 
     @property
     def version(self) -> Version | None:
         return self._version
 
-    # ------------------------------------------------------------------------------------------ asking
+    # ---------------------------------------------------------------------------------------- requests
 
     def submit(self, request: GenerationRequest) -> "Future[Generation]":
         """Queues a request. Its future raises ConfigError if it can't fit, Closed after `close`, Unavailable on failure."""
@@ -84,7 +77,7 @@ class SGLangEngine:
 
     def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
         """Queues requests together: they go to one server as one batch. Futures in the same order."""
-        rows = [Row(request) for request in requests]
+        rows = [RequestRow(request) for request in requests]
         futures = [row.future for row in rows]
         sound = []
         for row in rows:
@@ -106,36 +99,31 @@ class SGLangEngine:
 
     # ------------------------------------------------------------------------------------------ serving
 
-    def _accept(self, rows: list[Row]) -> None:
+    def _accept(self, rows: list[RequestRow]) -> None:
         self._rows.update(rows)
         self._loop.spawn(self._serve(rows))
 
-    async def _serve(self, rows: Sequence[Row]) -> None:
+    async def _serve(self, rows: Sequence[RequestRow]) -> None:
         """Until every row has ended: finds a replica for those that have not, and has it take them further."""
         while rows := [row for row in rows if not row.done]:
-            if cancelled := [row for row in rows if row.cancelled]:
+            cancelled = [row for row in rows if row.cancelled]
+            replica = self._least_loaded()
+            if cancelled:
                 for row in cancelled:
                     self._settle(row, row.generation("abort"))
-                continue
-            place: int | None = None
+            elif replica is None:
+                await self._changes.next()
+            else:
+                await replica.segment(rows, self._settle)
 
-            def ready(rows: Sequence[Row] = rows) -> bool:
-                nonlocal place
-                if any(row.cancelled or row.done for row in rows):
-                    return True
-                place = self._router.pick(rows[0].request.group, len(rows)) if self._open else None
-                return place is not None
+    def _least_loaded(self) -> Replica | None:
+        """The replica that takes the next rows (of equals, the first). None while no server is up, there are no weights, or
+        something waits for the servers to be idle."""
+        if self._version is None or self._paused or self._swapping:
+            return None
+        return min(self._up(), key=lambda replica: len(replica.rows), default=None)
 
-            await self._changes.until(ready)
-            if place is not None:
-                await self._replicas[place].segment(rows, self._settle)
-
-    @property
-    def _open(self) -> bool:
-        """Whether requests may start: there are weights, and nothing waits for the servers to be idle."""
-        return self._version is not None and not self._paused and not self._swapping
-
-    def _settle(self, row: Row, outcome: Generation | AsyncRLError) -> None:
+    def _settle(self, row: RequestRow, outcome: Generation | AsyncRLError) -> None:
         self._rows.discard(row)
         self._changes.notify()
         if row.done:
@@ -161,11 +149,11 @@ class SGLangEngine:
 
     async def _update(self, version: Version, tensors: Tensors) -> SwapReport:
         async with self._updating:
-            await asyncio.to_thread(self._stage.put, version, tensors)
-        # A replica that comes up meanwhile takes them from the stage.
-        await self._changes.until(lambda: any(replica.up for replica in self._replicas))
+            await asyncio.to_thread(self._staged.put, version, tensors)
+        # A replica that comes up meanwhile takes the staged ones.
+        await self._changes.until(lambda: self._up())
         async with self._updating:
-            stale = [replica for replica in self._replicas if replica.up and replica.version != version]
+            stale = [replica for replica in self._up() if replica.version != version]
             try:
                 self._swapping = True  # requests wait here meanwhile: a server's queue could not tell their version
                 reports = await asyncio.gather(*(replica.swap(version) for replica in stale))
@@ -202,7 +190,7 @@ class SGLangEngine:
 
     async def _pause(self) -> None:
         self._paused = True
-        await asyncio.gather(*(replica.empty() for replica in self._replicas))
+        await asyncio.gather(*(replica.interrupt() for replica in self._replicas))
 
     def resume(self) -> None:
         self._loop.ask(self._resume()).result()
@@ -217,13 +205,13 @@ class SGLangEngine:
         try:
             self._loop.ask(asyncio.sleep(0)).result(deadline_s)
         except NotInTime:
-            raise Unavailable(f"the sglang engine's thread did not answer in {deadline_s} s; restart it") from None
+            raise Unavailable(f"the sglang engine's thread did not respond in {deadline_s} s; restart it") from None
 
     def gauges(self) -> dict[str, float]:
         """Counters since the start, and where every server stands now."""
-        up = [replica for replica in self._replicas if replica.up]
+        up = self._up()
         return {
-            **self._counts.gauges(),
+            **self._counters.gauges(),
             "servers_up": float(len(up)),
             "slots": float(self.slots),
             "in_flight": float(len(self._rows)),
@@ -242,7 +230,7 @@ class SGLangEngine:
     def close(self, deadline_s: float = CLOSE_S) -> None:
         """Ends the servers that it started; unfinished futures raise Closed."""
         self._loop.close(Closed("the engine was closed"), self._close, deadline_s)
-        self._stage.close()
+        self._staged.close()
 
     async def _close(self) -> None:
         await asyncio.gather(*(replica.close() for replica in self._replicas))

@@ -8,39 +8,40 @@ from typing import Any, TypeVar
 
 from asyncrl.errors import AsyncRLError, Closed, Unavailable
 
-# ------------------------------------------------------------------------------------------- changes
-# Waiting inside one event loop for whatever has become true.
+T = TypeVar("T")
 
 
 class Changes:
-    """`notify` after every change; `until` looks again each time. Of one loop only."""
+    """Waiting inside one event loop for whatever has become true. Call it only from that loop."""
 
     def __init__(self) -> None:
         self._waiting: set[asyncio.Future[None]] = set()
 
     def notify(self) -> None:
+        """Call it after every change: whoever waits looks again."""
         for waiting in self._waiting:
             if not waiting.done():
                 waiting.set_result(None)
         self._waiting.clear()
 
-    async def until(self, condition: Callable[[], bool]) -> None:
+    async def next(self) -> None:
+        """Returns at the next `notify`."""
+        waiting = asyncio.get_running_loop().create_future()
+        self._waiting.add(waiting)
+        try:
+            await waiting
+        finally:
+            self._waiting.discard(waiting)
+
+    async def until(self, condition: Callable[[], object]) -> None:
         """Returns once the condition holds; whoever needs a deadline puts `asyncio.timeout` around it."""
         while not condition():
-            waiting = asyncio.get_running_loop().create_future()
-            self._waiting.add(waiting)
-            try:
-                await waiting
-            finally:
-                self._waiting.discard(waiting)
-
-
-T = TypeVar("T")
+            await self.next()
 
 
 class LoopThread:
-    """Thread-safe, but for `spawn` and `changes`, which are the loop's own. on_end: called in the loop's thread (or, before
-    it runs, in that of whoever ends it) with the first reason, each time that `end` is."""
+    """Thread-safe, except `spawn` and `changes`: use these only from the loop. `on_end` is called in the loop's thread (before
+    the loop runs, in that of whoever ends it) with the first reason, each time that `end` is called."""
 
     def __init__(self, name: str, on_end: Callable[[AsyncRLError], None]) -> None:
         self.changes = Changes()
@@ -61,14 +62,14 @@ class LoopThread:
         self._loop.close()
 
     def call(self, function: Callable[..., object], *arguments: Any) -> AsyncRLError | None:
-        """Has the loop call it soon. Returns why not, if the loop has ended."""
+        """Has the loop call `function` soon. Returns why not, if the loop has ended."""
         with self._lock:
             if self.ended is None:
                 self._loop.call_soon_threadsafe(function, *arguments)
             return self.ended
 
     def ask(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
-        """Runs it in the loop. Its future raises why the loop ended, if it does first; so does this call, if it has."""
+        """Runs `work` in the loop. The future raises why the loop ended, if it ends first; this call, if it has ended."""
         with self._lock:
             if self.ended is None and self._thread.is_alive():
                 return asyncio.run_coroutine_threadsafe(self._unless_ended(work), self._loop)
@@ -87,7 +88,7 @@ class LoopThread:
         return task.result()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Runs it beside everything else. What it raises ends the loop."""
+        """Runs `work` beside everything else. What it raises ends the loop."""
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
@@ -110,7 +111,7 @@ class LoopThread:
         self.changes.notify()
 
     def close(self, reason: AsyncRLError, last: Callable[[], Coroutine[Any, Any, object]], deadline_s: float) -> None:
-        """Ends it, cancels all that was spawned, runs `last`, and waits for the thread. Idempotent."""
+        """Ends the loop: cancels all that was spawned, runs `last`, and waits for the thread. Idempotent."""
         if not self._thread.is_alive():
             self.end(reason)
             return

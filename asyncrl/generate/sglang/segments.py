@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Labelled(Struct, frozen=True):
-    """Tokens `start` to `end` of a segment came from the weights that were labelled `version`."""
+    """Says that tokens `start` to `end` of a segment came from the weights that were labelled `version`."""
 
     version: str
     start: int
@@ -25,25 +25,24 @@ class Labelled(Struct, frozen=True):
 
 
 class Finish(Struct, frozen=True):
-    """Why a segment ended. An abort that nobody asked for says why in `message`."""
+    """Why a segment ended."""
 
     type: str
-    message: str = ""
+    message: str = ""  # why, where it was aborted by the server itself
 
 
 class Meta(Struct, frozen=True):
-    """completion_tokens: of the segment so far. The lists hold all of them (and maybe later ones), or only the newest.
+    """What a server says of a segment beside its tokens. The lists hold all tokens of the segment so far (and maybe later
+    ones), or only the newest."""
 
-    output_token_logprobs: (nats after temperature but before top-p and top-k, token id, …) per token;
-    output_token_sampling_logprobs: nats of the distribution sampled from; only if asked for.
-    """
-
-    completion_tokens: int = 0
+    completion_tokens: int = 0  # of the segment so far
     finish_reason: Finish | None = None
+    # Per token: nats after temperature but before top-p and top-k, token id, …
     output_token_logprobs: list[tuple[float | None, int, Any]] = []
+    # Per token: nats of the distribution sampled from; only where the request wants it.
     output_token_sampling_logprobs: list[float | None] = []
-    weight_versions: list[Labelled] | None = None
-    num_retractions: int = 0
+    weight_versions: list[Labelled] | None = None  # with the last chunk
+    num_retractions: int = 0  # times that the server took the request out of its batch
 
 
 class Chunk(Struct, frozen=True):
@@ -54,8 +53,8 @@ class Chunk(Struct, frozen=True):
     index: int = 0
 
 
-class Row:
-    """One request: what is known of its answer. Not thread-safe; the engine's loop owns it.
+class RequestRow:
+    """One request, and what is known of its response. Not thread-safe: call it only from the engine's event loop.
 
     A segment is *mixed* once weights were swapped while it ran: only its end tells which token came from which version.
     """
@@ -84,7 +83,7 @@ class Row:
 
     @property
     def length(self) -> int:
-        """Prompt and answer so far, tokens."""
+        """Tokens of the prompt and of the response so far."""
         return len(self.request.prompt_ids) + len(self.token_ids)
 
     def begin(self, version: Version) -> None:
@@ -146,7 +145,7 @@ class Row:
             version = parse_label(label.version)
             if label.start != end or label.end < end or version is None or not oldest <= version <= self._newest:
                 raise Unavailable(
-                    f"request {self.request.id}: begun on weights {self._pinned}, but the server labels tokens {label.start} "
+                    f"request {self.request.id}: started on weights {self._pinned}, but the server labels tokens {label.start} "
                     f"to {label.end} with {label.version!r}: somebody else updates it, or it lost an update; it is restarted"
                 )
             spans.append(Span(version, label.end - end))
@@ -178,13 +177,13 @@ class Row:
         return gone
 
     def restart(self) -> int:
-        """Begins anew from the prompt. Returns how many tokens go."""
+        """Drops all tokens: the response is regenerated from the prompt. Returns how many they were."""
         gone = len(self.token_ids)
         self._clear()
         return gone
 
     def generation(self, reason: FinishReason) -> Generation:
-        """The answer. Greedy rows: the distribution is a point mass, so every logprob is 0."""
+        """The response as it is now. Greedy rows: the distribution is a point mass, so every logprob is 0."""
         logprobs, kept = self._logprobs, None
         if self.request.sampling.temperature == 0:
             logprobs = [0.0] * len(self.token_ids)

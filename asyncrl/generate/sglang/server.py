@@ -10,7 +10,7 @@ from msgspec import Struct, convert
 
 from asyncrl.config import UpdateMode
 from asyncrl.errors import ConfigError, Unavailable
-from asyncrl.generate.sglang.client import Client
+from asyncrl.generate.sglang.client import SGLangClient
 from asyncrl.generate.sglang.process import ServerProcess, free_port
 from asyncrl.generate.sglang.transfer import Stage, Transfer
 
@@ -20,37 +20,36 @@ UPDATE_S = 300.0  # longest that one transfer of weights may take
 
 
 class Facts(Struct, frozen=True):
-    """What a server says of itself, of what asyncrl must know."""
+    """What asyncrl must know of a server, as the server itself says it."""
 
     tp_size: int = 1
     disable_radix_cache: bool = False
     disable_overlap_schedule: bool = False
 
 
-class Core(Struct, frozen=True):
+class ServerLoad(Struct, frozen=True):
     """One entry of /v1/loads."""
 
-    num_running_reqs: int = 0
     num_waiting_reqs: int = 0
     token_usage: float = 0.0
 
 
-class Launch(NamedTuple):
-    """How to start a server: the command with its arguments but the port's, what to add to the environment, and the log."""
+class LaunchCommand(NamedTuple):
+    """How to start a server."""
 
-    command: tuple[str, ...]
-    env: Mapping[str, str]
+    command: tuple[str, ...]  # with all arguments but the port
+    env: Mapping[str, str]  # added to this process's environment
     log: Path
 
 
-class Server:
-    """A server from its start (or from when it was found at `url`) to its end. Of the engine's loop only.
+class SGLangServer:
+    """A server from its start (or from when it was found at `url`) to its end. Call it only from the engine's event loop.
 
     at: how to start one, or the URL of one that runs already. transfer: makes its way in for weights, given its
     tensor-parallel size.
     """
 
-    def __init__(self, at: Launch | str, transfer: Callable[[int], Transfer]) -> None:
+    def __init__(self, at: LaunchCommand | str, transfer: Callable[[int], Transfer]) -> None:
         self._transfer_of = transfer
         self._process: ServerProcess | None = None
         if isinstance(at, str):
@@ -59,7 +58,7 @@ class Server:
             port = free_port()
             url = f"http://127.0.0.1:{port}"
             self._process = ServerProcess((*at.command, "--port", str(port)), env=at.env, log=at.log)
-        self.client = Client(url)
+        self.client = SGLangClient(url)
         self.facts = Facts()
         self._transfer: Transfer | None = None
 
@@ -72,7 +71,7 @@ class Server:
         return self._process.pids() if self._process else []
 
     async def open(self, deadline_s: float) -> None:
-        """Waits until it answers a real request. Raises Unavailable, with the end of its log, if it ends or takes too long."""
+        """Waits until the server is healthy. Raises Unavailable, with the end of its log, if it ends or takes too long."""
         deadline = time.monotonic() + deadline_s
         while True:
             self.check_alive()
@@ -93,15 +92,15 @@ class Server:
 
     def require(self, mode: UpdateMode) -> None:
         """Raises ConfigError if this server could not label its tokens truly in an update of this mode."""
-        if mode == "keep_kv" and not self.facts.disable_radix_cache:
+        flags = {
+            "--disable-radix-cache": self.facts.disable_radix_cache,  # a prompt cached under old weights
+            "--disable-overlap-schedule": self.facts.disable_overlap_schedule,  # the step in flight
+        }
+        missing = [flag for flag, is_set in flags.items() if not is_set]
+        if mode == "keep_kv" and missing:
             raise ConfigError(
-                f"{self.client.url} has a prefix cache, and engine.update_mode is 'keep_kv': prompts cached under old weights "
-                "would be labelled as new; start it with --disable-radix-cache, or use update_mode: in_flight"
-            )
-        if mode == "keep_kv" and not self.facts.disable_overlap_schedule:
-            raise ConfigError(
-                f"{self.client.url} overlaps its schedule, and engine.update_mode is 'keep_kv': the step in flight would be "
-                "labelled with weights that come after it; start it with --disable-overlap-schedule, or use in_flight"
+                f"{self.client.url} runs without {' and '.join(missing)}, and engine.update_mode is 'keep_kv': tokens of old "
+                "weights would be labelled as new; start it with these flags, or use update_mode: in_flight"
             )
 
     def check_alive(self) -> None:
@@ -112,11 +111,10 @@ class Server:
     def _log(self) -> str:
         return f"; the end of its log:\n{self._process.log_tail()}" if self._process else ""
 
-    async def load(self) -> Core:
+    async def load(self) -> ServerLoad:
         """How busy it is, summed over data-parallel ranks; the fullest KV cache of them."""
-        ranks = convert((await self.client.get("/v1/loads?include=core", CALL_S))["loads"], list[Core])
-        return Core(
-            num_running_reqs=sum(rank.num_running_reqs for rank in ranks),
+        ranks = convert((await self.client.get("/v1/loads?include=core", CALL_S))["loads"], list[ServerLoad])
+        return ServerLoad(
             num_waiting_reqs=sum(rank.num_waiting_reqs for rank in ranks),
             token_usage=max((rank.token_usage for rank in ranks), default=0.0),
         )
@@ -127,16 +125,16 @@ class Server:
             "/generate", {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "ignore_eos": True}}, deadline_s
         )
 
-    async def update(self, stage: Stage) -> None:
+    async def update(self, staged: Stage) -> None:
         """Takes the staged weights while nothing of it is computing: when it is idle, or paused."""
         assert self._transfer is not None
-        await self._transfer.send(self._post_weights, stage)
+        await self._transfer.send(self._post_weights, staged)
 
     async def _post_weights(self, path: str, body: dict[str, Any]) -> Any:
         return await self.client.post(path, body, UPDATE_S)
 
     async def close(self) -> None:
-        """Ends it if it is ours; whatever waits for its answers gets Unavailable. Idempotent."""
+        """Ends the server if it is ours; whoever waits for it gets Unavailable. Idempotent."""
         if self._process is not None:
             self._process.kill()
         await self.client.close()

@@ -1,4 +1,4 @@
-"""The gate: one at a time, outsiders before the next step."""
+"""The gate: one at a time, outsiders before the next step. Admission: who joins the next step."""
 
 import threading
 from collections import deque
@@ -55,7 +55,6 @@ def test_a_holder_that_fails_lets_the_next_one_in() -> None:
 
 
 # ------------------------------------------------------------------------------------------- admission
-# Who joins the next step.
 
 MakeRequest = Callable[..., GenerationRequest]
 

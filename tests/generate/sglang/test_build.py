@@ -1,5 +1,6 @@
 """From a deployment's words to a server's command line and its way in for weights."""
 
+import asyncio
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -9,13 +10,14 @@ from typing import Any
 import pytest
 from transformers import Qwen3Config
 
-from asyncrl.config import EngineSpec, LimitsSpec, ModelSpec, PlaceSpec, SGLangSpec
+from asyncrl.config import EngineSpec, GeneratorsSpec, ModelSpec, PlaceSpec, SGLangSpec
 from asyncrl.errors import ConfigError
-from asyncrl.generate.sglang.build import launch, sglang_engine
+from asyncrl.generate.engines import EngineSite
+from asyncrl.generate.sglang.build import launch_command, sglang_engine
 from asyncrl.generate.sglang.distributed import Distributed
-from asyncrl.generate.sglang.server import Launch
+from asyncrl.generate.sglang.server import Facts, LaunchCommand, SGLangServer
 from asyncrl.generate.sglang.transfer import SharedMemory
-from asyncrl.types import GenerationRequest, Sampling
+from asyncrl.types import GenerationRequest, Sampling, Version
 
 MODEL = ModelSpec(path="/models/qwen", dtype="bfloat16")
 
@@ -31,10 +33,10 @@ def flags(command: tuple[str, ...]) -> dict[str, str | bool]:
 
 def launched(
     index: int = 0, max_length: int = 512, threads: int = 1, gpus: float = 0, mode: Any = "in_flight", **sglang: Any
-) -> Launch:
+) -> LaunchCommand:
     place = PlaceSpec(threads=threads, gpus=gpus)
     spec = EngineSpec(kind="sglang", slots=48, update_mode=mode, sglang=SGLangSpec(**sglang))
-    return launch(spec, MODEL, place, index=index, max_length=max_length, log=Path("log"))
+    return launch_command(spec, MODEL, place, index, max_length, log=Path("log"))
 
 
 def test_a_server_is_started_with_what_asyncrl_relies_on() -> None:
@@ -108,6 +110,30 @@ def test_where_a_server_listens_and_what_it_serves_is_not_for_args(name: str) ->
         launched(args={name: "x"})
 
 
+@pytest.mark.parametrize(
+    ("facts", "missing"),
+    [
+        (Facts(), "--disable-radix-cache and --disable-overlap-schedule"),
+        (Facts(disable_radix_cache=True), "without --disable-overlap-schedule"),
+        (Facts(disable_overlap_schedule=True), "without --disable-radix-cache"),
+        (Facts(disable_radix_cache=True, disable_overlap_schedule=True), ""),
+    ],
+)
+def test_a_server_found_running_must_be_able_to_label_its_tokens(facts: Facts, missing: str) -> None:
+    async def run() -> None:
+        server = SGLangServer("http://there:1", lambda _: SharedMemory(1))
+        server.facts = facts
+        server.require("in_flight")
+        if missing:
+            with pytest.raises(ConfigError, match=missing):
+                server.require("keep_kv")
+        else:
+            server.require("keep_kv")
+        await server.close()
+
+    asyncio.run(run())
+
+
 # ---------------------------------------------------------------------------------------- the engine
 
 
@@ -128,7 +154,10 @@ def build(model: ModelSpec, tmp_path: Path) -> Build:
 
     def make(gpus: float = 0.0, max_length: int = 2048, **sglang: Any) -> Any:
         spec = EngineSpec(kind="sglang", max_length=max_length, sglang=SGLangSpec(**({"command": (sys.executable,)} | sglang)))
-        return sglang_engine(spec, model, PlaceSpec(gpus=gpus), LimitsSpec(), host="127.0.0.1", logs=tmp_path, name="gen-0")
+        place = PlaceSpec(gpus=gpus)
+        return sglang_engine(
+            EngineSite(generators=GeneratorsSpec(engine=spec, place=place), model=model, logs=tmp_path, name="gen-0")
+        )
 
     return make
 
@@ -170,16 +199,36 @@ def test_a_command_that_is_not_there_is_refused(build: Build) -> None:
 
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
     spec = EngineSpec(kind="sglang", sglang=SGLangSpec(command=(sys.executable,)))
+    model = ModelSpec(path=str(tmp_path))
+    site = EngineSite(generators=GeneratorsSpec(engine=spec), model=model, logs=tmp_path, name="gen-0")
     with pytest.raises(ConfigError, match=r"model\.path"):
-        sglang_engine(
-            spec, ModelSpec(path=str(tmp_path)), PlaceSpec(), LimitsSpec(), host="127.0.0.1", logs=tmp_path, name="gen-0"
-        )
+        sglang_engine(site)
 
 
 def test_length_is_bounded_by_the_model_and_slots_are_per_server(build: Build) -> None:
     engine = build(servers=3)
     assert (engine.max_length, engine.slots, engine.version) == (64, 192, None)
     assert build(max_length=32).max_length == 32
+
+
+def test_the_least_loaded_server_that_is_up_takes_the_next_rows_once_there_are_weights(build: Build) -> None:
+    engine = build(servers=3)
+    first, second, third = engine._replicas
+    second.up = third.up = True
+    assert engine.slots == 128
+    assert engine._least_loaded() is None  # nothing is decoded before the first weights
+    engine._version = Version(1, 1)
+    assert engine._least_loaded() is second  # of equals, the first
+    second.rows.update({object(), object()})
+    third.rows.add(object())
+    assert engine._least_loaded() is third
+    first.up = True
+    assert engine._least_loaded() is first
+    second.up = first.up = third.up = False
+    assert engine._least_loaded() is None
+    assert engine.slots == 192
+    first.up, engine._paused = True, True
+    assert engine._least_loaded() is None
 
 
 def test_before_its_start_an_engine_has_no_process_and_after_its_end_it_says_closed(build: Build) -> None:

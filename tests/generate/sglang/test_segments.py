@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.errors import Unavailable
-from asyncrl.generate.sglang.segments import Chunk, Finish, Labelled, Meta, Row, parse_label
+from asyncrl.generate.sglang.segments import Chunk, Finish, Labelled, Meta, RequestRow, parse_label
 from asyncrl.types import GenerationRequest, Sampling, Span, Version
 
 ONE, TWO, THREE = Version(1, 1), Version(1, 2), Version(1, 3)
@@ -18,9 +18,9 @@ FULL = [-token / 8 for token in range(40)]  # after temperature; exact in binary
 SAMPLED = [-token / 16 for token in range(40)]  # after top-p as well
 
 
-def make_row(max_tokens: int = 4, temperature: float = 1.0, top_p: float = 1.0, stop: tuple[int, ...] = ()) -> Row:
+def make_row(max_tokens: int = 4, temperature: float = 1.0, top_p: float = 1.0, stop: tuple[int, ...] = ()) -> RequestRow:
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=0, max_tokens=max_tokens, stop_token_ids=stop)
-    return Row(GenerationRequest(id="7/3", group=7, prompt_ids=(1, 2, 3), sampling=sampling, seed=0))
+    return RequestRow(GenerationRequest(id="7/3", group=7, prompt_ids=(1, 2, 3), sampling=sampling, seed=0))
 
 
 def chunk(
@@ -375,7 +375,7 @@ def test_a_cumulative_chunk_that_runs_ahead_of_its_count_is_cut_to_it() -> None:
         sampling=Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=4, stop_token_ids=()),
         seed=0,
     )
-    row = Row(asked)
+    row = RequestRow(asked)
     row.begin(Version(1, 1))
     everything = [(-0.1 * token, token, None) for token in (11, 12, 13, 14)]
     for count, seen in ((1, 2), (2, 4), (4, 4)):

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from asyncrl.errors import Unavailable
-from asyncrl.generate.sglang.client import Client
+from asyncrl.generate.sglang.client import SGLangClient
 from asyncrl.generate.sglang.distributed import Distributed
 from asyncrl.generate.sglang.transfer import Post, SharedMemory, Stage, Transfer
 from asyncrl.models.loading import named_weights
@@ -36,8 +36,8 @@ PROMPT = list(range(5, 25))
 
 
 @asynccontextmanager
-async def connected(url: str) -> AsyncIterator[Client]:
-    client = Client(url)
+async def connected(url: str) -> AsyncIterator[SGLangClient]:
+    client = SGLangClient(url)
     try:
         yield client
     finally:

@@ -1,0 +1,91 @@
+"""The `sglang` kind of engine: what it needs on this machine. SGLang is found by its metadata, and never imported."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from asyncrl.config import Deployment, SGLangSpec
+from asyncrl.errors import ConfigError
+from asyncrl.generate.engines import EngineSite
+from asyncrl.generate.sglang.process import find_program, require_command
+from asyncrl.report.findings import Finding, MachineCheck
+
+if TYPE_CHECKING:
+    from asyncrl.generate.sglang.engine import SGLangEngine
+
+GPU_FIX = "pip install 'asyncrl[sglang]'"
+CPU_FIX = "deploy/sglang-cpu/install"
+CPU_COMMAND = "sglang-cpu-server"
+KERNELS = "sglang-kernel"  # the package of SGLang's CUDA kernels: the CPU engine does without
+
+
+def installed_version(package: str) -> str:
+    """The version of a package in this environment, by its metadata; empty if it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+class SGLangKind(NamedTuple):
+    """An EngineKind (asyncrl.generate.engines). Its fields say what this machine is like; tests make them up."""
+
+    environ: Mapping[str, str] = os.environ
+    installed: Callable[[str], str] = installed_version  # version by package name, empty if it is not there
+    find: Callable[[str], str | None] = find_program  # path by command name
+    prefix: Path = Path(sys.prefix)  # of this Python's environment
+
+    def check(self, deployment: Deployment) -> str:
+        """Looks for the servers' command on this machine; not on a cluster, where the generators' machines are others than the
+        driver's, and refuse by themselves."""
+        count, engine = deployment.generators.count, deployment.generators.engine
+        sglang, updates = engine.sglang, f"{engine.update_mode} updates"
+        if sglang.urls:
+            return f"sglang: attached to {', '.join(sglang.urls)}; {updates}"
+        program = " ".join(sglang.command)
+        plan = f"sglang: {count} × {sglang.servers} servers, tensor parallel {sglang.tp_size}, by `{program}`; {updates}"
+        if address := deployment.ray_address or self.environ.get("RAY_ADDRESS", ""):
+            return f"{plan}; the generators' nodes of the Ray at {address} must have it"
+        require_command(sglang.command)
+        if sglang.command == SGLangSpec().command and not (self.installed("sglang") and self.installed(KERNELS)):
+            raise ConfigError(
+                f"generators.engine.kind='sglang': {self._without_kernels() or 'sglang is not installed here'}, so `{program}` "
+                f"could not start a server; with GPUs {GPU_FIX}; on a CPU run {CPU_FIX} and set "
+                f"deploy.generators.engine.sglang.command=[{CPU_COMMAND}]"
+            )
+        return plan
+
+    def _without_kernels(self) -> str:
+        version = self.installed("sglang")
+        return f"sglang {version} is here without its CUDA kernels" if version else ""
+
+    def machine_checks(self) -> list[MachineCheck]:
+        return [("sglang (GPU)", self._gpu, ""), ("sglang (CPU)", self._cpu, "")]
+
+    def _gpu(self) -> Finding:
+        name, use = "sglang (GPU)", "production engine"
+        version, kernels = self.installed("sglang"), self.installed(KERNELS)
+        if version and kernels:
+            return Finding(name=name, status="ok", detail=f"sglang {version}, {KERNELS} {kernels}: {use}", required=False)
+        detail = "; ".join(filter(None, (use, self._without_kernels())))
+        return Finding(name=name, status="missing", detail=detail, fix=GPU_FIX, required=False)
+
+    def _cpu(self) -> Finding:
+        """The command that deploy/sglang-cpu/install makes, and the sglang that it starts."""
+        name, use, own = "sglang (CPU)", "SGLang without GPUs", self.prefix / "bin" / CPU_COMMAND
+        found, version = self.find(CPU_COMMAND), self.installed("sglang")
+        if found and Path(found).resolve() != own.resolve():
+            return Finding(name=name, status="ok", detail=f"{found}, of another environment: {use}", required=False)
+        if not found and not own.exists():
+            return Finding(name=name, status="missing", detail=use, fix=CPU_FIX, required=False)
+        if not version:
+            return Finding(name=name, status="broken", detail=f"{own} without sglang", fix=CPU_FIX, required=False)
+        return Finding(name=name, status="ok", detail=f"sglang {version}, {CPU_COMMAND}: {use}", required=False)
+
+    def build(self, site: EngineSite) -> "SGLangEngine":
+        from asyncrl.generate.sglang.build import sglang_engine
+
+        return sglang_engine(site)

@@ -1,0 +1,20 @@
+"""What a check of this machine has found: one row of `asyncrl doctor`."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from msgspec import Struct
+
+
+class Finding(Struct, frozen=True, kw_only=True):
+    """One row. A required one that is not `ok` makes the exit status of the doctor 1."""
+
+    name: str
+    status: Literal["ok", "missing", "broken"]
+    detail: str
+    fix: str = ""  # the command that fixes it
+    required: bool = True
+
+
+# A row's name, what makes it, and the package to install again if that raises.
+MachineCheck = tuple[str, Callable[[], Finding], str]

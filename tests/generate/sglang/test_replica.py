@@ -1,0 +1,296 @@
+"""The `sglang` engine over servers played in this process: where rows go, and what an update or a death does to them."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+import torch
+
+from asyncrl.config import EngineSpec, LimitsSpec, SGLangSpec
+from asyncrl.errors import Closed, Unavailable
+from asyncrl.generate.sglang.client import request_id
+from asyncrl.generate.sglang.engine import SGLangEngine
+from asyncrl.generate.sglang.replica import MAX_LOSSES
+from asyncrl.generate.sglang.segments import Chunk, Finish, Labelled, Meta, RequestRow
+from asyncrl.generate.sglang.server import Facts, ServerLoad
+from asyncrl.types import Generation, GenerationRequest, Sampling, Span, SwapReport, Version
+
+WAIT_S = 10.0
+TOKEN_S = 0.002  # per token
+V1, V2 = Version(1, 1), Version(1, 2)
+
+
+class FakeServer:
+    """Decodes a token per row and TOKEN_S, labelled with the weights that it has; it is also its own client."""
+
+    url = "http://fake"
+
+    def __init__(self, prefix_cache: bool = False, starts: bool = True) -> None:
+        self.client, self.facts = self, Facts(disable_radix_cache=not prefix_cache)
+        self.version = Version(0, 0)
+        self.dead, self.paused = not starts, False
+        self.running: set[str] = set()
+        self.aborted: set[str] = set()
+        self.paths: list[str] = []
+
+    async def open(self, deadline_s: float) -> None:
+        self.check_alive()
+
+    def require(self, mode: str) -> None: ...
+
+    def check_alive(self) -> None:
+        if self.dead:
+            raise Unavailable("the fake server died")
+
+    async def load(self) -> ServerLoad:
+        return ServerLoad(num_waiting_reqs=3, token_usage=0.5)
+
+    async def probe(self, deadline_s: float) -> None: ...
+
+    async def update(self, staged: Any) -> None:
+        self.check_alive()
+        assert self.paused or not self.running  # never while it computes
+        self.version = staged.version
+
+    def pids(self) -> list[int]:
+        return []
+
+    async def close(self) -> None:
+        self.dead = True
+
+    async def post(self, path: str, body: dict[str, Any], deadline_s: float) -> None:
+        self.check_alive()
+        self.paths.append(path)
+        if path == "/abort_request":
+            self.aborted |= self.running if "abort_all" in body else {body["rid"]}
+        else:
+            self.paused = path == "/pause_generation"
+
+    async def generate(self, rows: Sequence[RequestRow], *, salt: str | None, stream_interval: int) -> AsyncIterator[Chunk]:
+        assert salt == (None if self.facts.disable_radix_cache else str(self.version))
+        left = {i: row.request.sampling.max_tokens - len(row.token_ids) for i, row in enumerate(rows)}
+        made: dict[int, list[Version]] = {i: [] for i in left}
+        self.running |= {request_id(row) for row in rows}
+        while left:
+            await asyncio.sleep(TOKEN_S)
+            self.check_alive()
+            for i in [] if self.paused else list(left):
+                aborted = request_id(rows[i]) in self.aborted
+                if not aborted:
+                    made[i].append(self.version)
+                finish = Finish("abort") if aborted else Finish("length") if len(made[i]) == left[i] else None
+                if finish is not None:
+                    del left[i]
+                    self.running.discard(request_id(rows[i]))
+                yield self._chunk(i, made[i], finish, new=not aborted)
+
+    @staticmethod
+    def _chunk(index: int, made: list[Version], finish: Finish | None, new: bool) -> Chunk:
+        labels = [Labelled(str(version), at, at + 1) for at, version in enumerate(made)]
+        meta = Meta(
+            completion_tokens=len(made),
+            finish_reason=finish,
+            output_token_logprobs=[(-1.0, 7, None)] * new,
+            weight_versions=labels if finish else None,
+        )
+        return Chunk(meta_info=meta, output_ids=[7] * new, index=index)
+
+
+class Farm:
+    """Every server that the engine has made, place by place, the newest last."""
+
+    def __init__(self, places: int, **how: Any) -> None:
+        self.made: list[list[FakeServer]] = [[] for _ in range(places)]
+        self.how = how
+
+    def makers(self) -> list[Callable[[], Any]]:
+        def make(place: list[FakeServer]) -> FakeServer:
+            place.append(FakeServer(**self.how))
+            return place[-1]
+
+        return [lambda place=place: make(place) for place in self.made]  # type: ignore[misc]
+
+    def __getitem__(self, place: int) -> FakeServer:
+        return self.made[place][-1]
+
+
+Open = Callable[..., tuple[SGLangEngine, Farm]]
+
+
+@pytest.fixture
+def open_engine() -> Iterator[Open]:
+    """open_engine(places, mode, **FakeServer): an engine that is started and has weights V1, and its servers."""
+    engines: list[SGLangEngine] = []
+
+    def open_it(places: int = 1, mode: Any = "in_flight", probe_s: float = WAIT_S, **how: Any) -> tuple[SGLangEngine, Farm]:
+        farm = Farm(places, **how)
+        spec = EngineSpec(kind="sglang", slots=16, update_mode=mode, sglang=SGLangSpec(stream_interval=1))
+        limits = LimitsSpec(health_timeout_s=2 * probe_s)
+        engine = SGLangEngine(farm.makers(), spec, limits, max_length=2000, vocabulary=100)
+        engines.append(engine)
+        engine.start()
+        swap(engine, V1)
+        until(lambda: engine.gauges()["servers_up"] == places)
+        return engine, farm
+
+    yield open_it
+    for engine in engines:
+        engine.close()
+
+
+def swap(engine: SGLangEngine, version: Version) -> SwapReport:
+    return engine.update_weights(version, {"w": torch.full((2,), float(version.update))})
+
+
+def ask(engine: SGLangEngine, group: int = 0, each: int = 4, tokens: int = 60) -> "list[Future[Generation]]":
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=tokens, stop_token_ids=())
+    requests = [
+        GenerationRequest(id=f"{group}/{i}", group=group, prompt_ids=(1, 2), sampling=sampling, seed=0) for i in range(each)
+    ]
+    return engine.submit_group(requests)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end, pause = time.monotonic() + WAIT_S, threading.Event()
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        pause.wait(0.002)
+
+
+def results(futures: "list[Future[Generation]]") -> list[Generation]:
+    return [future.result(WAIT_S) for future in futures]
+
+
+def decoded(engine: SGLangEngine, tokens: int) -> None:
+    """Waits until servers have reported so many tokens more."""
+    before = engine.gauges()["tokens"]
+    until(lambda: engine.gauges()["tokens"] >= before + tokens)
+
+
+def test_groups_go_to_the_least_loaded_server_and_all_rollouts_end(open_engine: Open) -> None:
+    engine, farm = open_engine(places=2)
+    assert engine.slots == 32
+    futures = [future for group in range(4) for future in ask(engine, group)]
+    until(lambda: len(farm[0].running) == len(farm[1].running) == 8)
+    assert all(answer.spans == (Span(V1, 60),) for answer in results(futures))
+    until(lambda: engine.gauges()["waiting"] == 6)
+    gauges = engine.gauges()
+    assert (gauges["servers_up"], gauges["in_flight"], gauges["kv_usage"], gauges["restarts"]) == (2, 0, 0.5, 0)
+
+
+def test_rows_of_a_server_that_dies_go_on_elsewhere_with_their_tokens_while_it_is_replaced(open_engine: Open) -> None:
+    engine, farm = open_engine(places=2)
+    futures = ask(engine, 0, tokens=300) + ask(engine, 1, tokens=300)
+    decoded(engine, 80)
+    farm[0].dead = True
+    until(lambda: len(farm[1].running) == 8)
+    answers = results(futures)
+    assert all(answer.spans == (Span(V1, 300),) and answer.token_ids == [7] * 300 for answer in answers)
+    until(lambda: engine.gauges()["servers_up"] == 2)
+    gauges = engine.gauges()
+    assert (gauges["restarts"], gauges["resumed"], gauges["reissued"], gauges["lost_tokens"]) == (1, 4, 0, 0)
+    assert len(farm.made[0]) == 2
+    assert farm[0].version == V1  # it got the weights before it served
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_an_update_in_flight_retracts_or_interrupts_and_rows_go_on(open_engine: Open, prefix_cache: bool) -> None:
+    engine, farm = open_engine(prefix_cache=prefix_cache)
+    futures = ask(engine, tokens=300)
+    decoded(engine, 80)
+    report = swap(engine, V2)
+    assert (report.version, report.discarded_tokens) == (V2, 0)
+    assert report.recomputed_tokens >= 4 * 2 + 80
+    for answer in results(futures):
+        assert [span.version for span in answer.spans] == [V1, V2]
+        assert len(answer.token_ids) == 300
+    assert ("/pause_generation" in farm[0].paths) == (not prefix_cache)
+    assert engine.gauges()["interrupted"] == (4 if prefix_cache else 0)
+
+
+def test_drain_waits_for_running_rows_and_restart_regenerates_them(open_engine: Open) -> None:
+    for mode, spans in (("drain", (Span(V1, 100),)), ("restart", (Span(V2, 100),))):
+        engine, _ = open_engine(mode=mode)
+        futures = ask(engine, tokens=100)
+        decoded(engine, 40)
+        report = swap(engine, V2)
+        assert (report.discarded_tokens > 0) == (mode == "restart")
+        assert [future.done() for future in futures] == [mode == "drain"] * 4
+        assert {answer.spans for answer in results(futures)} == {spans}
+
+
+def test_an_abort_ends_a_group_and_no_other(open_engine: Open) -> None:
+    engine, _ = open_engine()
+    doomed, kept = ask(engine, 1, tokens=1500), ask(engine, 2, tokens=100)
+    decoded(engine, 40)
+    engine.abort(1)
+    for answer in results(doomed):
+        assert answer.finish_reason == "abort"
+        assert 0 < len(answer.token_ids) < 1500
+    assert {answer.finish_reason for answer in results(kept)} == {"length"}
+
+
+def test_pause_interrupts_and_resume_goes_on(open_engine: Open) -> None:
+    engine, farm = open_engine()
+    futures = ask(engine, tokens=100)
+    decoded(engine, 40)
+    engine.pause()
+    assert farm[0].running == set()
+    assert not any(future.done() for future in futures)
+    engine.resume()
+    assert {answer.spans for answer in results(futures)} == {(Span(V1, 100),)}
+
+
+def test_a_server_that_keeps_aborted_rows_is_replaced(open_engine: Open) -> None:
+    engine, farm = open_engine(probe_s=0.3, prefix_cache=True)
+    futures = ask(engine, tokens=200)
+    decoded(engine, 40)
+    farm[0].paused = True  # wedged: an abort changes nothing
+    swap(engine, V2)
+    assert {answer.spans[-1].version for answer in results(futures)} == {V2}
+    assert engine.gauges()["restarts"] == 1
+
+
+def test_nothing_is_taken_from_a_server_that_somebody_else_updates(open_engine: Open) -> None:
+    engine, farm = open_engine()
+    futures = ask(engine, 0, tokens=60) + ask(engine, 1, tokens=200)
+    decoded(engine, 40)
+    farm[0].version = Version(9, 2)
+    for answer in results(futures):
+        assert {span.version for span in answer.spans} == {V1}
+        assert sum(span.length for span in answer.spans) == len(answer.token_ids)
+    gauges = engine.gauges()
+    assert (gauges["restarts"], gauges["resumed"], gauges["reissued"]) == (1, 0, 8)
+    assert len(farm.made[0]) == 2
+
+
+def test_deaths_in_a_row_end_the_engine_and_a_finished_rollout_forgives_them(open_engine: Open) -> None:
+    engine, farm = open_engine()
+    for count in range(1, MAX_LOSSES + 1):
+        farm[0].dead = True
+        until(lambda count=count: engine.gauges()["restarts"] == count and engine.gauges()["servers_up"] == 1)
+    results(ask(engine, tokens=5))
+    farm[0].dead = True
+    until(lambda: engine.gauges()["restarts"] == MAX_LOSSES + 1)
+    farm.how = {"starts": False}
+    futures = ask(engine, tokens=1000)
+    farm[0].dead = True
+    with pytest.raises(Unavailable, match="the fake server died"):
+        results(futures)
+    with pytest.raises(Unavailable, match="the fake server died"):
+        engine.health(WAIT_S)
+
+
+def test_close_ends_unfinished_rows(open_engine: Open) -> None:
+    engine, _ = open_engine()
+    futures = ask(engine, tokens=1500)
+    decoded(engine, 10)
+    engine.close()
+    with pytest.raises(Closed):
+        results(futures)
+    with pytest.raises(Closed):
+        results(ask(engine))
