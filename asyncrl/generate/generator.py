@@ -242,6 +242,7 @@ class Generator:
                 self._swapping, self._swap_wanted = True, False
                 self._mark()
             swap = self._engine.update_weights(*news)
+            del news  # its memory may go before the next version comes
             with self._cond:
                 self._swapping, self._version = False, swap.version
                 self._counters.swap(swap)

@@ -21,7 +21,7 @@ from asyncrl.generate.sglang.replica import Counts, Replica, Settings
 from asyncrl.generate.sglang.router import Router
 from asyncrl.generate.sglang.segments import Row
 from asyncrl.generate.sglang.server import Server
-from asyncrl.generate.sglang.transfer import Stage
+from asyncrl.generate.sglang.transfer import StagedWeights
 from asyncrl.interfaces import Tensors
 from asyncrl.types import Generation, GenerationRequest, SwapReport, Version
 
@@ -44,7 +44,7 @@ class SGLangEngine:
     ) -> None:
         self.max_length = max_length
         self._most, self._vocabulary = settings.slots, vocabulary
-        self._stage = Stage()
+        self._staged = StagedWeights()
         self._loop = LoopThread("the sglang engine", self._drop)
         self._changes = self._loop.changes
         self._counts = Counts()
@@ -54,7 +54,7 @@ class SGLangEngine:
                 index,
                 make,
                 settings,
-                stage=self._stage,
+                staged=self._staged,
                 router=self._router,
                 changes=self._changes,
                 counts=self._counts,
@@ -161,8 +161,8 @@ class SGLangEngine:
 
     async def _update(self, version: Version, tensors: Tensors) -> SwapReport:
         async with self._updating:
-            await asyncio.to_thread(self._stage.put, version, tensors)
-        # A replica that comes up meanwhile takes them from the stage.
+            await asyncio.to_thread(self._staged.put, version, tensors)
+        # A replica that comes up meanwhile takes the staged ones.
         await self._changes.until(lambda: any(replica.up for replica in self._replicas))
         async with self._updating:
             stale = [replica for replica in self._replicas if replica.up and replica.version != version]
@@ -242,7 +242,7 @@ class SGLangEngine:
     def close(self, deadline_s: float = CLOSE_S) -> None:
         """Ends the servers that it started; unfinished futures raise Closed."""
         self._loop.close(Closed("the engine was closed"), self._close, deadline_s)
-        self._stage.close()
+        self._staged.close()
 
     async def _close(self) -> None:
         await asyncio.gather(*(replica.close() for replica in self._replicas))

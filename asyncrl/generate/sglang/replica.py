@@ -14,7 +14,7 @@ from asyncrl.generate.sglang.loop import Changes
 from asyncrl.generate.sglang.router import Router
 from asyncrl.generate.sglang.segments import Chunk, Row
 from asyncrl.generate.sglang.server import CALL_S, Core, Server
-from asyncrl.generate.sglang.transfer import Stage
+from asyncrl.generate.sglang.transfer import StagedWeights
 from asyncrl.generate.sglang.window import Load, Window
 from asyncrl.types import FinishReason, Generation, SwapReport, Version
 
@@ -70,7 +70,7 @@ class Replica:
         make: Callable[[], Server],
         settings: Settings,
         *,
-        stage: Stage,
+        staged: StagedWeights,
         router: Router,
         changes: Changes,
         counts: Counts,
@@ -80,7 +80,7 @@ class Replica:
         self.version: Version | None = None
         self.up = False
         self._make, self._settings, self._mode = make, settings, settings.mode
-        self._stage, self._router, self._changes, self._counts = stage, router, changes, counts
+        self._staged, self._router, self._changes, self._counts = staged, router, changes, counts
         self.server: Server | None = None
         self._rows: set[Row] = set()
         self._lost: Unavailable | None = None
@@ -105,9 +105,9 @@ class Replica:
                 await server.open(self._settings.start_timeout_s)
                 server.require(self._mode)
                 async with updating:
-                    if self._stage.version is not None:
-                        await server.update(self._stage)
-                    self.version = self._stage.version
+                    if self._staged.version is not None:
+                        await server.update(self._staged)
+                    self.version = self._staged.version
                     self._rise()
                 await self._watch(server)
             except Unavailable as error:
@@ -287,7 +287,7 @@ class Replica:
                 elif self._mode == "restart":
                     discarded = sum(row.restart() for row in unfinished)
                 recomputed = sum(row.length for row in unfinished)
-                await server.update(self._stage)
+                await server.update(self._staged)
             else:
                 for row in self._rows:
                     row.swapping(version)
@@ -310,7 +310,7 @@ class Replica:
         """
         mode = "in_place" if self._mode == "keep_kv" else "retract"
         await server.client.post("/pause_generation", {"mode": mode}, CALL_S)
-        await server.update(self._stage)
+        await server.update(self._staged)
         await server.client.post("/continue_generation", {}, CALL_S)
 
     async def empty(self, wait_only: bool = False) -> list[Row]:
