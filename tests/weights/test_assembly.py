@@ -1,12 +1,13 @@
-import os
+import math
+import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from msgspec.structs import replace
 
 from asyncrl.errors import BadTransfer
+from asyncrl.models.memory import FlatTensors, ReceivingMemory
 from asyncrl.types import Version
 from asyncrl.weights.assembly import Assembly
 
@@ -17,7 +18,7 @@ TENSORS = {"w": torch.arange(100, dtype=torch.int32)}  # 400 bytes: buckets of 1
 @pytest.fixture
 def sent(packed: Callable) -> tuple[bytes, Assembly]:
     data, manifest = packed(V, TENSORS, 150)
-    return data, Assembly(manifest)
+    return data, Assembly(manifest, ReceivingMemory())
 
 
 def bucket(data: bytes, index: int) -> memoryview:
@@ -71,37 +72,55 @@ def test_damage_and_wrong_length_are_refused(sent: tuple[bytes, Assembly]) -> No
         assembly.put(1, memoryview(flipped))
 
 
-def test_reads_a_file_and_pauses_when_told(sent: tuple[bytes, Assembly], tmp_path: Path) -> None:
-    data, assembly = sent
-    path = tmp_path / "w"
-    path.write_bytes(data)
-    fd = os.open(path, os.O_RDONLY)
-    assert assembly.read(fd, stop=lambda: True) == 150
+def test_verifies_the_publishers_memory_and_pauses_when_told(packed: Callable) -> None:
+    copied = FlatTensors.copy_of(TENSORS, "weights")
+    assembly = Assembly(packed(V, TENSORS, 150)[1], ReceivingMemory(), copied.memory)
+    assert assembly.verify_shared(until=0.0, stop=threading.Event()) == 150
     assert not assembly.whole
-    assert assembly.read(fd, stop=lambda: False) == 250
+    assert assembly.verify_shared(until=math.inf, stop=threading.Event()) == 250
     assert torch.equal(assembly.tensors()["w"], TENSORS["w"])
-    os.close(fd)
+    assert assembly.tensors()["w"].data_ptr() == copied["w"].data_ptr()  # without a copy
 
 
-def test_a_file_cut_short_is_refused(sent: tuple[bytes, Assembly], tmp_path: Path) -> None:
-    data, assembly = sent
-    path = tmp_path / "w"
-    path.write_bytes(data[:300])
-    fd = os.open(path, os.O_RDONLY)
-    with pytest.raises(BadTransfer, match="bucket 2: the shared file ends early"):
-        assembly.read(fd, stop=lambda: False)
-    os.close(fd)
+def test_damage_in_the_publishers_memory_is_refused(packed: Callable) -> None:
+    other = FlatTensors.copy_of({"w": TENSORS["w"].clone().index_fill_(0, torch.tensor(50), 7)}, "weights")
+    assembly = Assembly(packed(V, TENSORS, 150)[1], ReceivingMemory(), other.memory)
+    with pytest.raises(BadTransfer, match="bucket 1: checksum"):
+        assembly.verify_shared(until=math.inf, stop=threading.Event())
+    with pytest.raises(BadTransfer, match="2 buckets are missing"):
+        assembly.tensors()
 
 
-def test_buffer_is_reused_only_at_the_same_size(packed: Callable) -> None:
-    _, manifest = packed(V, TENSORS, 150)
-    first = Assembly(manifest)
-    assert Assembly(manifest, first.data).data is first.data
-    _, bigger = packed(V, {"w": torch.zeros(101)}, 150)
-    assert len(Assembly(bigger, first.data).data) == 404
+def test_memory_is_used_again_but_not_while_it_is_kept(packed: Callable) -> None:
+    own = ReceivingMemory()
+
+    def receive(number: int) -> FlatTensors:
+        data, manifest = packed(Version(1, number), {"w": torch.full((100,), float(number))}, 150)
+        assembly = Assembly(manifest, own)
+        for index in range(3):
+            assembly.put(index, bucket(data, index))
+        return assembly.tensors()
+
+    first = receive(1)
+    second = receive(2)
+    assert second.memory is first.memory
+    second.memory.kept = True
+    third = receive(3)
+    assert [second["w"].unique().tolist(), third["w"].unique().tolist()] == [[2.0], [3.0]]
+    third.memory.kept, second.memory.kept = True, False
+    fourth = receive(4)
+    assert fourth.memory is second.memory
+    assert third["w"].unique().tolist() == [3.0]
+
+
+def test_memory_is_used_again_only_at_the_same_size() -> None:
+    own = ReceivingMemory()
+    first = own.take(400, "weights")
+    assert own.take(404, "weights").nbytes == 404
+    assert own.take(400, "weights") is not first
 
 
 def test_no_memory_is_taken_for_a_bad_manifest(packed: Callable) -> None:
     _, manifest = packed(V, TENSORS, 150)
     with pytest.raises(BadTransfer, match="total_bytes"):
-        Assembly(replace(manifest, total_bytes=1 << 62))
+        Assembly(replace(manifest, total_bytes=1 << 62), ReceivingMemory())
