@@ -41,11 +41,12 @@ class Span(Struct, frozen=True, array_like=True):
 
 
 class Key(Struct, frozen=True, array_like=True):
-    """Idempotency key of a call. A repeated key returns the first answer and changes nothing."""
+    """Who calls the store, and the idempotency key of the call: a repeated key gets the first reply and changes nothing."""
 
     worker: str
-    incarnation: int
-    sequence: int
+    incarnation: int  # of the worker: rises with every restart; the store refuses older ones
+    sequence: int  # of the worker's calls
+    learner: int = 0  # the incarnation that the learner's `fence` gave it; 0 for others
 
 
 class Prompt(Struct, frozen=True, kw_only=True):
@@ -156,16 +157,16 @@ class Rollout(Struct, frozen=True, kw_only=True):
 
 
 class Unscored(Struct, frozen=True, kw_only=True):
-    """One rollout handed to a reward worker. response_ids still hold the stop token. turns: as in `Rollout`."""
+    """One rollout handed to a reward worker."""
 
     group: int
     rollout: int
     attempt: int
-    prompt: Prompt
-    response_ids: list[int]
+    prompt: Prompt  # without `ids`, which are not sent
+    response_ids: list[int]  # the stop token included
     purpose: Purpose
     finish_reason: FinishReason
-    turns: tuple[int, ...] = (0,)
+    turns: tuple[int, ...] = (0,)  # as in `Rollout`
 
 
 class UnscoredLease(Struct, frozen=True, kw_only=True):
@@ -252,7 +253,7 @@ class EvalResult(Struct, frozen=True, kw_only=True):
     mean_length: float
 
 
-class Counts(Struct, frozen=True, kw_only=True):
+class GroupCounts(Struct, frozen=True, kw_only=True):
     """The store's ledger of training groups. reserved = trained + filtered + evicted + failed + pending, always."""
 
     reserved: int
@@ -282,7 +283,7 @@ class StoreReport(Struct, frozen=True, kw_only=True):
 
     records: tuple[Record, ...]
     committed: int
-    counts: Counts
+    counts: GroupCounts
     evals_pending: int
     activity: int
     gauges: dict[str, float]

@@ -120,7 +120,7 @@ def _remax(spec: AlgorithmSpec, outcomes: Outcomes) -> Tensor:
     if outcomes.baselines_s is None:
         raise ConfigError(
             "algorithm.adv_estimator='remax' on rollouts without a baseline: there is nothing to compare them with; generate "
-            "them with replay.plan.Grouping(baseline=True)"
+            "them with replay.plan.StorePlan(baseline=True)"
         )
     return _reinforce_plus_plus(spec, outcomes._replace(rewards_s=outcomes.rewards_s - outcomes.baselines_s))
 

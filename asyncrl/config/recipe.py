@@ -231,12 +231,6 @@ class Recipe(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require(self.total_steps >= 1, f"total_steps={self.total_steps} < 1: nothing would be trained")
-        capacity, batch = self.staleness.capacity_groups, self.learner.batch_groups
-        require(
-            capacity is None or batch <= capacity,
-            f"learner.batch_groups={batch} > staleness.capacity_groups={capacity}: a batch could never be admitted and "
-            "the learner would wait for ever; raise staleness.capacity_groups or lower learner.batch_groups",
-        )
         buffer, longest = self.reward.shaping.overlong_buffer, self.sampling.max_response_length
         require(
             buffer <= longest,
@@ -274,4 +268,5 @@ class Recipe(Spec, frozen=True, kw_only=True):
             batch_groups=self.learner.batch_groups,
             on_stale=self.staleness.on_stale,
             selector=self.staleness.selector,
+            capacity_groups=self.staleness.capacity_groups,
         )

@@ -287,7 +287,7 @@ def test_what_was_earned_before_the_first_trained_token_counts_for_the_rollout_o
 
 
 def test_remax_without_baselines_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"without a baseline: .*Grouping\(baseline=True\)"):
+    with pytest.raises(ConfigError, match=r"without a baseline: .*StorePlan\(baseline=True\)"):
         by_name("remax", OUTCOMES._replace(baselines_s=None))
 
 

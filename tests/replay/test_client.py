@@ -9,7 +9,7 @@ import pytest
 
 from asyncrl.errors import Closed, Unavailable
 from asyncrl.replay.client import ReplayClient
-from asyncrl.replay.store import LogSettings, ReplayStore
+from asyncrl.replay.store import ReplayStore
 from asyncrl.types import Score, Version
 
 V = Version(1, 0)
@@ -17,7 +17,7 @@ V = Version(1, 0)
 
 @pytest.fixture
 def call(fakes: SimpleNamespace, tmp_path: Path, loop: Any) -> Callable[..., Any]:
-    store = ReplayStore(fakes.plan(max_lag=1, batch=2, evals=1), LogSettings(folder=str(tmp_path)))
+    store = ReplayStore(fakes.plan(max_lag=1, batch=2, evals=1), tmp_path)
     return loop.transport(store)
 
 

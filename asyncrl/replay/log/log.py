@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import msgspec
 import pyarrow as pa
 
 import asyncrl.replay.log.events as ev
+from asyncrl.config import StoreSpec
 from asyncrl.errors import DataError, Unavailable
 from asyncrl.replay.log.rows import ROWS
 from asyncrl.replay.log.segments import Segment, Segments
@@ -41,29 +42,23 @@ class ReplayLog:
     """Opens or creates the log in `folder` and recovers what a kill left: `history` holds every acknowledged event.
 
     A tail that was cut is closed into a segment up to the last call whose rows and events are both whole.
-    fsync `segment`: closed segments are synced; `call`: every acknowledged call, which also survives a power failure.
+    spec.fsync `segment`: closed segments are synced; `call`: every acknowledged call, which also survives a power failure.
     Its owner holds `locked(folder)`. Raises `DataError` naming the file if a closed segment is damaged.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        segment_bytes: int = 64 << 20,
-        fsync: Literal["segment", "call"] = "segment",
-        wall: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, folder: Path, spec: StoreSpec = StoreSpec(), wall: Callable[[], float] = time.time) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._segment_bytes = segment_bytes
+        self._spec = spec
         self._wall = wall
         self._groups: dict[int, frozenset[int]] = {}  # of closed row segments, by number
-        self._events = Segments(folder, "events", EVENTS, fsync == "call", {})
+        self._events = Segments(folder, "events", EVENTS, spec.fsync == "call", {})
         batches = self._read_events(folder)
         closed = [e for batch in batches for e in batch if isinstance(e, ev.SegmentClosed)]
         known = {
             s: {e.number: Segment(e.number, e.first, e.count, e.crc32) for e in closed if e.stream == s}
             for s in ("rows", "events")
         }
-        self._rows = Segments(folder, "rows", ROWS, fsync == "call", known["rows"])
+        self._rows = Segments(folder, "rows", ROWS, spec.fsync == "call", known["rows"])
         self.history: list[ev.AnyEvent] = self._acknowledged(batches)
         self._check_events(known["events"], folder)
         self._recover(known)
@@ -77,9 +72,9 @@ class ReplayLog:
     def append_events(self, events: Sequence[ev.AnyEvent]) -> None:
         """One call's events, whole or not at all. Closes segments that are full."""
         self._append(events)
-        if self._rows.tail_bytes >= self._segment_bytes:
+        if self._rows.tail_bytes >= self._spec.segment_bytes:
             self._close_rows()
-        if self._events.tail_bytes >= self._segment_bytes:
+        if self._events.tail_bytes >= self._spec.segment_bytes:
             self._close_events()
 
     def take(self, rows: Sequence[int], columns: list[str]) -> pa.RecordBatch:
@@ -87,7 +82,9 @@ class ReplayLog:
         return self._rows.take(rows, columns)
 
     def truncate(self, wanted: Collection[int]) -> int:
-        """Deletes closed row segments that hold no group of `wanted`; how many."""
+        """Deletes closed row segments that hold no group of `wanted`, unless spec.keep_segments is `all`; how many."""
+        if self._spec.keep_segments == "all":
+            return 0
         unwanted = [s for s in self._rows.closed if self._groups_of(s).isdisjoint(wanted)]
         for segment in unwanted:
             self._append([ev.SegmentDropped(segment.number)])

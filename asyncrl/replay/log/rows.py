@@ -6,52 +6,14 @@ metadata; a store refuses rows of another one.
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from msgspec import Struct
 
 from asyncrl.errors import DataError
-from asyncrl.replay.scoring import Summary
-from asyncrl.types import Prompt, Rollout, TrainRollout, Unscored, Version
-
-# ------------------------------------------------------------------------------------------- answers
-# What the store is told about its log, and what it answers: rows as Arrow IPC bytes, the rest as small structs.
-
-
-class LogSettings(Struct, frozen=True, kw_only=True):
-    """folder: the run's `replay/`. fsync and keep_segments: see `config.StoreSpec`."""
-
-    folder: str
-    segment_bytes: int = 64 << 20
-    fsync: Literal["segment", "call"] = "segment"
-    keep_segments: Literal["checkpoint", "all"] = "checkpoint"
-
-
-class RowLease(Struct, frozen=True):
-    """Arrow rows (schema.UNSCORED_COLUMNS) leased to a reward worker; no bytes: nothing to score before the deadline."""
-
-    lease: int
-    lease_s: float
-    rows: bytes = b""
-    ended: bool = False
-
-
-class TrainScore(Struct, frozen=True):
-    """What the learner gets beside a row. baseline: what its group's greedy rollout earned, if it has one."""
-
-    reward: float
-    parts: dict[str, float]
-    baseline: float | None = None
-
-
-class TrainRows(Struct, frozen=True):
-    """Arrow rows (schema.TRAIN_COLUMNS) and, parallel to them, their scores."""
-
-    rows: bytes
-    scores: list[TrainScore]
-
+from asyncrl.types import Prompt, Rollout, TrainRollout, Unscored, UnscoredLease, Version
 
 SCHEMA_VERSION = "2"
 
@@ -90,8 +52,8 @@ ROWS = pa.schema(
 )
 
 UNSCORED_COLUMNS = [
-    "group", "rollout", "attempt", "purpose", "row", "data_source", "ground_truth", "extra_info", "prompt_ids",
-    "response_ids", "turns", "finish_reason",
+    "group", "rollout", "attempt", "purpose", "row", "data_source", "ground_truth", "extra_info", "response_ids", "turns",
+    "finish_reason",
 ]  # fmt: skip
 TRAIN_COLUMNS = [
     "group", "rollout", "attempt", "data_source", "prompt_ids", "response_ids", "loss_mask", "logprobs", "kept_logmass",
@@ -112,11 +74,60 @@ def from_ipc(data: bytes) -> pa.RecordBatch:
     return pa.ipc.open_stream(data).read_next_batch()
 
 
-def check_schema(batch: pa.RecordBatch) -> None:
-    """Raises `DataError` unless the rows are of this schema and version."""
+class Summary(Struct, frozen=True):
+    """What the store's core needs of a submitted row."""
+
+    group: int
+    rollout: int
+    attempt: int
+    oldest: int  # updates of the oldest and newest token that the policy chose
+    newest: int
+    length: int
+    version: Version | None  # of all its tokens; None if they differ
+    problem: str  # why it can't be used, else empty
+
+
+class RowLease(Struct, frozen=True):
+    """An `UnscoredLease` as it travels: Arrow rows of UNSCORED_COLUMNS. No bytes: nothing to score before the deadline."""
+
+    lease: int
+    lease_s: float
+    rows: bytes = b""
+    ended: bool = False
+
+    def decode(self) -> UnscoredLease:
+        items = decode_unscored(from_ipc(self.rows)) if self.rows else ()
+        return UnscoredLease(lease=self.lease, lease_s=self.lease_s, items=items, ended=self.ended)
+
+
+class TrainScore(Struct, frozen=True):
+    """What the learner gets beside a row."""
+
+    reward: float
+    parts: dict[str, float]
+    baseline: float | None = None  # what its group's greedy rollout earned, if it has one
+
+
+class TrainRows(Struct, frozen=True):
+    """Rollouts to train as they travel: Arrow rows of TRAIN_COLUMNS and, parallel to them, their scores."""
+
+    rows: bytes
+    scores: list[TrainScore]
+
+    def decode(self) -> list[TrainRollout]:
+        return decode_train(from_ipc(self.rows), self.scores)
+
+
+def read_submitted(data: bytes) -> pa.RecordBatch:
+    """Rows that a generator encoded. Raises `DataError` unless they are of this schema and version."""
+    try:
+        batch = from_ipc(data)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"submitted rows are not a readable Arrow stream: {error}") from error
     theirs = (batch.schema.metadata or {}).get(b"asyncrl.rows", b"?").decode()
     if theirs != SCHEMA_VERSION or not batch.schema.equals(ROWS):
         raise DataError(f"rows of schema version {theirs}, this store writes {SCHEMA_VERSION}: run one version of asyncrl")
+    return batch
 
 
 # ------------------------------------------------------------------------------------------------- encode
@@ -253,7 +264,7 @@ def decode_train(batch: pa.RecordBatch, scores: Iterable[TrainScore]) -> list[Tr
 
 
 def decode_unscored(batch: pa.RecordBatch) -> tuple[Unscored, ...]:
-    """Rows of UNSCORED_COLUMNS."""
+    """Rows of UNSCORED_COLUMNS. Their prompts have no ids: rewards work on text and on the row of the dataset."""
     return tuple(
         Unscored(
             group=r["group"],
@@ -261,7 +272,7 @@ def decode_unscored(batch: pa.RecordBatch) -> tuple[Unscored, ...]:
             attempt=r["attempt"],
             prompt=Prompt(
                 row=r["row"],
-                ids=tuple(r["prompt_ids"]),
+                ids=(),
                 data_source=r["data_source"],
                 ground_truth=r["ground_truth"],
                 extra_info=r["extra_info"],
