@@ -144,12 +144,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     beside = _beside(path)
     try:
         yield beside
-        _sync_file(beside)
+        sync(beside)
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
@@ -170,13 +170,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield beside
         for file in beside.rglob("*"):
-            _sync_folder(file) if file.is_dir() else _sync_file(file)
-        _sync_folder(beside)
+            sync(file)
+        sync(beside)
         old = path.parent / f".{path.name}.old-{os.getpid()}"
         if path.exists():
             path.rename(old)
         beside.rename(path)
-        _sync_folder(path.parent)
+        sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -203,13 +203,9 @@ def _beside(path: Path) -> Path:
     return path.parent / f".{path.name}.tmp-{uuid.uuid4().hex}"
 
 
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Returns when a file's bytes, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

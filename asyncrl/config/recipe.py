@@ -6,7 +6,7 @@ Every default lives once, here or in algorithm.py and learning.py. Paths may hol
 
 from typing import Literal
 
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from asyncrl.config.algorithm import AlgorithmSpec
 from asyncrl.config.base import Spec, require
@@ -263,10 +263,4 @@ class Recipe(Spec, frozen=True, kw_only=True):
 
     def bound(self) -> Staleness:
         """The staleness rule that the store and the learner both run."""
-        return Staleness(
-            max_lag=self.staleness.max_lag,
-            batch_groups=self.learner.batch_groups,
-            on_stale=self.staleness.on_stale,
-            selector=self.staleness.selector,
-            capacity_groups=self.staleness.capacity_groups,
-        )
+        return Staleness(batch_groups=self.learner.batch_groups, **asdict(self.staleness))

@@ -74,7 +74,7 @@ class Ledger:
         """How many outstanding groups are trained before this one, oldest first."""
         return len(self.taken) + sum(1 for other in self.groups if other < group and other not in self.taken)
 
-    def apply(self, event: ev.AnyEvent) -> None:
+    def apply(self, event: ev.Event) -> None:
         _APPLY[type(event)](self, event)
 
     def _reserved(self, e: ev.GroupReserved) -> None:
@@ -198,8 +198,10 @@ class Ledger:
         for state in (self.groups, self.taken, self.ready, self.leases, self.reopened, self.retries):
             state.clear()
 
-    def _ignore(self, e: ev.AnyEvent) -> None:
+    def _segment_closed(self, e: ev.SegmentClosed) -> None:
         """Segments are the log's own business."""
+
+    def _segment_dropped(self, e: ev.SegmentDropped) -> None: ...
 
     def _get(self, group: int) -> Group:
         found = self.find(group)
@@ -217,22 +219,9 @@ class Ledger:
         self.records.append(Record(sequence=sequence, time=time, kind=kind, version=version, metrics=metrics))
 
 
+# An event is applied by the method that bears its tag.
 _APPLY: dict[type, Callable[[Ledger, Any], None]] = {
-    ev.GroupReserved: Ledger._reserved,
-    ev.GroupReissued: Ledger._reissued,
-    ev.RolloutSubmitted: Ledger._submitted,
-    ev.RolloutScored: Ledger._scored,
-    ev.GroupSettled: Ledger._settled,
-    ev.BatchLeased: Ledger._leased,
-    ev.BatchCommitted: Ledger._committed,
-    ev.LearnerFenced: Ledger._fenced,
-    ev.CheckpointRetained: Ledger._retained,
-    ev.EvalRequested: Ledger._eval_requested,
-    ev.EvalPinned: Ledger._eval_pinned,
-    ev.Evaluated: Ledger._evaluated,
-    ev.Ended: Ledger._ended,
-    ev.SegmentClosed: Ledger._ignore,
-    ev.SegmentDropped: Ledger._ignore,
+    event: getattr(Ledger, f"_{event.__struct_config__.tag}") for event in ev.Event.__subclasses__()
 }
 
 
@@ -264,12 +253,12 @@ class StoreContext:
         self.activity = len(log.history)  # rises with every accepted call that moved data
         self.finished = False  # volatile: after a restart the end is told again only by `finish`, as a resume may undo it
         self.broken: BaseException | None = None
-        self._recorded: list[ev.AnyEvent] = []
+        self._recorded: list[ev.Event] = []
         for event in log.history:
             self.ledger.apply(event)
         log.history = []
 
-    def record(self, event: ev.AnyEvent) -> None:
+    def record(self, event: ev.Event) -> None:
         """Applies the event at once; `recording` writes it."""
         self.ledger.apply(event)
         self._recorded.append(event)

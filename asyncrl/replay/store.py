@@ -12,6 +12,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 from pathlib import Path
@@ -31,38 +32,6 @@ Stream = tuple[str, str]  # the calls of one verb by one worker
 _LOCK_WAIT_S = 10.0  # for a predecessor that was killed a moment ago
 
 
-class Waiters:
-    """Who waits, on several event loops; woken from any thread. Not locked by itself: `add` and `wake` are called under the
-    owner's lock, so that no change falls between them."""
-
-    def __init__(self) -> None:
-        self._futures: set[asyncio.Future[None]] = set()
-
-    def add(self) -> "asyncio.Future[None]":
-        """A future on the running loop that the next `wake` resolves."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._futures.add(future)
-        return future
-
-    def discard(self, future: "asyncio.Future[None]") -> None:
-        self._futures.discard(future)
-
-    def wake(self) -> None:
-        futures, self._futures = self._futures, set()
-        for future in futures:
-            loop = future.get_loop()
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_resolve, future)
-
-    def __len__(self) -> int:
-        return len(self._futures)
-
-
-def _resolve(future: "asyncio.Future[None]") -> None:
-    if not future.done():
-        future.set_result(None)
-
-
 class ReplayStore:
     """Opens the log in `folder`, or rebuilds its state from it. clock: monotonic seconds, for leases and deadlines."""
 
@@ -74,7 +43,7 @@ class ReplayStore:
         self._core = StoreCore(plan, self._log, clock)
         self._clock = clock
         self._lock = threading.Lock()
-        self._waiters = Waiters()
+        self._change: Future[None] = Future()  # the next one: every call that waits, on whatever event loop, waits for this
         self._closed = False
         self._calls: dict[Stream, tuple[Key, object]] = {}  # the newest call that waits or waited
         self._replies: dict[Stream, tuple[Key, Any]] = {}  # to the newest call that had something to wait for
@@ -94,7 +63,7 @@ class ReplayStore:
                 self._log.close()
                 self._folder.close()
             self._closed = True
-            self._waiters.wake()
+            self._wake()
 
     def _do(self, key: Key, action: Callable[[], T]) -> T:
         """Runs one step of the core. Wakes everybody who waits if it changed something."""
@@ -113,7 +82,7 @@ class ReplayStore:
                 raise self._unavailable() from error
             finally:
                 if context.changes != before:
-                    self._waiters.wake()
+                    self._wake()
 
     def _unavailable(self) -> Unavailable:
         broken = self._core.context.broken
@@ -168,14 +137,14 @@ class ReplayStore:
         with self._lock:
             if self._closed or self._core.context.changes != seen:
                 return
-            future = self._waiters.add()
+            change = asyncio.wrap_future(self._change)
             expires = self._core.next_deadline()
         until = deadline if expires is None else min(deadline, expires)
-        try:
-            await asyncio.wait([future], timeout=max(0.0, until - self._clock()))
-        finally:
-            with self._lock:
-                self._waiters.discard(future)
+        await asyncio.wait([change], timeout=max(0.0, until - self._clock()))
+
+    def _wake(self) -> None:
+        change, self._change = self._change, Future()
+        change.set_result(None)
 
 
 class LocalTransport:

@@ -51,8 +51,8 @@ def rows(fakes: SimpleNamespace, *tickets: Any) -> bytes:
 
 
 async def waiting(store: ReplayStore, count: int = 1) -> None:
-    """Until so many calls wait in the store."""
-    while len(store._waiters) < count:
+    """Until so many calls wait for the store's next change."""
+    while len(store._change._done_callbacks) < count:  # type: ignore[attr-defined]
         await asyncio.sleep(0)
 
 

@@ -3,7 +3,7 @@
 Each event is one row of the event log: typed columns for readers, and the whole event as msgpack for the rebuild.
 """
 
-from typing import Any
+from typing import Any, Union
 
 import msgspec
 from msgspec import Struct
@@ -144,32 +144,14 @@ class SegmentDropped(Event, tag="segment_dropped", frozen=True):
     number: int
 
 
-AnyEvent = (
-    GroupReserved
-    | GroupReissued
-    | RolloutSubmitted
-    | RolloutScored
-    | GroupSettled
-    | BatchLeased
-    | BatchCommitted
-    | LearnerFenced
-    | CheckpointRetained
-    | EvalRequested
-    | EvalPinned
-    | Evaluated
-    | Ended
-    | SegmentClosed
-    | SegmentDropped
-)
-
-_decoder: msgspec.msgpack.Decoder[AnyEvent] = msgspec.msgpack.Decoder(AnyEvent)
+_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Union[tuple(Event.__subclasses__())])  # noqa: UP007
 encode = msgspec.msgpack.Encoder().encode
 decode = _decoder.decode
 
 COLUMNS = ("group", "rollout", "attempt", "row", "update", "incarnation", "outcome", "status", "reward", "worker")
 
 
-def columns(event: AnyEvent) -> dict[str, Any]:
+def columns(event: Event) -> dict[str, Any]:
     """The event's typed columns; None where it has no such field. A version fills `update` and `incarnation`."""
     found = {name: getattr(event, name, None) for name in COLUMNS}
     version = event.result.version if isinstance(event, Evaluated) else getattr(event, "version", None)

@@ -51,10 +51,8 @@ ROWS = pa.schema(
     metadata={"asyncrl.rows": SCHEMA_VERSION},
 )
 
-UNSCORED_COLUMNS = [
-    "group", "rollout", "attempt", "purpose", "row", "data_source", "ground_truth", "extra_info", "response_ids", "turns",
-    "finish_reason",
-]  # fmt: skip
+_PROMPT_COLUMNS = ["row", "data_source", "ground_truth", "extra_info"]
+UNSCORED_COLUMNS = ["group", "rollout", "attempt", "purpose", *_PROMPT_COLUMNS, "response_ids", "turns", "finish_reason"]
 TRAIN_COLUMNS = [
     "group", "rollout", "attempt", "data_source", "prompt_ids", "response_ids", "loss_mask", "logprobs", "kept_logmass",
     "span_updates", "span_lengths", "finish_reason", "token_rewards",
@@ -133,53 +131,46 @@ def read_submitted(data: bytes) -> pa.RecordBatch:
 # ------------------------------------------------------------------------------------------------- encode
 
 
-def _lists(values: Sequence[Sequence[Any] | None], type_: pa.DataType, dtype: type) -> pa.Array:
-    """A list column; the Python numbers are walked over once."""
+def _lists(values: Sequence[Sequence[Any] | None], type_: pa.DataType) -> pa.Array:
+    """A list column of numbers, which are walked over once."""
     if all(v is None for v in values):
         return pa.nulls(len(values), type_)
     lengths = [0 if v is None else len(v) for v in values]
-    flat: np.ndarray = np.fromiter(chain.from_iterable(v for v in values if v is not None), dtype, sum(lengths))
+    numbers = chain.from_iterable(v for v in values if v is not None)
+    flat: np.ndarray = np.fromiter(numbers, type_.value_type.to_pandas_dtype(), sum(lengths))
     offsets = np.fromiter(accumulate(lengths, initial=0), np.int32, len(lengths) + 1)
     mask = pa.array([v is None for v in values]) if any(v is None for v in values) else None
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=type_, mask=mask)
+
+
+def _column(field: pa.Field, values: Sequence[Any]) -> pa.Array:
+    return _lists(values, field.type) if pa.types.is_list(field.type) else pa.array(values, field.type)
 
 
 def encode_rollouts(rollouts: Sequence[Rollout], run: str) -> bytes:
     """Arrow IPC bytes of finished rollouts. Raises `DataError` if one's lists are not parallel."""
     for r in rollouts:
         _check_parallel(r)
-    spans = [r.spans for r in rollouts]
     chosen = [_chosen_updates(r) for r in rollouts]
-    prompts = [r.prompt for r in rollouts]
-    columns: dict[str, Any] = {
+    columns: dict[str, Sequence[Any]] = {
         "run": [run] * len(rollouts),
-        "row": [p.row for p in prompts],
-        "data_source": [p.data_source for p in prompts],
-        "ground_truth": [p.ground_truth for p in prompts],
-        "extra_info": [p.extra_info for p in prompts],
-        "prompt_ids": _lists([p.ids for p in prompts], _INTS, np.int32),
-        "response_ids": _lists([r.response_ids for r in rollouts], _INTS, np.int32),
-        "loss_mask": _lists([r.loss_mask for r in rollouts], ROWS.field("loss_mask").type, np.int8),
-        "turns": _lists([r.turns for r in rollouts], _INTS, np.int32),
-        "logprobs": _lists([r.logprobs for r in rollouts], _FLOATS, np.float32),
-        "kept_logmass": _lists([r.kept_logmass for r in rollouts], _FLOATS, np.float32),
-        "span_incarnations": _lists([[s.version.incarnation for s in row] for row in spans], _INTS, np.int32),
-        "span_updates": _lists([[s.version.update for s in row] for row in spans], _INTS, np.int32),
-        "span_lengths": _lists([[s.length for s in row] for row in spans], _INTS, np.int32),
+        "prompt_ids": [r.prompt.ids for r in rollouts],
+        "span_incarnations": [[s.version.incarnation for s in r.spans] for r in rollouts],
+        "span_updates": [[s.version.update for s in r.spans] for r in rollouts],
+        "span_lengths": [[s.length for s in r.spans] for r in rollouts],
         "oldest": [min(c) if c else None for c in chosen],
         "newest": [max(c) if c else None for c in chosen],
         "times": [list(r.times.items()) for r in rollouts],
-        "token_rewards": pa.nulls(len(rollouts), ROWS.field("token_rewards").type),
+        "token_rewards": [None] * len(rollouts),
     }
-    for name in ("group", "rollout", "attempt", "baseline", "purpose", "finish_reason", "worker"):
-        columns[name] = [getattr(r, name) for r in rollouts]
-    arrays = [columns[f.name] if isinstance(columns[f.name], pa.Array) else pa.array(columns[f.name], f.type) for f in ROWS]
-    return to_ipc(pa.RecordBatch.from_arrays(arrays, schema=ROWS))
+    columns |= {name: [getattr(r.prompt, name) for r in rollouts] for name in _PROMPT_COLUMNS}
+    columns |= {name: [getattr(r, name) for r in rollouts] for name in ROWS.names if name not in columns}
+    return to_ipc(pa.RecordBatch.from_arrays([_column(field, columns[field.name]) for field in ROWS], schema=ROWS))
 
 
 def with_token_rewards(rows: pa.RecordBatch, token_rewards: Sequence[Sequence[float]]) -> pa.RecordBatch:
     """The same rows, with what each of their response tokens earned."""
-    earned = _lists(token_rewards, ROWS.field("token_rewards").type, np.float64)
+    earned = _column(ROWS.field("token_rewards"), token_rewards)
     return pa.RecordBatch.from_arrays([earned if f.name == "token_rewards" else rows.column(f.name) for f in ROWS], schema=ROWS)
 
 
@@ -238,15 +229,10 @@ def decode_train(batch: pa.RecordBatch, scores: Iterable[TrainScore]) -> list[Tr
     logprobs, logmass = (_slices(batch.column(n), np.float32) for n in ("logprobs", "kept_logmass"))
     earned = _slices(batch.column("token_rewards"), np.float64)
     cut, earns = (batch.column(n).is_valid().to_pylist() for n in ("kept_logmass", "token_rewards"))
-    scalars = zip(
-        *(batch.column(n).to_pylist() for n in ("group", "rollout", "attempt", "data_source", "finish_reason")), strict=True
-    )
+    scalars = batch.select(["group", "rollout", "attempt", "data_source", "finish_reason"]).to_pylist()
     return [
         TrainRollout(
-            group=group,
-            rollout=rollout,
-            attempt=attempt,
-            data_source=data_source,
+            **named,
             prompt_ids=ints["prompt_ids"](i),
             response_ids=ints["response_ids"](i),
             loss_mask=mask(i),
@@ -255,32 +241,17 @@ def decode_train(batch: pa.RecordBatch, scores: Iterable[TrainScore]) -> list[Tr
             updates=np.repeat(ints["span_updates"](i), ints["span_lengths"](i)),
             reward=score.reward,
             parts=score.parts,
-            finish_reason=finish_reason,
             token_rewards=earned(i) if earns[i] else None,
             baseline=score.baseline,
         )
-        for i, ((group, rollout, attempt, data_source, finish_reason), score) in enumerate(zip(scalars, scores, strict=True))
+        for i, (named, score) in enumerate(zip(scalars, scores, strict=True))
     ]
 
 
 def decode_unscored(batch: pa.RecordBatch) -> tuple[Unscored, ...]:
     """Rows of UNSCORED_COLUMNS. Their prompts have no ids: rewards work on text and on the row of the dataset."""
-    return tuple(
-        Unscored(
-            group=r["group"],
-            rollout=r["rollout"],
-            attempt=r["attempt"],
-            prompt=Prompt(
-                row=r["row"],
-                ids=(),
-                data_source=r["data_source"],
-                ground_truth=r["ground_truth"],
-                extra_info=r["extra_info"],
-            ),
-            response_ids=r["response_ids"],
-            purpose=r["purpose"],
-            finish_reason=r["finish_reason"],
-            turns=tuple(r["turns"]),
-        )
-        for r in batch.to_pylist()
-    )
+    found = []
+    for named in batch.to_pylist():
+        prompt = Prompt(ids=(), **{name: named.pop(name) for name in _PROMPT_COLUMNS})
+        found.append(Unscored(prompt=prompt, turns=tuple(named.pop("turns")), **named))
+    return tuple(found)

@@ -26,7 +26,7 @@ def rows(fakes: SimpleNamespace, group: int, count: int = 2, tokens: int = 40) -
     return schema.from_ipc(schema.encode_rollouts(made, "run"))
 
 
-def submit(log: ReplayLog, fakes: SimpleNamespace, group: int) -> list[ev.AnyEvent]:
+def submit(log: ReplayLog, fakes: SimpleNamespace, group: int) -> list[ev.Event]:
     """One group as two calls: reserved, then its two rows."""
     reserved = ev.GroupReserved(group, "train", group, 0, 2, 0, "gen", 1)
     log.append_events([reserved])
@@ -36,7 +36,7 @@ def submit(log: ReplayLog, fakes: SimpleNamespace, group: int) -> list[ev.AnyEve
     return [reserved, *submitted]
 
 
-def state(events: list[ev.AnyEvent]) -> list[ev.AnyEvent]:
+def state(events: list[ev.Event]) -> list[ev.Event]:
     return [e for e in events if not isinstance(e, ev.SegmentClosed | ev.SegmentDropped)]
 
 
@@ -77,7 +77,7 @@ def test_rows_no_event_names_are_forgotten(fakes: SimpleNamespace, tmp_path: Pat
 
 
 @pytest.fixture(scope="module")
-def written(fakes: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[ev.AnyEvent]]:
+def written(fakes: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[ev.Event]]:
     folder = tmp_path_factory.mktemp("written")
     log = ReplayLog(folder, StoreSpec(segment_bytes=12_000))
     return folder, [e for g in range(10) for e in submit(log, fakes, g)]
@@ -87,7 +87,7 @@ def written(fakes: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) ->
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_tails_cut_at_any_byte_recover_to_an_acknowledged_prefix(
     fakes: SimpleNamespace,
-    written: tuple[Path, list[ev.AnyEvent]],
+    written: tuple[Path, list[ev.Event]],
     tmp_path_factory: pytest.TempPathFactory,
     seed: int,
     which: str,
