@@ -83,7 +83,7 @@ class GeneratorStore(Protocol):
     """What a generator asks of the store."""
 
     def reserve(self, k: int, version: Version, held: Sequence[int], wait_s: float) -> Reserved:
-        """Up to k tickets for weights `version`. Waits for "bound full" or "data"; "weights too old" is answered at
+        """Up to k tickets for weights `version`. Waits for "bound full" or "data"; "weights too old" returns at
         once, since only a swap can help.
 
         `held` are the groups this caller still works on: their leases are renewed. Groups that it does not name are
@@ -118,7 +118,7 @@ class LearnerStore(Protocol):
         """The next batch for the update that follows `update`; waits for ready groups. Ends only by commit or fence.
 
         May run ahead of the commits, from another thread: in order, one batch per update, and the bound is that of `update`.
-        Asking again for the same update answers the same lease.
+        Asking again for the same update gets the same lease.
         """
 
     def rows(self, groups: Sequence[int]) -> list[TrainRollout]:

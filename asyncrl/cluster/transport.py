@@ -24,7 +24,7 @@ class Peers:
         self._closed = False
 
     def put(self, name: str, restart_count: int, value: Any) -> None:
-        """Notes where `name` is. Editions rise with every restart; an older one changes nothing."""
+        """Notes where `name` is now. restart_count rises with every restart; an older one changes nothing."""
         with self._changed:
             if restart_count > self._known.get(name, (-1, None))[0]:
                 self._known[name] = (restart_count, value)
@@ -36,7 +36,7 @@ class Peers:
             return self._known.get(name, (-1, None))[1]
 
     def wait(self, name: str, newer_than: int, deadline: float) -> tuple[int, Any]:
-        """Blocks until `name` has an restart_count above `newer_than`; `put` wakes it.
+        """Blocks until `name` has a restart_count above `newer_than`; `put` wakes it.
 
         Raises Closed when the actor stops, Unavailable at `deadline` (time.monotonic seconds).
         """

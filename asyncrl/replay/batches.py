@@ -4,8 +4,6 @@ import heapq
 import random
 from collections.abc import Mapping, Sequence
 
-from msgspec import Struct
-
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import CheckpointError, Closed, ConfigError
 from asyncrl.replay.ledger import Ledger, Poll, StoreContext
@@ -15,13 +13,6 @@ from asyncrl.staleness import Staleness
 from asyncrl.types import BatchLease, Fence, Key, Version, derive_seed
 
 _EMPTY_GROUPS, _EMPTY_BATCHES = 1024, 32  # without max_empty_batches the larger of the two ends the run
-
-
-class Pick(Struct, frozen=True):
-    """Groups for a batch, or the reason why there are none yet."""
-
-    groups: tuple[int, ...] = ()
-    waiting_for: str = ""
 
 
 def stale(rule: Staleness, ledger: Ledger, update: int) -> list[Group]:
@@ -35,25 +26,26 @@ def stale(rule: Staleness, ledger: Ledger, update: int) -> list[Group]:
     return [g for g in free if g.id in ledger.ready and rule.overdue(oldest=g.newest(), committed=update)]
 
 
-def pick(rule: Staleness, ledger: Ledger, update: int, exhausted: bool, seed: int) -> Pick:
-    """The next batch among groups that are not stale. Fewer than batch_groups only when no more can come."""
+def pick(rule: Staleness, ledger: Ledger, update: int, exhausted: bool, seed: int) -> tuple[tuple[int, ...], str]:
+    """The next batch among groups that are not stale, or () and what it waits for. Fewer than batch_groups only when no more
+    can come."""
     size = rule.batch_groups
     free = len(ledger.groups) - len(ledger.taken)
     in_flight = free - len(ledger.ready)
     if rule.waits:
         oldest = heapq.nsmallest(size, (g for g in ledger.groups if g not in ledger.taken))
         if all(g in ledger.ready for g in oldest) and (len(oldest) == size or exhausted):
-            return Pick(tuple(oldest))
-        return Pick(waiting_for="the oldest groups")
+            return tuple(oldest), ""
+        return (), "the oldest groups"
     # After a restore some tokens come from a lost lineage that was ahead: those groups wait until updates catch up.
     eligible = sorted(g for g in ledger.ready if ledger.groups[g].newest() <= update)
     if len(eligible) < size and not (exhausted and in_flight == 0):
-        return Pick(waiting_for="ready groups")
+        return (), "ready groups"
     if rule.selector == "uniform" and len(eligible) > size:
         eligible = random.Random(derive_seed(seed, update)).sample(eligible, size)
     elif rule.selector == "freshest":
         eligible.sort(key=lambda g: (-ledger.groups[g].oldest(), g))
-    return Pick(tuple(sorted(eligible[:size])))
+    return tuple(sorted(eligible[:size])), ""
 
 
 class Batches:
@@ -116,11 +108,11 @@ class Batches:
             retry = rule.drops and self._context.may_retry(group.retry)
             self._context.record(ev.GroupSettled(group.id, "evicted", retry))
         exhausted = self._context.exhausted()
-        picked = pick(rule, ledger, update, exhausted, self._plan.source.seed)
-        if picked.groups:
-            return self._grant(update, picked.groups, replayed=False)
+        groups, waiting_for = pick(rule, ledger, update, exhausted, self._plan.source.seed)
+        if groups:
+            return self._grant(update, groups, replayed=False)
         ended = exhausted and len(ledger.groups) == len(ledger.taken)
-        return BatchLease(lease=0, groups=(), committed=ledger.committed, ended=ended, waiting_for=picked.waiting_for)
+        return BatchLease(lease=0, groups=(), committed=ledger.committed, ended=ended, waiting_for=waiting_for)
 
     def rows(self, caller: Key, groups: Sequence[int]) -> TrainRows:
         self._ledger.check_learner(caller.learner)

@@ -52,6 +52,12 @@ class Ledger:
             return self.groups[group]
         return self.round.groups.get(group) if self.round else None
 
+    def get(self, group: int) -> Group:
+        """A group that must be outstanding."""
+        found = self.find(group)
+        assert found is not None, f"group {group} is not outstanding"
+        return found
+
     def check_learner(self, incarnation: int) -> None:
         """Raises `Fenced` for any learner but the newest."""
         if incarnation != self.incarnation:
@@ -96,12 +102,12 @@ class Ledger:
             self.cursor = e.position + 1
 
     def _reissued(self, e: ev.GroupReissued) -> None:
-        group = self._get(e.group)
+        group = self.get(e.group)
         group.attempt, group.update, group.worker, group.incarnation = e.attempt, e.update, e.worker, e.incarnation
         self.workers[e.worker] = max(e.incarnation, self.workers.get(e.worker, 0))
 
     def _submitted(self, e: ev.RolloutSubmitted) -> None:
-        group = self._get(e.group)
+        group = self.get(e.group)
         r = group.rollouts[e.rollout]
         r.row, r.attempt, r.oldest, r.newest, r.length = e.row, e.attempt, e.oldest, e.newest, e.length
         group.unsubmitted -= 1
@@ -110,7 +116,7 @@ class Ledger:
             self.lengths.dispatched_tokens += e.length
 
     def _scored(self, e: ev.RolloutScored) -> None:
-        group = self._get(e.group)
+        group = self.get(e.group)
         r = group.rollouts[e.rollout]
         r.status, r.reward, r.parts = e.status, 0.0 if e.reward is None else e.reward, e.parts
         if e.row is not None:
@@ -202,11 +208,6 @@ class Ledger:
         """Segments are the log's own business."""
 
     def _segment_dropped(self, e: ev.SegmentDropped) -> None: ...
-
-    def _get(self, group: int) -> Group:
-        found = self.find(group)
-        assert found is not None, f"the log names group {group}, which is not outstanding"
-        return found
 
     def _count_trained(self, groups: list[Group], update: int, sign: int) -> None:
         """Rollouts with a token that the update after `update` could train."""

@@ -188,9 +188,7 @@ class Scoring:
 
     def _row(self, group: int, rollout: int) -> int:
         """Its number in the log."""
-        found = self._ledger.find(group)
-        assert found is not None
-        return found.rollouts[rollout].row
+        return self._ledger.get(group).rollouts[rollout].row
 
     def _unscored(self, group: int, rollout: int) -> Group | None:
         """The group, if this rollout of it is submitted, still wanted and without a verdict."""
@@ -202,8 +200,7 @@ class Scoring:
 
     def _verdict(self, event: ev.RolloutScored) -> None:
         """Records it, and decides on the group if it was the last one missing."""
-        group = self._ledger.find(event.group)
-        assert group is not None
+        group = self._ledger.get(event.group)
         self._context.record(event)
         if group.purpose == "eval" or not group.scored():
             return

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,6 +52,7 @@ class ReplayStore:
 
         Only verbs that wait do so; a repeat of one gets the first reply. The others may be repeated as they are.
         """
+        VERBS[verb].signature.bind(self, *args)  # raises TypeError here, where it harms nothing
         run = partial(self._core.verbs[verb], key, *args)
         return await self._poll((verb, key.worker), key, run) if VERBS[verb].waits else self._do(key, run)
 
@@ -162,7 +162,7 @@ class LocalTransport:
         future = asyncio.run_coroutine_threadsafe(self._store.call(verb, key, *args), self._loop)
         try:
             return future.result(timeout_s)
-        except FutureTimeout:
+        except TimeoutError:
             future.cancel()
             raise Unavailable(f"store: no reply to {verb} within {timeout_s:g} s") from None
 

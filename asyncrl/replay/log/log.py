@@ -90,10 +90,9 @@ class ReplayLog:
 
     def close(self) -> None:
         """Closes the files. The tails stay as they are: the next opening closes them into segments."""
-        self._rows.sync()
-        self._events.sync()
-        self._rows.release()
-        self._events.release()
+        for stream in (self._rows, self._events):
+            stream.sync()
+            stream.release()
 
     # ---------------------------------------------------------------------------------------- recover
 

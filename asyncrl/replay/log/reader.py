@@ -30,7 +30,7 @@ _JOINED = pa.schema(
 
 
 class ReplayReader:
-    """Each call reads the log anew."""
+    """Every call reads the log again."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -40,7 +40,7 @@ class ReplayReader:
         return self._read("events", EVENTS)
 
     def rollouts(self) -> pa.Table:
-        """One line per rollout that counts, baselines included: the row (schema.ROWS), its verdict, and what became of its
+        """One line per rollout that counts, baselines included: the row (schema.ROWS), its verdict, and what happened to its
         group."""
         events = self.events()  # before the rows: whatever they count is then on disk
         joined, outcomes, trained = _walk(events)

@@ -196,19 +196,15 @@ def _chosen_updates(r: Rollout) -> set[int]:
 
 def summaries(batch: pa.RecordBatch) -> list[Summary]:
     """What the core needs of submitted rows; reads no token."""
-
-    def column(name: str) -> list[Any]:
-        return batch.column(name).to_pylist()
-
     lengths = np.diff(batch.column("response_ids").offsets.to_numpy()).tolist()
-    spans = [set(zip(*row, strict=True)) for row in zip(column("span_incarnations"), column("span_updates"), strict=True)]
+    columns = ["group", "rollout", "attempt", "oldest", "newest", "finish_reason", "span_incarnations", "span_updates"]
     found = []
-    for i, (group, rollout, attempt, oldest, newest, reason) in enumerate(
-        zip(*map(column, ("group", "rollout", "attempt", "oldest", "newest", "finish_reason")), strict=True)
-    ):
-        version = Version(*next(iter(spans[i]))) if len(spans[i]) == 1 else None
+    for named, length in zip(batch.select(columns).to_pylist(), lengths, strict=True):
+        group, rollout, attempt, oldest, newest, reason, incarnations, updates = named.values()
+        versions = set(zip(incarnations, updates, strict=True))
+        version = Version(*versions.pop()) if len(versions) == 1 else None
         problem = "finish_reason=abort" if reason == "abort" else "" if oldest is not None else "no token chosen by the policy"
-        found.append(Summary(group, rollout, attempt, oldest or 0, newest or 0, lengths[i], version, problem))
+        found.append(Summary(group, rollout, attempt, oldest or 0, newest or 0, length, version, problem))
     return found
 
 
