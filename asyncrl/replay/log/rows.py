@@ -196,11 +196,11 @@ def _chosen_updates(r: Rollout) -> set[int]:
 
 def summaries(batch: pa.RecordBatch) -> list[Summary]:
     """What the core needs of submitted rows; reads no token."""
+    names = ("group", "rollout", "attempt", "oldest", "newest", "finish_reason", "span_incarnations", "span_updates")
     lengths = np.diff(batch.column("response_ids").offsets.to_numpy()).tolist()
-    columns = ["group", "rollout", "attempt", "oldest", "newest", "finish_reason", "span_incarnations", "span_updates"]
+    columns = [batch.column(name).to_pylist() for name in names]
     found = []
-    for named, length in zip(batch.select(columns).to_pylist(), lengths, strict=True):
-        group, rollout, attempt, oldest, newest, reason, incarnations, updates = named.values()
+    for group, rollout, attempt, oldest, newest, reason, incarnations, updates, length in zip(*columns, lengths, strict=True):
         versions = set(zip(incarnations, updates, strict=True))
         version = Version(*versions.pop()) if len(versions) == 1 else None
         problem = "finish_reason=abort" if reason == "abort" else "" if oldest is not None else "no token chosen by the policy"
@@ -225,10 +225,11 @@ def decode_train(batch: pa.RecordBatch, scores: Iterable[TrainScore]) -> list[Tr
     logprobs, logmass = (_slices(batch.column(n), np.float32) for n in ("logprobs", "kept_logmass"))
     earned = _slices(batch.column("token_rewards"), np.float64)
     cut, earns = (batch.column(n).is_valid().to_pylist() for n in ("kept_logmass", "token_rewards"))
-    scalars = batch.select(["group", "rollout", "attempt", "data_source", "finish_reason"]).to_pylist()
+    names = ("group", "rollout", "attempt", "data_source", "finish_reason")
+    lines = zip(*(batch.column(name).to_pylist() for name in names), strict=True)
     return [
         TrainRollout(
-            **named,
+            **dict(zip(names, line, strict=True)),
             prompt_ids=ints["prompt_ids"](i),
             response_ids=ints["response_ids"](i),
             loss_mask=mask(i),
@@ -240,7 +241,7 @@ def decode_train(batch: pa.RecordBatch, scores: Iterable[TrainScore]) -> list[Tr
             token_rewards=earned(i) if earns[i] else None,
             baseline=score.baseline,
         )
-        for i, (named, score) in enumerate(zip(scalars, scores, strict=True))
+        for i, (line, score) in enumerate(zip(lines, scores, strict=True))
     ]
 
 
