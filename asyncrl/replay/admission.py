@@ -6,7 +6,7 @@ import asyncrl.replay.log.events as ev
 from asyncrl.replay.ledger import StoreContext
 from asyncrl.replay.plan import ticket_seed
 from asyncrl.replay.state import Group
-from asyncrl.types import Key, Purpose, Ticket, Version
+from asyncrl.types import Key, Ticket, Version
 
 TOO_OLD = "weights too old"
 
@@ -150,9 +150,8 @@ class Admission:
 
 def ticket(context: StoreContext, group: Group) -> Ticket:
     """The ticket for what a group still misses."""
-    purpose: Purpose = group.purpose
     source = context.plan.source
-    if purpose == "eval":
+    if group.purpose == "eval":
         assert context.plan.evaluation is not None
         assert context.ledger.round is not None
         prompt, sampling = context.plan.evaluation.prompts[group.position], context.plan.evaluation.sampling
@@ -165,9 +164,9 @@ def ticket(context: StoreContext, group: Group) -> Ticket:
         attempt=group.attempt,
         prompt=prompt,
         rollouts=missing,
-        seeds=tuple(ticket_seed(source.seed, purpose, group.position, group.retry, r) for r in missing),
+        seeds=tuple(ticket_seed(source.seed, group.purpose, group.position, group.retry, r) for r in missing),
         sampling=sampling,
-        purpose=purpose,
+        purpose=group.purpose,
         pinned=pinned,
         baseline=None if group.baseline() is None else group.n,
     )

@@ -48,9 +48,8 @@ class Ledger:
 
     def find(self, group: int) -> Group | None:
         """A group that is still outstanding, for training or evaluation."""
-        if group in self.groups:
-            return self.groups[group]
-        return self.round.groups.get(group) if self.round else None
+        found = self.groups.get(group)
+        return self.round.groups.get(group) if found is None and self.round is not None else found
 
     def get(self, group: int) -> Group:
         """A group that must be outstanding."""

@@ -73,13 +73,12 @@ class ReplayStore:
             before = context.changes
             try:
                 return self._core.run(action)
-            except (AsyncRLError, ValueError) as error:
+            except Exception as error:
+                if not isinstance(error, AsyncRLError | ValueError):  # not the caller's mistake
+                    context.broken = error
                 if context.broken is error:
                     raise self._unavailable() from error
                 raise
-            except Exception as error:
-                context.broken = error
-                raise self._unavailable() from error
             finally:
                 if context.changes != before:
                     self._wake()

@@ -188,8 +188,6 @@ def _check_parallel(r: Rollout) -> None:
 
 def _chosen_updates(r: Rollout) -> set[int]:
     """Updates of the tokens that the policy chose."""
-    if len(r.spans) == 1:
-        return {r.spans[0].version.update} if any(r.loss_mask) else set()
     ends = accumulate(s.length for s in r.spans)
     return {s.version.update for s, end in zip(r.spans, ends, strict=True) if any(r.loss_mask[end - s.length : end])}
 
