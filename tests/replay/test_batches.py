@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from asyncrl.errors import CheckpointError, Closed, ConfigError, Fenced
+from asyncrl.replay.log.events import CheckpointRetained
 from asyncrl.replay.plan import keep_varied
 from asyncrl.types import Version
 
@@ -279,3 +280,12 @@ def test_a_rollout_masked_whole_does_not_count_as_trained_length(fakes: SimpleNa
     bench.train(2)
     lengths = bench.core.ledger.lengths
     assert (lengths.dispatched, lengths.trained) == (2, 1)
+
+
+def test_nothing_is_deleted_before_the_log_says_that_no_checkpoint_needs_it(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=0, batch=1))
+    bench.fence(0)
+    bench.ready(1, 0)
+    bench.train(0)
+    bench.checkpointed(1)
+    assert bench.core.context.log.truncated_after == CheckpointRetained(1)

@@ -386,3 +386,27 @@ def test_a_call_after_the_close_is_refused_and_harms_nothing(fakes: SimpleNamesp
         assert (await ask(make(fakes, tmp_path), "report", 0)).counts.reserved == 1
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_a_learner_that_another_one_replaced_gets_no_batch_and_no_rows(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = make(fakes, tmp_path, max_lag=0, batch=1, n=1)
+        generator, zombie, learner = Caller(store), Caller(store, "zombie", learner=1), Caller(store, "learner", learner=2)
+        await zombie("fence", 0)
+        (ticket,) = (await generator("reserve", 1, V, (), 1.0)).tickets
+        await generator("submit", rows(fakes, ticket))
+        await Caller(store, "reward")("score", 0, [fakes.score(ticket, 0, 1.0)])
+        await learner("fence", 0)
+        groups = (await learner("lease_batch", 0, 1.0)).groups
+        for call in (zombie("lease_batch", 0, 1.0), zombie("rows", groups), zombie("commit", 1, Version(1, 1), {})):
+            with pytest.raises(Fenced, match="learner incarnation 1 is not the newest"):
+                await call
+        assert len((await learner("rows", groups)).scores) == 1
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_a_generator_never_waits_until_its_own_lease_is_over(fakes: SimpleNamespace) -> None:
+    core = fakes.Bench(fakes.plan(lease_s=30.0)).core
+    assert core.verbs["reserve"](Key("gen", 1, 1), 0, V, (), 60.0).wait_s == 15.0
+    assert core.verbs["reserve"](Key("gen", 1, 2), 0, V, (), 1.0).wait_s == 1.0
