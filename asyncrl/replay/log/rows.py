@@ -131,20 +131,23 @@ def read_submitted(data: bytes) -> pa.RecordBatch:
 # ------------------------------------------------------------------------------------------------- encode
 
 
-def _lists(values: Sequence[Sequence[Any] | None], type_: pa.DataType) -> pa.Array:
+_TYPES = {field.name: field.type for field in ROWS}
+_NUMBERS = {name: type_.value_type.to_pandas_dtype() for name, type_ in _TYPES.items() if pa.types.is_list(type_)}
+
+
+def _column(name: str, values: Sequence[Any]) -> pa.Array:
+    return _lists(values, _TYPES[name], _NUMBERS[name]) if name in _NUMBERS else pa.array(values, _TYPES[name])
+
+
+def _lists(values: Sequence[Sequence[Any] | None], type_: pa.DataType, dtype: type) -> pa.Array:
     """A list column of numbers, which are walked over once."""
     if all(v is None for v in values):
         return pa.nulls(len(values), type_)
     lengths = [0 if v is None else len(v) for v in values]
-    numbers = chain.from_iterable(v for v in values if v is not None)
-    flat: np.ndarray = np.fromiter(numbers, type_.value_type.to_pandas_dtype(), sum(lengths))
+    flat: np.ndarray = np.fromiter(chain.from_iterable(v for v in values if v is not None), dtype, sum(lengths))
     offsets = np.fromiter(accumulate(lengths, initial=0), np.int32, len(lengths) + 1)
     mask = pa.array([v is None for v in values]) if any(v is None for v in values) else None
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=type_, mask=mask)
-
-
-def _column(field: pa.Field, values: Sequence[Any]) -> pa.Array:
-    return _lists(values, field.type) if pa.types.is_list(field.type) else pa.array(values, field.type)
 
 
 def encode_rollouts(rollouts: Sequence[Rollout], run: str) -> bytes:
@@ -164,13 +167,13 @@ def encode_rollouts(rollouts: Sequence[Rollout], run: str) -> bytes:
         "token_rewards": [None] * len(rollouts),
     }
     columns |= {name: [getattr(r.prompt, name) for r in rollouts] for name in _PROMPT_COLUMNS}
-    columns |= {name: [getattr(r, name) for r in rollouts] for name in ROWS.names if name not in columns}
-    return to_ipc(pa.RecordBatch.from_arrays([_column(field, columns[field.name]) for field in ROWS], schema=ROWS))
+    columns |= {name: [getattr(r, name) for r in rollouts] for name in _TYPES if name not in columns}
+    return to_ipc(pa.RecordBatch.from_arrays([_column(name, columns[name]) for name in _TYPES], schema=ROWS))
 
 
 def with_token_rewards(rows: pa.RecordBatch, token_rewards: Sequence[Sequence[float]]) -> pa.RecordBatch:
     """The same rows, with what each of their response tokens earned."""
-    earned = _column(ROWS.field("token_rewards"), token_rewards)
+    earned = _column("token_rewards", token_rewards)
     return pa.RecordBatch.from_arrays([earned if f.name == "token_rewards" else rows.column(f.name) for f in ROWS], schema=ROWS)
 
 
@@ -188,6 +191,8 @@ def _check_parallel(r: Rollout) -> None:
 
 def _chosen_updates(r: Rollout) -> set[int]:
     """Updates of the tokens that the policy chose."""
+    if len(r.spans) == 1:
+        return {r.spans[0].version.update} if any(r.loss_mask) else set()
     ends = accumulate(s.length for s in r.spans)
     return {s.version.update for s, end in zip(r.spans, ends, strict=True) if any(r.loss_mask[end - s.length : end])}
 
@@ -223,11 +228,16 @@ def decode_train(batch: pa.RecordBatch, scores: Iterable[TrainScore]) -> list[Tr
     logprobs, logmass = (_slices(batch.column(n), np.float32) for n in ("logprobs", "kept_logmass"))
     earned = _slices(batch.column("token_rewards"), np.float64)
     cut, earns = (batch.column(n).is_valid().to_pylist() for n in ("kept_logmass", "token_rewards"))
-    names = ("group", "rollout", "attempt", "data_source", "finish_reason")
-    lines = zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+    scalars = zip(
+        *(batch.column(n).to_pylist() for n in ("group", "rollout", "attempt", "data_source", "finish_reason")), strict=True
+    )
     return [
         TrainRollout(
-            **dict(zip(names, line, strict=True)),
+            group=group,
+            rollout=rollout,
+            attempt=attempt,
+            data_source=data_source,
+            finish_reason=finish_reason,
             prompt_ids=ints["prompt_ids"](i),
             response_ids=ints["response_ids"](i),
             loss_mask=mask(i),
@@ -239,7 +249,7 @@ def decode_train(batch: pa.RecordBatch, scores: Iterable[TrainScore]) -> list[Tr
             token_rewards=earned(i) if earns[i] else None,
             baseline=score.baseline,
         )
-        for i, (line, score) in enumerate(zip(lines, scores, strict=True))
+        for i, ((group, rollout, attempt, data_source, finish_reason), score) in enumerate(zip(scalars, scores, strict=True))
     ]
 
 
