@@ -4,9 +4,10 @@ Calls that wait are long polls: they return empty-handed at their deadline (`wai
 All store calls raise `Fenced` (a newer incarnation took over), `Closed` (the run is stopping) or `Unavailable` (no store).
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from asyncrl.types import (
     BatchLease,
@@ -17,6 +18,7 @@ from asyncrl.types import (
     Reserved,
     Rollout,
     Score,
+    StoreReport,
     SwapReport,
     TrainRollout,
     UnscoredLease,
@@ -84,7 +86,7 @@ class GeneratorStore(Protocol):
     """What a generator asks of the store."""
 
     def reserve(self, k: int, version: Version, held: Sequence[int], wait_s: float) -> Reserved:
-        """Up to k tickets for weights `version`. Waits for "bound full" or "data"; "weights too old" is answered at
+        """Up to k tickets for weights `version`. Waits for "bound full" or "data"; "weights too old" returns at
         once, since only a swap can help.
 
         `held` are the groups this caller still works on: their leases are renewed. Groups that it does not name are
@@ -119,7 +121,7 @@ class LearnerStore(Protocol):
         """The next batch for the update that follows `update`; waits for ready groups. Ends only by commit or fence.
 
         May run ahead of the commits, from another thread: in order, one batch per update, and the bound is that of `update`.
-        Asking again for the same update answers the same lease.
+        Asking again for the same update gets the same lease.
         """
 
     def rows(self, groups: Sequence[int]) -> list[TrainRollout]:
@@ -134,6 +136,46 @@ class LearnerStore(Protocol):
 
     def checkpointed(self, oldest_retained: int) -> None:
         """Tells that segments needed only by checkpoints before `oldest_retained` may go."""
+
+
+class SupervisorStore(Protocol):
+    """What the supervisor asks of the store. None of these calls waits."""
+
+    def finish(self) -> None:
+        """The last update is made: evicts what is outstanding. Evaluations that were asked for still run to their end, then
+        generators and reward workers are told that there will be no more."""
+
+    def forget(self, worker: str, incarnation: int) -> None:
+        """This incarnation of a worker is dead: its work is reassigned immediately, its late calls are refused. What its
+        successor holds stays."""
+
+    def report(self, since: int) -> StoreReport:
+        """Records after sequence number `since`, some hundred at a time, each once and in order however often the store
+        restarts; and where everything stands."""
+
+    def state(self) -> dict[str, Any]:
+        """What a watchdog prints: queue depths, work in flight with its holders, leases. Ages and times in seconds."""
+
+
+class Verb(NamedTuple):
+    """One kind of call to the store."""
+
+    caller: str  # the protocol that declares it; each protocol's calls have an event loop of their own in the store
+    signature: inspect.Signature  # of the protocol's method, `self` included
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is a long poll."""
+        return "wait_s" in self.signature.parameters
+
+
+# Every store verb by name. To add one, declare it in a protocol above and implement it in a part of the store (replay/core.py).
+VERBS = {
+    name: Verb(protocol.__name__, inspect.signature(method))
+    for protocol in (GeneratorStore, RewardStore, LearnerStore, SupervisorStore)
+    for name, method in vars(protocol).items()
+    if not name.startswith("_")
+}
 
 
 class WeightSink(Protocol):

@@ -138,12 +138,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     beside = _beside(path)
     try:
         yield beside
-        _sync(beside)
+        sync(beside)
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
@@ -164,13 +164,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield beside
         for file in beside.rglob("*"):
-            _sync(file)
-        _sync(beside)
+            sync(file)
+        sync(beside)
         old = path.parent / f".{path.name}.old-{os.getpid()}"
         if path.exists():
             path.rename(old)
         beside.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -197,8 +197,8 @@ def _beside(path: Path) -> Path:
     return path.parent / f".{path.name}.tmp-{uuid.uuid4().hex}"
 
 
-def _sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
+def sync(path: Path) -> None:
+    """Returns when a file's bytes, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

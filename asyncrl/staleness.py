@@ -22,12 +22,19 @@ class Staleness(Struct, frozen=True, kw_only=True):
     batch_groups: int  # B: groups per update
     on_stale: OnStale = "mask"  # η = 0 always waits, whatever it says
     selector: SelectorName = "oldest"  # which ready groups are trained first
+    capacity_groups: int | None = None  # outstanding groups at the most, whatever the bound admits; None: the bound alone
 
     def __post_init__(self) -> None:
         if self.max_lag < 0:
             raise ConfigError(f"staleness.max_lag={self.max_lag} < 0: no token could ever be trained; use 0 for synchronous RL")
         if self.batch_groups < 1:
             raise ConfigError(f"batch_groups={self.batch_groups} < 1: an update needs at least one group")
+        batch, capacity = self.batch_groups, self.capacity_groups
+        if capacity is not None and batch > capacity:
+            raise ConfigError(
+                f"learner.batch_groups={batch} > staleness.capacity_groups={capacity}: a batch could never be admitted and the "
+                "learner would wait for ever; raise staleness.capacity_groups or lower learner.batch_groups"
+            )
         if self.waits and self.selector != "oldest":
             why = "max_lag=0 always waits" if self.max_lag == 0 else "on_stale='wait'"
             raise ConfigError(
@@ -50,7 +57,8 @@ class Staleness(Struct, frozen=True, kw_only=True):
         `reserve(k)` is admitted iff k <= room: the newest of them then sits at position outstanding + k - 1 and,
         consumed oldest first in full batches, trains as update `committed + position // B + 1`, at a lag of at most η.
         """
-        return (self.max_lag + 1 - (committed - update)) * self.batch_groups - outstanding
+        room = (self.max_lag + 1 - (committed - update)) * self.batch_groups - outstanding
+        return room if self.capacity_groups is None else min(room, self.capacity_groups - outstanding)
 
     def reissuable(self, *, position: int, committed: int, update: int) -> bool:
         """Whether a lost group, keeping its position, may be generated again from weights at `update`."""

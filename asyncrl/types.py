@@ -41,20 +41,21 @@ class Span(Struct, frozen=True, array_like=True):
 
 
 class Key(Struct, frozen=True, array_like=True):
-    """Idempotency key of a call. A repeated key returns the first answer and changes nothing."""
+    """Who calls the store, and the idempotency key of the call: a repeated key gets the first reply and changes nothing."""
 
     worker: str
-    incarnation: int
-    sequence: int
+    incarnation: int  # of the worker: rises with every restart; the store refuses older ones
+    sequence: int  # of the worker's calls
+    learner: int = 0  # the incarnation that the learner's `fence` gave it; 0 for others
 
 
 class Prompt(Struct, frozen=True, kw_only=True):
-    """One dataset row, tokenized once. `ground_truth` and `extra_info` are JSON texts, decoded by the reward."""
+    """One dataset row, tokenized once."""
 
     row: int
     ids: tuple[int, ...]
     data_source: str
-    ground_truth: str = "null"
+    ground_truth: str = "null"  # JSON, decoded by the reward; so is extra_info
     extra_info: str = "null"
 
 
@@ -73,34 +74,26 @@ class Sampling(Struct, frozen=True, kw_only=True):
 
 
 class Ticket(Struct, frozen=True, kw_only=True):
-    """The right to generate `rollouts` of one group: a reservation in the store.
-
-    `rollouts` are the indices still missing (all of them at first, fewer after a reissue); `seeds` is parallel to it.
-    An eval ticket is pinned: every token must come from the weights `pinned`. baseline: the index of the rollout that is to
-    be greedy, and is compared with, not trained (ReMax); None: there is none.
-    """
+    """The right to generate `rollouts` of one group: a reservation in the store."""
 
     group: int
     attempt: int
     prompt: Prompt
-    rollouts: tuple[int, ...]
-    seeds: tuple[int, ...]
+    rollouts: tuple[int, ...]  # the indices still missing: all of them at first, fewer after a reissue
+    seeds: tuple[int, ...]  # parallel to rollouts
     sampling: Sampling
     purpose: Purpose = "train"
-    pinned: Version | None = None
-    baseline: int | None = None
+    pinned: Version | None = None  # of an eval ticket: every token must come from these weights
+    baseline: int | None = None  # the rollout that is to be greedy, and is compared with, not trained (ReMax), if there is one
 
 
 class Reserved(Struct, frozen=True, kw_only=True):
-    """Answer to `reserve`. No ticket means: waited until the deadline, `waiting_for` says why.
-
-    `cancelled`: held groups that the store no longer wants; abort them. `ended`: there will be no more tickets.
-    """
+    """Reply to `reserve`. No ticket means: waited until the deadline."""
 
     tickets: tuple[Ticket, ...] = ()
-    cancelled: tuple[int, ...] = ()
-    waiting_for: str = ""
-    ended: bool = False
+    cancelled: tuple[int, ...] = ()  # held groups that the store no longer wants; abort them
+    waiting_for: str = ""  # why there was no ticket
+    ended: bool = False  # there will be no more tickets
 
 
 class GenerationRequest(Struct, frozen=True, kw_only=True):
@@ -114,29 +107,22 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
 
 
 class Generation(Struct, frozen=True, kw_only=True):
-    """What an engine answers; lists are parallel, one entry per response token (the stop token included).
+    """What an engine generated; lists are parallel, one entry per response token (the stop token included).
 
-    logprobs: nats, of the distribution that was sampled (after temperature, top-p, top-k).
-    kept_logmass: log of the probability mass that top-p/top-k kept (0 where nothing was cut); None when both were off.
     Full-softmax log-probability at the same temperature = logprobs + kept_logmass.
     """
 
     id: str
     token_ids: list[int]
-    logprobs: list[float]
+    logprobs: list[float]  # nats, of the distribution that was sampled (after temperature, top-p, top-k)
+    # log of the probability mass that top-p/top-k kept (0 where nothing was cut); None when both were off
     kept_logmass: list[float] | None
     spans: tuple[Span, ...]
     finish_reason: FinishReason
 
 
 class Rollout(Struct, frozen=True, kw_only=True):
-    """One finished rollout, as the generator submits it; the first writer of (group, rollout, attempt) wins.
-
-    loss_mask: 1 where the policy chose the token, 0 for tool and environment tokens.
-    turns: start offsets of the turns in response_ids; (0,) for a single turn.
-    times: seconds since the epoch, at each hop's name ("reserved", "started", "finished").
-    baseline: greedy, scored like the others and never trained.
-    """
+    """One finished rollout, as the generator submits it; the first writer of (group, rollout, attempt) wins."""
 
     group: int
     rollout: int
@@ -145,96 +131,84 @@ class Rollout(Struct, frozen=True, kw_only=True):
     response_ids: list[int]
     logprobs: list[float]
     kept_logmass: list[float] | None
-    loss_mask: list[int]
-    turns: tuple[int, ...]
+    loss_mask: list[int]  # 1 where the policy chose the token, 0 for tool and environment tokens
+    turns: tuple[int, ...]  # start offsets of the turns in response_ids; (0,) for a single turn
     spans: tuple[Span, ...]
     finish_reason: FinishReason
     worker: str
-    times: dict[str, float]
+    times: dict[str, float]  # seconds since the epoch, at each hop's name ("reserved", "started", "finished")
     purpose: Purpose = "train"
-    baseline: bool = False
+    baseline: bool = False  # greedy, scored like the others and never trained
 
 
 class Unscored(Struct, frozen=True, kw_only=True):
-    """One rollout handed to a reward worker. response_ids still hold the stop token. turns: as in `Rollout`."""
+    """One rollout handed to a reward worker."""
 
     group: int
     rollout: int
     attempt: int
-    prompt: Prompt
-    response_ids: list[int]
+    prompt: Prompt  # without `ids`, which are not sent
+    response_ids: list[int]  # the stop token included
     purpose: Purpose
     finish_reason: FinishReason
-    turns: tuple[int, ...] = (0,)
+    turns: tuple[int, ...] = (0,)  # as in `Rollout`
 
 
 class UnscoredLease(Struct, frozen=True, kw_only=True):
-    """Rollouts leased to one reward worker until `lease_s` after the last `extend`. Empty: the long poll ran out."""
+    """Rollouts leased to one reward worker until `lease_s` after the last `extend`."""
 
     lease: int
     lease_s: float
-    items: tuple[Unscored, ...]
-    ended: bool = False
+    items: tuple[Unscored, ...]  # empty: the long poll ran out
+    ended: bool = False  # there will be no more rollouts
 
 
 class Score(Struct, frozen=True, kw_only=True):
-    """The verdict on one rollout. Only `ok` carries a reward; a failure is never a silent 0.
-
-    reward: due at the end. token_rewards: what each response token earns beside it, one number per token, or None.
-    """
+    """The verdict on one rollout. Only `ok` carries a reward; a failure is never a silent 0."""
 
     group: int
     rollout: int
     attempt: int
     status: Status
-    reward: float | None = None
+    reward: float | None = None  # assigned to the last token
     parts: dict[str, float] = {}
     error: str = ""
-    token_rewards: list[float] | None = None
+    token_rewards: list[float] | None = None  # what each response token earns beside it, one number per token
 
 
 class BatchLease(Struct, frozen=True, kw_only=True):
-    """Groups to train as one update, oldest first. `replayed`: a committed batch that a restore reopened.
-
-    Empty `groups` without `ended`: the long poll ran out. `ended`: the data is used up and every group settled.
-    """
+    """Groups to train as one update."""
 
     lease: int
-    groups: tuple[int, ...]
+    groups: tuple[int, ...]  # oldest first; empty without `ended`: the long poll ran out
     committed: int
-    replayed: bool = False
-    ended: bool = False
+    replayed: bool = False  # a committed batch that a restore reopened
+    ended: bool = False  # the data is used up and every group settled
     waiting_for: str = ""
 
 
 class TrainRollout(Struct, frozen=True, kw_only=True):
-    """One scored rollout as the learner sees it. Arrays are 1-D and parallel over response tokens (T).
-
-    prompt_ids [P] int64; response_ids [T] int64; loss_mask [T] bool; logprobs [T] float32 nats, of the sampled
-    distribution; kept_logmass [T] float32 or None; updates [T] int64, the policy update that produced each token.
-    token_rewards [T] float64 or None: what each token earned beside `reward`, which is due at the end. baseline: what the
-    greedy rollout of the same prompt earned in all, None where none was asked for.
-    """
+    """One scored rollout as the learner sees it. Arrays are 1-D and parallel over response tokens (T)."""
 
     group: int
     rollout: int
     attempt: int
     data_source: str
-    prompt_ids: np.ndarray
-    response_ids: np.ndarray
-    loss_mask: np.ndarray
-    logprobs: np.ndarray
-    kept_logmass: np.ndarray | None
-    updates: np.ndarray
-    reward: float
+    prompt_ids: np.ndarray  # [P] int64
+    response_ids: np.ndarray  # [T] int64
+    loss_mask: np.ndarray  # [T] bool
+    logprobs: np.ndarray  # [T] float32 nats, of the sampled distribution
+    kept_logmass: np.ndarray | None  # [T] float32
+    updates: np.ndarray  # [T] int64, the policy update that produced each token
+    reward: float  # assigned to the last token
     parts: dict[str, float]
     finish_reason: FinishReason
-    token_rewards: np.ndarray | None = None
-    baseline: float | None = None
+    token_rewards: np.ndarray | None = None  # [T] float64, what each token earned beside `reward`
+    baseline: float | None = None  # what the greedy rollout of the same prompt earned in all, where one was asked for
 
 
 class Fence(Struct, frozen=True, kw_only=True):
-    """Answer to a learner's `fence`: its new incarnation, and where the surviving lineage stands."""
+    """Reply to a learner's `fence`: its new incarnation, and where the surviving lineage stands."""
 
     incarnation: int
     committed: int
@@ -242,18 +216,18 @@ class Fence(Struct, frozen=True, kw_only=True):
 
 
 class EvalResult(Struct, frozen=True, kw_only=True):
-    """Mean held-out score of one pinned version. `invalid` rollouts count as 0 in the mean and are reported."""
+    """Mean held-out score of one pinned version."""
 
     version: Version
     score: float
     count: int
-    invalid: int
+    invalid: int  # these rollouts count as 0 in the mean
     by_source: dict[str, float]
     mean_length: float
 
 
-class Counts(Struct, frozen=True, kw_only=True):
-    """The store's ledger of training groups. reserved = trained + filtered + evicted + failed + pending, always."""
+class GroupCounts(Struct, frozen=True, kw_only=True):
+    """Training groups by outcome. reserved = trained + filtered + evicted + failed + pending, always."""
 
     reserved: int
     trained: int
@@ -264,9 +238,9 @@ class Counts(Struct, frozen=True, kw_only=True):
 
 
 class Record(Struct, frozen=True, kw_only=True):
-    """One line of metrics.jsonl: a committed update or an evaluation. `sequence` rises and survives restarts."""
+    """One line of metrics.jsonl: a committed update or an evaluation."""
 
-    sequence: int
+    sequence: int  # rises, and survives restarts
     time: float
     kind: Literal["step", "eval"]
     version: Version
@@ -274,47 +248,39 @@ class Record(Struct, frozen=True, kw_only=True):
 
 
 class StoreReport(Struct, frozen=True, kw_only=True):
-    """What the store says of itself: records after the sequence number asked for, and where everything stands now.
-
-    evals_pending: evaluations asked for and not yet settled. activity: rises with every accepted call that moved data.
-    gauges: queue depths by name. seconds: time per state, as in a `Report`.
-    """
+    """What the store says of itself: records after the sequence number asked for, and where everything stands now."""
 
     records: tuple[Record, ...]
     committed: int
-    counts: Counts
-    evals_pending: int
-    activity: int
-    gauges: dict[str, float]
-    seconds: dict[str, float] = {}
+    counts: GroupCounts
+    evals_pending: int  # asked for and not yet settled
+    activity: int  # rises with every accepted call that moved data
+    gauges: dict[str, float]  # queue depths by name
+    seconds: dict[str, float] = {}  # time per state, as in a `Report`
 
 
 class SwapReport(Struct, frozen=True, kw_only=True):
-    """One weight update as an engine saw it. pause_s: how long no token was produced.
-
-    recomputed_tokens: whose cache was computed anew, prompts included; they stay part of their rollouts.
-    discarded_tokens: response tokens thrown away with the rollouts that began anew (`restart`).
-    """
+    """One weight update as an engine saw it."""
 
     version: Version
-    pause_s: float
-    recomputed_tokens: int
-    discarded_tokens: int = 0
+    pause_s: float  # how long no token was produced
+    recomputed_tokens: int  # whose cache was recomputed, prompts included; they stay part of their rollouts
+    discarded_tokens: int = 0  # response tokens thrown away with rollouts that are regenerated from the prompt (`restart`)
 
 
 class Report(Struct, frozen=True, kw_only=True):
-    """What an actor says of itself. `seconds`: time per state of its main loop; they add up to its wall clock."""
+    """What an actor says of itself."""
 
     name: str
     role: str
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # time per state of its main loop; they add up to its wall clock
     gauges: dict[str, float]
 
 
 class RunStatus(Struct, frozen=True, kw_only=True):
-    """What an observer is told at every tick. `store` holds only records that no earlier status held."""
+    """What an observer is told at every tick."""
 
-    store: StoreReport | None
+    store: StoreReport | None  # its records are those that no earlier status held
     reports: tuple[Report, ...]
     restarts: dict[str, int]
     pids: dict[str, int]

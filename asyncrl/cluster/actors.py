@@ -13,7 +13,7 @@ from asyncrl.cluster import wiring
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import Peers
 from asyncrl.rundir import set_up_logging
-from asyncrl.types import Report
+from asyncrl.types import Key, Report
 
 
 def _log_to(plan: RunPlan, name: str) -> None:
@@ -87,9 +87,9 @@ class StoreActor:
         self._store = wiring.build_store(self._plan)
         return os.getpid(), None
 
-    async def call(self, method: str, *arguments: Any) -> Any:
-        """One of STORE_CALLS, in its own concurrency group."""
-        return await getattr(self._store, method)(*arguments)
+    async def call(self, verb: str, key: Key, *arguments: Any) -> Any:
+        """In the concurrency group of the verb's protocol (transport.call_store)."""
+        return await self._store.call(verb, key, *arguments)
 
     async def run(self) -> None:
         """Ends at `stop`; meanwhile its death is what the supervisor notices."""

@@ -10,9 +10,9 @@ from ray.exceptions import RayActorError
 from asyncrl.cluster.actors import StageActor, StoreActor
 from asyncrl.cluster.placement import Placement, beside_driver, reserve
 from asyncrl.cluster.plan import RunPlan
-from asyncrl.cluster.transport import STORE_CALLS
 from asyncrl.config import PlaceSpec
 from asyncrl.errors import Unavailable
+from asyncrl.interfaces import VERBS
 from asyncrl.types import Report
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Member:
         self.restart_count += 1
         self.phase, self._asked = "starting", None
         if self.role == "store":
-            actor = ray.remote(concurrency_groups=dict.fromkeys(STORE_CALLS, 1000))(StoreActor)
+            actor = ray.remote(concurrency_groups={verb.caller: 1000 for verb in VERBS.values()})(StoreActor)
             self.handle = actor.options(**self._placement.options).remote(plan)
         else:
             options = {**self._placement.options, "max_concurrency": 8}

@@ -137,9 +137,8 @@ def _batches(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
             )
     bound = recipe.bound()
     most = bound.room(outstanding=0, committed=0, update=0)
-    capacity = min(most, recipe.staleness.capacity_groups or most)
     rule = "wait" if bound.waits else bound.on_stale
     return (
         f"batches     {recipe.total_steps} updates × {batch} groups × {n} rollouts{added}; max_lag {bound.max_lag} ({rule}), "
-        f"at most {capacity} groups outstanding; {deployment.generators.count} × {deployment.generators.engine.slots} slots"
+        f"at most {most} groups outstanding; {deployment.generators.count} × {deployment.generators.engine.slots} slots"
     )

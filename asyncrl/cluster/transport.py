@@ -1,4 +1,4 @@
-"""Calls to the store over Ray, across the store's restarts."""
+"""How an actor finds its peers, and calls the store over Ray across the store's restarts."""
 
 import threading
 import time
@@ -8,13 +8,15 @@ import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, OutOfMemoryError, RayActorError
 
 from asyncrl.errors import Closed, Unavailable
+from asyncrl.interfaces import VERBS
+from asyncrl.types import Key
 
-# --------------------------------------------------------------------------------------------- peers
-# The board on which the supervisor tells an actor where its peers are now. Pushed, never polled.
+RECONNECT_S = 1.0
+SUPERVISOR = Key("supervisor", 0, 0)
 
 
 class Peers:
-    """Newest known address or handle per peer name. The supervisor puts; the actor's own threads wait."""
+    """Newest known address or handle per peer name. The supervisor puts, and so pushes them; the actor's own threads wait."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -22,7 +24,7 @@ class Peers:
         self._closed = False
 
     def put(self, name: str, restart_count: int, value: Any) -> None:
-        """Notes where `name` is. Editions rise with every restart; an older one changes nothing."""
+        """Notes where `name` is now. restart_count rises with every restart; an older one changes nothing."""
         with self._changed:
             if restart_count > self._known.get(name, (-1, None))[0]:
                 self._known[name] = (restart_count, value)
@@ -34,7 +36,7 @@ class Peers:
             return self._known.get(name, (-1, None))[1]
 
     def wait(self, name: str, newer_than: int, deadline: float) -> tuple[int, Any]:
-        """Blocks until `name` has an restart_count above `newer_than`; `put` wakes it.
+        """Blocks until `name` has a restart_count above `newer_than`; `put` wakes it.
 
         Raises Closed when the actor stops, Unavailable at `deadline` (time.monotonic seconds).
         """
@@ -56,43 +58,32 @@ class Peers:
             self._changed.notify_all()
 
 
-# Calls by who makes them: each kind has an event loop of its own in the store, so that long polls never starve a commit.
-STORE_CALLS = {
-    "generate": ("reserve", "submit"),
-    "reward": ("lease_unscored", "extend", "score"),
-    "learn": ("fence", "lease_batch", "rows", "commit", "request_eval", "checkpointed"),
-    "supervise": ("finish", "forget", "report", "state"),
-}
-RECONNECT_S = 1.0
-GROUP_OF = {method: group for group, methods in STORE_CALLS.items() for method in methods}
-
-
-def call_store(handle: Any, method: str, *arguments: Any) -> Any:
-    """Asks the store actor; returns Ray's reference to the answer."""
-    return handle.call.options(concurrency_group=GROUP_OF[method]).remote(method, *arguments)
+def call_store(handle: Any, verb: str, *arguments: Any, key: Key = SUPERVISOR) -> Any:
+    """Asks the store actor; returns Ray's reference to the reply."""
+    return handle.call.options(concurrency_group=VERBS[verb].caller).remote(verb, key, *arguments)
 
 
 class RayCall:
-    """The transport of a ReplayClient: `call(method, *args)` on whatever store incarnation lives now."""
+    """The transport of a ReplayClient: calls whatever store incarnation lives now."""
 
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
 
-    def __call__(self, method: str, *args: Any, timeout_s: float) -> Any:
-        """Blocks for the answer. A store that dies meanwhile is waited for and asked again, one that merely can't be reached
-        soon: the idempotency key among `args` makes that safe. Raises Unavailable after `timeout_s`, Closed when the actor
+    def __call__(self, verb: str, key: Key, *args: Any, timeout_s: float) -> Any:
+        """Blocks for the reply. A store that dies meanwhile is waited for and asked again, one that merely can't be reached
+        soon: the idempotency key makes that safe. Raises Unavailable after `timeout_s`, Closed when the actor
         stops; the store's own errors pass."""
         deadline = time.monotonic() + timeout_s
         restart_count, handle = self._peers.wait("store", -1, deadline)
         while True:
             try:
-                return ray.get(call_store(handle, method, *args), timeout=max(deadline - time.monotonic(), 0.001))
+                return ray.get(call_store(handle, verb, *args, key=key), timeout=max(deadline - time.monotonic(), 0.001))
             except ActorUnavailableError:
                 restart_count, handle = self._another(restart_count, handle, deadline)
             except (RayActorError, OutOfMemoryError):  # the latter: killed by Ray's memory monitor
                 restart_count, handle = self._peers.wait("store", restart_count, deadline)
             except GetTimeoutError:
-                raise Unavailable(f"store: no answer to {method} within {timeout_s:.0f} s") from None
+                raise Unavailable(f"store: no reply to {verb} within {timeout_s:.0f} s") from None
 
     def _another(self, restart_count: int, handle: Any, deadline: float) -> tuple[int, Any]:
         """A newer store, if one comes within RECONNECT_S; else the same."""

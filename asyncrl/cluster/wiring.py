@@ -86,46 +86,34 @@ def _eval_data(recipe: Recipe) -> DataSpec:
 def build_store(plan: RunPlan) -> "ReplayStore":
     """Opens the log of the run directory, or rebuilds the store from it."""
     from asyncrl.prompts.dataset import PromptFile
-    from asyncrl.replay import plan as replay
-    from asyncrl.replay.log.rows import LogSettings
-    from asyncrl.replay.plan import GROUP_FILTERS
+    from asyncrl.replay.plan import GROUP_FILTERS, Evaluation, Source, StorePlan
     from asyncrl.replay.store import ReplayStore
 
-    recipe, spec = plan.recipe, plan.deployment.store
-    grouping, data = recipe.sampling, recipe.data
-    source = replay.Source(
+    recipe, sampling, held_out = plan.recipe, plan.recipe.sampling, plan.recipe.evaluation
+    source = Source(
         prompts=PromptFile(plan.paths.data / "train.arrow"),
-        sampling=_sampling(plan, grouping.temperature, grouping.top_p, grouping.top_k),
+        sampling=_sampling(plan, sampling.temperature, sampling.top_p, sampling.top_k),
         seed=recipe.seed,
-        shuffle=data.shuffle,
-        epochs=data.epochs,
+        shuffle=recipe.data.shuffle,
+        epochs=recipe.data.epochs,
     )
-    held_out, evaluation = recipe.evaluation, None
+    evaluation = None
     if held_out.files:
-        evaluation = replay.Evaluation(
+        evaluation = Evaluation(
             prompts=PromptFile(plan.paths.data / "eval.arrow")[: held_out.limit],
             sampling=_sampling(plan, held_out.temperature),
             n=held_out.n,
         )
-    store_plan = replay.StorePlan(
+    store_plan = StorePlan(
         rule=recipe.bound(),
         source=source,
-        grouping=replay.Grouping(
-            n=grouping.n,
-            min_valid=grouping.min_valid,
-            max_attempts=grouping.max_attempts,
-            keep=GROUP_FILTERS.get(grouping.keep) or load_callable(grouping.keep, "sampling.keep"),
-            max_empty_batches=grouping.max_empty_batches,
-            baseline=recipe.algorithm.wants_baseline,
-        ),
+        sampling=sampling,
+        keep=GROUP_FILTERS.get(sampling.keep) or load_callable(sampling.keep, "sampling.keep"),
+        baseline=recipe.algorithm.wants_baseline,
         evaluation=evaluation,
-        capacity_groups=recipe.staleness.capacity_groups,
         lease_s=plan.deployment.limits.lease_s,
     )
-    settings = LogSettings(
-        folder=str(plan.paths.replay), segment_bytes=spec.segment_bytes, fsync=spec.fsync, keep_segments=spec.keep_segments
-    )
-    return ReplayStore(store_plan, settings)
+    return ReplayStore(store_plan, plan.paths.replay, plan.deployment.store)
 
 
 # ------------------------------------------------------------------------------------------------------- the stages

@@ -6,7 +6,7 @@ Every default lives once, here or in algorithm.py and learner.py. Paths may hold
 
 from typing import Literal
 
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from asyncrl.config.algorithm import AlgorithmSpec
 from asyncrl.config.base import Spec, require, require_at_least
@@ -219,12 +219,6 @@ class Recipe(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require(self.total_steps >= 1, f"total_steps={self.total_steps} < 1: nothing would be trained")
-        capacity, batch = self.staleness.capacity_groups, self.learner.batch_groups
-        require(
-            capacity is None or batch <= capacity,
-            f"learner.batch_groups={batch} > staleness.capacity_groups={capacity}: a batch could never be admitted and "
-            "the learner would wait for ever; raise staleness.capacity_groups or lower learner.batch_groups",
-        )
         buffer, longest = self.reward.shaping.overlong_buffer, self.sampling.max_response_length
         require(
             buffer <= longest,
@@ -257,9 +251,4 @@ class Recipe(Spec, frozen=True, kw_only=True):
 
     def bound(self) -> Staleness:
         """The staleness rule that the store and the learner both run."""
-        return Staleness(
-            max_lag=self.staleness.max_lag,
-            batch_groups=self.learner.batch_groups,
-            on_stale=self.staleness.on_stale,
-            selector=self.staleness.selector,
-        )
+        return Staleness(batch_groups=self.learner.batch_groups, **asdict(self.staleness))

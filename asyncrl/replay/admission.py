@@ -6,7 +6,7 @@ import asyncrl.replay.log.events as ev
 from asyncrl.replay.ledger import StoreContext
 from asyncrl.replay.plan import ticket_seed
 from asyncrl.replay.state import Group
-from asyncrl.types import Purpose, Ticket, Version
+from asyncrl.types import Key, Ticket, Version
 
 TOO_OLD = "weights too old"
 
@@ -18,51 +18,44 @@ class Holders:
     names it. A slow holder that names it again before it was reissued gets it back.
     """
 
-    def __init__(self, book: StoreContext) -> None:
-        self._book = book
+    def __init__(self, context: StoreContext) -> None:
+        self._context = context
+        self._ledger = context.ledger
         self._deadlines: dict[str, float] = {}
         self._lost: set[int] = set()
         self._since: dict[int, float] = {}  # when a group in flight was first seen, for the watchdog
-        now = book.clock()
-        for group in self._groups():
-            self._deadlines[group.worker] = now + book.plan.lease_s
-
-    def _groups(self) -> list[Group]:
-        """Groups with rollouts still to come, for training and evaluation."""
-        ledger = self._book.ledger
-        evals = list(ledger.round.groups.values()) if ledger.round else []
-        return [g for g in [*ledger.groups.values(), *evals] if g.in_flight()]
+        for group in self._ledger.in_flight():
+            self._deadlines[group.worker] = self._context.lease_end()
 
     def renew(self, worker: str) -> None:
         if worker in self._deadlines:
-            self._deadlines[worker] = self._book.clock() + self._book.plan.lease_s
+            self._deadlines[worker] = self._context.lease_end()
 
-    def arrive(self, worker: str, incarnation: int, held: Sequence[int]) -> bool:
-        """A holder reports what it still works on; whether something is lost now that was not before."""
-        now = self._book.clock()
-        self._deadlines[worker] = now + self._book.plan.lease_s
-        named, before, groups = set(held), len(self._lost), self._groups()
+    def arrive(self, caller: Key, held: Sequence[int]) -> None:
+        """A holder reports what it still works on: once per call, however long that waits."""
+        self._deadlines[caller.worker] = self._context.lease_end()
+        named, before, groups, now = set(held), len(self._lost), self._ledger.in_flight(), self._context.clock()
         self._since = {g.id: self._since.get(g.id, now) for g in groups}
         for group in groups:
-            if group.worker == worker:
-                mine = group.incarnation == incarnation and group.id in named
+            if group.worker == caller.worker:
+                mine = group.incarnation == caller.incarnation and group.id in named
                 (self._lost.discard if mine else self._lost.add)(group.id)
-        return len(self._lost) > before
+        self._context.changes += len(self._lost) > before
 
     def forget(self, worker: str, incarnation: int) -> bool:
-        """Gives up what a worker held up to this incarnation; whether there was any."""
+        """Takes what a worker held up to this incarnation as lost; whether there was any."""
         before = len(self._lost)
-        self._lost.update(g.id for g in self._groups() if g.worker == worker and g.incarnation <= incarnation)
+        self._lost.update(g.id for g in self._ledger.in_flight() if g.worker == worker and g.incarnation <= incarnation)
         return len(self._lost) > before
 
     def expire(self) -> bool:
-        """Gives up silent holders; whether any was."""
-        now = self._book.clock()
+        """Takes what silent workers held as lost; whether there was any such worker."""
+        now = self._context.clock()
         silent = {worker for worker, deadline in self._deadlines.items() if deadline <= now}
         for worker in silent:
             del self._deadlines[worker]
         if silent:
-            self._lost.update(g.id for g in self._groups() if g.worker in silent)
+            self._lost.update(g.id for g in self._ledger.in_flight() if g.worker in silent)
         return bool(silent)
 
     def next_deadline(self) -> float | None:
@@ -70,7 +63,7 @@ class Holders:
 
     def age_s(self, group: int) -> float:
         """For how long a group has been in flight, as far as its holder has reported since."""
-        now = self._book.clock()
+        now = self._context.clock()
         return now - self._since.get(group, now)
 
     def is_lost(self, group: int) -> bool:
@@ -78,43 +71,47 @@ class Holders:
 
     def lost(self) -> list[Group]:
         """Lost groups that are still wanted, oldest first."""
-        found = [(g, self._book.ledger.find(g)) for g in sorted(self._lost)]
+        found = [(g, self._ledger.find(g)) for g in sorted(self._lost)]
         wanted = [group for _, group in found if group is not None and group.in_flight()]
         self._lost = {group.id for group in wanted}
         return wanted
 
-    def holds(self, worker: str, incarnation: int, group: int) -> bool:
+    def holds(self, caller: Key, group: int) -> bool:
         """Whether this caller still is the holder of a wanted group."""
-        found = self._book.ledger.find(group)
-        return found is not None and (found.worker, found.incarnation) == (worker, incarnation) and group not in self._lost
+        found = self._ledger.find(group)
+        mine = found is not None and (found.worker, found.incarnation) == (caller.worker, caller.incarnation)
+        return mine and group not in self._lost
 
-    def reissue(self, group: Group, worker: str, incarnation: int, version: Version) -> Ticket:
-        self._book.record(ev.GroupReissued(group.id, group.attempt + 1, version.update, worker, incarnation))
+    def reissue(self, group: Group, caller: Key, version: Version) -> Ticket:
+        attempt, update = group.attempt + 1, version.update
+        self._context.record(ev.GroupReissued(group.id, attempt, update, caller.worker, caller.incarnation))
         self._lost.discard(group.id)
-        return ticket(self._book, group)
+        return ticket(self._context, group)
 
 
 class Admission:
     """Hands out training tickets within the bound."""
 
-    def __init__(self, book: StoreContext, holders: Holders) -> None:
-        self._book = book
+    def __init__(self, context: StoreContext, holders: Holders) -> None:
+        self._context = context
+        self._ledger = context.ledger
+        self._rule = context.plan.rule
         self._holders = holders
 
-    def tickets(self, k: int, worker: str, incarnation: int, version: Version, held: Sequence[int]) -> list[Ticket]:
+    def tickets(self, k: int, caller: Key, version: Version, held: Sequence[int]) -> list[Ticket]:
         """Up to k tickets: lost groups first, then retries, then new prompts."""
-        tickets = self._reissues(k, worker, incarnation, version, held)
+        tickets = self._reissues(k, caller, version, held)
         for _ in range(min(k - len(tickets), self._room(version))):
-            if self._book.exhausted():
+            if self._context.exhausted():
                 break
-            tickets.append(self._reserve(worker, incarnation, version))
+            tickets.append(self._reserve(caller, version))
         return tickets
 
     def waiting_for(self, version: Version) -> str:
         """Why a caller at `version` gets no ticket now."""
-        if self._book.exhausted():
+        if self._context.exhausted():
             return "data"
-        newest = Version(self._book.ledger.incarnation, max(self._update(version), self._book.ledger.committed))
+        newest = Version(self._ledger.incarnation, max(self._update(version), self._ledger.committed))
         if self._room(version) <= 0 < self._room(newest):
             return TOO_OLD
         return "bound full"
@@ -122,58 +119,54 @@ class Admission:
     def _update(self, version: Version) -> int:
         """The update that admission counts with. Weights of a lost lineage may be ahead of the restored one, but their
         holder is about to fall back to it."""
-        ledger = self._book.ledger
+        ledger = self._ledger
         return version.update if version.incarnation == ledger.incarnation else min(version.update, ledger.committed)
 
     def _room(self, version: Version) -> int:
-        ledger, plan = self._book.ledger, self._book.plan
-        outstanding = len(ledger.groups)
-        room = plan.rule.room(outstanding=outstanding, committed=ledger.committed, update=self._update(version))
-        return room if plan.capacity_groups is None else min(room, plan.capacity_groups - outstanding)
+        ledger = self._ledger
+        return self._rule.room(outstanding=len(ledger.groups), committed=ledger.committed, update=self._update(version))
 
-    def _reissues(self, k: int, worker: str, incarnation: int, version: Version, held: Sequence[int]) -> list[Ticket]:
-        ledger, rule = self._book.ledger, self._book.plan.rule
+    def _reissues(self, k: int, caller: Key, version: Version, held: Sequence[int]) -> list[Ticket]:
+        ledger = self._ledger
         tickets: list[Ticket] = []
         for group in self._holders.lost():
             # A caller that still works on the lost attempt must first hear that it is cancelled.
             if len(tickets) >= k or group.purpose == "eval" or group.id in held:
                 continue
             position = ledger.position(group.id)
-            if rule.reissuable(position=position, committed=ledger.committed, update=self._update(version)):
-                tickets.append(self._holders.reissue(group, worker, incarnation, version))
+            if self._rule.reissuable(position=position, committed=ledger.committed, update=self._update(version)):
+                tickets.append(self._holders.reissue(group, caller, version))
         return tickets
 
-    def _reserve(self, worker: str, incarnation: int, version: Version) -> Ticket:
-        ledger, grouping = self._book.ledger, self._book.plan.grouping
+    def _reserve(self, caller: Key, version: Version) -> Ticket:
+        ledger, plan = self._ledger, self._context.plan
         position, retry = ledger.retries[0] if ledger.retries else (ledger.cursor, 0)
-        group = ledger.next_group
-        update = self._update(version)
-        self._book.record(
-            ev.GroupReserved(group, "train", position, retry, grouping.n, update, worker, incarnation, grouping.baseline)
+        group, n, update = ledger.next_group, plan.sampling.n, self._update(version)
+        self._context.record(
+            ev.GroupReserved(group, "train", position, retry, n, update, caller.worker, caller.incarnation, plan.baseline)
         )
-        return ticket(self._book, ledger.groups[group])
+        return ticket(self._context, ledger.groups[group])
 
 
-def ticket(book: StoreContext, group: Group) -> Ticket:
+def ticket(context: StoreContext, group: Group) -> Ticket:
     """The ticket for what a group still misses."""
-    purpose: Purpose = group.purpose
-    source = book.plan.source
-    if purpose == "eval":
-        assert book.plan.evaluation is not None
-        assert book.ledger.round is not None
-        prompt, sampling = book.plan.evaluation.prompts[group.position], book.plan.evaluation.sampling
-        pinned = book.ledger.round.version
+    source = context.plan.source
+    if group.purpose == "eval":
+        assert context.plan.evaluation is not None
+        assert context.ledger.round is not None
+        prompt, sampling = context.plan.evaluation.prompts[group.position], context.plan.evaluation.sampling
+        pinned = context.ledger.round.version
     else:
-        prompt, sampling, pinned = source.prompts[book.order.index(group.position)], source.sampling, None
+        prompt, sampling, pinned = source.prompts[context.order.index(group.position)], source.sampling, None
     missing = group.missing()
     return Ticket(
         group=group.id,
         attempt=group.attempt,
         prompt=prompt,
         rollouts=missing,
-        seeds=tuple(ticket_seed(source.seed, purpose, group.position, group.retry, r) for r in missing),
+        seeds=tuple(ticket_seed(source.seed, group.purpose, group.position, group.retry, r) for r in missing),
         sampling=sampling,
-        purpose=purpose,
+        purpose=group.purpose,
         pinned=pinned,
         baseline=None if group.baseline() is None else group.n,
     )

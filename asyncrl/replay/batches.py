@@ -4,24 +4,15 @@ import heapq
 import random
 from collections.abc import Mapping, Sequence
 
-from msgspec import Struct
-
 import asyncrl.replay.log.events as ev
-from asyncrl.errors import CheckpointError, Closed, ConfigError, Fenced
-from asyncrl.replay.ledger import Ledger, StoreContext
-from asyncrl.replay.log.rows import TrainScore
+from asyncrl.errors import CheckpointError, Closed, ConfigError
+from asyncrl.replay.ledger import Ledger, Poll, StoreContext
+from asyncrl.replay.log.rows import TRAIN_COLUMNS, TrainRows, TrainScore, to_ipc
 from asyncrl.replay.state import Group, Lease
 from asyncrl.staleness import Staleness
-from asyncrl.types import BatchLease, Fence, Version, derive_seed
+from asyncrl.types import BatchLease, Fence, Key, Version, derive_seed
 
 _EMPTY_GROUPS, _EMPTY_BATCHES = 1024, 32  # without max_empty_batches the larger of the two ends the run
-
-
-class Pick(Struct, frozen=True):
-    """Groups for a batch, or the reason why there are none yet."""
-
-    groups: tuple[int, ...] = ()
-    waiting_for: str = ""
 
 
 def stale(rule: Staleness, ledger: Ledger, update: int) -> list[Group]:
@@ -35,36 +26,43 @@ def stale(rule: Staleness, ledger: Ledger, update: int) -> list[Group]:
     return [g for g in free if g.id in ledger.ready and rule.overdue(oldest=g.newest(), committed=update)]
 
 
-def pick(rule: Staleness, ledger: Ledger, update: int, exhausted: bool, seed: int) -> Pick:
-    """The next batch among groups that are not stale. Fewer than batch_groups only when no more can come."""
+def pick(rule: Staleness, ledger: Ledger, update: int, exhausted: bool, seed: int) -> tuple[tuple[int, ...], str]:
+    """The next batch among groups that are not stale, or () and what it waits for. Fewer than batch_groups only when no more
+    can come."""
     size = rule.batch_groups
     free = len(ledger.groups) - len(ledger.taken)
     in_flight = free - len(ledger.ready)
     if rule.waits:
         oldest = heapq.nsmallest(size, (g for g in ledger.groups if g not in ledger.taken))
         if all(g in ledger.ready for g in oldest) and (len(oldest) == size or exhausted):
-            return Pick(tuple(oldest))
-        return Pick(waiting_for="the oldest groups")
+            return tuple(oldest), ""
+        return (), "the oldest groups"
     # After a restore some tokens come from a lost lineage that was ahead: those groups wait until updates catch up.
     eligible = sorted(g for g in ledger.ready if ledger.groups[g].newest() <= update)
     if len(eligible) < size and not (exhausted and in_flight == 0):
-        return Pick(waiting_for="ready groups")
+        return (), "ready groups"
     if rule.selector == "uniform" and len(eligible) > size:
         eligible = random.Random(derive_seed(seed, update)).sample(eligible, size)
     elif rule.selector == "freshest":
         eligible.sort(key=lambda g: (-ledger.groups[g].oldest(), g))
-    return Pick(tuple(sorted(eligible[:size])))
+    return tuple(sorted(eligible[:size])), ""
 
 
 class Batches:
     """A batch lease ends only by its commit or by a newer incarnation of the learner. A learner that prefetches leases
     batches for consecutive updates ahead of its commits; replayed batches come first."""
 
-    def __init__(self, book: StoreContext) -> None:
-        self._book = book
+    def __init__(self, context: StoreContext) -> None:
+        self._context = context
+        self._ledger = context.ledger
+        self._plan = context.plan
+        self._fenced: tuple[Key, Fence] | None = None  # the newest `fence` and its reply, which may have been lost
 
-    def fence(self, committed: int) -> Fence:
-        ledger = self._book.ledger
+    def fence(self, caller: Key, committed: int) -> Fence:
+        ledger = self._ledger
+        if self._fenced is not None and self._fenced[0] == caller:
+            return self._fenced[1]
+        self._context.finished = False
         if committed > ledger.committed:
             raise CheckpointError(
                 f"checkpoint at update {committed} > {ledger.committed} updates in the replay log: the log lost its end, or "
@@ -75,24 +73,28 @@ class Batches:
                 f"checkpoint at update {committed} < {ledger.retained}, the oldest retained one: its rows are deleted; "
                 "resume from a newer checkpoint"
             )
-        self._book.record(ev.LearnerFenced(ledger.incarnation + 1, committed, self._book.wall()))
-        return Fence(incarnation=ledger.incarnation, committed=committed, reopened=len(ledger.reopened))
+        self._context.record(ev.LearnerFenced(ledger.incarnation + 1, committed, self._context.wall()))
+        fence = Fence(incarnation=ledger.incarnation, committed=committed, reopened=len(ledger.reopened))
+        self._fenced = (caller, fence)
+        return fence
 
-    def check(self, incarnation: int) -> None:
-        """Raises `Fenced` for any learner but the newest."""
-        newest = self._book.ledger.incarnation
-        if incarnation != newest:
-            raise Fenced(f"learner incarnation {incarnation} is not the newest ({newest}): another learner took over; stop")
+    def lease_batch(self, caller: Key, update: int, wait_s: float) -> Poll:
+        """Waits for a batch. Asking again for the same update gets the same lease, so a lost reply loses nothing."""
 
-    def lease(self, incarnation: int, update: int) -> BatchLease:
-        """Idempotent: asking again for the same update answers the same lease."""
-        self.check(incarnation)
-        ledger = self._book.ledger
+        def attempt() -> tuple[bool, BatchLease]:
+            lease = self._lease(caller.learner, update)
+            return bool(lease.groups or lease.ended), lease
+
+        return Poll(attempt, wait_s)
+
+    def _lease(self, incarnation: int, update: int) -> BatchLease:
+        ledger, rule = self._ledger, self._plan.rule
+        ledger.check_learner(incarnation)
         if ledger.ended:
             return BatchLease(lease=0, groups=(), committed=ledger.committed, ended=True)
         for lease in ledger.leases.values():
             if lease.update == update:
-                return self._answer(lease)
+                return self._leased(lease)
         expected = ledger.committed + len(ledger.leases)
         if update != expected:
             raise ValueError(
@@ -101,21 +103,42 @@ class Batches:
             )
         if ledger.reopened:
             return self._grant(update, ledger.reopened[0].groups, replayed=True)
-        self._check_fruitful()
-        for group in stale(self._book.plan.rule, ledger, update):
-            retry = self._book.plan.rule.drops and self._book.may_retry(group.retry)
-            self._book.record(ev.GroupSettled(group.id, "evicted", retry))
-        exhausted = self._book.exhausted()
-        picked = pick(self._book.plan.rule, ledger, update, exhausted, self._book.plan.source.seed)
-        if picked.groups:
-            return self._grant(update, picked.groups, replayed=False)
+        self._check_empty_groups()
+        for group in stale(rule, ledger, update):
+            retry = rule.drops and self._context.may_retry(group.retry)
+            self._context.record(ev.GroupSettled(group.id, "evicted", retry))
+        exhausted = self._context.exhausted()
+        groups, waiting_for = pick(rule, ledger, update, exhausted, self._plan.source.seed)
+        if groups:
+            return self._grant(update, groups, replayed=False)
         ended = exhausted and len(ledger.groups) == len(ledger.taken)
-        return BatchLease(lease=0, groups=(), committed=ledger.committed, ended=ended, waiting_for=picked.waiting_for)
+        return BatchLease(lease=0, groups=(), committed=ledger.committed, ended=ended, waiting_for=waiting_for)
 
-    def commit(self, lease: int, version: Version, metrics: Mapping[str, float]) -> None:
+    def rows(self, caller: Key, groups: Sequence[int]) -> TrainRows:
+        self._ledger.check_learner(caller.learner)
+        found = self.trainable(groups)
+        batch = self._context.log.take([row for row, _ in found], TRAIN_COLUMNS)
+        return TrainRows(to_ipc(batch), [score for _, score in found])
+
+    def trainable(self, groups: Sequence[int]) -> list[tuple[int, TrainScore]]:
+        """(log row, score) of the `ok` sampled rollouts of leased groups. One whose tokens are all too old is among them: the
+        learner masks it, and its reward still counts for its group's mean."""
+        ledger = self._ledger
+        leased = {g for lease in ledger.leases.values() for g in lease.groups}
+        unknown = [g for g in groups if g not in leased]
+        if unknown:
+            raise ValueError(f"rows of groups {unknown[:5]}, which are not leased: only leased groups may be trained")
+        found = []
+        for group in (ledger.groups[g] for g in groups):
+            greedy = group.baseline()
+            baseline = None if greedy is None else greedy.earned
+            found += [(r.row, TrainScore(r.reward, r.parts, baseline)) for r in group.ok()]
+        return found
+
+    def commit(self, caller: Key, lease: int, version: Version, metrics: Mapping[str, float]) -> None:
         """Idempotent: a commit that is already in the log changes nothing."""
-        self.check(version.incarnation)
-        ledger = self._book.ledger
+        ledger = self._ledger
+        ledger.check_learner(version.incarnation)
         done = ledger.commits.get(version.update)
         if done is not None and (done.lease, done.version) == (lease, version):
             return
@@ -128,36 +151,24 @@ class Batches:
                 f"{ledger.committed + 1} can be committed now; commit in the order of leasing"
             )
         metrics = {name: float(value) for name, value in metrics.items()}
-        self._book.record(ev.BatchCommitted(lease, version, held.groups, metrics, self._book.wall()))
+        self._context.record(ev.BatchCommitted(lease, version, held.groups, metrics, self._context.wall()))
 
-    def rows(self, incarnation: int, groups: Sequence[int]) -> list[tuple[int, TrainScore]]:
-        """(log row, score) of the `ok` sampled rollouts of leased groups. One whose tokens are all too old is among them: the
-        learner masks it, and its reward still counts for its group's mean."""
-        self.check(incarnation)
-        ledger = self._book.ledger
-        leased = {g for lease in ledger.leases.values() for g in lease.groups}
-        unknown = [g for g in groups if g not in leased]
-        if unknown:
-            raise ValueError(f"rows of groups {unknown[:5]}, which are not leased: only leased groups may be trained")
-        found = []
-        for group in (ledger.groups[g] for g in groups):
-            greedy = group.baseline()
-            baseline = None if greedy is None else greedy.earned
-            found += [(r.row, TrainScore(r.reward, r.parts, baseline)) for r in group.ok()]
-        return found
-
-    def checkpointed(self, oldest_retained: int) -> None:
-        ledger = self._book.ledger
+    def checkpointed(self, caller: Key, oldest_retained: int) -> None:
+        """Also deletes the segments of the log that no retained checkpoint needs."""
+        ledger = self._ledger
         if oldest_retained > ledger.committed:
             raise ValueError(f"checkpointed({oldest_retained}) > {ledger.committed} updates committed: commit before saving")
-        if oldest_retained > ledger.retained:
-            self._book.record(ev.CheckpointRetained(oldest_retained))
+        with self._context.recording():  # in the log before anything is deleted
+            if oldest_retained > ledger.retained:
+                self._context.record(ev.CheckpointRetained(oldest_retained))
+        trained = (g for c in ledger.commits.values() for g in c.groups)
+        self._context.log.truncate({g.id for g in [*ledger.outstanding(), *trained]})
 
-    def _check_fruitful(self) -> None:
+    def _check_empty_groups(self) -> None:
         """A reward that always raises, or rewards that never vary, would otherwise generate for ever. Every ready group allows
         for as many empty_groups ones again: what comes slowly still comes."""
-        ledger, plan = self._book.ledger, self._book.plan
-        size, batches = plan.rule.batch_groups, plan.grouping.max_empty_batches
+        ledger, plan = self._ledger, self._plan
+        size, batches = plan.rule.batch_groups, plan.sampling.max_empty_batches
         most = max(_EMPTY_GROUPS, _EMPTY_BATCHES * size) if batches is None else batches * size
         if ledger.empty_groups < most * (1 + len(ledger.ready)):
             return
@@ -167,15 +178,15 @@ class Batches:
             f"{ledger.empty_groups} groups since the last batch gave nothing to train on, {len(ledger.ready)} did; {most} in a "
             f"row end the run (sampling.max_empty_batches={batches or 'null'}; in all {counts.failed} had fewer rewards than "
             f"sampling.min_valid, or none for their baseline, and sampling.keep filtered {counts.filtered}): the learner would "
-            "wait for ever; mend the reward function, or take easier prompts, sampling.keep='all' or a larger "
+            "wait for ever; fix the reward function, or take easier prompts, sampling.keep='all' or a larger "
             f"sampling.max_empty_batches{error}"
         )
 
     def _grant(self, update: int, groups: tuple[int, ...], replayed: bool) -> BatchLease:
-        lease = self._book.ledger.next_lease
-        self._book.record(ev.BatchLeased(lease, update, groups, replayed))
-        return self._answer(self._book.ledger.leases[lease])
+        lease = self._ledger.next_lease
+        self._context.record(ev.BatchLeased(lease, update, groups, replayed))
+        return self._leased(self._ledger.leases[lease])
 
-    def _answer(self, lease: Lease) -> BatchLease:
-        committed = self._book.ledger.committed
+    def _leased(self, lease: Lease) -> BatchLease:
+        committed = self._ledger.committed
         return BatchLease(lease=lease.lease, groups=lease.groups, committed=committed, replayed=lease.replayed)

@@ -4,8 +4,9 @@ import asyncrl.replay.log.events as ev
 from asyncrl.errors import ConfigError
 from asyncrl.replay.admission import Holders, ticket
 from asyncrl.replay.ledger import StoreContext
+from asyncrl.replay.plan import Evaluation
 from asyncrl.replay.state import EvalRound
-from asyncrl.types import EvalResult, Ticket, Version
+from asyncrl.types import EvalResult, Key, Ticket, Version
 
 
 class Evaluations:
@@ -15,49 +16,47 @@ class Evaluations:
     holder works at the old one.
     """
 
-    def __init__(self, book: StoreContext, holders: Holders) -> None:
-        self._book = book
+    def __init__(self, context: StoreContext, holders: Holders) -> None:
+        self._context = context
+        self._ledger = context.ledger
+        self._plan = context.plan.evaluation
         self._holders = holders
 
-    def outstanding(self) -> bool:
-        return self._book.ledger.round is not None
-
-    def request(self, version: Version) -> None:
+    def request_eval(self, caller: Key, version: Version) -> None:
         """Idempotent while the evaluation of `version` runs or waits."""
-        if self._book.plan.evaluation is None:
+        self._ledger.check_learner(version.incarnation)
+        if self._plan is None:
             raise ConfigError(f"evaluation of version {version} asked for, but there are no eval prompts: set evaluation.files")
-        ledger = self._book.ledger
-        known = (ledger.round.version if ledger.round else None, ledger.queued)
-        if version not in known:
-            self._book.record(ev.EvalRequested(version))
+        running = self._ledger.round
+        if version not in (running.version if running else None, self._ledger.queued):
+            self._context.record(ev.EvalRequested(version))
 
-    def tickets(self, k: int, worker: str, incarnation: int, version: Version) -> list[Ticket]:
+    def tickets(self, k: int, caller: Key, version: Version) -> list[Ticket]:
         """Up to k eval tickets for a caller at exactly the pinned version."""
-        running, plan = self._book.ledger.round, self._book.plan.evaluation
+        running, plan = self._ledger.round, self._plan
         if running is None or plan is None or k < 1:
             return []
         if version > running.version and self._abandoned(running, len(plan.prompts)):
-            self._book.record(ev.EvalPinned(version))
-            running = self._book.ledger.round
+            self._context.record(ev.EvalPinned(version))
+            running = self._ledger.round
             assert running is not None
         if version != running.version:
             return []
         lost = [g for g in self._holders.lost() if g.purpose == "eval"]
-        tickets = [self._holders.reissue(group, worker, incarnation, version) for group in lost[:k]]
+        tickets = [self._holders.reissue(group, caller, version) for group in lost[:k]]
         for position in range(running.next, min(running.next + k - len(tickets), len(plan.prompts))):
-            group = self._book.ledger.next_group
-            event = ev.GroupReserved(group, "eval", position, 0, plan.n, version.update, worker, incarnation)
-            self._book.record(event)
-            tickets.append(ticket(self._book, running.groups[group]))
+            group, worker, incarnation = self._ledger.next_group, caller.worker, caller.incarnation
+            self._context.record(ev.GroupReserved(group, "eval", position, 0, plan.n, version.update, worker, incarnation))
+            tickets.append(ticket(self._context, running.groups[group]))
         return tickets
 
     def finish_if_complete(self) -> None:
         """Records the result once every rollout has a verdict. Rollouts without a reward count as 0."""
-        running, plan = self._book.ledger.round, self._book.plan.evaluation
+        running, plan = self._ledger.round, self._plan
         if running is None or plan is None or running.next < len(plan.prompts):
             return
         if all(g.scored() for g in running.groups.values()):
-            self._book.record(ev.Evaluated(self._result(running), self._book.wall()))
+            self._context.record(ev.Evaluated(self._result(running, plan), self._context.wall()))
 
     def _abandoned(self, running: EvalRound, prompts: int) -> bool:
         in_flight = [g for g in running.groups.values() if g.in_flight()]
@@ -65,12 +64,10 @@ class Evaluations:
             return False  # only verdicts are missing
         return all(self._holders.is_lost(g.id) for g in in_flight)
 
-    def _result(self, running: EvalRound) -> EvalResult:
-        assert self._book.plan.evaluation is not None
-        prompts = self._book.plan.evaluation.prompts
+    def _result(self, running: EvalRound, plan: Evaluation) -> EvalResult:
         by_source: dict[str, list[float]] = {}
         for group in running.groups.values():
-            by_source.setdefault(prompts[group.position].data_source, []).extend(r.reward for r in group.rollouts)
+            by_source.setdefault(plan.prompts[group.position].data_source, []).extend(r.reward for r in group.rollouts)
         rollouts = [r for g in running.groups.values() for r in g.rollouts]
         count = len(rollouts)
         return EvalResult(

@@ -1,35 +1,35 @@
-"""The durable state of the store: what the log says, nothing else. `apply` is the only way it changes.
+"""The ledger: the durable state of the store, which is what the log says and nothing else. `apply` is the only way it changes.
 
-Leases of workers, deadlines and waiters are not here: they die with the process, and nothing is lost with them.
+Leases of workers, deadlines and waiters are not in it: they die with the process, and nothing is lost with them.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import asyncrl.replay.log.events as ev
-from asyncrl.replay.log.events import AnyEvent
+from asyncrl.errors import Fenced
+from asyncrl.replay.log.log import ReplayLog
 from asyncrl.replay.plan import PromptOrder, StorePlan
 from asyncrl.replay.state import Commit, EvalRound, Group, Lease, Lengths, Reopened, RolloutState
-from asyncrl.types import Counts, Outcome, Record, Version
+from asyncrl.types import GroupCounts, Outcome, Record, Version
 
 
 @dataclass
 class Ledger:
-    """groups: outstanding training groups by id (ascending age is ascending id, reopened ones apart). taken: those of them
-    that are leased to a learner or reopened. ready: scored, kept and not taken. commits: by update, since the oldest
-    retained checkpoint. empty_groups: groups failed or filtered since the last batch or start. max_lag: only for `lengths`."""
+    """What the log says, as state."""
 
-    max_lag: int
-    groups: dict[int, Group] = field(default_factory=dict)
-    taken: set[int] = field(default_factory=set)
-    ready: set[int] = field(default_factory=set)
-    cursor: int = 0
+    max_lag: int  # only for `lengths`
+    groups: dict[int, Group] = field(default_factory=dict)  # outstanding training groups by id, which rises with their age
+    taken: set[int] = field(default_factory=set)  # those of them that are leased to a learner or reopened
+    ready: set[int] = field(default_factory=set)  # scored, kept and not taken
+    cursor: int = 0  # position of the next new prompt
     retries: deque[tuple[int, int]] = field(default_factory=deque)  # (position, retry)
     leases: dict[int, Lease] = field(default_factory=dict)
     reopened: list[Reopened] = field(default_factory=list)
-    commits: dict[int, Commit] = field(default_factory=dict)
+    commits: dict[int, Commit] = field(default_factory=dict)  # by update, since the oldest retained checkpoint
     committed: int = 0
     retained: int = 0
     incarnation: int = 0
@@ -39,7 +39,7 @@ class Ledger:
     outcomes: dict[Outcome, int] = field(default_factory=lambda: {"trained": 0, "filtered": 0, "evicted": 0, "failed": 0})
     round: EvalRound | None = None
     queued: Version | None = None
-    empty_groups: int = 0
+    empty_groups: int = 0  # failed or filtered since the last batch or start
     last_error: str = ""  # of the newest rollout without a reward
     records: list[Record] = field(default_factory=list)
     lengths: Lengths = field(default_factory=Lengths)
@@ -48,18 +48,38 @@ class Ledger:
 
     def find(self, group: int) -> Group | None:
         """A group that is still outstanding, for training or evaluation."""
-        if group in self.groups:
-            return self.groups[group]
-        return self.round.groups.get(group) if self.round else None
+        found = self.groups.get(group)
+        return self.round.groups.get(group) if found is None and self.round is not None else found
 
-    def counts(self) -> Counts:
-        return Counts(reserved=self.reserved, pending=len(self.groups), **self.outcomes)
+    def get(self, group: int) -> Group:
+        """A group that must be outstanding."""
+        found = self.find(group)
+        assert found is not None, f"group {group} is not outstanding"
+        return found
+
+    def check_learner(self, incarnation: int) -> None:
+        """Raises `Fenced` for any learner but the newest."""
+        if incarnation != self.incarnation:
+            raise Fenced(
+                f"learner incarnation {incarnation} is not the newest ({self.incarnation}): another learner took over; stop"
+            )
+
+    def outstanding(self) -> list[Group]:
+        """Every group that is not settled, for training and evaluation."""
+        return [*self.groups.values(), *(self.round.groups.values() if self.round else ())]
+
+    def in_flight(self) -> list[Group]:
+        """Groups with rollouts still to come, for training and evaluation."""
+        return [group for group in self.outstanding() if group.in_flight()]
+
+    def counts(self) -> GroupCounts:
+        return GroupCounts(reserved=self.reserved, pending=len(self.groups), **self.outcomes)
 
     def position(self, group: int) -> int:
         """How many outstanding groups are trained before this one, oldest first."""
         return len(self.taken) + sum(1 for other in self.groups if other < group and other not in self.taken)
 
-    def apply(self, event: ev.AnyEvent) -> None:
+    def apply(self, event: ev.Event) -> None:
         _APPLY[type(event)](self, event)
 
     def _reserved(self, e: ev.GroupReserved) -> None:
@@ -81,12 +101,12 @@ class Ledger:
             self.cursor = e.position + 1
 
     def _reissued(self, e: ev.GroupReissued) -> None:
-        group = self._get(e.group)
+        group = self.get(e.group)
         group.attempt, group.update, group.worker, group.incarnation = e.attempt, e.update, e.worker, e.incarnation
         self.workers[e.worker] = max(e.incarnation, self.workers.get(e.worker, 0))
 
     def _submitted(self, e: ev.RolloutSubmitted) -> None:
-        group = self._get(e.group)
+        group = self.get(e.group)
         r = group.rollouts[e.rollout]
         r.row, r.attempt, r.oldest, r.newest, r.length = e.row, e.attempt, e.oldest, e.newest, e.length
         group.unsubmitted -= 1
@@ -95,7 +115,7 @@ class Ledger:
             self.lengths.dispatched_tokens += e.length
 
     def _scored(self, e: ev.RolloutScored) -> None:
-        group = self._get(e.group)
+        group = self.get(e.group)
         r = group.rollouts[e.rollout]
         r.status, r.reward, r.parts = e.status, 0.0 if e.reward is None else e.reward, e.parts
         if e.row is not None:
@@ -183,13 +203,10 @@ class Ledger:
         for state in (self.groups, self.taken, self.ready, self.leases, self.reopened, self.retries):
             state.clear()
 
-    def _ignore(self, e: ev.AnyEvent) -> None:
+    def _segment_closed(self, e: ev.SegmentClosed) -> None:
         """Segments are the log's own business."""
 
-    def _get(self, group: int) -> Group:
-        found = self.find(group)
-        assert found is not None, f"the log names group {group}, which is not outstanding"
-        return found
+    def _segment_dropped(self, e: ev.SegmentDropped) -> None: ...
 
     def _count_trained(self, groups: list[Group], update: int, sign: int) -> None:
         """Rollouts with a token that the update after `update` could train."""
@@ -202,44 +219,73 @@ class Ledger:
         self.records.append(Record(sequence=sequence, time=time, kind=kind, version=version, metrics=metrics))
 
 
+# An event is applied by the method that bears its tag.
 _APPLY: dict[type, Callable[[Ledger, Any], None]] = {
-    ev.GroupReserved: Ledger._reserved,
-    ev.GroupReissued: Ledger._reissued,
-    ev.RolloutSubmitted: Ledger._submitted,
-    ev.RolloutScored: Ledger._scored,
-    ev.GroupSettled: Ledger._settled,
-    ev.BatchLeased: Ledger._leased,
-    ev.BatchCommitted: Ledger._committed,
-    ev.LearnerFenced: Ledger._fenced,
-    ev.CheckpointRetained: Ledger._retained,
-    ev.EvalRequested: Ledger._eval_requested,
-    ev.EvalPinned: Ledger._eval_pinned,
-    ev.Evaluated: Ledger._evaluated,
-    ev.Ended: Ledger._ended,
-    ev.SegmentClosed: Ledger._ignore,
-    ev.SegmentDropped: Ledger._ignore,
+    event: getattr(Ledger, f"_{event.__struct_config__.tag}") for event in ev.Event.__subclasses__()
 }
 
 
-# ---------------------------------------------------------------------------------------------- book
-# What the parts of the core share: the ledger, and the one way to change it.
+class Poll(NamedTuple):
+    """What a verb that waits returns: `attempt` is tried now and after every change, until it says that it is done or wait_s
+    are over, and then gave the reply."""
+
+    attempt: Callable[[], tuple[bool, Any]]
+    wait_s: float
 
 
 class StoreContext:
-    """`record` applies an event at once and remembers it; the core hands what was recorded to the log before it answers."""
+    """What the parts of the store share: the ledger, the one way to change it, and the log. clock: seconds, monotonic, for
+    leases; wall: seconds since the epoch, for events.
 
-    def __init__(self, plan: StorePlan, clock: Callable[[], float], wall: Callable[[], float]) -> None:
+    After an exception out of the log, or out of the user's keep function, memory may be ahead of the log: `broken` says so,
+    and the store must be rebuilt.
+    """
+
+    def __init__(self, plan: StorePlan, log: ReplayLog, clock: Callable[[], float], wall: Callable[[], float]) -> None:
         source = plan.source
         self.plan = plan
+        self.log = log
         self.clock = clock
         self.wall = wall
         self.order = PromptOrder(len(source.prompts), source.seed, source.shuffle, source.epochs)
         self.ledger = Ledger(plan.rule.max_lag)
-        self.recorded: list[AnyEvent] = []
+        self.changes = 0  # rises whenever somebody who waits may get another reply
+        self.activity = len(log.history)  # rises with every accepted call that moved data
+        self.finished = False  # volatile: after a restart the end is told again only by `finish`, as a resume may undo it
+        self.broken: BaseException | None = None
+        self._recorded: list[ev.Event] = []
+        for event in log.history:
+            self.ledger.apply(event)
+        log.history = []
 
-    def record(self, event: AnyEvent) -> None:
+    def record(self, event: ev.Event) -> None:
+        """Applies the event at once; `recording` writes it."""
         self.ledger.apply(event)
-        self.recorded.append(event)
+        self._recorded.append(event)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around a call: what it recorded is written to the log, whole or not at all, before the call returns."""
+        try:
+            yield
+            if self._recorded:
+                self.changes += 1
+                self.activity += any(not isinstance(e, ev.GroupReserved | ev.GroupReissued) for e in self._recorded)
+                self.log.append_events(self._recorded)
+        except BaseException as error:
+            if self._recorded:
+                self.broken = error
+            raise
+        finally:
+            self._recorded = []
+
+    def lease_end(self) -> float:
+        """When a worker's lease ends that is given or renewed now."""
+        return self.clock() + self.plan.lease_s
+
+    def ended(self) -> bool:
+        """Whether nobody will get work any more."""
+        return self.finished and self.ledger.ended and self.ledger.round is None
 
     def exhausted(self) -> bool:
         """Whether no prompt is left to reserve: the epochs are over and nothing waits for another try."""
@@ -248,4 +294,4 @@ class StoreContext:
 
     def may_retry(self, retry: int) -> bool:
         """Whether the prompt of a group with this `retry` may be tried once more."""
-        return retry + 1 < self.plan.grouping.max_attempts
+        return retry + 1 < self.plan.sampling.max_attempts

@@ -1,45 +1,39 @@
-"""What a store is told at construction: a few small structs, each validated when made."""
+"""What a store is told at construction, and what follows from it alone: which groups are kept, in which order prompts are
+drawn, and with which seed each rollout is sampled. Pure: a plain loop computes the same."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from msgspec import Struct
 
+from asyncrl.config import SamplingSpec
 from asyncrl.errors import ConfigError
 from asyncrl.interfaces import Keep
 from asyncrl.staleness import Staleness
 from asyncrl.types import Prompt, Purpose, Sampling, derive_seed
 
 
+def keep_all(rewards: Sequence[float]) -> bool:
+    return True
+
+
+def keep_varied(rewards: Sequence[float]) -> bool:
+    """DAPO's dynamic sampling: equal rewards give a group no relative advantage, so no gradient."""
+    return max(rewards) > min(rewards)
+
+
+# Dynamic sampling: which complete groups are worth training, by name; functions of the rewards of their `ok` rollouts.
+GROUP_FILTERS: dict[str, Keep] = {"all": keep_all, "varied": keep_varied}
+
+
 class Source(Struct, frozen=True, kw_only=True):
-    """Prompts to train on and the order they come in. epochs None: without end."""
+    """Prompts to train on, and the order they come in."""
 
     prompts: Sequence[Prompt]
     sampling: Sampling
     seed: int = 0
     shuffle: bool = True
-    epochs: int | None = None
-
-
-class Grouping(Struct, frozen=True, kw_only=True):
-    """n rollouts per prompt, at most max_attempts groups per prompt. Fewer than min_valid `ok` rollouts fail the group; keep: a
-    pure function of their rewards. max_empty_batches: so many batches' worth of failed or filtered groups in a row end the run;
-    None: 32, and at least 1024 groups.
-
-    baseline: each group has one greedy rollout more, which is scored and never trained. It counts in neither min_valid nor
-    keep; where it is not `ok`, the group is failed: without it the others' advantages would be of another kind.
-    """
-
-    n: int
-    min_valid: int
-    max_attempts: int
-    keep: Keep
-    max_empty_batches: int | None = None
-    baseline: bool = False
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min_valid <= self.n:
-            raise ConfigError(f"min_valid={self.min_valid} is outside [1, n={self.n}]: no group could be complete; lower it")
+    epochs: int | None = None  # None: without end
 
 
 class Evaluation(Struct, frozen=True, kw_only=True):
@@ -55,50 +49,25 @@ class Evaluation(Struct, frozen=True, kw_only=True):
 
 
 class StorePlan(Struct, frozen=True, kw_only=True):
-    """Everything the core decides by. capacity_groups None: the staleness bound alone limits what is outstanding.
-
-    lease_s: silence after which a worker's work is handed to others.
-    """
+    """Everything the store decides by."""
 
     rule: Staleness
     source: Source
-    grouping: Grouping
+    sampling: SamplingSpec  # read: n, min_valid, max_attempts, max_empty_batches
+    keep: Keep = keep_all  # which complete groups are worth training; what `sampling.keep` names
+    # Whether each group has one greedy rollout more, which is scored and never trained. It counts in neither min_valid nor
+    # keep; where it is not `ok`, the group is failed: without it the others' advantages would be of another kind.
+    baseline: bool = False
     evaluation: Evaluation | None = None
-    capacity_groups: int | None = None
-    lease_s: float = 30.0
+    lease_s: float = 30.0  # silence after which a worker's work is reassigned
 
     def __post_init__(self) -> None:
-        batch, capacity, size = self.rule.batch_groups, self.capacity_groups, len(self.source.prompts)
-        if capacity is not None and batch > capacity:
-            raise ConfigError(
-                f"batch_groups={batch} > capacity_groups={capacity}: a batch could never be admitted and the learner would "
-                "wait for ever; raise capacity_groups or lower batch_groups"
-            )
+        size, batch = len(self.source.prompts), self.rule.batch_groups
         if size < batch:
             raise ConfigError(
                 f"{size} prompts < batch_groups={batch}: an epoch cannot fill a batch, and one prompt would be in it twice; "
                 "add data or lower learner.batch_groups"
             )
-
-
-# ---------------------------------------------------------------------------------------------- keep
-# Dynamic sampling: which complete groups are worth training, by name. Pure functions of the rewards of `ok` rollouts.
-
-
-def keep_all(rewards: Sequence[float]) -> bool:
-    return True
-
-
-def keep_varied(rewards: Sequence[float]) -> bool:
-    """DAPO's dynamic sampling: equal rewards give a group no relative advantage, so no gradient."""
-    return max(rewards) > min(rewards)
-
-
-GROUP_FILTERS: dict[str, Keep] = {"all": keep_all, "varied": keep_varied}
-
-
-# --------------------------------------------------------------------------------------------- order
-# In which order prompts are drawn, and with which seed each rollout is sampled. Pure: a plain loop computes the same.
 
 
 class PromptOrder:

@@ -9,28 +9,18 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 import asyncrl.replay.log.events as ev
-from asyncrl.replay.ledger import StoreContext
+import asyncrl.replay.log.rows as schema
+from asyncrl.replay.admission import Holders
+from asyncrl.replay.evaluations import Evaluations
+from asyncrl.replay.ledger import Poll, StoreContext
+from asyncrl.replay.log.rows import Summary
 from asyncrl.replay.state import Group
-from asyncrl.types import Score, Version
-
-
-class Summary(Struct, frozen=True):
-    """What the core needs of a submitted row. oldest, newest: updates of tokens that the policy chose.
-
-    version: of all its tokens, None if they differ. problem: why it can't be used, else empty.
-    """
-
-    group: int
-    rollout: int
-    attempt: int
-    oldest: int
-    newest: int
-    length: int
-    version: Version | None
-    problem: str
+from asyncrl.types import Key, Score
 
 
 class RewardLease(Struct):
+    """Rollouts (group, rollout) that a reward worker scores until `deadline`."""
+
     worker: str
     incarnation: int
     deadline: float
@@ -40,17 +30,29 @@ class RewardLease(Struct):
 class Scoring:
     """Volatile: the queue of unscored rollouts and their leases; both are rebuilt from the ledger."""
 
-    def __init__(self, book: StoreContext) -> None:
-        self._book = book
+    def __init__(self, context: StoreContext, holders: Holders, evaluations: Evaluations) -> None:
+        self._context = context
+        self._ledger = context.ledger
+        self._holders = holders
+        self._evaluations = evaluations
         self._queue: OrderedDict[tuple[int, int], None] = OrderedDict()
-        self._leases: dict[int, RewardLease] = {}
+        self.leases: dict[int, RewardLease] = {}
         self._next_lease = 1
-        ledger = book.ledger
-        for group in [*ledger.groups.values(), *(ledger.round.groups.values() if ledger.round else ())]:
+        for group in self._ledger.outstanding():
             waiting = [i for i, r in enumerate(group.rollouts) if r.row >= 0 and r.status is None]
             self._queue.update(((group.id, i), None) for i in waiting)
 
     # ---------------------------------------------------------------------------------------- submit
+
+    def submit(self, caller: Key, rows: bytes) -> None:
+        """Returns when the operating system has them; rows that came too late are ignored."""
+        batch = schema.read_submitted(rows)
+        summaries = schema.summaries(batch)
+        self._holders.renew(caller.worker)
+        accepted = self.acceptable(summaries)
+        if accepted:
+            first = self._context.log.append_rows(batch if len(accepted) == batch.num_rows else batch.take(accepted))
+            self.submitted([summaries[i] for i in accepted], first)
 
     def acceptable(self, summaries: Sequence[Summary]) -> list[int]:
         """Indices of the rows that count: the first of (group, rollout), of the present attempt, of a wanted group.
@@ -61,7 +63,7 @@ class Scoring:
         seen: set[tuple[int, int]] = set()
         accepted = []
         for i, s in enumerate(summaries):
-            group = self._book.ledger.find(s.group)
+            group = self._ledger.find(s.group)
             if group is None or s.attempt != group.attempt or (s.group, s.rollout) in seen:
                 continue
             if not 0 <= s.rollout < len(group.rollouts) or group.rollouts[s.rollout].row >= 0:
@@ -74,7 +76,7 @@ class Scoring:
 
     def _breaks_bound(self, group: Group, s: Summary) -> bool:
         """Only after a restore: weights in use fell back to the checkpoint while the rollout ran; or a pin was broken."""
-        ledger, rule = self._book.ledger, self._book.plan.rule
+        ledger, rule = self._ledger, self._context.plan.rule
         if group.purpose == "eval":
             return ledger.round is not None and s.version != ledger.round.version
         if not rule.waits or s.rollout >= group.n:  # a baseline has nothing to train
@@ -85,19 +87,35 @@ class Scoring:
         """Counts accepted rows, which the log holds from number `first_row` on."""
         for row, s in enumerate(summaries, first_row):
             event = ev.RolloutSubmitted(s.group, s.rollout, s.attempt, row, s.oldest, s.newest, s.length)
-            self._book.record(event)
+            self._context.record(event)
             if s.problem:
                 self._verdict(ev.RolloutScored(s.group, s.rollout, s.attempt, "invalid", None, {}, s.problem))
             else:
                 self._queue[(s.group, s.rollout)] = None
+        self._evaluations.finish_if_complete()
 
     # ----------------------------------------------------------------------------------------- score
 
-    def forget(self, worker: str, incarnation: int) -> bool:
-        """Queues again what a worker leased up to this incarnation, and died with; whether there was any."""
-        return self._take_back([i for i, x in self._leases.items() if x.worker == worker and x.incarnation <= incarnation])
+    def lease_unscored(self, caller: Key, k: int, wait_s: float) -> Poll:
+        """Waits for the first rollout without a score. What an earlier incarnation of the worker held comes first."""
+        self._context.changes += self.take_back(caller.worker, caller.incarnation - 1)
+        lease_s = self._context.plan.lease_s
 
-    def lease(self, k: int, worker: str, incarnation: int) -> tuple[int, list[tuple[int, int]]]:
+        def attempt() -> tuple[bool, schema.RowLease]:
+            lease, items = self.lease(k, caller)
+            if not items:
+                ended = self._context.ended()
+                return ended, schema.RowLease(0, lease_s, ended=ended)
+            rows = self._context.log.take([self._row(*item) for item in items], schema.UNSCORED_COLUMNS)
+            return True, schema.RowLease(lease, lease_s, schema.to_ipc(rows))
+
+        return Poll(attempt, wait_s)
+
+    def take_back(self, worker: str, incarnation: int) -> bool:
+        """Queues again what a worker leased up to this incarnation, and died with; whether there was any."""
+        return self._requeue([i for i, x in self.leases.items() if x.worker == worker and x.incarnation <= incarnation])
+
+    def lease(self, k: int, caller: Key) -> tuple[int, list[tuple[int, int]]]:
         """(lease, up to k (group, rollout)), oldest first; (0, []) if there is nothing to score."""
         items: list[tuple[int, int]] = []
         while self._queue and len(items) < k:
@@ -107,29 +125,29 @@ class Scoring:
         if not items:
             return 0, []
         lease, self._next_lease = self._next_lease, self._next_lease + 1
-        self._leases[lease] = RewardLease(worker, incarnation, self._book.clock() + self._book.plan.lease_s, set(items))
+        self.leases[lease] = RewardLease(caller.worker, caller.incarnation, self._context.lease_end(), set(items))
         return lease, items
 
-    def extend(self, lease: int, worker: str) -> None:
+    def extend(self, caller: Key, lease: int) -> None:
         """Renews a lease. One that expired, or was given before the store restarted, is ignored: its rollouts are queued."""
-        found = self._leases.get(lease)
-        if found is not None and found.worker == worker:
-            found.deadline = self._book.clock() + self._book.plan.lease_s
+        found = self.leases.get(lease)
+        if found is not None and found.worker == caller.worker:
+            found.deadline = self._context.lease_end()
 
     def expire(self) -> bool:
         """Queues the rollouts of silent workers again; whether there were any."""
-        return self._take_back([i for i, held in self._leases.items() if held.deadline <= self._book.clock()])
+        return self._requeue([i for i, held in self.leases.items() if held.deadline <= self._context.clock()])
 
-    def _take_back(self, leases: Sequence[int]) -> bool:
+    def _requeue(self, leases: Sequence[int]) -> bool:
         """Queues the rollouts of these leases again, ahead of newer ones; whether there were any."""
         for lease in reversed(leases):
-            for item in sorted(self._leases.pop(lease).items, reverse=True):
+            for item in sorted(self.leases.pop(lease).items, reverse=True):
                 self._queue[item] = None
                 self._queue.move_to_end(item, last=False)
         return bool(leases)
 
     def next_deadline(self) -> float | None:
-        return min((lease.deadline for lease in self._leases.values()), default=None)
+        return min((lease.deadline for lease in self.leases.values()), default=None)
 
     def counting(self, scores: Sequence[Score]) -> list[Score]:
         """The verdicts that count, checked: the first on a rollout, whoever holds its lease now; no unknown or late ones."""
@@ -140,30 +158,41 @@ class Scoring:
                 found[s.group, s.rollout] = _checked(s, group.rollouts[s.rollout].length)
         return list(found.values())
 
-    def score(self, lease: int, scores: Sequence[Score], first_row: int = 0) -> None:
-        """Records the verdicts that count. first_row: in the log, of the rollouts among them whose tokens earned something."""
+    def score(self, caller: Key, lease: int, scores: Sequence[Score]) -> None:
+        """A rollout whose tokens earned something is written once more, with it: that row counts from then on."""
+        first, verdicts = 0, self.counting(scores)
+        earning = [(self._row(s.group, s.rollout), s.token_rewards) for s in verdicts if s.token_rewards]
+        if earning:
+            rows = self._context.log.take([row for row, _ in earning], schema.ROWS.names)
+            first = self._context.log.append_rows(schema.with_token_rewards(rows, [earned for _, earned in earning]))
+        self.scored(verdicts, first)
+        done = {(s.group, s.rollout) for s in scores}
+        for number in [i for i, held in self.leases.items() if i == lease or held.items & done]:
+            self.leases[number].items -= done
+            if not self.leases[number].items:
+                del self.leases[number]
+
+    def scored(self, verdicts: Sequence[Score], first_row: int) -> None:
+        """Records verdicts that count. first_row: in the log, of the rollouts among them whose tokens earned something."""
         rows = count(first_row)
-        for s in self.counting(scores):
+        for s in verdicts:
             event = ev.RolloutScored(s.group, s.rollout, s.attempt, s.status, s.reward, s.parts, s.error)
             if s.token_rewards:
                 event = replace(event, row=next(rows), token_sum=math.fsum(s.token_rewards))
             self._verdict(event)
             self._queue.pop((s.group, s.rollout), None)
-        done = {(s.group, s.rollout) for s in scores}
-        for number in [i for i, held in self._leases.items() if i == lease or held.items & done]:
-            self._leases[number].items -= done
-            if not self._leases[number].items:
-                del self._leases[number]
+        self._evaluations.finish_if_complete()
 
     def depths(self) -> dict[str, int]:
-        return {"unscored": len(self._queue), "scoring": sum(len(lease.items) for lease in self._leases.values())}
+        return {"unscored": len(self._queue), "scoring": sum(len(lease.items) for lease in self.leases.values())}
 
-    def leases(self) -> dict[int, RewardLease]:
-        return self._leases
+    def _row(self, group: int, rollout: int) -> int:
+        """Its number in the log."""
+        return self._ledger.get(group).rollouts[rollout].row
 
     def _unscored(self, group: int, rollout: int) -> Group | None:
         """The group, if this rollout of it is submitted, still wanted and without a verdict."""
-        found = self._book.ledger.find(group)
+        found = self._ledger.find(group)
         if found is None or not 0 <= rollout < len(found.rollouts):
             return None
         r = found.rollouts[rollout]
@@ -171,16 +200,15 @@ class Scoring:
 
     def _verdict(self, event: ev.RolloutScored) -> None:
         """Records it, and decides on the group if it was the last one missing."""
-        group = self._book.ledger.find(event.group)
-        assert group is not None
-        self._book.record(event)
+        group = self._ledger.get(event.group)
+        self._context.record(event)
         if group.purpose == "eval" or not group.scored():
             return
-        grouping, rewards, baseline = self._book.plan.grouping, [r.earned for r in group.ok()], group.baseline()
-        if len(rewards) < grouping.min_valid or (baseline is not None and baseline.status != "ok"):
-            self._book.record(ev.GroupSettled(group.id, "failed", self._book.may_retry(group.retry)))
-        elif not grouping.keep(rewards):
-            self._book.record(ev.GroupSettled(group.id, "filtered", False))
+        plan, rewards, baseline = self._context.plan, [r.earned for r in group.ok()], group.baseline()
+        if len(rewards) < plan.sampling.min_valid or (baseline is not None and baseline.status != "ok"):
+            self._context.record(ev.GroupSettled(group.id, "failed", self._context.may_retry(group.retry)))
+        elif not plan.keep(rewards):
+            self._context.record(ev.GroupSettled(group.id, "filtered", False))
 
 
 def _checked(s: Score, length: int) -> Score:

@@ -6,17 +6,17 @@ from asyncrl.types import Purpose, Status, Version
 
 
 class RolloutState(Struct):
-    """One rollout of a group. row -1: not submitted yet; status None: not scored yet. token_sum: earned beside `reward`."""
+    """One rollout of a group."""
 
-    row: int = -1
+    row: int = -1  # of the log; -1: not submitted yet
     attempt: int = 0
-    oldest: int = 0
+    oldest: int = 0  # updates of its oldest and newest token that the policy chose
     newest: int = 0
-    length: int = 0
-    status: Status | None = None
+    length: int = 0  # response tokens
+    status: Status | None = None  # None: not scored yet
     reward: float = 0.0
     parts: dict[str, float] = {}
-    token_sum: float = 0.0
+    token_sum: float = 0.0  # what its tokens earned beside `reward`
 
     @property
     def earned(self) -> float:
@@ -25,23 +25,21 @@ class RolloutState(Struct):
 
 
 class Group(Struct):
-    """A reservation. update: of the weights its holder had when it got the present attempt.
-
-    rollouts: `n` that are sampled and, where a baseline is wanted, a greedy one after them. It is generated and scored with
-    the others; having no token to train, it has no lag, and counts in nothing that is said of the sampled ones.
-    """
+    """A reservation."""
 
     id: int
     purpose: Purpose
-    position: int
-    retry: int
-    attempt: int
-    update: int
-    worker: str
+    position: int  # in the order of prompts, or of the eval set
+    retry: int  # earlier groups of this prompt that failed or were evicted
+    attempt: int  # how often it was reissued
+    update: int  # of the weights that its holder had when it got the present attempt
+    worker: str  # its holder
     incarnation: int
+    # `n` that are sampled and, where a baseline is wanted, a greedy one after them. It is generated and scored with the
+    # others; having no token to train, it has no lag, and counts in nothing that is said of the sampled ones.
     rollouts: list[RolloutState]
     n: int
-    unsubmitted: int
+    unsubmitted: int  # of `rollouts`
     unscored: int
 
     def missing(self) -> tuple[int, ...]:
@@ -95,15 +93,15 @@ class Commit(Struct):
 
 
 class EvalRound(Struct):
-    """The running evaluation. next: how many eval prompts have a ticket."""
+    """The running evaluation."""
 
     version: Version
-    next: int
+    next: int  # how many eval prompts have a ticket
     groups: dict[int, Group]
 
 
 class Lengths(Struct):
-    """Response tokens and rollouts, dispatched (submitted) and trained: their means show a bias against long answers."""
+    """Response tokens and rollouts, dispatched (submitted) and trained: their means show a bias against long responses."""
 
     dispatched: int = 0
     dispatched_tokens: int = 0

@@ -12,7 +12,7 @@ from typing import TextIO
 
 from msgspec import Struct
 
-from asyncrl.types import Counts, Report
+from asyncrl.types import GroupCounts, Report
 
 WINDOW_S = 30.0  # rates and shares describe about this long
 LINE_EVERY_S = 5.0
@@ -34,7 +34,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     samples: int = 0
     metrics: dict[str, float] = {}
     scores: tuple[float, ...] = ()
-    counts: Counts | None = None
+    counts: GroupCounts | None = None
     reports: tuple[Report, ...] = ()
     restarts: dict[str, int] = {}
 
@@ -180,7 +180,7 @@ def _lags(metrics: dict[str, float]) -> list[tuple[int, float]]:
     return sorted((int(match[1]), share) for name, share in metrics.items() if (match := _LAG.match(name)))
 
 
-def _ledger(counts: Counts) -> str:
+def _ledger(counts: GroupCounts) -> str:
     ends = ("trained", "filtered", "evicted", "failed", "pending")
     return f"{counts.reserved} = " + " + ".join(f"{getattr(counts, end)} {end}" for end in ends)
 

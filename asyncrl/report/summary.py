@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from asyncrl.report.metrics_log import MetricsLog
 from asyncrl.rundir import RunDir
-from asyncrl.types import Counts, Record, Report
+from asyncrl.types import GroupCounts, Record, Report
 
 if TYPE_CHECKING:
     from asyncrl.types import RunStatus
@@ -26,7 +26,7 @@ class RunSummary:
         self._reports: dict[str, Report] = {}
         self._lengths = (0.0, 0.0)  # mean answer lengths: of all that were submitted, of those trained
         self.committed = 0
-        self.counts = Counts(reserved=0, trained=0, filtered=0, evicted=0, failed=0, pending=0)
+        self.counts = GroupCounts(reserved=0, trained=0, filtered=0, evicted=0, failed=0, pending=0)
 
     def observe(self, status: "RunStatus") -> None:
         """Takes what the supervisor learnt in one tick."""

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from asyncrl.config import SamplingSpec
 from asyncrl.replay.client import ReplayClient
 from asyncrl.replay.log import rows as schema
-from asyncrl.replay.plan import Grouping, Source, StorePlan, keep_all
-from asyncrl.replay.store import LogSettings, ReplayStore
+from asyncrl.replay.plan import Source, StorePlan
+from asyncrl.replay.store import ReplayStore
 from asyncrl.staleness import Staleness
-from asyncrl.types import Prompt, Rollout, Sampling, Score, Span, Ticket, Version
+from asyncrl.types import Key, Prompt, Rollout, Sampling, Score, Span, Ticket, Version
 
 V = Version(1, 0)
 
@@ -54,18 +55,18 @@ def make_plan(groups: int, n: int, tokens: int) -> StorePlan:
     return StorePlan(
         rule=Staleness(max_lag=7, batch_groups=groups // 8),
         source=Source(prompts=prompts, sampling=sampling),
-        grouping=Grouping(n=n, min_valid=1, max_attempts=1, keep=keep_all),
+        sampling=SamplingSpec(n=n, min_valid=1, max_attempts=1),
     )
 
 
 def bench(groups: int, n: int, tokens: int, folder: Path) -> dict[str, float]:
     """Seconds per stage, for groups × n rollouts of `tokens` tokens; submitted one group a call."""
     plan = make_plan(groups, n, tokens)
-    store = ReplayStore(plan, LogSettings(folder=str(folder)))
+    store = ReplayStore(plan, folder)
     loop = asyncio.new_event_loop()
 
-    def call(method: str, *args: Any, timeout_s: float) -> Any:
-        return loop.run_until_complete(getattr(store, method)(*args))
+    def call(verb: str, key: Key, *args: Any, timeout_s: float) -> Any:
+        return loop.run_until_complete(store.call(verb, key, *args))
 
     client = ReplayClient(call, "bench", 1)
     client.fence(0)
@@ -106,7 +107,7 @@ def bench(groups: int, n: int, tokens: int, folder: Path) -> dict[str, float]:
     seconds["lease, rows, commit"], _ = timed(train)
     loop.run_until_complete(store.close())
     loop.close()
-    seconds["rebuild from log"], _ = timed(lambda: ReplayStore(plan, LogSettings(folder=str(folder))))
+    seconds["rebuild from log"], _ = timed(lambda: ReplayStore(plan, folder))
     return seconds
 
 

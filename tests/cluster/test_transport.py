@@ -1,4 +1,4 @@
-"""Calls to a store that is not there, under the errors that Ray has for it."""
+"""Where peers are, and calls to a store that is not there, under the errors that Ray has for it."""
 
 import threading
 import time
@@ -11,6 +11,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryErr
 
 from asyncrl.cluster.transport import Peers, RayCall
 from asyncrl.errors import Closed, Unavailable
+from asyncrl.interfaces import VERBS
 
 
 class FakeStore:
@@ -62,8 +63,18 @@ def test_one_that_stays_away_is_unavailable_in_time(error):
     assert time.monotonic() - began < 10.0
 
 
-# ----------------------------------------------------------------------------------------------- peers
-#
+def test_the_kinds_of_callers_do_not_share_an_event_loop():
+    """A long poll of generators or reward workers must never hold up a commit, nor the supervisor."""
+    loops = {}
+    for name, verb in VERBS.items():
+        loops.setdefault(verb.caller, set()).add(name)
+    assert loops == {
+        "GeneratorStore": {"reserve", "submit"},
+        "RewardStore": {"lease_unscored", "extend", "score"},
+        "LearnerStore": {"fence", "lease_batch", "rows", "commit", "request_eval", "checkpointed"},
+        "SupervisorStore": {"finish", "forget", "report", "state"},
+    }
+    assert {name for name, verb in VERBS.items() if verb.waits} == {"reserve", "lease_unscored", "lease_batch"}
 
 
 def soon() -> float:
@@ -78,14 +89,14 @@ def test_a_known_peer_is_returned_at_once():
     assert peers.peek("bus") is None
 
 
-def test_an_older_edition_changes_nothing():
+def test_an_older_restart_count_changes_nothing():
     peers = Peers()
     peers.put("store", 2, "newer")
     peers.put("store", 1, "older")
     assert peers.wait("store", -1, soon()) == (2, "newer")
 
 
-def test_a_waiter_is_woken_by_a_newer_edition_only():
+def test_a_waiter_is_woken_by_a_newer_restart_count_only():
     peers, got = Peers(), []
     peers.put("store", 0, "dead")
     waiter = threading.Thread(target=lambda: got.append(peers.wait("store", 0, soon())))

@@ -2,17 +2,32 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from asyncrl.replay.core import Core
-from asyncrl.replay.plan import Evaluation, Grouping, Source, StorePlan, keep_all
-from asyncrl.replay.scoring import Summary
+from asyncrl.config import SamplingSpec
+from asyncrl.replay.core import StoreCore
+from asyncrl.replay.ledger import Poll
+from asyncrl.replay.log.rows import Summary, TrainScore
+from asyncrl.replay.plan import Evaluation, Source, StorePlan, keep_all
 from asyncrl.staleness import Staleness
-from asyncrl.types import Prompt, Rollout, Sampling, Score, Span, Ticket, Version
+from asyncrl.types import (
+    BatchLease,
+    Fence,
+    Key,
+    Prompt,
+    Rollout,
+    Sampling,
+    Score,
+    Span,
+    StoreReport,
+    Ticket,
+    Version,
+)
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=8, stop_token_ids=(0,))
 
@@ -48,21 +63,21 @@ def plan(
     max_empty_batches: int | None = None,
     baseline: bool = False,
 ) -> StorePlan:
-    rule = Staleness(max_lag=max_lag, batch_groups=batch, on_stale=on_stale, selector=selector)  # type: ignore[arg-type]
+    rule = Staleness(
+        max_lag=max_lag,
+        batch_groups=batch,
+        on_stale=on_stale,  # type: ignore[arg-type]
+        selector=selector,  # type: ignore[arg-type]
+        capacity_groups=capacity,
+    )
     evaluation = Evaluation(prompts=prompts(evals), sampling=SAMPLING, n=1) if evals else None
     return StorePlan(
         rule=rule,
         source=Source(prompts=prompts(size), sampling=SAMPLING, seed=7, shuffle=shuffle, epochs=epochs),
-        grouping=Grouping(
-            n=n,
-            min_valid=min_valid,
-            max_attempts=max_attempts,
-            keep=keep,
-            max_empty_batches=max_empty_batches,
-            baseline=baseline,
-        ),
+        sampling=SamplingSpec(n=n, min_valid=min_valid, max_attempts=max_attempts, max_empty_batches=max_empty_batches),
+        keep=keep,
+        baseline=baseline,
         evaluation=evaluation,
-        capacity_groups=capacity,
         lease_s=lease_s,
     )
 
@@ -88,42 +103,112 @@ def rollout(ticket: Ticket, index: int, version: Version, tokens: int = 3, **cha
     return Rollout(**(fields | changes))
 
 
+class FakeLog:
+    """Holds events in memory; it has no rows. calls: how many events there were after each call."""
+
+    def __init__(self, history: Sequence[Any]) -> None:
+        self.history, self.events, self.calls = list(history), list(history), list[int]()
+
+    def append_events(self, events: Sequence[Any]) -> None:
+        self.events.extend(events)
+        self.calls.append(len(self.events))
+
+    def truncate(self, wanted: Collection[int]) -> None:
+        """Notes the newest event, which is then on the disk already."""
+        self.truncated_after = self.events[-1]
+
+
 class Bench:
     """A core with an in-memory log, and short words for what its callers do."""
 
     def __init__(self, plan_: StorePlan) -> None:
-        self.plan, self.clock, self.log, self.rows = plan_, Clock(), [], 0
+        self.plan, self.clock, self.log, self.rows = plan_, Clock(), list[Any](), 0
         self.calls: list[int] = []  # length of the log after each call
+        self.sequence = 0
         self.core = self.build()
 
-    def build(self) -> Core:
-        return Core(self.plan, self.journal, list(self.log), self.clock, wall=lambda: 5.0)
+    def build(self) -> StoreCore:
+        log = FakeLog(self.log)
+        log.events, log.calls = self.log, self.calls
+        return StoreCore(self.plan, log, self.clock, wall=lambda: 5.0)  # type: ignore[arg-type]
 
-    def journal(self, events: Sequence[Any]) -> None:
-        self.log.extend(events)
-        self.calls.append(len(self.log))
+    def call(self, verb: str, *args: Any, worker: str = "gen", incarnation: int = 1, learner: int = 0) -> Any:
+        """As the store calls its core; a verb that waits is tried once."""
+        self.sequence += 1
+        key = Key(worker, incarnation, self.sequence, learner)
+        self.core.expire()
+        reply = self.core.run(lambda: self.core.verbs[verb](key, *args))
+        return self.core.run(reply.attempt)[1] if isinstance(reply, Poll) else reply
 
     def reserve(self, k: int, update: int, worker: str = "gen", held: Sequence[int] = (), incarnation: int = 1) -> Any:
         """With weights of the learner's present incarnation."""
-        self.core.arrive(worker, incarnation, held)
         version = Version(self.core.ledger.incarnation, update)
-        return self.core.reserve(k, worker, incarnation, version, held)
+        return self.call("reserve", k, version, held, 0.0, worker=worker, incarnation=incarnation)
+
+    def take(self, summaries: Sequence[Summary]) -> int:
+        """Submits rows, of which there are only summaries; how many were taken."""
+        accepted = self.core.scoring.acceptable(summaries)
+        self.core.run(lambda: self.core.scoring.submitted([summaries[i] for i in accepted], self.rows))
+        self.rows += len(accepted)
+        return len(accepted)
 
     def submit(self, ticket: Ticket, *updates: int, rollouts: Sequence[int] | None = None, problem: str = "") -> int:
         """Rollouts whose tokens have these updates (one per token); how many were taken."""
         version = Version(self.core.ledger.incarnation, updates[0]) if len(set(updates)) == 1 else None
-        summaries = [
-            Summary(ticket.group, i, ticket.attempt, min(updates), max(updates), len(updates), version, problem)
-            for i in (ticket.rollouts if rollouts is None else rollouts)
-        ]
-        accepted = self.core.acceptable(summaries, "gen")
-        self.core.submit([summaries[i] for i in accepted], self.rows)
-        self.rows += len(accepted)
-        return len(accepted)
+        return self.take(
+            [
+                Summary(ticket.group, i, ticket.attempt, min(updates), max(updates), len(updates), version, problem)
+                for i in (ticket.rollouts if rollouts is None else rollouts)
+            ]
+        )
+
+    def lease_unscored(self, k: int, worker: str, incarnation: int) -> tuple[int, list[int]]:
+        """(lease, log rows)."""
+        self.core.expire()
+        scoring = self.core.scoring
+        self.core.context.changes += scoring.take_back(worker, incarnation - 1)
+        lease, items = scoring.lease(k, Key(worker, incarnation, 0))
+        return lease, [scoring._row(*item) for item in items]
+
+    def extend(self, lease: int, worker: str) -> None:
+        self.call("extend", lease, worker=worker)
+
+    def scored(self, lease: int, scores: Sequence[Score], first_row: int = 0) -> None:
+        """Verdicts, whose rows stand in the log once more from `first_row` on where their tokens earned something."""
+        self.core.run(lambda: self.core.scoring.scored(self.core.scoring.counting(scores), first_row))
+        self.call("score", lease, [replace(s, token_rewards=None) for s in scores])
+
+    def fence(self, committed: int) -> Fence:
+        return self.call("fence", committed)
+
+    def lease_batch(self, incarnation: int, update: int) -> BatchLease:
+        return self.call("lease_batch", update, 0.0, learner=incarnation)
+
+    def trainable(self, incarnation: int, groups: Sequence[int]) -> list[tuple[int, TrainScore]]:
+        self.core.ledger.check_learner(incarnation)
+        return self.core.batches.trainable(groups)
+
+    def commit(self, lease: int, version: Version, metrics: dict[str, float]) -> None:
+        self.call("commit", lease, version, metrics)
+
+    def request_eval(self, version: Version) -> None:
+        self.call("request_eval", version)
+
+    def checkpointed(self, oldest: int) -> None:
+        self.call("checkpointed", oldest)
+
+    def finish(self) -> None:
+        self.call("finish")
+
+    def report(self, since: int) -> StoreReport:
+        return self.call("report", since)
+
+    def state(self) -> dict[str, Any]:
+        return self.call("state")
 
     def score(self, ticket: Ticket, *rewards: float | None) -> None:
         """One reward per rollout of the ticket; None: invalid."""
-        self.core.score(0, [score(ticket, i, r) for i, r in zip(ticket.rollouts, rewards, strict=True)])
+        self.call("score", 0, [score(ticket, i, r) for i, r in zip(ticket.rollouts, rewards, strict=True)])
 
     def ready(self, count: int, update: int) -> list[Ticket]:
         """Reserves, generates and scores `count` groups with weights at `update`."""
@@ -137,9 +222,9 @@ class Bench:
     def train(self, update: int) -> tuple[int, ...]:
         """Leases and commits the update after `update`; its groups."""
         incarnation = self.core.ledger.incarnation
-        lease = self.core.lease_batch(incarnation, update)
+        lease = self.lease_batch(incarnation, update)
         assert lease.groups, lease
-        self.core.commit(lease.lease, Version(incarnation, update + 1), {"loss": 1.0})
+        self.commit(lease.lease, Version(incarnation, update + 1), {"loss": 1.0})
         return lease.groups
 
 
@@ -163,8 +248,8 @@ class Loop:
         self.thread.start()
 
     def transport(self, store: Any) -> Callable[..., Any]:
-        def call(method: str, *args: Any, timeout_s: float) -> Any:
-            return asyncio.run_coroutine_threadsafe(getattr(store, method)(*args), self.loop).result(timeout_s)
+        def call(verb: str, key: Key, *args: Any, timeout_s: float) -> Any:
+            return asyncio.run_coroutine_threadsafe(store.call(verb, key, *args), self.loop).result(timeout_s)
 
         return call
 
@@ -185,5 +270,5 @@ def loop() -> Iterator[Loop]:
 def fakes() -> SimpleNamespace:
     """The builders above; test modules can't import them from each other."""
     return SimpleNamespace(
-        Bench=Bench, Clock=Clock, plan=plan, prompts=prompts, rollout=rollout, score=score, SAMPLING=SAMPLING
+        Bench=Bench, Clock=Clock, FakeLog=FakeLog, plan=plan, prompts=prompts, rollout=rollout, score=score, SAMPLING=SAMPLING
     )

@@ -22,7 +22,7 @@ def test_room_at_the_start(fakes: SimpleNamespace, max_lag: int, capacity: int |
 
 def test_what_a_caller_waits_for(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=0, batch=2, size=2, epochs=2))
-    bench.core.fence(0)
+    bench.fence(0)
     bench.ready(2, update=0)
     assert bench.reserve(1, 0, "b").waiting_for == "bound full"
     bench.train(0)
@@ -102,7 +102,7 @@ class TestLostGroups:
 
     def test_weights_that_are_too_old_for_the_position_must_wait(self, fakes: SimpleNamespace) -> None:
         bench = fakes.Bench(fakes.plan(max_lag=1, batch=1, on_stale="wait"))
-        bench.core.fence(0)
+        bench.fence(0)
         bench.ready(1, update=0)
         bench.train(0)
         bench.ready(1, update=1)
@@ -114,14 +114,13 @@ class TestLostGroups:
 
 def test_weights_of_a_lost_lineage_count_as_the_restored_ones(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=0, batch=1, size=9))
-    bench.core.fence(0)
+    bench.fence(0)
     for update in range(3):
         bench.ready(1, update)
         bench.train(update)
-    bench.core.fence(1)  # two batches are reopened
-    bench.core.arrive("gen", 1, [])
+    bench.fence(1)  # two batches are reopened
     # the generator still has update 3 of incarnation 1
-    assert bench.core.reserve(1, "gen", 1, Version(1, 3), []).waiting_for == "bound full"
+    assert bench.call("reserve", 1, Version(1, 3), [], 0.0).waiting_for == "bound full"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from asyncrl.replay.log.rows import TrainScore
 from asyncrl.replay.plan import keep_varied
-from asyncrl.types import Version
+from asyncrl.types import Key, Version
 
 
 def test_a_group_with_its_baseline_is_one_reservation(fakes: SimpleNamespace) -> None:
@@ -23,35 +23,35 @@ def test_a_group_with_its_baseline_is_one_reservation(fakes: SimpleNamespace) ->
 
 def test_the_learner_gets_the_sampled_rollouts_with_what_the_baseline_earned(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=0, batch=1, n=2, baseline=True))
-    bench.core.fence(0)
+    bench.fence(0)
     (a,) = bench.reserve(1, 0).tickets
     bench.submit(a, 0)
-    bench.core.score(0, [fakes.score(a, i, r) for i, r in ((0, 1.0), (1, 0.0))])
-    assert bench.core.lease_batch(1, 0).waiting_for == "the oldest groups"  # without its baseline it is not complete
-    bench.core.score(0, [fakes.score(a, 2, 0.25, [0.5])], bench.rows)
-    lease = bench.core.lease_batch(1, 0)
+    bench.scored(0, [fakes.score(a, i, r) for i, r in ((0, 1.0), (1, 0.0))])
+    assert bench.lease_batch(1, 0).waiting_for == "the oldest groups"  # without its baseline it is not complete
+    bench.scored(0, [fakes.score(a, 2, 0.25, [0.5])], bench.rows)
+    lease = bench.lease_batch(1, 0)
     expected = [(0, TrainScore(1.0, {}, 0.75)), (1, TrainScore(0.0, {}, 0.75))]
-    assert bench.core.rows(1, lease.groups) == expected
+    assert bench.trainable(1, lease.groups) == expected
     before = bench.core.ledger
     bench.core = bench.build()
     assert bench.core.ledger == before
-    assert bench.core.rows(1, lease.groups) == expected
+    assert bench.trainable(1, lease.groups) == expected
 
 
 def test_a_batch_is_retrained_against_the_same_baseline(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=0, batch=1, n=2, baseline=True))
-    bench.core.fence(0)
+    bench.fence(0)
     (a,) = bench.reserve(1, 0).tickets
     bench.submit(a, 0)
     bench.score(a, 1.0, 0.0, 0.5)
-    lease = bench.core.lease_batch(1, 0)
-    rows = bench.core.rows(1, lease.groups)
+    lease = bench.lease_batch(1, 0)
+    rows = bench.trainable(1, lease.groups)
     assert bench.train(0) == (a.group,)
     bench.core = bench.build()
-    bench.core.fence(0)
-    again = bench.core.lease_batch(2, 0)
+    bench.fence(0)
+    again = bench.lease_batch(2, 0)
     assert again.replayed
-    assert bench.core.rows(2, again.groups) == rows
+    assert bench.trainable(2, again.groups) == rows
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_lost_baseline_is_generated_again_alone(fakes: SimpleNamespace) -> Non
     bench = fakes.Bench(fakes.plan(n=2, baseline=True))
     (a,) = bench.reserve(1, 0, "dies").tickets
     bench.submit(a, 0, rollouts=[0, 1])
-    bench.core.arrive("dies", 2, [])
+    bench.core.holders.arrive(Key("dies", 2, 1), [])
     (again,) = bench.reserve(1, 0, "heir").tickets
     assert (again.group, again.rollouts, again.baseline, again.attempt) == (a.group, (2,), 2, 1)
     assert again.seeds == a.seeds[2:]
@@ -99,30 +99,30 @@ def test_a_lost_baseline_is_generated_again_alone(fakes: SimpleNamespace) -> Non
 def test_a_baseline_has_no_lag(fakes: SimpleNamespace) -> None:
     """Its tokens come from update 0; those that are trained from update 2."""
     bench = fakes.Bench(fakes.plan(max_lag=1, batch=1, n=1, on_stale="drop", baseline=True))
-    bench.core.fence(0)
+    bench.fence(0)
     (a,) = bench.reserve(1, 0).tickets
     bench.core.ledger.committed = 2  # only their age matters here
     bench.submit(a, 2, 2, 2, rollouts=[0])
     bench.submit(a, 0, 0, rollouts=[1])
     bench.score(a, 1.0, 0.0)
     assert bench.core.ledger.groups[a.group].oldest() == bench.core.ledger.groups[a.group].newest() == 2
-    assert bench.core.lease_batch(1, 2).groups == (a.group,)
+    assert bench.lease_batch(1, 2).groups == (a.group,)
     lengths = bench.core.ledger.lengths
     assert (lengths.dispatched, lengths.dispatched_tokens) == (1, 3)  # nor a place among the lengths
 
 
 def test_a_group_that_only_waits_for_its_baseline_to_fail_has_an_age(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=1, batch=1, n=1, on_stale="drop", baseline=True))
-    bench.core.fence(0)
+    bench.fence(0)
     (a,) = bench.reserve(1, 0).tickets
     bench.submit(a, 0, rollouts=[0], problem="finish_reason=abort")
-    assert bench.core.lease_batch(1, 0).groups == ()
+    assert bench.lease_batch(1, 0).groups == ()
     assert bench.core.ledger.groups[a.group].oldest() == 0
 
 
 def test_evaluation_has_none(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(n=2, evals=1, baseline=True))
-    incarnation = bench.core.fence(0).incarnation
-    bench.core.request_eval(Version(incarnation, 0))
+    incarnation = bench.fence(0).incarnation
+    bench.request_eval(Version(incarnation, 0))
     ticket = bench.reserve(1, 0).tickets[0]
     assert (ticket.purpose, ticket.rollouts, ticket.baseline) == ("eval", (0,), None)

@@ -5,17 +5,18 @@ from types import SimpleNamespace
 import pytest
 
 from asyncrl.errors import CheckpointError, Closed, ConfigError, Fenced
+from asyncrl.replay.log.events import CheckpointRetained
 from asyncrl.replay.plan import keep_varied
 from asyncrl.types import Version
 
 
 def test_mask_takes_the_oldest_ready_groups_past_a_straggler(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=1, batch=2))
-    bench.core.fence(0)
+    bench.fence(0)
     (straggler,) = bench.reserve(1, 0, "slow").tickets
     a, b, c = bench.ready(3, 0)
     assert bench.train(0) == (a.group, b.group)
-    assert bench.core.lease_batch(1, 1).waiting_for == "ready groups"
+    assert bench.lease_batch(1, 1).waiting_for == "ready groups"
     bench.submit(straggler, 0, 0, 1)  # its last token is fresh enough
     bench.score(straggler, 1.0, 0.0)
     assert bench.train(1) == (straggler.group, c.group)
@@ -23,7 +24,7 @@ def test_mask_takes_the_oldest_ready_groups_past_a_straggler(fakes: SimpleNamesp
 
 def test_mask_evicts_only_groups_without_a_token_to_train(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=1, batch=1))
-    bench.core.fence(0)
+    bench.fence(0)
     old, half = bench.reserve(2, 0).tickets
     bench.core.ledger.committed = 2  # only their age matters here
     bench.submit(old, 0)
@@ -31,19 +32,19 @@ def test_mask_evicts_only_groups_without_a_token_to_train(fakes: SimpleNamespace
     bench.submit(half, 0, 1, rollouts=[1])
     bench.score(old, 1.0, 1.0)
     bench.score(half, 1.0, 1.0)
-    lease = bench.core.lease_batch(1, 2)
+    lease = bench.lease_batch(1, 2)
     assert lease.groups == (half.group,)
-    assert [row for row, _ in bench.core.rows(1, lease.groups)] == [2, 3]  # the learner masks the first, and uses its reward
+    assert [row for row, _ in bench.trainable(1, lease.groups)] == [2, 3]  # the learner masks the first, and uses its reward
     assert bench.core.ledger.counts().evicted == 1
     assert not bench.core.ledger.retries  # mask does not try again
 
 
 def test_wait_takes_the_oldest_and_waits_for_them(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=1, batch=2, on_stale="wait"))
-    bench.core.fence(0)
+    bench.fence(0)
     (straggler,) = bench.reserve(1, 0, "slow").tickets
     a, _, _ = bench.ready(3, 0)
-    assert bench.core.lease_batch(1, 0).waiting_for == "the oldest groups"
+    assert bench.lease_batch(1, 0).waiting_for == "the oldest groups"
     bench.submit(straggler, 0)
     bench.score(straggler, 1.0, 0.0)
     assert bench.train(0) == (straggler.group, a.group)
@@ -51,7 +52,7 @@ def test_wait_takes_the_oldest_and_waits_for_them(fakes: SimpleNamespace) -> Non
 
 def test_wait_closes_ranks_over_filtered_groups(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=1, batch=2, on_stale="wait", keep=keep_varied))
-    bench.core.fence(0)
+    bench.fence(0)
     a, b, c = bench.reserve(3, 0).tickets
     for ticket, rewards in ((a, (1.0, 0.0)), (b, (1.0, 1.0)), (c, (0.0, 1.0))):
         bench.submit(ticket, 0)
@@ -62,7 +63,7 @@ def test_wait_closes_ranks_over_filtered_groups(fakes: SimpleNamespace) -> None:
 
 def test_drop_cancels_what_is_in_flight_evicts_what_is_ready_and_tries_both_again(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=1, batch=1, on_stale="drop", size=9))
-    bench.core.fence(0)
+    bench.fence(0)
     flying, mixed = bench.reserve(2, 0, "slow").tickets
     bench.submit(mixed, 0, 1)
     for update in range(2):
@@ -71,7 +72,7 @@ def test_drop_cancels_what_is_in_flight_evicts_what_is_ready_and_tries_both_agai
         bench.score(ticket, 1.0, 1.0)
         assert bench.train(update) == (ticket.group,)
     bench.score(mixed, 1.0, 0.0)  # too late: its oldest token is two behind
-    assert not bench.core.lease_batch(1, 2).groups
+    assert not bench.lease_batch(1, 2).groups
     assert bench.core.ledger.counts().evicted == 2
     assert bench.reserve(0, 2, "slow", held=[flying.group]).cancelled == (flying.group,)
     again = bench.reserve(2, 2).tickets
@@ -81,160 +82,160 @@ def test_drop_cancels_what_is_in_flight_evicts_what_is_ready_and_tries_both_agai
 @pytest.mark.parametrize(("selector", "expected"), [("oldest", [0, 1]), ("freshest", [1, 2])])
 def test_selectors(fakes: SimpleNamespace, selector: str, expected: list[int]) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=4, batch=2, selector=selector))
-    bench.core.fence(0)
+    bench.fence(0)
     tickets = bench.reserve(3, 0).tickets
     bench.core.ledger.committed = 2
     for ticket, updates in zip(tickets, ((0, 2), (2,), (1, 2)), strict=True):
         bench.submit(ticket, *updates)
         bench.score(ticket, 1.0, 1.0)
-    assert bench.core.lease_batch(1, 2).groups == tuple(tickets[i].group for i in expected)
+    assert bench.lease_batch(1, 2).groups == tuple(tickets[i].group for i in expected)
 
 
 def test_prefetch_leases_the_next_batch_by_the_update_it_is_for(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=1, batch=1, on_stale="wait"))
-    bench.core.fence(0)
+    bench.fence(0)
     a, b = bench.ready(2, 0)
-    first, second = bench.core.lease_batch(1, 0), bench.core.lease_batch(1, 1)
+    first, second = bench.lease_batch(1, 0), bench.lease_batch(1, 1)
     assert (first.groups, second.groups) == ((a.group,), (b.group,))
-    assert bench.core.lease_batch(1, 0) == first  # asking again changes nothing
+    assert bench.lease_batch(1, 0) == first  # asking again changes nothing
     with pytest.raises(ValueError, match="next batch is trained after update 2"):
-        bench.core.lease_batch(1, 4)
+        bench.lease_batch(1, 4)
     with pytest.raises(ValueError, match="in the order of leasing"):
-        bench.core.commit(second.lease, Version(1, 2), {})
-    bench.core.commit(first.lease, Version(1, 1), {})
-    bench.core.commit(second.lease, Version(1, 2), {})
+        bench.commit(second.lease, Version(1, 2), {})
+    bench.commit(first.lease, Version(1, 1), {})
+    bench.commit(second.lease, Version(1, 2), {})
     assert bench.core.ledger.counts().trained == 2
 
 
 def test_commit_is_counted_once(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(batch=1))
-    bench.core.fence(0)
+    bench.fence(0)
     bench.ready(1, 0)
-    lease = bench.core.lease_batch(1, 0)
+    lease = bench.lease_batch(1, 0)
     for _ in range(2):
-        bench.core.commit(lease.lease, Version(1, 1), {"loss": 2})
-    (record,) = bench.core.report(0).records
+        bench.commit(lease.lease, Version(1, 1), {"loss": 2})
+    (record,) = bench.report(0).records
     assert (record.kind, record.version, record.metrics, record.sequence) == ("step", Version(1, 1), {"loss": 2.0}, 1)
-    assert bench.core.report(1).records == ()
+    assert bench.report(1).records == ()
 
 
 class TestRestore:
     def test_commits_after_the_checkpoint_are_retrained_first_in_order(self, fakes: SimpleNamespace) -> None:
         bench = fakes.Bench(fakes.plan(max_lag=4, batch=2, size=20))
-        bench.core.fence(0)
+        bench.fence(0)
         bench.ready(8, 0)
         batches = [bench.train(u) for u in range(3)]
-        held = bench.core.lease_batch(1, 3)
-        fence = bench.core.fence(1)
+        held = bench.lease_batch(1, 3)
+        fence = bench.fence(1)
         assert (fence.incarnation, fence.committed, fence.reopened) == (2, 1, 2)
         counts = bench.core.ledger.counts()
         assert (counts.trained, counts.pending) == (2, 6)
         with pytest.raises(Fenced):
-            bench.core.commit(held.lease, Version(1, 4), {})
+            bench.commit(held.lease, Version(1, 4), {})
         with pytest.raises(Fenced):
-            bench.core.lease_batch(1, 3)
-        again = bench.core.lease_batch(2, 1)
+            bench.lease_batch(1, 3)
+        again = bench.lease_batch(2, 1)
         assert (again.groups, again.replayed) == (batches[1], True)
-        bench.core.commit(again.lease, Version(2, 2), {})
+        bench.commit(again.lease, Version(2, 2), {})
         assert bench.train(2) == batches[2]
         assert bench.train(3) == held.groups  # the void lease's groups were ready again
         assert bench.core.ledger.counts().trained == 8
 
     def test_a_replay_that_is_cut_short_is_replayed_again(self, fakes: SimpleNamespace) -> None:
         bench = fakes.Bench(fakes.plan(max_lag=4, batch=1))
-        bench.core.fence(0)
+        bench.fence(0)
         bench.ready(3, 0)
         batches = [bench.train(u) for u in range(3)]
-        bench.core.fence(0)
+        bench.fence(0)
         bench.train(0)
-        bench.core.lease_batch(2, 1)
-        assert bench.core.fence(1).reopened == 2
+        bench.lease_batch(2, 1)
+        assert bench.fence(1).reopened == 2
         assert [bench.train(u) for u in (1, 2)] == batches[1:]
 
     def test_a_checkpoint_the_log_does_not_know_is_refused(self, fakes: SimpleNamespace) -> None:
         bench = fakes.Bench(fakes.plan(max_lag=4, batch=1))
-        bench.core.fence(0)
+        bench.fence(0)
         bench.ready(2, 0)
         bench.train(0)
         bench.train(1)
         with pytest.raises(CheckpointError, match="update 5 > 2"):
-            bench.core.fence(5)
-        bench.core.checkpointed(2)
+            bench.fence(5)
+        bench.checkpointed(2)
         with pytest.raises(CheckpointError, match="update 1 < 2"):
-            bench.core.fence(1)
+            bench.fence(1)
         with pytest.raises(ValueError, match="commit before saving"):
-            bench.core.checkpointed(3)
+            bench.checkpointed(3)
 
 
 class TestEnd:
     def test_the_last_batch_is_partial_once_nothing_else_can_come(self, fakes: SimpleNamespace) -> None:
         bench = fakes.Bench(fakes.plan(max_lag=1, batch=2, size=3, epochs=1))
-        bench.core.fence(0)
+        bench.fence(0)
         bench.ready(2, 0)
         (last,) = bench.reserve(9, 0).tickets
         bench.train(0)
         bench.submit(last, 1)
-        assert not bench.core.lease_batch(1, 1).groups
+        assert not bench.lease_batch(1, 1).groups
         bench.score(last, 1.0, 1.0)
         assert bench.train(1) == (last.group,)
-        assert bench.core.lease_batch(1, 2).ended
+        assert bench.lease_batch(1, 2).ended
         assert not bench.reserve(1, 2).ended  # a last evaluation may still come
-        bench.core.finish()
+        bench.finish()
         assert bench.reserve(1, 2).ended
 
     def test_finish_settles_everything_and_refuses_what_comes_late(self, fakes: SimpleNamespace) -> None:
         bench = fakes.Bench(fakes.plan(max_lag=1, batch=1))
-        bench.core.fence(0)
+        bench.fence(0)
         bench.ready(1, 0)
         (flying,) = bench.reserve(1, 0).tickets
-        lease = bench.core.lease_batch(1, 0)
-        bench.core.finish()
+        lease = bench.lease_batch(1, 0)
+        bench.finish()
         counts = bench.core.ledger.counts()
         assert (counts.evicted, counts.pending) == (2, 0)
         assert bench.submit(flying, 0) == 0
-        assert bench.core.lease_batch(1, 0).ended
+        assert bench.lease_batch(1, 0).ended
         assert bench.reserve(1, 0, held=[flying.group]).cancelled == (flying.group,)
         with pytest.raises(Closed):
-            bench.core.commit(lease.lease, Version(1, 1), {})
+            bench.commit(lease.lease, Version(1, 1), {})
 
 
 def test_lengths_of_dispatched_and_trained(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=1, batch=1))
-    bench.core.fence(0)
+    bench.fence(0)
     a, b = bench.reserve(2, 0).tickets
     bench.submit(a, 0, 0)
     bench.submit(b, 0, 0, 0, 0)
     bench.score(a, 1.0, 0.0)
     bench.train(0)
-    gauges = bench.core.report(0).gauges
+    gauges = bench.report(0).gauges
     assert gauges["length/dispatched_mean"] == 3.0
     assert gauges["length/trained_mean"] == 2.0
-    bench.core.fence(0)
-    assert bench.core.report(0).gauges["length/trained_mean"] == 0.0
+    bench.fence(0)
+    assert bench.report(0).gauges["length/trained_mean"] == 0.0
 
 
 def test_groups_that_never_give_anything_to_train_on_end_the_run(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=0, batch=1, keep=keep_varied))
-    bench.core.fence(0)
+    bench.fence(0)
     bench.core.ledger.last_error = "ValueError: no number"
     for _ in range(1023):
         (ticket,) = bench.reserve(1, 0).tickets
         bench.submit(ticket, 0)
         bench.score(ticket, 1.0, 1.0)
-    assert bench.core.lease_batch(1, 0).waiting_for
+    assert bench.lease_batch(1, 0).waiting_for
     (ticket,) = bench.reserve(1, 0).tickets
     bench.submit(ticket, 0)
     bench.score(ticket, 1.0, 1.0)
     with pytest.raises(ConfigError, match=r"1024 groups since .* to train on, 0 did; .* filtered 1024\): .* ValueError: no"):
-        bench.core.lease_batch(1, 0)
-    assert bench.core.broken is None
-    bench.core.fence(0)  # a resume, after the reward was mended, starts counting anew
-    assert bench.core.lease_batch(2, 0).waiting_for
+        bench.lease_batch(1, 0)
+    assert bench.core.context.broken is None
+    bench.fence(0)  # a resume, after the reward was mended, starts counting anew
+    assert bench.lease_batch(2, 0).waiting_for
 
 
 def test_the_cap_on_empty_batches_is_a_setting_and_every_ready_group_allows_for_as_many_again(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=9, batch=2, keep=keep_varied, max_empty_batches=3))
-    bench.core.fence(0)
+    bench.fence(0)
 
     def group(*rewards: float) -> None:
         (ticket,) = bench.reserve(1, 0).tickets
@@ -244,33 +245,33 @@ def test_the_cap_on_empty_batches_is_a_setting_and_every_ready_group_allows_for_
     group(0.0, 1.0)  # ready: one of the two that make a batch
     for _ in range(11):
         group(1.0, 1.0)
-    assert bench.core.lease_batch(1, 0).waiting_for  # 11 < 3 batches · 2 groups · (1 + 1 ready)
+    assert bench.lease_batch(1, 0).waiting_for  # 11 < 3 batches · 2 groups · (1 + 1 ready)
     group(0.0, 1.0)
     bench.train(0)
     for _ in range(5):
         group(1.0, 1.0)
-    assert bench.core.lease_batch(1, 1).waiting_for  # a batch was trained: counted anew
+    assert bench.lease_batch(1, 1).waiting_for  # a batch was trained: counted anew
     group(1.0, 1.0)
     with pytest.raises(
         ConfigError, match=r"6 groups since the last batch .* 0 did; 6 in a row end the run \(sampling\.max_empty_batches=3;"
     ):
-        bench.core.lease_batch(1, 1)
+        bench.lease_batch(1, 1)
 
 
 def test_a_few_ready_groups_do_not_keep_a_fruitless_run_alive(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=9, batch=2, keep=keep_varied, max_empty_batches=1))
-    bench.core.fence(0)
+    bench.fence(0)
     for rewards in [(0.0, 1.0), *[(1.0, 1.0)] * 4]:
         (ticket,) = bench.reserve(1, 0).tickets
         bench.submit(ticket, 0)
         bench.score(ticket, *rewards)
     with pytest.raises(ConfigError, match=r"4 groups since the last batch gave nothing to train on, 1 did"):
-        bench.core.lease_batch(1, 0)
+        bench.lease_batch(1, 0)
 
 
 def test_a_rollout_masked_whole_does_not_count_as_trained_length(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=1, batch=1))
-    bench.core.fence(0)
+    bench.fence(0)
     (half,) = bench.reserve(1, 0).tickets
     bench.core.ledger.committed = 2  # only their age matters here
     bench.submit(half, 0, rollouts=[0])
@@ -279,3 +280,12 @@ def test_a_rollout_masked_whole_does_not_count_as_trained_length(fakes: SimpleNa
     bench.train(2)
     lengths = bench.core.ledger.lengths
     assert (lengths.dispatched, lengths.trained) == (2, 1)
+
+
+def test_nothing_is_deleted_before_the_log_says_that_no_checkpoint_needs_it(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=0, batch=1))
+    bench.fence(0)
+    bench.ready(1, 0)
+    bench.train(0)
+    bench.checkpointed(1)
+    assert bench.core.context.log.truncated_after == CheckpointRetained(1)

@@ -1,5 +1,6 @@
 """The client over transports that lose calls, lose answers, and lose the store."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,16 +9,17 @@ from typing import Any
 import pytest
 
 from asyncrl.errors import Closed, Unavailable
+from asyncrl.interfaces import VERBS
 from asyncrl.replay.client import ReplayClient
-from asyncrl.replay.store import LogSettings, ReplayStore
-from asyncrl.types import Score, Version
+from asyncrl.replay.store import ReplayStore
+from asyncrl.types import Key, Score, Version
 
 V = Version(1, 0)
 
 
 @pytest.fixture
 def call(fakes: SimpleNamespace, tmp_path: Path, loop: Any) -> Callable[..., Any]:
-    store = ReplayStore(fakes.plan(max_lag=1, batch=2, evals=1), LogSettings(folder=str(tmp_path)))
+    store = ReplayStore(fakes.plan(max_lag=1, batch=2, evals=1), tmp_path)
     return loop.transport(store)
 
 
@@ -85,3 +87,32 @@ def test_close_ends_the_repeating() -> None:
     client = ReplayClient(gone, "gen", 1, retry_s=60.0)
     with pytest.raises(Closed):
         client.extend(1)
+
+
+def test_a_verb_that_no_protocol_declares_is_refused_in_the_callers_process(call: Callable[..., Any]) -> None:
+    client = ReplayClient(call, "gen", 1)
+    with pytest.raises(AttributeError, match="no verb 'reserved': its verbs are reserve, submit"):
+        client.reserved(1)
+    with pytest.raises(TypeError, match="missing a required argument"):
+        client.reserve(1)
+    assert client.reserve(k=1, version=V, held=[], wait_s=0.0).tickets  # by name, as the protocol has it
+
+
+def test_a_malformed_call_of_another_client_does_no_harm(call: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError):
+        call("reserve", Key("gen", 1, 1), 1, timeout_s=1.0)
+    assert ReplayClient(call, "gen", 1).reserve(1, V, [], 0.0).tickets
+
+
+def test_every_verb_is_a_method_of_one_part_and_has_its_protocols_arguments(fakes: SimpleNamespace) -> None:
+    core = fakes.Bench(fakes.plan()).core
+    assert set(core.verbs) == set(VERBS)
+    for name, verb in VERBS.items():
+        implemented = list(inspect.signature(core.verbs[name]).parameters)
+        declared = list(verb.signature.parameters)
+        assert implemented[0] == "caller"
+        assert len(implemented) == len(declared)  # `caller` in place of `self`
+        assert name == "submit" or implemented[1:] == declared[1:]  # whose rollouts come as rows
+    core.scoring.commit = lambda caller: None
+    with pytest.raises(TypeError, match="2 parts of the store have a method 'commit'"):
+        core._handler("commit")

@@ -9,12 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from asyncrl.replay.core import Core
+from asyncrl.replay.core import StoreCore
 from asyncrl.replay.log import events as ev
-from asyncrl.replay.log.rows import TrainScore
+from asyncrl.replay.log.rows import Summary, TrainScore
 from asyncrl.replay.plan import keep_varied
-from asyncrl.replay.scoring import Summary
-from asyncrl.types import Score, Ticket, Version
+from asyncrl.types import Key, Score, Ticket, Version
 
 
 class FakeGenerator:
@@ -30,7 +29,7 @@ class World:
     """Actors that act in random order. Trains through the very rule of asyncrl.staleness."""
 
     def __init__(self, fakes: SimpleNamespace, plan: Any, rng: random.Random, publish_first: bool, prefetch: int) -> None:
-        self.bench = fakes.Bench(plan)
+        self.bench, self.fake_log = fakes.Bench(plan), fakes.FakeLog
         self.rule, self.rng = plan.rule, rng
         self.publish_first, self.prefetch = publish_first, prefetch
         self.generators = [FakeGenerator(f"g{i}") for i in range(3)]
@@ -41,7 +40,7 @@ class World:
         self.learner_deaths = rng.choice((0.0, 0.01, 0.02))
         self.leases: list[Any] = []
         self.scored: list[Score] = []
-        self.incarnation = self.bench.core.fence(0).incarnation
+        self.incarnation = self.bench.fence(0).incarnation
         self.published = Version(1, 0)
         self.checkpoints = [0]
         self.ended = False
@@ -49,9 +48,7 @@ class World:
     # generators
 
     def reserve(self, g: FakeGenerator, k: int) -> None:
-        core = self.bench.core
-        core.arrive(g.name, g.incarnation, list(g.work))
-        answer = core.reserve(k, g.name, g.incarnation, g.version, list(g.work))
+        answer = self.bench.call("reserve", k, g.version, list(g.work), 0.0, worker=g.name, incarnation=g.incarnation)
         for group in answer.cancelled:
             g.work.pop(group, None)
         if self.rng.random() < 0.02:
@@ -59,6 +56,9 @@ class World:
         for ticket in answer.tickets:
             assert ticket.group not in g.work
             g.work[ticket.group] = (ticket, {r: [] for r in ticket.rollouts})
+
+    def held_nothing(self, g: FakeGenerator) -> Any:
+        return self.bench.call("reserve", 0, g.version, [], 0.0, worker=g.name, incarnation=g.incarnation)
 
     def decode(self, g: FakeGenerator) -> None:
         for _, rollouts in g.work.values():
@@ -87,18 +87,15 @@ class World:
         problem = "finish_reason=abort" if self.rng.random() < 0.03 else ""
         version = tokens[0] if len(set(tokens)) == 1 else None
         summary = Summary(ticket.group, index, ticket.attempt, min(updates), max(updates), len(updates), version, problem)
-        accepted = self.bench.core.acceptable([summary], "g0")
-        if accepted:
+        row = self.bench.rows
+        if self.bench.take([summary]):
             assert ticket.purpose == "train" or problem or set(tokens) == {ticket.pinned}
-            self.tokens[self.bench.rows] = updates
-            self.bench.core.submit([summary], self.bench.rows)
-            self.bench.rows += 1
+            self.tokens[row] = updates
 
     # reward
 
     def reward(self, lose: float, invalid: float) -> None:
-        core = self.bench.core
-        lease, rows = core.lease_unscored(self.rng.randint(1, 4), "r0", 1)
+        lease, rows = self.bench.lease_unscored(self.rng.randint(1, 4), "r0", 1)
         if self.rng.random() < lose:
             return
         where = {e.row: e for e in self.bench.log if isinstance(e, ev.RolloutSubmitted)}
@@ -115,10 +112,12 @@ class World:
     def score(self, lease: int, scores: list[Score]) -> None:
         """As the store does it: rows whose tokens earned something are written again first."""
         first = self.bench.rows
-        for row, earned in self.bench.core.earning(scores):
-            self.tokens[self.bench.rows], self.earned[self.bench.rows] = self.tokens[row], earned
+        scoring = self.bench.core.scoring
+        for s in (s for s in scoring.counting(scores) if s.token_rewards):
+            row = scoring._row(s.group, s.rollout)
+            self.tokens[self.bench.rows], self.earned[self.bench.rows] = self.tokens[row], s.token_rewards
             self.bench.rows += 1
-        self.bench.core.score(lease, scores, first)
+        self.bench.scored(lease, scores, first)
 
     # learner
 
@@ -126,12 +125,12 @@ class World:
         update = self.bench.core.ledger.committed + len(self.leases)
         if len(self.leases) > self.prefetch:
             return
-        answer = self.bench.core.lease_batch(self.incarnation, update)
-        assert answer == self.bench.core.lease_batch(self.incarnation, update)  # asking again changes nothing
+        answer = self.bench.lease_batch(self.incarnation, update)
+        assert answer == self.bench.lease_batch(self.incarnation, update)  # asking again changes nothing
         self.ended = answer.ended
         if not answer.groups:
             return
-        rows = self.bench.core.rows(self.incarnation, answer.groups)
+        rows = self.bench.trainable(self.incarnation, answer.groups)
         self.check(update, answer, rows)
         self.leases.append((answer, update, rows))
 
@@ -147,15 +146,15 @@ class World:
         if answer.replayed:
             assert rows == self.undone[update + 1]
         if not answer.replayed and len(answer.groups) < self.rule.batch_groups:
-            assert self.bench.core._book.exhausted()
+            assert self.bench.core.context.exhausted()
 
     def told(self, group: int) -> list[Any]:
         """What the learner must get of a group: its sampled rollouts, each with what the baseline earned in all."""
-        grouping, rollouts = self.bench.plan.grouping, self.bench.core.ledger.groups[group].rollouts
-        assert len(rollouts) == grouping.n + grouping.baseline
-        assert all(r.status == "ok" for r in rollouts[grouping.n :])
-        baseline = [r.reward + sum(self.earned.get(r.row, ())) for r in rollouts[grouping.n :]] or [None]
-        return [(r.row, TrainScore(r.reward, r.parts, *baseline)) for r in rollouts[: grouping.n] if r.status == "ok"]
+        plan, rollouts = self.bench.plan, self.bench.core.ledger.groups[group].rollouts
+        assert len(rollouts) == plan.sampling.n + plan.baseline
+        assert all(r.status == "ok" for r in rollouts[plan.sampling.n :])
+        baseline = [r.reward + sum(self.earned.get(r.row, ())) for r in rollouts[plan.sampling.n :]] or [None]
+        return [(r.row, TrainScore(r.reward, r.parts, *baseline)) for r in rollouts[: plan.sampling.n] if r.status == "ok"]
 
     def commit(self, crash: bool = False) -> None:
         if not self.leases:
@@ -167,21 +166,21 @@ class World:
         if crash:
             return
         for _ in range(2):  # the answer got lost: again
-            self.bench.core.commit(answer.lease, version, {"loss": 0.5})
+            self.bench.commit(answer.lease, version, {"loss": 0.5})
         self.published = version
         self.leases.pop(0)
         self.trained[update + 1] = rows
         if self.rng.random() < 0.2:
-            self.bench.core.request_eval(version)
+            self.bench.request_eval(version)
         if self.rng.random() < 0.3:
             self.checkpoints = [*self.checkpoints, update + 1][-2:]
-            self.bench.core.checkpointed(self.checkpoints[0])
+            self.bench.checkpointed(self.checkpoints[0])
 
     def restart_learner(self) -> None:
         self.commit(crash=True)
         at = self.rng.choice([c for c in self.checkpoints if c <= self.bench.core.ledger.committed])
         self.checkpoints = [c for c in self.checkpoints if c <= at]
-        fence = self.bench.core.fence(at)
+        fence = self.bench.fence(at)
         for update in [u for u in self.trained if u > at]:
             self.undone[update] = self.trained.pop(update)
         self.incarnation, self.leases, self.ended = fence.incarnation, [], False
@@ -195,10 +194,10 @@ class World:
     def any_prefix(self) -> None:
         """A log that ends after any call is a sound store."""
         end = self.rng.choice([0, *self.bench.calls])
-        core = Core(self.bench.plan, list, self.bench.log[:end], self.bench.clock)
+        core = StoreCore(self.bench.plan, self.fake_log(self.bench.log[:end]), self.bench.clock)
         c = core.ledger.counts()
         assert c.reserved == c.trained + c.filtered + c.evicted + c.failed + c.pending
-        assert core.fence(core.ledger.committed).committed == core.ledger.committed
+        assert core.verbs["fence"](Key("learner", 1, 1), core.ledger.committed).committed == core.ledger.committed
 
     # all
 
@@ -247,11 +246,11 @@ class World:
             self.commit()
             self.invariants()
             if self.ended and not self.leases:
-                self.bench.core.finish()
-            if all(self.bench.core.reserve(0, g.name, g.incarnation, g.version, []).ended for g in self.generators):
+                self.bench.finish()
+            if all(self.held_nothing(g).ended for g in self.generators):
                 assert self.bench.core.ledger.round is None  # every evaluation that was asked for has run
                 return
-        raise AssertionError(f"did not drain: {self.bench.core.state()}")
+        raise AssertionError(f"did not drain: {self.bench.state()}")
 
 
 MODES = [

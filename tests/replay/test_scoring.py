@@ -11,27 +11,27 @@ def test_rollouts_are_scored_in_the_order_they_came(fakes: SimpleNamespace) -> N
     a, b = bench.reserve(2, 0).tickets
     bench.submit(b, 0)
     bench.submit(a, 0, rollouts=[1])
-    assert bench.core.lease_unscored(2, "r", 1)[1] == [0, 1]
-    assert bench.core.lease_unscored(9, "r", 1)[1] == [2]
-    assert bench.core.lease_unscored(9, "r", 1) == (0, [])
+    assert bench.lease_unscored(2, "r", 1)[1] == [0, 1]
+    assert bench.lease_unscored(9, "r", 1)[1] == [2]
+    assert bench.lease_unscored(9, "r", 1) == (0, [])
 
 
 def test_an_expired_lease_is_handed_out_again_unless_extended(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(lease_s=10))
     (a,) = bench.reserve(1, 0).tickets
     bench.submit(a, 0)
-    dead, _ = bench.core.lease_unscored(1, "dead", 1)
-    slow, _ = bench.core.lease_unscored(1, "slow", 1)
+    dead, _ = bench.lease_unscored(1, "dead", 1)
+    slow, _ = bench.lease_unscored(1, "slow", 1)
     bench.clock.now += 9
-    bench.core.extend(slow, "slow")
-    bench.core.extend(dead, "somebody else")
+    bench.extend(slow, "slow")
+    bench.extend(dead, "somebody else")
     bench.clock.now += 2
-    assert bench.core.lease_unscored(9, "new", 1)[1] == [0]
-    bench.core.score(dead, [fakes.score(a, 0, 1.0)])  # late, but first
-    bench.core.score(3, [fakes.score(a, 0, 0.0)])
-    bench.core.score(slow, [fakes.score(a, 1, 0.5)])
+    assert bench.lease_unscored(9, "new", 1)[1] == [0]
+    bench.scored(dead, [fakes.score(a, 0, 1.0)])  # late, but first
+    bench.scored(3, [fakes.score(a, 0, 0.0)])
+    bench.scored(slow, [fakes.score(a, 1, 0.5)])
     assert [r.reward for r in bench.core.ledger.groups[a.group].rollouts] == [1.0, 0.5]
-    assert bench.core.state()["depths"]["scoring"] == 0
+    assert bench.state()["depths"]["scoring"] == 0
 
 
 def test_what_a_dead_worker_held_goes_to_its_successor_at_once(fakes: SimpleNamespace) -> None:
@@ -39,17 +39,17 @@ def test_what_a_dead_worker_held_goes_to_its_successor_at_once(fakes: SimpleName
     a, b = bench.reserve(2, 0).tickets
     bench.submit(a, 0)
     bench.submit(b, 0)
-    other, _ = bench.core.lease_unscored(1, "other", 1)
-    dead, _ = bench.core.lease_unscored(2, "r", 1)
-    changes = bench.core.changes
-    heir, found = bench.core.lease_unscored(1, "r", 2)
+    other, _ = bench.lease_unscored(1, "other", 1)
+    dead, _ = bench.lease_unscored(2, "r", 1)
+    changes = bench.core.context.changes
+    heir, found = bench.lease_unscored(1, "r", 2)
     assert found == [1]  # the oldest of the two; `other` keeps its own
-    assert bench.core.changes == changes + 1, "those who wait hear of what is left of it"
-    assert bench.core.lease_unscored(9, "other", 1)[1] == [2, 3]
-    assert bench.core.lease_unscored(9, "r", 2) == (0, []), "its own work was taken from it"
-    bench.core.extend(dead, "r")
-    assert {other, heir} < bench.core.state()["reward_leases"].keys()
-    assert dead not in bench.core.state()["reward_leases"]
+    assert bench.core.context.changes == changes + 1, "those who wait hear of what is left of it"
+    assert bench.lease_unscored(9, "other", 1)[1] == [2, 3]
+    assert bench.lease_unscored(9, "r", 2) == (0, []), "its own work was taken from it"
+    bench.extend(dead, "r")
+    assert {other, heir} < bench.state()["reward_leases"].keys()
+    assert dead not in bench.state()["reward_leases"]
 
 
 @pytest.mark.parametrize("reward", [None, float("nan"), float("inf")])
@@ -57,7 +57,7 @@ def test_ok_without_a_number_is_invalid_never_zero(fakes: SimpleNamespace, rewar
     bench = fakes.Bench(fakes.plan(min_valid=2))
     (a,) = bench.reserve(1, 0).tickets
     bench.submit(a, 0)
-    bench.core.score(0, [Score(group=a.group, rollout=i, attempt=0, status="ok", reward=r) for i, r in ((0, 1.0), (1, reward))])
+    bench.scored(0, [Score(group=a.group, rollout=i, attempt=0, status="ok", reward=r) for i, r in ((0, 1.0), (1, reward))])
     assert bench.core.ledger.counts().failed == 1
     assert "is not a number" in bench.log[-2].error
 
@@ -66,7 +66,7 @@ def test_an_aborted_rollout_counts_as_invalid(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(min_valid=2))
     (a,) = bench.reserve(1, 0).tickets
     bench.submit(a, 0, problem="finish_reason=abort")
-    assert bench.core.lease_unscored(9, "r", 1) == (0, [])
+    assert bench.lease_unscored(9, "r", 1) == (0, [])
     assert bench.core.ledger.counts().failed == 1
 
 
@@ -75,7 +75,7 @@ def test_verdicts_on_unknown_rollouts_change_nothing(fakes: SimpleNamespace) -> 
     (a,) = bench.reserve(1, 0).tickets
     bench.submit(a, 0, rollouts=[0])
     before = len(bench.log)
-    bench.core.score(
+    bench.scored(
         9,
         [
             Score(group=g, rollout=r, attempt=t, status="ok", reward=1.0)
@@ -89,9 +89,9 @@ def test_the_queue_is_rebuilt_after_a_restart(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan())
     (a,) = bench.reserve(1, 0).tickets
     bench.submit(a, 0)
-    bench.core.score(0, [fakes.score(a, 0, 1.0)])
+    bench.scored(0, [fakes.score(a, 0, 1.0)])
     bench.core = bench.build()
-    assert bench.core.lease_unscored(9, "r", 1)[1] == [1]
+    assert bench.lease_unscored(9, "r", 1)[1] == [1]
 
 
 def test_keep_functions_by_name() -> None:

@@ -12,24 +12,29 @@ import pytest
 
 from asyncrl.errors import Closed, DataError, Fenced, Unavailable
 from asyncrl.replay.log import rows as schema
-from asyncrl.replay.store import LogSettings, ReplayStore
+from asyncrl.replay.store import ReplayStore
 from asyncrl.types import Key, Version
 
 V = Version(1, 0)
 
 
 class Caller:
-    """Calls a store under growing sequence numbers."""
+    """Calls a store under growing sequence numbers. learner: the incarnation that `fence` gives."""
 
-    def __init__(self, store: ReplayStore, worker: str = "gen", incarnation: int = 1) -> None:
-        self.store, self.worker, self.incarnation, self.sequence = store, worker, incarnation, 0
+    def __init__(self, store: ReplayStore, worker: str = "gen", incarnation: int = 1, learner: int = 0) -> None:
+        self.store, self.worker, self.incarnation, self.learner, self.sequence = store, worker, incarnation, learner, 0
 
     def key(self) -> Key:
         self.sequence += 1
-        return Key(self.worker, self.incarnation, self.sequence)
+        return Key(self.worker, self.incarnation, self.sequence, self.learner)
 
     def __call__(self, method: str, *args: Any) -> Awaitable[Any]:
-        return getattr(self.store, method)(self.key(), *args)
+        return self.store.call(method, self.key(), *args)
+
+
+def ask(store: ReplayStore, verb: str, *args: Any) -> Awaitable[Any]:
+    """As the supervisor."""
+    return store.call(verb, Key("supervisor", 0, 0), *args)
 
 
 def killed(store: ReplayStore) -> None:
@@ -38,7 +43,7 @@ def killed(store: ReplayStore) -> None:
 
 
 def make(fakes: SimpleNamespace, folder: Path, **options: Any) -> ReplayStore:
-    return ReplayStore(fakes.plan(**options), LogSettings(folder=str(folder)))
+    return ReplayStore(fakes.plan(**options), folder)
 
 
 def rows(fakes: SimpleNamespace, *tickets: Any) -> bytes:
@@ -46,17 +51,17 @@ def rows(fakes: SimpleNamespace, *tickets: Any) -> bytes:
 
 
 async def waiting(store: ReplayStore, count: int = 1) -> None:
-    """Until so many calls wait in the store."""
-    while len(store._waiters) < count:
+    """Until so many calls wait for the store's next change."""
+    while len(store._change._done_callbacks) < count:  # type: ignore[attr-defined]
         await asyncio.sleep(0)
 
 
 def test_long_polls_wake_on_change(fakes: SimpleNamespace, tmp_path: Path) -> None:
     async def scenario() -> None:
         store = make(fakes, tmp_path, max_lag=0, batch=1, n=1)
-        generator, reward, learner = Caller(store), Caller(store, "reward"), Caller(store, "learner")
+        generator, reward, learner = Caller(store), Caller(store, "reward"), Caller(store, "learner", learner=1)
         await learner("fence", 0)
-        batch = asyncio.ensure_future(learner("lease_batch", 1, 0, 60.0))
+        batch = asyncio.ensure_future(learner("lease_batch", 0, 60.0))
         unscored = asyncio.ensure_future(reward("lease_unscored", 8, 60.0))
         (ticket,) = (await generator("reserve", 4, V, (), 60.0)).tickets
         full = asyncio.ensure_future(generator("reserve", 4, V, (ticket.group,), 10.0))
@@ -66,7 +71,7 @@ def test_long_polls_wake_on_change(fakes: SimpleNamespace, tmp_path: Path) -> No
         await reward("score", lease.lease, [fakes.score(ticket, 0, 1.0)])
         leased = await batch
         assert leased.groups == (ticket.group,)
-        got = await learner("rows", 1, leased.groups)
+        got = await learner("rows", leased.groups)
         (r,) = schema.decode_train(schema.from_ipc(got.rows), got.scores)
         assert (r.reward, r.response_ids.tolist()) == (1.0, [5, 5, 0])
         await learner("commit", leased.lease, Version(1, 1), {"loss": 1.0})  # answered while `full` waits
@@ -88,7 +93,7 @@ def test_a_poll_ends_at_its_deadline_and_says_why(fakes: SimpleNamespace, tmp_pa
             b("reserve", 9, V, (), 0.05),
             a("reserve", 0, V, held, 0.05),
             b("lease_unscored", 1, 0.05),
-            Caller(store, "learner")("lease_batch", 0, 0, 0.05),
+            Caller(store, "learner")("lease_batch", 0, 0.05),
         )
         assert 0.04 < time.monotonic() - started < 8
         assert answers[0].waiting_for == "bound full"
@@ -120,15 +125,15 @@ def test_a_repeated_key_gets_the_first_answer(fakes: SimpleNamespace, tmp_path: 
     async def scenario() -> None:
         store = make(fakes, tmp_path, max_lag=1, batch=2)
         key = Key("gen", 1, 5)
-        first = await store.reserve(key, 2, V, (), 1.0)
-        assert await store.reserve(key, 2, V, (), 1.0) == first
-        assert (await store.reserve(Key("gen", 1, 4), 2, V, (), 1.0)).tickets == ()  # overtaken: takes nothing
-        assert not any(group["lost"] for group in (await store.state())["in_flight"])  # an old `held` loses nothing
+        first = await store.call("reserve", key, 2, V, (), 1.0)
+        assert await store.call("reserve", key, 2, V, (), 1.0) == first
+        assert await store.call("reserve", Key("gen", 1, 4), 2, V, (), 1.0) is None  # overtaken: takes nothing
+        assert not any(group["lost"] for group in (await ask(store, "state"))["in_flight"])  # an old `held` loses nothing
         fence = Key("learner", 1, 1)
-        assert await store.fence(fence, 0) == await store.fence(fence, 0)
+        assert await store.call("fence", fence, 0) == await store.call("fence", fence, 0)
         for _ in range(2):
-            await store.submit(Key("gen", 1, 6), rows(fakes, first.tickets[0]))
-        assert (await store.report(0)).gauges["store/unscored"] == 2
+            await store.call("submit", Key("gen", 1, 6), rows(fakes, first.tickets[0]))
+        assert (await ask(store, "report", 0)).gauges["store/unscored"] == 2
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
@@ -144,7 +149,7 @@ def test_an_abandoned_poll_takes_nothing(fakes: SimpleNamespace, tmp_path: Path)
         await waiting(store, 2)
         await Caller(store, "sender")("submit", rows(fakes, ticket))
         assert (await retry).rows
-        assert not (await abandoned).rows
+        assert await abandoned is None
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
@@ -171,7 +176,7 @@ def test_the_work_of_a_worker_known_to_be_dead_is_handed_to_others_at_once(fakes
         heir = Caller(store, "g1")
         waits = asyncio.ensure_future(heir("reserve", 1, V, (), 60.0))
         await waiting(store)
-        await store.forget("g0", 1)
+        await ask(store, "forget", "g0", 1)
         (again,) = (await waits).tickets
         assert (again.group, again.attempt) == (ticket.group, 1)
         with pytest.raises(Fenced):
@@ -182,9 +187,9 @@ def test_the_work_of_a_worker_known_to_be_dead_is_handed_to_others_at_once(fakes
         assert (await Caller(store, "r0")("lease_unscored", 8, 1.0)).rows
         waits = asyncio.ensure_future(Caller(store, "r1")("lease_unscored", 8, 60.0))
         await waiting(store)
-        await store.forget("r0", 0)  # an earlier one: nothing of its successor's is touched
+        await ask(store, "forget", "r0", 0)  # an earlier one: nothing of its successor's is touched
         assert not waits.done()
-        await store.forget("r0", 1)
+        await ask(store, "forget", "r0", 1)
         assert schema.from_ipc((await waits).rows).num_rows == 2
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
@@ -207,26 +212,26 @@ def test_an_older_incarnation_is_fenced(fakes: SimpleNamespace, tmp_path: Path) 
 def test_a_killed_store_goes_on_from_its_log(fakes: SimpleNamespace, tmp_path: Path) -> None:
     async def scenario() -> None:
         store = make(fakes, tmp_path, max_lag=1, batch=2, n=1)
-        generator, reward, learner = Caller(store), Caller(store, "reward"), Caller(store, "learner")
+        generator, reward, learner = Caller(store), Caller(store, "reward"), Caller(store, "learner", learner=1)
         await learner("fence", 0)
         a, b, c = (await generator("reserve", 3, V, (), 1.0)).tickets
         await generator("submit", rows(fakes, a, b))
         await reward("score", 0, [fakes.score(a, 0, 1.0)])
-        before = await store.report(0)
+        before = await ask(store, "report", 0)
         killed(store)
         generator.store = reward.store = learner.store = make(fakes, tmp_path, max_lag=1, batch=2, n=1)
-        assert (await generator.store.report(0)).counts == before.counts
+        assert (await ask(generator.store, "report", 0)).counts == before.counts
         held = await generator("reserve", 0, V, (c.group,), 0.0)
         assert held.cancelled == ()
         lease = await reward("lease_unscored", 8, 1.0)
         assert [u.group for u in schema.decode_unscored(schema.from_ipc(lease.rows))] == [b.group]
         await reward("score", lease.lease, [fakes.score(b, 0, 0.0)])
-        leased = await learner("lease_batch", 1, 0, 1.0)
-        assert schema.from_ipc((await learner("rows", 1, leased.groups)).rows).num_rows == 2
+        leased = await learner("lease_batch", 0, 1.0)
+        assert schema.from_ipc((await learner("rows", leased.groups)).rows).num_rows == 2
         for _ in range(2):
             await learner("commit", leased.lease, Version(1, 1), {})
         await learner("checkpointed", 1)
-        report = await generator.store.report(0)
+        report = await ask(generator.store, "report", 0)
         assert (report.counts.trained, len(report.records), report.committed) == (2, 1, 1)
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
@@ -235,7 +240,7 @@ def test_a_killed_store_goes_on_from_its_log(fakes: SimpleNamespace, tmp_path: P
 def test_the_end_reaches_everybody(fakes: SimpleNamespace, tmp_path: Path) -> None:
     async def scenario() -> None:
         store = make(fakes, tmp_path, max_lag=0, batch=1, size=1, epochs=1)
-        learner = Caller(store, "learner")
+        learner = Caller(store, "learner", learner=1)
         await learner("fence", 0)
         await Caller(store, "a")("reserve", 1, V, (), 1.0)
         waits = [
@@ -243,13 +248,13 @@ def test_the_end_reaches_everybody(fakes: SimpleNamespace, tmp_path: Path) -> No
             for call in (
                 Caller(store, "b")("reserve", 1, V, (), 60.0),
                 Caller(store, "r")("lease_unscored", 1, 60.0),
-                learner("lease_batch", 1, 0, 60.0),
+                learner("lease_batch", 0, 60.0),
             )
         ]
         await waiting(store, 3)
-        await store.finish()
+        await ask(store, "finish")
         assert [answer.ended for answer in await asyncio.gather(*waits)] == [True] * 3
-        assert (await store.state())["ended"]
+        assert (await ask(store, "state"))["ended"]
         await store.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
@@ -258,9 +263,9 @@ def test_the_end_reaches_everybody(fakes: SimpleNamespace, tmp_path: Path) -> No
 def test_after_a_restart_the_end_is_told_by_finish_or_undone_by_a_resume(fakes: SimpleNamespace, tmp_path: Path) -> None:
     async def scenario() -> None:
         store = make(fakes, tmp_path, max_lag=0, batch=1)
-        learner = Caller(store, "learner")
+        learner = Caller(store, "learner", learner=1)
         await learner("fence", 0)
-        await store.finish()
+        await ask(store, "finish")
         killed(store)
         learner.store = resumed = make(fakes, tmp_path, max_lag=0, batch=1)
         early = asyncio.ensure_future(Caller(resumed, "gen")("reserve", 1, Version(2, 0), (), 60.0))
@@ -268,7 +273,7 @@ def test_after_a_restart_the_end_is_told_by_finish_or_undone_by_a_resume(fakes: 
         await waiting(resumed, 2)  # neither is sent away
         await learner("fence", 0)
         assert len((await early).tickets) == 1
-        await resumed.finish()
+        await ask(resumed, "finish")
         assert (await reward).ended
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
@@ -277,7 +282,7 @@ def test_after_a_restart_the_end_is_told_by_finish_or_undone_by_a_resume(fakes: 
 def test_callers_on_several_event_loops_wake_each_other(fakes: SimpleNamespace, tmp_path: Path) -> None:
     """Ray runs each concurrency group of an actor on a loop and thread of its own."""
     store = make(fakes, tmp_path, max_lag=4, batch=2, n=1, size=40, epochs=1, on_stale="wait")
-    learner, failures = Caller(store, "learner"), []
+    learner, failures = Caller(store, "learner", learner=1), []
     asyncio.run(learner("fence", 0))  # type: ignore[arg-type]
 
     async def generate(name: str) -> None:
@@ -297,11 +302,11 @@ def test_callers_on_several_event_loops_wake_each_other(fakes: SimpleNamespace, 
 
     async def learn() -> None:
         update = 0
-        while not (lease := await learner("lease_batch", 1, update, 5.0)).ended:
+        while not (lease := await learner("lease_batch", update, 5.0)).ended:
             if lease.groups:
                 await learner("commit", lease.lease, Version(1, update + 1), {})
                 update += 1
-        await store.finish()
+        await ask(store, "finish")
 
     def thread(actor: Any) -> None:
         try:
@@ -325,12 +330,12 @@ def test_after_a_failed_write_every_call_says_so(fakes: SimpleNamespace, tmp_pat
         def full(events: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        store._core._journal = full
+        store._core.context.log.append_events = full
         for _ in range(2):
             with pytest.raises(Unavailable, match="No space left"):
                 await Caller(store)("reserve", 1, V, (), 1.0)
         killed(store)
-        assert (await make(fakes, tmp_path).report(0)).counts.reserved == 0  # nothing unacknowledged came back
+        assert (await ask(make(fakes, tmp_path), "report", 0)).counts.reserved == 0  # nothing unacknowledged came back
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
@@ -352,12 +357,12 @@ def test_too_old_weights_are_told_at_once(fakes: SimpleNamespace, tmp_path: Path
 
     async def scenario() -> None:
         store = make(fakes, tmp_path, max_lag=0, batch=1, n=1)
-        generator, reward, learner = Caller(store), Caller(store, "reward"), Caller(store, "learner")
+        generator, reward, learner = Caller(store), Caller(store, "reward"), Caller(store, "learner", learner=1)
         await learner("fence", 0)
         (ticket,) = (await generator("reserve", 1, V, (), 60.0)).tickets
         await generator("submit", rows(fakes, ticket))
         await reward("score", 0, [fakes.score(ticket, 0, 1.0)])
-        lease = await learner("lease_batch", 1, 0, 60.0)
+        lease = await learner("lease_batch", 0, 60.0)
         full = asyncio.ensure_future(generator("reserve", 1, V, (), 60.0))
         await waiting(store)
         await learner("commit", lease.lease, Version(1, 1), {})
@@ -378,6 +383,30 @@ def test_a_call_after_the_close_is_refused_and_harms_nothing(fakes: SimpleNamesp
             await poll
         with pytest.raises(Closed):
             await Caller(store, "late")("reserve", 1, V, (), 1.0)
-        assert (await make(fakes, tmp_path).report(0)).counts.reserved == 1
+        assert (await ask(make(fakes, tmp_path), "report", 0)).counts.reserved == 1
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_a_learner_that_another_one_replaced_gets_no_batch_and_no_rows(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = make(fakes, tmp_path, max_lag=0, batch=1, n=1)
+        generator, zombie, learner = Caller(store), Caller(store, "zombie", learner=1), Caller(store, "learner", learner=2)
+        await zombie("fence", 0)
+        (ticket,) = (await generator("reserve", 1, V, (), 1.0)).tickets
+        await generator("submit", rows(fakes, ticket))
+        await Caller(store, "reward")("score", 0, [fakes.score(ticket, 0, 1.0)])
+        await learner("fence", 0)
+        groups = (await learner("lease_batch", 0, 1.0)).groups
+        for call in (zombie("lease_batch", 0, 1.0), zombie("rows", groups), zombie("commit", 1, Version(1, 1), {})):
+            with pytest.raises(Fenced, match="learner incarnation 1 is not the newest"):
+                await call
+        assert len((await learner("rows", groups)).scores) == 1
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_a_generator_never_waits_until_its_own_lease_is_over(fakes: SimpleNamespace) -> None:
+    core = fakes.Bench(fakes.plan(lease_s=30.0)).core
+    assert core.verbs["reserve"](Key("gen", 1, 1), 0, V, (), 60.0).wait_s == 15.0
+    assert core.verbs["reserve"](Key("gen", 1, 2), 0, V, (), 1.0).wait_s == 1.0

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from asyncrl.config import StoreSpec
 from asyncrl.replay.client import ReplayClient
 from asyncrl.replay.log import rows as schema
 from asyncrl.replay.log.reader import ReplayReader
-from asyncrl.replay.store import LogSettings, ReplayStore
+from asyncrl.replay.store import ReplayStore
 from asyncrl.types import TrainRollout, Version
 
 V = Version(1, 0)
@@ -18,7 +19,7 @@ EARNED = [1 / 3, 0.0, -1e-17]
 
 def opened(fakes: SimpleNamespace, loop: Any, folder: Path, segment_bytes: int = 1 << 20) -> tuple[ReplayStore, ReplayClient]:
     plan = fakes.plan(max_lag=4, batch=1, n=2, min_valid=1, baseline=True)
-    store = ReplayStore(plan, LogSettings(folder=str(folder), segment_bytes=segment_bytes, keep_segments="all"))
+    store = ReplayStore(plan, folder, StoreSpec(segment_bytes=segment_bytes, keep_segments="all"))
     return store, ReplayClient(loop.transport(store), "all", 1)
 
 
@@ -95,5 +96,5 @@ def test_dynamic_sampling_sees_what_a_rollout_earned_in_all(fakes: SimpleNamespa
     bench = fakes.Bench(fakes.plan(n=2, keep=lambda rewards: seen.append(list(rewards)) is not None))
     (a,) = bench.reserve(1, 0).tickets
     bench.submit(a, 0, 0)
-    bench.core.score(0, [fakes.score(a, 0, 1.0, [0.5, -2.0]), fakes.score(a, 1, 1.0)], bench.rows)
+    bench.scored(0, [fakes.score(a, 0, 1.0, [0.5, -2.0]), fakes.score(a, 1, 1.0)], bench.rows)
     assert seen == [[-0.5, 1.0]]

@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from asyncrl.report.progress import Pace, Progress, Snapshot, dashboard, one_line, pace
-from asyncrl.types import Counts, Report
+from asyncrl.types import GroupCounts, Report
 
 
 def report(name: str, **seconds: float) -> Report:
@@ -35,7 +35,7 @@ NOW = Snapshot(
         "staleness/lag_max": 1.0,
     },
     scores=(0.48, 0.6, 0.81),
-    counts=Counts(reserved=400, trained=320, filtered=30, evicted=4, failed=6, pending=40),
+    counts=GroupCounts(reserved=400, trained=320, filtered=30, evicted=4, failed=6, pending=40),
     reports=(report("learner", busy=14.0, wait_store=16.0), report("generator-0", busy=3.0, sync=1.0)),
     restarts={"generator-0": 1},
 )

@@ -4,9 +4,9 @@ import pytest
 
 from asyncrl.report.summary import RunSummary
 from asyncrl.rundir import RunDir
-from asyncrl.types import Counts, Record, Report, RunStatus, StoreReport, Version
+from asyncrl.types import GroupCounts, Record, Report, RunStatus, StoreReport, Version
 
-COUNTS = Counts(reserved=6, trained=4, filtered=1, evicted=0, failed=0, pending=1)
+COUNTS = GroupCounts(reserved=6, trained=4, filtered=1, evicted=0, failed=0, pending=1)
 
 
 def step(sequence: int, incarnation: int, update: int, samples: int = 8, **metrics: float) -> Record:

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from asyncrl.config import AlgorithmSpec, DataSpec, LearnerSpec, ModelSpec
+from asyncrl.config import AlgorithmSpec, DataSpec, LearnerSpec, ModelSpec, SamplingSpec
 from asyncrl.generate.embedded.engine import TorchEngine
 from asyncrl.generate.generator import Generator
 from asyncrl.learn.checkpoint import Checkpoints
@@ -15,8 +15,7 @@ from asyncrl.models.packed import PackedModel
 from asyncrl.prompts.dataset import PromptFile, prepare
 from asyncrl.prompts.encoding import encoder, identity
 from asyncrl.replay.client import ReplayClient
-from asyncrl.replay.log.rows import LogSettings
-from asyncrl.replay.plan import Grouping, StorePlan, Source, keep_all
+from asyncrl.replay.plan import Source, StorePlan
 from asyncrl.replay.store import LocalTransport, ReplayStore
 from asyncrl.reward.pool import RewardPool
 from asyncrl.reward.worker import RewardWorker
@@ -42,8 +41,10 @@ def test_stages_composed_by_hand(tiny_recipe, tmp_path, estimator, n):
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=6, stop_token_ids=(tokenizer.eos_token_id,))
     source = Source(prompts=PromptFile(run.data / "train.arrow"), sampling=sampling)
     algorithm = AlgorithmSpec(adv_estimator=estimator)
-    grouping = Grouping(n=n, min_valid=min(n, 2), max_attempts=3, keep=keep_all, baseline=algorithm.wants_baseline)
-    store = LocalTransport(ReplayStore(StorePlan(rule=rule, source=source, grouping=grouping), LogSettings(folder=str(run.replay))))
+    groups = SamplingSpec(n=n, min_valid=min(n, 2))
+    plan = StorePlan(rule=rule, source=source, sampling=groups, baseline=algorithm.wants_baseline)
+    store = LocalTransport(ReplayStore(plan, run.replay))
+    driver = ReplayClient(store, "driver", 1)
 
     trainer = PolicyTrainer(
         PackedModel(load_model(model)),
@@ -72,7 +73,7 @@ def test_stages_composed_by_hand(tiny_recipe, tmp_path, estimator, n):
     engine = TorchEngine(load_model(model), slots=16, max_length=32)
     engine.start()
     weights = WeightSubscriber(lambda: buses[-1].address if buses else None)
-    size = grouping.n + grouping.baseline
+    size = n + plan.baseline
     generator = Generator(engine, ReplayClient(store, "generator", 1), weights, name="generator", poll_s=1.0, group_size=size)
     pool = RewardPool(recipe.reward.function)
     rewards = RewardWorker(
@@ -83,11 +84,11 @@ def test_stages_composed_by_hand(tiny_recipe, tmp_path, estimator, n):
     for worker in workers:
         worker.start()
     assert learner.run(until=STEPS) == STEPS
-    store("finish", timeout_s=10.0)
+    driver.finish()
     for worker in workers:
         worker.join(timeout=30)
         assert not worker.is_alive(), worker.name
-    report = store("report", 0, timeout_s=10.0)
+    report = driver.report(0)
     for resource in (learner, weights, engine, store):
         resource.close()
 

@@ -7,12 +7,11 @@ import pytest
 
 from asyncrl.algorithms.advantages import advantages
 from asyncrl.algorithms.rewards import Outcomes
-from asyncrl.config import AlgorithmSpec, RewardSpec, RewardTerm
+from asyncrl.config import AlgorithmSpec, RewardSpec, RewardTerm, SamplingSpec
 from asyncrl.learn.batch import make_batch
 from asyncrl.learn.metrics import rollout_metrics
 from asyncrl.replay.client import ReplayClient
-from asyncrl.replay.log.rows import LogSettings
-from asyncrl.replay.plan import Grouping, StorePlan, Source, keep_all
+from asyncrl.replay.plan import Source, StorePlan
 from asyncrl.replay.store import LocalTransport, ReplayStore
 from asyncrl.reward.pool import RewardPool
 from asyncrl.reward.worker import RewardWorker
@@ -63,9 +62,10 @@ def trained(tmp_path: Any) -> list[TrainRollout]:
     plan = StorePlan(
         rule=Staleness(max_lag=1, batch_groups=1),
         source=Source(prompts=prompts, sampling=sampling),
-        grouping=Grouping(n=2, min_valid=2, max_attempts=1, keep=keep_all, baseline=True),
+        sampling=SamplingSpec(n=2, min_valid=2, max_attempts=1),
+        baseline=True,
     )
-    store = LocalTransport(ReplayStore(plan, LogSettings(folder=str(tmp_path / "replay"))))
+    store = LocalTransport(ReplayStore(plan, tmp_path / "replay"))
     client = ReplayClient(store, "all", 1)
     client.fence(0)
     worker = RewardWorker(ReplayClient(store, "reward", 1), RewardPool(terms), str, name="reward", poll_s=1.0)
@@ -82,7 +82,7 @@ def trained(tmp_path: Any) -> list[TrainRollout]:
         ]
     )
     found = client.rows(client.lease_batch(1, 30.0).groups)
-    store("finish", timeout_s=10.0)
+    client.finish()
     scoring.join(30)
     store.close()
     return found

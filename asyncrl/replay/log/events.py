@@ -3,7 +3,7 @@
 Each event is one row of the event log: typed columns for readers, and the whole event as msgpack for the rebuild.
 """
 
-from typing import Any
+from typing import Any, Union
 
 import msgspec
 from msgspec import Struct
@@ -16,19 +16,17 @@ class Event(Struct, frozen=True, array_like=True, tag_field="kind"):
 
 
 class GroupReserved(Event, tag="reserved", frozen=True):
-    """A slot was taken. position: place in the order of prompts (of the eval set, for eval); retry: earlier groups of
-    this prompt; update: of the holder's weights. A first try moves the dataset cursor past `position`. baseline: the rollout
-    after the `n` sampled ones is a greedy one."""
+    """A slot was taken. A first try moves the dataset cursor past `position`."""
 
     group: int
     purpose: Purpose
-    position: int
-    retry: int
+    position: int  # in the order of prompts, or of the eval set
+    retry: int  # earlier groups of this prompt
     n: int
-    update: int
+    update: int  # of the holder's weights
     worker: str
     incarnation: int
-    baseline: bool = False
+    baseline: bool = False  # the rollout after the `n` sampled ones is a greedy one
 
 
 class GroupReissued(Event, tag="reissued", frozen=True):
@@ -42,20 +40,19 @@ class GroupReissued(Event, tag="reissued", frozen=True):
 
 
 class RolloutSubmitted(Event, tag="submitted", frozen=True):
-    """Row number `row` of the log counts. oldest, newest: updates of the tokens that the policy chose."""
+    """A row of the log counts."""
 
     group: int
     rollout: int
     attempt: int
-    row: int
-    oldest: int
+    row: int  # its number
+    oldest: int  # updates of the tokens that the policy chose
     newest: int
     length: int
 
 
 class RolloutScored(Event, tag="scored", frozen=True):
-    """row: of the log, where the rollout stands once more, with what each token earned; None: nothing but `reward`.
-    token_sum: of what they earned."""
+    """A rollout got its verdict."""
 
     group: int
     rollout: int
@@ -64,16 +61,16 @@ class RolloutScored(Event, tag="scored", frozen=True):
     reward: float | None
     parts: dict[str, float] = {}
     error: str = ""
-    row: int | None = None
-    token_sum: float = 0.0
+    row: int | None = None  # of the log, where the rollout stands once more, with what each token earned; None: only `reward`
+    token_sum: float = 0.0  # of what they earned
 
 
 class GroupSettled(Event, tag="settled", frozen=True):
-    """A training group ended untrained. retry: its prompt goes back to the queue."""
+    """A training group ended untrained."""
 
     group: int
     outcome: Outcome
-    retry: bool
+    retry: bool  # its prompt goes back to the queue
 
 
 class BatchLeased(Event, tag="leased", frozen=True):
@@ -86,13 +83,13 @@ class BatchLeased(Event, tag="leased", frozen=True):
 
 
 class BatchCommitted(Event, tag="committed", frozen=True):
-    """The groups of `lease` were trained by `version`: their outcome is `trained`. time: seconds since the epoch."""
+    """The groups of `lease` were trained by `version`: their outcome is `trained`."""
 
     lease: int
     version: Version
     groups: tuple[int, ...]
     metrics: dict[str, float]
-    time: float
+    time: float  # seconds since the epoch
 
 
 class LearnerFenced(Event, tag="fenced", frozen=True):
@@ -110,6 +107,8 @@ class CheckpointRetained(Event, tag="retained", frozen=True):
 
 
 class EvalRequested(Event, tag="eval_requested", frozen=True):
+    """A learner asked for an evaluation; it runs next, or replaces the one that waits."""
+
     version: Version
 
 
@@ -120,6 +119,8 @@ class EvalPinned(Event, tag="eval_pinned", frozen=True):
 
 
 class Evaluated(Event, tag="evaluated", frozen=True):
+    """The running evaluation has all of its verdicts."""
+
     result: EvalResult
     time: float
 
@@ -129,12 +130,12 @@ class Ended(Event, tag="ended", frozen=True):
 
 
 class SegmentClosed(Event, tag="segment_closed", frozen=True):
-    """A segment of a stream became an immutable file. Only the log itself needs this. first: number of its first row."""
+    """A segment of a stream became an immutable file. Only the log itself needs this."""
 
-    stream: str
+    stream: str  # "rows" or "events"
     number: int
-    first: int
-    count: int
+    first: int  # number of its first row
+    count: int  # rows
     crc32: int
 
 
@@ -144,32 +145,14 @@ class SegmentDropped(Event, tag="segment_dropped", frozen=True):
     number: int
 
 
-AnyEvent = (
-    GroupReserved
-    | GroupReissued
-    | RolloutSubmitted
-    | RolloutScored
-    | GroupSettled
-    | BatchLeased
-    | BatchCommitted
-    | LearnerFenced
-    | CheckpointRetained
-    | EvalRequested
-    | EvalPinned
-    | Evaluated
-    | Ended
-    | SegmentClosed
-    | SegmentDropped
-)
-
-_decoder: msgspec.msgpack.Decoder[AnyEvent] = msgspec.msgpack.Decoder(AnyEvent)
+_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Union[tuple(Event.__subclasses__())])  # noqa: UP007
 encode = msgspec.msgpack.Encoder().encode
 decode = _decoder.decode
 
 COLUMNS = ("group", "rollout", "attempt", "row", "update", "incarnation", "outcome", "status", "reward", "worker")
 
 
-def columns(event: AnyEvent) -> dict[str, Any]:
+def columns(event: Event) -> dict[str, Any]:
     """The event's typed columns; None where it has no such field. A version fills `update` and `incarnation`."""
     found = {name: getattr(event, name, None) for name in COLUMNS}
     version = event.result.version if isinstance(event, Evaluated) else getattr(event, "version", None)

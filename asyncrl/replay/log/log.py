@@ -6,15 +6,16 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import msgspec
 import pyarrow as pa
 
 import asyncrl.replay.log.events as ev
+from asyncrl.config import StoreSpec
 from asyncrl.errors import DataError, Unavailable
 from asyncrl.replay.log.rows import ROWS
-from asyncrl.replay.log.segments import Segment, Segments
+from asyncrl.replay.log.segments import Segments
 
 EVENTS = pa.schema(
     [
@@ -41,30 +42,21 @@ class ReplayLog:
     """Opens or creates the log in `folder` and recovers what a kill left: `history` holds every acknowledged event.
 
     A tail that was cut is closed into a segment up to the last call whose rows and events are both whole.
-    fsync `segment`: closed segments are synced; `call`: every acknowledged call, which also survives a power failure.
+    spec.fsync `segment`: closed segments are synced; `call`: every acknowledged call, which also survives a power failure.
     Its owner holds `locked(folder)`. Raises `DataError` naming the file if a closed segment is damaged.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        segment_bytes: int = 64 << 20,
-        fsync: Literal["segment", "call"] = "segment",
-        wall: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, folder: Path, spec: StoreSpec = StoreSpec(), wall: Callable[[], float] = time.time) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._segment_bytes = segment_bytes
+        self._spec = spec
         self._wall = wall
         self._groups: dict[int, frozenset[int]] = {}  # of closed row segments, by number
-        self._events = Segments(folder, "events", EVENTS, fsync == "call", {})
+        self._events = Segments(folder, "events", EVENTS, spec.fsync == "call", {})
         batches = self._read_events(folder)
         closed = [e for batch in batches for e in batch if isinstance(e, ev.SegmentClosed)]
-        known = {
-            s: {e.number: Segment(e.number, e.first, e.count, e.crc32) for e in closed if e.stream == s}
-            for s in ("rows", "events")
-        }
-        self._rows = Segments(folder, "rows", ROWS, fsync == "call", known["rows"])
-        self.history: list[ev.AnyEvent] = self._acknowledged(batches)
+        known = {stream: {e.number: e for e in closed if e.stream == stream} for stream in ("rows", "events")}
+        self._rows = Segments(folder, "rows", ROWS, spec.fsync == "call", known["rows"])
+        self.history: list[ev.Event] = self._acknowledged(batches)
         self._check_events(known["events"], folder)
         self._recover(known)
 
@@ -74,12 +66,12 @@ class ReplayLog:
         """The number of the first row. The rows don't count until an event names them."""
         return self._rows.append(batch)
 
-    def append_events(self, events: Sequence[ev.AnyEvent]) -> None:
+    def append_events(self, events: Sequence[ev.Event]) -> None:
         """One call's events, whole or not at all. Closes segments that are full."""
         self._append(events)
-        if self._rows.tail_bytes >= self._segment_bytes:
+        if self._rows.tail_bytes >= self._spec.segment_bytes:
             self._close_rows()
-        if self._events.tail_bytes >= self._segment_bytes:
+        if self._events.tail_bytes >= self._spec.segment_bytes:
             self._close_events()
 
     def take(self, rows: Sequence[int], columns: list[str]) -> pa.RecordBatch:
@@ -87,7 +79,9 @@ class ReplayLog:
         return self._rows.take(rows, columns)
 
     def truncate(self, wanted: Collection[int]) -> int:
-        """Deletes closed row segments that hold no group of `wanted`; how many."""
+        """Deletes closed row segments that hold no group of `wanted`, unless spec.keep_segments is `all`; how many."""
+        if self._spec.keep_segments == "all":
+            return 0
         unwanted = [s for s in self._rows.closed if self._groups_of(s).isdisjoint(wanted)]
         for segment in unwanted:
             self._append([ev.SegmentDropped(segment.number)])
@@ -96,27 +90,24 @@ class ReplayLog:
 
     def close(self) -> None:
         """Closes the files. The tails stay as they are: the next opening closes them into segments."""
-        self._rows.sync()
-        self._events.sync()
-        self._rows.release()
-        self._events.release()
+        for stream in (self._rows, self._events):
+            stream.sync()
+            stream.release()
 
     # ---------------------------------------------------------------------------------------- recover
 
-    def _read_events(self, folder: Path) -> list[list[ev.AnyEvent]]:
+    def _read_events(self, folder: Path) -> list[list[ev.Event]]:
         """All events, one list per Arrow batch; in the tail a batch is a call."""
         batches = []
         for segment in self._events.closed:
-            reader = self._events.reader(segment)
-            batches += [
-                _decode(reader.get_batch(i), f"{folder}/events-{segment.number:08d}") for i in range(reader.num_record_batches)
-            ]
+            where = f"{folder}/events-{segment.number:08d}"
+            batches += [_decode(batch, where) for batch in self._events.reader(segment).read_all().to_batches()]
         self._closed_batches = len(batches)
         return batches + [_decode(batch, f"the tail of {folder}/events") for batch in self._events.batches]
 
-    def _acknowledged(self, batches: list[list[ev.AnyEvent]]) -> list[ev.AnyEvent]:
+    def _acknowledged(self, batches: list[list[ev.Event]]) -> list[ev.Event]:
         """Cuts both streams to the calls whose rows and events are whole."""
-        history: list[ev.AnyEvent] = []
+        history: list[ev.Event] = []
         rows = self._rows.tail_first
         for i, batch in enumerate(batches):
             named = [e.row for e in batch if isinstance(e, ev.RolloutSubmitted | ev.RolloutScored) and e.row is not None]
@@ -132,56 +123,50 @@ class ReplayLog:
         self._events.keep(len(history))
         return history
 
-    def _check_events(self, known: dict[int, Segment], folder: Path) -> None:
+    def _check_events(self, known: dict[int, ev.SegmentClosed], folder: Path) -> None:
         for segment in self._events.closed:
             if segment.number in known and known[segment.number].crc32 != segment.crc32:
                 raise DataError(
                     f"{folder}/events-{segment.number:08d}.arrow does not match its checksum: restore it from a copy"
                 )
 
-    def _recover(self, known: dict[str, dict[int, Segment]]) -> None:
+    def _recover(self, known: dict[str, dict[int, ev.SegmentClosed]]) -> None:
         """Closes the recovered tails, and notes segments that no event knows: these, or ones closed just before a kill."""
         self._rows.close_segment()
         self._events.close_segment()
         for stream, segments in (("events", self._events), ("rows", self._rows)):
-            unknown = [s for s in segments.closed if s.number not in known[stream]]
-            for segment in unknown:
-                self._append([_closed(stream, segment)])
+            if unknown := [s for s in segments.closed if s.number not in known[stream]]:
+                self._append(unknown)
         dropped = {e.number for e in self.history if isinstance(e, ev.SegmentDropped)}
         for segment in [s for s in self._rows.closed if s.number in dropped]:
             self._rows.drop(segment)
 
     # ----------------------------------------------------------------------------------------- helpers
 
-    def _append(self, events: Sequence[ev.AnyEvent]) -> None:
-        seq, now = self._events.rows, self._wall()
-        columns = [ev.columns(e) for e in events]
-        data = {name: [c[name] for c in columns] for name in ev.COLUMNS}
-        data["seq"] = list(range(seq, seq + len(events)))
-        data["time"] = [now] * len(events)
-        data["kind"] = [e.__struct_config__.tag for e in events]
-        data["payload"] = [ev.encode(e) for e in events]
-        arrays = [pa.array(data[field.name], field.type) for field in EVENTS]
-        self._events.append(pa.RecordBatch.from_arrays(arrays, schema=EVENTS))
+    def _append(self, events: Sequence[ev.Event]) -> None:
+        now = self._wall()
+        lines = [
+            ev.columns(e) | {"seq": seq, "time": now, "kind": e.__struct_config__.tag, "payload": ev.encode(e)}
+            for seq, e in enumerate(events, self._events.rows)
+        ]
+        self._events.append(pa.RecordBatch.from_pylist(lines, EVENTS))
 
     def _close_rows(self) -> None:
         groups = frozenset(g for batch in self._rows.batches for g in batch.column("group").to_pylist())
         segment = self._rows.close_segment()
         if segment is not None:
             self._groups[segment.number] = groups
-            self._append([_closed("rows", segment)])
+            self._append([segment])
 
     def _close_events(self) -> None:
         self._close_rows()  # a closed event must not name a row of the tail, whose end can be lost
         segment = self._events.close_segment()
         if segment is not None:
-            self._append([_closed("events", segment)])
+            self._append([segment])
 
-    def _groups_of(self, segment: Segment) -> frozenset[int]:
+    def _groups_of(self, segment: ev.SegmentClosed) -> frozenset[int]:
         if segment.number not in self._groups:
-            reader = self._rows.reader(segment)
-            column = [reader.get_batch(i).column("group").to_pylist() for i in range(reader.num_record_batches)]
-            self._groups[segment.number] = frozenset(g for groups in column for g in groups)
+            self._groups[segment.number] = frozenset(self._rows.reader(segment).read_all()["group"].to_pylist())
         return self._groups[segment.number]
 
 
@@ -202,11 +187,7 @@ def locked(folder: Path, wait_s: float) -> BinaryIO:
     return file
 
 
-def _closed(stream: str, segment: Segment) -> ev.SegmentClosed:
-    return ev.SegmentClosed(stream, segment.number, segment.first, segment.count, segment.crc32)
-
-
-def _decode(batch: pa.RecordBatch, where: str) -> list[ev.AnyEvent]:
+def _decode(batch: pa.RecordBatch, where: str) -> list[ev.Event]:
     try:
         return [ev.decode(payload) for payload in batch.column("payload").to_pylist()]
     except msgspec.MsgspecError as error:

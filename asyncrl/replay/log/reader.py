@@ -30,7 +30,7 @@ _JOINED = pa.schema(
 
 
 class ReplayReader:
-    """Each call reads the log anew."""
+    """Every call reads the log again."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -40,7 +40,7 @@ class ReplayReader:
         return self._read("events", EVENTS)
 
     def rollouts(self) -> pa.Table:
-        """One line per rollout that counts, baselines included: the row (schema.ROWS), its verdict, and what became of its
+        """One line per rollout that counts, baselines included: the row (schema.ROWS), its verdict, and what happened to its
         group."""
         events = self.events()  # before the rows: whatever they count is then on disk
         joined, outcomes, trained = _walk(events)
@@ -59,18 +59,13 @@ class ReplayReader:
         for _ in range(_ATTEMPTS):
             closed, tails = listing(self._folder, stem)
             try:
-                batches = [b for _, path in closed for b in _batches(path, schema)]
+                batches = [b for _, path in closed for b in read_closed(path, schema).read_all().to_batches()]
                 for _, path in tails:
                     batches += read_tail(path, schema)
                 return pa.Table.from_batches(batches, schema)
             except FileNotFoundError:
                 continue  # closed or deleted meanwhile: list again
         raise DataError(f"{self._folder} changed {_ATTEMPTS} times while it was read: try again")
-
-
-def _batches(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
-    reader = read_closed(path, schema)
-    return [reader.get_batch(i) for i in range(reader.num_record_batches)]
 
 
 def _walk(events: pa.Table) -> tuple[dict[tuple[int, int, int], dict[str, Any]], dict[int, str], dict[int, int]]:

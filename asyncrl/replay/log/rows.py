@@ -6,52 +6,14 @@ metadata; a store refuses rows of another one.
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from msgspec import Struct
 
 from asyncrl.errors import DataError
-from asyncrl.replay.scoring import Summary
-from asyncrl.types import Prompt, Rollout, TrainRollout, Unscored, Version
-
-# ------------------------------------------------------------------------------------------- answers
-# What the store is told about its log, and what it answers: rows as Arrow IPC bytes, the rest as small structs.
-
-
-class LogSettings(Struct, frozen=True, kw_only=True):
-    """folder: the run's `replay/`. fsync and keep_segments: see `config.StoreSpec`."""
-
-    folder: str
-    segment_bytes: int = 64 << 20
-    fsync: Literal["segment", "call"] = "segment"
-    keep_segments: Literal["checkpoint", "all"] = "checkpoint"
-
-
-class RowLease(Struct, frozen=True):
-    """Arrow rows (schema.UNSCORED_COLUMNS) leased to a reward worker; no bytes: nothing to score before the deadline."""
-
-    lease: int
-    lease_s: float
-    rows: bytes = b""
-    ended: bool = False
-
-
-class TrainScore(Struct, frozen=True):
-    """What the learner gets beside a row. baseline: what its group's greedy rollout earned, if it has one."""
-
-    reward: float
-    parts: dict[str, float]
-    baseline: float | None = None
-
-
-class TrainRows(Struct, frozen=True):
-    """Arrow rows (schema.TRAIN_COLUMNS) and, parallel to them, their scores."""
-
-    rows: bytes
-    scores: list[TrainScore]
-
+from asyncrl.types import Prompt, Rollout, TrainRollout, Unscored, UnscoredLease, Version
 
 SCHEMA_VERSION = "2"
 
@@ -89,10 +51,8 @@ ROWS = pa.schema(
     metadata={"asyncrl.rows": SCHEMA_VERSION},
 )
 
-UNSCORED_COLUMNS = [
-    "group", "rollout", "attempt", "purpose", "row", "data_source", "ground_truth", "extra_info", "prompt_ids",
-    "response_ids", "turns", "finish_reason",
-]  # fmt: skip
+_PROMPT_COLUMNS = ["row", "data_source", "ground_truth", "extra_info"]
+UNSCORED_COLUMNS = ["group", "rollout", "attempt", "purpose", *_PROMPT_COLUMNS, "response_ids", "turns", "finish_reason"]
 TRAIN_COLUMNS = [
     "group", "rollout", "attempt", "data_source", "prompt_ids", "response_ids", "loss_mask", "logprobs", "kept_logmass",
     "span_updates", "span_lengths", "finish_reason", "token_rewards",
@@ -112,18 +72,75 @@ def from_ipc(data: bytes) -> pa.RecordBatch:
     return pa.ipc.open_stream(data).read_next_batch()
 
 
-def check_schema(batch: pa.RecordBatch) -> None:
-    """Raises `DataError` unless the rows are of this schema and version."""
+class Summary(Struct, frozen=True):
+    """What the store's core needs of a submitted row."""
+
+    group: int
+    rollout: int
+    attempt: int
+    oldest: int  # updates of the oldest and newest token that the policy chose
+    newest: int
+    length: int
+    version: Version | None  # of all its tokens; None if they differ
+    problem: str  # why it can't be used, else empty
+
+
+class RowLease(Struct, frozen=True):
+    """An `UnscoredLease` as it travels: Arrow rows of UNSCORED_COLUMNS. No bytes: nothing to score before the deadline."""
+
+    lease: int
+    lease_s: float
+    rows: bytes = b""
+    ended: bool = False
+
+    def decode(self) -> UnscoredLease:
+        items = decode_unscored(from_ipc(self.rows)) if self.rows else ()
+        return UnscoredLease(lease=self.lease, lease_s=self.lease_s, items=items, ended=self.ended)
+
+
+class TrainScore(Struct, frozen=True):
+    """What the learner gets beside a row."""
+
+    reward: float
+    parts: dict[str, float]
+    baseline: float | None = None  # what its group's greedy rollout earned, if it has one
+
+
+class TrainRows(Struct, frozen=True):
+    """Rollouts to train as they travel: Arrow rows of TRAIN_COLUMNS and, parallel to them, their scores."""
+
+    rows: bytes
+    scores: list[TrainScore]
+
+    def decode(self) -> list[TrainRollout]:
+        return decode_train(from_ipc(self.rows), self.scores)
+
+
+def read_submitted(data: bytes) -> pa.RecordBatch:
+    """Rows that a generator encoded. Raises `DataError` unless they are of this schema and version."""
+    try:
+        batch = from_ipc(data)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"submitted rows are not a readable Arrow stream: {error}") from error
     theirs = (batch.schema.metadata or {}).get(b"asyncrl.rows", b"?").decode()
     if theirs != SCHEMA_VERSION or not batch.schema.equals(ROWS):
         raise DataError(f"rows of schema version {theirs}, this store writes {SCHEMA_VERSION}: run one version of asyncrl")
+    return batch
 
 
 # ------------------------------------------------------------------------------------------------- encode
 
 
+_TYPES = {field.name: field.type for field in ROWS}
+_NUMBERS = {name: type_.value_type.to_pandas_dtype() for name, type_ in _TYPES.items() if pa.types.is_list(type_)}
+
+
+def _column(name: str, values: Sequence[Any]) -> pa.Array:
+    return _lists(values, _TYPES[name], _NUMBERS[name]) if name in _NUMBERS else pa.array(values, _TYPES[name])
+
+
 def _lists(values: Sequence[Sequence[Any] | None], type_: pa.DataType, dtype: type) -> pa.Array:
-    """A list column; the Python numbers are walked over once."""
+    """A list column of numbers, which are walked over once."""
     if all(v is None for v in values):
         return pa.nulls(len(values), type_)
     lengths = [0 if v is None else len(v) for v in values]
@@ -137,38 +154,26 @@ def encode_rollouts(rollouts: Sequence[Rollout], run: str) -> bytes:
     """Arrow IPC bytes of finished rollouts. Raises `DataError` if one's lists are not parallel."""
     for r in rollouts:
         _check_parallel(r)
-    spans = [r.spans for r in rollouts]
     chosen = [_chosen_updates(r) for r in rollouts]
-    prompts = [r.prompt for r in rollouts]
-    columns: dict[str, Any] = {
+    columns: dict[str, Sequence[Any]] = {
         "run": [run] * len(rollouts),
-        "row": [p.row for p in prompts],
-        "data_source": [p.data_source for p in prompts],
-        "ground_truth": [p.ground_truth for p in prompts],
-        "extra_info": [p.extra_info for p in prompts],
-        "prompt_ids": _lists([p.ids for p in prompts], _INTS, np.int32),
-        "response_ids": _lists([r.response_ids for r in rollouts], _INTS, np.int32),
-        "loss_mask": _lists([r.loss_mask for r in rollouts], ROWS.field("loss_mask").type, np.int8),
-        "turns": _lists([r.turns for r in rollouts], _INTS, np.int32),
-        "logprobs": _lists([r.logprobs for r in rollouts], _FLOATS, np.float32),
-        "kept_logmass": _lists([r.kept_logmass for r in rollouts], _FLOATS, np.float32),
-        "span_incarnations": _lists([[s.version.incarnation for s in row] for row in spans], _INTS, np.int32),
-        "span_updates": _lists([[s.version.update for s in row] for row in spans], _INTS, np.int32),
-        "span_lengths": _lists([[s.length for s in row] for row in spans], _INTS, np.int32),
+        "prompt_ids": [r.prompt.ids for r in rollouts],
+        "span_incarnations": [[s.version.incarnation for s in r.spans] for r in rollouts],
+        "span_updates": [[s.version.update for s in r.spans] for r in rollouts],
+        "span_lengths": [[s.length for s in r.spans] for r in rollouts],
         "oldest": [min(c) if c else None for c in chosen],
         "newest": [max(c) if c else None for c in chosen],
         "times": [list(r.times.items()) for r in rollouts],
-        "token_rewards": pa.nulls(len(rollouts), ROWS.field("token_rewards").type),
+        "token_rewards": [None] * len(rollouts),
     }
-    for name in ("group", "rollout", "attempt", "baseline", "purpose", "finish_reason", "worker"):
-        columns[name] = [getattr(r, name) for r in rollouts]
-    arrays = [columns[f.name] if isinstance(columns[f.name], pa.Array) else pa.array(columns[f.name], f.type) for f in ROWS]
-    return to_ipc(pa.RecordBatch.from_arrays(arrays, schema=ROWS))
+    columns |= {name: [getattr(r.prompt, name) for r in rollouts] for name in _PROMPT_COLUMNS}
+    columns |= {name: [getattr(r, name) for r in rollouts] for name in _TYPES if name not in columns}
+    return to_ipc(pa.RecordBatch.from_arrays([_column(name, columns[name]) for name in _TYPES], schema=ROWS))
 
 
 def with_token_rewards(rows: pa.RecordBatch, token_rewards: Sequence[Sequence[float]]) -> pa.RecordBatch:
     """The same rows, with what each of their response tokens earned."""
-    earned = _lists(token_rewards, ROWS.field("token_rewards").type, np.float64)
+    earned = _column("token_rewards", token_rewards)
     return pa.RecordBatch.from_arrays([earned if f.name == "token_rewards" else rows.column(f.name) for f in ROWS], schema=ROWS)
 
 
@@ -194,19 +199,15 @@ def _chosen_updates(r: Rollout) -> set[int]:
 
 def summaries(batch: pa.RecordBatch) -> list[Summary]:
     """What the core needs of submitted rows; reads no token."""
-
-    def column(name: str) -> list[Any]:
-        return batch.column(name).to_pylist()
-
+    names = ("group", "rollout", "attempt", "oldest", "newest", "finish_reason", "span_incarnations", "span_updates")
     lengths = np.diff(batch.column("response_ids").offsets.to_numpy()).tolist()
-    spans = [set(zip(*row, strict=True)) for row in zip(column("span_incarnations"), column("span_updates"), strict=True)]
+    columns = [batch.column(name).to_pylist() for name in names]
     found = []
-    for i, (group, rollout, attempt, oldest, newest, reason) in enumerate(
-        zip(*map(column, ("group", "rollout", "attempt", "oldest", "newest", "finish_reason")), strict=True)
-    ):
-        version = Version(*next(iter(spans[i]))) if len(spans[i]) == 1 else None
+    for group, rollout, attempt, oldest, newest, reason, incarnations, updates, length in zip(*columns, lengths, strict=True):
+        versions = set(zip(incarnations, updates, strict=True))
+        version = Version(*versions.pop()) if len(versions) == 1 else None
         problem = "finish_reason=abort" if reason == "abort" else "" if oldest is not None else "no token chosen by the policy"
-        found.append(Summary(group, rollout, attempt, oldest or 0, newest or 0, lengths[i], version, problem))
+        found.append(Summary(group, rollout, attempt, oldest or 0, newest or 0, length, version, problem))
     return found
 
 
@@ -236,6 +237,7 @@ def decode_train(batch: pa.RecordBatch, scores: Iterable[TrainScore]) -> list[Tr
             rollout=rollout,
             attempt=attempt,
             data_source=data_source,
+            finish_reason=finish_reason,
             prompt_ids=ints["prompt_ids"](i),
             response_ids=ints["response_ids"](i),
             loss_mask=mask(i),
@@ -244,7 +246,6 @@ def decode_train(batch: pa.RecordBatch, scores: Iterable[TrainScore]) -> list[Tr
             updates=np.repeat(ints["span_updates"](i), ints["span_lengths"](i)),
             reward=score.reward,
             parts=score.parts,
-            finish_reason=finish_reason,
             token_rewards=earned(i) if earns[i] else None,
             baseline=score.baseline,
         )
@@ -253,23 +254,9 @@ def decode_train(batch: pa.RecordBatch, scores: Iterable[TrainScore]) -> list[Tr
 
 
 def decode_unscored(batch: pa.RecordBatch) -> tuple[Unscored, ...]:
-    """Rows of UNSCORED_COLUMNS."""
-    return tuple(
-        Unscored(
-            group=r["group"],
-            rollout=r["rollout"],
-            attempt=r["attempt"],
-            prompt=Prompt(
-                row=r["row"],
-                ids=tuple(r["prompt_ids"]),
-                data_source=r["data_source"],
-                ground_truth=r["ground_truth"],
-                extra_info=r["extra_info"],
-            ),
-            response_ids=r["response_ids"],
-            purpose=r["purpose"],
-            finish_reason=r["finish_reason"],
-            turns=tuple(r["turns"]),
-        )
-        for r in batch.to_pylist()
-    )
+    """Rows of UNSCORED_COLUMNS. Their prompts have no ids: rewards work on text and on the row of the dataset."""
+    found = []
+    for named in batch.to_pylist():
+        prompt = Prompt(ids=(), **{name: named.pop(name) for name in _PROMPT_COLUMNS})
+        found.append(Unscored(prompt=prompt, turns=tuple(named.pop("turns")), **named))
+    return tuple(found)

@@ -14,21 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
-from msgspec import Struct
 
 from asyncrl.errors import DataError
+from asyncrl.replay.log.events import SegmentClosed
+from asyncrl.rundir import sync
 
 _CHUNK_ROWS = 4096
 _JOIN_BATCHES = 128
-
-
-class Segment(Struct, frozen=True):
-    """A closed segment: an immutable file that holds rows `first` … `first + count − 1` of its stream."""
-
-    number: int
-    first: int
-    count: int
-    crc32: int
 
 
 def read_tail(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
@@ -82,13 +74,13 @@ class Segments:
     """known: what the event log says of this stream's closed segments, by number, deleted ones included. Opening reads the
     tail's whole batches into memory; the owner then calls `keep` and `close_segment` before the first `append`."""
 
-    def __init__(self, folder: Path, stem: str, schema: pa.Schema, fsync_calls: bool, known: dict[int, Segment]) -> None:
+    def __init__(self, folder: Path, stem: str, schema: pa.Schema, fsync_calls: bool, known: dict[int, SegmentClosed]) -> None:
         self._folder = folder
         self._stem = stem
         self._schema = schema
         self._fsync_calls = fsync_calls
         self._readers: dict[int, pa.ipc.RecordBatchFileReader] = {}
-        self.closed: list[Segment] = []
+        self.closed: list[SegmentClosed] = []
         closed, tails = listing(folder, stem)
         seen = dict(known)
         for number, path in closed:
@@ -98,22 +90,14 @@ class Segments:
         self.tail_first = _end(seen)
         self.batches: list[pa.RecordBatch] = []
         self._starts: list[int] = []
-        self._rows = self.tail_first
+        self.rows = self.tail_first  # of the stream so far, deleted ones included: the number of the next row
+        self.tail_bytes = 0
         self._hold([batch for _, path in tails for batch in read_tail(path, schema)])
         newest = max([-1, *(n for n, _ in closed), *known])
         self._number = max([newest + 1, *(n for n, _ in tails)])
         self._file = -1
         for leftover in [*folder.glob(f"{stem}-*.writing"), *(self._path("tail", n) for n, _ in closed)]:
             leftover.unlink(missing_ok=True)
-
-    @property
-    def rows(self) -> int:
-        """Rows of the stream so far, deleted ones included: the number of the next row."""
-        return self._rows
-
-    @property
-    def tail_bytes(self) -> int:
-        return self._bytes
 
     def keep(self, rows: int) -> None:
         """Drops tail rows from number `rows` on: nobody was told that they count."""
@@ -132,11 +116,11 @@ class Segments:
             self._file = os.open(self._path("tail"), flags, 0o644)
             self._write(self._schema.serialize())
             if self._fsync_calls:
-                _fsync(self._folder)
+                sync(self._folder)
         message = batch.serialize()
         self._write(message)
         self._push(batch)
-        self._bytes += message.size
+        self.tail_bytes += message.size
         if self._fsync_calls:
             self.sync()
         return first
@@ -145,29 +129,29 @@ class Segments:
         if self._file >= 0:
             os.fsync(self._file)
 
-    def close_segment(self) -> Segment | None:
+    def close_segment(self) -> SegmentClosed | None:
         """Turns the tail into an immutable file: written beside, synced, renamed. None if the tail is empty."""
         segment = None
-        tail, count = self._path("tail"), self._rows - self.tail_first
+        tail, count = self._path("tail"), self.rows - self.tail_first
         if count:
             beside, final = self._path("writing"), self._path("arrow")
             table = pa.Table.from_batches(self.batches, self._schema)
             with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, self._schema) as writer:
                 for start in range(0, count, _CHUNK_ROWS):
                     writer.write_table(table.slice(start, _CHUNK_ROWS).combine_chunks())
-            _fsync(beside)
-            segment = Segment(self._number, self.tail_first, count, _crc32(beside))
+            sync(beside)
+            segment = SegmentClosed(self._stem, self._number, self.tail_first, count, _crc32(beside))
             os.rename(beside, final)
-            _fsync(self._folder)
+            sync(self._folder)
             self.closed.append(segment)
             self._number += 1
         self.release()
         tail.unlink(missing_ok=True)
-        self.tail_first = self._rows
+        self.tail_first = self.rows
         self._hold([])
         return segment
 
-    def reader(self, segment: Segment) -> pa.ipc.RecordBatchFileReader:
+    def reader(self, segment: SegmentClosed) -> pa.ipc.RecordBatchFileReader:
         """A closed segment, verified against its checksum when first used. Raises `DataError`."""
         if segment.number not in self._readers:
             path = self._path("arrow", segment.number)
@@ -199,7 +183,7 @@ class Segments:
         schema = pa.schema([self._schema.field(c) for c in columns])
         return pa.concat_batches(picked) if picked else pa.RecordBatch.from_pylist([], schema)
 
-    def drop(self, segment: Segment) -> None:
+    def drop(self, segment: SegmentClosed) -> None:
         self._readers.pop(segment.number, None)
         self._path("arrow", segment.number).unlink(missing_ok=True)
         self.closed.remove(segment)
@@ -210,32 +194,30 @@ class Segments:
             os.close(self._file)
             self._file = -1
 
-    def _segment(self, row: int) -> Segment:
+    def _segment(self, row: int) -> SegmentClosed:
         place = bisect_right(self.closed, row, key=lambda s: s.first) - 1
         if place < 0 or row >= self.closed[place].first + self.closed[place].count:
             raise DataError(f"row {row} of {self._stem} was deleted with its segment: no retained checkpoint needed it")
         return self.closed[place]
 
     def _hold(self, batches: list[pa.RecordBatch]) -> None:
-        self.batches, self._starts, self._loose, self._rows, self._bytes = [], [], 0, self.tail_first, 0
+        self.batches, self._starts, self._loose, self.rows, self.tail_bytes = [], [], 0, self.tail_first, 0
         for batch in batches:
             self._push(batch)
 
     def _push(self, batch: pa.RecordBatch) -> None:
         self.batches.append(batch)
-        self._starts.append(self._rows)
-        self._rows += batch.num_rows
+        self._starts.append(self.rows)
+        self.rows += batch.num_rows
         self._loose += 1
         if self._loose == _JOIN_BATCHES:  # a batch per call costs memory, and time when the segment is closed
             self.batches[-_JOIN_BATCHES:] = [pa.concat_batches(self.batches[-_JOIN_BATCHES:])]
             del self._starts[1 - _JOIN_BATCHES :]
             self._loose = 0
 
-    def _measure(self, number: int, path: Path, first: int) -> Segment:
+    def _measure(self, number: int, path: Path, first: int) -> SegmentClosed:
         """A segment that was closed just before a kill, so that the event log does not know it yet."""
-        reader = read_closed(path, self._schema)
-        count = sum(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
-        return Segment(number, first, count, _crc32(path))
+        return SegmentClosed(self._stem, number, first, read_closed(path, self._schema).read_all().num_rows, _crc32(path))
 
     def _path(self, suffix: str, number: int | None = None) -> Path:
         return self._folder / f"{self._stem}-{self._number if number is None else number:08d}.{suffix}"
@@ -246,7 +228,7 @@ class Segments:
             view = view[os.write(self._file, view) :]
 
 
-def _end(segments: dict[int, Segment]) -> int:
+def _end(segments: dict[int, SegmentClosed]) -> int:
     """Number of the row after all of them."""
     return max((s.first + s.count for s in segments.values()), default=0)
 
@@ -257,11 +239,3 @@ def _crc32(path: Path) -> int:
         while block := file.read(4 << 20):
             crc = zlib.crc32(block, crc)
     return crc
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from asyncrl.config import StoreSpec
 from asyncrl.errors import DataError, Unavailable
 from asyncrl.replay.ledger import Ledger
 from asyncrl.replay.log import events as ev
@@ -25,7 +26,7 @@ def rows(fakes: SimpleNamespace, group: int, count: int = 2, tokens: int = 40) -
     return schema.from_ipc(schema.encode_rollouts(made, "run"))
 
 
-def submit(log: ReplayLog, fakes: SimpleNamespace, group: int) -> list[ev.AnyEvent]:
+def submit(log: ReplayLog, fakes: SimpleNamespace, group: int) -> list[ev.Event]:
     """One group as two calls: reserved, then its two rows."""
     reserved = ev.GroupReserved(group, "train", group, 0, 2, 0, "gen", 1)
     log.append_events([reserved])
@@ -35,15 +36,15 @@ def submit(log: ReplayLog, fakes: SimpleNamespace, group: int) -> list[ev.AnyEve
     return [reserved, *submitted]
 
 
-def state(events: list[ev.AnyEvent]) -> list[ev.AnyEvent]:
+def state(events: list[ev.Event]) -> list[ev.Event]:
     return [e for e in events if not isinstance(e, ev.SegmentClosed | ev.SegmentDropped)]
 
 
 @pytest.mark.parametrize("segment_bytes", [1, 5_000, 1 << 20])
 def test_a_reopened_log_holds_all_that_was_acknowledged(fakes: SimpleNamespace, tmp_path: Path, segment_bytes: int) -> None:
-    log = ReplayLog(tmp_path, segment_bytes)
+    log = ReplayLog(tmp_path, StoreSpec(segment_bytes=segment_bytes))
     written = [e for g in range(12) for e in submit(log, fakes, g)]
-    again = ReplayLog(tmp_path, segment_bytes)  # no close: a kill
+    again = ReplayLog(tmp_path, StoreSpec(segment_bytes=segment_bytes))  # no close: a kill
     assert state(again.history) == written
     assert again.take([23, 0, 7], ["group", "rollout"]).to_pylist() == [
         {"group": 11, "rollout": 1},
@@ -54,7 +55,7 @@ def test_a_reopened_log_holds_all_that_was_acknowledged(fakes: SimpleNamespace, 
 
 
 def test_closed_segments_are_plain_arrow_files(fakes: SimpleNamespace, tmp_path: Path) -> None:
-    log = ReplayLog(tmp_path, segment_bytes=5_000)
+    log = ReplayLog(tmp_path, StoreSpec(segment_bytes=5_000))
     for group in range(12):
         submit(log, fakes, group)
     closed = sorted(tmp_path.glob("rows-*.arrow"))
@@ -76,9 +77,9 @@ def test_rows_no_event_names_are_forgotten(fakes: SimpleNamespace, tmp_path: Pat
 
 
 @pytest.fixture(scope="module")
-def written(fakes: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[ev.AnyEvent]]:
+def written(fakes: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[ev.Event]]:
     folder = tmp_path_factory.mktemp("written")
-    log = ReplayLog(folder, segment_bytes=12_000)
+    log = ReplayLog(folder, StoreSpec(segment_bytes=12_000))
     return folder, [e for g in range(10) for e in submit(log, fakes, g)]
 
 
@@ -86,7 +87,7 @@ def written(fakes: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) ->
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_tails_cut_at_any_byte_recover_to_an_acknowledged_prefix(
     fakes: SimpleNamespace,
-    written: tuple[Path, list[ev.AnyEvent]],
+    written: tuple[Path, list[ev.Event]],
     tmp_path_factory: pytest.TempPathFactory,
     seed: int,
     which: str,
@@ -97,7 +98,7 @@ def test_tails_cut_at_any_byte_recover_to_an_acknowledged_prefix(
     for tail in [t for stem in ("rows", "events") if which in (stem, "both") for t in folder.glob(f"{stem}-*.tail")]:
         data = tail.read_bytes()
         tail.write_bytes(data[: rng.randint(0, len(data))])
-    log = ReplayLog(folder, segment_bytes=12_000)
+    log = ReplayLog(folder, StoreSpec(segment_bytes=12_000))
     found = state(log.history)
     assert found == events[: len(found)]
     named = [e.row for e in found if isinstance(e, ev.RolloutSubmitted)]
@@ -127,7 +128,7 @@ def test_a_segment_closed_just_before_a_kill_is_found(fakes: SimpleNamespace, tm
 
 @pytest.mark.parametrize("stem", ["rows", "events"])
 def test_a_damaged_segment_is_named(fakes: SimpleNamespace, tmp_path: Path, stem: str) -> None:
-    log = ReplayLog(tmp_path, segment_bytes=1)
+    log = ReplayLog(tmp_path, StoreSpec(segment_bytes=1))
     for group in range(3):
         submit(log, fakes, group)
     path = tmp_path / f"{stem}-00000001.arrow"
@@ -147,7 +148,7 @@ def test_a_log_of_another_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_segment_is_named(fakes: SimpleNamespace, tmp_path: Path) -> None:
-    log = ReplayLog(tmp_path, segment_bytes=1)
+    log = ReplayLog(tmp_path, StoreSpec(segment_bytes=1))
     for group in range(3):
         submit(log, fakes, group)
     (tmp_path / "rows-00000001.arrow").unlink()
@@ -156,7 +157,7 @@ def test_a_missing_segment_is_named(fakes: SimpleNamespace, tmp_path: Path) -> N
 
 
 def test_truncation_keeps_segments_with_wanted_groups(fakes: SimpleNamespace, tmp_path: Path) -> None:
-    log = ReplayLog(tmp_path, segment_bytes=1)  # a segment per call
+    log = ReplayLog(tmp_path, StoreSpec(segment_bytes=1))  # a segment per call
     written = [e for g in range(4) for e in submit(log, fakes, g)]
     assert log.truncate({1, 3}) == 2
     assert log.take([2, 6], ["group"]).to_pylist() == [{"group": 1}, {"group": 3}]
@@ -171,7 +172,7 @@ def test_truncation_keeps_segments_with_wanted_groups(fakes: SimpleNamespace, tm
 
 
 def test_every_call_can_be_synced(fakes: SimpleNamespace, tmp_path: Path) -> None:
-    written = submit(ReplayLog(tmp_path, fsync="call"), fakes, 0)
+    written = submit(ReplayLog(tmp_path, StoreSpec(fsync="call")), fakes, 0)
     assert state(ReplayLog(tmp_path).history) == written
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 import asyncrl.replay
+from asyncrl.config import StoreSpec
 from asyncrl.errors import DataError
 from asyncrl.replay.client import ReplayClient
-from asyncrl.replay.store import LogSettings, ReplayStore
+from asyncrl.replay.store import ReplayStore
 from asyncrl.types import Score, Version
 
 V = Version(1, 0)
@@ -20,8 +21,8 @@ def test_rollouts_join_rows_verdicts_and_outcomes(
     fakes: SimpleNamespace, tmp_path: Path, loop: Any, segment_bytes: int
 ) -> None:
     plan = fakes.plan(max_lag=4, batch=1, min_valid=2)
-    settings = LogSettings(folder=str(tmp_path / "replay"), segment_bytes=segment_bytes, keep_segments="all")
-    client = ReplayClient(loop.transport(ReplayStore(plan, settings)), "all", 1, run="demo")
+    spec = StoreSpec(segment_bytes=segment_bytes, keep_segments="all")
+    client = ReplayClient(loop.transport(ReplayStore(plan, tmp_path / "replay", spec)), "all", 1, run="demo")
     client.fence(0)
     trained, failed, pending = client.reserve(3, V, [], 1.0).tickets
     client.submit([fakes.rollout(t, i, V) for t in (trained, failed, pending) for i in t.rollouts])
@@ -51,7 +52,7 @@ def test_rollouts_join_rows_verdicts_and_outcomes(
 
 
 def test_a_run_that_has_just_begun_is_empty(fakes: SimpleNamespace, tmp_path: Path) -> None:
-    ReplayStore(fakes.plan(), LogSettings(folder=str(tmp_path / "replay")))
+    ReplayStore(fakes.plan(), tmp_path / "replay")
     assert asyncrl.replay.open(tmp_path).rollouts().num_rows == 0
 
 

@@ -49,10 +49,10 @@ def test_train_rollouts_come_back_as_they_went(rollouts: list[Rollout]) -> None:
     assert b.kept_logmass.tolist() == [-0.25, 0.0]
 
 
-def test_unscored_keeps_the_prompt_and_the_stop_token(rollouts: list[Rollout]) -> None:
+def test_unscored_keeps_the_prompt_but_its_ids_and_the_stop_token(rollouts: list[Rollout]) -> None:
     batch = schema.from_ipc(schema.encode_rollouts(rollouts, "run")).select(schema.UNSCORED_COLUMNS)
     a, _ = schema.decode_unscored(batch)
-    assert a.prompt == Prompt(row=100, ids=(1, 2, 0), data_source="even")
+    assert a.prompt == Prompt(row=100, ids=(), data_source="even")  # rewards need no prompt tokens
     assert a.response_ids == [11, 12, 13, 14, 0]
     assert (a.purpose, a.finish_reason, a.turns) == ("train", "stop", (0, 3))
 
@@ -61,7 +61,7 @@ def test_rows_get_their_token_rewards_later(rollouts: list[Rollout]) -> None:
     rows = schema.from_ipc(schema.encode_rollouts(rollouts, "run"))
     earned = [[0.0, 0.1, 0.0, 0.0, -1e-17], [1 / 3, 0.0]]
     again = schema.with_token_rewards(rows, earned)
-    schema.check_schema(again)
+    assert schema.read_submitted(schema.to_ipc(again)).equals(again)
     assert again.drop_columns("token_rewards").equals(rows.drop_columns("token_rewards"))
     trained = schema.decode_train(again.select(schema.TRAIN_COLUMNS), [TrainScore(0.0, {})] * 2)
     assert [r.token_rewards.tolist() for r in trained if r.token_rewards is not None] == earned  # float64, to the bit
@@ -92,4 +92,9 @@ def test_lists_that_are_not_parallel_are_refused(rollouts: list[Rollout]) -> Non
 
 def test_rows_of_another_schema_are_refused() -> None:
     with pytest.raises(DataError, match="schema version"):
-        schema.check_schema(pa.record_batch({"group": [1]}))
+        schema.read_submitted(schema.to_ipc(pa.record_batch({"group": [1]})))
+
+
+def test_what_is_no_arrow_stream_is_refused() -> None:
+    with pytest.raises(DataError, match="not a readable Arrow stream"):
+        schema.read_submitted(b"garbage")
