@@ -200,7 +200,6 @@ class Trainer:
             stop_token_ids=stop_token_ids,
         )
         supervisor = Supervisor(plan, self._tally.observe)
-        self._resources.callback(wiring.sweep, plan)
         self._resources.callback(supervisor.close)
         supervisor.start()
         return supervisor

@@ -9,7 +9,7 @@ from asyncrl.rundir import RunDir
 
 
 class RunPlan(Struct, frozen=True, kw_only=True):
-    """recipe and deployment: as checked, `{run}` resolved. run_id names shared memory and log entries.
+    """recipe and deployment: as checked, `{run}` resolved. run_id names the run in log entries.
 
     started: when the driver started the run, in ns since the epoch. loopback: everything runs
     on this machine, and its sockets bind to 127.0.0.1. resume_at: the checkpoint (updates) to start from; None is the

@@ -76,13 +76,6 @@ def prepare_prompts(recipe: Recipe, paths: RunDir, resuming: bool) -> tuple[int,
     return stop_token_ids(tokenizer, recipe.model)
 
 
-def sweep(plan: RunPlan) -> None:
-    """Removes what killed processes of this run left in shared memory."""
-    from asyncrl.weights import shm
-
-    shm.sweep(shm.default_folder(), plan.run_id)
-
-
 def _eval_data(recipe: Recipe) -> DataSpec:
     return replace(recipe.data, files=recipe.evaluation.files, shuffle=False, epochs=None)
 
@@ -247,7 +240,7 @@ def _learner(plan: RunPlan, store: "ReplayClient") -> Built:
     host = _host(plan)
 
     def open_bus(incarnation: int) -> WeightPublisher:
-        publisher = WeightPublisher(plan.run_id, incarnation, host=host, transport=bus.transport, bucket_bytes=bus.bucket_bytes)
+        publisher = WeightPublisher(incarnation, host=host, transport=bus.transport, bucket_bytes=bus.bucket_bytes)
         publishers.append(publisher)
         return publisher
 

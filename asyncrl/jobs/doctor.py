@@ -21,7 +21,7 @@ from asyncrl.generate.engines import engine_kind
 from asyncrl.report.findings import Finding, MachineCheck
 
 SHM = Path("/dev/shm")
-MIN_SHM_BYTES = 1 << 30  # Ray's objects and two versions of the weights live there; containers often give 64 MiB
+MIN_SHM_BYTES = 1 << 30  # Ray's objects live there; containers often give 64 MiB
 
 OPTIONAL = {
     "math-verify": ("the verifiers gsm8k and math", "pip install 'asyncrl[math]'"),
@@ -177,7 +177,7 @@ def arrow() -> Finding:
 
 
 def shared_memory(folder: Path = SHM, least_bytes: int = MIN_SHM_BYTES) -> Finding:
-    """Weights pass between actors of one node through memory-mapped files here."""
+    """Ray passes rollouts and batches between the actors of one node through files here."""
     fix = "mount -o remount,size=8G /dev/shm   (container: docker run --shm-size=8g)"
     if not folder.is_dir():
         return Finding(name="shared memory", status="missing", detail=f"no {folder}", fix=fix)

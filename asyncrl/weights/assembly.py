@@ -1,49 +1,41 @@
 """One version while it is being received: which buckets are there, which were asked for, which are sound."""
 
 import time
+import zlib
 from collections.abc import Callable
 
-import torch
-
 from asyncrl.errors import BadTransfer
-from asyncrl.types import Version
-from asyncrl.weights import layout as codec
-from asyncrl.weights import shm
+from asyncrl.models.memory import FlatTensors, WeightMemory
 from asyncrl.weights.messages import Manifest
 
 
 class Assembly:
-    """Collects the buckets of one manifest into `data` (flat uint8, [total_bytes]).
+    """Collects the buckets of one manifest, in new memory or in the publisher's own.
 
-    Every bucket is verified after it was copied, so a later change at its source can't matter. Raises BadTransfer for a
-    manifest that contradicts itself and for bytes that don't match their checksum; then the whole assembly is worthless.
+    Every bucket is verified where nobody can change it any more: after it was copied, or in sealed memory. Raises
+    BadTransfer for a manifest that contradicts itself and for bytes that don't match their checksum; then the whole assembly
+    is worthless.
     """
 
-    def __init__(self, manifest: Manifest, buffer: torch.Tensor | None = None) -> None:
-        """Reuses `buffer` if it has the right size: then tensors made from it before become invalid."""
-        codec.check(manifest)
-        if buffer is None or len(buffer) != manifest.total_bytes:
-            buffer = torch.empty(manifest.total_bytes, dtype=torch.uint8)
-        self.manifest, self.data = manifest, buffer
+    def __init__(self, manifest: Manifest, shared: WeightMemory | None = None) -> None:
+        """shared: the publisher's memory, if this process can see it. Raises ConfigError if there isn't enough for another."""
+        manifest.check()
+        self.manifest, self.version, self.is_shared = manifest, manifest.version, shared is not None
         self.begun_at = time.monotonic()
-        self._bytes = codec.as_bytes(buffer)
-        self._missing = set(range(len(manifest.checksums)))
+        self._memory = shared or WeightMemory.create(manifest.total_bytes, f"weights {self.version}")
+        self._missing = set(range(manifest.bucket_count))
         self._asked: dict[int, int] = {}  # bucket -> number of the last Hello sent before asking
-        self._unasked = list(reversed(range(len(manifest.checksums))))
-
-    @property
-    def version(self) -> Version:
-        return self.manifest.version
+        self._unasked = list(reversed(range(manifest.bucket_count)))
 
     @property
     def whole(self) -> bool:
         return not self._missing
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Views into `data`. Only of a whole assembly."""
+    def tensors(self) -> FlatTensors:
+        """The tensors of a whole assembly, without a copy. Raises BadTransfer if it isn't whole."""
         if self._missing:
             raise BadTransfer(f"weights {self.version}: {len(self._missing)} buckets are missing; not shown")
-        return codec.views(self.manifest, self.data)
+        return FlatTensors(self.manifest.tensors, self._memory)
 
     def ask(self, credit: int, hello: int) -> list[int]:
         """The buckets to ask for now, so that at most `credit` are outstanding. hello: number of the last Hello."""
@@ -67,36 +59,30 @@ class Assembly:
         """Takes one bucket from the wire. A bucket that is already there is ignored."""
         if index not in self._missing:
             return
-        window = self._window(index)
-        if len(payload) != len(window):
+        part = self.manifest.bucket(index)
+        if len(payload) != part.stop - part.start:
             raise BadTransfer(
-                f"weights {self.version}, bucket {index}: {len(payload)} bytes, expected {len(window)}; not shown"
+                f"weights {self.version}, bucket {index}: {len(payload)} bytes, expected {part.stop - part.start}; not shown"
             )
-        window[:] = payload
+        self._memory.write(part.start, payload)
         self._asked.pop(index, None)
-        self._verify(index, window)
+        self._verify(index)
 
-    def read(self, fd: int, stop: Callable[[], bool]) -> int:
-        """Takes buckets from a file in shared memory, one at least, until `stop` says so. Returns the bytes read."""
+    def verify_shared(self, stop: Callable[[], bool]) -> int:
+        """Verifies buckets in the publisher's memory, one at least, until `stop` says so. Returns how many bytes."""
         total = 0
         for index in sorted(self._missing):
-            window = self._window(index)
-            count = shm.read_into(fd, window, index * self.manifest.bucket_bytes)
-            if count != len(window):
-                raise BadTransfer(f"weights {self.version}, bucket {index}: the shared file ends early; not shown")
-            self._verify(index, window)
-            total += count
+            total += self._verify(index)
             if stop():
                 break
         return total
 
-    def _window(self, index: int) -> memoryview:
-        return self._bytes[codec.bucket_slice(index, self.manifest.total_bytes, self.manifest.bucket_bytes)]
-
-    def _verify(self, index: int, window: memoryview) -> None:
-        found, expected = codec.checksum(window), self.manifest.checksums[index]
+    def _verify(self, index: int) -> int:
+        window = self._memory.bytes[self.manifest.bucket(index)]
+        found, expected = zlib.crc32(window), self.manifest.checksums[index]
         if found != expected:
             raise BadTransfer(
                 f"weights {self.version}, bucket {index}: checksum {found:08x}, manifest says {expected:08x}; not shown"
             )
         self._missing.discard(index)
+        return len(window)

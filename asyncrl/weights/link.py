@@ -11,7 +11,7 @@ from asyncrl.errors import BadTransfer, Unavailable
 from asyncrl.types import Version
 from asyncrl.weights import messages
 from asyncrl.weights.messages import Announce, Bye, Hello, Reply, Request
-from asyncrl.weights.sockets import GOODBYE_MS, Address, Client, Waker
+from asyncrl.weights.sockets import GOODBYE_MS, Address, SubscriberSocket, Waker
 
 Resolve = Callable[[], Address | None]
 
@@ -35,7 +35,7 @@ class Link:
         self.hello = 0  # number of the last Hello
         self.connections = 0
         self._address: Address | None = None
-        self._client: Client | None = None
+        self._client: SubscriberSocket | None = None
         self._poller = self._new_poller()
         self._due = self._rediscover_at = self._left_at = clock()
         self._silent_since: float | None = None
@@ -152,7 +152,7 @@ class Link:
             self._cause = f"resolve() names incarnation {address.incarnation}, older than {self._address.incarnation}"
             return False
         self._drop()
-        self._address, self._client = address, Client(address)
+        self._address, self._client = address, SubscriberSocket(address)
         self._poller.register(self._client.socket, zmq.POLLIN)
         self._poller.register(self._client.monitor, zmq.POLLIN)
         self._cause = SILENT

@@ -8,6 +8,9 @@
 
 Requests of one peer are answered in their order. So an `Announce` that answers a `Hello` proves that everything this peer
 asked for earlier, and has not got, was dropped: loss is found by order, not by a timer that a slow link would trip.
+
+A version is cut into buckets of equal size. A bucket border may cut a tensor: buckets bound memory in flight, whatever the
+sizes of the layers.
 """
 
 from typing import Literal
@@ -15,46 +18,63 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from asyncrl.errors import BadTransfer
+from asyncrl.models.layout import ALIGN, DTYPES, TensorSpec, total_bytes
+from asyncrl.models.memory import Place
 from asyncrl.types import Version
 
 
-class TensorSpec(Struct, frozen=True, array_like=True):
-    """One tensor in the flat byte layout: C order, from byte `offset` on. Tied tensors share an offset."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-
 class Manifest(Struct, frozen=True, kw_only=True, tag="manifest"):
-    """All that is needed to receive one version, and to prove that it is whole.
+    """All that is needed to receive one version, and to prove that it is whole."""
 
-    checksums: one per bucket of `bucket_bytes` (the last may be shorter). node, file: where the same bytes lie in shared
-    memory; file None: nowhere. codec: `full` is every byte of every tensor; a delta codec would add its base here.
-    """
-
-    codec: Literal["full"] = "full"
+    codec: Literal["full"] = "full"  # every byte of every tensor; one that sends less would add its base here
     version: Version
     tensors: tuple[TensorSpec, ...]
     total_bytes: int
     bucket_bytes: int
+    # CRC-32, one per bucket. They guard against damage, not against an enemy: peers are authenticated by CURVE.
     checksums: tuple[int, ...]
-    node: str = ""
-    file: str | None = None
+    place: Place | None = None  # where the same bytes can be opened by processes of the publisher's node
+
+    @property
+    def bucket_count(self) -> int:
+        return -(-self.total_bytes // self.bucket_bytes)
+
+    def bucket(self, index: int) -> slice:
+        """The bytes of one bucket; the last one may be shorter."""
+        return slice(index * self.bucket_bytes, min((index + 1) * self.bucket_bytes, self.total_bytes))
+
+    def check(self) -> None:
+        """Refuses a manifest that contradicts itself, before any memory is taken for it. Raises BadTransfer."""
+        names = set()
+        for spec in self.tensors:
+            self._require(spec.dtype in DTYPES, f"{spec.name}: unknown dtype {spec.dtype}")
+            self._require(spec.name not in names, f"{spec.name} is named twice")
+            self._require(min(spec.shape, default=0) >= 0, f"{spec.name}: negative dimension in {spec.shape}")
+            self._require(spec.offset >= 0 and spec.offset % ALIGN == 0, f"{spec.name}: offset {spec.offset}")
+            names.add(spec.name)
+        end = total_bytes(self.tensors)
+        self._require(self.total_bytes == end, f"total_bytes={self.total_bytes}, its tensors end at {end}")
+        self._require(self.bucket_bytes >= 1, f"bucket_bytes={self.bucket_bytes}")
+        count = len(self.checksums)
+        self._require(count == self.bucket_count, f"{count} checksums for {self.bucket_count} buckets")
+
+    def _require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise BadTransfer(f"manifest of weights {self.version}: {message}; not used")
 
 
 class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
-    """Who I am, what I hold, what I am pulling over the socket; asks for the newest version."""
+    """A subscriber says who it is, and asks for the newest version."""
 
     receiver: str
     sequence: int
     holds: Version | None = None
-    pulling: Version | None = None
+    pulling: Version | None = None  # the version that it takes over the socket
 
 
 class Bye(Struct, frozen=True, kw_only=True, tag="bye"):
-    """I leave on purpose: don't count me as lost."""
+    """A subscriber leaves on purpose: it isn't counted as lost."""
 
 
 class GetManifest(Struct, frozen=True, kw_only=True, tag="get_manifest"):
@@ -67,14 +87,11 @@ class GetBucket(Struct, frozen=True, kw_only=True, tag="get_bucket"):
 
 
 class Announce(Struct, frozen=True, kw_only=True, tag="announce"):
-    """The newest whole version; None before the first. sequence: versions announced so far.
+    """The publisher names its newest whole version."""
 
-    echo: `sequence` of the Hello that this answers; 0 if it is only a hint.
-    """
-
-    version: Version | None
-    sequence: int
-    echo: int = 0
+    version: Version | None  # None before the first
+    sequence: int  # versions announced so far
+    echo: int = 0  # `sequence` of the Hello that this answers; 0 if it is only a hint
 
 
 class Bucket(Struct, frozen=True, kw_only=True, tag="bucket"):
@@ -85,7 +102,7 @@ class Bucket(Struct, frozen=True, kw_only=True, tag="bucket"):
 
 
 class Gone(Struct, frozen=True, kw_only=True, tag="gone"):
-    """That version is no longer (or not yet) held; ask for the newest."""
+    """The publisher no longer (or not yet) holds that version; the subscriber asks for the newest."""
 
     version: Version
 

@@ -3,13 +3,13 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import zmq
 from msgspec import DecodeError, Struct
 
+from asyncrl.models.memory import WeightMemory
 from asyncrl.types import Version
-from asyncrl.weights import layout as codec
 from asyncrl.weights import messages
 from asyncrl.weights.messages import (
     Announce,
@@ -22,24 +22,22 @@ from asyncrl.weights.messages import (
     Manifest,
     Refused,
     Reply,
-    Request,
 )
-from asyncrl.weights.shm import VersionFile
 from asyncrl.weights.sockets import Waker
-
-# --------------------------------------------------------------------------------------------- shelf
-# The versions that a publisher can serve right now: at most two, the one being staged included.
 
 FETCH_IDLE_S = 5.0  # a receiver silent for longer holds nothing back
 FETCH_MAX_S = 60.0  # nor does one that pulls a superseded version for longer than this
+BATCH = 64  # requests answered between two looks at anything else
+PROBE_S = 5.0  # receivers silent for so long get a hint, which shows whether they still live
+
+log = logging.getLogger(__name__)
 
 
 class Live(Struct, frozen=True, kw_only=True):
-    """One whole, immutable version. data: all its bytes. file: where they lie in shared memory, or None."""
+    """One whole, immutable version, and the memory that holds all its bytes."""
 
     manifest: Manifest
-    data: memoryview
-    file: VersionFile | None = None
+    memory: WeightMemory
 
     @property
     def version(self) -> Version:
@@ -47,11 +45,11 @@ class Live(Struct, frozen=True, kw_only=True):
 
 
 class Receiver(Struct, kw_only=True):
-    """A subscriber as the publisher sees it. pulling: the version that it takes over the socket, if any."""
+    """A subscriber as the publisher sees it."""
 
     name: str
     holds: Version | None = None
-    pulling: Version | None = None
+    pulling: Version | None = None  # the version that it takes over the socket
     heard_at: float = 0.0
 
 
@@ -59,7 +57,7 @@ class VersionCache:
     """Keeps the newest version, and one older while it is being pulled. Not thread-safe: its owner locks.
 
     Progress: if receivers pull slower than the learner publishes, the older version stays until its pull is done, and the one
-    between is given up. Otherwise each publish would take the bytes from under every pull, and none would ever end.
+    between is dropped. Otherwise each publish would take the bytes from under every pull, and none would ever end.
     """
 
     def __init__(self) -> None:
@@ -76,14 +74,14 @@ class VersionCache:
     def find(self, version: Version) -> Live | None:
         return next((live for live in self._live if live.version == version), None)
 
-    def make_room(self, receivers: list[Receiver], now: float) -> None:
+    def make_room(self, receivers: Collection[Receiver], now: float) -> None:
         """Before staging: leaves at most one version live."""
         if len(self._live) < 2:
             return
         older = self._live[0]
         pulled = any(r.pulling == older.version and now - r.heard_at < FETCH_IDLE_S for r in receivers)
         keep_older = pulled and now - self._superseded_at < FETCH_MAX_S
-        self._drop(1 if keep_older else 0)
+        self._live.pop(1 if keep_older else 0)
 
     def add(self, live: Live, now: float) -> None:
         """Makes a version visible as the newest. Asks for `make_room` first."""
@@ -92,25 +90,13 @@ class VersionCache:
         self._live.append(live)
 
     def clear(self) -> None:
-        while self._live:
-            self._drop(0)
-
-    def _drop(self, index: int) -> None:
-        file = self._live.pop(index).file
-        if file is not None:
-            file.close()
-
-
-log = logging.getLogger(__name__)
-
-BATCH = 64  # requests answered between two looks at anything else
-PROBE_S = 5.0  # receivers silent for so long get a hint, which shows whether they still live
+        self._live.clear()
 
 
 class Serving:
     """A ROUTER socket and the versions behind it. `step` and `close` belong to the I/O thread.
 
-    All sends are non-blocking: a receiver whose queue is full loses the answer, and asks again. `lock` guards the shelf
+    All sends are non-blocking: a receiver whose queue is full loses the answer, and asks again. `lock` guards the versions
     and the list of receivers, which other threads read. A peer's nonsense is counted and refused, never fatal.
     """
 
@@ -142,7 +128,7 @@ class Serving:
             except zmq.Again:
                 return
             with self._lock:
-                self._take(peer, frames)
+                self._answer(peer, frames)
 
     def show(self, live: Live) -> None:
         """Makes a version visible and hints at it. Lock held."""
@@ -153,7 +139,7 @@ class Serving:
 
     def make_room(self) -> None:
         """Leaves at most one version live. Lock held."""
-        self._versions.make_room(list(self._receivers.values()), self._clock())
+        self._versions.make_room(self._receivers.values(), self._clock())
 
     def gauges(self) -> dict[str, float]:
         """sent_bytes, unsent (answers dropped), bad_requests, receivers_lost: totals. The others: now. Lock held."""
@@ -164,34 +150,34 @@ class Serving:
         }
 
     def close(self) -> None:
+        """Drops all versions. Lock held."""
         self._versions.clear()
 
-    def _take(self, peer: bytes, frames: list[bytes]) -> None:
+    def _answer(self, peer: bytes, frames: list[bytes]) -> None:
         try:
             (body,) = frames
             request = messages.decode_request(body)
         except (ValueError, DecodeError) as error:
-            self._counts["bad_requests"] += 1
-            self._send(peer, Refused(reason=f"request not understood: {error}"))
+            self._refuse(peer, f"request not understood: {error}")
             return
-        self._answer(peer, request)
-
-    def _answer(self, peer: bytes, request: Request) -> None:
-        now = self._clock()
-        receiver = self._receivers.get(peer)
         match request:
-            case Hello():
-                self._meet(peer, request, now)
-                self._hint(peer, echo=request.sequence)
+            case Hello(sequence=sequence):
+                self._meet(peer, request)
+                self._hint(peer, echo=sequence)
             case Bye():
                 self._receivers.pop(peer, None)
             case GetManifest(version=version):
                 live = self._versions.find(version)
                 self._send(peer, live.manifest if live else Gone(version=version))
             case GetBucket(version=version, index=index):
-                if receiver is not None:
-                    receiver.pulling, receiver.heard_at = version, now
                 self._send_bucket(peer, version, index)
+
+    def _meet(self, peer: bytes, hello: Hello) -> None:
+        # A receiver that comes back under a new connection replaces its former self.
+        for other, known in list(self._receivers.items()):
+            if other != peer and known.name == hello.receiver:
+                del self._receivers[other]
+        self._receivers[peer] = Receiver(name=hello.receiver, holds=hello.holds, pulling=hello.pulling, heard_at=self._clock())
 
     def _hint(self, peer: bytes, echo: int = 0) -> bool:
         newest = self._versions.newest
@@ -214,32 +200,27 @@ class Serving:
                     "weight receiver %s is silent and out of reach, holding %s", receiver.name, receiver.holds or "nothing"
                 )
 
-    def _meet(self, peer: bytes, hello: Hello, now: float) -> None:
-        # A receiver that comes back under a new connection replaces its former self.
-        for other, known in list(self._receivers.items()):
-            if other != peer and known.name == hello.receiver:
-                del self._receivers[other]
-        self._receivers[peer] = Receiver(name=hello.receiver, holds=hello.holds, pulling=hello.pulling, heard_at=now)
-
     def _send_bucket(self, peer: bytes, version: Version, index: int) -> None:
+        if peer in self._receivers:
+            self._receivers[peer].pulling, self._receivers[peer].heard_at = version, self._clock()
         live = self._versions.find(version)
         if live is None:
             self._send(peer, Gone(version=version))
-            return
-        count = len(live.manifest.checksums)
-        if not 0 <= index < count:
-            self._counts["bad_requests"] += 1
-            self._send(peer, Refused(reason=f"bucket {index} of weights {version}, which have {count}"))
-            return
-        payload = live.data[codec.bucket_slice(index, live.manifest.total_bytes, live.manifest.bucket_bytes)]
-        if self._send(peer, Bucket(version=version, index=index), payload):
-            self._counts["sent_bytes"] += len(payload)
+        elif not 0 <= index < live.manifest.bucket_count:
+            self._refuse(peer, f"bucket {index} of weights {version}, which have {live.manifest.bucket_count}")
+        else:
+            payload = live.memory.bytes[live.manifest.bucket(index)]
+            if self._send(peer, Bucket(version=version, index=index), payload):
+                self._counts["sent_bytes"] += len(payload)
 
-    def _send(self, peer: bytes, reply: Reply, payload: memoryview | None = None) -> bool:
-        frames: list[bytes | memoryview] = [peer, messages.encode(reply), *([] if payload is None else [payload])]
+    def _refuse(self, peer: bytes, reason: str) -> None:
+        self._counts["bad_requests"] += 1
+        self._send(peer, Refused(reason=reason))
+
+    def _send(self, peer: bytes, reply: Reply, *payload: memoryview) -> bool:
         try:
             # Copied: a frame that waits for a stalled receiver must not keep the memory of a whole version alive.
-            self._router.send_multipart(frames, zmq.NOBLOCK)
+            self._router.send_multipart([peer, messages.encode(reply), *payload], zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):  # its queue is full, or it is gone
                 raise

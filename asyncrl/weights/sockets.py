@@ -69,7 +69,7 @@ class _OneKey:
         return key == self._client_public
 
 
-class Server:
+class PublisherSocket:
     """A publisher's ROUTER on a free port of `host`, with fresh keys, and the thread that admits clients (ZAP).
 
     host: the address by which receivers reach this node; only that one is bound. Raises zmq.ZMQError if it isn't this
@@ -110,7 +110,7 @@ class Server:
         self._context.term()
 
 
-class Client:
+class SubscriberSocket:
     """A subscriber's DEALER to one address, and a monitor that tells why a connection fails."""
 
     _CAUSES = {

@@ -5,12 +5,10 @@ import threading
 import time
 from typing import Literal
 
-import torch
-
 from asyncrl.errors import BadTransfer, Closed
 from asyncrl.interfaces import Tensors
+from asyncrl.models.memory import WeightMemory, here
 from asyncrl.types import Version
-from asyncrl.weights import shm
 from asyncrl.weights.assembly import Assembly
 from asyncrl.weights.link import Link, Resolve
 from asyncrl.weights.messages import Announce, Bucket, GetBucket, GetManifest, Gone, Manifest, Refused, Reply
@@ -22,7 +20,7 @@ class WeightSubscriber:
     """Receives weights from whichever publisher `resolve()` names. Implements interfaces.WeightSource.
 
     resolve: returns the newest publisher's address, or None (none known), or raises Unavailable; with a deadline of its own.
-    name: who this is, in the publisher's reports. node: shared memory is used with a publisher of the same node.
+    name: who this is, in the publisher's reports. node: shared memory is used with a publisher whose `here()` is the same.
     credit: buckets asked for ahead. poll_s: how often the publisher is asked what is newest, should a hint get lost.
     deadline_s: silence of the publisher that `next` bears. max_failures: damaged transfers in a row that it bears.
     """
@@ -41,7 +39,7 @@ class WeightSubscriber:
     ) -> None:
         if credit < 1:
             raise ValueError(f"credit={credit} < 1: no bucket would ever be asked for; use at least 1")
-        self._node = (shm.node_id() if node is None else node) if transport == "auto" else None
+        self._node = (here() if node is None else node) if transport == "auto" else None
         self._credit, self._max_failures = credit, max_failures
         self._link = Link(resolve, name=name or f"{os.uname().nodename}:{os.getpid()}", poll_s=poll_s, deadline_s=deadline_s)
         self._lock = threading.Lock()  # held by whoever uses the link
@@ -51,8 +49,6 @@ class WeightSubscriber:
         self._asked_manifest: tuple[Version, int] | None = None  # with the number of the last Hello before it
         self._barrier = 0  # announcements count again from the answer to this Hello on
         self._assembly: Assembly | None = None
-        self._fd: int | None = None  # the version's shared file, while it is being read
-        self._buffer: torch.Tensor | None = None
         self._failures = 0
         self._counts = dict.fromkeys(("received_bytes", "versions", "shared_versions", "bad_transfers", "asked_again"), 0)
         self._fetch_s = 0.0
@@ -89,7 +85,6 @@ class WeightSubscriber:
         self._link.waker.set()
         if self._lock.acquire(timeout=CLOSE_TIMEOUT_S):
             try:
-                self._close_file()
                 self._link.close()
             finally:
                 self._lock.release()
@@ -101,7 +96,7 @@ class WeightSubscriber:
     def _step(self, until: float) -> tuple[Version, Tensors] | None:
         """One round: what came in, what is due, what to ask next. A damaged transfer is begun again, a few times."""
         try:
-            for reply, payload in self._link.receive(0.0 if self._fd is not None else self._link.wait_s(until)):
+            for reply, payload in self._link.receive(0.0 if self._verifying else self._link.wait_s(until)):
                 self._take(reply, payload)
             if self._link.keep(self._holds, self._pulling):
                 self._give_up(barrier=self._link.hello)  # whatever the former publisher left half-sent dies with it
@@ -146,10 +141,10 @@ class WeightSubscriber:
         if self._asked_manifest is None or self._asked_manifest[0] != manifest.version:
             return
         self._asked_manifest = None
-        self._assembly = Assembly(manifest, self._buffer)
-        self._buffer = self._assembly.data
-        if manifest.file is not None and manifest.node == self._node:
-            self._fd = shm.open_shared(manifest.file, manifest.total_bytes)
+        place, shared = manifest.place, None
+        if place is not None and place.here == self._node:
+            shared = WeightMemory.open(place, manifest.total_bytes)
+        self._assembly = Assembly(manifest, shared)
 
     def _advance(self, until: float) -> tuple[Version, Tensors] | None:
         """Asks for what is next, or reads it; returns the version once it is whole."""
@@ -162,8 +157,8 @@ class WeightSubscriber:
         if self._holds is not None and self._assembly.version <= self._holds:
             self._restart()
             return None
-        if self._fd is not None:
-            self._counts["received_bytes"] += self._assembly.read(self._fd, lambda: self._must_stop(until))
+        if self._assembly.is_shared:
+            self._counts["received_bytes"] += self._assembly.verify_shared(lambda: self._must_stop(until))
         else:
             for index in self._assembly.ask(self._credit, self._link.hello):
                 self._link.send(GetBucket(version=self._assembly.version, index=index))
@@ -171,18 +166,22 @@ class WeightSubscriber:
 
     def _deliver(self, assembly: Assembly) -> tuple[Version, Tensors]:
         self._counts["versions"] += 1
-        self._counts["shared_versions"] += self._fd is not None
+        self._counts["shared_versions"] += assembly.is_shared
         self._fetch_s = time.monotonic() - assembly.begun_at
         self._failures = 0
         self._holds = assembly.version
-        self._close_file()
         self._assembly = None
         self._link.greet(self._holds, None)  # so that the publisher needn't keep the version for us
         return assembly.version, assembly.tensors()
 
     @property
     def _pulling(self) -> Version | None:
-        return self._assembly.version if self._assembly is not None and self._fd is None else None
+        return self._assembly.version if self._assembly is not None and not self._assembly.is_shared else None
+
+    @property
+    def _verifying(self) -> bool:
+        """Whether there is work to do without waiting for the publisher."""
+        return self._assembly is not None and self._assembly.is_shared
 
     def _must_stop(self, until: float) -> bool:
         return self._closed.is_set() or time.monotonic() >= until
@@ -193,11 +192,5 @@ class WeightSubscriber:
         self._link.hurry()
 
     def _give_up(self, barrier: int) -> None:
-        self._close_file()
         self._assembly = self._newest = self._asked_manifest = None
         self._barrier = barrier
-
-    def _close_file(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None

@@ -52,7 +52,7 @@ def receive(pipe: Connection, address: Address, transport: Transport, versions: 
 
 def measure(tensors: dict[str, torch.Tensor], transport: Transport, rounds: int) -> tuple[float, float, float, float]:
     """Median seconds: stage, checksums, fetch, delivered."""
-    publisher = WeightPublisher(f"bench-{time.monotonic_ns()}", 1, transport=transport)
+    publisher = WeightPublisher(1, transport=transport)
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     child = spawn.Process(target=receive, args=(theirs, publisher.address, transport, rounds + 1), daemon=True)

@@ -56,7 +56,7 @@ def test_stages_composed_by_hand(tiny_recipe, tmp_path, estimator, n):
     buses = []
 
     def open_bus(incarnation: int) -> WeightPublisher:
-        buses.append(WeightPublisher(f"by-hand-{tmp_path.name}", incarnation))
+        buses.append(WeightPublisher(incarnation))
         return buses[-1]
 
     learner = Learner(

@@ -1,7 +1,11 @@
 """Real sockets on 127.0.0.1, and a publisher that a test plays by hand."""
 
+import gc
+import os
 import time
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +13,12 @@ import pytest
 import torch
 import zmq
 
+from asyncrl.models.memory import FlatTensors
 from asyncrl.types import Version
-from asyncrl.weights import layout as codec
 from asyncrl.weights import messages
 from asyncrl.weights.messages import Announce, Bucket, GetBucket, GetManifest, Hello, Manifest, Reply, Request
 from asyncrl.weights.publisher import WeightPublisher
-from asyncrl.weights.sockets import Server
+from asyncrl.weights.sockets import PublisherSocket
 from asyncrl.weights.subscriber import WeightSubscriber
 
 DEADLINE_S = 20.0
@@ -24,7 +28,7 @@ class HandPublisher:
     """Speaks the publisher's side of the protocol, but answers only what the test lets it answer."""
 
     def __init__(self, incarnation: int = 1) -> None:
-        self._server = Server("127.0.0.1", incarnation)
+        self._server = PublisherSocket("127.0.0.1", incarnation)
         self.address = self._server.address
         self.peer = b""
         self.seen: list[Request] = []
@@ -53,7 +57,7 @@ class HandPublisher:
                 case GetManifest():
                     self.send(manifest)
                 case GetBucket(index=index):
-                    whole = data[codec.bucket_slice(index, manifest.total_bytes, manifest.bucket_bytes)]
+                    whole = data[manifest.bucket(index)]
                     payload = whole if buckets is None else buckets(index)
                     if payload is not None:
                         self.send(Bucket(version=manifest.version, index=index), payload)
@@ -65,12 +69,11 @@ class HandPublisher:
 class Bus:
     """Makes ends of the bus that are closed with the test."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
         self._made: list[Any] = []
 
     def publisher(self, incarnation: int = 1, **kwargs: Any) -> WeightPublisher:
-        made = WeightPublisher("run", incarnation, **{"bucket_bytes": 1000, "folder": self.folder} | kwargs)
+        made = WeightPublisher(incarnation, **{"bucket_bytes": 1000} | kwargs)
         self._made.append(made)
         return made
 
@@ -91,8 +94,8 @@ class Bus:
 
 
 @pytest.fixture
-def bus(tmp_path: Path) -> Iterator[Bus]:
-    made = Bus(tmp_path)
+def bus() -> Iterator[Bus]:
+    made = Bus()
     yield made
     made.close()
 
@@ -111,6 +114,22 @@ def until() -> Callable[..., Any]:
 
 
 @pytest.fixture
+def memories() -> Callable[[], int]:
+    """Counts the versions that this process has open."""
+
+    def count() -> int:
+        gc.collect()
+        found = set()
+        for entry in Path("/proc/self/fd").iterdir():
+            with suppress(OSError):  # closed meanwhile: the one that lists them
+                if "asyncrl-weights" in os.readlink(entry):
+                    found.add(entry.stat().st_ino)
+        return len(found)
+
+    return count
+
+
+@pytest.fixture
 def weights() -> Callable[[int], dict[str, torch.Tensor]]:
     """weights(k): 20,034 bytes (with padding) that differ for each k; with a tied, a scalar and an empty tensor."""
 
@@ -126,14 +145,11 @@ def packed() -> Callable[..., tuple[bytes, Manifest]]:
     """packed(version, tensors, bucket_bytes): the flat bytes and their manifest, as a publisher would make them."""
 
     def make(version: Version, tensors: dict[str, torch.Tensor], bucket_bytes: int = 1000) -> tuple[bytes, Manifest]:
-        specs, total = codec.plan(tensors)
-        data = bytearray(total)
-        for offset, piece in codec.pieces(specs, tensors):
-            data[offset : offset + len(piece)] = bytes(codec.as_bytes(piece))
-        cuts = [codec.bucket_slice(i, total, bucket_bytes) for i in range(codec.bucket_count(total, bucket_bytes))]
-        sums = tuple(codec.checksum(memoryview(data)[cut]) for cut in cuts)
-        manifest = Manifest(version=version, tensors=specs, total_bytes=total, bucket_bytes=bucket_bytes, checksums=sums)
-        return bytes(data), manifest
+        copied = FlatTensors.copy_of(tensors, "weights")
+        data, total = bytes(copied.memory.bytes), copied.memory.nbytes
+        sums = tuple(zlib.crc32(data[start : start + bucket_bytes]) for start in range(0, total, bucket_bytes))
+        manifest = Manifest(version=version, tensors=copied.specs, total_bytes=total, bucket_bytes=bucket_bytes, checksums=sums)
+        return data, manifest
 
     return make
 

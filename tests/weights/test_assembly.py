@@ -1,12 +1,11 @@
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from msgspec.structs import replace
 
 from asyncrl.errors import BadTransfer
+from asyncrl.models.memory import FlatTensors
 from asyncrl.types import Version
 from asyncrl.weights.assembly import Assembly
 
@@ -71,34 +70,34 @@ def test_damage_and_wrong_length_are_refused(sent: tuple[bytes, Assembly]) -> No
         assembly.put(1, memoryview(flipped))
 
 
-def test_reads_a_file_and_pauses_when_told(sent: tuple[bytes, Assembly], tmp_path: Path) -> None:
-    data, assembly = sent
-    path = tmp_path / "w"
-    path.write_bytes(data)
-    fd = os.open(path, os.O_RDONLY)
-    assert assembly.read(fd, stop=lambda: True) == 150
+def test_verifies_the_publishers_memory_and_pauses_when_told(packed: Callable) -> None:
+    copied = FlatTensors.copy_of(TENSORS, "weights")
+    assembly = Assembly(packed(V, TENSORS, 150)[1], copied.memory)
+    assert assembly.verify_shared(stop=lambda: True) == 150
     assert not assembly.whole
-    assert assembly.read(fd, stop=lambda: False) == 250
+    assert assembly.verify_shared(stop=lambda: False) == 250
     assert torch.equal(assembly.tensors()["w"], TENSORS["w"])
-    os.close(fd)
+    assert assembly.tensors()["w"].data_ptr() == copied["w"].data_ptr()  # without a copy
 
 
-def test_a_file_cut_short_is_refused(sent: tuple[bytes, Assembly], tmp_path: Path) -> None:
-    data, assembly = sent
-    path = tmp_path / "w"
-    path.write_bytes(data[:300])
-    fd = os.open(path, os.O_RDONLY)
-    with pytest.raises(BadTransfer, match="bucket 2: the shared file ends early"):
-        assembly.read(fd, stop=lambda: False)
-    os.close(fd)
+def test_damage_in_the_publishers_memory_is_refused(packed: Callable) -> None:
+    other = FlatTensors.copy_of({"w": TENSORS["w"].clone().index_fill_(0, torch.tensor(50), 7)}, "weights")
+    assembly = Assembly(packed(V, TENSORS, 150)[1], other.memory)
+    with pytest.raises(BadTransfer, match="bucket 1: checksum"):
+        assembly.verify_shared(stop=lambda: False)
+    with pytest.raises(BadTransfer, match="2 buckets are missing"):
+        assembly.tensors()
 
 
-def test_buffer_is_reused_only_at_the_same_size(packed: Callable) -> None:
-    _, manifest = packed(V, TENSORS, 150)
-    first = Assembly(manifest)
-    assert Assembly(manifest, first.data).data is first.data
-    _, bigger = packed(V, {"w": torch.zeros(101)}, 150)
-    assert len(Assembly(bigger, first.data).data) == 404
+def test_what_was_received_stays_as_it_was_when_the_next_version_comes(packed: Callable) -> None:
+    kept = []
+    for number in (1, 2):
+        data, manifest = packed(Version(1, number), {"w": torch.full((100,), float(number))}, 150)
+        assembly = Assembly(manifest)
+        for index in range(3):
+            assembly.put(index, bucket(data, index))
+        kept.append(assembly.tensors()["w"])
+    assert [tensor.unique().tolist() for tensor in kept] == [[1.0], [2.0]]
 
 
 def test_no_memory_is_taken_for_a_bad_manifest(packed: Callable) -> None:

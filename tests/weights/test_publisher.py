@@ -1,7 +1,6 @@
 import itertools
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +9,9 @@ import zmq
 
 from asyncrl.errors import Closed, ConfigError, Unavailable
 from asyncrl.types import Version
-from asyncrl.weights import messages, shm
+from asyncrl.weights import messages
 from asyncrl.weights.messages import Announce, Bucket, GetBucket, GetManifest, Gone, Hello, Manifest, Refused, Reply
-from asyncrl.weights.publisher import WeightPublisher
+from asyncrl.weights.serving import Live, Serving
 
 HELLO = Hello(receiver="generator-7", sequence=1)
 HELLO_BYTES = messages.encode(HELLO)
@@ -52,54 +51,39 @@ def test_publish_stages_a_copy(bus: Any, weights: Callable, same: Callable) -> N
         assert same(found[1], weights(1))
 
 
-def test_at_most_two_versions_are_live_also_while_staging(bus: Any, weights: Callable) -> None:
-    staged_beside = []
+class Watched(dict):
+    """Tensors that tell while they are being staged how many versions lie in memory."""
 
-    def free(folder: Path) -> int:
-        staged_beside.append(len(list(folder.iterdir())))
-        return 1 << 40
+    def __init__(self, tensors: dict[str, torch.Tensor], count: Callable[[], int]) -> None:
+        super().__init__(tensors)
+        self._count, self.seen = count, 0
 
-    publisher = bus.publisher(free_bytes=free)
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.seen = max(self.seen, self._count())
+        return super().__getitem__(name)
+
+
+def test_at_most_two_versions_are_live_also_while_staging(bus: Any, weights: Callable, memories: Callable[[], int]) -> None:
+    publisher = bus.publisher()
+    staged = []
     for update in range(6):
-        publisher.publish(Version(1, update), weights(update))
-        assert len(list(bus.folder.iterdir())) <= 2
+        tensors = Watched(weights(update), memories)
+        publisher.publish(Version(1, update), tensors)
+        staged.append(tensors.seen)
+        assert memories() <= 2
         assert publisher.gauges()["live_versions"] <= 2
-    assert staged_beside == [0, 1, 1, 1, 1, 1]
-    publisher.close()
-    assert list(bus.folder.iterdir()) == []
-
-
-def test_nothing_is_left_in_shared_memory(weights: Callable, tmp_path: Path) -> None:
-    folder = shm.default_folder()
-    run = str(tmp_path)
-    publisher = WeightPublisher(run, 1)
-    for update in range(3):
-        publisher.publish(Version(1, update), weights(update))
-    assert list(folder.glob(shm._prefix(run) + "*"))
+    assert staged == [1, 2, 2, 2, 2, 2]
     publisher.close()
     publisher.close()
-    assert not list(folder.glob(shm._prefix(run) + "*"))
+    assert memories() == 0
 
 
-def test_low_space_stops_before_anything_is_written(bus: Any, weights: Callable) -> None:
-    room = [100]
-    publisher = bus.publisher(free_bytes=lambda folder: room[0])
-    with pytest.raises(ConfigError, match=r"weights 1\.1 need 20,\d+ bytes in .* has 100 free"):
-        publisher.publish(Version(1, 1), weights(1))
-    assert list(bus.folder.iterdir()) == []
-    room[0] = 1 << 30
-    publisher.publish(Version(1, 1), weights(1))  # a full disk is not the end
-
-
-def test_leftovers_of_a_dead_publisher_are_swept(bus: Any) -> None:
-    left = shm.VersionFile(bus.folder, "run", Version(1, 1), 0)
-    left.reveal()
-    assert bus.publisher().gauges()["swept_files"] == 0  # it lives: it holds its lock
-    path, kept = left.path, left.path.read_bytes()
-    left.close()
-    path.write_bytes(kept)
-    assert bus.publisher(2).gauges()["swept_files"] == 1
-    assert list(bus.folder.iterdir()) == []
+def test_too_little_memory_stops_before_anything_is_written(bus: Any, weights: Callable, memories: Callable[[], int]) -> None:
+    publisher = bus.publisher()
+    with pytest.raises(ConfigError, match=r"weights 1\.1 need 18,014,398,509,482,048 bytes of memory.*more memory"):
+        publisher.publish(Version(1, 1), {"a": torch.empty(1, device="meta").expand(1 << 52)})
+    assert memories() == 0
+    publisher.publish(Version(1, 1), weights(1))  # it is not the end
 
 
 def test_versions_must_rise_within_the_incarnation(bus: Any, weights: Callable) -> None:
@@ -110,34 +94,26 @@ def test_versions_must_rise_within_the_incarnation(bus: Any, weights: Callable) 
             publisher.publish(wrong, weights(1))
 
 
-def test_after_close_nothing_is_published(bus: Any, weights: Callable) -> None:
+def test_after_close_nothing_is_published(bus: Any, weights: Callable, memories: Callable[[], int]) -> None:
     publisher = bus.publisher()
     publisher.close()
     with pytest.raises(Closed, match="closed"):
         publisher.publish(Version(1, 1), weights(1))
-    assert list(bus.folder.iterdir()) == []
+    assert memories() == 0
 
 
-class Cleaned(dict):
-    """Tensors during whose staging somebody empties the folder."""
+def test_a_failed_io_thread_is_told_to_the_learner(
+    bus: Any, weights: Callable, memories: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(serving: Serving, live: Live) -> None:
+        raise OSError("No such device")
 
-    folder: Path
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        for path in self.folder.iterdir():
-            path.unlink()
-        return super().__getitem__(name)
-
-
-def test_a_failed_io_thread_is_told_to_the_learner(bus: Any, weights: Callable, until: Callable) -> None:
+    monkeypatch.setattr(Serving, "show", broken)
     publisher = bus.publisher()
-    tensors = Cleaned(weights(1))
-    tensors.folder = bus.folder
-    publisher.publish(Version(1, 1), tensors)
-    with pytest.raises(Unavailable, match=r"I/O thread failed.*No such file"):
+    publisher.publish(Version(1, 1), weights(1))
+    with pytest.raises(Unavailable, match=r"I/O thread failed.*No such device"):
         publisher.publish(Version(1, 2), weights(2))  # waits for 1.1 to become visible
     publisher.close()
-    assert list(bus.folder.iterdir()) == []
 
 
 def test_a_bad_peer_is_refused_and_counted_but_kills_nothing(bus: Any, weights: Callable, raw_dealer: Callable) -> None:
@@ -179,7 +155,7 @@ def test_a_receiver_that_leaves_is_not_missed(bus: Any, weights: Callable, until
     assert publisher.gauges()["receivers_lost"] == 0
 
 
-def test_publishing_while_closing_ends_cleanly(bus: Any, weights: Callable) -> None:
+def test_publishing_while_closing_ends_cleanly(bus: Any, weights: Callable, memories: Callable[[], int]) -> None:
     publisher = bus.publisher()
     outcome: list[str] = []
     started = threading.Event()
@@ -199,7 +175,7 @@ def test_publishing_while_closing_ends_cleanly(bus: Any, weights: Callable) -> N
     publisher.close()
     thread.join(20)
     assert outcome == ["closed"]
-    assert list(bus.folder.iterdir()) == []
+    assert memories() == 0
 
 
 def test_big_versions_are_served_while_the_next_is_sealed(bus: Any, raw_dealer: Callable) -> None:
@@ -209,4 +185,4 @@ def test_big_versions_are_served_while_the_next_is_sealed(bus: Any, raw_dealer: 
         publisher.publish(Version(1, update), {"w": torch.full((1 << 18,), float(update))})
         manifest = visible(dealer, Version(1, update))
         assert len(manifest.checksums) == 16  # 1 MiB in buckets of 64 KiB
-        assert manifest.file is None
+        assert manifest.place is None

@@ -8,7 +8,7 @@ import zmq
 
 from asyncrl.weights import messages
 from asyncrl.weights.messages import Hello
-from asyncrl.weights.sockets import Address, Server, Waker
+from asyncrl.weights.sockets import Address, PublisherSocket, Waker
 
 HELLO = messages.encode(Hello(receiver="g", sequence=1))
 
@@ -45,7 +45,7 @@ def test_an_address_travels_and_does_not_print_its_keys(bus: Any) -> None:
 
 def test_a_foreign_host_is_an_error_at_once() -> None:
     with pytest.raises(zmq.ZMQError):
-        Server("192.0.2.1", 1)
+        PublisherSocket("192.0.2.1", 1)
 
 
 def test_waker_ends_a_poll_in_another_thread() -> None:

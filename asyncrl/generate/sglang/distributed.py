@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -20,13 +20,13 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from asyncrl.errors import Unavailable
-from asyncrl.generate.sglang.transfer import BUCKET_BYTES, Post, Stage, labelled
+from asyncrl.generate.sglang.transfer import BUCKET_BYTES, Post, StagedWeights
 
 
 class Distributed:
     """One server's group. host: an address of this node that the server reaches; the group's store listens on it alone.
 
-    deadline_s: for joining, and again for each bucket. After Unavailable the group is given up: `open` makes a new one.
+    deadline_s: for joining, and again for each bucket. After Unavailable the group is gone: `open` makes a new one.
     """
 
     def __init__(
@@ -60,22 +60,22 @@ class Distributed:
             "backend": self._backend,
         }
         join = functools.partial(self._join, store, self._name)
-        _, self._group = await self._together(_call(post, "/init_weights_update_group", body), join, "joining a group")
+        _, self._group = await self._together(post("/init_weights_update_group", body), join, "joining a group")
 
-    async def send(self, post: Post, stage: Stage) -> None:
-        for slots, label in labelled(stage, self._bucket_bytes):
+    async def send(self, post: Post, staged: StagedWeights) -> None:
+        for specs, label in staged.buckets(self._bucket_bytes):
             if self._group is None:
                 raise Unavailable("the server's update group is not open, so it can't take weights; open the transfer first")
             body = {
-                "names": [slot.name for slot in slots],
-                "dtypes": [str(slot.dtype).removeprefix("torch.") for slot in slots],
-                "shapes": [slot.shape for slot in slots],
+                "names": [spec.name for spec in specs],
+                "dtypes": [spec.dtype for spec in specs],
+                "shapes": [spec.shape for spec in specs],
                 "group_name": self._name,
                 "flush_cache": False,
                 **label,
             }
-            broadcast = functools.partial(self._broadcast, self._group, [stage.view(slot) for slot in slots])
-            await self._together(_call(post, "/update_weights_from_distributed", body), broadcast, "taking weights")
+            broadcast = functools.partial(self._broadcast, self._group, [staged.tensors[spec.name] for spec in specs])
+            await self._together(post("/update_weights_from_distributed", body), broadcast, "taking weights")
 
     async def close(self) -> None:
         """Destroys our side; the server sees closed connections."""
@@ -84,7 +84,7 @@ class Distributed:
             group.abort()
             dist.destroy_process_group(group)
 
-    async def _together(self, theirs: Coroutine[Any, Any, Any], ours: Callable[[], Any], doing: str) -> list[Any]:
+    async def _together(self, theirs: Awaitable[Any], ours: Callable[[], Any], doing: str) -> list[Any]:
         """Waits for both halves: the server's, which is a POST, and ours, in a thread. The first failure of either counts."""
         halves = [asyncio.ensure_future(theirs), _in_thread(ours)]
         try:
@@ -124,7 +124,7 @@ class Distributed:
             self._world, 0, [], dist.Backend(self._backend), prefixed, group_name=c10d.GroupName(name), timeout=self._timeout
         )
         c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(self._world)}
-        if self._name != name:  # given up meanwhile
+        if self._name != name:  # closed meanwhile
             dist.destroy_process_group(group)
             raise RuntimeError(f"group {name} came too late")
         return group
@@ -137,10 +137,6 @@ class Distributed:
             work.wait()
         if self._device == "cuda":
             torch.cuda.synchronize()  # `wait` orders streams only, and `sent` must outlive the copies
-
-
-async def _call(post: Post, path: str, body: dict[str, Any]) -> Any:
-    return await post(path, body)
 
 
 def _in_thread(work: Callable[[], Any]) -> "asyncio.Future[Any]":

@@ -21,7 +21,7 @@ from asyncrl.generate.sglang.loop import LoopThread
 from asyncrl.generate.sglang.replica import Replica, ServerCounters
 from asyncrl.generate.sglang.segments import RequestRow
 from asyncrl.generate.sglang.server import SGLangServer
-from asyncrl.generate.sglang.transfer import Stage
+from asyncrl.generate.sglang.transfer import StagedWeights
 from asyncrl.interfaces import Tensors
 from asyncrl.types import Generation, GenerationRequest, SwapReport, Version
 
@@ -45,7 +45,7 @@ class SGLangEngine:
     ) -> None:
         self.max_length = max_length
         self._slots_each, self._vocabulary = spec.slots, vocabulary
-        self._staged = Stage()
+        self._staged = StagedWeights()
         self._loop = LoopThread("the sglang engine", self._drop)
         self._changes = self._loop.changes
         self._counters = ServerCounters()

@@ -13,7 +13,7 @@ from asyncrl.generate.sglang.client import request_id
 from asyncrl.generate.sglang.loop import Changes
 from asyncrl.generate.sglang.segments import Chunk, RequestRow
 from asyncrl.generate.sglang.server import CALL_S, ServerLoad, SGLangServer
-from asyncrl.generate.sglang.transfer import Stage
+from asyncrl.generate.sglang.transfer import StagedWeights
 from asyncrl.types import FinishReason, Generation, SwapReport, Version
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Replica:
         spec: EngineSpec,
         limits: LimitsSpec,
         *,
-        staged: Stage,
+        staged: StagedWeights,
         changes: Changes,
         counters: ServerCounters,
     ) -> None:

@@ -12,7 +12,7 @@ from asyncrl.config import UpdateMode
 from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.generate.sglang.client import SGLangClient
 from asyncrl.generate.sglang.process import ServerProcess, free_port
-from asyncrl.generate.sglang.transfer import Stage, Transfer
+from asyncrl.generate.sglang.transfer import StagedWeights, Transfer
 
 LOOK_S = 0.2  # between two looks at a server that is starting
 CALL_S = 30.0  # longest that a call which moves no weights may take
@@ -125,7 +125,7 @@ class SGLangServer:
             "/generate", {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "ignore_eos": True}}, deadline_s
         )
 
-    async def update(self, staged: Stage) -> None:
+    async def update(self, staged: StagedWeights) -> None:
         """Takes the staged weights while nothing of it is computing: when it is idle, or paused."""
         assert self._transfer is not None
         await self._transfer.send(self._post_weights, staged)

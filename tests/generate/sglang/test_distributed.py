@@ -13,7 +13,7 @@ import torch
 
 from asyncrl.errors import Unavailable
 from asyncrl.generate.sglang.distributed import Distributed
-from asyncrl.generate.sglang.transfer import Stage
+from asyncrl.generate.sglang.transfer import StagedWeights
 from asyncrl.types import Version
 
 WAIT_S = 20.0
@@ -37,8 +37,8 @@ while sys.stdin.readline():
 
 
 @pytest.fixture
-def stage() -> Iterator[Stage]:
-    stage = Stage()
+def stage() -> Iterator[StagedWeights]:
+    stage = StagedWeights()
     yield stage
     stage.close()
 
@@ -97,7 +97,7 @@ class PeerPost:
         await self.peer.wait()
 
 
-def test_broadcasts_reach_the_group_in_order_and_again_after_reopening(stage: Stage) -> None:
+def test_broadcasts_reach_the_group_in_order_and_again_after_reopening(stage: StagedWeights) -> None:
     async def run() -> None:
         transfer = Distributed("127.0.0.1", "gloo", 1, bucket_bytes=128, deadline_s=WAIT_S)
         for _ in range(2):  # the second time as after a restart of the server
@@ -116,7 +116,9 @@ def test_broadcasts_reach_the_group_in_order_and_again_after_reopening(stage: St
 @pytest.mark.parametrize(
     ("on_update", "match"), [("die", "lost while taking weights"), ("refuse", "no such"), ("hang", "no end after 1 s")]
 )
-def test_a_server_lost_during_a_broadcast_is_named_before_the_deadline(stage: Stage, on_update: str, match: str) -> None:
+def test_a_server_lost_during_a_broadcast_is_named_before_the_deadline(
+    stage: StagedWeights, on_update: str, match: str
+) -> None:
     async def run() -> None:
         post = PeerPost((1000, 1000), on_update)
         stage.put(ONE, {"a": torch.ones(1000, 1000)})

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from asyncrl.errors import Unavailable
 from asyncrl.generate.sglang.client import SGLangClient
 from asyncrl.generate.sglang.distributed import Distributed
-from asyncrl.generate.sglang.transfer import Post, SharedMemory, Stage, Transfer
+from asyncrl.generate.sglang.transfer import Post, SharedMemory, StagedWeights, Transfer
 from asyncrl.models.loading import named_weights
 from asyncrl.types import Version
 
@@ -26,8 +26,8 @@ ONE, TWO = Version(1, 1), Version(1, 2)
 
 
 @pytest.fixture
-def stage() -> Iterator[Stage]:
-    stage = Stage()
+def stage() -> Iterator[StagedWeights]:
+    stage = StagedWeights()
     yield stage
     stage.close()
 
@@ -74,7 +74,7 @@ def of_kind(kind: str, bucket_bytes: int = 200_000) -> Transfer:
 
 @pytest.mark.parametrize("kind", ["shared", "distributed"])
 def test_a_server_generates_from_the_weights_it_was_sent(
-    sglang_server: str, sglang_model: Path, stage: Stage, kind: str
+    sglang_server: str, sglang_model: Path, stage: StagedWeights, kind: str
 ) -> None:
     async def run() -> None:
         model = AutoModelForCausalLM.from_pretrained(sglang_model).eval()
@@ -96,7 +96,7 @@ def test_a_server_generates_from_the_weights_it_was_sent(
 
 @pytest.mark.parametrize("kind", ["shared", "distributed"])
 def test_twenty_updates_leave_nothing_behind(
-    sglang_server: str, sglang_model: Path, stage: Stage, kind: str, descriptors: Callable[[], int]
+    sglang_server: str, sglang_model: Path, stage: StagedWeights, kind: str, descriptors: Callable[[], int]
 ) -> None:
     async def run() -> None:
         model = AutoModelForCausalLM.from_pretrained(sglang_model).eval()
@@ -120,7 +120,10 @@ def test_twenty_updates_leave_nothing_behind(
 
 
 def test_bfloat16_is_served_and_after_a_kill_during_a_send_the_next_server_takes_the_stage(
-    serve_sglang: Callable[..., AbstractContextManager[tuple[str, int]]], sglang_server: str, sglang_model: Path, stage: Stage
+    serve_sglang: Callable[..., AbstractContextManager[tuple[str, int]]],
+    sglang_server: str,
+    sglang_model: Path,
+    stage: StagedWeights,
 ) -> None:
     async def run(url: str, process_group: int) -> None:
         model = changed(AutoModelForCausalLM.from_pretrained(sglang_model, dtype=torch.bfloat16).eval(), 1)

@@ -1,0 +1,138 @@
+"""Weights in memory that other processes of this node map instead of copying.
+
+The memory has no name (memfd_create): the kernel frees it when the last process that uses it ends, however it ends. So there
+is nothing to unlink or to sweep, and the size of /dev/shm (64 MB in a docker container) is no bound. It is sealed once it is
+written: from then on no process can change it, its maker included, so what a reader has verified stays as it is.
+
+Why not multiprocessing.shared_memory: its resource tracker unlinks a segment when *any* process that attached to it exits.
+"""
+
+import fcntl
+import mmap
+import os
+import secrets
+import sys
+import tempfile
+import weakref
+from pathlib import Path
+
+import torch
+from msgspec import Struct
+
+from asyncrl.errors import ConfigError
+from asyncrl.interfaces import Tensors
+from asyncrl.models.layout import ALIGN, TensorSpec, lay_out, pieces, total_bytes
+
+HEAD_BYTES = ALIGN  # before the tensors: the token, and room, so that they stay aligned
+_TOKEN_BYTES = 16
+LINUX = hasattr(os, "memfd_create")  # elsewhere a temporary file takes its place, which nobody else can open
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE if LINUX else 0
+
+
+class Place(Struct, frozen=True):
+    """Where memory can be opened: by processes of the same user for which `here()` is the same."""
+
+    here: str
+    path: str
+    token: bytes  # the memory begins with it; a path may meanwhile lead to other memory
+
+
+def here() -> str:
+    """The same for all processes that see each other under /proc: one booted machine, one PID namespace."""
+    if not LINUX:
+        return os.uname().nodename
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+
+
+def available_bytes() -> int:
+    """Memory that this machine can give without swapping, where it tells."""
+    if not LINUX:
+        return sys.maxsize
+    with open("/proc/meminfo") as meminfo:
+        kib = next(line.split()[1] for line in meminfo if line.startswith("MemAvailable:"))
+    return int(kib) << 10
+
+
+class WeightMemory:
+    """`nbytes` bytes, mapped for reading, that other processes can open by their `place`.
+
+    The file descriptor goes with the last reference, or with `close`; a mapping that somebody still reads stays valid.
+    """
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        """Takes over `fd`. Use `create` or `open`."""
+        self.nbytes = nbytes
+        self.close = weakref.finalize(self, os.close, fd)
+        self._fd = fd
+        # A private mapping, so that nobody writes through it: `write` is the only way in.
+        mapped = mmap.mmap(fd, HEAD_BYTES + nbytes, access=mmap.ACCESS_COPY)
+        self.bytes = memoryview(mapped)[HEAD_BYTES:]
+        self.flat = torch.frombuffer(mapped, dtype=torch.uint8)[HEAD_BYTES:]  # the same, uint8, [nbytes]
+        self.place = Place(here(), f"/proc/{os.getpid()}/fd/{fd}", mapped[:_TOKEN_BYTES])
+
+    @classmethod
+    def create(cls, nbytes: int, what: str) -> "WeightMemory":
+        """Makes new memory for `what`. Raises ConfigError if the machine has not enough."""
+        size = HEAD_BYTES + nbytes
+        if size > (available := available_bytes()):  # a memfd has no bound: the kernel would kill processes instead
+            raise ConfigError(
+                f"{what} need {size:,} bytes of memory, and this machine has {available:,} left, so they can't be taken here; "
+                "give this node more memory, or place fewer generators on it"
+            )
+        if LINUX:
+            fd = os.memfd_create("asyncrl-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        else:
+            with tempfile.TemporaryFile() as file:
+                fd = os.dup(file.fileno())
+        os.ftruncate(fd, size)
+        os.pwrite(fd, secrets.token_bytes(_TOKEN_BYTES), 0)
+        return cls(fd, nbytes)
+
+    @classmethod
+    def open(cls, place: Place, nbytes: int) -> "WeightMemory | None":
+        """Opens another process's sealed memory; returns None if it isn't there for us (gone, or another user's)."""
+        try:
+            fd = os.open(place.path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError:
+            return None
+        try:
+            sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) == _SEALS
+        except OSError:  # a file of another kind
+            sealed = False
+        if sealed and os.fstat(fd).st_size == HEAD_BYTES + nbytes and os.pread(fd, _TOKEN_BYTES, 0) == place.token:
+            return cls(fd, nbytes)
+        os.close(fd)
+        return None
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Copies `data` to byte `offset`. Raises PermissionError once the memory is sealed."""
+        # pwrite and not a writable map: that would first fill every new page with zeros.
+        while data:
+            written = os.pwrite(self._fd, data, HEAD_BYTES + offset)
+            data, offset = data[written:], offset + written
+
+    def seal(self) -> None:
+        """Makes the memory immutable for every process, and so fit to be opened by others."""
+        if LINUX:
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
+
+
+class FlatTensors(dict[str, torch.Tensor]):
+    """Tensors by name, which are views into one memory, where they lie as `specs` say. Read only."""
+
+    def __init__(self, specs: tuple[TensorSpec, ...], memory: WeightMemory) -> None:
+        super().__init__((spec.name, spec.view(memory.flat)) for spec in specs)
+        self.specs, self.memory = specs, memory
+
+    @classmethod
+    def copy_of(cls, tensors: Tensors, what: str) -> "FlatTensors":
+        """Copies tensors from any device into new, sealed memory. Blocks until that is done.
+
+        Raises ConfigError (not enough memory for `what`), ValueError (a dtype without plain bytes).
+        """
+        specs = lay_out(tensors)
+        memory = WeightMemory.create(total_bytes(specs), what)
+        for offset, data in pieces(specs, tensors):
+            memory.write(offset, data)
+        memory.seal()
+        return cls(specs, memory)
