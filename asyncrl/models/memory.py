@@ -11,9 +11,9 @@ import fcntl
 import mmap
 import os
 import secrets
-import sys
 import tempfile
 import weakref
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -45,36 +45,31 @@ def here() -> str:
 
 
 def available_bytes() -> int:
-    """Memory that this machine can give without swapping, where it tells."""
-    if not LINUX:
-        return sys.maxsize
+    """Memory that this machine (Linux) can give without swapping."""
     with open("/proc/meminfo") as meminfo:
         kib = next(line.split()[1] for line in meminfo if line.startswith("MemAvailable:"))
     return int(kib) << 10
 
 
 class WeightMemory:
-    """`nbytes` bytes, mapped for reading, that other processes can open by their `place`.
+    """`nbytes` bytes that other processes can open by their `place`.
 
     The file descriptor goes with the last reference, or with `close`; a mapping that somebody still reads stays valid.
     """
 
-    def __init__(self, fd: int, nbytes: int) -> None:
+    def __init__(self, fd: int, nbytes: int, *, sealed: bool = False) -> None:
         """Takes over `fd`. Use `create` or `open`."""
         self.nbytes = nbytes
+        self.kept = False  # set by whoever still needs it when the next version comes
         self.close = weakref.finalize(self, os.close, fd)
-        self._fd = fd
-        # A private mapping, so that nobody writes through it: `write` is the only way in.
-        mapped = mmap.mmap(fd, HEAD_BYTES + nbytes, access=mmap.ACCESS_COPY)
-        self.bytes = memoryview(mapped)[HEAD_BYTES:]
-        self.flat = torch.frombuffer(mapped, dtype=torch.uint8)[HEAD_BYTES:]  # the same, uint8, [nbytes]
-        self.place = Place(here(), f"/proc/{os.getpid()}/fd/{fd}", mapped[:_TOKEN_BYTES])
+        self._fd, self._sealed = fd, sealed
+        self.place = Place(here(), f"/proc/{os.getpid()}/fd/{fd}", os.pread(fd, _TOKEN_BYTES, 0))
 
     @classmethod
     def create(cls, nbytes: int, what: str) -> "WeightMemory":
         """Makes new memory for `what`. Raises ConfigError if the machine has not enough."""
         size = HEAD_BYTES + nbytes
-        if size > (available := available_bytes()):  # a memfd has no bound: the kernel would kill processes instead
+        if LINUX and size > (available := available_bytes()):  # a memfd has no bound: the kernel would kill processes instead
             raise ConfigError(
                 f"{what} need {size:,} bytes of memory, and this machine has {available:,} left, so they can't be taken here; "
                 "give this node more memory, or place fewer generators on it"
@@ -100,21 +95,52 @@ class WeightMemory:
         except OSError:  # a file of another kind
             sealed = False
         if sealed and os.fstat(fd).st_size == HEAD_BYTES + nbytes and os.pread(fd, _TOKEN_BYTES, 0) == place.token:
-            return cls(fd, nbytes)
+            return cls(fd, nbytes, sealed=True)
         os.close(fd)
         return None
 
+    @cached_property
+    def flat(self) -> torch.Tensor:
+        """All bytes, uint8, [nbytes], mapped at the first call. What is written there once they are sealed stays private."""
+        access = mmap.ACCESS_COPY if self._sealed else mmap.ACCESS_WRITE
+        return torch.frombuffer(mmap.mmap(self._fd, HEAD_BYTES + self.nbytes, access=access), dtype=torch.uint8)[HEAD_BYTES:]
+
+    @cached_property
+    def bytes(self) -> memoryview:
+        """The same as a memoryview."""
+        return memoryview(self.flat.numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffers before 3.12
+
     def write(self, offset: int, data: memoryview) -> None:
-        """Copies `data` to byte `offset`. Raises PermissionError once the memory is sealed."""
-        # pwrite and not a writable map: that would first fill every new page with zeros.
+        """Copies `data` to byte `offset` of memory that is not mapped. Raises PermissionError once it is sealed."""
+        # pwrite and not a writable map: that would first fill every new page with zeros, and can't be sealed.
         while data:
             written = os.pwrite(self._fd, data, HEAD_BYTES + offset)
             data, offset = data[written:], offset + written
 
     def seal(self) -> None:
-        """Makes the memory immutable for every process, and so fit to be opened by others."""
+        """Makes the memory immutable for every process, and so fit to be opened by others. Only before it is mapped."""
         if LINUX:
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
+        self._sealed = True
+
+
+class ReceivingMemory:
+    """Memory for one received version after another. It is used again, for fresh pages cost more than to fill them.
+
+    Not thread-safe. There are two at most, if at most one is `kept`.
+    """
+
+    def __init__(self) -> None:
+        self._made: list[WeightMemory] = []
+
+    def take(self, nbytes: int, what: str) -> WeightMemory:
+        """Memory that nobody keeps: its former content is lost. Raises ConfigError if the machine has not enough."""
+        self._made = [memory for memory in self._made if memory.nbytes == nbytes]
+        for memory in self._made:
+            if not memory.kept:
+                return memory
+        self._made.append(WeightMemory.create(nbytes, what))
+        return self._made[-1]
 
 
 class FlatTensors(dict[str, torch.Tensor]):

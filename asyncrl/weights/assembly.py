@@ -1,28 +1,29 @@
 """One version while it is being received: which buckets are there, which were asked for, which are sound."""
 
+import threading
 import time
 import zlib
-from collections.abc import Callable
 
 from asyncrl.errors import BadTransfer
-from asyncrl.models.memory import FlatTensors, WeightMemory
+from asyncrl.models.memory import FlatTensors, ReceivingMemory, WeightMemory
 from asyncrl.weights.messages import Manifest
 
 
 class Assembly:
-    """Collects the buckets of one manifest, in new memory or in the publisher's own.
+    """Collects the buckets of one manifest, in memory of this process or in the publisher's own.
 
     Every bucket is verified where nobody can change it any more: after it was copied, or in sealed memory. Raises
     BadTransfer for a manifest that contradicts itself and for bytes that don't match their checksum; then the whole assembly
     is worthless.
     """
 
-    def __init__(self, manifest: Manifest, shared: WeightMemory | None = None) -> None:
-        """shared: the publisher's memory, if this process can see it. Raises ConfigError if there isn't enough for another."""
+    def __init__(self, manifest: Manifest, own: ReceivingMemory, shared: WeightMemory | None = None) -> None:
+        """shared: the publisher's memory, if this process can see it; else it takes some of its own, and raises ConfigError
+        if there isn't enough."""
         manifest.check()
         self.manifest, self.version, self.is_shared = manifest, manifest.version, shared is not None
         self.begun_at = time.monotonic()
-        self._memory = shared or WeightMemory.create(manifest.total_bytes, f"weights {self.version}")
+        self._memory = shared or own.take(manifest.total_bytes, f"weights {self.version}")
         self._missing = set(range(manifest.bucket_count))
         self._asked: dict[int, int] = {}  # bucket -> number of the last Hello sent before asking
         self._unasked = list(reversed(range(manifest.bucket_count)))
@@ -64,16 +65,16 @@ class Assembly:
             raise BadTransfer(
                 f"weights {self.version}, bucket {index}: {len(payload)} bytes, expected {part.stop - part.start}; not shown"
             )
-        self._memory.write(part.start, payload)
+        self._memory.bytes[part] = payload
         self._asked.pop(index, None)
         self._verify(index)
 
-    def verify_shared(self, stop: Callable[[], bool]) -> int:
-        """Verifies buckets in the publisher's memory, one at least, until `stop` says so. Returns how many bytes."""
+    def verify_shared(self, until: float, stop: threading.Event) -> int:
+        """Verifies buckets in the publisher's memory, one at least, till `until` (monotonic) or `stop`; returns their bytes."""
         total = 0
         for index in sorted(self._missing):
             total += self._verify(index)
-            if stop():
+            if stop.is_set() or time.monotonic() >= until:
                 break
         return total
 

@@ -36,7 +36,8 @@ class Link:
         self.connections = 0
         self._address: Address | None = None
         self._client: SubscriberSocket | None = None
-        self._poller = self._new_poller()
+        self._poller = zmq.Poller()
+        self._poller.register(self.waker.fileno(), zmq.POLLIN)
         self._due = self._rediscover_at = self._left_at = clock()
         self._silent_since: float | None = None
         self._cause = "no publisher was looked for yet"
@@ -159,13 +160,10 @@ class Link:
         self.connections += 1
         return True
 
-    def _new_poller(self) -> zmq.Poller:
-        poller = zmq.Poller()
-        poller.register(self.waker.fileno(), zmq.POLLIN)
-        return poller
-
     def _drop(self, linger_ms: int = 0) -> None:
-        self._poller = self._new_poller()
+        """Closes the connection, if there is one."""
         if self._client is not None:
+            self._poller.unregister(self._client.socket)
+            self._poller.unregister(self._client.monitor)
             self._client.close(linger_ms)
             self._client = None

@@ -11,18 +11,7 @@ from msgspec import DecodeError, Struct
 from asyncrl.models.memory import WeightMemory
 from asyncrl.types import Version
 from asyncrl.weights import messages
-from asyncrl.weights.messages import (
-    Announce,
-    Bucket,
-    Bye,
-    GetBucket,
-    GetManifest,
-    Gone,
-    Hello,
-    Manifest,
-    Refused,
-    Reply,
-)
+from asyncrl.weights.messages import Announce, Bucket, Bye, GetBucket, GetManifest, Gone, Hello, Manifest, Refused, Reply
 from asyncrl.weights.sockets import Waker
 
 FETCH_IDLE_S = 5.0  # a receiver silent for longer holds nothing back
@@ -89,9 +78,6 @@ class VersionCache:
             self._superseded_at = now
         self._live.append(live)
 
-    def clear(self) -> None:
-        self._live.clear()
-
 
 class Serving:
     """A ROUTER socket and the versions behind it. `step` and `close` belong to the I/O thread.
@@ -108,7 +94,7 @@ class Serving:
         self._receivers: dict[bytes, Receiver] = {}
         self._sequence = 0
         self._probed_at = clock()
-        self._counts = dict.fromkeys(("sent_bytes", "unsent", "bad_requests", "receivers_lost"), 0)
+        self._counts = dict.fromkeys(("sent_bytes", "unsent", "bad_requests", "receivers_lost"), 0.0)
         self._poller = zmq.Poller()
         self._poller.register(router, zmq.POLLIN)
         self._poller.register(waker.fileno(), zmq.POLLIN)
@@ -144,14 +130,14 @@ class Serving:
     def gauges(self) -> dict[str, float]:
         """sent_bytes, unsent (answers dropped), bad_requests, receivers_lost: totals. The others: now. Lock held."""
         return {
-            **{name: float(count) for name, count in self._counts.items()},
+            **self._counts,
             "receivers": float(len(self._receivers)),
             "live_versions": float(len(self._versions)),
         }
 
     def close(self) -> None:
         """Drops all versions. Lock held."""
-        self._versions.clear()
+        self._versions = VersionCache()
 
     def _answer(self, peer: bytes, frames: list[bytes]) -> None:
         try:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from asyncrl.errors import BadTransfer, Closed
 from asyncrl.interfaces import Tensors
-from asyncrl.models.memory import WeightMemory, here
+from asyncrl.models.memory import ReceivingMemory, WeightMemory, here
 from asyncrl.types import Version
 from asyncrl.weights.assembly import Assembly
 from asyncrl.weights.link import Link, Resolve
@@ -20,7 +20,7 @@ class WeightSubscriber:
     """Receives weights from whichever publisher `resolve()` names. Implements interfaces.WeightSource.
 
     resolve: returns the newest publisher's address, or None (none known), or raises Unavailable; with a deadline of its own.
-    name: who this is, in the publisher's reports. node: shared memory is used with a publisher whose `here()` is the same.
+    name: who this is, in the publisher's reports. transport: `auto` maps the memory of a publisher on this node.
     credit: buckets asked for ahead. poll_s: how often the publisher is asked what is newest, should a hint get lost.
     deadline_s: silence of the publisher that `next` bears. max_failures: damaged transfers in a row that it bears.
     """
@@ -30,7 +30,6 @@ class WeightSubscriber:
         resolve: Resolve,
         *,
         name: str = "",
-        node: str | None = None,
         transport: Literal["auto", "tcp"] = "auto",
         credit: int = 4,
         poll_s: float = 1.0,
@@ -39,7 +38,7 @@ class WeightSubscriber:
     ) -> None:
         if credit < 1:
             raise ValueError(f"credit={credit} < 1: no bucket would ever be asked for; use at least 1")
-        self._node = (here() if node is None else node) if transport == "auto" else None
+        self._here = here() if transport == "auto" else None
         self._credit, self._max_failures = credit, max_failures
         self._link = Link(resolve, name=name or f"{os.uname().nodename}:{os.getpid()}", poll_s=poll_s, deadline_s=deadline_s)
         self._lock = threading.Lock()  # held by whoever uses the link
@@ -49,14 +48,16 @@ class WeightSubscriber:
         self._asked_manifest: tuple[Version, int] | None = None  # with the number of the last Hello before it
         self._barrier = 0  # announcements count again from the answer to this Hello on
         self._assembly: Assembly | None = None
+        self._own = ReceivingMemory()
         self._failures = 0
-        self._counts = dict.fromkeys(("received_bytes", "versions", "shared_versions", "bad_transfers", "asked_again"), 0)
+        self._counts = dict.fromkeys(("received_bytes", "versions", "shared_versions", "bad_transfers", "asked_again"), 0.0)
         self._fetch_s = 0.0
 
     def next(self, after: Version | None, wait_s: float) -> tuple[Version, Tensors] | None:
         """The newest whole version if it supersedes `after`, else None at the deadline (`wait_s`, seconds).
 
-        A transfer that takes longer goes on in the next call. The tensors stay valid until the following call.
+        A transfer that takes longer goes on in the next call. The tensors are a FlatTensors: valid until the following
+        call, or as long as their memory is `kept`.
         Raises Unavailable (no publisher for deadline_s), BadTransfer (max_failures damaged transfers in a row; the next
         call tries again), Closed (`close` was called; wakes a waiting call).
         """
@@ -74,8 +75,7 @@ class WeightSubscriber:
 
     def gauges(self) -> dict[str, float]:
         """fetch_s: the last version, from its manifest to whole. Totals: the counts, and connections made."""
-        counts = {name: float(count) for name, count in self._counts.items()}
-        return {**counts, "fetch_s": self._fetch_s, "connections": float(self._link.connections)}
+        return {**self._counts, "fetch_s": self._fetch_s, "connections": float(self._link.connections)}
 
     def close(self) -> None:
         """Ends a waiting `next` in another thread, then closes the connection. Harmless when repeated."""
@@ -94,12 +94,13 @@ class WeightSubscriber:
             raise Closed("weight subscriber is closed: no version will come")
 
     def _step(self, until: float) -> tuple[Version, Tensors] | None:
-        """One round: what came in, what is due, what to ask next. A damaged transfer is begun again, a few times."""
+        """One round: what came in, what is due, what to ask next. A damaged transfer is repeated, a few times."""
         try:
-            for reply, payload in self._link.receive(0.0 if self._verifying else self._link.wait_s(until)):
+            verifying = self._assembly is not None and self._assembly.is_shared  # then there is work without waiting
+            for reply, payload in self._link.receive(0.0 if verifying else self._link.wait_s(until)):
                 self._take(reply, payload)
             if self._link.keep(self._holds, self._pulling):
-                self._give_up(barrier=self._link.hello)  # whatever the former publisher left half-sent dies with it
+                self._discard(barrier=self._link.hello)  # whatever the former publisher left half-sent dies with it
             return self._advance(until)
         except BadTransfer:
             self._counts["bad_transfers"] += 1
@@ -142,12 +143,12 @@ class WeightSubscriber:
             return
         self._asked_manifest = None
         place, shared = manifest.place, None
-        if place is not None and place.here == self._node:
+        if place is not None and place.here == self._here:
             shared = WeightMemory.open(place, manifest.total_bytes)
-        self._assembly = Assembly(manifest, shared)
+        self._assembly = Assembly(manifest, self._own, shared)
 
     def _advance(self, until: float) -> tuple[Version, Tensors] | None:
-        """Asks for what is next, or reads it; returns the version once it is whole."""
+        """Asks for what is next, or verifies it; returns the version once it is whole."""
         if self._assembly is None:
             newest = self._newest
             if newest is not None and (self._holds is None or newest > self._holds) and self._asked_manifest is None:
@@ -158,7 +159,7 @@ class WeightSubscriber:
             self._restart()
             return None
         if self._assembly.is_shared:
-            self._counts["received_bytes"] += self._assembly.verify_shared(lambda: self._must_stop(until))
+            self._counts["received_bytes"] += self._assembly.verify_shared(until, self._closed)
         else:
             for index in self._assembly.ask(self._credit, self._link.hello):
                 self._link.send(GetBucket(version=self._assembly.version, index=index))
@@ -176,21 +177,14 @@ class WeightSubscriber:
 
     @property
     def _pulling(self) -> Version | None:
+        """The version that is taken over the socket, which the publisher keeps for that."""
         return self._assembly.version if self._assembly is not None and not self._assembly.is_shared else None
 
-    @property
-    def _verifying(self) -> bool:
-        """Whether there is work to do without waiting for the publisher."""
-        return self._assembly is not None and self._assembly.is_shared
-
-    def _must_stop(self, until: float) -> bool:
-        return self._closed.is_set() or time.monotonic() >= until
-
     def _restart(self) -> None:
-        """Gives up what is half here, and asks what is newest. Replies to older requests are passed over till the answer."""
-        self._give_up(barrier=self._link.hello + 1)
+        """Discards what is half here, and asks what is newest. Replies to older requests are passed over till the answer."""
+        self._discard(barrier=self._link.hello + 1)
         self._link.hurry()
 
-    def _give_up(self, barrier: int) -> None:
+    def _discard(self, barrier: int) -> None:
         self._assembly = self._newest = self._asked_manifest = None
         self._barrier = barrier

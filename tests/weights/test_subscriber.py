@@ -94,11 +94,13 @@ def test_waits_for_a_version_to_come(bus: Any, weights: Callable) -> None:
     assert found[0] == Version(1, 1)
 
 
-def test_another_nodes_file_is_not_looked_for(bus: Any, weights: Callable) -> None:
-    publisher = bus.publisher()
-    publisher.publish(Version(1, 1), weights(1))
-    subscriber = bus.subscriber(publisher, node="elsewhere")
-    assert subscriber.next(None, WAIT_S) is not None
+def test_another_nodes_memory_is_not_looked_for(bus: Any, weights: Callable, packed: Callable, until: Callable) -> None:
+    publisher = bus.hand_publisher()
+    subscriber = bus.subscriber(publisher)
+    data, manifest = packed(Version(1, 1), weights(1))
+    near = FlatTensors.copy_of(weights(1), "weights")
+    far = replace(manifest, place=replace(near.memory.place, here="elsewhere"))
+    assert until(lambda: drive(subscriber, publisher, data, far)) is not None
     assert subscriber.gauges()["shared_versions"] == 0
 
 

@@ -5,6 +5,7 @@ sides must use the same keys in the group's store, hence the same (private) func
 """
 
 import asyncio
+import concurrent.futures
 import datetime
 import functools
 import os
@@ -12,7 +13,6 @@ import socket
 import threading
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -141,21 +141,14 @@ class Distributed:
 
 def _in_thread(work: Callable[[], Any]) -> "asyncio.Future[Any]":
     """Runs `work` in a daemon thread: after a server was lost it may stay in torch until its timeout, and holds up nobody."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
-
-    def settle(result: Any, error: BaseException | None) -> None:
-        if not future.done():
-            future.set_exception(error) if error else future.set_result(result)
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()  # so that whoever stops waiting doesn't cancel it under the thread
 
     def run() -> None:
-        result, error = None, None
         try:
-            result = work()
-        except Exception as caught:  # handed to whoever waits
-            error = caught
-        with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
-            loop.call_soon_threadsafe(settle, result, error)
+            future.set_result(work())
+        except Exception as error:  # handed to whoever waits
+            future.set_exception(error)
 
     threading.Thread(target=run, name="weights to sglang", daemon=True).start()
-    return future
+    return asyncio.wrap_future(future)

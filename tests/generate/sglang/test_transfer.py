@@ -109,9 +109,12 @@ def test_weights_that_came_over_the_bus_are_not_copied(stage: StagedWeights) -> 
     received = FlatTensors.copy_of({"a": torch.arange(3.0), "b": torch.tensor([True, False])}, "weights")
     stage.put(ONE, received)
     assert stage.tensors is received
+    assert received.memory.kept  # a server that comes up later reads it
     read = unpickled(payloads(stage)[0])
     assert read["a"].tolist() == [0.0, 1.0, 2.0]
     assert read["b"].tolist() == [True, False]
+    stage.put(TWO, {"a": torch.ones(2)})
+    assert not received.memory.kept
 
 
 def test_tied_tensors_lie_once_and_arrive_under_both_names(stage: StagedWeights) -> None:
