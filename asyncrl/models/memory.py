@@ -91,7 +91,7 @@ class WeightMemory:
         except OSError:
             return None
         try:
-            sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) == _SEALS
+            sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS  # the kernel may add others
         except OSError:  # a file of another kind
             sealed = False
         if sealed and os.fstat(fd).st_size == HEAD_BYTES + nbytes and os.pread(fd, _TOKEN_BYTES, 0) == place.token:

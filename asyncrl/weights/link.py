@@ -27,10 +27,8 @@ class Link:
     Not thread-safe: all calls but `waker.set` come from one thread at a time.
     """
 
-    def __init__(
-        self, resolve: Resolve, *, name: str, poll_s: float, deadline_s: float, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._resolve, self._name, self._poll_s, self._deadline_s, self._clock = resolve, name, poll_s, deadline_s, clock
+    def __init__(self, resolve: Resolve, *, name: str, poll_s: float, deadline_s: float) -> None:
+        self._resolve, self._name, self._poll_s, self._deadline_s = resolve, name, poll_s, deadline_s
         self.waker = Waker()
         self.hello = 0  # number of the last Hello
         self.connections = 0
@@ -38,27 +36,27 @@ class Link:
         self._client: SubscriberSocket | None = None
         self._poller = zmq.Poller()
         self._poller.register(self.waker.fileno(), zmq.POLLIN)
-        self._due = self._rediscover_at = self._left_at = clock()
+        self._due = self._rediscover_at = self._left_at = time.monotonic()
         self._silent_since: float | None = None
         self._cause = "no publisher was looked for yet"
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Around each call of the user: time between calls, beyond one poll, doesn't count as silence."""
-        away = self._clock() - self._left_at - self._poll_s
+        away = time.monotonic() - self._left_at - self._poll_s
         if self._silent_since is not None and away > 0:
             self._silent_since += away
         try:
             yield
         finally:
-            self._left_at = self._clock()
+            self._left_at = time.monotonic()
 
     def keep(self, holds: Version | None, pulling: Version | None) -> bool:
         """Does what is due: looks for the publisher, says Hello. Returns True if it is another publisher than before.
 
         Raises Unavailable after `deadline_s` of silence; the next call starts afresh.
         """
-        now = self._clock()
+        now = time.monotonic()
         if self._silent_since is not None and now - self._silent_since > self._deadline_s:
             silence, self._silent_since = now - self._silent_since, None
             where = self._address.endpoint if self._address else "no address"
@@ -79,17 +77,17 @@ class Link:
     def greet(self, holds: Version | None, pulling: Version | None) -> None:
         """Says Hello: tells what we hold and asks what is newest."""
         if self._silent_since is None:
-            self._silent_since = self._clock()
+            self._silent_since = time.monotonic()
         self.hello += 1
         self.send(Hello(receiver=self._name, sequence=self.hello, holds=holds, pulling=pulling))
 
     def hurry(self) -> None:
         """Makes the next `keep` say Hello at once."""
-        self._due = self._clock()
+        self._due = time.monotonic()
 
     def wait_s(self, until: float) -> float:
         """Seconds to the next thing that is due, `until` at the latest."""
-        return max(0.0, min(until, self._due) - self._clock())
+        return max(0.0, min(until, self._due) - time.monotonic())
 
     def send(self, request: Request) -> None:
         """Without waiting. Lost if the connection is congested or down: what matters is asked again after the next Hello."""
@@ -135,7 +133,7 @@ class Link:
         if cause:
             self._cause = cause
             if self._silent_since is None:  # don't wait for the Hello to time out
-                self._silent_since = self._clock()
+                self._silent_since = time.monotonic()
                 self.hurry()
 
     def _find(self) -> bool:

@@ -37,10 +37,10 @@ while sys.stdin.readline():
 
 
 @pytest.fixture
-def stage() -> Iterator[StagedWeights]:
-    stage = StagedWeights()
-    yield stage
-    stage.close()
+def staged() -> Iterator[StagedWeights]:
+    staged = StagedWeights()
+    yield staged
+    staged.close()
 
 
 @pytest.fixture(autouse=True)
@@ -97,14 +97,14 @@ class PeerPost:
         await self.peer.wait()
 
 
-def test_broadcasts_reach_the_group_in_order_and_again_after_reopening(stage: StagedWeights) -> None:
+def test_broadcasts_reach_the_group_in_order_and_again_after_reopening(staged: StagedWeights) -> None:
     async def run() -> None:
         transfer = Distributed("127.0.0.1", "gloo", 1, bucket_bytes=128, deadline_s=WAIT_S)
         for _ in range(2):  # the second time as after a restart of the server
             post = PeerPost((4, 4))
             await transfer.open(post)
-            stage.put(ONE, {"a": torch.full((4, 4), 1.0), "b": torch.full((4, 4), 2.0), "c": torch.full((4, 4), 3.0)})
-            await transfer.send(post, stage)
+            staged.put(ONE, {"a": torch.full((4, 4), 1.0), "b": torch.full((4, 4), 2.0), "c": torch.full((4, 4), 3.0)})
+            await transfer.send(post, staged)
             assert post.sums == [16.0, 32.0, 48.0]
             assert post.labels == [None, "1.1"]
             await post.end()
@@ -117,20 +117,20 @@ def test_broadcasts_reach_the_group_in_order_and_again_after_reopening(stage: St
     ("on_update", "match"), [("die", "lost while taking weights"), ("refuse", "no such"), ("hang", "no end after 1 s")]
 )
 def test_a_server_lost_during_a_broadcast_is_named_before_the_deadline(
-    stage: StagedWeights, on_update: str, match: str
+    staged: StagedWeights, on_update: str, match: str
 ) -> None:
     async def run() -> None:
         post = PeerPost((1000, 1000), on_update)
-        stage.put(ONE, {"a": torch.ones(1000, 1000)})
+        staged.put(ONE, {"a": torch.ones(1000, 1000)})
         transfer = Distributed("127.0.0.1", "gloo", 1, deadline_s=WAIT_S)
         await transfer.open(post)
         transfer._deadline_s = 1.0 if on_update == "hang" else WAIT_S
         start = time.monotonic()
         with pytest.raises(Unavailable, match=match):
-            await transfer.send(post, stage)
+            await transfer.send(post, staged)
         assert time.monotonic() - start < WAIT_S / 2
         with pytest.raises(Unavailable, match="not open"):
-            await transfer.send(post, stage)
+            await transfer.send(post, staged)
         await post.end()
 
     asyncio.run(run())

@@ -30,15 +30,15 @@ named["a"].fill_(-1.0)
 """
 
 
-def buckets(stage: StagedWeights, bucket_bytes: int) -> list[list[tuple[str, torch.Tensor]]]:
-    return [[(spec.name, stage.tensors[spec.name]) for spec in specs] for specs, _ in stage.buckets(bucket_bytes)]
+def buckets(staged: StagedWeights, bucket_bytes: int) -> list[list[tuple[str, torch.Tensor]]]:
+    return [[(spec.name, staged.tensors[spec.name]) for spec in specs] for specs, _ in staged.buckets(bucket_bytes)]
 
 
 @pytest.fixture
-def stage() -> Iterator[StagedWeights]:
-    stage = StagedWeights()
-    yield stage
-    stage.close()
+def staged() -> Iterator[StagedWeights]:
+    staged = StagedWeights()
+    yield staged
+    staged.close()
 
 
 class RecordingPost:
@@ -69,94 +69,94 @@ def unpickled(payload: str) -> dict[str, torch.Tensor]:
     return dict(named)
 
 
-def payloads(stage: StagedWeights, **options: Any) -> list[str]:
+def payloads(staged: StagedWeights, **options: Any) -> list[str]:
     post = RecordingPost()
-    asyncio.run(SharedMemory(1, **options).send(post, stage))
+    asyncio.run(SharedMemory(1, **options).send(post, staged))
     return [body["serialized_named_tensors"][0] for body in post.bodies]
 
 
-# ------------------------------------------------------------------------------------------------------------ the stage
+# ------------------------------------------------------------------------------------------------------------ staging
 
 
-def test_neighbours_share_a_bucket_up_to_its_size_and_a_larger_tensor_has_one_alone(stage: StagedWeights) -> None:
+def test_neighbours_share_a_bucket_up_to_its_size_and_a_larger_tensor_has_one_alone(staged: StagedWeights) -> None:
     # 64 B each for a and b, 128 B for c, 8 B for d
-    stage.put(ONE, {"a": torch.ones(16), "b": torch.ones(16), "c": torch.ones(32), "d": torch.ones(1, dtype=torch.int64)})
-    names = [[name for name, _ in bucket] for bucket in buckets(stage, 128)]
+    staged.put(ONE, {"a": torch.ones(16), "b": torch.ones(16), "c": torch.ones(32), "d": torch.ones(1, dtype=torch.int64)})
+    names = [[name for name, _ in bucket] for bucket in buckets(staged, 128)]
     assert names == [["a", "b"], ["c"], ["d"]]
-    assert [[name for name, _ in bucket] for bucket in buckets(stage, 1)] == [["a"], ["b"], ["c"], ["d"]]
-    assert len(list(buckets(stage, 1 << 20))) == 1
+    assert [[name for name, _ in bucket] for bucket in buckets(staged, 1)] == [["a"], ["b"], ["c"], ["d"]]
+    assert len(list(buckets(staged, 1 << 20))) == 1
 
 
-def test_put_copies_and_leaves_what_somebody_still_holds_as_it_was(stage: StagedWeights) -> None:
+def test_put_copies_and_leaves_what_somebody_still_holds_as_it_was(staged: StagedWeights) -> None:
     weights = {"a": torch.arange(6.0).view(2, 3).t(), "b": torch.tensor(7, dtype=torch.int64)}
-    stage.put(ONE, weights)
+    staged.put(ONE, weights)
     weights["a"].fill_(-1.0)
-    (first,) = buckets(stage, 1 << 20)
+    (first,) = buckets(staged, 1 << 20)
     assert dict(first)["a"].tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
-    stage.put(TWO, {"a": torch.full((3, 2), 9.0), "b": torch.tensor(8)})
-    (second,) = buckets(stage, 1 << 20)
+    staged.put(TWO, {"a": torch.full((3, 2), 9.0), "b": torch.tensor(8)})
+    (second,) = buckets(staged, 1 << 20)
     assert dict(second)["a"].tolist() == [[9.0] * 2] * 3
     assert dict(second)["b"].item() == 8
-    stage.put(TWO, {"a": torch.ones(3, 2, dtype=torch.bfloat16)})
+    staged.put(TWO, {"a": torch.ones(3, 2, dtype=torch.bfloat16)})
     assert dict(first)["a"].tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
     assert dict(first)["b"].item() == 7
     assert dict(second)["b"].item() == 8
-    (second,) = buckets(stage, 1 << 20)
+    (second,) = buckets(staged, 1 << 20)
     assert [(name, tensor.dtype) for name, tensor in second] == [("a", torch.bfloat16)]
 
 
-def test_weights_that_came_over_the_bus_are_not_copied(stage: StagedWeights) -> None:
+def test_weights_that_came_over_the_bus_are_not_copied(staged: StagedWeights) -> None:
     received = FlatTensors.copy_of({"a": torch.arange(3.0), "b": torch.tensor([True, False])}, "weights")
-    stage.put(ONE, received)
-    assert stage.tensors is received
+    staged.put(ONE, received)
+    assert staged.tensors is received
     assert received.memory.kept  # a server that comes up later reads it
-    read = unpickled(payloads(stage)[0])
+    read = unpickled(payloads(staged)[0])
     assert read["a"].tolist() == [0.0, 1.0, 2.0]
     assert read["b"].tolist() == [True, False]
-    stage.put(TWO, {"a": torch.ones(2)})
+    staged.put(TWO, {"a": torch.ones(2)})
     assert not received.memory.kept
 
 
-def test_tied_tensors_lie_once_and_arrive_under_both_names(stage: StagedWeights) -> None:
+def test_tied_tensors_lie_once_and_arrive_under_both_names(staged: StagedWeights) -> None:
     shared = torch.arange(16.0)
-    stage.put(ONE, {"embed": shared, "norm": torch.ones(16), "head": shared})
-    assert stage.tensors.memory.nbytes == 128
+    staged.put(ONE, {"embed": shared, "norm": torch.ones(16), "head": shared})
+    assert staged.tensors.memory.nbytes == 128
     for bucket_bytes, count in ((1 << 20, 1), (64, 3)):
-        sent = payloads(stage, bucket_bytes=bucket_bytes)
+        sent = payloads(staged, bucket_bytes=bucket_bytes)
         read = {name: tensor.tolist() for payload in sent for name, tensor in unpickled(payload).items()}
         assert len(sent) == count
         assert read["head"] == read["embed"] == shared.tolist()
         assert read["norm"] == [1.0] * 16
 
 
-def test_a_stage_without_a_whole_version_is_not_sent(stage: StagedWeights) -> None:
+def test_a_stage_without_a_whole_version_is_not_sent(staged: StagedWeights) -> None:
     with pytest.raises(ValueError, match="no whole version"):
-        payloads(stage)
-    stage.put(ONE, {"a": torch.ones(2)})
+        payloads(staged)
+    staged.put(ONE, {"a": torch.ones(2)})
 
     with pytest.raises(RuntimeError):
-        stage.put(TWO, {"a": torch.ones(2, device="meta")})
-    assert stage.version is None
+        staged.put(TWO, {"a": torch.ones(2, device="meta")})
+    assert staged.version is None
     with pytest.raises(ValueError, match="no whole version"):
-        payloads(stage)
+        payloads(staged)
 
 
-def test_more_than_the_machine_has_is_refused_with_the_size(stage: StagedWeights) -> None:
+def test_more_than_the_machine_has_is_refused_with_the_size(staged: StagedWeights) -> None:
     with pytest.raises(ConfigError, match=r"weights 1\.1 need 18,014,398,509,482,048 bytes"):
-        stage.put(ONE, {"a": torch.empty(1, device="meta").expand(1 << 52)})
-    stage.put(ONE, {"a": torch.ones(2)})
-    assert stage.version == ONE
+        staged.put(ONE, {"a": torch.empty(1, device="meta").expand(1 << 52)})
+    staged.put(ONE, {"a": torch.ones(2)})
+    assert staged.version == ONE
 
 
 def test_memory_goes_with_the_stage_and_leaves_no_file(descriptors: Callable[[], int]) -> None:
     fds = descriptors()
-    stage = StagedWeights()
+    staged = StagedWeights()
     for update in range(5):
-        stage.put(Version(1, update), {"a": torch.ones(1000 + update)})
-        assert len(payloads(stage)) == 1
+        staged.put(Version(1, update), {"a": torch.ones(1000 + update)})
+        assert len(payloads(staged)) == 1
         assert descriptors() == fds + 2  # the file, and its mapping's own descriptor
     assert [name for name in os.listdir("/dev/shm") if f"torch_{os.getpid()}" in name] == []
-    stage.close()
+    staged.close()
     assert descriptors() == fds
 
 
@@ -184,55 +184,55 @@ def test_a_payload_gives_back_exactly_the_tensors(layout: list[tuple[tuple[int, 
         f"layer.{number}": torch.randint(0, 100, shape, generator=generator).to(dtype)
         for number, (shape, dtype) in enumerate(layout)
     }
-    stage = StagedWeights()
-    stage.put(ONE, tensors)
+    staged = StagedWeights()
+    staged.put(ONE, tensors)
     read = {
-        name: tensor for payload in payloads(stage, bucket_bytes=bucket_bytes) for name, tensor in unpickled(payload).items()
+        name: tensor for payload in payloads(staged, bucket_bytes=bucket_bytes) for name, tensor in unpickled(payload).items()
     }
     assert list(read) == list(tensors)
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype
         assert read[name].shape == tensor.shape
         assert torch.equal(read[name], tensor)
-    stage.close()
+    staged.close()
 
 
-def test_another_process_reads_the_weights_and_can_not_write_them(stage: StagedWeights) -> None:
-    stage.put(ONE, {"a": torch.arange(3.0), "b": torch.tensor([True, False])})
+def test_another_process_reads_the_weights_and_can_not_write_them(staged: StagedWeights) -> None:
+    staged.put(ONE, {"a": torch.arange(3.0), "b": torch.tensor([True, False])})
     done = subprocess.run(
-        [sys.executable, "-c", READER], input=payloads(stage)[0], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", READER], input=payloads(staged)[0], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "{'a': [0.0, 1.0, 2.0], 'b': [True, False]}"
-    (bucket,) = buckets(stage, 1 << 20)
+    (bucket,) = buckets(staged, 1 << 20)
     assert dict(bucket)["a"].tolist() == [0.0, 1.0, 2.0]
 
 
-def test_memory_that_is_not_this_stages_is_never_taken_for_weights(stage: StagedWeights) -> None:
-    stage.put(ONE, {"a": torch.ones(4)})
-    (payload,) = payloads(stage)
-    stage.put(TWO, {"a": torch.ones(8)})  # larger, and under the same descriptor: as in another PID namespace
+def test_memory_that_is_not_this_stages_is_never_taken_for_weights(staged: StagedWeights) -> None:
+    staged.put(ONE, {"a": torch.ones(4)})
+    (payload,) = payloads(staged)
+    staged.put(TWO, {"a": torch.ones(8)})  # larger, and under the same descriptor: as in another PID namespace
     with pytest.raises(AssertionError, match="not the memory of asyncrl"):
         unpickled(payload)
-    stage.close()
+    staged.close()
     with pytest.raises(RuntimeError):
         unpickled(payload)
 
 
-def test_the_label_comes_with_the_last_bucket_and_each_rank_has_its_payload(stage: StagedWeights) -> None:
-    stage.put(TWO, {name: torch.ones(16) for name in "abc"})
+def test_the_label_comes_with_the_last_bucket_and_each_rank_has_its_payload(staged: StagedWeights) -> None:
+    staged.put(TWO, {name: torch.ones(16) for name in "abc"})
     post = RecordingPost()
-    asyncio.run(SharedMemory(2, bucket_bytes=128).send(post, stage))
+    asyncio.run(SharedMemory(2, bucket_bytes=128).send(post, staged))
     assert [body.get("weight_version") for body in post.bodies] == [None, "1.2"]
     assert [body["flush_cache"] for body in post.bodies] == [False, False]
     assert [len(body["serialized_named_tensors"]) for body in post.bodies] == [2, 2]
 
 
-def test_after_a_lost_server_the_next_one_takes_all_buckets(stage: StagedWeights) -> None:
-    stage.put(ONE, {name: torch.ones(16) for name in "abc"})
+def test_after_a_lost_server_the_next_one_takes_all_buckets(staged: StagedWeights) -> None:
+    staged.put(ONE, {name: torch.ones(16) for name in "abc"})
     transfer = SharedMemory(1, bucket_bytes=64)
     with pytest.raises(Unavailable, match="gone"):
-        asyncio.run(transfer.send(RecordingPost(lost_at=1), stage))
+        asyncio.run(transfer.send(RecordingPost(lost_at=1), staged))
     post = RecordingPost()
-    asyncio.run(transfer.send(post, stage))
+    asyncio.run(transfer.send(post, staged))
     read = [unpickled(body["serialized_named_tensors"][0]) for body in post.bodies]
     assert [list(names) for names in read] == [["a"], ["b"], ["c"]]

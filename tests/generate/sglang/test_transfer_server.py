@@ -26,10 +26,10 @@ ONE, TWO = Version(1, 1), Version(1, 2)
 
 
 @pytest.fixture
-def stage() -> Iterator[StagedWeights]:
-    stage = StagedWeights()
-    yield stage
-    stage.close()
+def staged() -> Iterator[StagedWeights]:
+    staged = StagedWeights()
+    yield staged
+    staged.close()
 
 
 PROMPT = list(range(5, 25))
@@ -74,7 +74,7 @@ def of_kind(kind: str, bucket_bytes: int = 200_000) -> Transfer:
 
 @pytest.mark.parametrize("kind", ["shared", "distributed"])
 def test_a_server_generates_from_the_weights_it_was_sent(
-    sglang_server: str, sglang_model: Path, stage: StagedWeights, kind: str
+    sglang_server: str, sglang_model: Path, staged: StagedWeights, kind: str
 ) -> None:
     async def run() -> None:
         model = AutoModelForCausalLM.from_pretrained(sglang_model).eval()
@@ -84,8 +84,8 @@ def test_a_server_generates_from_the_weights_it_was_sent(
             await transfer.open(post)
             for version in (ONE, TWO):
                 assert (await gap(post, changed(model, version.update)))[0] > 0.01  # the server still has others
-                stage.put(version, named_weights(model))
-                await transfer.send(post, stage)
+                staged.put(version, named_weights(model))
+                await transfer.send(post, staged)
                 largest, _, label = await gap(post, model)
                 assert largest <= 5e-5
                 assert label == str(version)
@@ -96,7 +96,7 @@ def test_a_server_generates_from_the_weights_it_was_sent(
 
 @pytest.mark.parametrize("kind", ["shared", "distributed"])
 def test_twenty_updates_leave_nothing_behind(
-    sglang_server: str, sglang_model: Path, stage: StagedWeights, kind: str, descriptors: Callable[[], int]
+    sglang_server: str, sglang_model: Path, staged: StagedWeights, kind: str, descriptors: Callable[[], int]
 ) -> None:
     async def run() -> None:
         model = AutoModelForCausalLM.from_pretrained(sglang_model).eval()
@@ -106,8 +106,8 @@ def test_twenty_updates_leave_nothing_behind(
             await transfer.open(post)
             open_files = 0
             for update in range(20):
-                stage.put(Version(2, update), named_weights(changed(model, update)))
-                await transfer.send(post, stage)
+                staged.put(Version(2, update), named_weights(changed(model, update)))
+                await transfer.send(post, staged)
                 open_files = open_files or descriptors()
             assert descriptors() == open_files
             assert [name for name in os.listdir("/dev/shm") if f"torch_{os.getpid()}" in name] == []
@@ -123,17 +123,17 @@ def test_bfloat16_is_served_and_after_a_kill_during_a_send_the_next_server_takes
     serve_sglang: Callable[..., AbstractContextManager[tuple[str, int]]],
     sglang_server: str,
     sglang_model: Path,
-    stage: StagedWeights,
+    staged: StagedWeights,
 ) -> None:
     async def run(url: str, process_group: int) -> None:
         model = changed(AutoModelForCausalLM.from_pretrained(sglang_model, dtype=torch.bfloat16).eval(), 1)
-        stage.put(ONE, named_weights(model))
+        staged.put(ONE, named_weights(model))
         transfers = [of_kind("shared"), of_kind("distributed")]
         async with connected(url) as client:
             post = functools.partial(client.post, deadline_s=WAIT_S)
             for transfer in transfers:
                 await transfer.open(post)
-                await transfer.send(post, stage)
+                await transfer.send(post, staged)
                 # Measured between two bf16 forwards of the same weights: 0.13 at most. Of other weights: above 1.
                 largest, mean, label = await gap(post, model.float())
                 assert largest <= 0.3
@@ -152,7 +152,7 @@ def test_bfloat16_is_served_and_after_a_kill_during_a_send_the_next_server_takes
             for transfer in reversed(transfers):  # the first of them meets a living server
                 start = time.monotonic()
                 with pytest.raises(Unavailable):
-                    await transfer.send(kill_at_the_third, stage)
+                    await transfer.send(kill_at_the_third, staged)
                 assert time.monotonic() - start < 10
                 await transfer.close()
 
@@ -163,7 +163,7 @@ def test_bfloat16_is_served_and_after_a_kill_during_a_send_the_next_server_takes
         model = changed(AutoModelForCausalLM.from_pretrained(sglang_model, dtype=torch.bfloat16).eval(), 1)
         async with connected(sglang_server) as client:
             post = functools.partial(client.post, deadline_s=WAIT_S)
-            await of_kind("shared").send(post, stage)
+            await of_kind("shared").send(post, staged)
             largest, _, label = await gap(post, model.float())
             assert largest <= 5e-5  # the server computes in float32, from the same rounded weights
             assert label == str(ONE)
