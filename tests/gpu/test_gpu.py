@@ -195,7 +195,7 @@ def test_a_refused_step_is_saved_from_the_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("transport", ["auto", "tcp"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_published_from_one_model_on_the_gpu_and_swapped_into_another(
-    tmp_path: Path, transport: Literal["auto", "tcp"], dtype: Dtype, closing: Callable
+    transport: Literal["auto", "tcp"], dtype: Dtype, closing: Callable
 ) -> None:
     source, engine = make_model(1, dtype), make_engine(make_model(0, dtype))
     publisher = closing(WeightPublisher(1, transport=transport))
