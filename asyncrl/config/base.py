@@ -36,10 +36,3 @@ def require_unset(spec: Struct, where: str, names: str, why: str) -> None:
         value = getattr(spec, field.name)
         if field.name in names.split() and value != field.default:
             raise ConfigError(f"{where}{field.name}={value!r} with {why}")
-
-
-def require_at_least(low: float, spec: Spec, section: str, /, **reasons: str) -> None:
-    """Raises ConfigError for a field of `reasons` that is below `low`; None passes. A reason is consequence and fix."""
-    for name, reason in reasons.items():
-        value = getattr(spec, name)
-        require(value is None or value >= low, f"{section}.{name}={value} < {low}: {reason}")

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from asyncrl.config.base import Spec, require, require_at_least
+from asyncrl.config.base import Spec, require, require_fields
 
 
 class PlaceSpec(Spec, frozen=True, kw_only=True):
@@ -147,8 +147,7 @@ class RewardsSpec(Spec, frozen=True, kw_only=True):
     place: PlaceSpec = PlaceSpec()  # of each actor
 
     def __post_init__(self) -> None:
-        nobody = "nothing would be scored; use at least 1"
-        require_at_least(1, self, "rewards", count=nobody, processes=nobody)
+        require_fields(self, "rewards.", [("count processes", lambda x: x >= 1, "< 1: nothing would be scored; use >= 1")])
 
 
 class LearnerPlaceSpec(Spec, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from typing import Literal
 from msgspec.structs import asdict, replace
 
 from asyncrl.config.algorithm import AlgorithmSpec
-from asyncrl.config.base import Spec, require, require_at_least
+from asyncrl.config.base import Rule, Spec, require, require_fields
 from asyncrl.config.learner import CriticSpec, LearnerSpec, ModelSpec
 from asyncrl.staleness import OnStale, SelectorName, Staleness
 
@@ -35,7 +35,7 @@ class DataSpec(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require(len(self.files) > 0, "data.files=(): there is nothing to train on; name at least one parquet or JSONL file")
-        require_at_least(1, self, "data", epochs="nothing would be trained; use null or >= 1")
+        require_fields(self, "data.", [("epochs", lambda x: x >= 1, "< 1: nothing would be trained; use null or >= 1")])
 
 
 class RewardTerm(Spec, frozen=True, kw_only=True):
@@ -68,9 +68,12 @@ class ShapingSpec(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require(self.overlong_buffer >= 0, f"reward.shaping.overlong_buffer={self.overlong_buffer} < 0 tokens; 0 turns it off")
-        pays = "it is subtracted, so this would pay for it; use >= 0"
-        require_at_least(0, self, "reward.shaping", overlong_penalty=pays, length_penalty=pays, repetition_penalty=pays)
-        require_at_least(1, self, "reward.shaping", repetition_ngram="no token could repeat; use at least 1")
+        penalties = "overlong_penalty length_penalty repetition_penalty"
+        rules: list[Rule] = [
+            (penalties, lambda x: x >= 0, "< 0: it is subtracted, so this would pay for it; use >= 0"),
+            ("repetition_ngram", lambda x: x >= 1, "< 1 token: nothing could repeat; use at least 1"),
+        ]
+        require_fields(self, "reward.shaping.", rules)
         require(
             self.clip is None or self.clip[0] < self.clip[1],
             f"reward.shaping.clip={self.clip}: low is not below high, so all rewards would be equal; write [low, high]",
@@ -138,18 +141,16 @@ class SamplingSpec(Spec, frozen=True, kw_only=True):
     max_empty_batches: int | None = None
 
     def __post_init__(self) -> None:
-        require_at_least(
-            1,
-            self,
-            "sampling",
-            n="a group needs at least one rollout",
-            max_response_length="no token could be sampled",
-            max_attempts="no prompt could be tried",
-            max_empty_batches="the run would end before its first group; use >= 1, or null",
-        )
-        require(self.temperature > 0, f"sampling.temperature={self.temperature}: training needs a stochastic policy; use > 0")
-        require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p} is outside (0, 1]; 1 turns it off")
-        require(self.top_k >= 0, f"sampling.top_k={self.top_k} < 0; 0 turns it off")
+        rules: list[Rule] = [
+            ("n", lambda x: x >= 1, "< 1: a group needs at least one rollout"),
+            ("temperature", lambda x: x > 0, "<= 0: training needs a stochastic policy; use > 0"),
+            ("top_p", lambda x: 0 < x <= 1, "is outside (0, 1]; 1 turns it off"),
+            ("top_k", lambda x: x >= 0, "< 0; 0 turns it off"),
+            ("max_response_length", lambda x: x >= 1, "< 1: no token could be sampled"),
+            ("max_attempts", lambda x: x >= 1, "< 1: no prompt could be tried"),
+            ("max_empty_batches", lambda x: x >= 1, "< 1: the run would end before its first group; use >= 1, or null"),
+        ]
+        require_fields(self, "sampling.", rules)
         require(
             1 <= self.min_valid <= self.n,
             f"sampling.min_valid={self.min_valid} is outside [1, n={self.n}]: no group could ever be complete; lower it",
@@ -184,7 +185,7 @@ class EvaluationSpec(Spec, frozen=True, kw_only=True):
     limit: int | None = None  # the first so many prompts only
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "evaluation", freq="to turn evaluation off leave evaluation.files empty")
+        require_fields(self, "evaluation.", [("freq", lambda x: x >= 1, "< 1; to turn it off leave evaluation.files empty")])
 
 
 class CheckpointSpec(Spec, frozen=True, kw_only=True):
@@ -194,8 +195,11 @@ class CheckpointSpec(Spec, frozen=True, kw_only=True):
     keep_last_n: int = 2  # complete ones that are kept
 
     def __post_init__(self) -> None:
-        unsafe, none = "a killed learner could not be restored", "there would be nothing to resume from"
-        require_at_least(1, self, "checkpoint", save_freq=unsafe, keep_last_n=none)
+        rules: list[Rule] = [
+            ("save_freq", lambda x: x >= 1, "< 1: a killed learner could not be restored"),
+            ("keep_last_n", lambda x: x >= 1, "< 1: there would be nothing to resume from"),
+        ]
+        require_fields(self, "checkpoint.", rules)
 
 
 class Recipe(Spec, frozen=True, kw_only=True):

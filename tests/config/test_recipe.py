@@ -73,7 +73,7 @@ def recipe(**fields: Any) -> Recipe:
             r"overlong_buffer=9 > sampling\.max_response_length=8",
         ),
         (lambda: SamplingSpec(n=0), r"sampling\.n=0 < 1"),
-        (lambda: SamplingSpec(temperature=0), r"sampling\.temperature=0: training needs a stochastic policy"),
+        (lambda: SamplingSpec(temperature=0), r"sampling\.temperature=0 <= 0: training needs a stochastic policy"),
         (lambda: SamplingSpec(top_p=1.5), r"sampling\.top_p=1\.5 is outside \(0, 1\]"),
         (lambda: SamplingSpec(n=2, min_valid=3), r"sampling\.min_valid=3 is outside \[1, n=2\]"),
         (lambda: LearnerSpec(batch_groups=10, mini_batch_groups=4), r"mini_batch_groups=4 does not divide .*batch_groups=10"),
