@@ -1,10 +1,11 @@
-"""Shared by whole-run tests: a tiny model and data on disk, and one local Ray for all of them."""
+"""Which tests are quick; and what whole-run tests share: a tiny model and data on disk, and one local Ray for all of them."""
 
 import gc
 import importlib.util
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,7 +64,47 @@ class Hold:
         self.gate.touch()
 
 
+# A test is `quick` unless it stands in tests/runs, is marked so, or uses a fixture that starts a Ray, a server or a training.
+HEAVY_MARKS = ("ray", "server", "gpu")
+HEAVY_FIXTURES = {"local_ray", "sglang_on_cpu", "arithmetic_data"}
+HEAVY_PROGRAMS = ("gcs_server", "raylet", "sglang-cpu-server", "sglang.launch_server")
+
+
+def is_quick(item: Any) -> bool:
+    marked = any(item.get_closest_marker(name) for name in HEAVY_MARKS)
+    return not (marked or item.path.is_relative_to(ROOT / "tests" / "runs") or HEAVY_FIXTURES & set(item.fixturenames))
+
+
+class QuickGuard:
+    """Sees every process that this one starts, as an audit hook (which Python never lets go): the mark `quick` can't lie."""
+
+    on = False
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.on and event == "subprocess.Popen":
+            command = " ".join(map(str, arguments[1]))
+            heavy = [program for program in HEAVY_PROGRAMS if program in command]
+            assert not heavy, f"a quick test starts {heavy[0]}; see HEAVY_MARKS in tests/conftest.py"
+
+
+QUICK_GUARD = QuickGuard()
+sys.addaudithook(QUICK_GUARD)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    QUICK_GUARD.on = item.get_closest_marker("quick") is not None
+    try:
+        return (yield)
+    finally:
+        QUICK_GUARD.on = False
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_quick(item):
+            item.add_marker("quick")
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:
         import torch
