@@ -1,5 +1,6 @@
 """Which tests are quick; and what whole-run tests share: a tiny model and data on disk, and one local Ray for all of them."""
 
+import functools
 import gc
 import importlib.util
 import json
@@ -192,15 +193,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, arithmetic: ModuleType)
     return folder
 
 
-@pytest.fixture
-def tiny_recipe(tmp_path: Path, tiny_model: Path) -> Callable[..., Recipe]:
-    """Makes a recipe over 64 prompts that asks for many sevens; fields of `Recipe` may be replaced."""
-    data, reward = tmp_path / "train.jsonl", tmp_path / "sevens.py"
-    rows = [{"prompt": f"{i:02d}+{7 * i % 100:02d}=", "data_source": "sevens", "answer": "7"} for i in range(64)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    reward.write_text(REWARD)
+@pytest.fixture(scope="session")
+def tiny_recipe_in(tiny_model: Path) -> Callable[..., Recipe]:
+    """Makes a recipe in a folder, over 64 prompts, that asks for many sevens; fields of `Recipe` may be replaced."""
 
-    def make(**changes: Any) -> Recipe:
+    def make(folder: Path, **changes: Any) -> Recipe:
+        data, reward = folder / "train.jsonl", folder / "sevens.py"
+        rows = [{"prompt": f"{i:02d}+{7 * i % 100:02d}=", "data_source": "sevens", "answer": "7"} for i in range(64)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        reward.write_text(REWARD)
         fields: dict[str, Any] = {
             "name": "tiny",
             "model": ModelSpec(path=str(tiny_model)),
@@ -215,6 +216,12 @@ def tiny_recipe(tmp_path: Path, tiny_model: Path) -> Callable[..., Recipe]:
         return Recipe(**(fields | changes))
 
     return make
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path, tiny_recipe_in: Callable[..., Recipe]) -> Callable[..., Recipe]:
+    """`tiny_recipe_in` the test's own folder."""
+    return functools.partial(tiny_recipe_in, tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -240,16 +247,22 @@ def events_of() -> Callable[[str | Path], list[Any]]:
     return read
 
 
-@pytest.fixture
-def hold_after(tmp_path: Path) -> Callable[..., Hold]:
-    """Makes a hold after an update; fields of its `AlgorithmSpec` may be given."""
+@pytest.fixture(scope="session")
+def hold_in() -> Callable[..., Hold]:
+    """Makes a hold in a folder, after an update; fields of its `AlgorithmSpec` may be given."""
 
-    def make(update: int, **algorithm: Any) -> Hold:
-        module, gate = tmp_path / "held.py", tmp_path / "released"
+    def make(folder: Path, update: int, **algorithm: Any) -> Hold:
+        module, gate = folder / "held.py", folder / "released"
         module.write_text(HELD_LOSS.format(through=update, gate=str(gate)))
         return Hold(AlgorithmSpec(policy_loss=f"{module}:loss", **algorithm), gate)
 
     return make
+
+
+@pytest.fixture
+def hold_after(tmp_path: Path, hold_in: Callable[..., Hold]) -> Callable[..., Hold]:
+    """`hold_in` the test's own folder."""
+    return functools.partial(hold_in, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,9 @@ def test_without_torch_all_tokens_are_the_same(tiny_model):
     tokenizer = load_tokenizer(spec)
     ids = encoder(tokenizer)([{"role": "user", "content": text}])
     expected = [ids, tokenizer.decode(ids, skip_special_tokens=True), identity(tokenizer), [1]]
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, text, str(tiny_model)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, text, str(tiny_model)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == expected
     assert done.stderr == "", "a warning that torch is missing"

@@ -98,14 +98,14 @@ def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_reci
     assert [set(c.groups) for c in again] == [set(c.groups) for c in lost], "the logged batches come first, in their order"
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("actor", ["generator-0", "store"])
-def test_an_actor_that_hangs_is_replaced(local_ray, tiny_recipe, hold_after, events_of, tmp_path, actor):
+@pytest.mark.timeout(180)
+def test_actors_that_hang_are_replaced(local_ray, tiny_recipe, hold_after, events_of, tmp_path):
     hold = hold_after(20)
-    killer = Killer({2: actor}, hold, signal.SIGSTOP)
+    killer = Killer({2: "generator-0", 5: "store"}, hold, signal.SIGSTOP)
     limits = LimitsSpec(poll_s=0.5, health_timeout_s=10.0)
     result = run(tiny_recipe(algorithm=hold.algorithm, total_steps=30), tmp_path, killer, Deployment(limits=limits))
-    assert (killer.killed, result.restarts, result.steps) == ([actor], {actor: 1}, 30)
+    assert killer.killed == ["generator-0", "store"]
+    assert (result.restarts, result.steps) == ({"generator-0": 1, "store": 1}, 30)
     assert_nothing_lost(events_of(result.run_dir), result)
 
 
