@@ -101,11 +101,24 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         QUICK_GUARD.on = False
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads its options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """All tests, or all of a mark, run in two processes; named ones in one, and whatever `-n` says goes before."""
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
+        return  # one of the two itself
+    if config.args_source is not pytest.Config.ArgsSource.ARGS and config.option.numprocesses is None:
+        config.option.numprocesses, config.option.dist = 2, "loadgroup"
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if is_quick(item):
             item.add_marker("quick")
+        elif config.pluginmanager.hasplugin("xdist"):
+            # One process has the Ray of whole runs, the other SGLang's servers; both turn to quick tests between them.
+            served = "sglang_on_cpu" in getattr(item, "fixturenames", ()) or item.get_closest_marker("server")
+            item.add_marker(pytest.mark.xdist_group("servers" if served else "runs"))
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:
         import torch
