@@ -1,5 +1,9 @@
 """A run from Python with everything switched on, on the tiny model under real Ray."""
 
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from asyncrl import RunResult, launch
@@ -29,8 +33,25 @@ def brief(prompts, completions, answer, **columns):
 """
 
 
+class TorchIn:
+    """Looks at what actors have mapped while they run; `found`: whether torch is among it."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, bool] = {}
+
+    def __call__(self, status: Any, tally: Any) -> None:
+        for name, pid in status.pids.items():
+            with suppress(OSError):  # ended meanwhile
+                self.found[name] = "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
 @pytest.fixture(scope="module")
-def everything(local_ray, tiny_recipe_in, tmp_path_factory) -> RunResult:
+def torch_in() -> TorchIn:
+    return TorchIn()
+
+
+@pytest.fixture(scope="module")
+def everything(local_ray, torch_in, tiny_recipe_in, tmp_path_factory) -> RunResult:
     """Two generators over TCP, minibatches, epochs, KL to the reference, entropy bonus, evaluation of several samples, weighted
     rewards with shaping."""
     folder = tmp_path_factory.mktemp("everything")
@@ -52,7 +73,7 @@ def everything(local_ray, tiny_recipe_in, tmp_path_factory) -> RunResult:
         ),
     )
     deployment = Deployment(generators=GeneratorsSpec(count=2), bus=BusSpec(transport="tcp", bucket_bytes=4096))
-    return launch(recipe, deployment, runs_dir=folder)
+    return launch(recipe, deployment, runs_dir=folder, observe=torch_in)
 
 
 def test_a_run_with_everything_switched_on(everything, metrics_of):
@@ -65,6 +86,12 @@ def test_a_run_with_everything_switched_on(everything, metrics_of):
     assert [line["eval/count"] for line in evals] == [32.0] * len(evals)
     workers = {row["worker"] for row in open_replay(everything.run_dir).rollouts().to_pylist()}
     assert workers <= {"generator-0", "generator-1"}  # one that is up late may find all work done
+
+
+def test_actors_that_compute_nothing_have_no_torch(everything, torch_in):
+    assert torch_in.found["learner"]
+    assert not torch_in.found["reward-0"]
+    assert not torch_in.found["store"]
 
 
 def test_several_weighted_rewards_are_logged_by_name_and_shaped(everything, metrics_of):
