@@ -1,10 +1,12 @@
-"""Shared by whole-run tests: a tiny model and data on disk, and one local Ray for all of them."""
+"""Which tests are quick; and what whole-run tests share: a tiny model and data on disk, and one local Ray for all of them."""
 
+import functools
 import gc
 import importlib.util
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,7 +65,60 @@ class Hold:
         self.gate.touch()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# A test is `quick` unless it stands in tests/runs, is marked so, or uses a fixture that starts a Ray, a server or a training.
+HEAVY_MARKS = ("ray", "server", "gpu")
+HEAVY_FIXTURES = {"local_ray", "sglang_on_cpu", "arithmetic_data"}
+HEAVY_PROGRAMS = ("gcs_server", "raylet", "sglang-cpu-server", "sglang.launch_server")
+
+
+def is_quick(item: Any) -> bool:
+    marked = any(item.get_closest_marker(name) for name in HEAVY_MARKS)
+    return not (marked or item.path.is_relative_to(ROOT / "tests" / "runs") or HEAVY_FIXTURES & set(item.fixturenames))
+
+
+class QuickGuard:
+    """Sees every process that this one starts, as an audit hook (which Python never lets go): the mark `quick` can't lie."""
+
+    on = False
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.on and event == "subprocess.Popen":
+            command = " ".join(map(str, arguments[1]))
+            heavy = [program for program in HEAVY_PROGRAMS if program in command]
+            assert not heavy, f"a quick test starts {heavy[0]}; see HEAVY_MARKS in tests/conftest.py"
+
+
+QUICK_GUARD = QuickGuard()
+sys.addaudithook(QUICK_GUARD)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    QUICK_GUARD.on = item.get_closest_marker("quick") is not None
+    try:
+        return (yield)
+    finally:
+        QUICK_GUARD.on = False
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads its options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """All tests, or all of a mark, run in two processes; named ones in one, and whatever `-n` says goes before."""
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
+        return  # one of the two itself
+    if config.args_source is not pytest.Config.ArgsSource.ARGS and config.option.numprocesses is None:
+        config.option.numprocesses, config.option.dist = 2, "loadgroup"
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_quick(item):
+            item.add_marker("quick")
+        elif config.pluginmanager.hasplugin("xdist"):
+            # One process has the Ray of whole runs, the other SGLang's servers; both turn to quick tests between them.
+            served = "sglang_on_cpu" in getattr(item, "fixturenames", ()) or item.get_closest_marker("server")
+            item.add_marker(pytest.mark.xdist_group("servers" if served else "runs"))
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:
         import torch
@@ -151,15 +206,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, arithmetic: ModuleType)
     return folder
 
 
-@pytest.fixture
-def tiny_recipe(tmp_path: Path, tiny_model: Path) -> Callable[..., Recipe]:
-    """Makes a recipe over 64 prompts that asks for many sevens; fields of `Recipe` may be replaced."""
-    data, reward = tmp_path / "train.jsonl", tmp_path / "sevens.py"
-    rows = [{"prompt": f"{i:02d}+{7 * i % 100:02d}=", "data_source": "sevens", "answer": "7"} for i in range(64)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    reward.write_text(REWARD)
+@pytest.fixture(scope="session")
+def tiny_recipe_in(tiny_model: Path) -> Callable[..., Recipe]:
+    """Makes a recipe in a folder, over 64 prompts, that asks for many sevens; fields of `Recipe` may be replaced."""
 
-    def make(**changes: Any) -> Recipe:
+    def make(folder: Path, **changes: Any) -> Recipe:
+        data, reward = folder / "train.jsonl", folder / "sevens.py"
+        rows = [{"prompt": f"{i:02d}+{7 * i % 100:02d}=", "data_source": "sevens", "answer": "7"} for i in range(64)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        reward.write_text(REWARD)
         fields: dict[str, Any] = {
             "name": "tiny",
             "model": ModelSpec(path=str(tiny_model)),
@@ -174,6 +229,12 @@ def tiny_recipe(tmp_path: Path, tiny_model: Path) -> Callable[..., Recipe]:
         return Recipe(**(fields | changes))
 
     return make
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path, tiny_recipe_in: Callable[..., Recipe]) -> Callable[..., Recipe]:
+    """`tiny_recipe_in` the test's own folder."""
+    return functools.partial(tiny_recipe_in, tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -199,16 +260,22 @@ def events_of() -> Callable[[str | Path], list[Any]]:
     return read
 
 
-@pytest.fixture
-def hold_after(tmp_path: Path) -> Callable[..., Hold]:
-    """Makes a hold after an update; fields of its `AlgorithmSpec` may be given."""
+@pytest.fixture(scope="session")
+def hold_in() -> Callable[..., Hold]:
+    """Makes a hold in a folder, after an update; fields of its `AlgorithmSpec` may be given."""
 
-    def make(update: int, **algorithm: Any) -> Hold:
-        module, gate = tmp_path / "held.py", tmp_path / "released"
+    def make(folder: Path, update: int, **algorithm: Any) -> Hold:
+        module, gate = folder / "held.py", folder / "released"
         module.write_text(HELD_LOSS.format(through=update, gate=str(gate)))
         return Hold(AlgorithmSpec(policy_loss=f"{module}:loss", **algorithm), gate)
 
     return make
+
+
+@pytest.fixture
+def hold_after(tmp_path: Path, hold_in: Callable[..., Hold]) -> Callable[..., Hold]:
+    """`hold_in` the test's own folder."""
+    return functools.partial(hold_in, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,7 @@ def prepare_prompts(recipe: Recipe, paths: RunDir, resuming: bool) -> tuple[int,
 
     resuming: the prompts must be those that the run began with; else DataError.
     """
-    from asyncrl.models.loading import load_tokenizer, stop_token_ids
+    from asyncrl.models.tokenizing import load_tokenizer, stop_token_ids
     from asyncrl.prompts.dataset import prepare
     from asyncrl.prompts.encoding import encoder, identity
 
@@ -187,13 +187,14 @@ def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") ->
 
 
 def _reward(name: str, plan: RunPlan, store: "ReplayClient") -> Built:
-    from asyncrl.models.loading import load_tokenizer
+    from asyncrl.models.tokenizing import load_tokenizer, tokenize_only
     from asyncrl.prompts.dataset import PromptFile
     from asyncrl.reward.pool import RewardPool
     from asyncrl.reward.shaping import shape
     from asyncrl.reward.worker import RewardWorker
 
     recipe, spec, rewards = plan.recipe, plan.recipe.reward, plan.deployment.rewards
+    tokenize_only(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     used = ("train", "eval") if recipe.evaluation.files else ("train",)
     prompts = {purpose: PromptFile(plan.paths.data / f"{purpose}.arrow") for purpose in used}
@@ -217,7 +218,8 @@ def _learner(plan: RunPlan, store: "ReplayClient") -> Built:
     from asyncrl.learn.build import policy_trainer
     from asyncrl.learn.checkpoint import Checkpoints
     from asyncrl.learn.learner import Learner
-    from asyncrl.models.loading import load_tokenizer, use_threads
+    from asyncrl.models.loading import use_threads
+    from asyncrl.models.tokenizing import load_tokenizer
     from asyncrl.weights.publisher import WeightPublisher
 
     use_threads(plan.deployment.learner.place.threads)

@@ -173,7 +173,7 @@ def _rows(data: DataSpec, tokenizer: "PreTrainedTokenizerBase", limit: int | Non
 def _sampling(
     args: argparse.Namespace, policy: Policy, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", longest: int
 ) -> Sampling:
-    from asyncrl.models.loading import stop_token_ids
+    from asyncrl.models.tokenizing import stop_token_ids
 
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or sys.maxsize
     room = positions - longest

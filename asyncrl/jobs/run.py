@@ -56,7 +56,11 @@ def _launch(recipe: Recipe, deployment: Deployment, args: argparse.Namespace) ->
     # Ray tells of every death in a paragraph of guesses; the supervisor has a line. Read when ray is imported.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed")
     from asyncrl.api import launch
+    from asyncrl.models.tokenizing import tokenize_only
     from asyncrl.report.progress import Progress, Snapshot
+
+    if not recipe.prepare:  # which may compute
+        tokenize_only(recipe.model)
 
     began = time.monotonic()
     progress = Progress()

@@ -174,8 +174,8 @@ def _reader(
     spec: SFTSpec, policy: Policy, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
 ) -> Callable[[Sequence[str]], "tuple[list[TokenSequence], int]"]:
     """Makes files into sequences, and the number of those that were too long."""
-    from asyncrl.models.loading import stop_token_ids
     from asyncrl.models.packed import TokenSequence
+    from asyncrl.models.tokenizing import stop_token_ids
     from asyncrl.prompts.demonstrations import read_demonstrations
 
     config = model.config.get_text_config(decoder=True)

@@ -58,7 +58,8 @@ def locate(name: str, tokenizer: str = "", dtype: str = "") -> Policy:
 
 def load(policy: Policy, device: str = "cpu") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The model in eval mode and its tokenizer. Raises ConfigError or CheckpointError naming what could not be loaded."""
-    from asyncrl.models.loading import load_model, load_tokenizer, load_weights
+    from asyncrl.models.loading import load_model, load_weights
+    from asyncrl.models.tokenizing import load_tokenizer
 
     tokenizer = load_tokenizer(policy.spec)
     if policy.checkpoint is None:

@@ -1,17 +1,10 @@
-"""Hugging Face models and tokenizers in, weights by name, Hugging Face folders out."""
+"""Hugging Face models in, weights by name, Hugging Face folders out."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from asyncrl.config import ModelSpec
 from asyncrl.errors import CheckpointError, ConfigError
@@ -46,26 +39,6 @@ def context(spec: ModelSpec) -> tuple[int, int | None]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={spec.path!r}: no configuration could be loaded: {error}") from error
     return config.vocab_size, getattr(config, "max_position_embeddings", None)
-
-
-def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, or the one named by `spec.tokenizer`."""
-    path = spec.tokenizer or spec.path
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.tokenizer={path!r}: no tokenizer could be loaded: {error}") from error
-
-
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> tuple[int, ...]:
-    """Tokens that end a response: the tokenizer's end of sequence and those of the model's generation settings, rising."""
-    try:
-        settings = GenerationConfig.from_pretrained(spec.path)
-    except OSError:  # many models have no such file; the configuration says it then
-        settings = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
-    of_model = getattr(settings, "eos_token_id", None)
-    ids = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
-    return tuple(sorted(token for token in ids if token is not None))
 
 
 def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -10,8 +10,9 @@ from asyncrl.generate.generator import Generator
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.learner import Learner
 from asyncrl.learn.trainer import PolicyTrainer
-from asyncrl.models.loading import load_model, load_tokenizer
+from asyncrl.models.loading import load_model
 from asyncrl.models.packed import PackedModel
+from asyncrl.models.tokenizing import load_tokenizer
 from asyncrl.prompts.dataset import PromptFile, prepare
 from asyncrl.prompts.encoding import encoder, identity
 from asyncrl.replay.client import ReplayClient

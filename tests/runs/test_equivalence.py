@@ -9,8 +9,9 @@ from asyncrl import Trainer
 from asyncrl.config import Deployment, EngineSpec, GeneratorsSpec, LearnerSpec, StalenessSpec
 from asyncrl.generate.embedded.engine import TorchEngine
 from asyncrl.learn.trainer import PolicyTrainer
-from asyncrl.models.loading import load_model, load_tokenizer, named_weights
+from asyncrl.models.loading import load_model, named_weights
 from asyncrl.models.packed import PackedModel
+from asyncrl.models.tokenizing import load_tokenizer
 from asyncrl.prompts.dataset import PromptFile
 from asyncrl.replay import open as open_replay
 from asyncrl.replay.plan import PromptOrder, ticket_seed

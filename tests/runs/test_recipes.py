@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from asyncrl import RunResult, launch
 from asyncrl.cli import main
@@ -74,22 +75,31 @@ def run_recipe(name: str, runs_dir: Path, *overrides: str) -> RunResult:
 
 @pytest.fixture(scope="module")
 def arithmetic_run(local_ray, arithmetic_data, tmp_path_factory) -> RunResult:
-    """One seed, 60 of the 200 updates, from a warm policy that is there already."""
+    """One seed, 40 of the 200 updates, from a warm policy that is there already."""
     runs = tmp_path_factory.mktemp("runs")
     shutil.copytree(arithmetic_data, runs / "arithmetic" / "data")
-    return run_recipe("arithmetic", runs, "total_steps=60")
+    return run_recipe("arithmetic", runs, "total_steps=40", "evaluation.freq=20")
+
+
+@pytest.fixture(scope="module")
+def ppo_run(local_ray, arithmetic_data, tmp_path_factory) -> RunResult:
+    """The beginning of the recipe, from the same warm policy; the critic learns alone for two updates."""
+    runs = tmp_path_factory.mktemp("runs")
+    shutil.copytree(arithmetic_data, runs / "arithmetic_ppo" / "data")
+    overrides = ["total_steps=18", "critic.critic_warmup=2", "learner.warmup_steps=6"]
+    return run_recipe("arithmetic_ppo", runs, *overrides, "checkpoint.save_freq=2", "checkpoint.keep_last_n=20")
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(400)
 def test_arithmetic_learns(arithmetic_run, arithmetic_data, metrics_of):
-    """Held-out exact match from at most 0.5 to at least 0.8."""
+    """Held-out exact match from at most 0.5 to at least 0.7."""
     result = arithmetic_run
-    assert result.steps == 60
+    assert result.steps == 40
     assert result.first_score is not None
     assert result.first_score <= 0.5
     assert result.last_score is not None
-    assert result.last_score >= 0.8
+    assert result.last_score >= 0.7
     assert result.max_trained_lag <= 4
     assert result.restarts == {}
     assert result.samples == result.trained * 8
@@ -101,25 +111,37 @@ def test_arithmetic_learns(arithmetic_run, arithmetic_data, metrics_of):
         "reward_model",
         "extra_info",
     ]
-    assert [line["step"] for line in metrics_of(run, "step")] == list(range(1, 61))
+    assert [line["step"] for line in metrics_of(run, "step")] == list(range(1, 41))
     evaluated = [line["step"] for line in metrics_of(run, "eval")]
-    assert (evaluated[0], evaluated[-1], len(evaluated)) == (0, 60, 4)
+    assert (evaluated[0], evaluated[-1], len(evaluated)) == (0, 40, 3)
     # a generator that never held the very version asked for is evaluated at the next one it takes
-    assert all(0 <= step - due <= 4 for step, due in zip(evaluated, [0, 25, 50, 60], strict=True))
+    assert all(0 <= step - due <= 4 for step, due in zip(evaluated, [0, 20, 40], strict=True))
     made, found = (folder / "warm" / "made.json" for folder in (arithmetic_data, run / "data"))
     assert found.stat().st_mtime_ns == made.stat().st_mtime_ns, "the warm-up was done again"
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(400)
-def test_arithmetic_ppo_learns(arithmetic_run, arithmetic_data, metrics_of, tmp_path):
-    """The beginning of the recipe, from the same warm policy: the critic learns returns, and the policy improves."""
-    shutil.copytree(arithmetic_data, tmp_path / "arithmetic_ppo" / "data")
-    overrides = ["total_steps=18", "critic.critic_warmup=2", "learner.warmup_steps=6"]
-    result = run_recipe("arithmetic_ppo", tmp_path, *overrides)
-    assert result.first_score == pytest.approx(arithmetic_run.first_score, abs=0.01)  # batched differently
-    assert result.last_score >= result.first_score + 0.15
-    steps = metrics_of(result.run_dir, "step")
+def test_arithmetic_ppo_learns(arithmetic_run, ppo_run, metrics_of):
+    """The critic learns returns, and the policy improves."""
+    assert ppo_run.first_score == pytest.approx(arithmetic_run.first_score, abs=0.01)  # batched differently
+    assert ppo_run.last_score >= ppo_run.first_score + 0.15
+    steps = metrics_of(ppo_run.run_dir, "step")
     assert [line["actor/optimizer_steps"] for line in steps] == [0.0] * 2 + [4.0] * 16
     assert {line["critic/optimizer_steps"] for line in steps} == {4.0}
     assert steps[0]["critic/vf_loss"] > steps[-1]["critic/vf_loss"]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_a_critic_learns_alone_first_and_is_in_every_checkpoint(ppo_run, metrics_of):
+    run = RunDir(ppo_run.run_dir)
+    steps = metrics_of(run.path, "step")
+    assert steps[0]["critic/values_mean"] == 0.0 != steps[1]["critic/values_mean"]
+    assert "actor/reward_kl_penalty" in steps[3]
+    start, warm, end = (load_file(run.checkpoint(update) / "policy" / "model.safetensors") for update in (0, 2, 18))
+    assert all(tensor.equal(warm[name]) for name, tensor in start.items())
+    assert any(not tensor.equal(end[name]) for name, tensor in start.items())
+    heads = [load_file(run.checkpoint(update) / "critic" / "model.safetensors") for update in (0, 2, 18)]
+    assert heads[0]["lm_head.weight"].abs().max() == 0.0
+    assert not heads[1]["lm_head.weight"].equal(heads[2]["lm_head.weight"])

@@ -4,24 +4,18 @@ earn rewards of their own."""
 import os
 import signal
 from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from asyncrl import Trainer, launch
-from asyncrl.config import (
-    AlgorithmSpec,
-    CheckpointSpec,
-    Deployment,
-    EngineSpec,
-    GeneratorsSpec,
-    LearnerSpec,
-    LimitsSpec,
-    RewardSpec,
-)
+from asyncrl.config import CheckpointSpec, Deployment, EngineSpec, GeneratorsSpec, LimitsSpec, Recipe, RewardSpec
 from asyncrl.errors import ConfigError
 from asyncrl.replay import open as open_replay
 from asyncrl.replay.log import events as ev
+from asyncrl.rundir import RunDir
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -32,53 +26,27 @@ def compute_score(data_source, solution_str, ground_truth, *, response_ids, turn
 """
 
 
-def test_a_run_with_baselines(local_ray, tiny_recipe, tmp_path):
-    """The group of 4 + 1 fits the 5 slots exactly."""
-    remax, learner = AlgorithmSpec(adv_estimator="remax"), LearnerSpec(batch_groups=4, lr=1e-2)
-    recipe = tiny_recipe(algorithm=remax, learner=learner, total_steps=5)
-    deployment = Deployment(generators=GeneratorsSpec(engine=EngineSpec(slots=5, max_length=40)))
-    metrics: dict[int, dict[str, float]] = {}
-
-    def watch(status: Any, tally: Any) -> None:
-        metrics.update({r.version.update: r.metrics for r in (status.store.records if status.store else ())})
-
-    with Trainer(recipe, deployment, runs_dir=tmp_path, observe=watch) as trainer:
-        trainer.fit()
-        result = trainer.finish()
-    assert (result.steps, result.trained, result.samples) == (5, 20, 5 * 4 * 4)
-
-    groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for row in open_replay(result.run_dir).rollouts().to_pylist():
-        if row["outcome"] == "trained":
-            groups[row["trained_update"], row["group"]].append(row)
-    earned = defaultdict(list)
-    for (update, _), rows in groups.items():
-        assert sorted((row["rollout"], row["baseline"]) for row in rows) == [*((i, False) for i in range(4)), (4, True)]
-        earned[update] += [row["reward"] for row in rows if row["baseline"]]
-        (greedy,) = (row for row in rows if row["baseline"])
-        assert set(greedy["logprobs"]) == {0.0}  # a point mass
-    for update, told in metrics.items():
-        assert told["reward/baseline"] == pytest.approx(sum(earned[update]) / 4)
-        assert told["training/rollouts"] == told["samples"] == 16
-        assert told["staleness/lag_max"] <= 4
-
-    with pytest.raises(ConfigError, match="baseline per group"):
-        launch(tiny_recipe(total_steps=6), runs_dir=tmp_path, resume=True)
-
-
-def test_baselines_and_token_rewards_survive_a_killed_store_and_learner(
-    local_ray, tiny_recipe, hold_after, events_of, tmp_path
-):
-    """What is retrained from the log after the kills has the figures that it had before."""
-    (tmp_path / "turns.py").write_text(TURNS)
-    hold = hold_after(45, adv_estimator="remax")
-    recipe = tiny_recipe(
+@pytest.fixture(scope="module")
+def killed(
+    local_ray: None,
+    tiny_recipe_in: Callable[..., Recipe],
+    hold_in: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> RunDir:
+    """A run whose store and learner are killed. The group of 4 + 1 fits the 5 slots exactly."""
+    folder = tmp_path_factory.mktemp("remax")
+    (folder / "turns.py").write_text(TURNS)
+    hold = hold_in(folder, 25, adv_estimator="remax")
+    recipe = tiny_recipe_in(
+        folder,
         algorithm=hold.algorithm,
-        reward=RewardSpec(function=f"{tmp_path}/turns.py:compute_score"),
+        reward=RewardSpec(function=f"{folder}/turns.py:compute_score"),
         checkpoint=CheckpointSpec(save_freq=1000),
-        total_steps=60,
+        total_steps=35,
     )
-    due = {5: "store", 20: "learner"}
+    engine = EngineSpec(slots=5, max_length=40)
+    deployment = Deployment(generators=GeneratorsSpec(engine=engine), limits=LimitsSpec(poll_s=0.5))
+    due = {5: "store", 12: "learner"}
 
     def kill(status: Any, tally: Any) -> None:
         for update in [u for u in due if tally.committed >= u and due[u] in status.pids]:
@@ -86,20 +54,51 @@ def test_baselines_and_token_rewards_survive_a_killed_store_and_learner(
         if not due:
             hold.release()
 
-    with Trainer(recipe, Deployment(limits=LimitsSpec(poll_s=0.5)), runs_dir=tmp_path, observe=kill) as trainer:
+    with Trainer(recipe, deployment, runs_dir=folder, observe=kill) as trainer:
         trainer.fit()
         result = trainer.finish()
     assert result.restarts == {"store": 1, "learner": 1}
-    log = open_replay(result.run_dir)
-    commits = {e.version: e for e in events_of(result.run_dir) if isinstance(e, ev.BatchCommitted)}
+    assert (result.steps, result.trained, result.samples) == (35, 35 * 4, 35 * 4 * 4)
+    return trainer.paths
+
+
+def test_a_run_with_baselines(killed: RunDir, events_of: Callable[[Path], list[Any]]) -> None:
+    metrics = {e.version.update: e.metrics for e in events_of(killed.path) if isinstance(e, ev.BatchCommitted)}  # the newest
+    assert sorted(metrics) == list(range(1, 36))
+    groups: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in open_replay(killed.path).rollouts().to_pylist():
+        if row["outcome"] == "trained":
+            groups[row["trained_update"], row["group"]].append(row)
+    earned = defaultdict(list)
+    for (update, _), rows in groups.items():
+        assert sorted((row["rollout"], row["baseline"]) for row in rows) == [*((i, False) for i in range(4)), (4, True)]
+        (greedy,) = (row for row in rows if row["baseline"])
+        earned[update].append(greedy["reward"] + sum(greedy["token_rewards"]))
+        assert set(greedy["logprobs"]) == {0.0}  # a point mass
+    for update, told in metrics.items():
+        assert told["reward/baseline"] == pytest.approx(sum(earned[update]) / 4)
+        assert told["training/rollouts"] == told["samples"] == 16
+        assert told["staleness/lag_max"] <= 4
+
+
+def test_resuming_without_baselines_is_refused(killed: RunDir, tiny_recipe_in: Callable[..., Recipe]) -> None:
+    with pytest.raises(ConfigError, match="baseline per group"):
+        launch(tiny_recipe_in(killed.path.parent, total_steps=40), runs_dir=killed.path.parent, resume=True)
+
+
+def test_baselines_and_token_rewards_survive_a_killed_store_and_learner(
+    killed: RunDir, events_of: Callable[[Path], list[Any]]
+) -> None:
+    """What is retrained from the log after the kills has the figures that it had before."""
+    commits = {e.version: e for e in events_of(killed.path) if isinstance(e, ev.BatchCommitted)}
     lost = {v.update: e for v, e in commits.items() if v.incarnation == 1}
     again = [(lost[v.update], e) for v, e in commits.items() if v.incarnation == 2 and v.update in lost]
-    assert len(again) >= 20
+    assert len(again) >= 12
     for first, second in again:
         assert first.groups == second.groups
         for name in ("reward/mean", "reward/token_sum", "reward/baseline", "samples"):
             assert first.metrics[name] == second.metrics[name], name
-    for row in log.rollouts().to_pylist():
+    for row in open_replay(killed.path).rollouts().to_pylist():
         if row["status"] == "ok":
             expected = [(token == 9) / 3 for token in row["response_ids"]]
             expected[-1] += 0.1

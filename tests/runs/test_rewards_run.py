@@ -1,4 +1,4 @@
-"""Whole runs over users' reward functions: several of them, and one that raises."""
+"""A whole run over a user's reward function that raises; several of them are in tests/test_api.py."""
 
 from pathlib import Path
 
@@ -7,21 +7,12 @@ import pytest
 from asyncrl import launch
 from asyncrl.types import RunStatus
 from asyncrl.config import RewardSpec
-from asyncrl.config.load import override
 from asyncrl.replay import open as open_replay
 from asyncrl.report.summary import RunSummary
 
 pytestmark = pytest.mark.ray
 
 REWARDS = """
-def sevens(data_source, solution_str, ground_truth, extra_info=None):
-    return solution_str.count(ground_truth) / 6
-
-def brief(prompts, completions, answer, **columns):
-    # TRL's convention; it does not apply to half of the rows
-    assert prompts[0] and answer[0] == columns["ground_truth"][0]
-    return [None if int(prompts[0][:2]) % 2 else 1.0 - len(completions[0]) / 6]
-
 def fails_on_odd(data_source, solution_str, ground_truth, extra_info=None):
     print("not for the driver's output")
     if len(solution_str) % 2:
@@ -35,20 +26,6 @@ def rewards(tmp_path: Path) -> Path:
     path = tmp_path / "rewards.py"
     path.write_text(REWARDS)
     return path
-
-
-def test_several_weighted_rewards_are_logged_by_name_and_shaped(local_ray, tiny_recipe, rewards, metrics_of, tmp_path):
-    terms = f"[{{function: '{rewards}:sevens', name: '7', weight: 2}}, {{function: '{rewards}:brief', weight: 0.5}}]"
-    shaping = ["reward.shaping.overlong_buffer=3", "reward.shaping.overlong_penalty=0.5", "reward.shaping.clip=[-0.25,1.5]"]
-    recipe = override(tiny_recipe(total_steps=2), ["reward.function=", f"reward.functions={terms}", *shaping])
-    run = Path(launch(recipe, runs_dir=tmp_path).run_dir)
-    lines = metrics_of(run, "step")
-    assert len(lines) == 2
-    for line in lines:
-        assert {"reward/7", "reward/unshaped", "reward/overlong_penalty"} <= line.keys()
-        assert 0 <= line["reward/brief"] <= 1
-        assert -0.5 <= line["reward/overlong_penalty"] <= 0
-        assert -0.25 <= line["reward/mean"] <= 1.5
 
 
 def test_samples_whose_reward_fails_are_counted_and_never_trained(

@@ -1,0 +1,25 @@
+"""What is marked `quick` can start neither Ray nor a server."""
+
+import subprocess
+
+import pytest
+
+
+def test_a_quick_test_that_starts_ray_fails(request):
+    import ray
+
+    assert request.node.get_closest_marker("quick")
+    with pytest.raises(AssertionError, match="a quick test starts gcs_server"):
+        ray.init(address="local", num_cpus=1, include_dashboard=False)
+    assert not ray.is_initialized()
+
+
+def test_a_quick_test_that_starts_a_server_fails():
+    with pytest.raises(AssertionError, match="a quick test starts sglang-cpu-server"):
+        subprocess.Popen(["sglang-cpu-server", "--port", "1"])
+
+
+@pytest.mark.server
+def test_any_other_may(request):
+    assert not request.node.get_closest_marker("quick")
+    assert subprocess.run(["sh", "-c", "true sglang-cpu-server"], check=False).returncode == 0
