@@ -255,12 +255,12 @@ class EvalResult(Struct, frozen=True, kw_only=True):
 class Counts(Struct, frozen=True, kw_only=True):
     """The store's ledger of training groups. reserved = trained + filtered + evicted + failed + pending, always."""
 
-    reserved: int
-    trained: int
-    filtered: int
-    evicted: int
-    failed: int
-    pending: int
+    reserved: int = 0
+    trained: int = 0
+    filtered: int = 0
+    evicted: int = 0
+    failed: int = 0
+    pending: int = 0
 
 
 class Record(Struct, frozen=True, kw_only=True):
@@ -309,15 +309,6 @@ class Report(Struct, frozen=True, kw_only=True):
     role: str
     seconds: dict[str, float]
     gauges: dict[str, float]
-
-
-class RunStatus(Struct, frozen=True, kw_only=True):
-    """What an observer is told at every tick. `store` holds only records that no earlier status held."""
-
-    store: StoreReport | None
-    reports: tuple[Report, ...]
-    restarts: dict[str, int]
-    pids: dict[str, int]
 
 
 def derive_seed(*parts: int) -> int:

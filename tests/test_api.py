@@ -88,9 +88,7 @@ def test_resuming_asks_for_the_same_groups_and_a_new_run_sets_the_old_aside(loca
 
 def test_a_learner_that_dies_between_two_fits_is_replaced(local_ray, tiny_recipe, tmp_path):
     pids = {}
-    with Trainer(
-        tiny_recipe(total_steps=20), runs_dir=tmp_path, observe=lambda status, tally: pids.update(status.pids)
-    ) as trainer:
+    with Trainer(tiny_recipe(total_steps=20), runs_dir=tmp_path, observe=lambda run: pids.update(run.pids)) as trainer:
         trainer.fit(3)
         os.kill(pids["learner"], signal.SIGKILL)
         result = trainer.fit(3)

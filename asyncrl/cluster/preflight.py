@@ -19,11 +19,11 @@ from asyncrl.rundir import RunDir
 Check = Callable[[], str]  # a line of the plan; raises ConfigError or DataError
 
 
-def check(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> list[str]:
+def check_run(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> list[str]:
     """The plan of a run as lines of text. Raises ConfigError or DataError naming every problem found.
 
     recipe: after `paths.resolve_paths`. Files inside the run directory are taken to be made by `recipe.prepare`, if it
-    has one. The staleness algebra and divisibility were checked when the recipe was made (asyncrl.config).
+    has one. The staleness constraints and divisibility were checked when the recipe was made (asyncrl.config).
     """
     plan: list[str] = []
     problems: list[ConfigError | DataError] = []

@@ -32,11 +32,13 @@ OPTIONAL = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def doctor_job(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `asyncrl doctor`, and sets what runs."""
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.set_defaults(job=_doctor)
 
 
-def main(args: argparse.Namespace) -> int:
+def _doctor(args: argparse.Namespace) -> int:
     findings = examine()
     healthy = all(finding.status == "ok" for finding in findings if finding.required)
     if args.json:

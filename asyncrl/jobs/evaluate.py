@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _RESPONSE_LENGTH = 1024  # where neither the command nor a run's recipe says
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def eval_job(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `asyncrl eval`, and sets what runs."""
     parser.add_argument(
         "model", metavar="MODEL_OR_CHECKPOINT", help="Hugging Face id or folder, runs/NAME, or …/checkpoints/step_N"
     )
@@ -63,9 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{key.replace('_', '-')}", metavar="KEY", help="as data.{key} of a recipe (default: the run's, or verl's)"
         )
+    parser.set_defaults(job=_eval)
 
 
-def main(args: argparse.Namespace) -> int:
+def _eval(args: argparse.Namespace) -> int:
     """Whatever can be known to fail does so before a model is loaded.
 
     The line on standard output, and the samples, are the same each time: seeds fix the responses, batches the rounding.

@@ -44,7 +44,8 @@ class SFTResult(Struct, frozen=True, kw_only=True):
     last_heldout_loss: float | None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def sft_job(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `asyncrl sft`, and sets what runs."""
     parser.add_argument(
         "model", metavar="MODEL_OR_CHECKPOINT", help="Hugging Face id or folder, runs/NAME, or …/checkpoints/step_N"
     )
@@ -56,9 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="a.b=c", help="fields of asyncrl.config.sft.SFTSpec, e.g. lr=1e-5 epochs=2"
     )
+    parser.set_defaults(job=_sft)
 
 
-def main(args: argparse.Namespace) -> int:
+def _sft(args: argparse.Namespace) -> int:
     """Standard output gets one line of JSON at the end; everything else goes to standard error."""
     from asyncrl.config.load import override
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 
 from asyncrl.config import DataSpec, EvaluationSpec, ModelSpec, Recipe, RewardSpec, RewardTerm, SamplingSpec, ShapingSpec
 from asyncrl.errors import ConfigError, DataError
-from asyncrl.jobs.evaluate import add_arguments, main
+from asyncrl.jobs.evaluate import eval_job
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.rundir import RunDir
 from asyncrl.types import Version
@@ -78,8 +78,9 @@ def reward(tmp_path):
 
 def evaluate(*argv):
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return main(parser.parse_args([*map(str, argv), "--reward-processes", "1", "--device", "cpu"]))
+    eval_job(parser)
+    args = parser.parse_args([*map(str, argv), "--reward-processes", "1", "--device", "cpu"])
+    return args.job(args)
 
 
 def test_one_json_line_and_every_sample_on_disk(model, data, reward, tmp_path, capsys):

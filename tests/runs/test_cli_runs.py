@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from asyncrl.cluster.wiring import run_id
 from asyncrl.generate.sglang.process import free_port
 from asyncrl.rundir import RunDir
 from asyncrl.weights import shm
@@ -163,7 +162,7 @@ def steps(run: RunDir) -> list[int]:
 
 
 def shared_files(run: RunDir) -> list[Path]:
-    return list(shm.default_folder().glob(f"asyncrl-{run_id(run)}-*"))
+    return list(shm.default_folder().glob(f"asyncrl-{run.run_id}-*"))
 
 
 @pytest.fixture(scope="module")

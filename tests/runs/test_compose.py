@@ -43,7 +43,9 @@ def test_stages_composed_by_hand(tiny_recipe, tmp_path, estimator, n):
     source = Source(prompts=PromptFile(run.data / "train.arrow"), sampling=sampling)
     algorithm = AlgorithmSpec(adv_estimator=estimator)
     grouping = Grouping(n=n, min_valid=min(n, 2), max_attempts=3, keep=keep_all, baseline=algorithm.wants_baseline)
-    store = LocalTransport(ReplayStore(StorePlan(rule=rule, source=source, grouping=grouping), LogSettings(folder=str(run.replay))))
+    store = LocalTransport(
+        ReplayStore(StorePlan(rule=rule, source=source, grouping=grouping), LogSettings(folder=str(run.replay)))
+    )
 
     trainer = PolicyTrainer(
         PackedModel(load_model(model)),

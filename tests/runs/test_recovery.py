@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from asyncrl import Trainer
-from asyncrl.types import RunStatus
 from asyncrl.config import CheckpointSpec, Deployment, LearnerSpec, LimitsSpec, StalenessSpec
 from asyncrl.replay.log import events as ev
 from asyncrl.report.summary import RunSummary
@@ -28,13 +27,13 @@ class Killer:
         self._victim = 0
         self.killed: list[str] = []
 
-    def __call__(self, status: RunStatus, tally: RunSummary) -> None:
-        if self.killed and status.pids.get(self.killed[-1], self._victim) == self._victim:
+    def __call__(self, run: RunSummary) -> None:
+        if self.killed and run.pids.get(self.killed[-1], self._victim) == self._victim:
             return  # one at a time: the last victim's successor is not up yet
-        due = [update for update in sorted(self._plan) if tally.committed >= update]
-        if due and (name := self._plan[due[0]]) in status.pids:
+        due = [update for update in sorted(self._plan) if run.committed >= update]
+        if due and (name := self._plan[due[0]]) in run.pids:
             del self._plan[due[0]]
-            self._victim = status.pids[name]
+            self._victim = run.pids[name]
             os.kill(self._victim, self._what)
             self.killed.append(name)
             if not self._plan:

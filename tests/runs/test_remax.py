@@ -39,8 +39,8 @@ def test_a_run_with_baselines(local_ray, tiny_recipe, tmp_path):
     deployment = Deployment(generators=GeneratorsSpec(engine=EngineSpec(slots=5, max_length=40)))
     metrics: dict[int, dict[str, float]] = {}
 
-    def watch(status: Any, tally: Any) -> None:
-        metrics.update({r.version.update: r.metrics for r in (status.store.records if status.store else ())})
+    def watch(run: Any) -> None:
+        metrics.update({update: record.metrics for update, record in run.steps.items()})
 
     with Trainer(recipe, deployment, runs_dir=tmp_path, observe=watch) as trainer:
         trainer.fit()
@@ -80,9 +80,9 @@ def test_baselines_and_token_rewards_survive_a_killed_store_and_learner(
     )
     due = {5: "store", 20: "learner"}
 
-    def kill(status: Any, tally: Any) -> None:
-        for update in [u for u in due if tally.committed >= u and due[u] in status.pids]:
-            os.kill(status.pids[due.pop(update)], signal.SIGKILL)
+    def kill(run: Any) -> None:
+        for update in [u for u in due if run.committed >= u and due[u] in run.pids]:
+            os.kill(run.pids[due.pop(update)], signal.SIGKILL)
         if not due:
             hold.release()
 
