@@ -242,14 +242,15 @@ class Fence(Struct, frozen=True, kw_only=True):
 
 
 class EvalResult(Struct, frozen=True, kw_only=True):
-    """Mean held-out score of one pinned version. `invalid` rollouts count as 0 in the mean and are reported."""
+    """Mean held-out score of one pinned version. Rollouts without a verdict count as 0 in the means."""
 
     version: Version
     score: float
-    count: int
-    invalid: int
-    by_source: dict[str, float]
-    mean_length: float
+    count: int  # rollouts
+    invalid: int  # of them, those whose reward function failed
+    by_source: dict[str, float]  # mean score by data source
+    mean_length: float  # response tokens
+    timeout: int = 0  # of them, those whose reward function took too long
 
 
 class Counts(Struct, frozen=True, kw_only=True):

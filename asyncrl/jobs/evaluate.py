@@ -15,7 +15,7 @@ import msgspec
 from asyncrl.config import DataSpec, RewardTerm
 from asyncrl.config.callables import check_callable
 from asyncrl.errors import ConfigError, DataError
-from asyncrl.jobs.statistics import Answer, summary, write_samples
+from asyncrl.jobs.statistics import Answer, eval_summary, write_samples
 from asyncrl.learn.policies import Policy, load, locate
 from asyncrl.types import Generation, GenerationRequest, Prompt, Sampling, Version, derive_seed
 
@@ -83,7 +83,7 @@ def _eval(args: argparse.Namespace) -> int:
     answers = _evaluate(args, policy, data, terms)
     if args.out is not None:
         write_samples(args.out, answers)
-    figures = summary(answers, _ks(args.k, args.n), args.pass_score)
+    figures = eval_summary(answers, _ks(args.k, args.n), args.pass_score)
     report = {"model": args.model, "data": list(data.files), **figures, "n": args.n, "temperature": args.temperature}
     print(json.dumps({**report, "seed": args.seed}))
     print(f"{len(answers)} samples in {time.monotonic() - began:.1f} s", file=sys.stderr)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Struct
 
+from asyncrl.report.scores import Scored, mean_scores
 from asyncrl.rundir import atomic_file
-from asyncrl.types import Generation, Prompt
+from asyncrl.types import Generation, Prompt, Version
 
 if TYPE_CHECKING:
     from asyncrl.reward.results import Verdict
@@ -138,27 +139,32 @@ class Answer(Struct, frozen=True, kw_only=True):
         return self.response.strip() if self.verdict.answer is None else self.verdict.answer
 
 
-def summary(answers: Sequence[Answer], ks: Sequence[int] = (1,), pass_score: float = 1.0) -> dict[str, Any]:
-    """Mean score over all samples; `invalid` and `timeout` ones count as 0 in it, and are reported. mean_length: tokens.
+def eval_summary(answers: Sequence[Answer], ks: Sequence[int] = (1,), pass_score: float = 1.0) -> dict[str, Any]:
+    """What an evaluation in a run reports too (asyncrl/report/scores.py), over all samples; and `estimates`: mean score, pass@k
+    and maj@k with 95% intervals over prompts, overall and by data source.
 
-    estimates: mean score, pass@k and maj@k with 95% intervals over prompts (jobs/statistics.py), overall and by data source.
     answers: equally many per prompt, those of a prompt together. A response passes with a score of `pass_score` or more.
     """
     groups = [list(group) for _, group in groupby(answers, key=lambda answer: answer.prompt.row)]
     by_source: dict[str, list[list[Answer]]] = {}
     for group in groups:
         by_source.setdefault(group[0].prompt.data_source, []).append(group)
-    estimates = {source: _estimates(of, ks, pass_score) for source, of in sorted(by_source.items())}
-    overall = _estimates(groups, ks, pass_score)
+    means = mean_scores(
+        Version(0, 0), [Scored(a.prompt.data_source, a.score, a.verdict.status, len(a.generation.token_ids)) for a in answers]
+    )
+    estimates = {
+        "overall": _estimates(groups, ks, pass_score),
+        "by_source": {source: _estimates(of, ks, pass_score) for source, of in sorted(by_source.items())},
+    }
     return {
         "prompts": len(groups),
-        "samples": len(answers),
-        "score": overall["score"].mean,
-        "by_source": {source: figures["score"].mean for source, figures in estimates.items()},
-        "invalid": sum(answer.verdict.status == "invalid" for answer in answers),
-        "timeout": sum(answer.verdict.status == "timeout" for answer in answers),
-        "mean_length": sum(len(answer.generation.token_ids) for answer in answers) / len(answers),
-        "estimates": msgspec.to_builtins({"overall": overall, "by_source": estimates}),
+        "samples": means.count,
+        "score": means.score,
+        "by_source": means.by_source,
+        "invalid": means.invalid,
+        "timeout": means.timeout,
+        "mean_length": means.mean_length,
+        "estimates": msgspec.to_builtins(estimates),
     }
 
 
