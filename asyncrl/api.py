@@ -126,17 +126,17 @@ class Trainer:
 
     def _start(self, resume_at: int | None, stop_token_ids: tuple[int, ...]) -> "Supervisor":
         # Here, as Ray takes a second to import, and a mistake is told before.
-        from asyncrl.cluster.session import RaySession
+        from asyncrl.cluster.session import ray_session
         from asyncrl.cluster.supervisor import Supervisor
 
         log.info("starting the actors")
-        session = self._resources.enter_context(RaySession(self._deployment))
+        loopback = self._resources.enter_context(ray_session(self._deployment))
         plan = RunPlan(
             recipe=self._recipe,
             deployment=self._deployment,
             run_dir=str(self.paths.path),
             started=time.time_ns(),
-            loopback=session.loopback,
+            loopback=loopback,
             resume_at=resume_at,
             stop_token_ids=stop_token_ids,
         )

@@ -17,6 +17,9 @@ from asyncrl.config.callables import check_callable
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.jobs.statistics import Answer, eval_summary, write_samples
 from asyncrl.learn.policies import Policy, load, locate
+from asyncrl.prompts.dataset import as_prompt, as_record
+from asyncrl.prompts.encoding import encoder
+from asyncrl.prompts.reading import check_columns, read_rows
 from asyncrl.types import Generation, GenerationRequest, Prompt, Sampling, Version, derive_seed
 
 if TYPE_CHECKING:
@@ -78,7 +81,7 @@ def _eval(args: argparse.Namespace) -> int:
     terms, data = _terms(args, policy), _data(args, policy)
     for term in terms:
         check_callable(term.function, "--reward")
-    _check_data(data)
+    check_columns(data.files, data)
 
     answers = _evaluate(args, policy, data, terms)
     if args.out is not None:
@@ -164,10 +167,6 @@ def _evaluate(args: argparse.Namespace, policy: Policy, data: DataSpec, terms: S
 
 def _rows(data: DataSpec, tokenizer: "PreTrainedTokenizerBase", limit: int | None) -> list[tuple[Prompt, str]]:
     """The prompts, each with the JSON of its whole row."""
-    from asyncrl.prompts.dataset import as_prompt, as_record
-    from asyncrl.prompts.encoding import encoder
-    from asyncrl.prompts.reading import read_rows
-
     encode = encoder(tokenizer)
     return [(as_prompt(row, encode), as_record(row)) for row in itertools.islice(read_rows(data), limit)]
 
@@ -228,12 +227,6 @@ def _ks(text: str | None, n: int) -> list[int]:
     if not 1 <= ks[0] <= ks[-1] <= n:
         raise ConfigError(f"--k={text} is outside [1, --n={n}]: k responses are drawn from n; raise --n")
     return ks
-
-
-def _check_data(data: DataSpec) -> None:
-    from asyncrl.prompts.reading import check_columns
-
-    check_columns(data.files, data)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:

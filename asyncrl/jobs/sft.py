@@ -18,9 +18,12 @@ import msgspec
 from msgspec import Struct
 
 from asyncrl.config import DemonstrationsSpec, ModelSpec, SFTSpec
+from asyncrl.config.load import override
 from asyncrl.errors import ConfigError
 from asyncrl.jobs.export import require_free
 from asyncrl.learn.policies import Policy, load, locate
+from asyncrl.prompts.demonstrations import check_demonstrations, read_demonstrations
+from asyncrl.report.progress import WarmStartLines
 from asyncrl.rundir import RunDir, atomic_folder, write_atomic
 
 if TYPE_CHECKING:
@@ -62,22 +65,11 @@ def sft_job(parser: argparse.ArgumentParser) -> None:
 
 def _sft(args: argparse.Namespace) -> int:
     """Standard output gets one line of JSON at the end; everything else goes to standard error."""
-    from asyncrl.config.load import override
-
     data = DemonstrationsSpec(files=tuple(args.data), heldout=tuple(args.heldout))
     spec = override(SFTSpec(model=ModelSpec(path=args.model), data=data, out=args.out), args.overrides)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that is stopped ends like one that is interrupted
-    began, lines = time.monotonic(), None
-
-    def show(step: int, total: int, metrics: dict[str, float]) -> None:
-        nonlocal lines
-        if lines is None:
-            from asyncrl.learn.sft_run import Lines
-
-            lines = Lines(lambda line: print(line, file=sys.stderr, flush=True))
-        lines(step, total, metrics)
-
-    result = train(spec, resume=args.resume, force=args.force, observe=show)
+    began = time.monotonic()
+    result = train(spec, resume=args.resume, force=args.force, observe=WarmStartLines())
     print(msgspec.json.encode(result).decode(), flush=True)
     print(f"{result.steps} steps in {time.monotonic() - began:.1f} s", file=sys.stderr)
     return 0
@@ -94,7 +86,7 @@ def train(spec: SFTSpec, *, resume: bool = False, force: bool = False, observe: 
     policy = locate(spec.model.path, spec.model.tokenizer, spec.model.dtype)
     trusted = policy.spec.trust_remote_code or spec.model.trust_remote_code
     policy = msgspec.structs.replace(policy, spec=msgspec.structs.replace(policy.spec, trust_remote_code=trusted))
-    _check_files(spec.data)
+    check_demonstrations((*spec.data.files, *spec.data.heldout), spec.data)
     work = RunDir(out.with_name(f"{out.name}.sft"))
     if resume:
         work.require_checkpoint()
@@ -108,12 +100,6 @@ def train(spec: SFTSpec, *, resume: bool = False, force: bool = False, observe: 
             raise
         shutil.rmtree(work.checkpoints, ignore_errors=True)
     return result
-
-
-def _check_files(data: DemonstrationsSpec) -> None:
-    from asyncrl.prompts.demonstrations import check_demonstrations
-
-    check_demonstrations((*data.files, *data.heldout), data)
 
 
 def _begin(work: RunDir, spec: SFTSpec, resume: bool, force: bool) -> None:
@@ -178,7 +164,6 @@ def _reader(
     """Makes files into sequences, and the number of those that were too long."""
     from asyncrl.models.loading import stop_token_ids
     from asyncrl.models.packed import TokenSequence
-    from asyncrl.prompts.demonstrations import read_demonstrations
 
     config = model.config.get_text_config(decoder=True)
     longest = min(spec.data.max_length, getattr(config, "max_position_embeddings", None) or sys.maxsize)

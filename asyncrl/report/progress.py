@@ -1,8 +1,10 @@
-"""What a person sees while a run goes on: one live view on a terminal, plain lines elsewhere. Always on standard error."""
+"""What a person sees while a run or a warm start goes on: a live view on a terminal, else plain lines. On standard error."""
 
+import math
 import os
 import re
 import sys
+import time
 from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple, TextIO
@@ -144,6 +146,37 @@ class Progress:
     def _print(self, run: RunSummary) -> None:
         self._printed = run.elapsed_s, run.committed
         print(one_line(run, self._pace), file=self._stream, flush=True)
+
+
+class WarmStartLines:
+    """Prints how an SFT warm start goes on: a line every few seconds, the first one and the last."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._heldout: list[float] = []
+        self._began: tuple[float, int] | None = None  # when the first step was done, and which it was
+        self._printed = -math.inf
+        self._tokens = 0.0
+
+    def __call__(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        now = time.monotonic()
+        self._heldout += [metrics["heldout/loss"]] if "heldout/loss" in metrics else []
+        if "train/loss" not in metrics:
+            return
+        if self._began is None:
+            self._began = now, step
+        seconds, steps = now - self._began[0], step - self._began[1]
+        self._tokens += metrics["train/tokens"] if steps else 0.0
+        if step < total and now - self._printed < LINE_EVERY_S:
+            return
+        self._printed = now
+        parts = [f"step {step}/{total}", f"loss {metrics['train/loss']:.4g}"]
+        if self._heldout:
+            ends = dict.fromkeys((self._heldout[0], self._heldout[-1]))
+            parts.append("held-out " + " → ".join(f"{loss:.4g}" for loss in ends))
+        parts.append(f"{number(self._tokens / seconds if steps else None)} learned tokens/s")
+        left = (total - step) * seconds / steps if steps else None
+        print(" · ".join([*parts, f"{clock(left)} left"]), file=self._stream, flush=True)
 
 
 def _shares(before: dict[str, float], after: dict[str, float]) -> Shares:

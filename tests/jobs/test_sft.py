@@ -12,7 +12,6 @@ from asyncrl.config import DemonstrationsSpec, ModelSpec, OptimizerSpec, SFTSpec
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.jobs.sft import train
 from asyncrl.learn.sft import SupervisedTrainer, fit
-from asyncrl.learn.sft_run import Lines
 from asyncrl.models.packed import TokenSequence
 
 SUMS = [(left, right) for left in range(4) for right in range(5)]
@@ -166,15 +165,3 @@ def test_a_spec_that_cannot_work_is_refused(changes, message):
     fields = {"model": ModelSpec(path="m"), "data": DemonstrationsSpec(files=("f",)), "out": "o", "steps": 6}
     with pytest.raises(ConfigError, match=message):
         SFTSpec(**(fields | changes))
-
-
-def test_progress_lines_come_every_few_seconds():
-    said = []
-    lines = Lines(said.append)
-    lines(0, 4, {"heldout/loss": 2.0})
-    for step in range(1, 5):
-        lines(step, 4, {"train/loss": 1.0 / step, "train/tokens": 10.0, **({"heldout/loss": 1.5} if step == 4 else {})})
-    assert [line.split(" learned")[0].rpartition(" · ")[0] for line in said] == [
-        "step 1/4 · loss 1 · held-out 2",
-        "step 4/4 · loss 0.25 · held-out 2 → 1.5",
-    ]

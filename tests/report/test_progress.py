@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from asyncrl.report.progress import Pace, Progress, dashboard, one_line
+from asyncrl.report.progress import Pace, Progress, WarmStartLines, dashboard, one_line
 from asyncrl.report.summary import RunSummary
 from asyncrl.types import Counts, Record, Report, Version
 
@@ -166,3 +166,15 @@ def test_a_terminal_gets_a_live_view(capsys: pytest.CaptureFixture[str]) -> None
     assert "40/100" in stream.getvalue()
     assert "groups     400 = 320 trained" in stream.getvalue()
     assert capsys.readouterr().out == ""
+
+
+def test_lines_of_a_warm_start_come_every_few_seconds() -> None:
+    stream = io.StringIO()
+    lines = WarmStartLines(stream)
+    lines(0, 4, {"heldout/loss": 2.0})
+    for step in range(1, 5):
+        lines(step, 4, {"train/loss": 1.0 / step, "train/tokens": 10.0, **({"heldout/loss": 1.5} if step == 4 else {})})
+    assert [line.split(" learned")[0].rpartition(" · ")[0] for line in stream.getvalue().splitlines()] == [
+        "step 1/4 · loss 1 · held-out 2",
+        "step 4/4 · loss 0.25 · held-out 2 → 1.5",
+    ]
