@@ -6,14 +6,12 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from asyncrl.report.summary import RunSummary
-from asyncrl.types import Report
 
 if TYPE_CHECKING:  # rich takes a while to import, and only a terminal needs it
-    from rich.console import RenderableType
+    from rich.table import Table
 
 WINDOW_S = 30.0  # rates and shares describe about this long
 LINE_EVERY_S = 5.0
@@ -55,52 +53,59 @@ class Pace:
         self.shares = {name: _shares(old.seconds.get(name, {}), after) for name, after in seconds.items()}
 
 
-def dashboard(run: RunSummary, pace: Pace) -> "RenderableType":
-    """The live view: a row for each thing that there is something to say of."""
+def dashboard(run: RunSummary, pace: Pace) -> "Table":
+    """The live view: the facts, and where each actor's time goes, with a bar for every share."""
     from rich.columns import Columns
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
-    total = max(run.total_steps, 1)
-    step = f"{run.committed}/{run.total_steps}", ProgressBar(total=total, completed=run.committed, width=28)
-    length = _figure(run, "response_length/mean")
-    rows: list[tuple[str, RenderableType]] = [
-        (run.name, f"{clock(run.elapsed_s)} elapsed · {clock(pace.left_s)} left"),
-        ("step", Columns([*step, f"{run.committed / total:.0%}", f"{number(pace.samples_per_s)} samples/s"], padding=(0, 2))),
-        ("reward", f"{_figure(run, 'reward/mean')}   held-out {_scores(run)}   response {length} tokens"),
-    ]
-    if lags := _lags(run):
-        rows.append(("lag", _bars(lags)))
-    if run.counts.reserved:
-        rows.append(("groups", _groups(run)))
-    if unscored := _unscored(run.reports.values()):
-        rows.append(("unscored", unscored))
-    rows += [(name, _bars(_ordered(shares))) for name, shares in sorted(pace.shares.items()) if shares]
-    if run.restarts:
-        rows.append(("restarts", ", ".join(f"{name} ×{count}" for name, count in sorted(run.restarts.items()))))
+    def bars(shares: Shares, width: int = 6) -> Columns:
+        """Side by side as far as the terminal is wide."""
+        cells = []
+        for name, share in shares.items():
+            cells.append(Table.grid(padding=(0, 1)))
+            cells[-1].add_row(name, ProgressBar(total=1.0, completed=share, width=width), f"{share:.0%}")
+        return Columns(cells, padding=(0, 2))
+
     view = Table.grid(padding=(0, 2), expand=True)
     view.add_column()
     view.add_column(ratio=1)
-    for row in rows:
-        view.add_row(*row)
+    view.add_row(run.name, bars({f"{run.committed}/{run.total_steps}": run.committed / max(run.total_steps, 1)}, width=28))
+    for label, value in [*_facts(run, pace), *((name, _ordered(shares)) for name, shares in sorted(pace.shares.items()))]:
+        if value:
+            view.add_row(label, value if isinstance(value, str) else bars(value))
     return view
 
 
 def one_line(run: RunSummary, pace: Pace) -> str:
-    """The same, on the one line that a log file gets."""
-    parts = [f"step {run.committed}/{run.total_steps}", f"reward {_figure(run, 'reward/mean')}", f"held-out {_scores(run)}"]
-    if lags := _lags(run):
-        parts.append("lag " + " ".join(f"{lag}:{share:.0%}" for lag, share in lags.items()))
-    parts.append(f"{number(pace.samples_per_s)} samples/s")
-    if pace.shares:
-        parts.append("busy " + " ".join(f"{name} {s.get('busy', 0.0):.0%}" for name, s in sorted(pace.shares.items())))
-    if run.counts.reserved:
-        parts.append(f"groups {_groups(run)}")
-    if unscored := _unscored(run.reports.values()):
-        parts.append(f"unscored {unscored}")
-    if run.restarts:
-        parts.append(f"{sum(run.restarts.values())} restarts")
-    return " · ".join([*parts, f"{clock(run.elapsed_s)} elapsed", f"{clock(pace.left_s)} left"])
+    """The same, on the one line that a log file gets; of each actor's time only the share in which it was busy."""
+    busy = {name: shares.get("busy", 0.0) for name, shares in sorted(pace.shares.items())}
+    parts = [f"step {run.committed}/{run.total_steps}"]
+    for label, value in [*_facts(run, pace), ("busy", busy)]:
+        if value:
+            shown = value if isinstance(value, str) else " ".join(f"{name}:{share:.0%}" for name, share in value.items())
+            parts.append(f"{label} {shown}")
+    return " · ".join(parts)
+
+
+def _facts(run: RunSummary, pace: Pace) -> list[tuple[str, str | Shares]]:
+    """What there is to say of a run, each under its name; empty: nothing yet."""
+    ends = [f"{score:.3f}" for score in run.scores]
+    groups = " + ".join(f"{getattr(run.counts, end)} {end}" for end in ("trained", "filtered", "evicted", "failed", "pending"))
+    lags = sorted((int(match[1]), share) for name, share in run.metrics.items() if (match := _LAG.match(name)))
+    # Samples on which the reward function failed.
+    scoring = [report.gauges for report in run.reports.values() if report.role == "reward"]
+    unscored = {status: sum(gauges.get(status, 0.0) for gauges in scoring) for status in ("invalid", "timeout")}
+    return [
+        ("time", f"{clock(run.elapsed_s)} elapsed, {clock(pace.left_s)} left, {number(pace.samples_per_s)} samples/s"),
+        ("reward", f"{run.metrics['reward/mean']:.3g}" if "reward/mean" in run.metrics else ""),
+        ("held-out", " → ".join(ends[:1] + ends[1:][-1:])),
+        ("response", f"{run.metrics['response_length/mean']:.3g} tokens" if "response_length/mean" in run.metrics else ""),
+        ("lag", {str(lag): share for lag, share in lags}),
+        ("groups", f"{run.counts.reserved} = {groups}" if run.counts.reserved else ""),
+        ("unscored", " + ".join(f"{count:.0f} {status}" for status, count in unscored.items() if count)),
+        ("restarts", ", ".join(f"{name} ×{count}" for name, count in sorted(run.restarts.items()))),
+    ]
 
 
 class Progress:
@@ -192,46 +197,6 @@ def _ordered(shares: Shares) -> Shares:
     rank = {"busy": 0, "sync": 1}
     shown = [(state, share) for state, share in shares.items() if share >= 0.005 or state == "busy"]
     return dict(sorted(shown, key=lambda item: (rank.get(item[0], 2), -item[1])))
-
-
-def _bars(shares: Shares) -> "RenderableType":
-    """Each share with a bar of its own, side by side as far as the terminal is wide."""
-    from rich.columns import Columns
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-
-    cells = []
-    for name, share in shares.items():
-        cell = Table.grid(padding=(0, 1))
-        cell.add_row(name, ProgressBar(total=1.0, completed=share, width=6), f"{share:.0%}")
-        cells.append(cell)
-    return Columns(cells, padding=(0, 2))
-
-
-def _lags(run: RunSummary) -> Shares:
-    found = sorted((int(match[1]), share) for name, share in run.metrics.items() if (match := _LAG.match(name)))
-    return {str(lag): share for lag, share in found}
-
-
-def _groups(run: RunSummary) -> str:
-    ends = ("trained", "filtered", "evicted", "failed", "pending")
-    return f"{run.counts.reserved} = " + " + ".join(f"{getattr(run.counts, end)} {end}" for end in ends)
-
-
-def _unscored(reports: Iterable[Report]) -> str:
-    """Samples on which the reward function failed; empty while there are none."""
-    gauges = [report.gauges for report in reports if report.role == "reward"]
-    counts = {status: sum(gauge.get(status, 0.0) for gauge in gauges) for status in ("invalid", "timeout")}
-    return " + ".join(f"{count:.0f} {status}" for status, count in counts.items() if count)
-
-
-def _scores(run: RunSummary) -> str:
-    ends = [f"{score:.3f}" for score in run.scores]
-    return " → ".join(ends[:1] + ends[1:][-1:]) or "–"
-
-
-def _figure(run: RunSummary, name: str) -> str:
-    return f"{run.metrics[name]:.3g}" if name in run.metrics else "–"
 
 
 def number(value: float | None) -> str:

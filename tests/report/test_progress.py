@@ -73,14 +73,16 @@ def test_pace_is_what_happened_in_between() -> None:
 
 def test_the_dashboard_shows_everything() -> None:
     assert drawn(NOW, pace(START, NOW)) == [
-        "sums       0m 30s elapsed · 1m 00s left",
-        "step       40/100  ━━━━━━━━━━━                   40%  100 samples/s",
-        "reward     0.671   held-out 0.480 → 0.810   response 5.25 tokens",
+        "sums       40/100 ━━━━━━━━━━━                  40%",
+        "time       0m 30s elapsed, 1m 00s left, 100 samples/s",
+        "reward     0.671",
+        "held-out   0.480 → 0.810",
+        "response   5.25 tokens",
         "lag        0 ━╸     25%  1 ━━━━╸  75%",
         "groups     400 = 320 trained + 30 filtered + 4 evicted + 6 failed + 40 pending",
+        "restarts   generator ×1",
         "generator  busy ━━━━╸  75%  sync ━╸     25%",
         "learner    busy ━━━    50%  wait:store ━━━    50%",
-        "restarts   generator ×1",
     ]
 
 
@@ -107,18 +109,18 @@ def test_failing_rewards_are_shown_once_there_are_any() -> None:
 
 
 def test_before_the_first_step_there_are_no_figures_yet() -> None:
-    text = "\n".join(drawn(RunSummary(name="sums", elapsed_s=1.0, total_steps=10), Pace()))
-    assert "held-out –" in text
-    assert "– left" in text
-    assert "lag" not in text
+    new = RunSummary(name="sums", elapsed_s=1.0, total_steps=10)
+    for text in ("\n".join(drawn(new, Pace())), one_line(new, Pace())):
+        assert "– left" in text
+        assert not any(label in text for label in ("reward", "held-out", "lag", "groups", "busy"))
 
 
 def test_one_line_holds_the_same() -> None:
     assert one_line(NOW, pace(START, NOW)) == (
-        "step 40/100 · reward 0.671 · held-out 0.480 → 0.810 · lag 0:25% 1:75% · 100 samples/s · "
-        "busy generator 75% learner 50% · "
-        "groups 400 = 320 trained + 30 filtered + 4 evicted + 6 failed + 40 pending · 1 restarts · "
-        "0m 30s elapsed · 1m 00s left"
+        "step 40/100 · time 0m 30s elapsed, 1m 00s left, 100 samples/s · reward 0.671 · held-out 0.480 → 0.810 · "
+        "response 5.25 tokens · lag 0:25% 1:75% · "
+        "groups 400 = 320 trained + 30 filtered + 4 evicted + 6 failed + 40 pending · "
+        "restarts generator ×1 · busy generator:75% learner:50%"
     )
 
 
@@ -150,7 +152,7 @@ def test_rates_span_the_last_half_minute() -> None:
         samples = 1000 if second < 60 else 1000 + (second - 60) * 7  # a slow start does not count for ever
         steps = {second: record(second, samples=float(samples))}
         progress.update(RunSummary(name="sums", elapsed_s=float(second), committed=second, total_steps=1000, steps=steps))
-    assert "7.0 samples/s" in stream.getvalue().splitlines()[-1]
+    assert " 7.0 samples/s" in stream.getvalue().splitlines()[-1]
 
 
 def test_a_terminal_gets_a_live_view(capsys: pytest.CaptureFixture[str]) -> None:
