@@ -75,7 +75,7 @@ def _require_same_groups(paths: RunDir, recipe: Recipe) -> None:
         if old != new:
             raise ConfigError(
                 f"resuming {paths.path} with {name}={new!r}, but it began with {old!r}: groups in its log would be finished "
-                "with other prompts; resume with the old value, or start anew under another --name"
+                "with other prompts; resume with the old value, or start over under another --name"
             )
 
 

@@ -15,7 +15,7 @@ import msgspec
 from asyncrl.config import DataSpec, RewardTerm
 from asyncrl.config.callables import check_callable
 from asyncrl.errors import ConfigError, DataError
-from asyncrl.jobs.statistics import Answer, eval_summary, write_samples
+from asyncrl.jobs.statistics import ScoredResponse, eval_summary, write_samples
 from asyncrl.learn.policies import Policy, load, locate
 from asyncrl.prompts.dataset import as_prompt, as_record
 from asyncrl.prompts.encoding import encoder
@@ -83,13 +83,13 @@ def _eval(args: argparse.Namespace) -> int:
         check_callable(term.function, "--reward")
     check_columns(data.files, data)
 
-    answers = _evaluate(args, policy, data, terms)
+    responses = _evaluate(args, policy, data, terms)
     if args.out is not None:
-        write_samples(args.out, answers)
-    figures = eval_summary(answers, _ks(args.k, args.n), args.pass_score)
+        write_samples(args.out, responses)
+    figures = eval_summary(responses, _ks(args.k, args.n), args.pass_score)
     report = {"model": args.model, "data": list(data.files), **figures, "n": args.n, "temperature": args.temperature}
     print(json.dumps({**report, "seed": args.seed}))
-    print(f"{len(answers)} samples in {time.monotonic() - began:.1f} s", file=sys.stderr)
+    print(f"{len(responses)} samples in {time.monotonic() - began:.1f} s", file=sys.stderr)
     return 0
 
 
@@ -129,7 +129,7 @@ def generate(
     return [future.result(timeout=0) for future in futures]
 
 
-def _evaluate(args: argparse.Namespace, policy: Policy, data: DataSpec, terms: Sequence[RewardTerm]) -> list[Answer]:
+def _evaluate(args: argparse.Namespace, policy: Policy, data: DataSpec, terms: Sequence[RewardTerm]) -> list[ScoredResponse]:
     from asyncrl.reward.pool import RewardPool
     from asyncrl.reward.results import Sample
 
@@ -153,12 +153,12 @@ def _evaluate(args: argparse.Namespace, policy: Policy, data: DataSpec, terms: S
             ]
         )
     return [
-        Answer(
+        ScoredResponse(
             prompt=prompt,
             rollout=rollout,
             seed=derive_seed(args.seed, prompt.row, rollout),
             generation=generation,
-            response=text,
+            text=text,
             verdict=verdict,
         )
         for (prompt, _, rollout), generation, text, verdict in zip(asked, generations, texts, verdicts, strict=True)

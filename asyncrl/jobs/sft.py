@@ -1,4 +1,4 @@
-"""`asyncrl sft`: supervised warm start of a model on demonstrations. Its result is a Hugging Face folder, whole or absent.
+"""`asyncrl sft`: SFT warm start of a model on demonstrations. Its result is a Hugging Face folder, whole or absent.
 
 OUT/        the policy and its tokenizer, for `model.path` of a recipe
 OUT.sft/    sft.json  metrics.jsonl  tensorboard/  checkpoints/ (until OUT is there)
@@ -78,7 +78,7 @@ def _sft(args: argparse.Namespace) -> int:
 def train(spec: SFTSpec, *, resume: bool = False, force: bool = False, observe: "Observe | None" = None) -> SFTResult:
     """Makes the folder `spec.out`. On the same number of threads, the same spec and files give the same bytes.
 
-    resume: go on from the newest checkpoint, to the bit. force: replace an earlier result, or begin an unfinished one anew.
+    resume: go on from the newest checkpoint, to the bit. force: replace an earlier result, or start an unfinished one over.
     Raises ConfigError or DataError before torch is loaded where that can be known; NonFinite if training breaks down.
     """
     out = Path(spec.out).expanduser().absolute()
@@ -110,12 +110,12 @@ def _begin(work: RunDir, spec: SFTSpec, resume: bool, force: bool) -> None:
         changed = [name for name in SFTSpec.__struct_fields__ if name != "out" and getattr(before, name) != getattr(spec, name)]
         if changed:
             was = ", ".join(f"{name}={msgspec.to_builtins(getattr(before, name))}" for name in changed)
-            raise ConfigError(f"{work.path} was begun with {was}: to resume to the bit repeat that; to begin anew add --force")
+            raise ConfigError(f"{work.path} was begun with {was}: to resume to the bit repeat that; to start over add --force")
         return
     if work.steps() and not force:
         raise ConfigError(
-            f"{work.path} holds checkpoints of an unfinished warm start, which would be lost: go on with --resume, or begin "
-            "anew with --force"
+            f"{work.path} holds checkpoints of an unfinished warm start, which would be lost: go on with --resume, or start "
+            "over with --force"
         )
     for folder in (work.checkpoints, work.tensorboard):
         shutil.rmtree(folder, ignore_errors=True)

@@ -112,7 +112,7 @@ def test_what_was_interrupted_resumes_to_the_bit(make_spec, demonstrations, tmp_
     with pytest.raises(Killed):
         train(spec, observe=killed_at(5))  # the checkpoint of step 4 is there
     assert not (tmp_path / "parted").exists()
-    with pytest.raises(ConfigError, match=r"unfinished warm start, which would be lost: go on with --resume, or begin anew"):
+    with pytest.raises(ConfigError, match=r"unfinished warm start, which would be lost: go on with --resume, or start over"):
         train(spec)
     with pytest.raises(ConfigError, match=r"was begun with lr=0\.003: to resume to the bit repeat that"):
         train(make_spec("parted", heldout, lr=1e-3), resume=True)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl.jobs.statistics import Answer, Estimate, estimate, eval_summary, maj_at_k, pass_at_k, write_samples
+from asyncrl.jobs.statistics import Estimate, ScoredResponse, estimate, eval_summary, maj_at_k, pass_at_k, write_samples
 from asyncrl.reward.results import Verdict
 from asyncrl.types import Generation, Prompt
 
@@ -128,7 +128,7 @@ def answer(row, source, status, reward, length=1, response="", read=None):
     generation = Generation(id="", token_ids=[0] * length, logprobs=[], kept_logmass=None, spans=(), finish_reason="stop")
     prompt = Prompt(row=row, ids=(1,), data_source=source)
     verdict = Verdict(status, reward, answer=read)
-    return Answer(prompt=prompt, rollout=0, seed=0, generation=generation, response=response, verdict=verdict)
+    return ScoredResponse(prompt=prompt, rollout=0, seed=0, generation=generation, text=response, verdict=verdict)
 
 
 def test_failures_count_as_zero_in_the_mean():
