@@ -79,7 +79,7 @@ def dashboard(run: RunSummary, pace: Pace) -> "Table":
 
 def one_line(run: RunSummary, pace: Pace) -> str:
     """The same, on the one line that a log file gets; of each actor's time only the share in which it was busy."""
-    busy = {name: shares.get("busy", 0.0) for name, shares in sorted(pace.shares.items())}
+    busy = {name: shares.get("busy", 0.0) for name, shares in sorted(pace.shares.items()) if shares}
     parts = [f"step {run.committed}/{run.total_steps}"]
     for label, value in [*_facts(run, pace), ("busy", busy)]:
         if value:
