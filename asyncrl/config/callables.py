@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import symtable
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -55,7 +56,7 @@ def check_callable(reference: str, what: str = "function") -> None:
         if path.suffix != ".py":
             return
         try:
-            names = _names(ast.parse(path.read_bytes(), str(path)).body)
+            names = _names(path.read_bytes(), str(path))
         except SyntaxError as error:
             raise ConfigError(f": {path} line {error.lineno} is not Python: {error.msg}") from error
         first = name.split(".")[0]
@@ -148,24 +149,13 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:500] + where
 
 
-def _names(body: Iterable[ast.stmt]) -> set[str]:
-    """Names that module-level statements bind, branches of `if` and `try` included."""
-    names: set[str] = set()
-    for statement in body:
-        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names.add(statement.name)
-            continue
-        if isinstance(statement, ast.Import | ast.ImportFrom):
-            names |= {(alias.asname or alias.name).split(".")[0] for alias in statement.names}
-            continue
-        for node in ast.iter_child_nodes(statement):
-            if isinstance(node, ast.stmt):
-                names |= _names([node])
-            elif isinstance(node, ast.ExceptHandler):
-                names |= _names(node.body)
-            else:
-                names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    return names
+def _names(source: bytes, path: str) -> set[str]:
+    """Names that a module binds, branches of `if` and `try` included; `*` if it imports one whole."""
+    # bytes, which its stub does not know of, keep the encoding that the source declares
+    symbols = symtable.symtable(source, path, "exec").get_symbols()  # type: ignore[arg-type]
+    names = {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
+    imports = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom))
+    return names | {"*" for node in imports if node.names[0].name == "*"}
 
 
 def _no_name(name: str, known: Iterable[str], where: str) -> str:
