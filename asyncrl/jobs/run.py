@@ -10,9 +10,11 @@ from types import FrameType
 
 import msgspec
 
+from asyncrl.api import launch
 from asyncrl.cluster.preflight import check_run
 from asyncrl.config.load import load_specs
 from asyncrl.config.paths import resolve_paths
+from asyncrl.report.progress import Progress
 from asyncrl.rundir import resolve_run_dir
 
 
@@ -41,9 +43,6 @@ def _run(args: argparse.Namespace) -> int:
 
     # Ray tells of every death in a paragraph of guesses; the supervisor has a line. Read when ray is imported.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed")
-    from asyncrl.api import launch
-    from asyncrl.report.progress import Progress
-
     for number in (signal.SIGINT, signal.SIGTERM):  # a job that is stopped cleans up like one that is interrupted
         signal.signal(number, _interrupt)
     # A recipe's `prepare` prints, and so does Ray.
