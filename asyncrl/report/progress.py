@@ -118,7 +118,9 @@ class Progress:
         self._newest: RunSummary | None = None
         self._printed: tuple[float, int] | None = None  # seconds elapsed and step of the newest plain line
         self._live = None
-        if live if live is not None else self._stream.isatty() and os.environ.get("TERM") != "dumb":
+        if live is None:
+            live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        if live:
             from rich.console import Console
             from rich.live import Live
 
