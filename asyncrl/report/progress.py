@@ -17,7 +17,7 @@ WINDOW_S = 30.0  # rates and shares describe about this long
 LINE_EVERY_S = 5.0
 QUIET_S = 30.0  # without a new step a plain line comes only this often
 
-_LAG = re.compile(r"^staleness/lag(?:_hist)?[_/=](\d+)$")  # share of trained tokens at that lag
+_LAG = re.compile(r"^staleness/lag_(\d+)$")  # share of trained tokens at that lag
 Shares = dict[str, float]  # a name, and its part of 1
 
 
