@@ -80,6 +80,6 @@ def test_shared_memory(tmp_path: Path) -> None:
 
 def test_an_extra_that_is_not_installed_names_its_command() -> None:
     assert doctor.optional("no-such-extra", "testing", "pip install no-such-extra") == Finding(
-        name="no-such-extra", status="missing", detail="testing", fix="pip install no-such-extra", required=False
+        status="missing", detail="testing", fix="pip install no-such-extra", required=False
     )
     assert doctor.optional("pytest", "tests", "x").status == "ok"
