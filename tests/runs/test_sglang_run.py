@@ -1,6 +1,5 @@
 """Whole runs with a real SGLang server on CPU: it learns, and a killed scheduler costs time and nothing else."""
 
-import json
 import os
 import shutil
 import signal
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from asyncrl import cli, launch
+from asyncrl import launch
 from asyncrl.config import CheckpointSpec, StalenessSpec
 from asyncrl.config.load import load_deployment, load_specs
 from asyncrl.config.paths import resolve_paths
@@ -72,7 +71,7 @@ class KillScheduler:
 
 
 @pytest.mark.timeout(600)
-def test_arithmetic_learns_with_sglang(local_ray, arithmetic_data, metrics_of, gauges, tmp_path, capsys):
+def test_arithmetic_learns_with_sglang(local_ray, arithmetic_data, metrics_of, gauges, tmp_path):
     """40 of the 200 updates: held-out exact match from at most 0.5 to at least 0.7."""
     shutil.copytree(arithmetic_data, tmp_path / "arithmetic" / "data")
     recipe, deployment = load_specs(ROOT / "recipes" / "arithmetic.py", DEPLOYMENT, ["total_steps=40"])
@@ -90,12 +89,6 @@ def test_arithmetic_learns_with_sglang(local_ray, arithmetic_data, metrics_of, g
     assert gaps, "no token was trained by the very weights that made it: the gap between engine and learner is not seen"
     assert max(gaps) < 1e-4  # fp32: the same weights in two implementations
     assert gauges(result.run_dir, "restarts")[-1] == 0
-
-    # `asyncrl eval` by the same engine says what the run said; greedy, though a near tie may fall the other way.
-    assert cli.main(["eval", result.run_dir, "--deploy", str(DEPLOYMENT)]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["samples"], told["invalid"], told["timeout"]) == (512, 0, 0)
-    assert told["score"] == pytest.approx(result.last_score, abs=0.02)
 
 
 @pytest.mark.timeout(300)
