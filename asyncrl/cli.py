@@ -19,13 +19,13 @@ from asyncrl import __version__
 from asyncrl.errors import AsyncRLError, ConfigError, DataError
 from asyncrl.rundir import redact, set_up_logging
 
-# Each module gives add_arguments(parser) and main(args) -> exit status.
+# Each function takes a parser, adds its job's arguments, and sets the default `job`: from arguments to exit status.
 JOBS = {
-    "run": ("asyncrl.jobs.run", "train a model by a recipe"),
-    "sft": ("asyncrl.jobs.sft", "warm a model up on demonstrations (supervised)"),
-    "eval": ("asyncrl.jobs.evaluate", "score a model or checkpoint on held-out data"),
-    "export": ("asyncrl.jobs.export", "write a run's policy as a Hugging Face folder"),
-    "doctor": ("asyncrl.jobs.doctor", "check this machine, and say what fixes it"),
+    "run": ("asyncrl.jobs.run:run_job", "train a model by a recipe"),
+    "sft": ("asyncrl.jobs.sft:sft_job", "SFT warm start: train a model on demonstrations"),
+    "eval": ("asyncrl.jobs.evaluate:eval_job", "score a model or checkpoint on held-out data"),
+    "export": ("asyncrl.jobs.export:export_job", "write a run's policy as a Hugging Face folder"),
+    "doctor": ("asyncrl.jobs.doctor:doctor_job", "check this machine, and say what fixes it"),
 }
 
 
@@ -36,11 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _set_up_logging(os.environ.get("LOG_LEVEL", ""))
         if not sys.stderr.isatty():  # progress bars of the hub and of transformers are for terminals
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        job = importlib.import_module(JOBS[chosen][0])
-        parser = argparse.ArgumentParser(prog=f"asyncrl {chosen}", description=(job.__doc__ or "").partition("\n")[0])
-        job.add_arguments(parser)
+        name, _, function = JOBS[chosen][0].partition(":")
+        module = importlib.import_module(name)
+        parser = argparse.ArgumentParser(prog=f"asyncrl {chosen}", description=(module.__doc__ or "").partition("\n")[0])
+        getattr(module, function)(parser)
         # Intermixed: `run RECIPE --name x a.b=c` has positionals on both sides of an option.
-        status: int = job.main(parser.parse_intermixed_args(rest))
+        args = parser.parse_intermixed_args(rest)
+        status: int = args.job(args)
         sys.stdout.flush()
         return status
     except BrokenPipeError:

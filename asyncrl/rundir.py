@@ -47,6 +47,11 @@ class RunDir:
         self.exports = self.path / "exports"
         self.logs = self.path / "logs"
 
+    @property
+    def run_id(self) -> str:
+        """Names the run's shared memory: the same for every start in one run directory, different between directories."""
+        return hashlib.blake2b(str(self.path).encode(), digest_size=6).hexdigest()
+
     def create(self, *folders: Path) -> "RunDir":
         """Makes the folders that are missing (none named: all of a run's); safe to call from several processes.
 

@@ -216,25 +216,26 @@ class Fence(Struct, frozen=True, kw_only=True):
 
 
 class EvalResult(Struct, frozen=True, kw_only=True):
-    """Mean held-out score of one pinned version."""
+    """Mean held-out score of one pinned version. Rollouts without a verdict count as 0 in the means."""
 
     version: Version
     score: float
-    count: int
-    invalid: int  # these rollouts count as 0 in the mean
-    by_source: dict[str, float]
-    mean_length: float
+    count: int  # rollouts
+    invalid: int  # of them, those whose reward function failed
+    by_source: dict[str, float]  # mean score by data source
+    mean_length: float  # response tokens
+    timeout: int = 0  # of them, those whose reward function took too long
 
 
 class GroupCounts(Struct, frozen=True, kw_only=True):
     """Training groups by outcome. reserved = trained + filtered + evicted + failed + pending, always."""
 
-    reserved: int
-    trained: int
-    filtered: int
-    evicted: int
-    failed: int
-    pending: int
+    reserved: int = 0
+    trained: int = 0
+    filtered: int = 0
+    evicted: int = 0
+    failed: int = 0
+    pending: int = 0
 
 
 class Record(Struct, frozen=True, kw_only=True):
@@ -275,15 +276,6 @@ class Report(Struct, frozen=True, kw_only=True):
     role: str
     seconds: dict[str, float]  # time per state of its main loop; they add up to its wall clock
     gauges: dict[str, float]
-
-
-class RunStatus(Struct, frozen=True, kw_only=True):
-    """What an observer is told at every tick."""
-
-    store: StoreReport | None  # its records are those that no earlier status held
-    reports: tuple[Report, ...]
-    restarts: dict[str, int]
-    pids: dict[str, int]
 
 
 def derive_seed(*parts: int) -> int:

@@ -2,7 +2,6 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,6 +18,7 @@ from asyncrl.config import (
     ShapingSpec,
 )
 from asyncrl.replay import open as open_replay
+from asyncrl.report.summary import RunSummary
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
 
@@ -39,8 +39,8 @@ class TorchIn:
     def __init__(self) -> None:
         self.found: dict[str, bool] = {}
 
-    def __call__(self, status: Any, tally: Any) -> None:
-        for name, pid in status.pids.items():
+    def __call__(self, run: RunSummary) -> None:
+        for name, pid in run.pids.items():
             with suppress(OSError):  # ended meanwhile
                 self.found[name] = "libtorch" in Path(f"/proc/{pid}/maps").read_text()
 

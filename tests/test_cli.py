@@ -28,6 +28,14 @@ recipe = Recipe(
 )
 """
 
+FAILING_JOB = """
+def add(parser):
+    parser.set_defaults(job=fail)
+
+def fail(args):
+    raise ERROR
+"""
+
 # Runs the real command line in a fresh interpreter, then tells what it cost and what it imported.
 CHILD = """
 import resource, sys
@@ -199,12 +207,12 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_exit_status(
     error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "failing_job.py").write_text("def add_arguments(parser): pass\ndef main(args): raise ERROR\nERROR = None\n")
+    (tmp_path / "failing_job.py").write_text(FAILING_JOB)
     monkeypatch.syspath_prepend(str(tmp_path))
     import failing_job
 
     failing_job.ERROR = error
-    monkeypatch.setitem(cli.JOBS, "run", ("failing_job", "fails"))
+    monkeypatch.setitem(cli.JOBS, "run", ("failing_job:add", "fails"))
     assert cli.main(["run"]) == status
     printed = capsys.readouterr()
     assert printed.out == ""

@@ -18,7 +18,7 @@ from asyncrl.types import Key, Report
 
 def _log_to(plan: RunPlan, name: str) -> None:
     """This process's log goes to `logs/<name>.log` of the run directory, which must be the one that the driver sees."""
-    wiring.check_reach(plan)
+    plan.check_reach()
     set_up_logging(logging.FileHandler(plan.paths.logs / f"{name}.log"), "%(asctime)s", os.environ.get("LOG_LEVEL", ""))
 
 
@@ -28,7 +28,7 @@ class StageActor:
 
     def __init__(self, role: str, name: str, restart_count: int, plan: RunPlan, threads: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is first imported, which is later
-        self._role, self._name, self._edition, self._plan = role, name, restart_count, plan
+        self._role, self._name, self._restart_count, self._plan = role, name, restart_count, plan
         self._peers = Peers()
         self._stage: Any = None
         self._closers: tuple[Callable[[], None], ...] = ()
@@ -41,7 +41,7 @@ class StageActor:
     def start(self) -> tuple[int, Any]:
         """Builds the stage: loads models, reaches peers. Returns its pid, and what its peers need to know of it."""
         _log_to(self._plan, self._name)
-        self._stage, address, self._closers = wiring.build(self._role, self._name, self._edition, self._plan, self._peers)
+        self._stage, address, self._closers = wiring.build(self._role, self._name, self._restart_count, self._plan, self._peers)
         return os.getpid(), address
 
     def run(self, *arguments: Any) -> None:

@@ -1,6 +1,5 @@
 """One actor slot under supervision: spawned, watched, replaced when it dies, until its restarts are used up."""
 
-import logging
 import time
 from typing import Any, Literal
 
@@ -10,82 +9,91 @@ from ray.exceptions import RayActorError
 from asyncrl.cluster.actors import StageActor, StoreActor
 from asyncrl.cluster.placement import Placement, beside_driver, reserve
 from asyncrl.cluster.plan import RunPlan
+from asyncrl.cluster.transport import call_store
 from asyncrl.config import PlaceSpec
 from asyncrl.errors import Unavailable
 from asyncrl.interfaces import VERBS
-from asyncrl.types import Report
+from asyncrl.types import Report, StoreReport
 
-log = logging.getLogger(__name__)
 Phase = Literal["starting", "idle", "running", "ended"]
 
 
 class Member:
-    """A named slot. `restart_count` numbers the actors that filled it, `restarts` counts those that failed; `task` is the Ray
-    reference that ends with its phase."""
+    """A named slot, and the actor that fills it now."""
 
     def __init__(self, role: str, name: str, place: PlaceSpec) -> None:
         self.role, self.name, self.place = role, name, place
-        self.restart_count = -1
+        self.restart_count = -1  # numbers the actors that filled it, replaced ones too
+        self.restarts = 0  # counts those of them that failed
+        self.first_error = ""
         self.phase: Phase = "ended"
+        self.task: Any = None  # Ray's reference that ends with the phase; None while the actor is idle or gone
+        self.deadline = 0.0  # by which `start` must have ended, in time.monotonic() seconds
         self.pid = 0
         self.handle: Any = None
-        self.task: Any = None
-        self.restarts = 0
-        self.first_error = ""
-        self.last_report: Report | None = None
-        self._placement: Placement | None = None
-        self._asked: Any = None
+        self.asked: Any = None  # Ray's reference to the report that was asked for
         self._asked_at = 0.0
+        self._seen = 0  # sequence number of the newest record that the store reported
+        self._placement: Placement | None = None
+
+    @property
+    def is_store(self) -> bool:
+        return self.role == "store"
 
     def spawn(self, plan: RunPlan, known: dict[str, tuple[int, Any]]) -> None:
         """Creates the actor and begins `start`. `known` are the peers announced so far."""
-        limits = plan.deployment.limits
+        timeout_s = plan.deployment.limits.start_timeout_s
         if self._placement is None:
-            here = self.role == "store"
-            self._placement = beside_driver() if here else reserve(self.name, self.place, limits.start_timeout_s)
+            self._placement = beside_driver() if self.is_store else reserve(self.name, self.place, timeout_s)
         self.restart_count += 1
-        self.phase, self._asked = "starting", None
-        if self.role == "store":
+        self.phase, self.asked = "starting", None
+        if self.is_store:
             actor = ray.remote(concurrency_groups={verb.caller: 1000 for verb in VERBS.values()})(StoreActor)
             self.handle = actor.options(**self._placement.options).remote(plan)
         else:
-            options = {**self._placement.options, "max_concurrency": 8}
-            self.handle = (
-                ray.remote(StageActor)
-                .options(**options)
-                .remote(self.role, self.name, self.restart_count, plan, self.place.threads)
-            )
+            actor = ray.remote(max_concurrency=8)(StageActor)
+            arguments = self.role, self.name, self.restart_count, plan, self.place.threads
+            self.handle = actor.options(**self._placement.options).remote(*arguments)
             for peer, (restart_count, value) in known.items():
                 self.connect(peer, restart_count, value)
-        self.task = self.handle.start.remote()
+        self.task, self.deadline = self.handle.start.remote(), time.monotonic() + timeout_s
 
     def connect(self, peer: str, restart_count: int, value: Any) -> None:
-        if self.role != "store" and self.phase != "ended":
+        """Tells the actor where a peer is now; the store asks nobody."""
+        if not self.is_store and self.phase != "ended":
             self.handle.connect.remote(peer, restart_count, value)
 
     def run(self, *arguments: Any) -> None:
         self.phase, self.task = "running", self.handle.run.remote(*arguments)
 
-    def poll_report(self, timeout_s: float) -> None:
-        """Takes the report asked for last time, if it has come, and asks for the next. Never waits.
+    def ask_report(self) -> None:
+        """Asks for a report as of now; one on its way is forgotten."""
+        self.asked = call_store(self.handle, "report", self._seen) if self.is_store else self.handle.report.remote()
+        self._asked_at = time.monotonic()
+
+    def poll_report(self, timeout_s: float) -> Report | StoreReport | None:
+        """Returns the report asked for last time, if it has come, and asks for the next. Never waits.
 
         Raises Unavailable for an actor that has not answered for `timeout_s`, what its health check raised, and RayActorError
-        for one that died while it had nothing to do.
+        for one that died while it had nothing to do. Other deaths arrive through `task`.
         """
-        if self.role == "store" or self.phase not in ("idle", "running"):
-            return
-        if self._asked is not None:
-            if not ray.wait([self._asked], timeout=0)[0]:
+        if self.phase not in ("idle", "running"):
+            return None
+        report: Report | StoreReport | None = None
+        if self.asked is not None:
+            if not ray.wait([self.asked], timeout=0)[0]:
                 if (silent_s := time.monotonic() - self._asked_at) > timeout_s:
                     raise Unavailable(f"{self.name} (pid {self.pid}) has not answered for {silent_s:.0f} s")
-                return
+                return None
             try:
-                self.last_report = ray.get(self._asked)
+                report = ray.get(self.asked)
             except RayActorError:
                 if self.task is None:
                     raise
-                log.debug("%s: no report", self.name)  # its death arrives through `task`
-        self._asked, self._asked_at = self.handle.report.remote(), time.monotonic()
+        if isinstance(report, StoreReport):
+            self._seen = max([self._seen, *(record.sequence for record in report.records)])
+        self.ask_report()
+        return report
 
     def stop(self) -> Any:
         """Asks the actor to end; returns the reference to wait on, or None."""

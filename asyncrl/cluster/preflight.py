@@ -5,11 +5,12 @@ No torch, no Ray: well under two seconds. All problems are reported at once, not
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from asyncrl.cluster.resources import check_placement
-from asyncrl.config import ESTIMATOR_NAMES, LOSS_NAMES, UNGROUPED, Deployment, Recipe
+from asyncrl.config import ESTIMATOR_NAMES, LOSS_NAMES, UNGROUPED, Deployment, ModelSpec, Recipe
 from asyncrl.config.callables import check_callable
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.generate.engines import engine_kind
@@ -19,17 +20,17 @@ from asyncrl.rundir import RunDir
 Check = Callable[[], str]  # a line of the plan; raises ConfigError or DataError
 
 
-def check(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> list[str]:
+def check_run(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> list[str]:
     """The plan of a run as lines of text. Raises ConfigError or DataError naming every problem found.
 
     recipe: after `paths.resolve_paths`. Files inside the run directory are taken to be made by `recipe.prepare`, if it
-    has one. The staleness algebra and divisibility were checked when the recipe was made (asyncrl.config).
+    has one. The staleness constraints and divisibility were checked when the recipe was made (asyncrl.config).
     """
     plan: list[str] = []
     problems: list[ConfigError | DataError] = []
-    for look in _checks(recipe, deployment, run_dir):
+    for label, look in _checks(recipe, deployment, run_dir):
         try:
-            plan.append(look())
+            plan.append(f"{label:<11} {look()}")
         except (ConfigError, DataError) as problem:
             problems.append(problem)
     if len(problems) == 1:
@@ -40,48 +41,50 @@ def check(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> list[str]:
     return plan
 
 
-def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator[Check]:
-    yield lambda: _run_dir(run_dir)
-    yield lambda: _model("model", recipe.model.path, recipe, run_dir)
+def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator[tuple[str, Check]]:
+    """What each line of the plan is about, and how it is found out."""
+    yield "run", lambda: _run_dir(run_dir)
+    yield "model", lambda: _model("model", recipe.model, recipe, run_dir)
     if critic := recipe.critic.model:
-        yield lambda: _model("critic.model", critic.path, recipe, run_dir)
-    for what, files in (("data", recipe.data.files), ("evaluation", recipe.evaluation.files)):
+        yield "critic.model", lambda: _model("critic.model", critic, recipe, run_dir)
+    for label, files in (("data", recipe.data.files), ("evaluation", recipe.evaluation.files)):
         for file in files:
-            yield lambda what=what, file=file: _data_file(what, file, recipe, run_dir)  # type: ignore[misc]
-    yield lambda: _callables(recipe)
-    yield lambda: _lengths(recipe, deployment)
-    yield lambda: _batches(recipe, deployment, run_dir)
-    yield lambda: f"engine      {engine_kind(deployment.generators.engine.kind).check(deployment)}"
-    yield lambda: f"placement   {check_placement(deployment)}"
+            yield label, partial(_data_file, file, recipe, run_dir)
+    yield "reward", lambda: _callables(recipe)
+    yield "lengths", lambda: _lengths(recipe, deployment)
+    yield "batches", lambda: _batches(recipe, deployment, run_dir)
+    yield "engine", lambda: engine_kind(deployment.generators.engine.kind).check(deployment)
+    yield "placement", lambda: check_placement(deployment)
 
 
 def _run_dir(run_dir: RunDir) -> str:
     existing = next(folder for folder in (run_dir.path, *run_dir.path.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(f"run directory {run_dir.path}: {existing} is not a writable folder; choose another with --runs-dir")
-    return f"run         {run_dir.path}"
+    return str(run_dir.path)
 
 
 def _made(path: str, recipe: Recipe, run_dir: RunDir) -> bool:
     return bool(recipe.prepare) and Path(path).is_relative_to(run_dir.path)
 
 
-def _model(field: str, path: str, recipe: Recipe, run_dir: RunDir) -> str:
-    if _made(path, recipe, run_dir):
-        return f"{field:<11} {path} (made by prepare)"
-    if not Path(path).is_absolute():
-        return f"{field:<11} {path} (Hugging Face)"
-    if not (Path(path) / "config.json").is_file():
-        missing = "has no config.json" if Path(path).is_dir() else "does not exist"
-        raise ConfigError(f"{field}.path={path!r} {missing}: no model could be loaded; name a Hugging Face folder or id")
-    return f"{field:<11} {path}"
+def _model(field: str, model: ModelSpec, recipe: Recipe, run_dir: RunDir) -> str:
+    if _made(model.path, recipe, run_dir):
+        return f"{model.path} (made by prepare)"
+    path = Path(model.path)
+    if not path.is_absolute():
+        return f"{path} (Hugging Face)"
+    if not (path / "config.json").is_file():
+        missing = "has no config.json" if path.is_dir() else "does not exist"
+        raise ConfigError(f"{field}.path={model.path!r} {missing}: no model could be loaded; name a Hugging Face folder or id")
+    return model.path
 
 
-def _data_file(what: str, file: str, recipe: Recipe, run_dir: RunDir) -> str:
+def _data_file(file: str, recipe: Recipe, run_dir: RunDir) -> str:
     if _made(file, recipe, run_dir):
-        return f"{what:<11} {file} (made by prepare)"
+        return f"{file} (made by prepare)"
     check_columns([file], recipe.data)
-    return f"{what:<11} {file}: {recipe.data.prompt_key}, {recipe.data.answer_key}, {recipe.data.source_key} found"
+    return f"{file}: {recipe.data.prompt_key}, {recipe.data.answer_key}, {recipe.data.source_key} found"
 
 
 def _callables(recipe: Recipe) -> str:
@@ -96,7 +99,7 @@ def _callables(recipe: Recipe) -> str:
         check_callable(recipe.algorithm.policy_loss, "algorithm.policy_loss")
     if recipe.prepare:
         check_callable(recipe.prepare, "prepare")
-    return f"reward      {', '.join(term.function for term in terms)}, at most {recipe.reward.deadline_s:g} s a sample"
+    return f"{', '.join(term.function for term in terms)}, at most {recipe.reward.deadline_s:g} s a sample"
 
 
 def _lengths(recipe: Recipe, deployment: Deployment) -> str:
@@ -108,7 +111,7 @@ def _lengths(recipe: Recipe, deployment: Deployment) -> str:
             f"generators.engine.max_length={bound}: the longest rollouts would not fit; lower the former, or set "
             f"deploy.generators.engine.max_length={prompt + response}"
         )
-    return f"lengths     {prompt} prompt + {response} response tokens of {bound}"
+    return f"{prompt} prompt + {response} response tokens of {bound}"
 
 
 def _batches(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
@@ -139,6 +142,6 @@ def _batches(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
     most = bound.room(outstanding=0, committed=0, update=0)
     rule = "wait" if bound.waits else bound.on_stale
     return (
-        f"batches     {recipe.total_steps} updates × {batch} groups × {n} rollouts{added}; max_lag {bound.max_lag} ({rule}), "
+        f"{recipe.total_steps} updates × {batch} groups × {n} rollouts{added}; max_lag {bound.max_lag} ({rule}), "
         f"at most {most} groups outstanding; {deployment.generators.count} × {deployment.generators.engine.slots} slots"
     )

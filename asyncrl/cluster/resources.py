@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from asyncrl.config import Deployment, PlaceSpec
+from asyncrl.config import Deployment
 from asyncrl.errors import ConfigError
 
 
@@ -17,26 +17,38 @@ def check_placement(deployment: Deployment, environ: Mapping[str, str] = os.envi
 
     Only a local Ray can be judged beforehand; a cluster answers when it is joined (`PlacementError`).
     """
-    groups = _groups(deployment)
-    cpus = sum(count * place.cpus for count, place in groups.values())
-    gpus = sum(count * place.gpus for count, place in groups.values())
-    actors = sum(count for count, _ in groups.values())
+    groups = [
+        ("generators", deployment.generators.count, deployment.generators.place),
+        ("rewards", deployment.rewards.count, deployment.rewards.place),
+        ("learner", deployment.learner.ranks, deployment.learner.place),
+        ("store", 1, deployment.store.place),
+    ]
+    actors = sum(count for _, count, _ in groups)
+    cpus = sum(count * place.cpus for _, count, place in groups)
+    gpus = sum(count * place.gpus for _, count, place in groups)
     address = deployment.ray_address or environ.get("RAY_ADDRESS", "")
     if address:
         return f"{actors} actors ask for {cpus:g} CPUs, {gpus:g} GPUs; the Ray at {address} is asked when it is joined"
     have_cpus = deployment.num_cpus if deployment.num_cpus is not None else len(os.sched_getaffinity(0))
     have_gpus = count_gpus(environ, dev) if gpus else 0
-    custom = sorted({name for _, place in groups.values() for name in place.resources})
+    custom = sorted({name for _, _, place in groups for name in place.resources})
     if cpus > have_cpus or gpus > have_gpus or custom:
-        raise ConfigError(_table(groups, (cpus, gpus), (have_cpus, have_gpus), custom))
+        rows = [("group", "actors", "CPUs each", "GPUs each")]
+        rows += [(name, f"{count}", f"{place.cpus:g}", f"{place.gpus:g}") for name, count, place in groups]
+        rows += [("demanded", "", f"{cpus:g}", f"{gpus:g}"), ("available", "", f"{have_cpus:g}", f"{have_gpus:g}")]
+        lines = ["the deployment asks for more than this machine has: its actors could never start"]
+        lines += [f"  {name:<12}{count:>6}{each_cpus:>12}{each_gpus:>12}" for name, count, each_cpus, each_gpus in rows]
+        if custom:
+            lines.append(f"  resources {', '.join(custom)}: a local Ray has none; only a cluster's nodes can offer them")
+        lines.append("  lower `place` (or `count`) of a group in the deployment, or name a cluster in ray_address")
+        raise ConfigError("\n".join(lines))
     if gpus and (build := metadata.version("torch")).endswith("+cpu"):
         raise ConfigError(
             f"the deployment asks for {gpus:g} GPUs, but torch {build} is built without CUDA: no actor could use one; "
             f"pip install --force-reinstall torch=={build.partition('+')[0]}"
         )
-    return f"{actors} actors on this machine ask for {cpus:g} of {have_cpus} CPUs" + (
-        f", {gpus:g} of {have_gpus} GPUs" if gpus else ""
-    )
+    offered = f", {gpus:g} of {have_gpus} GPUs" if gpus else ""
+    return f"{actors} actors on this machine ask for {cpus:g} of {have_cpus} CPUs{offered}"
 
 
 def count_gpus(environ: Mapping[str, str] = os.environ, dev: Path = Path("/dev")) -> int:
@@ -63,30 +75,3 @@ def _listed_by_driver() -> int:
     except (OSError, subprocess.TimeoutExpired):
         return 0  # a driver that does not answer offers nothing
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-
-
-def _groups(deployment: Deployment) -> dict[str, tuple[int, PlaceSpec]]:
-    return {
-        "generators": (deployment.generators.count, deployment.generators.place),
-        "rewards": (deployment.rewards.count, deployment.rewards.place),
-        "learner": (deployment.learner.ranks, deployment.learner.place),
-        "store": (1, deployment.store.place),
-    }
-
-
-def _table(
-    groups: Mapping[str, tuple[int, PlaceSpec]], demanded: tuple[float, float], have: tuple[float, float], custom: list[str]
-) -> str:
-    rows = [("group", "actors", "CPUs each", "GPUs each")]
-    rows += [(name, f"{count}", f"{place.cpus:g}", f"{place.gpus:g}") for name, (count, place) in groups.items()]
-    rows += [("demanded", "", f"{demanded[0]:g}", f"{demanded[1]:g}"), ("available", "", f"{have[0]:g}", f"{have[1]:g}")]
-    lines = [f"  {name:<12}{actors:>6}{cpus:>12}{gpus:>12}" for name, actors, cpus, gpus in rows]
-    if custom:
-        lines.append(f"  resources {', '.join(custom)}: a local Ray has none; only a cluster's nodes can offer them")
-    return "\n".join(
-        [
-            "the deployment asks for more than this machine has: its actors could never start",
-            *lines,
-            "  lower `place` (or `count`) of a group in the deployment, or name a cluster in ray_address",
-        ]
-    )

@@ -6,14 +6,11 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from types import TracebackType
 
 import ray
 
 from asyncrl.config import Deployment
 from asyncrl.errors import ConfigError, Unavailable
-
-log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -32,36 +29,27 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-class RaySession:
-    """A connection to Ray for the duration of a run. A Ray that was already there, or joined by address, is left running."""
+@contextlib.contextmanager
+def ray_session(deployment: Deployment) -> Iterator[bool]:
+    """Ray for the duration of a run; yields whether everything is sure to run on this machine.
 
-    def __init__(self, deployment: Deployment) -> None:
-        self._owned = not ray.is_initialized()
-        self.loopback = False  # whether everything is sure to run on this machine
-        if not self._owned:
-            return
-        address = deployment.ray_address or os.environ.get("RAY_ADDRESS", "")
-        self.loopback = not address
-        if address.startswith("ray://"):
-            raise ConfigError(f"ray_address={address!r}: a run needs its driver in the cluster; use `ray job submit` instead")
+    A Ray that was already there, or is joined by address, is left running. Raises Unavailable if no cluster answers.
+    """
+    if ray.is_initialized():
+        yield False
+        return
+    address = deployment.ray_address or os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("ray://"):
+        raise ConfigError(f"ray_address={address!r}: a run needs its driver in the cluster; use `ray job submit` instead")
+    own = {} if address else {"num_cpus": deployment.num_cpus, "include_dashboard": False}
+    try:
         with _own_sigterm():
-            if address:
-                try:
-                    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-                except (OSError, RuntimeError) as error:
-                    raise Unavailable(f"no Ray cluster answers at {address!r}: {error}") from error
-            else:
-                ray.init(
-                    address="local",
-                    num_cpus=deployment.num_cpus,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
-
-    def __enter__(self) -> "RaySession":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._owned:
-            ray.shutdown()
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (OSError, RuntimeError) as error:
+        if not address:
+            raise
+        raise Unavailable(f"no Ray cluster answers at {address!r}: {error}") from error
+    try:
+        yield not address
+    finally:
+        ray.shutdown()

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -19,8 +19,9 @@ from asyncrl.cluster.members import Member
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import call_store
 from asyncrl.errors import ActorFailed, AsyncRLError, CheckpointError, ConfigError, DataError, NonFinite, Unavailable
+from asyncrl.report.summary import RunSummary
 from asyncrl.rundir import redact, write_atomic
-from asyncrl.types import Report, RunStatus, StoreReport
+from asyncrl.types import Record, StoreReport
 
 log = logging.getLogger(__name__)
 TICK_S = 0.5
@@ -30,8 +31,10 @@ NON_RETRYABLE = (ConfigError, DataError, CheckpointError, NonFinite)  # the next
 class Supervisor:
     """Owns the members of one run. `start`, then `train` as often as wanted, then `close`."""
 
-    def __init__(self, plan: RunPlan, observe: Callable[[RunStatus], None]) -> None:
+    def __init__(self, plan: RunPlan, summary: RunSummary, observe: Callable[[Sequence[Record]], None]) -> None:
+        """summary: kept up to date in every round, before `observe` is called with the records that came in it."""
         self._plan = plan
+        self._summary = summary
         self._observe = observe
         deployment = plan.deployment
         self._store = Member("store", "store", deployment.store.place)
@@ -42,25 +45,16 @@ class Supervisor:
             *(Member("generator", f"generator-{i}", deployment.generators.place) for i in range(deployment.generators.count)),
             *(Member("reward", f"reward-{i}", deployment.rewards.place) for i in range(deployment.rewards.count)),
         ]
-        self._known: dict[str, tuple[int, Any]] = {}
-        self._deadlines: dict[str, float] = {}
-        self._until: int | None = None
-        self._asked: Any = None
-        self._seen = 0  # sequence number of the newest record taken from the store
-        self._asked_at = 0.0
+        self._known: dict[str, tuple[int, Any]] = {}  # where the peers are: by name, restart count and address or handle
+        self._until: int | None = None  # the update that the learner is running to
         self._finishing = False
         # when the run last made progress, and the state it was in then
         self._moved: tuple[float, Any] = (time.monotonic(), None)
 
-    @property
-    def restarts(self) -> dict[str, int]:
-        """Restarts so far, of the members that had any."""
-        return {member.name: member.restarts for member in self._members if member.restarts > 0}
-
     def start(self) -> None:
-        """Creates every actor and waits until the learner and the store are up. Raises the first hopeless error."""
+        """Creates every actor and waits until the learner and the store are up. Raises the first non-retryable error."""
         for member in self._members:
-            self._spawn(member)
+            member.spawn(self._plan, self._known)
         while self._learner.phase == "starting" or self._store.phase == "starting":
             self._tick()
         self._fresh_report()
@@ -97,8 +91,10 @@ class Supervisor:
     def restart_learner(self, checkpoint: int | None) -> None:
         """Replaces the idle learner by one that starts from `checkpoint` (None: the newest); later commits are reopened."""
         self._plan = msgspec.structs.replace(self._plan, resume_at=checkpoint)
-        self._retire(self._learner)
-        self._spawn(self._learner)
+        if (stopped := self._learner.stop()) is not None:
+            ray.wait([stopped], timeout=self._plan.deployment.limits.stop_timeout_s)
+        self._learner.kill()
+        self._learner.spawn(self._plan, self._known)
         while self._learner.phase != "idle":
             self._tick()
         self._fresh_report()
@@ -119,29 +115,35 @@ class Supervisor:
     def _tick(self, until_told: bool = False) -> StoreReport | None:
         """One round: waits for whatever ends first, restarts what died, passes on what the actors say of themselves.
 
-        until_told: the store's answer ends the round too.
+        until_told: the store's report ends the round too. Returns that report, if it has come.
         """
         limits = self._plan.deployment.limits
         tasks = {member.task: member for member in self._members if member.task is not None}
-        answer = [self._asked] if until_told and self._asked is not None else []
-        ray.wait([*tasks, *answer], num_returns=1, timeout=TICK_S)
+        told = [self._store.asked] if until_told and self._store.asked is not None else []
+        ray.wait([*tasks, *told], num_returns=1, timeout=TICK_S)
         ready, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=0)
         for ref in ready:  # all of them, before anybody's deadline is looked at: nobody may have ticked for a while
             self._settle(tasks[ref])
+        store, reports = None, []
         for member in self._members:
-            if member.phase == "starting" and time.monotonic() > self._deadlines[member.name]:
+            if member.phase == "starting" and time.monotonic() > member.deadline:
                 self._failed(member, Unavailable(f"{member.name} did not start within limits.start_timeout_s"))
             try:
-                member.poll_report(limits.health_timeout_s)
-            except (Unavailable, RayError) as error:
+                report = member.poll_report(limits.health_timeout_s)
+            except (Unavailable, RayError) as error:  # it hangs, or is alive but broken: a full disk, a `keep` that raises
                 self._failed(member, error)
-        report = self._poll_store()
-        reports = tuple(member.last_report for member in self._members if member.last_report is not None)
+                continue
+            if isinstance(report, StoreReport):
+                store = report
+            elif report is not None:
+                reports.append(report)
+        restarts = {member.name: member.restarts for member in self._members if member.restarts}
         pids = {member.name: member.pid for member in self._members if member.pid}
-        self._observe(RunStatus(store=report, reports=reports, restarts=self.restarts, pids=pids))
-        if report is not None:
-            self._watch(report)
-        return report
+        self._summary.update(store, reports, restarts, pids)
+        self._observe(store.records if store is not None else ())
+        if store is not None:
+            self._watch(store)
+        return store
 
     def _settle(self, member: Member) -> None:
         try:
@@ -177,18 +179,8 @@ class Supervisor:
         for member in self._members:
             member.connect(peer, restart_count, value)
 
-    def _spawn(self, member: Member) -> None:
-        member.spawn(self._plan, self._known)
-        self._deadlines[member.name] = time.monotonic() + self._plan.deployment.limits.start_timeout_s
-
-    def _retire(self, member: Member) -> None:
-        """Ends an actor that is to be replaced, gently if it can."""
-        if (ref := member.stop()) is not None:
-            ray.wait([ref], timeout=self._plan.deployment.limits.stop_timeout_s)
-        member.kill()
-
     def _failed(self, member: Member, error: Exception) -> None:
-        """Restarts the member, or gives up naming it and its first error. At the end of the run only the store is needed."""
+        """Restarts the member; past max_restarts, raises with its first error. At the end of a run only the store is needed."""
         if self._finishing and member is not self._store:
             log.warning("%s died at the end of the run, and is not needed any more: %s", member.name, _brief(error))
             member.kill()
@@ -211,51 +203,21 @@ class Supervisor:
         member.kill()
         if member is not self._store and self._store.phase == "running":
             call_store(self._store.handle, "forget", member.name, self._plan.incarnation(member.restart_count))
-        self._spawn(member)
+        member.spawn(self._plan, self._known)
 
     # -------------------------------------------------------------------------------------- watching progress
 
     def _fresh_report(self) -> StoreReport:
         """What the store says to a question asked from now on; one on its way may have been asked too early."""
-        self._asked = None
         if self._store.phase == "running":
-            self._ask_store()
+            self._store.ask_report()
         while (report := self._tick(until_told=True)) is None or report.records:
             pass  # a report holds some hundred records at a time
         return report
 
-    def _ask_store(self) -> None:
-        self._asked, self._asked_at = call_store(self._store.handle, "report", self._seen), time.monotonic()
-
-    def _poll_store(self) -> StoreReport | None:
-        """The store's answer to the question asked some ticks ago, if it has come. Never waits."""
-        if self._store.phase != "running":
-            self._asked = None
-            return None
-        if self._asked is None:
-            self._ask_store()
-            return None
-        if not ray.wait([self._asked], timeout=0)[0]:
-            if (silent_s := time.monotonic() - self._asked_at) > self._plan.deployment.limits.health_timeout_s:
-                self._failed(
-                    self._store, Unavailable(f"the store (pid {self._store.pid}) has not answered for {silent_s:.0f} s")
-                )
-            return None
-        asked, self._asked = self._asked, None
-        try:
-            report: StoreReport = ray.get(asked)
-        except RayActorError:
-            return None  # its death arrives through its task
-        except RayError as error:  # alive, but broken: a full disk, or a `keep` that raises; or killed for its memory
-            self._failed(self._store, error)
-            return None
-        self._store.last_report = Report(name="store", role="store", seconds=report.seconds, gauges=report.gauges)
-        self._seen = max([self._seen, *(record.sequence for record in report.records)])
-        return report
-
     def _watch(self, report: StoreReport) -> None:
         """Aborts a run in which nothing has moved for `stall_timeout_s`, leaving a dump of who waits for what."""
-        state = (report.committed, report.counts, report.activity, sum(self.restarts.values()))
+        state = (report.committed, report.counts, report.activity, sum(self._summary.restarts.values()))
         now = time.monotonic()
         starting = any(member.phase == "starting" for member in self._members)  # these have a deadline of their own
         if self._until is None or starting or state != self._moved[1]:

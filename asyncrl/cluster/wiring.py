@@ -1,30 +1,20 @@
 """From specs to stages. The one place that knows every stage's constructor; each function runs inside its actor."""
 
-import hashlib
-import logging
-import os
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
-from msgspec.structs import replace
 
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import Peers, RayCall
-from asyncrl.config import DataSpec, PlaceSpec, Recipe
+from asyncrl.config import PlaceSpec
 from asyncrl.config.callables import load_callable
-from asyncrl.errors import ConfigError
 from asyncrl.interfaces import Stage
-from asyncrl.rundir import RunDir, write_atomic
 from asyncrl.types import Sampling
 
 if TYPE_CHECKING:
     from asyncrl.replay.client import ReplayClient
     from asyncrl.replay.store import ReplayStore
-
-log = logging.getLogger(__name__)
-STARTED = ".started"
 
 
 class Built(NamedTuple):
@@ -33,51 +23,6 @@ class Built(NamedTuple):
     stage: Stage
     address: Any
     closers: tuple[Callable[[], None], ...]
-
-
-# ------------------------------------------------------------------------------------- before the actors, in the driver
-
-
-def run_id(paths: RunDir) -> str:
-    """Names a run's shared memory: the same for every start in one run directory, different between directories."""
-    return hashlib.blake2b(str(paths.path).encode(), digest_size=6).hexdigest()
-
-
-def mark_start(paths: RunDir) -> int:
-    """Writes the moment of this start into the run directory, where every actor must be able to read it; returns it."""
-    started = time.time_ns()
-    write_atomic(paths.path / STARTED, str(started))
-    return started
-
-
-def prepare_prompts(recipe: Recipe, paths: RunDir, resuming: bool) -> tuple[int, ...]:
-    """Tokenizes train and held-out prompts into the run directory, once; returns the tokens that end an answer.
-
-    resuming: the prompts must be those that the run began with; else DataError.
-    """
-    from asyncrl.models.tokenizing import load_tokenizer, stop_token_ids
-    from asyncrl.prompts.dataset import prepare
-    from asyncrl.prompts.encoding import encoder, identity
-
-    tokenizer = load_tokenizer(recipe.model)
-    encode, tokenizer_id = encoder(tokenizer), identity(tokenizer)
-    made = [prepare(recipe.data, encode, paths.data / "train.arrow", tokenizer_id, must_reuse=resuming)]
-    if recipe.evaluation.files:
-        made.append(prepare(_eval_data(recipe), encode, paths.data / "eval.arrow", tokenizer_id))
-    for summary in made:
-        log.log(
-            logging.WARNING if summary.too_long else logging.INFO,
-            "%s: %d prompts; %d left out, longer than data.max_prompt_length=%d",
-            summary.path.stem,
-            summary.prompts,
-            summary.too_long,
-            recipe.data.max_prompt_length,
-        )
-    return stop_token_ids(tokenizer, recipe.model)
-
-
-def _eval_data(recipe: Recipe) -> DataSpec:
-    return replace(recipe.data, files=recipe.evaluation.files, shuffle=False, epochs=None)
 
 
 # -------------------------------------------------------------------------------------------------------- the store
@@ -127,16 +72,6 @@ def build(role: str, name: str, restart_count: int, plan: RunPlan, peers: Peers)
     if role == "reward":
         return _reward(name, plan, store)
     return _generator(name, plan, peers, store) if role == "generator" else _learner(plan, store)
-
-
-def check_reach(plan: RunPlan) -> None:
-    """Raises ConfigError on a node that does not see the run directory that the driver writes."""
-    mark = plan.paths.path / STARTED
-    if not mark.is_file() or mark.read_text() != str(plan.started):
-        raise ConfigError(
-            f"node {os.uname().nodename} does not see the run directory {plan.run_dir} that the driver uses: checkpoints and "
-            "logs would be lost there; put --runs-dir on a file system that all nodes share"
-        )
 
 
 def _patience_s(plan: RunPlan) -> float:

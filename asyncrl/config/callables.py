@@ -5,9 +5,11 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import symtable
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -22,22 +24,24 @@ def load_callable(reference: str, what: str = "function") -> Callable[..., Any]:
     A file's folder (for a module: the working directory) joins the end of sys.path, so that it can import its
     neighbours. Raises ConfigError: no such file, module or name (with the nearest), or the import itself failed.
     """
-    where, name = _split(reference, what)
-    if _is_file(where):
-        path = _file(where, reference, what)
-        module = _imported(lambda: _module_from(path), str(path.parent), reference, what)
-    else:
-        if _find_module(where) is None:
-            raise ConfigError(_no_module(where, reference, what))
-        module = _imported(lambda: importlib.import_module(where), str(Path.cwd()), reference, what)
-    found: Any = module
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise ConfigError(_no_name(part, dir(found), where, reference, what))
-        found = getattr(found, part)
-    if not callable(found):
-        raise ConfigError(f"{what}={reference!r}: {name!r} is a {type(found).__name__}, not a function")
-    return found
+    with _named(reference, what):
+        where, name = _split(reference)
+        place = _find(where)
+        folder = place.parent if isinstance(place, Path) else Path.cwd()
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+        try:
+            module = _module_from(place) if isinstance(place, Path) else importlib.import_module(where)
+        except (Exception, SystemExit) as error:
+            raise ConfigError(f" could not be imported: {describe(error)}") from error
+        found: Any = module
+        for part in name.split("."):
+            if not hasattr(found, part):
+                raise ConfigError(_no_name(part, dir(found), where))
+            found = getattr(found, part)
+        if not callable(found):
+            raise ConfigError(f": {name!r} is a {type(found).__name__}, not a function")
+        return found
 
 
 def check_callable(reference: str, what: str = "function") -> None:
@@ -45,45 +49,56 @@ def check_callable(reference: str, what: str = "function") -> None:
 
     Passes what source can't tell: compiled modules, names that a star import or a module-level __getattr__ may bring.
     """
-    where, name = _split(reference, what)
-    if _is_file(where):
-        path = _file(where, reference, what)
-    else:
-        spec = _find_module(where)
-        if spec is None:
-            raise ConfigError(_no_module(where, reference, what))
-        if spec.origin is None or not spec.origin.endswith(".py"):
+    with _named(reference, what):
+        where, name = _split(reference)
+        place = _find(where)
+        path = place if isinstance(place, Path) else Path(place.origin or "")
+        if path.suffix != ".py":
             return
-        path = Path(spec.origin)
-    try:
-        names = _names(ast.parse(path.read_bytes(), str(path)).body)
-    except SyntaxError as error:
-        raise ConfigError(f"{what}={reference!r}: {path} line {error.lineno} is not Python: {error.msg}") from error
-    first = name.split(".")[0]
-    if not names & {first, "*", "__getattr__"}:
-        raise ConfigError(_no_name(first, names, where, reference, what))
+        try:
+            names = _names(path.read_bytes(), str(path))
+        except SyntaxError as error:
+            raise ConfigError(f": {path} line {error.lineno} is not Python: {error.msg}") from error
+        first = name.split(".")[0]
+        if not names & {first, "*", "__getattr__"}:
+            raise ConfigError(_no_name(first, names, where))
 
 
-def _split(reference: str, what: str) -> tuple[str, str]:
-    if reference.endswith(".py"):
-        raise ConfigError(f"{what}={reference!r} names a file and no function; write {reference}:name")
-    where, _, name = reference.rpartition(":") if ":" in reference else reference.rpartition(".")
-    if not where or not all(part.isidentifier() for part in name.split(".")):
-        raise ConfigError(f"{what}={reference!r} names no function; write package.module:name or path/to/file.py:name")
-    return where, name
-
-
-def _is_file(where: str) -> bool:
+def is_file(where: str) -> bool:
+    """Whether what stands before the function's name is a path, and not a module."""
     return where.endswith(".py") or "/" in where
 
 
-def _file(where: str, reference: str, what: str) -> Path:
+@contextmanager
+def _named(reference: str, what: str) -> Iterator[None]:
+    """Puts the field and its value before what is wrong with it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{what}={reference!r}{error}") from error.__cause__
+
+
+def _split(reference: str) -> tuple[str, str]:
+    if reference.endswith(".py"):
+        raise ConfigError(f" names a file and no function; write {reference}:name")
+    where, _, name = reference.rpartition(":") if ":" in reference else reference.rpartition(".")
+    if not where or not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(" names no function; write package.module:name or path/to/file.py:name")
+    return where, name
+
+
+def _find(where: str) -> Path | ModuleSpec:
+    if not is_file(where):
+        if (spec := _find_module(where)) is None:
+            raise ConfigError(
+                f": no module {where!r} on the Python path or in {Path.cwd()}; install it, or name a file: path/to/file.py:name"
+            )
+        return spec
     path = Path(where).expanduser().absolute()
     if path.is_file():
         return path
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
-    hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
-    raise ConfigError(f"{what}={reference!r}: no file {path}{hint}")
+    raise ConfigError(f": no file {path}" + (f"; did you mean {path.with_name(near[0])}?" if near else ""))
 
 
 def _find_module(dotted: str) -> ModuleSpec | None:
@@ -127,15 +142,6 @@ def _module_from(path: Path) -> ModuleType:
     return module
 
 
-def _imported(load: Callable[[], ModuleType], folder: str, reference: str, what: str) -> ModuleType:
-    if folder not in sys.path:
-        sys.path.append(folder)
-    try:
-        return load()
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"{what}={reference!r} could not be imported: {describe(error)}") from error
-
-
 def describe(error: BaseException) -> str:
     """Type, message and innermost frame of an error, in one line."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -143,35 +149,17 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:500] + where
 
 
-def _names(body: Iterable[ast.stmt]) -> set[str]:
-    """Names that module-level statements bind, branches of `if` and `try` included."""
-    names: set[str] = set()
-    for statement in body:
-        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names.add(statement.name)
-            continue
-        if isinstance(statement, ast.Import | ast.ImportFrom):
-            names |= {(alias.asname or alias.name).split(".")[0] for alias in statement.names}
-            continue
-        for node in ast.iter_child_nodes(statement):
-            if isinstance(node, ast.stmt):
-                names |= _names([node])
-            elif isinstance(node, ast.ExceptHandler):
-                names |= _names(node.body)
-            else:
-                names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    return names
+def _names(source: bytes, path: str) -> set[str]:
+    """Names that a module binds, branches of `if` and `try` included; `*` if it imports one whole."""
+    # bytes, which its stub does not know of, keep the encoding that the source declares
+    symbols = symtable.symtable(source, path, "exec").get_symbols()  # type: ignore[arg-type]
+    names = {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
+    imports = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom))
+    return names | {"*" for node in imports if node.names[0].name == "*"}
 
 
-def _no_module(where: str, reference: str, what: str) -> str:
-    return (
-        f"{what}={reference!r}: no module {where!r} on the Python path or in {Path.cwd()}; "
-        "install it, or name a file: path/to/file.py:name"
-    )
-
-
-def _no_name(name: str, known: Iterable[str], where: str, reference: str, what: str) -> str:
+def _no_name(name: str, known: Iterable[str], where: str) -> str:
     public = sorted(n for n in known if not n.startswith("_"))
     near = difflib.get_close_matches(name, public, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(public[:8]) or 'none'}"
-    return f"{what}={reference!r}: {where} has no {name!r}; {hint}"
+    return f": {where} has no {name!r}; {hint}"

@@ -2,7 +2,6 @@
 
 import difflib
 import re
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -66,12 +65,3 @@ def expected(kind: Any) -> str:
     if origin in (list, tuple):
         return f"a list of {expected(inner[0])}"
     return "null" if kind is NoneType else getattr(kind, "__name__", str(kind))
-
-
-def reason(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-
-
-def near_files(path: Path, suffix: str) -> str:
-    found = sorted(str(file) for file in path.parent.glob(f"*{suffix}"))[:5] if path.parent.is_dir() else []
-    return f"; that folder has {', '.join(found)}" if found else ""

@@ -20,7 +20,7 @@ import yaml
 from asyncrl import config
 from asyncrl.config.base import Spec
 from asyncrl.config.deployment import Deployment
-from asyncrl.config.explain import expected, explain, is_struct, names, near_files, nearest, reason
+from asyncrl.config.explain import expected, explain, is_struct, names, nearest
 from asyncrl.config.recipe import Recipe
 from asyncrl.errors import AsyncRLError, ConfigError
 
@@ -38,17 +38,24 @@ def load_specs(recipe: str | Path, deploy: str | Path | None, overrides: Sequenc
     return override(load_recipe(recipe), for_recipe), override(deployment, for_deployment, _DEPLOY)
 
 
+def _read(what: str, path: Path, suffix: str) -> str:
+    """The file's text. suffix: of the files beside it that an error names."""
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
+        found = sorted(str(file) for file in path.parent.glob(f"*{suffix}"))[:5] if path.parent.is_dir() else []
+        near = f"; that folder has {', '.join(found)}" if found else ""
+        raise ConfigError(f"{what} {path}: cannot be read ({reason}){near}") from error
+
+
 # ------------------------------------------------------------------------------------------------- recipe
 
 
 def load_recipe(path: str | Path) -> Recipe:
     """Runs a recipe file and validates what it made. Raises ConfigError with file and line."""
     path = Path(path)
-    try:
-        source = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        near = near_files(path, ".py")
-        raise ConfigError(f"recipe {path}: cannot be read ({reason(error)}){near}") from error
+    source = _read("recipe", path, ".py")
     try:
         made = _execute(path, source)
         made = made() if callable(made) else made
@@ -175,11 +182,9 @@ def _parse(raw: str, kind: Any, text: str, path: str) -> Any:
 def load_deployment(path: str | Path) -> Deployment:
     """Reads a deployment file. Raises ConfigError with file and line."""
     path = Path(path)
+    text = _read("deployment", path, ".yaml")
     try:
-        text = path.read_text()
         tree, data = yaml.compose(text), yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"deployment {path}: cannot be read ({reason(error)}){near_files(path, '.yaml')}") from error
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"deployment {path}{line}: not YAML: {error.problem}") from error

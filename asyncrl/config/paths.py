@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from asyncrl.config.callables import is_file
 from asyncrl.config.recipe import Recipe
 from asyncrl.rundir import RunDir
 
@@ -62,4 +63,4 @@ def _model(name: str, folders: tuple[Path, ...]) -> str:
 
 def _callable(name: str, folders: tuple[Path, ...]) -> str:
     file, colon, attribute = name.rpartition(":")
-    return f"{_file(file, folders)}:{attribute}" if colon and (file.endswith(".py") or "/" in file) else name
+    return f"{_file(file, folders)}:{attribute}" if colon and is_file(file) else name

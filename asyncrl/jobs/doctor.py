@@ -10,10 +10,12 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 from msgspec import to_builtins
+from msgspec.structs import replace
 
 from asyncrl.cluster.resources import count_gpus
 from asyncrl.config.deployment import ENGINES
@@ -32,11 +34,13 @@ OPTIONAL = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def doctor_job(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `asyncrl doctor`, and sets what runs."""
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.set_defaults(job=_doctor)
 
 
-def main(args: argparse.Namespace) -> int:
+def _doctor(args: argparse.Namespace) -> int:
     findings = examine()
     healthy = all(finding.status == "ok" for finding in findings if finding.required)
     if args.json:
@@ -61,8 +65,8 @@ def examine() -> list[Finding]:
         ("shared memory", shared_memory, ""),
         *(check for kind in ENGINES for check in engine_kind(kind).machine_checks()),
     ]
-    findings = [guarded(*check) for check in checks]
-    return [*findings, *(optional(name, use, fix) for name, (use, fix) in OPTIONAL.items())]
+    checks += [(name, partial(optional, name, use, fix), "") for name, (use, fix) in OPTIONAL.items()]
+    return [guarded(*check) for check in checks]
 
 
 def table(findings: Iterable[Finding]) -> str:
@@ -79,7 +83,7 @@ def table(findings: Iterable[Finding]) -> str:
 def guarded(name: str, check: Callable[[], Finding], package: str) -> Finding:
     """The check's finding, or what it raised as one."""
     try:
-        return check()
+        return replace(check(), name=name)
     except Exception as error:  # whatever is wrong with a package is the finding
         missing = isinstance(error, ModuleNotFoundError)
         why = str(error).strip().splitlines()
@@ -98,8 +102,8 @@ def python() -> Finding:
     found = platform.python_version()
     wanted = metadata.metadata("asyncrl")["Requires-Python"]
     if not _satisfies(found, wanted):
-        return Finding(name="python", status="broken", detail=f"{found}, needs {wanted}", fix="python3.11 -m venv .venv")
-    return Finding(name="python", status="ok", detail=f"{found} ({sys.executable})")
+        return Finding(status="broken", detail=f"{found}, needs {wanted}", fix="python3.11 -m venv .venv")
+    return Finding(detail=f"{found} ({sys.executable})")
 
 
 def torch_build() -> Finding:
@@ -123,10 +127,10 @@ def devices() -> Finding:
     if present and not torch.cuda.is_available():
         why = "torch is a CPU build" if torch.version.cuda is None else "torch finds no working driver"
         fix = f"pip install --force-reinstall '{requirement('torch')}'" if torch.version.cuda is None else "nvidia-smi"
-        return Finding(name="devices", status="broken", detail=f"{here}; {present} GPUs, but {why}", fix=fix, required=False)
+        return Finding(status="broken", detail=f"{here}; {present} GPUs, but {why}", fix=fix, required=False)
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     listing = ", ".join(f"{gpu.name} {_gib(gpu.total_memory)}" for gpu in gpus) or "no GPU"
-    return Finding(name="devices", status="ok", detail=f"{here}; {listing}")
+    return Finding(detail=f"{here}; {listing}")
 
 
 def collectives() -> Finding:
@@ -136,7 +140,6 @@ def collectives() -> Finding:
 
     if not dist.is_available() or not dist.is_gloo_available():
         return Finding(
-            name="collectives",
             status="missing",
             detail="this torch has no gloo",
             fix=f"pip install --force-reinstall '{requirement('torch')}'",
@@ -148,7 +151,7 @@ def collectives() -> Finding:
     finally:
         dist.destroy_process_group()
     nccl = "nccl" if dist.is_nccl_available() else "no nccl (needed with GPUs only)"
-    return Finding(name="collectives", status="ok" if value.item() == 2.0 else "broken", detail=f"gloo works; {nccl}")
+    return Finding(status="ok" if value.item() == 2.0 else "broken", detail=f"gloo works; {nccl}")
 
 
 def zeromq() -> Finding:
@@ -156,12 +159,11 @@ def zeromq() -> Finding:
 
     if not zmq.has("curve"):
         return Finding(
-            name="zeromq",
             status="broken",
             detail=f"libzmq {zmq.zmq_version()} without CURVE: weights between nodes could not be encrypted",
             fix="pip install --force-reinstall --only-binary=:all: pyzmq",
         )
-    return versioned("pyzmq", zmq.pyzmq_version(), f"libzmq {zmq.zmq_version()}, CURVE", name="zeromq")
+    return versioned("pyzmq", zmq.pyzmq_version(), f"libzmq {zmq.zmq_version()}, CURVE")
 
 
 def arrow() -> Finding:
@@ -172,15 +174,15 @@ def arrow() -> Finding:
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
     if pa.ipc.open_stream(sink.getvalue()).read_all().to_batches() != [batch]:
-        return Finding(name="arrow", status="broken", detail="an IPC stream does not read back", fix="pip install -U pyarrow")
-    return versioned("pyarrow", pa.__version__, "IPC reads back", name="arrow")
+        return Finding(status="broken", detail="an IPC stream does not read back", fix="pip install -U pyarrow")
+    return versioned("pyarrow", pa.__version__, "IPC reads back")
 
 
 def shared_memory(folder: Path = SHM, least_bytes: int = MIN_SHM_BYTES) -> Finding:
     """Ray passes rollouts and batches between the actors of one node through files here."""
     fix = "mount -o remount,size=8G /dev/shm   (container: docker run --shm-size=8g)"
     if not folder.is_dir():
-        return Finding(name="shared memory", status="missing", detail=f"no {folder}", fix=fix)
+        return Finding(status="missing", detail=f"no {folder}", fix=fix)
     space = os.statvfs(folder)
     size, free = space.f_frsize * space.f_blocks, space.f_frsize * space.f_bavail
     detail = f"{folder} {_gib(size)}, {_gib(free)} free"
@@ -190,16 +192,16 @@ def shared_memory(folder: Path = SHM, least_bytes: int = MIN_SHM_BYTES) -> Findi
             pages[-1:] = b"x"
     if free < least_bytes:
         detail += f": below {_gib(least_bytes)}, larger models will not fit"
-        return Finding(name="shared memory", status="broken", detail=detail, fix=fix, required=False)
-    return Finding(name="shared memory", status="ok", detail=f"{detail}, writable")
+        return Finding(status="broken", detail=detail, fix=fix, required=False)
+    return Finding(detail=f"{detail}, writable")
 
 
 def optional(name: str, use: str, fix: str) -> Finding:
     """An extra: found by its installed version, not imported."""
     try:
-        return Finding(name=name, status="ok", detail=f"{metadata.version(name)}: {use}", required=False)
+        return Finding(detail=f"{metadata.version(name)}: {use}", required=False)
     except metadata.PackageNotFoundError:
-        return Finding(name=name, status="missing", detail=use, fix=fix, required=False)
+        return Finding(status="missing", detail=use, fix=fix, required=False)
 
 
 # ---------------------------------------------------------------------------------------------- versions
@@ -215,16 +217,14 @@ def requirement(name: str) -> str:
     return next(found, "")
 
 
-def versioned(package: str, found: str, detail: str = "", name: str = "") -> Finding:
+def versioned(package: str, found: str, detail: str = "") -> Finding:
     """A finding about an installed version, against asyncrl's requirement of that package."""
     wanted = requirement(package)
     bounds = wanted[re.match(r"[\w.-]+(\[[^]]*\])?", wanted).end() :] if wanted else ""  # type: ignore[union-attr]
     text = ", ".join(filter(None, (found, detail)))
     if bounds and not _satisfies(found, bounds):
-        return Finding(
-            name=name or package, status="broken", detail=f"{text}; asyncrl needs {wanted}", fix=f"pip install '{wanted}'"
-        )
-    return Finding(name=name or package, status="ok", detail=text)
+        return Finding(status="broken", detail=f"{text}; asyncrl needs {wanted}", fix=f"pip install '{wanted}'")
+    return Finding(detail=text)
 
 
 def _satisfies(version: str, bounds: str) -> bool:

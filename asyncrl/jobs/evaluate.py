@@ -1,31 +1,43 @@
-"""`asyncrl eval`: a model's or checkpoint's score on held-out data, without Ray. One JSON line at the end."""
+"""`asyncrl eval`: a model's or checkpoint's score on held-out data, by any engine, without Ray. One JSON line at the end."""
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from asyncrl.config import DataSpec, RewardTerm
+from asyncrl.config import DataSpec, Deployment, GeneratorsSpec, LimitsSpec, RewardTerm
 from asyncrl.config.callables import check_callable
+from asyncrl.config.load import load_deployment, override
 from asyncrl.errors import ConfigError, DataError
-from asyncrl.jobs.statistics import Answer, summary, write_samples
+from asyncrl.generate.engines import EngineSite, engine_kind
+from asyncrl.interfaces import Engine
+from asyncrl.jobs.statistics import ScoredResponse, eval_summary, write_samples
 from asyncrl.learn.policies import Policy, load, locate
+from asyncrl.prompts.dataset import as_prompt, as_record
+from asyncrl.prompts.encoding import encoder
+from asyncrl.prompts.reading import check_columns, read_rows
+from asyncrl.reward.pool import RewardPool
+from asyncrl.reward.results import Sample
 from asyncrl.types import Generation, GenerationRequest, Prompt, Sampling, Version, derive_seed
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 _RESPONSE_LENGTH = 1024  # where neither the command nor a run's recipe says
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def eval_job(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `asyncrl eval`, and sets what runs."""
     parser.add_argument(
         "model", metavar="MODEL_OR_CHECKPOINT", help="Hugging Face id or folder, runs/NAME, or …/checkpoints/step_N"
     )
@@ -49,23 +61,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-response-length", type=int, help=f"tokens (default: the run's; else {_RESPONSE_LENGTH}, or what fits)"
     )
     parser.add_argument("--limit", type=int, help="only the first so many prompts")
-    parser.add_argument("--batch", type=int, default=64, metavar="SLOTS", help="responses decoded together (default 64)")
+    parser.add_argument(
+        "--batch", type=int, metavar="SLOTS", help="responses decoded together (default: the engine's slots, 64)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="SAMPLES.parquet", help="where to write every response with its score")
     parser.add_argument("--tokenizer", default="", help="Hugging Face folder or id (default: the model's, or the run's)")
     parser.add_argument(
         "--dtype", default="", choices=["", "float32", "bfloat16"], help="default: the checkpoint's; else float32"
     )
-    parser.add_argument("--device", default="", help="cpu, cuda (default: cuda if there is one)")
+    parser.add_argument("--deploy", metavar="SPEC", help="a deployment YAML file, for its engine (default: the torch engine)")
+    parser.add_argument(
+        "--device", default="", choices=["", "cpu", "cuda"], help="default: as --deploy says; without it cuda, if there is one"
+    )
     parser.add_argument("--reward-processes", type=int, default=min(4, os.cpu_count() or 1), metavar="N")
     parser.add_argument("--reward-deadline", type=float, default=10.0, metavar="S", help="seconds for one sample (default 10)")
     for key in ("prompt_key", "answer_key", "source_key"):
         parser.add_argument(
             f"--{key.replace('_', '-')}", metavar="KEY", help="as data.{key} of a recipe (default: the run's, or verl's)"
         )
+    parser.add_argument("overrides", nargs="*", default=[], metavar="deploy.a.b=c", help="fields of the deployment to change")
+    parser.set_defaults(job=_eval)
 
 
-def main(args: argparse.Namespace) -> int:
+def _eval(args: argparse.Namespace) -> int:
     """Whatever can be known to fail does so before a model is loaded.
 
     The line on standard output, and the samples, are the same each time: seeds fix the responses, batches the rounding.
@@ -76,35 +95,30 @@ def main(args: argparse.Namespace) -> int:
     terms, data = _terms(args, policy), _data(args, policy)
     for term in terms:
         check_callable(term.function, "--reward")
-    _check_data(data)
+    check_columns(data.files, data)
 
-    answers = _evaluate(args, policy, data, terms)
+    deployment = override(load_deployment(args.deploy) if args.deploy else Deployment(), args.overrides, "deploy.")
+    engine_kind(deployment.generators.engine.kind).check(deployment)
+
+    responses = _evaluate(args, policy, data, terms, deployment)
     if args.out is not None:
-        write_samples(args.out, answers)
-    figures = summary(answers, _ks(args.k, args.n), args.pass_score)
+        write_samples(args.out, responses)
+    figures = eval_summary(responses, _ks(args.k, args.n), args.pass_score)
     report = {"model": args.model, "data": list(data.files), **figures, "n": args.n, "temperature": args.temperature}
     print(json.dumps({**report, "seed": args.seed}))
-    print(f"{len(answers)} samples in {time.monotonic() - began:.1f} s", file=sys.stderr)
+    print(f"{len(responses)} samples in {time.monotonic() - began:.1f} s", file=sys.stderr)
     return 0
 
 
 def generate(
-    model: "PreTrainedModel",
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    *,
-    n: int,
-    slots: int,
-    seed: int,
+    engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, *, n: int, seed: int, health_timeout_s: float
 ) -> list[Generation]:
-    """n responses per prompt, in order. The same seed gives the same responses: steps run in this thread, so that the
-    batches, and with them the rounding, repeat."""
-    from asyncrl.generate.embedded.engine import TorchEngine
-    from asyncrl.models.loading import named_weights
+    """n responses per prompt, in order. Raises what ended the engine, and Unavailable if it makes no progress.
 
-    longest = max(len(prompt.ids) for prompt in prompts)
-    engine = TorchEngine(model, slots=min(slots, n * len(prompts)), max_length=longest + sampling.max_tokens)
-    engine.update_weights(Version(0, 0), named_weights(model))
+    The same seed gives the same responses of an engine in this process: all requests are there before its first step, so that
+    the batches, and with them the rounding, repeat.
+    """
+    engine.pause()
     futures = []
     for group, prompt in enumerate(prompts):
         requests = [
@@ -118,27 +132,31 @@ def generate(
             for rollout in range(n)
         ]
         futures += engine.submit_group(requests)
-    while engine.step():
-        pass
-    engine.close()
-    return [future.result(timeout=0) for future in futures]
+    engine.resume()
+    while wait(futures, timeout=health_timeout_s).not_done:
+        engine.health(health_timeout_s)
+    return [future.result() for future in futures]
 
 
-def _evaluate(args: argparse.Namespace, policy: Policy, data: DataSpec, terms: Sequence[RewardTerm]) -> list[Answer]:
-    from asyncrl.reward.pool import RewardPool
-    from asyncrl.reward.results import Sample
-
+def _evaluate(
+    args: argparse.Namespace, policy: Policy, data: DataSpec, terms: Sequence[RewardTerm], deployment: Deployment
+) -> list[ScoredResponse]:
     pool: RewardPool[int] = RewardPool(terms, processes=args.reward_processes, deadline_s=args.reward_deadline)
     with pool:  # first: a reward that can't be loaded is known before the model is
-        import torch
+        from asyncrl.models.tokenizing import load_tokenizer
 
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = load(policy, device)
-        rows = _rows(data, tokenizer, args.limit)
+        tokenizer = load_tokenizer(policy.spec)
+        encode = encoder(tokenizer)
+        rows = [(as_prompt(row, encode), as_record(row)) for row in itertools.islice(read_rows(data), args.limit)]
         prompts = [prompt for prompt, _ in rows]
-        sampling = _sampling(args, policy, model, tokenizer, max(len(prompt.ids) for prompt in prompts))
-        print(f"{len(prompts)} prompts × {args.n}, at most {sampling.max_tokens} tokens each, on {device}", file=sys.stderr)
-        generations = generate(model, prompts, sampling, n=args.n, slots=args.batch, seed=args.seed)
+        longest = max(len(prompt.ids) for prompt in prompts)
+        sampling = _sampling(args, policy, tokenizer, longest)
+        generators = _generators(args, deployment, max_length=longest + sampling.max_tokens, responses=args.n * len(prompts))
+        where = f"{generators.engine.kind} engine on {'cuda' if generators.place.gpus else 'cpu'}"
+        print(f"{len(prompts)} prompts × {args.n}, at most {sampling.max_tokens} tokens each, by the {where}", file=sys.stderr)
+        with _engine(policy, generators, deployment.limits) as engine:
+            timeout_s = deployment.limits.health_timeout_s
+            generations = generate(engine, prompts, sampling, n=args.n, seed=args.seed, health_timeout_s=timeout_s)
         texts = [tokenizer.decode(generation.token_ids, skip_special_tokens=True) for generation in generations]
         asked = [(prompt, record, rollout) for prompt, record in rows for rollout in range(args.n)]
         verdicts = pool.map(
@@ -148,34 +166,58 @@ def _evaluate(args: argparse.Namespace, policy: Policy, data: DataSpec, terms: S
             ]
         )
     return [
-        Answer(
+        ScoredResponse(
             prompt=prompt,
             rollout=rollout,
             seed=derive_seed(args.seed, prompt.row, rollout),
             generation=generation,
-            response=text,
+            text=text,
             verdict=verdict,
         )
         for (prompt, _, rollout), generation, text, verdict in zip(asked, generations, texts, verdicts, strict=True)
     ]
 
 
-def _rows(data: DataSpec, tokenizer: "PreTrainedTokenizerBase", limit: int | None) -> list[tuple[Prompt, str]]:
-    """The prompts, each with the JSON of its whole row."""
-    from asyncrl.prompts.dataset import as_prompt, as_record
-    from asyncrl.prompts.encoding import encoder
-    from asyncrl.prompts.reading import read_rows
+@contextlib.contextmanager
+def _engine(policy: Policy, generators: GeneratorsSpec, limits: LimitsSpec) -> Iterator[Engine]:
+    """An engine as a generator of a run has one: started, and given the policy's weights."""
+    from asyncrl.models.loading import export, named_weights
 
-    encode = encoder(tokenizer)
-    return [(as_prompt(row, encode), as_record(row)) for row in itertools.islice(read_rows(data), limit)]
+    with tempfile.TemporaryDirectory(prefix="asyncrl-eval-") as folder:
+        spec, (model, tokenizer) = policy.spec, load(policy)
+        if policy.checkpoint is not None:  # an engine loads Hugging Face folders only
+            spec = msgspec.structs.replace(spec, path=f"{folder}/model")
+            export(model, tokenizer, Path(spec.path))
+        site = EngineSite(generators=generators, model=spec, limits=limits, name="eval", logs=Path(folder))
+        engine = engine_kind(generators.engine.kind).build(site)
+        try:
+            engine.start()
+            engine.update_weights(Version(0, 0), named_weights(model))
+            del model  # the engine has its own
+            yield engine
+        finally:
+            engine.close()
 
 
-def _sampling(
-    args: argparse.Namespace, policy: Policy, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", longest: int
-) -> Sampling:
+def _generators(args: argparse.Namespace, deployment: Deployment, *, max_length: int, responses: int) -> GeneratorsSpec:
+    """One generator of the deployment, as long and as wide as this evaluation needs it."""
+    generators = deployment.generators
+    slots = min(args.batch or generators.engine.slots, responses)
+    engine = msgspec.structs.replace(generators.engine, slots=slots, max_length=max_length)
+    place = generators.place
+    if args.device or args.deploy is None:
+        import torch
+
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        place = msgspec.structs.replace(place, gpus=max(place.gpus, 1.0) if device == "cuda" else 0.0)
+    return msgspec.structs.replace(generators, count=1, engine=engine, place=place)
+
+
+def _sampling(args: argparse.Namespace, policy: Policy, tokenizer: "PreTrainedTokenizerBase", longest: int) -> Sampling:
+    from asyncrl.models.loading import context
     from asyncrl.models.tokenizing import stop_token_ids
 
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or sys.maxsize
+    positions = context(policy.spec)[1] or sys.maxsize
     room = positions - longest
     if room < 1:
         raise DataError(
@@ -228,12 +270,6 @@ def _ks(text: str | None, n: int) -> list[int]:
     return ks
 
 
-def _check_data(data: DataSpec) -> None:
-    from asyncrl.prompts.reading import check_columns
-
-    check_columns(data.files, data)
-
-
 def _check_numbers(args: argparse.Namespace) -> None:
     bounds: list[tuple[str, Callable[[Any], bool], str]] = [
         ("n", lambda n: n >= 1, ">= 1"),
@@ -241,7 +277,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
         ("top_p", lambda p: 0 < p <= 1, "in (0, 1] (1 is off)"),
         ("max_response_length", lambda length: length is None or length >= 1, ">= 1"),
         ("limit", lambda limit: limit is None or limit >= 1, ">= 1"),
-        ("batch", lambda slots: slots >= 1, ">= 1"),
+        ("batch", lambda slots: slots is None or slots >= 1, ">= 1"),
         ("reward_processes", lambda count: count >= 1, ">= 1"),
         ("reward_deadline", lambda seconds: seconds > 0, "> 0 seconds"),
     ]

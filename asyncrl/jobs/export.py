@@ -9,7 +9,8 @@ from asyncrl.learn.policies import locate
 from asyncrl.rundir import atomic_folder
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def export_job(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `asyncrl export`, and sets what runs."""
     parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="runs/NAME (its newest checkpoint) or …/checkpoints/step_N")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument("--tokenizer", default="", help="Hugging Face folder or id (default: the run's)")
@@ -17,9 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="", choices=["", "float32", "bfloat16"], help="of the weights (default: the checkpoint's)"
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it holds something")
+    parser.set_defaults(job=_export)
 
 
-def main(args: argparse.Namespace) -> int:
+def _export(args: argparse.Namespace) -> int:
     """Prints the folder. It is whole or absent: written beside and renamed."""
     out: Path = args.out.expanduser().absolute()
     require_free(out, args.force)

@@ -1,4 +1,4 @@
-"""`asyncrl sft`: supervised warm start of a model on demonstrations. Its result is a Hugging Face folder, whole or absent.
+"""`asyncrl sft`: SFT warm start of a model on demonstrations. Its result is a Hugging Face folder, whole or absent.
 
 OUT/        the policy and its tokenizer, for `model.path` of a recipe
 OUT.sft/    sft.json  metrics.jsonl  tensorboard/  checkpoints/ (until OUT is there)
@@ -18,9 +18,12 @@ import msgspec
 from msgspec import Struct
 
 from asyncrl.config import DemonstrationsSpec, ModelSpec, SFTSpec
+from asyncrl.config.load import override
 from asyncrl.errors import ConfigError
 from asyncrl.jobs.export import require_free
 from asyncrl.learn.policies import Policy, load, locate
+from asyncrl.prompts.demonstrations import check_demonstrations, read_demonstrations
+from asyncrl.report.progress import WarmStartLines
 from asyncrl.rundir import RunDir, atomic_folder, write_atomic
 
 if TYPE_CHECKING:
@@ -44,7 +47,8 @@ class SFTResult(Struct, frozen=True, kw_only=True):
     last_heldout_loss: float | None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def sft_job(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `asyncrl sft`, and sets what runs."""
     parser.add_argument(
         "model", metavar="MODEL_OR_CHECKPOINT", help="Hugging Face id or folder, runs/NAME, or …/checkpoints/step_N"
     )
@@ -56,26 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="a.b=c", help="fields of asyncrl.config.sft.SFTSpec, e.g. lr=1e-5 epochs=2"
     )
+    parser.set_defaults(job=_sft)
 
 
-def main(args: argparse.Namespace) -> int:
+def _sft(args: argparse.Namespace) -> int:
     """Standard output gets one line of JSON at the end; everything else goes to standard error."""
-    from asyncrl.config.load import override
-
     data = DemonstrationsSpec(files=tuple(args.data), heldout=tuple(args.heldout))
     spec = override(SFTSpec(model=ModelSpec(path=args.model), data=data, out=args.out), args.overrides)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that is stopped ends like one that is interrupted
-    began, lines = time.monotonic(), None
-
-    def show(step: int, total: int, metrics: dict[str, float]) -> None:
-        nonlocal lines
-        if lines is None:
-            from asyncrl.learn.sft_run import Lines
-
-            lines = Lines(lambda line: print(line, file=sys.stderr, flush=True))
-        lines(step, total, metrics)
-
-    result = train(spec, resume=args.resume, force=args.force, observe=show)
+    began = time.monotonic()
+    result = train(spec, resume=args.resume, force=args.force, observe=WarmStartLines())
     print(msgspec.json.encode(result).decode(), flush=True)
     print(f"{result.steps} steps in {time.monotonic() - began:.1f} s", file=sys.stderr)
     return 0
@@ -84,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
 def train(spec: SFTSpec, *, resume: bool = False, force: bool = False, observe: "Observe | None" = None) -> SFTResult:
     """Makes the folder `spec.out`. On the same number of threads, the same spec and files give the same bytes.
 
-    resume: go on from the newest checkpoint, to the bit. force: replace an earlier result, or begin an unfinished one anew.
+    resume: go on from the newest checkpoint, to the bit. force: replace an earlier result, or start an unfinished one over.
     Raises ConfigError or DataError before torch is loaded where that can be known; NonFinite if training breaks down.
     """
     out = Path(spec.out).expanduser().absolute()
@@ -92,7 +86,7 @@ def train(spec: SFTSpec, *, resume: bool = False, force: bool = False, observe: 
     policy = locate(spec.model.path, spec.model.tokenizer, spec.model.dtype)
     trusted = policy.spec.trust_remote_code or spec.model.trust_remote_code
     policy = msgspec.structs.replace(policy, spec=msgspec.structs.replace(policy.spec, trust_remote_code=trusted))
-    _check_files(spec.data)
+    check_demonstrations((*spec.data.files, *spec.data.heldout), spec.data)
     work = RunDir(out.with_name(f"{out.name}.sft"))
     if resume:
         work.require_checkpoint()
@@ -108,12 +102,6 @@ def train(spec: SFTSpec, *, resume: bool = False, force: bool = False, observe: 
     return result
 
 
-def _check_files(data: DemonstrationsSpec) -> None:
-    from asyncrl.prompts.demonstrations import check_demonstrations
-
-    check_demonstrations((*data.files, *data.heldout), data)
-
-
 def _begin(work: RunDir, spec: SFTSpec, resume: bool, force: bool) -> None:
     """Clears the working folder for a new start; for a resumed one, proves that it goes on with the same settings."""
     kept = work.path / "sft.json"
@@ -122,12 +110,12 @@ def _begin(work: RunDir, spec: SFTSpec, resume: bool, force: bool) -> None:
         changed = [name for name in SFTSpec.__struct_fields__ if name != "out" and getattr(before, name) != getattr(spec, name)]
         if changed:
             was = ", ".join(f"{name}={msgspec.to_builtins(getattr(before, name))}" for name in changed)
-            raise ConfigError(f"{work.path} was begun with {was}: to resume to the bit repeat that; to begin anew add --force")
+            raise ConfigError(f"{work.path} was begun with {was}: to resume to the bit repeat that; to start over add --force")
         return
     if work.steps() and not force:
         raise ConfigError(
-            f"{work.path} holds checkpoints of an unfinished warm start, which would be lost: go on with --resume, or begin "
-            "anew with --force"
+            f"{work.path} holds checkpoints of an unfinished warm start, which would be lost: go on with --resume, or start "
+            "over with --force"
         )
     for folder in (work.checkpoints, work.tensorboard):
         shutil.rmtree(folder, ignore_errors=True)
@@ -176,7 +164,6 @@ def _reader(
     """Makes files into sequences, and the number of those that were too long."""
     from asyncrl.models.packed import TokenSequence
     from asyncrl.models.tokenizing import stop_token_ids
-    from asyncrl.prompts.demonstrations import read_demonstrations
 
     config = model.config.get_text_config(decoder=True)
     longest = min(spec.data.max_length, getattr(config, "max_position_embeddings", None) or sys.maxsize)

@@ -1,4 +1,4 @@
-"""The statistics of an evaluation. Pure: numbers in, numbers out, no seed, so that the same samples give the same figures."""
+"""What the scored responses of an evaluation add up to. No seed: the same samples give the same figures."""
 
 import json
 import math
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Struct
 
+from asyncrl.report.scores import Scored, mean_scores
 from asyncrl.rundir import atomic_file
-from asyncrl.types import Generation, Prompt
+from asyncrl.types import Generation, Prompt, Version
 
 if TYPE_CHECKING:
     from asyncrl.reward.results import Verdict
@@ -113,18 +114,17 @@ def _check(n: int, k: int) -> None:
         raise ValueError(f"k={k} is outside [1, n={n}]: k responses must be drawn from the n that there are")
 
 
-# ------------------------------------------------------------------------------------------- samples
-# The scored responses of an evaluation: what they add up to, and their parquet file.
+# ----------------------------------------------------------------------------------------- scored responses
 
 
-class Answer(Struct, frozen=True, kw_only=True):
+class ScoredResponse(Struct, frozen=True, kw_only=True):
     """One sampled response and what the reward says of it."""
 
     prompt: Prompt
     rollout: int
     seed: int
     generation: Generation
-    response: str
+    text: str  # without special tokens
     verdict: "Verdict"
 
     @property
@@ -135,36 +135,41 @@ class Answer(Struct, frozen=True, kw_only=True):
     @property
     def vote(self) -> str:
         """What a majority is counted by: the answer that the verifier read, else the whole response, blanks aside."""
-        return self.response.strip() if self.verdict.answer is None else self.verdict.answer
+        return self.text.strip() if self.verdict.answer is None else self.verdict.answer
 
 
-def summary(answers: Sequence[Answer], ks: Sequence[int] = (1,), pass_score: float = 1.0) -> dict[str, Any]:
-    """Mean score over all samples; `invalid` and `timeout` ones count as 0 in it, and are reported. mean_length: tokens.
+def eval_summary(responses: Sequence[ScoredResponse], ks: Sequence[int] = (1,), pass_score: float = 1.0) -> dict[str, Any]:
+    """What an evaluation in a run reports too (asyncrl/report/scores.py), over all samples; and `estimates`: mean score, pass@k
+    and maj@k with 95% intervals over prompts, overall and by data source.
 
-    estimates: mean score, pass@k and maj@k with 95% intervals over prompts (jobs/statistics.py), overall and by data source.
-    answers: equally many per prompt, those of a prompt together. A response passes with a score of `pass_score` or more.
+    responses: equally many per prompt, those of a prompt together. A response passes with a score of `pass_score` or more.
     """
-    groups = [list(group) for _, group in groupby(answers, key=lambda answer: answer.prompt.row)]
-    by_source: dict[str, list[list[Answer]]] = {}
+    groups = [list(group) for _, group in groupby(responses, key=lambda response: response.prompt.row)]
+    by_source: dict[str, list[list[ScoredResponse]]] = {}
     for group in groups:
         by_source.setdefault(group[0].prompt.data_source, []).append(group)
-    estimates = {source: _estimates(of, ks, pass_score) for source, of in sorted(by_source.items())}
-    overall = _estimates(groups, ks, pass_score)
+    means = mean_scores(
+        Version(0, 0), [Scored(r.prompt.data_source, r.score, r.verdict.status, len(r.generation.token_ids)) for r in responses]
+    )
+    estimates = {
+        "overall": _estimates(groups, ks, pass_score),
+        "by_source": {source: _estimates(of, ks, pass_score) for source, of in sorted(by_source.items())},
+    }
     return {
         "prompts": len(groups),
-        "samples": len(answers),
-        "score": overall["score"].mean,
-        "by_source": {source: figures["score"].mean for source, figures in estimates.items()},
-        "invalid": sum(answer.verdict.status == "invalid" for answer in answers),
-        "timeout": sum(answer.verdict.status == "timeout" for answer in answers),
-        "mean_length": sum(len(answer.generation.token_ids) for answer in answers) / len(answers),
-        "estimates": msgspec.to_builtins({"overall": overall, "by_source": estimates}),
+        "samples": means.count,
+        "score": means.score,
+        "by_source": means.by_source,
+        "invalid": means.invalid,
+        "timeout": means.timeout,
+        "mean_length": means.mean_length,
+        "estimates": msgspec.to_builtins(estimates),
     }
 
 
-def _estimates(groups: Sequence[Sequence[Answer]], ks: Sequence[int], pass_score: float) -> dict[str, Estimate]:
-    scores = [[answer.score for answer in group] for group in groups]
-    votes = [[(answer.vote, answer.score) for answer in group] for group in groups]
+def _estimates(groups: Sequence[Sequence[ScoredResponse]], ks: Sequence[int], pass_score: float) -> dict[str, Estimate]:
+    scores = [[response.score for response in group] for group in groups]
+    votes = [[(response.vote, response.score) for response in group] for group in groups]
     figures = {"score": estimate([sum(own) / len(own) for own in scores])}
     for k in ks:
         figures[f"pass@{k}"] = estimate([pass_at_k(len(own), sum(s >= pass_score for s in own), k) for own in scores])
@@ -173,28 +178,28 @@ def _estimates(groups: Sequence[Sequence[Answer]], ks: Sequence[int], pass_score
     return figures
 
 
-def write_samples(path: Path, answers: Sequence[Answer]) -> None:
+def write_samples(path: Path, responses: Sequence[ScoredResponse]) -> None:
     """One row per response, written beside and renamed."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     rows = [
         {
-            "row": answer.prompt.row,
-            "rollout": answer.rollout,
-            "data_source": answer.prompt.data_source,
-            "ground_truth": answer.prompt.ground_truth,
-            "response": answer.response,
-            "answer": answer.vote,
-            "score": answer.verdict.reward,
-            "parts": json.dumps(answer.verdict.parts),
-            "status": answer.verdict.status,
-            "error": answer.verdict.error,
-            "response_length": len(answer.generation.token_ids),
-            "finish_reason": answer.generation.finish_reason,
-            "seed": answer.seed,
+            "row": one.prompt.row,
+            "rollout": one.rollout,
+            "data_source": one.prompt.data_source,
+            "ground_truth": one.prompt.ground_truth,
+            "response": one.text,
+            "answer": one.vote,
+            "score": one.verdict.reward,
+            "parts": json.dumps(one.verdict.parts),
+            "status": one.verdict.status,
+            "error": one.verdict.error,
+            "response_length": len(one.generation.token_ids),
+            "finish_reason": one.generation.finish_reason,
+            "seed": one.seed,
         }
-        for answer in answers
+        for one in responses
     ]
     with atomic_file(path) as beside:
         pq.write_table(pa.Table.from_pylist(rows), beside)

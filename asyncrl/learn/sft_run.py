@@ -1,4 +1,4 @@
-"""A warm start under way: its metrics, its checkpoints, the held-out loss, and the lines that report it."""
+"""A warm start under way: its metrics, its checkpoints, the held-out loss."""
 
 import math
 import time
@@ -11,7 +11,6 @@ from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.sft import SupervisedTrainer
 from asyncrl.models.packed import TokenSequence
 from asyncrl.report.metrics_log import MetricsLog
-from asyncrl.report.progress import LINE_EVERY_S, clock, number
 from asyncrl.rundir import RunDir
 from asyncrl.types import Record, Version
 
@@ -78,37 +77,6 @@ class Journal:
         self._metrics.append(Record(sequence=step + 1, time=time.time(), kind="step", version=version, metrics=metrics))
         if self._observe is not None:
             self._observe(step, self._trainer.total_steps, metrics)
-
-
-class Lines:
-    """Prints how a warm start goes on: a line every few seconds, the first one and the last."""
-
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self._write = write
-        self._heldout: list[float] = []
-        self._began: tuple[float, int] | None = None  # when the first step was done, and which it was
-        self._printed = -math.inf
-        self._tokens = 0.0
-
-    def __call__(self, step: int, total: int, metrics: dict[str, float]) -> None:
-        now = time.monotonic()
-        self._heldout += [metrics["heldout/loss"]] if "heldout/loss" in metrics else []
-        if "train/loss" not in metrics:
-            return
-        if self._began is None:
-            self._began = now, step
-        seconds, steps = now - self._began[0], step - self._began[1]
-        self._tokens += metrics["train/tokens"] if steps else 0.0
-        if step < total and now - self._printed < LINE_EVERY_S:
-            return
-        self._printed = now
-        parts = [f"step {step}/{total}", f"loss {metrics['train/loss']:.4g}"]
-        if self._heldout:
-            first_last = dict.fromkeys((self._heldout[0], self._heldout[-1]))
-            parts.append("held-out " + " → ".join(f"{loss:.4g}" for loss in first_last))
-        parts.append(f"{number(self._tokens / seconds if steps else None)} learned tokens/s")
-        left = (total - step) * seconds / steps if steps else None
-        self._write(" · ".join([*parts, f"{clock(left)} left"]))
 
 
 def _digest(examples: Sequence[TokenSequence]) -> int:

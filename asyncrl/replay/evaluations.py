@@ -6,6 +6,7 @@ from asyncrl.replay.admission import Holders, ticket
 from asyncrl.replay.ledger import StoreContext
 from asyncrl.replay.plan import Evaluation
 from asyncrl.replay.state import EvalRound
+from asyncrl.report.scores import Scored, mean_scores
 from asyncrl.types import EvalResult, Key, Ticket, Version
 
 
@@ -65,16 +66,11 @@ class Evaluations:
         return all(self._holders.is_lost(g.id) for g in in_flight)
 
     def _result(self, running: EvalRound, plan: Evaluation) -> EvalResult:
-        by_source: dict[str, list[float]] = {}
-        for group in running.groups.values():
-            by_source.setdefault(plan.prompts[group.position].data_source, []).extend(r.reward for r in group.rollouts)
-        rollouts = [r for g in running.groups.values() for r in g.rollouts]
-        count = len(rollouts)
-        return EvalResult(
-            version=running.version,
-            score=sum(r.reward for r in rollouts) / count,
-            count=count,
-            invalid=sum(r.status != "ok" for r in rollouts),
-            by_source={source: sum(rewards) / len(rewards) for source, rewards in sorted(by_source.items())},
-            mean_length=sum(r.length for r in rollouts) / count,
+        return mean_scores(
+            running.version,
+            [
+                Scored(plan.prompts[group.position].data_source, rollout.reward, rollout.status, rollout.length)
+                for group in running.groups.values()
+                for rollout in group.rollouts
+            ],
         )

@@ -194,6 +194,7 @@ class Ledger:
         self.queued = None
         result = e.result
         metrics = {"eval/score": result.score, "eval/count": result.count, "eval/invalid": result.invalid}
+        metrics["eval/timeout"] = result.timeout
         metrics |= {"eval/length": result.mean_length} | {f"eval/score/{name}": s for name, s in result.by_source.items()}
         self._note("eval", result.version, e.time, metrics)
 

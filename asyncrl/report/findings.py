@@ -9,9 +9,9 @@ from msgspec import Struct
 class Finding(Struct, frozen=True, kw_only=True):
     """One row. A required one that is not `ok` makes the exit status of the doctor 1."""
 
-    name: str
-    status: Literal["ok", "missing", "broken"]
     detail: str
+    status: Literal["ok", "missing", "broken"] = "ok"
+    name: str = ""  # of the row; a check leaves it out, as it stands beside the check
     fix: str = ""  # the command that fixes it
     required: bool = True
 

@@ -1,215 +1,209 @@
-"""What a person sees while a run goes on: one live view on a terminal, plain lines elsewhere. Always on standard error.
+"""What a person sees while a run or a warm start goes on: a live view on a terminal, else plain lines. On standard error."""
 
-Rendering is pure text (`dashboard`, `one_line`); rich only keeps it in place.
-"""
-
+import math
 import os
 import re
 import sys
+import time
 from collections import deque
-from collections.abc import Iterable
-from typing import TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-from msgspec import Struct
+from asyncrl.report.summary import RunSummary
 
-from asyncrl.types import GroupCounts, Report
+if TYPE_CHECKING:  # rich takes a while to import, and only a terminal needs it
+    from rich.table import Table
 
 WINDOW_S = 30.0  # rates and shares describe about this long
 LINE_EVERY_S = 5.0
 QUIET_S = 30.0  # without a new step a plain line comes only this often
 
-_LAG = re.compile(r"^staleness/lag(?:_hist)?[_/=](\d+)$")  # share of trained tokens at that lag
+_LAG = re.compile(r"^staleness/lag_(\d+)$")  # share of trained tokens at that lag
+Shares = dict[str, float]  # a name, and its part of 1
 
 
-class Snapshot(Struct, frozen=True, kw_only=True):
-    """Everything the view shows. step: updates committed; samples: rollouts trained; scores: held-out, oldest first.
+class _Mark(NamedTuple):
+    """What rates are made of, at one moment."""
 
-    metrics: of the newest update. reports: the newest of every actor; their seconds only grow.
-    """
-
-    name: str
     elapsed_s: float
     step: int
-    total_steps: int
-    samples: int = 0
-    metrics: dict[str, float] = {}
-    scores: tuple[float, ...] = ()
-    counts: GroupCounts | None = None
-    reports: tuple[Report, ...] = ()
-    restarts: dict[str, int] = {}
+    samples: int
+    seconds: dict[str, dict[str, float]]  # by actor, then by state
 
 
-class Pace(Struct, frozen=True, kw_only=True):
-    """How fast it goes just now. shares: per actor, the part of its recent time in each state; None: not known yet."""
+class Pace:
+    """How fast a run goes just now: what changed over about the last WINDOW_S seconds. None, or empty: not known yet."""
 
-    samples_per_s: float | None = None
-    left_s: float | None = None
-    shares: dict[str, dict[str, float]] = {}
+    def __init__(self) -> None:
+        self.samples_per_s: float | None = None
+        self.left_s: float | None = None
+        self.shares: dict[str, Shares] = {}  # per actor, the part of its recent time in each state
+        self._marks: deque[_Mark] = deque()
+
+    def update(self, run: RunSummary) -> None:
+        seconds = {report.name: report.seconds for report in run.reports.values()}
+        now = _Mark(run.elapsed_s, run.committed, run.samples, seconds)
+        self._marks.append(now)
+        # The mark just older than the window stays: rates then span at least the window.
+        while len(self._marks) > 2 and now.elapsed_s - self._marks[1].elapsed_s >= WINDOW_S:
+            self._marks.popleft()
+        old = self._marks[0]
+        passed, steps = now.elapsed_s - old.elapsed_s, now.step - old.step
+        self.samples_per_s = (now.samples - old.samples) / passed if passed > 0 and steps > 0 else None
+        self.left_s = (run.total_steps - now.step) * passed / steps if steps > 0 else None
+        self.shares = {name: _shares(old.seconds.get(name, {}), after) for name, after in seconds.items()}
 
 
-def pace(old: Snapshot, new: Snapshot) -> Pace:
-    """What happened between two snapshots of a run. An actor that was restarted in between is judged since its restart."""
-    seconds, steps = new.elapsed_s - old.elapsed_s, new.step - old.step
-    before = {report.name: report.seconds for report in old.reports}
-    return Pace(
-        samples_per_s=(new.samples - old.samples) / seconds if seconds > 0 and steps > 0 else None,
-        left_s=(new.total_steps - new.step) * seconds / steps if steps > 0 else None,
-        shares={report.name: _shares(before.get(report.name, {}), report.seconds) for report in new.reports},
-    )
+def dashboard(run: RunSummary, pace: Pace) -> "Table":
+    """The live view: the facts, and where each actor's time goes, with a bar for every share."""
+    from rich.columns import Columns
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    def bars(shares: Shares, width: int = 6) -> Columns:
+        """Side by side as far as the terminal is wide."""
+        cells = []
+        for name, share in shares.items():
+            cells.append(Table.grid(padding=(0, 1)))
+            cells[-1].add_row(name, ProgressBar(total=1.0, completed=share, width=width), f"{share:.0%}")
+        return Columns(cells, padding=(0, 2))
+
+    view = Table.grid(padding=(0, 2), expand=True)
+    view.add_column()
+    view.add_column(ratio=1)
+    view.add_row(run.name, bars({f"{run.committed}/{run.total_steps}": run.committed / max(run.total_steps, 1)}, width=28))
+    for label, value in [*_facts(run, pace), *((name, _ordered(shares)) for name, shares in sorted(pace.shares.items()))]:
+        if value:
+            view.add_row(label, value if isinstance(value, str) else bars(value))
+    return view
 
 
-def dashboard(now: Snapshot, rate: Pace, width: int = 100) -> str:
-    """The live view as lines of text of at most `width` columns."""
-    done = now.step / max(now.total_steps, 1)
-    bar = _bar(done, 28)
-    lines = [
-        f"{now.name}  {clock(now.elapsed_s)} elapsed · {clock(rate.left_s)} left",
-        f"step     {now.step}/{now.total_steps} {bar} {done:4.0%}   {number(rate.samples_per_s)} samples/s",
-        f"reward   {_figure(now.metrics, 'reward/mean')}   held-out {_scores(now.scores)}"
-        f"   answer {_figure(now.metrics, 'response_length/mean')} tokens",
+def one_line(run: RunSummary, pace: Pace) -> str:
+    """The same, on the one line that a log file gets; of each actor's time only the share in which it was busy."""
+    busy = {name: shares.get("busy", 0.0) for name, shares in sorted(pace.shares.items()) if shares}
+    parts = [f"step {run.committed}/{run.total_steps}"]
+    for label, value in [*_facts(run, pace), ("busy", busy)]:
+        if value:
+            shown = value if isinstance(value, str) else " ".join(f"{name}:{share:.0%}" for name, share in value.items())
+            parts.append(f"{label} {shown}")
+    return " · ".join(parts)
+
+
+def _facts(run: RunSummary, pace: Pace) -> list[tuple[str, str | Shares]]:
+    """What there is to say of a run, each under its name; empty: nothing yet."""
+    ends = [f"{score:.3f}" for score in run.scores]
+    groups = " + ".join(f"{getattr(run.counts, end)} {end}" for end in ("trained", "filtered", "evicted", "failed", "pending"))
+    lags = sorted((int(match[1]), share) for name, share in run.metrics.items() if (match := _LAG.match(name)))
+    # Samples on which the reward function failed.
+    scoring = [report.gauges for report in run.reports.values() if report.role == "reward"]
+    unscored = {status: sum(gauges.get(status, 0.0) for gauges in scoring) for status in ("invalid", "timeout")}
+    return [
+        ("time", f"{clock(run.elapsed_s)} elapsed, {clock(pace.left_s)} left, {number(pace.samples_per_s)} samples/s"),
+        ("reward", f"{run.metrics['reward/mean']:.3g}" if "reward/mean" in run.metrics else ""),
+        ("held-out", " → ".join(ends[:1] + ends[1:][-1:])),
+        ("response", f"{run.metrics['response_length/mean']:.3g} tokens" if "response_length/mean" in run.metrics else ""),
+        ("lag", {str(lag): share for lag, share in lags}),
+        ("groups", f"{run.counts.reserved} = {groups}" if run.counts.reserved else ""),
+        ("unscored", " + ".join(f"{count:.0f} {status}" for status, count in unscored.items() if count)),
+        ("restarts", ", ".join(f"{name} ×{count}" for name, count in sorted(run.restarts.items()))),
     ]
-    if lags := _lags(now.metrics):
-        lines.append("lag      " + "  ".join(f"{lag} {_bar(share, 6)} {share:.0%}" for lag, share in lags))
-    if now.counts is not None:
-        lines.append("groups   " + _ledger(now.counts))  # fits 80 columns up to thousands
-    if unscored := _unscored(now.reports):
-        lines.append(f"unscored {unscored}")
-    for name, shares in sorted(rate.shares.items()):
-        if shares:
-            lines.append(f"{name:<14} " + "  ".join(f"{state} {share:.0%}" for state, share in _ordered(shares)))
-    if now.restarts:
-        lines.append("restarts " + ", ".join(f"{name} ×{count}" for name, count in sorted(now.restarts.items())))
-    return "\n".join(line[:width] for line in lines)
-
-
-def one_line(now: Snapshot, rate: Pace) -> str:
-    """The same, on the one line that a log file gets."""
-    parts = [
-        f"step {now.step}/{now.total_steps}",
-        f"reward {_figure(now.metrics, 'reward/mean')}",
-        f"held-out {_scores(now.scores)}",
-    ]
-    if lags := _lags(now.metrics):
-        parts.append("lag " + " ".join(f"{lag}:{share:.0%}" for lag, share in lags))
-    parts.append(f"{number(rate.samples_per_s)} samples/s")
-    busy = {name: shares.get("busy", 0.0) for name, shares in sorted(rate.shares.items())}
-    if busy:
-        parts.append("busy " + " ".join(f"{name} {share:.0%}" for name, share in busy.items()))
-    if now.counts is not None:
-        parts.append(f"groups {_ledger(now.counts)}")
-    if unscored := _unscored(now.reports):
-        parts.append(f"unscored {unscored}")
-    if now.restarts:
-        parts.append(f"{sum(now.restarts.values())} restarts")
-    return " · ".join([*parts, f"{clock(now.elapsed_s)} elapsed", f"{clock(rate.left_s)} left"])
 
 
 class Progress:
-    """Shows snapshots as they come. `update` never waits for the terminal longer than a write does."""
+    """Shows a run as it goes on. `update` never waits for the terminal longer than a write does."""
 
     def __init__(self, stream: TextIO | None = None, live: bool | None = None) -> None:
         """live None: if the stream is a terminal that can move its cursor."""
         self._stream = sys.stderr if stream is None else stream
+        self._pace = Pace()
+        self._newest: RunSummary | None = None
+        self._printed: tuple[float, int] | None = None  # seconds elapsed and step of the newest plain line
+        self._live = None
         if live is None:
             live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._history: deque[Snapshot] = deque()
-        self._printed: Snapshot | None = None
-        self._live = None
         if live:
             from rich.console import Console
             from rich.live import Live
 
-            self._console = Console(file=self._stream)
-            self._live = Live(console=self._console, auto_refresh=False)
-            self._live.start()
+            self._live = Live(console=Console(file=self._stream, markup=False, highlight=False), auto_refresh=False)
 
-    def update(self, snapshot: Snapshot) -> None:
+    def update(self, run: RunSummary) -> None:
         """Takes the run's newest state, and shows it if it is time to."""
-        self._history.append(snapshot)
-        # The entry just older than the window stays: rates then span at least the window.
-        while len(self._history) > 2 and snapshot.elapsed_s - self._history[1].elapsed_s >= WINDOW_S:
-            self._history.popleft()
+        self._newest = run
+        self._pace.update(run)
         if self._live is not None:
-            self._draw(snapshot)
-        elif self._due(snapshot):
-            self._print(snapshot)
+            self._live.start()  # once there is something to show
+            self._live.update(dashboard(run, self._pace), refresh=True)
+        elif self._due(run):
+            self._print(run)
 
     def close(self) -> None:
         """Shows the last state once more, and gives the terminal back. Idempotent."""
         if self._live is not None:
             self._live.stop()
-            self._live = None
-        elif self._history and self._printed is not self._history[-1]:
-            self._print(self._history[-1])
-        self._history.clear()
+        elif self._newest is not None and self._printed != (self._newest.elapsed_s, self._newest.committed):
+            self._print(self._newest)
 
-    def _draw(self, snapshot: Snapshot) -> None:
-        from rich.text import Text
-
-        assert self._live is not None
-        text = dashboard(snapshot, pace(self._history[0], snapshot), self._console.width)
-        self._live.update(Text(text, no_wrap=True), refresh=True)
-
-    def _due(self, snapshot: Snapshot) -> bool:
+    def _due(self, run: RunSummary) -> bool:
         if self._printed is None:
             return True
-        waited = snapshot.elapsed_s - self._printed.elapsed_s
-        return waited >= QUIET_S or (waited >= LINE_EVERY_S and snapshot.step != self._printed.step)
+        elapsed_s, step = self._printed
+        waited = run.elapsed_s - elapsed_s
+        return waited >= QUIET_S or (waited >= LINE_EVERY_S and run.committed != step)
 
-    def _print(self, snapshot: Snapshot) -> None:
-        self._printed = snapshot
-        print(one_line(snapshot, pace(self._history[0], snapshot)), file=self._stream, flush=True)
+    def _print(self, run: RunSummary) -> None:
+        self._printed = run.elapsed_s, run.committed
+        print(one_line(run, self._pace), file=self._stream, flush=True)
 
 
-def _shares(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+class WarmStartLines:
+    """Prints how an SFT warm start goes on: a line every few seconds, the first one and the last."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._heldout: list[float] = []
+        self._began: tuple[float, int] | None = None  # when the first step was done, and which it was
+        self._printed = -math.inf
+        self._tokens = 0.0
+
+    def __call__(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        now = time.monotonic()
+        self._heldout += [metrics["heldout/loss"]] if "heldout/loss" in metrics else []
+        if "train/loss" not in metrics:
+            return
+        if self._began is None:
+            self._began = now, step
+        seconds, steps = now - self._began[0], step - self._began[1]
+        self._tokens += metrics["train/tokens"] if steps else 0.0
+        if step < total and now - self._printed < LINE_EVERY_S:
+            return
+        self._printed = now
+        parts = [f"step {step}/{total}", f"loss {metrics['train/loss']:.4g}"]
+        if self._heldout:
+            ends = dict.fromkeys((self._heldout[0], self._heldout[-1]))
+            parts.append("held-out " + " → ".join(f"{loss:.4g}" for loss in ends))
+        parts.append(f"{number(self._tokens / seconds if steps else None)} learned tokens/s")
+        left = (total - step) * seconds / steps if steps else None
+        print(" · ".join([*parts, f"{clock(left)} left"]), file=self._stream, flush=True)
+
+
+def _shares(before: dict[str, float], after: dict[str, float]) -> Shares:
     spent = {state: seconds - before.get(state, 0.0) for state, seconds in after.items()}
     if any(seconds < 0 for seconds in spent.values()):
-        spent = after  # restarted: its seconds began anew
+        spent = after  # restarted in between: judged since then
     total = sum(spent.values())
     return {state: seconds / total for state, seconds in spent.items()} if total > 0 else {}
 
 
-def _ordered(shares: dict[str, float]) -> Iterable[tuple[str, float]]:
+def _ordered(shares: Shares) -> Shares:
     """busy, sync, then whom it waits for, longest first; below half a percent is left out."""
     rank = {"busy": 0, "sync": 1}
     shown = [(state, share) for state, share in shares.items() if share >= 0.005 or state == "busy"]
-    return sorted(shown, key=lambda item: (rank.get(item[0], 2), -item[1]))
-
-
-def _lags(metrics: dict[str, float]) -> list[tuple[int, float]]:
-    return sorted((int(match[1]), share) for name, share in metrics.items() if (match := _LAG.match(name)))
-
-
-def _ledger(counts: GroupCounts) -> str:
-    ends = ("trained", "filtered", "evicted", "failed", "pending")
-    return f"{counts.reserved} = " + " + ".join(f"{getattr(counts, end)} {end}" for end in ends)
-
-
-def _unscored(reports: Iterable[Report]) -> str:
-    """Samples on which the reward function failed; empty while there are none."""
-    reports = [report for report in reports if report.role == "reward"]
-    counts = {status: sum(report.gauges.get(status, 0.0) for report in reports) for status in ("invalid", "timeout")}
-    return " + ".join(f"{count:.0f} {status}" for status, count in counts.items() if count)
-
-
-def _scores(scores: tuple[float, ...]) -> str:
-    if not scores:
-        return "–"
-    return f"{scores[0]:.3f}" if len(scores) == 1 else f"{scores[0]:.3f} → {scores[-1]:.3f}"
-
-
-def _figure(metrics: dict[str, float], name: str) -> str:
-    return f"{metrics[name]:.3g}" if name in metrics else "–"
+    return dict(sorted(shown, key=lambda item: (rank.get(item[0], 2), -item[1])))
 
 
 def number(value: float | None) -> str:
     """A rate in as few characters as it needs, or a dash."""
     return "–" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
-
-
-def _bar(share: float, width: int) -> str:
-    full = round(min(max(share, 0.0), 1.0) * width)
-    return "█" * full + "░" * (width - full)
 
 
 def clock(seconds: float | None) -> str:

@@ -1,112 +1,110 @@
-"""What a run has come to so far: the store's records summed up, and every figure written down as it arrives."""
+"""How a run stands: what its store wrote down and what its actors said last, summed up. Whoever shows a run reads this."""
 
-import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-from asyncrl.report.metrics_log import MetricsLog
-from asyncrl.rundir import RunDir
-from asyncrl.types import GroupCounts, Record, Report
+from msgspec import Struct
 
-if TYPE_CHECKING:
-    from asyncrl.types import RunStatus
-
-ACTORS_EVERY_S = 5.0
+from asyncrl.types import GroupCounts, Record, Report, StoreReport
 
 
+class RunResult(Struct, frozen=True, kw_only=True):
+    """What a run came to; `asyncrl run` prints it as its one line of JSON."""
+
+    run_dir: str
+    steps: int  # updates committed
+    samples: int  # rollouts trained
+    wall_s: float
+    first_score: float | None  # `eval/score` of the first evaluation
+    last_score: float | None
+    trained: int  # groups, as in `GroupCounts`
+    filtered: int
+    evicted: int
+    failed: int
+    pending: int
+    restarts: dict[str, int]
+    max_trained_lag: int  # the largest lag of a trained token
+    masked_share: float  # of the policy's leased tokens, those too old to train
+    trained_length_ratio: float | None  # mean response length, trained over dispatched; below 1, staleness favoured short ones
+    learner_utilization: float  # the share of the learner's wall clock in which it computed
+
+
+@dataclass(kw_only=True)
 class RunSummary:
-    """Sums over the surviving lineage: a step that a restore reopened counts once, as it was trained last."""
+    """A run's present state. Sums are over the surviving lineage: a step that a restore reopened counts once.
 
-    def __init__(self, paths: RunDir, observe: "Callable[[RunStatus, RunSummary], None] | None") -> None:
-        self._log = MetricsLog(paths.metrics, paths.tensorboard)
-        self._observe = observe
-        self._steps: dict[int, Record] = {}
-        self._evals: dict[int, Record] = {}
-        self._actors_due = time.monotonic()
-        self._reports: dict[str, Report] = {}
-        self._lengths = (0.0, 0.0)  # mean answer lengths: of all that were submitted, of those trained
-        self.committed = 0
-        self.counts = GroupCounts(reserved=0, trained=0, filtered=0, evicted=0, failed=0, pending=0)
+    The supervisor updates it about twice a second, in the thread that leads the run.
+    """
 
-    def observe(self, status: "RunStatus") -> None:
-        """Takes what the supervisor learnt in one tick."""
-        self._reports |= {report.name: report for report in status.reports}
-        if status.store is not None:
-            for record in status.store.records:
-                self._take(record)
-            self.committed, self.counts = status.store.committed, status.store.counts
-            # A learner that was restored to an earlier update has given up what came after it.
-            self._steps = {update: record for update, record in self._steps.items() if update <= self.committed}
-            self._evals = {update: record for update, record in self._evals.items() if update <= self.committed}
-            gauges = status.store.gauges
-            self._lengths = gauges.get("length/dispatched_mean", 0.0), gauges.get("length/trained_mean", 0.0)
-        if time.monotonic() >= self._actors_due:
-            self._write_actors()
-        if self._observe is not None:
-            self._observe(status, self)
+    name: str
+    total_steps: int
+    elapsed_s: float = 0.0
+    committed: int = 0  # updates
+    counts: GroupCounts = field(default_factory=GroupCounts)
+    steps: dict[int, Record] = field(default_factory=dict)  # by update
+    evals: dict[int, Record] = field(default_factory=dict)  # by update
+    reports: dict[str, Report] = field(default_factory=dict)  # the newest of every actor; their seconds only grow
+    restarts: dict[str, int] = field(default_factory=dict)  # of the actors that had any
+    pids: dict[str, int] = field(default_factory=dict)  # of the actors that are up
 
-    def close(self) -> None:
-        self._write_actors()
-        self._log.close()
+    def update(
+        self, store: StoreReport | None, reports: Iterable[Report], restarts: dict[str, int], pids: dict[str, int]
+    ) -> None:
+        """Takes what the supervisor learnt in one round. store: None while it has not answered again."""
+        self.reports |= {report.name: report for report in reports}
+        self.restarts, self.pids = restarts, pids
+        if store is None:
+            return
+        self.reports["store"] = Report(name="store", role="store", seconds=store.seconds, gauges=store.gauges)
+        for record in store.records:
+            (self.evals if record.kind == "eval" else self.steps)[record.version.update] = record
+        self.committed, self.counts = store.committed, store.counts
+        # A learner that was restored to an earlier update has dropped what came after it.
+        self.steps = {update: record for update, record in self.steps.items() if update <= self.committed}
+        self.evals = {update: record for update, record in self.evals.items() if update <= self.committed}
 
     @property
-    def latest(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Metrics of the newest update."""
-        return self._steps[max(self._steps)].metrics if self._steps else {}
+        return self.steps[max(self.steps)].metrics if self.steps else {}
 
     @property
-    def scores(self) -> tuple[float, ...]:
+    def scores(self) -> list[float]:
         """Held-out scores, by update."""
-        return tuple(self._evals[update].metrics["eval/score"] for update in sorted(self._evals))
-
-    @property
-    def first_score(self) -> float | None:
-        return self.scores[0] if self._evals else None
-
-    @property
-    def last_score(self) -> float | None:
-        return self.scores[-1] if self._evals else None
+        return [self.evals[update].metrics["eval/score"] for update in sorted(self.evals)]
 
     @property
     def samples(self) -> int:
         """Rollouts trained."""
         return int(self._sum("samples"))
 
-    @property
-    def max_trained_lag(self) -> int:
-        return int(max((step.metrics.get("staleness/lag_max", 0) for step in self._steps.values()), default=0))
-
-    @property
-    def masked_share(self) -> float:
-        """Policy tokens that were leased but too old to train, over all that were leased."""
-        policy = self._sum("tokens/policy")
-        return 1.0 - self._sum("tokens/trained") / policy if policy else 0.0
-
-    @property
-    def trained_length_ratio(self) -> float | None:
-        """Mean length of trained over dispatched answers; below 1, staleness favoured short ones."""
-        dispatched, trained = self._lengths
-        return trained / dispatched if dispatched and trained else None
-
-    @property
-    def learner_utilization(self) -> float:
-        """Share of the learner's own wall clock, from its first batch on, in which it computed."""
-        seconds = self._reports["learner"].seconds if "learner" in self._reports else {}
-        total = sum(value for state, value in seconds.items() if state != "wait:start")
-        return seconds.get("busy", 0.0) / total if total else 0.0
-
-    def _take(self, record: Record) -> None:
-        self._log.append(record)
-        update = record.version.update
-        if record.kind == "eval":
-            self._evals[update] = record
-        else:
-            self._steps[update] = record
+    def result(self, run_dir: str, wall_s: float) -> RunResult:
+        """What the run has come to. wall_s: what it took, in seconds."""
+        scores, counts, policy_tokens = self.scores, self.counts, self._sum("tokens/policy")
+        lags = [step.metrics.get("staleness/lag_max", 0) for step in self.steps.values()]
+        lengths = self.reports["store"].gauges if "store" in self.reports else {}
+        dispatched, trained = lengths.get("length/dispatched_mean"), lengths.get("length/trained_mean")
+        # From the learner's first batch on.
+        seconds = self.reports["learner"].seconds if "learner" in self.reports else {}
+        in_all = sum(value for state, value in seconds.items() if state != "wait:start")
+        return RunResult(
+            run_dir=run_dir,
+            steps=self.committed,
+            samples=self.samples,
+            wall_s=round(wall_s, 2),
+            first_score=scores[0] if scores else None,
+            last_score=scores[-1] if scores else None,
+            trained=counts.trained,
+            filtered=counts.filtered,
+            evicted=counts.evicted,
+            failed=counts.failed,
+            pending=counts.pending,
+            restarts=self.restarts,
+            max_trained_lag=int(max(lags, default=0)),
+            masked_share=1.0 - self._sum("tokens/trained") / policy_tokens if policy_tokens else 0.0,
+            trained_length_ratio=trained / dispatched if dispatched and trained else None,
+            learner_utilization=seconds.get("busy", 0.0) / in_all if in_all else 0.0,
+        )
 
     def _sum(self, name: str) -> float:
-        return sum(step.metrics.get(name, 0.0) for step in self._steps.values())
-
-    def _write_actors(self) -> None:
-        if self._reports:
-            self._log.append_actors(time.time(), self.committed, self._reports.values())
-        self._actors_due = time.monotonic() + ACTORS_EVERY_S
+        return sum(step.metrics.get(name, 0.0) for step in self.steps.values())

@@ -52,10 +52,9 @@ class Watch:
         self.delays: dict[int, float] = {}
         self.pauses: dict[int, float] = {}
 
-    def __call__(self, status, tally) -> None:  # type: ignore[no-untyped-def]
-        for record in status.store.records if status.store else ():
-            self.committed_at[record.version.update] = record.time
-        for report in status.reports:
+    def __call__(self, run) -> None:  # type: ignore[no-untyped-def]
+        self.committed_at |= {update: record.time for update, record in run.steps.items()}
+        for report in run.reports.values():
             update = int(report.gauges.get("update", -1))
             if report.role == "generator" and update in self.committed_at:
                 self.delays.setdefault(update, report.gauges["swapped_at"] - self.committed_at[update])

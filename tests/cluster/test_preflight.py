@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from asyncrl.cluster.preflight import check
+from asyncrl.cluster.preflight import check_run
 from asyncrl.config import (
     AlgorithmSpec,
     CriticSpec,
@@ -59,7 +59,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
     recipe = replace(recipe, staleness=StalenessSpec(max_lag=2, capacity_groups=20))
-    plan = check(recipe, Deployment(num_cpus=2), run)
+    plan = check_run(recipe, Deployment(num_cpus=2), run)
     assert plan == [
         f"run         {tmp_path}/runs/r",
         f"model       {tmp_path}/model",
@@ -82,10 +82,10 @@ def test_what_prepare_makes_need_not_exist_yet(recipe: Recipe, run: RunDir, tmp_
         evaluation=EvaluationSpec(files=("{run}/data/heldout.parquet",)),
         prepare="rewards.py:prepare",
     )
-    plan = check(resolve_paths(made, run, tmp_path), Deployment(), run)
+    plan = check_run(resolve_paths(made, run, tmp_path), Deployment(), run)
     assert sum(line.endswith("(made by prepare)") for line in plan) == 3
     with pytest.raises(ConfigError, match=r"3 problems:\n  1\. model\.path=.*does not exist"):
-        check(resolve_paths(replace(made, prepare=""), run, tmp_path), Deployment(), run)
+        check_run(resolve_paths(replace(made, prepare=""), run, tmp_path), Deployment(), run)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_what_prepare_makes_need_not_exist_yet(recipe: Recipe, run: RunDir, tmp_
 )
 def test_problems(recipe: Recipe, run: RunDir, fields: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        check(replace(recipe, **fields), Deployment(), run)
+        check_run(replace(recipe, **fields), Deployment(), run)
 
 
 def test_columns_are_those_that_the_recipe_names(recipe: Recipe, run: RunDir) -> None:
@@ -137,39 +137,39 @@ def test_columns_are_those_that_the_recipe_names(recipe: Recipe, run: RunDir) ->
     with pytest.raises(
         DataError, match=r"train\.jsonl, line 1: no column 'answer' .*columns found: data_source, prompt, reward_model"
     ):
-        check(replace(recipe, data=wrong), Deployment(), run)
+        check_run(replace(recipe, data=wrong), Deployment(), run)
 
 
 @pytest.mark.parametrize(("epochs", "batch", "fits"), [(1, 10, True), (1, 11, False), (2, 20, False), (None, 11, False)])
 def test_an_epoch_that_cannot_fill_a_batch(recipe: Recipe, run: RunDir, epochs: int | None, batch: int, fits: bool) -> None:
     recipe = replace(recipe, data=replace(recipe.data, epochs=epochs), learner=LearnerSpec(batch_groups=batch))
     if fits:
-        check(recipe, Deployment(), run)
+        check_run(recipe, Deployment(), run)
         return
     with pytest.raises(ConfigError, match=rf"10 rows < learner\.batch_groups={batch}: an epoch cannot fill .*batch_groups=10"):
-        check(recipe, Deployment(), run)
+        check_run(recipe, Deployment(), run)
 
 
 def test_another_engine_and_estimator_lift_their_bounds(recipe: Recipe, run: RunDir) -> None:
     long = replace(recipe, sampling=SamplingSpec(n=4, max_response_length=3072))
     deployment = Deployment(generators=GeneratorsSpec(engine=EngineSpec(max_length=4096)))
-    assert "lengths     1024 prompt + 3072 response tokens of 4096" in check(long, deployment, run)
-    assert check(replace(recipe, algorithm=AlgorithmSpec(adv_estimator="grpo_no_std")), Deployment(), run)
+    assert "lengths     1024 prompt + 3072 response tokens of 4096" in check_run(long, deployment, run)
+    assert check_run(replace(recipe, algorithm=AlgorithmSpec(adv_estimator="grpo_no_std")), Deployment(), run)
     alone = AlgorithmSpec(adv_estimator="reinforce_plus_plus")
-    assert check(replace(recipe, algorithm=alone, sampling=SamplingSpec(n=1, min_valid=1)), Deployment(), run)
+    assert check_run(replace(recipe, algorithm=alone, sampling=SamplingSpec(n=1, min_valid=1)), Deployment(), run)
 
 
 def test_an_engine_that_cannot_be_started_is_told_with_the_rest(recipe: Recipe, run: RunDir) -> None:
     engine = EngineSpec(kind="sglang", sglang=SGLangSpec(command=("no-such-server",)))
     deployment = Deployment(generators=GeneratorsSpec(engine=engine))
     with pytest.raises(ConfigError, match=r"'no-such-server' is not on PATH"):
-        check(recipe, deployment, run)
+        check_run(recipe, deployment, run)
     sampled = replace(recipe, sampling=SamplingSpec(n=65, top_p=0.9))
     with pytest.raises(ConfigError, match=r"2 problems:\n  1\. .*sampling\.n=65\b.*\n  2\. .*'no-such-server' is not on PATH"):
-        check(sampled, deployment, run)
+        check_run(sampled, deployment, run)
 
 
 def test_a_run_directory_that_cannot_be_made(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"run directory .*file/r: .*file is not a writable folder; .* --runs-dir"):
-        check(recipe, Deployment(), RunDir(tmp_path / "file/r"))
+        check_run(recipe, Deployment(), RunDir(tmp_path / "file/r"))

@@ -1,4 +1,4 @@
-"""What the supervisor does when an actor cannot go on; recovery from a kill is in tests/test_recovery.py."""
+"""What the supervisor does when an actor cannot go on; recovery from a kill is in tests/runs/test_recovery.py."""
 
 import json
 

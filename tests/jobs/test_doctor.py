@@ -10,8 +10,16 @@ from asyncrl.jobs import doctor
 from asyncrl.report.findings import Finding
 
 
+def run_doctor(*argv: str) -> int:
+    parser = argparse.ArgumentParser()
+    doctor.doctor_job(parser)
+    args = parser.parse_args(argv)
+    status: int = args.job(args)
+    return status
+
+
 def test_a_machine_that_can_run_asyncrl_is_healthy(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.main(argparse.Namespace(json=True)) == 0
+    assert run_doctor("--json") == 0
     told = json.loads(capsys.readouterr().out)
     status = {finding["name"]: finding["status"] for finding in told["findings"]}
     assert told["ok"]
@@ -25,9 +33,9 @@ def test_required_findings_decide_the_exit_status(monkeypatch: pytest.MonkeyPatc
     extra = Finding(name="wandb", status="missing", detail="tracking", fix="pip install wandb", required=False)
     lacking = Finding(name="ray", status="missing", detail="no module", fix="pip install 'ray[default]'")
     monkeypatch.setattr(doctor, "examine", lambda: [extra])
-    assert doctor.main(argparse.Namespace(json=False)) == 0
+    assert run_doctor() == 0
     monkeypatch.setattr(doctor, "examine", lambda: [extra, lacking])
-    assert doctor.main(argparse.Namespace(json=False)) == 1
+    assert run_doctor() == 1
     assert capsys.readouterr().out.splitlines()[4:8] == [
         "missing  wandb          tracking (optional)",
         "                        fix: pip install wandb",
@@ -72,6 +80,6 @@ def test_shared_memory(tmp_path: Path) -> None:
 
 def test_an_extra_that_is_not_installed_names_its_command() -> None:
     assert doctor.optional("no-such-extra", "testing", "pip install no-such-extra") == Finding(
-        name="no-such-extra", status="missing", detail="testing", fix="pip install no-such-extra", required=False
+        status="missing", detail="testing", fix="pip install no-such-extra", required=False
     )
     assert doctor.optional("pytest", "tests", "x").status == "ok"

@@ -1,5 +1,6 @@
 import argparse
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
@@ -12,13 +13,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 
 from asyncrl.config import DataSpec, EvaluationSpec, ModelSpec, Recipe, RewardSpec, RewardTerm, SamplingSpec, ShapingSpec
 from asyncrl.errors import ConfigError, DataError
-from asyncrl.jobs.evaluate import add_arguments, main
+from asyncrl.jobs.evaluate import eval_job
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.rundir import RunDir
 from asyncrl.types import Version
 
 LETTERS = "0123456789+=?"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+ROOT = Path(__file__).resolve().parents[2]
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     assert "<" not in solution_str, "special tokens must not reach the reward"
@@ -78,8 +80,9 @@ def reward(tmp_path):
 
 def evaluate(*argv):
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return main(parser.parse_args([*map(str, argv), "--reward-processes", "1", "--device", "cpu"]))
+    eval_job(parser)
+    args = parser.parse_args([*map(str, argv), "--reward-processes", "1", "--device", "cpu"])
+    return args.job(args)
 
 
 def test_one_json_line_and_every_sample_on_disk(model, data, reward, tmp_path, capsys):
@@ -207,6 +210,23 @@ def test_a_run_brings_its_rewards_and_its_held_out_files(model, data, reward, tm
     parts = json.loads(rows[0]["parts"])
     assert (parts["prompted"], parts["compute_score"]) == (1.0, 0.5)
     assert rows[2]["error"].startswith("compute_score: ValueError: unreadable")
+
+
+@pytest.mark.timeout(300)
+def test_sglang_says_what_the_torch_engine_says(sglang_on_cpu, tiny_model, tmp_path, capsys):
+    """Greedy and in float32: two implementations of one model."""
+    data, reward = tmp_path / "sums.jsonl", tmp_path / "sevens.py"
+    data.write_text("".join(json.dumps({"prompt": f"{i:02d}+{7 * i:02d}=", "answer": "7"}) + "\n" for i in range(12)))
+    reward.write_text("def compute_score(source, text, truth, extra=None): return text.count(truth) / 6\n")
+    command = (tiny_model, "--data", data, "--reward", reward, "--answer-key", "answer", "--max-response-length", 6)
+    responses = []
+    for name, engine in (("torch", ()), ("sglang", ("--deploy", ROOT / "deploy" / "local-sglang.yaml"))):
+        assert evaluate(*command, *engine, "--out", tmp_path / f"{name}.parquet") == 0
+        responses.append(pq.read_table(tmp_path / f"{name}.parquet").column("response").to_pylist())
+    by_torch, by_sglang = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert responses[0] == responses[1]
+    assert len(set(responses[0])) > 1
+    assert by_torch == by_sglang
 
 
 @pytest.mark.parametrize("missing", ["--data", "--reward"])

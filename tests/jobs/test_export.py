@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from asyncrl.config import DataSpec, ModelSpec, Recipe, RewardSpec
 from asyncrl.errors import CheckpointError, ConfigError
-from asyncrl.jobs.export import add_arguments, main
+from asyncrl.jobs.export import export_job
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.policies import locate
 from asyncrl.rundir import RunDir
@@ -62,8 +62,9 @@ def run(tmp_path, model):
 
 def export(*argv):
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return main(parser.parse_args(list(map(str, argv))))
+    export_job(parser)
+    args = parser.parse_args(list(map(str, argv)))
+    return args.job(args)
 
 
 def logits(model):

@@ -12,7 +12,6 @@ from asyncrl.config import DemonstrationsSpec, ModelSpec, OptimizerSpec, SFTSpec
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.jobs.sft import train
 from asyncrl.learn.sft import SupervisedTrainer, fit
-from asyncrl.learn.sft_run import Lines
 from asyncrl.models.packed import TokenSequence
 
 SUMS = [(left, right) for left in range(4) for right in range(5)]
@@ -113,7 +112,7 @@ def test_what_was_interrupted_resumes_to_the_bit(make_spec, demonstrations, tmp_
     with pytest.raises(Killed):
         train(spec, observe=killed_at(5))  # the checkpoint of step 4 is there
     assert not (tmp_path / "parted").exists()
-    with pytest.raises(ConfigError, match=r"unfinished warm start, which would be lost: go on with --resume, or begin anew"):
+    with pytest.raises(ConfigError, match=r"unfinished warm start, which would be lost: go on with --resume, or start over"):
         train(spec)
     with pytest.raises(ConfigError, match=r"was begun with lr=0\.003: to resume to the bit repeat that"):
         train(make_spec("parted", heldout, lr=1e-3), resume=True)
@@ -166,15 +165,3 @@ def test_a_spec_that_cannot_work_is_refused(changes, message):
     fields = {"model": ModelSpec(path="m"), "data": DemonstrationsSpec(files=("f",)), "out": "o", "steps": 6}
     with pytest.raises(ConfigError, match=message):
         SFTSpec(**(fields | changes))
-
-
-def test_progress_lines_come_every_few_seconds():
-    said = []
-    lines = Lines(said.append)
-    lines(0, 4, {"heldout/loss": 2.0})
-    for step in range(1, 5):
-        lines(step, 4, {"train/loss": 1.0 / step, "train/tokens": 10.0, **({"heldout/loss": 1.5} if step == 4 else {})})
-    assert [line.split(" learned")[0].rpartition(" · ")[0] for line in said] == [
-        "step 1/4 · loss 1 · held-out 2",
-        "step 4/4 · loss 0.25 · held-out 2 → 1.5",
-    ]

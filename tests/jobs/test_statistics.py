@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl.jobs.statistics import Answer, Estimate, estimate, maj_at_k, pass_at_k, summary, write_samples
+from asyncrl.jobs.statistics import Estimate, ScoredResponse, estimate, eval_summary, maj_at_k, pass_at_k, write_samples
 from asyncrl.reward.results import Verdict
 from asyncrl.types import Generation, Prompt
 
@@ -128,11 +128,11 @@ def answer(row, source, status, reward, length=1, response="", read=None):
     generation = Generation(id="", token_ids=[0] * length, logprobs=[], kept_logmass=None, spans=(), finish_reason="stop")
     prompt = Prompt(row=row, ids=(1,), data_source=source)
     verdict = Verdict(status, reward, answer=read)
-    return Answer(prompt=prompt, rollout=0, seed=0, generation=generation, response=response, verdict=verdict)
+    return ScoredResponse(prompt=prompt, rollout=0, seed=0, generation=generation, text=response, verdict=verdict)
 
 
 def test_failures_count_as_zero_in_the_mean():
-    found = summary(
+    found = eval_summary(
         [
             answer(0, "a", "ok", 1.0, 1),
             answer(0, "a", "invalid", None, 2),
@@ -162,7 +162,7 @@ def test_votes_are_the_answers_read_or_else_the_text():
         answer(1, "a", "invalid", None, response="8"),
     ]
     assert [sample.vote for sample in samples] == ["1/2", "1/2", "2", "7", "7", "8"]
-    figures = summary(samples, ks=(1, 3))["estimates"]["overall"]
+    figures = eval_summary(samples, ks=(1, 3))["estimates"]["overall"]
     assert figures["maj@3"]["mean"] == 0.5  # prompt 0 by two votes of three, prompt 1 never
     assert figures["maj@1"]["mean"] == pytest.approx(1 / 3)
     assert figures["pass@3"]["mean"] == 0.5
@@ -170,7 +170,7 @@ def test_votes_are_the_answers_read_or_else_the_text():
 
 def test_figures_by_source_are_those_of_its_prompts_alone():
     samples = [answer(0, "b", "ok", 1.0), answer(1, "a", "ok", 0.0), answer(2, "b", "ok", 0.0)]
-    estimates = summary(samples)["estimates"]
+    estimates = eval_summary(samples)["estimates"]
     assert list(estimates["by_source"]) == ["a", "b"]
     assert estimates["by_source"]["a"]["pass@1"] == {"mean": 0.0, "low": None, "high": None}
     assert estimates["by_source"]["b"]["score"]["mean"] == 0.5

@@ -30,6 +30,7 @@ def test_mean_score_with_invalid_as_zero(fakes: SimpleNamespace) -> None:
         "eval/score": 0.5,
         "eval/count": 3,
         "eval/invalid": 1,
+        "eval/timeout": 0,
         "eval/length": 3.0,
         "eval/score/even": 0.75,
         "eval/score/odd": 0.0,

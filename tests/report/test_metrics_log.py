@@ -93,7 +93,7 @@ def test_writing_needs_no_torch(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from asyncrl.records import MetricsLog
+from asyncrl.report.metrics_log import MetricsLog
 from asyncrl.types import Record, Version
 log = MetricsLog(Path(sys.argv[1]) / "m", Path(sys.argv[1]) / "t")
 log.append(Record(sequence=1, time=1.0, kind="step", version=Version(0, 1), metrics={"x": 1.0}))

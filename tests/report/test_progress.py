@@ -1,44 +1,64 @@
 """What the view says, as text; when plain lines come; and that a terminal gets a live view on standard error."""
 
 import io
+from dataclasses import replace
 
 import pytest
-from msgspec.structs import replace
+from rich.console import Console
 
-from asyncrl.report.progress import Pace, Progress, Snapshot, dashboard, one_line, pace
-from asyncrl.types import GroupCounts, Report
-
-
-def report(name: str, **seconds: float) -> Report:
-    return Report(name=name, role=name, seconds={state.replace("_", ":"): value for state, value in seconds.items()}, gauges={})
+from asyncrl.report.progress import Pace, Progress, WarmStartLines, dashboard, one_line
+from asyncrl.report.summary import RunSummary
+from asyncrl.types import GroupCounts, Record, Report, Version
 
 
-START = Snapshot(
+def record(update: int, **metrics: float) -> Record:
+    return Record(sequence=update, time=0.0, kind="step", version=Version(1, update), metrics=metrics)
+
+
+def reports(**actors: dict[str, float]) -> dict[str, Report]:
+    return {name: Report(name=name, role=name, seconds=seconds, gauges={}) for name, seconds in actors.items()}
+
+
+START = RunSummary(
     name="sums",
     elapsed_s=10.0,
-    step=20,
+    committed=20,
     total_steps=100,
-    samples=1000,
-    reports=(report("learner", busy=4.0, wait_store=6.0), report("generator-0", busy=9.0, sync=1.0)),
+    steps={20: record(20, samples=1000.0)},
+    reports=reports(learner={"busy": 4.0, "wait:store": 6.0}, generator={"busy": 9.0, "sync": 1.0}),
 )
-NOW = Snapshot(
+NOW = RunSummary(
     name="sums",
     elapsed_s=30.0,
-    step=40,
+    committed=40,
     total_steps=100,
-    samples=3000,
-    metrics={
-        "reward/mean": 0.671,
-        "response_length/mean": 5.25,
-        "staleness/lag_0": 0.25,
-        "staleness/lag_1": 0.75,
-        "staleness/lag_max": 1.0,
+    steps={
+        20: record(20, samples=1000.0),
+        40: record(
+            40,
+            **{"samples": 2000.0, "reward/mean": 0.671, "response_length/mean": 5.25},
+            **{"staleness/lag_0": 0.25, "staleness/lag_1": 0.75, "staleness/lag_max": 1.0},
+        ),
     },
-    scores=(0.48, 0.6, 0.81),
+    evals={update: record(update, **{"eval/score": score}) for update, score in ((0, 0.48), (20, 0.6), (40, 0.81))},
     counts=GroupCounts(reserved=400, trained=320, filtered=30, evicted=4, failed=6, pending=40),
-    reports=(report("learner", busy=14.0, wait_store=16.0), report("generator-0", busy=3.0, sync=1.0)),
-    restarts={"generator-0": 1},
+    reports=reports(learner={"busy": 14.0, "wait:store": 16.0}, generator={"busy": 3.0, "sync": 1.0}),
+    restarts={"generator": 1},
 )
+
+
+def pace(*runs: RunSummary) -> Pace:
+    made = Pace()
+    for run in runs:
+        made.update(run)
+    return made
+
+
+def drawn(run: RunSummary, rate: Pace, width: int = 120) -> list[str]:
+    """The dashboard's lines on a terminal without colours."""
+    stream = io.StringIO()
+    Console(file=stream, width=width, no_color=True, markup=False, highlight=False).print(dashboard(run, rate))
+    return [line.rstrip() for line in stream.getvalue().splitlines()]
 
 
 def test_pace_is_what_happened_in_between() -> None:
@@ -46,49 +66,61 @@ def test_pace_is_what_happened_in_between() -> None:
     assert rate.samples_per_s == 100.0  # 2000 samples in 20 s
     assert rate.left_s == 60.0  # 60 steps at one a second
     assert rate.shares["learner"] == {"busy": 0.5, "wait:store": 0.5}  # 10 s each of the last 20 s
-    assert rate.shares["generator-0"] == {"busy": 0.75, "sync": 0.25}  # restarted: since then
+    assert rate.shares["generator"] == {"busy": 0.75, "sync": 0.25}  # restarted: since then
     assert pace(NOW, NOW).left_s is None
-    assert pace(START, replace(NOW, step=20, samples=1000)).samples_per_s is None
+    assert pace(START, replace(NOW, committed=20, steps=START.steps)).samples_per_s is None
 
 
 def test_the_dashboard_shows_everything() -> None:
-    lines = dashboard(NOW, pace(START, NOW), width=120).splitlines()
-    assert lines == [
-        "sums  0m 30s elapsed · 1m 00s left",
-        "step     40/100 " + "█" * 11 + "░" * 17 + "  40%   100 samples/s",
-        "reward   0.671   held-out 0.480 → 0.810   answer 5.25 tokens",
-        "lag      0 ██░░░░ 25%  1 ████░░ 75%",
-        "groups   400 = 320 trained + 30 filtered + 4 evicted + 6 failed + 40 pending",
-        "generator-0    busy 75%  sync 25%",
-        "learner        busy 50%  wait:store 50%",
-        "restarts generator-0 ×1",
+    assert drawn(NOW, pace(START, NOW)) == [
+        "sums       40/100 ━━━━━━━━━━━                  40%",
+        "time       0m 30s elapsed, 1m 00s left, 100 samples/s",
+        "reward     0.671",
+        "held-out   0.480 → 0.810",
+        "response   5.25 tokens",
+        "lag        0 ━╸     25%  1 ━━━━╸  75%",
+        "groups     400 = 320 trained + 30 filtered + 4 evicted + 6 failed + 40 pending",
+        "restarts   generator ×1",
+        "generator  busy ━━━━╸  75%  sync ━╸     25%",
+        "learner    busy ━━━    50%  wait:store ━━━    50%",
     ]
-    assert max(map(len, dashboard(NOW, pace(START, NOW), width=40).splitlines())) == 40
+
+
+def test_a_narrow_terminal_loses_nothing() -> None:
+    lines = drawn(NOW, pace(START, NOW), width=40)
+    assert max(map(len, lines)) <= 40
+    words = " ".join(lines).split()
+    assert words.count("75%") == 2
+    assert words[words.index("pending") - 1] == "40"
+
+
+def test_a_name_is_no_markup() -> None:
+    assert drawn(replace(NOW, name="a[red]b"), Pace())[0].startswith("a[red]b")
 
 
 def test_failing_rewards_are_shown_once_there_are_any() -> None:
-    def scoring(invalid: float, timeout: float) -> Snapshot:
+    def scoring(invalid: float, timeout: float) -> RunSummary:
         one = Report(name="reward-0", role="reward", seconds={}, gauges={"scored": 9.0, "invalid": invalid, "timeout": timeout})
-        return replace(NOW, reports=(one, replace(one, name="reward-1")))
+        return replace(NOW, reports={"reward-0": one, "reward-1": one})
 
-    assert "unscored" not in one_line(scoring(0, 0), Pace()) + dashboard(scoring(0, 0), Pace())
+    assert "unscored" not in one_line(scoring(0, 0), Pace()) + "".join(drawn(scoring(0, 0), Pace()))
     assert " · unscored 6 invalid · " in one_line(scoring(3, 0), Pace())
-    assert "\nunscored 6 invalid + 2 timeout\n" in dashboard(scoring(3, 1), Pace())
+    assert "unscored  6 invalid + 2 timeout" in drawn(scoring(3, 1), Pace())
 
 
 def test_before_the_first_step_there_are_no_figures_yet() -> None:
-    text = dashboard(Snapshot(name="sums", elapsed_s=1.0, step=0, total_steps=10), Pace())
-    assert "held-out –" in text
-    assert "– left" in text
-    assert "lag" not in text
+    new = RunSummary(name="sums", elapsed_s=1.0, total_steps=10)
+    for text in ("\n".join(drawn(new, Pace())), one_line(new, Pace())):
+        assert "– left" in text
+        assert not any(label in text for label in ("reward", "held-out", "lag", "groups", "busy"))
 
 
 def test_one_line_holds_the_same() -> None:
     assert one_line(NOW, pace(START, NOW)) == (
-        "step 40/100 · reward 0.671 · held-out 0.480 → 0.810 · lag 0:25% 1:75% · 100 samples/s · "
-        "busy generator-0 75% learner 50% · "
-        "groups 400 = 320 trained + 30 filtered + 4 evicted + 6 failed + 40 pending · 1 restarts · "
-        "0m 30s elapsed · 1m 00s left"
+        "step 40/100 · time 0m 30s elapsed, 1m 00s left, 100 samples/s · reward 0.671 · held-out 0.480 → 0.810 · "
+        "response 5.25 tokens · lag 0:25% 1:75% · "
+        "groups 400 = 320 trained + 30 filtered + 4 evicted + 6 failed + 40 pending · "
+        "restarts generator ×1 · busy generator:75% learner:50%"
     )
 
 
@@ -97,7 +129,7 @@ def test_plain_lines_come_every_five_seconds_of_progress() -> None:
     progress = Progress(stream)  # no terminal
     for second in range(100):
         step = min(second, 11)  # then nothing moves
-        progress.update(Snapshot(name="sums", elapsed_s=float(second), step=step, total_steps=100))
+        progress.update(RunSummary(name="sums", elapsed_s=float(second), committed=step, total_steps=100))
     progress.close()
     progress.close()
     shown = [line.partition(" ·")[0] + line.rpartition(" elapsed")[0][-7:] for line in stream.getvalue().splitlines()]
@@ -118,8 +150,9 @@ def test_rates_span_the_last_half_minute() -> None:
     progress = Progress(stream)
     for second in range(0, 121, 10):
         samples = 1000 if second < 60 else 1000 + (second - 60) * 7  # a slow start does not count for ever
-        progress.update(Snapshot(name="sums", elapsed_s=float(second), step=second, total_steps=1000, samples=samples))
-    assert "7.0 samples/s" in stream.getvalue().splitlines()[-1]
+        steps = {second: record(second, samples=float(samples))}
+        progress.update(RunSummary(name="sums", elapsed_s=float(second), committed=second, total_steps=1000, steps=steps))
+    assert " 7.0 samples/s" in stream.getvalue().splitlines()[-1]
 
 
 def test_a_terminal_gets_a_live_view(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,5 +166,17 @@ def test_a_terminal_gets_a_live_view(capsys: pytest.CaptureFixture[str]) -> None
     progress.update(NOW)
     progress.close()
     assert "40/100" in stream.getvalue()
-    assert "groups   400 = 320 trained" in stream.getvalue()
+    assert "groups     400 = 320 trained" in stream.getvalue()
     assert capsys.readouterr().out == ""
+
+
+def test_lines_of_a_warm_start_come_every_few_seconds() -> None:
+    stream = io.StringIO()
+    lines = WarmStartLines(stream)
+    lines(0, 4, {"heldout/loss": 2.0})
+    for step in range(1, 5):
+        lines(step, 4, {"train/loss": 1.0 / step, "train/tokens": 10.0, **({"heldout/loss": 1.5} if step == 4 else {})})
+    assert [line.split(" learned")[0].rpartition(" · ")[0] for line in stream.getvalue().splitlines()] == [
+        "step 1/4 · loss 1 · held-out 2",
+        "step 4/4 · loss 0.25 · held-out 2 → 1.5",
+    ]

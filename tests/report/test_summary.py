@@ -1,10 +1,9 @@
-import json
+"""What a run adds up to, over what its store and its actors reported."""
 
 import pytest
 
-from asyncrl.report.summary import RunSummary
-from asyncrl.rundir import RunDir
-from asyncrl.types import GroupCounts, Record, Report, RunStatus, StoreReport, Version
+from asyncrl.report.summary import RunResult, RunSummary
+from asyncrl.types import GroupCounts, Record, Report, StoreReport, Version
 
 COUNTS = GroupCounts(reserved=6, trained=4, filtered=1, evicted=0, failed=0, pending=1)
 
@@ -18,69 +17,70 @@ def score(sequence: int, update: int, value: float) -> Record:
     return Record(sequence=sequence, time=0.0, kind="eval", version=Version(1, update), metrics={"eval/score": value})
 
 
-def told(*records: Record, committed: int | None = None) -> RunStatus:
+def told(run: RunSummary, *records: Record, committed: int | None = None, **gauges: float) -> None:
     committed = max(record.version.update for record in records) if committed is None else committed
-    store = StoreReport(records=records, committed=committed, counts=COUNTS, evals_pending=0, activity=0, gauges={})
-    return RunStatus(store=store, reports=(), restarts={}, pids={})
+    store = StoreReport(records=records, committed=committed, counts=COUNTS, evals_pending=0, activity=0, gauges=gauges)
+    run.update(store, (), {}, {})
+
+
+def result(run: RunSummary) -> RunResult:
+    return run.result("runs/r", 1.0)
 
 
 @pytest.fixture
-def paths(tmp_path):
-    return RunDir(tmp_path).create()
+def run():
+    return RunSummary(name="r", total_steps=9)
 
 
-def test_sums_and_scores(paths):
-    tally = RunSummary(paths, None)
-    tally.observe(told(score(1, 0, 0.4), step(2, 1, 1, **{"staleness/lag_max": 2.0}), step(3, 1, 2, samples=6), committed=2))
-    tally.observe(told(score(4, 2, 0.9), committed=2))
-    assert (tally.samples, tally.max_trained_lag, tally.committed) == (14, 2, 2)
-    assert (tally.first_score, tally.last_score) == (0.4, 0.9)
-    assert tally.counts == COUNTS
+def test_sums_and_scores(run):
+    told(run, score(1, 0, 0.4), step(2, 1, 1, **{"staleness/lag_max": 2.0}), step(3, 1, 2, samples=6), committed=2)
+    told(run, score(4, 2, 0.9), committed=2)
+    assert (run.samples, run.committed, run.scores, run.counts) == (14, 2, [0.4, 0.9], COUNTS)
+    ended = result(run)
+    assert (ended.steps, ended.samples, ended.max_trained_lag, ended.first_score, ended.last_score) == (2, 14, 2, 0.4, 0.9)
+    assert (ended.trained, ended.filtered, ended.evicted, ended.failed, ended.pending) == (4, 1, 0, 0, 1)
 
 
-def test_steps_that_a_restore_reopened_count_once(paths):
-    tally = RunSummary(paths, None)
-    tally.observe(told(*(step(i, 1, i, samples=8) for i in (1, 2, 3)), committed=3))
-    tally.observe(told(step(4, 2, 2, samples=4), committed=2))  # restored at 1; 2 was trained again, 3 not yet
-    assert tally.samples == 8 + 4
-    tally.observe(told(step(5, 2, 3, samples=4), committed=3))
-    assert tally.samples == 8 + 4 + 4
+def test_before_the_first_step_there_is_no_score(run):
+    assert (result(run).first_score, result(run).last_score, result(run).trained_length_ratio) == (None, None, None)
 
 
-def test_nothing_is_left_of_updates_that_were_given_up(paths):
-    tally = RunSummary(paths, None)
-    tally.observe(told(score(1, 0, 0.4), step(2, 1, 1), step(3, 1, 2, **{"staleness/lag_max": 3.0}), score(4, 2, 0.9)))
-    tally.observe(told(committed=1))  # the learner went back to 1, and has made nothing yet
-    assert (tally.samples, tally.max_trained_lag, tally.scores) == (8, 0, (0.4,))
+def test_steps_that_a_restore_reopened_count_once(run):
+    told(run, *(step(i, 1, i, samples=8) for i in (1, 2, 3)), committed=3)
+    told(run, step(4, 2, 2, samples=4), committed=2)  # restored at 1; 2 was trained again, 3 not yet
+    assert run.samples == 8 + 4
+    told(run, step(5, 2, 3, samples=4), committed=3)
+    assert run.samples == 8 + 4 + 4
 
 
-def test_masked_share_weighs_steps_by_tokens(paths):
-    tally = RunSummary(paths, None)
+def test_nothing_is_left_of_updates_that_were_dropped(run):
+    told(run, score(1, 0, 0.4), step(2, 1, 1), step(3, 1, 2, **{"staleness/lag_max": 3.0}), score(4, 2, 0.9))
+    told(run, committed=1)  # the learner went back to 1, and has made nothing yet
+    assert (run.samples, result(run).max_trained_lag, run.scores) == (8, 0, [0.4])
+
+
+def test_masked_share_weighs_steps_by_tokens(run):
     first = {"tokens/policy": 100.0, "tokens/trained": 100.0}
     second = {"tokens/policy": 300.0, "tokens/trained": 240.0}
-    tally.observe(told(step(1, 1, 1, **first), step(2, 1, 2, **second)))
-    assert tally.masked_share == pytest.approx(60 / 400)
+    told(run, step(1, 1, 1, **first), step(2, 1, 2, **second))
+    assert result(run).masked_share == pytest.approx(60 / 400)
 
 
-def test_utilization_leaves_the_wait_for_the_start_out(paths):
-    tally = RunSummary(paths, None)
+def test_lengths_are_those_that_the_store_measured(run):
+    told(run, committed=0, **{"length/dispatched_mean": 8.0, "length/trained_mean": 6.0})
+    assert result(run).trained_length_ratio == 0.75
+
+
+def test_utilization_leaves_the_wait_for_the_start_out(run):
     seconds = {"wait:start": 100.0, "busy": 6.0, "wait:store": 3.0, "sync": 1.0}
-    tally.observe(
-        RunStatus(
-            store=None, reports=(Report(name="learner", role="learner", seconds=seconds, gauges={}),), restarts={}, pids={}
-        )
-    )
-    assert tally.learner_utilization == pytest.approx(0.6)
+    run.update(None, [Report(name="learner", role="learner", seconds=seconds, gauges={})], {}, {})
+    assert result(run).learner_utilization == pytest.approx(0.6)
 
 
-def test_every_record_is_in_the_metrics_file_once_across_a_resume(paths):
-    records = [step(1, 1, 1), score(2, 1, 0.5)]
-    first = RunSummary(paths, None)
-    first.observe(told(*records))
-    first.close()
-    second = RunSummary(paths, None)
-    second.observe(told(*records, step(3, 2, 2)))
-    second.close()
-    lines = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
-    assert [line["sequence"] for line in lines if line["kind"] in ("step", "eval")] == [1, 2, 3]
-    assert second.samples == 16
+def test_an_actor_that_says_nothing_is_known_by_what_it_said_last(run):
+    first, second = (Report(name="learner", role="learner", seconds={"busy": s}, gauges={}) for s in (1.0, 2.0))
+    run.update(None, [first], {"learner": 1}, {"learner": 7})
+    run.update(None, [], {"learner": 1}, {"learner": 7})
+    assert (run.reports, run.restarts, run.pids) == ({"learner": first}, {"learner": 1}, {"learner": 7})
+    run.update(None, [second], {}, {})
+    assert run.reports == {"learner": second}

@@ -14,7 +14,6 @@ from msgspec.structs import replace
 
 from asyncrl import Trainer
 from asyncrl.api import RunResult
-from asyncrl.types import RunStatus
 from asyncrl.config import (
     Deployment,
     EngineSpec,
@@ -72,14 +71,13 @@ def deployment(generators: int = 2, **engine: Any) -> Deployment:
 class Watcher:
     """Keeps the metrics of every update; `also` is called at every tick."""
 
-    def __init__(self, also: Callable[[RunStatus], None] = lambda status: None) -> None:
+    def __init__(self, also: Callable[[RunSummary], None] = lambda run: None) -> None:
         self.metrics: dict[int, dict[str, float]] = {}
         self._also = also
 
-    def __call__(self, status: RunStatus, tally: RunSummary) -> None:
-        for record in status.store.records if status.store else ():
-            self.metrics[record.version.update] = record.metrics
-        self._also(status)
+    def __call__(self, run: RunSummary) -> None:
+        self.metrics |= {update: record.metrics for update, record in run.steps.items()}
+        self._also(run)
 
 
 def run(
@@ -191,10 +189,9 @@ def at_rest(local_ray, tiny_recipe_in, tmp_path_factory):
                 answers[member.name] = (before, ray.get(member.handle.report.remote(), timeout=30), time.monotonic())
         return answers
 
-    def watch(status: RunStatus) -> None:
-        committed = status.store.committed if status.store else 0
-        up = len(status.pids) == 5  # only then can each be asked
-        if (not taken and committed >= 1 and up) or (len(taken) == 1 and committed >= 20):
+    def watch(run: RunSummary) -> None:
+        up = len(run.pids) == 5  # only then can each be asked
+        if (not taken and run.committed >= 1 and up) or (len(taken) == 1 and run.committed >= 20):
             taken.append(ask())
 
     watcher = Watcher(watch)

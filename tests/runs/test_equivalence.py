@@ -91,9 +91,8 @@ def test_synchronous_deterministic_run_equals_a_plain_loop(local_ray, tiny_recip
     deployment = Deployment(generators=GeneratorsSpec(engine=ENGINE))
     losses = {}
 
-    def watch(status, tally):
-        for record in status.store.records if status.store else ():
-            losses[record.version.update] = record.metrics["actor/pg_loss"]
+    def watch(run):
+        losses.update({update: record.metrics["actor/pg_loss"] for update, record in run.steps.items()})
 
     with Trainer(recipe, deployment, runs_dir=tmp_path, observe=watch) as trainer:
         trainer.fit()

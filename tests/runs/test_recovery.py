@@ -17,7 +17,6 @@ from asyncrl.config import CheckpointSpec, Deployment, LearnerSpec, LimitsSpec, 
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.replay.log import events as ev
 from asyncrl.report.summary import RunSummary
-from asyncrl.types import RunStatus
 
 pytestmark = pytest.mark.ray
 STEPS = 120
@@ -33,13 +32,13 @@ class Killer:
         self._victim = 0
         self.killed: list[str] = []
 
-    def __call__(self, status: RunStatus, tally: RunSummary) -> None:
-        if self.killed and status.pids.get(self.killed[-1], self._victim) == self._victim:
+    def __call__(self, run: RunSummary) -> None:
+        if self.killed and run.pids.get(self.killed[-1], self._victim) == self._victim:
             return  # one at a time: the last victim's successor is not up yet
-        due = [update for update in sorted(self._plan) if tally.committed >= update]
-        if due and (name := self._plan[due[0]]) in status.pids:
+        due = [update for update in sorted(self._plan) if run.committed >= update]
+        if due and (name := self._plan[due[0]]) in run.pids:
             del self._plan[due[0]]
-            self._victim = status.pids[name]
+            self._victim = run.pids[name]
             os.kill(self._victim, self._what)
             self.killed.append(name)
             if not self._plan:
@@ -145,7 +144,7 @@ def led(local_ray, tiny_recipe_in, tmp_path_factory) -> Led:
         assert (result.steps, result.samples) == (5, 5 * 16)
     pids: dict[str, int] = {}
     with Trainer(
-        recipe, runs_dir=folder, resume_from=folder / "tiny", observe=lambda status, tally: pids.update(status.pids)
+        recipe, runs_dir=folder, resume_from=folder / "tiny", observe=lambda run: pids.update(run.pids)
     ) as second:
         assert second.fit(1).steps == 6
         os.kill(pids["learner"], signal.SIGKILL)

@@ -48,9 +48,9 @@ def killed(
     deployment = Deployment(generators=GeneratorsSpec(engine=engine), limits=LimitsSpec(poll_s=0.5))
     due = {5: "store", 12: "learner"}
 
-    def kill(status: Any, tally: Any) -> None:
-        for update in [u for u in due if tally.committed >= u and due[u] in status.pids]:
-            os.kill(status.pids[due.pop(update)], signal.SIGKILL)
+    def kill(run: Any) -> None:
+        for update in [u for u in due if run.committed >= u and due[u] in run.pids]:
+            os.kill(run.pids[due.pop(update)], signal.SIGKILL)
         if not due:
             hold.release()
 

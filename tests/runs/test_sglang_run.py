@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from asyncrl import RunResult, launch
-from asyncrl.types import RunStatus
 from asyncrl.config.load import load_specs
 from asyncrl.config.paths import resolve_paths
 from asyncrl.replay.log import events as ev
@@ -59,13 +58,13 @@ class KillScheduler:
         self._update = update
         self.killed: list[int] = []
 
-    def __call__(self, status: RunStatus, tally: RunSummary) -> None:
-        if self.killed or tally.committed < self._update or "generator-0" not in status.pids:
+    def __call__(self, run: RunSummary) -> None:
+        if self.killed or run.committed < self._update or "generator-0" not in run.pids:
             return
-        for pid in descendants(status.pids["generator-0"]):
+        for pid in descendants(run.pids["generator-0"]):
             if computes(pid):
                 os.kill(pid, signal.SIGKILL)
-                self.killed.append(tally.committed)
+                self.killed.append(run.committed)
 
 
 @pytest.fixture(scope="module")

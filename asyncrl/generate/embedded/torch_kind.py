@@ -20,7 +20,7 @@ class TorchKind:
     def machine_checks(self) -> list[MachineCheck]:
         def look() -> Finding:
             importlib.import_module("asyncrl.generate.embedded.engine")  # importing what it needs is the check
-            return Finding(name="torch engine", status="ok", detail="embedded: any Hugging Face causal LM, CPU or GPU")
+            return Finding(detail="embedded: any Hugging Face causal LM, CPU or GPU")
 
         return [("torch engine", look, "transformers")]
 

@@ -66,24 +66,24 @@ class SGLangKind(NamedTuple):
         return [("sglang (GPU)", self._gpu, ""), ("sglang (CPU)", self._cpu, "")]
 
     def _gpu(self) -> Finding:
-        name, use = "sglang (GPU)", "production engine"
+        use = "production engine"
         version, kernels = self.installed("sglang"), self.installed(KERNELS)
         if version and kernels:
-            return Finding(name=name, status="ok", detail=f"sglang {version}, {KERNELS} {kernels}: {use}", required=False)
+            return Finding(detail=f"sglang {version}, {KERNELS} {kernels}: {use}", required=False)
         detail = "; ".join(filter(None, (use, self._without_kernels())))
-        return Finding(name=name, status="missing", detail=detail, fix=GPU_FIX, required=False)
+        return Finding(status="missing", detail=detail, fix=GPU_FIX, required=False)
 
     def _cpu(self) -> Finding:
         """The command that deploy/sglang-cpu/install makes, and the sglang that it starts."""
-        name, use, own = "sglang (CPU)", "SGLang without GPUs", self.prefix / "bin" / CPU_COMMAND
+        use, own = "SGLang without GPUs", self.prefix / "bin" / CPU_COMMAND
         found, version = self.find(CPU_COMMAND), self.installed("sglang")
         if found and Path(found).resolve() != own.resolve():
-            return Finding(name=name, status="ok", detail=f"{found}, of another environment: {use}", required=False)
+            return Finding(detail=f"{found}, of another environment: {use}", required=False)
         if not found and not own.exists():
-            return Finding(name=name, status="missing", detail=use, fix=CPU_FIX, required=False)
+            return Finding(status="missing", detail=use, fix=CPU_FIX, required=False)
         if not version:
-            return Finding(name=name, status="broken", detail=f"{own} without sglang", fix=CPU_FIX, required=False)
-        return Finding(name=name, status="ok", detail=f"sglang {version}, {CPU_COMMAND}: {use}", required=False)
+            return Finding(status="broken", detail=f"{own} without sglang", fix=CPU_FIX, required=False)
+        return Finding(detail=f"sglang {version}, {CPU_COMMAND}: {use}", required=False)
 
     def build(self, site: EngineSite) -> "SGLangEngine":
         from asyncrl.generate.sglang.build import sglang_engine

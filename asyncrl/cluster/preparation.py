@@ -1,0 +1,94 @@
+"""What the driver makes of a run directory before any actor starts: data, prompts, and the specs as they are run."""
+
+import logging
+import re
+import shutil
+
+import msgspec
+import yaml
+from msgspec.structs import replace
+
+from asyncrl.config import Deployment, Recipe
+from asyncrl.config.callables import load_callable
+from asyncrl.errors import ConfigError
+from asyncrl.rundir import RunDir, redact, write_atomic
+
+log = logging.getLogger(__name__)
+
+
+def prepare_run(recipe: Recipe, deployment: Deployment, paths: RunDir, *, resuming: bool) -> tuple[int, ...]:
+    """Makes data and prompts, then the run directory; an earlier run moves aside only when the new one can start.
+
+    Returns the tokens that end a response. resuming: goes on in the directory as it is; raises ConfigError or DataError if
+    its groups would be finished with other prompts than they began with.
+    """
+    if resuming:
+        _require_same_groups(paths, recipe)
+    if recipe.prepare:
+        log.info("preparing what is not there yet: %s", recipe.prepare)
+        load_callable(recipe.prepare, "prepare")(recipe, paths.path)
+    stop_token_ids = _prepare_prompts(recipe, paths, resuming)
+    if not resuming:
+        _set_aside(paths)
+        paths.create()
+    write_atomic(paths.recipe, msgspec.json.format(msgspec.json.encode(redact(recipe)), indent=2))
+    write_atomic(paths.deployment, yaml.safe_dump(redact(deployment), sort_keys=False))
+    return stop_token_ids
+
+
+def _prepare_prompts(recipe: Recipe, paths: RunDir, resuming: bool) -> tuple[int, ...]:
+    """Tokenizes train and held-out prompts into the run directory, once; returns the tokens that end a response.
+
+    resuming: the prompts must be those that the run began with; else DataError.
+    """
+    from asyncrl.models.tokenizing import load_tokenizer, stop_token_ids
+    from asyncrl.prompts.dataset import prepare
+    from asyncrl.prompts.encoding import encoder, identity
+
+    tokenizer = load_tokenizer(recipe.model)
+    encode, tokenizer_id = encoder(tokenizer), identity(tokenizer)
+    made = [prepare(recipe.data, encode, paths.data / "train.arrow", tokenizer_id, must_reuse=resuming)]
+    if recipe.evaluation.files:
+        held_out = replace(recipe.data, files=recipe.evaluation.files, shuffle=False, epochs=None)
+        made.append(prepare(held_out, encode, paths.data / "eval.arrow", tokenizer_id))
+    for summary in made:
+        log.log(
+            logging.WARNING if summary.too_long else logging.INFO,
+            "%s: %d prompts; %d left out, longer than data.max_prompt_length=%d",
+            summary.path.stem,
+            summary.prompts,
+            summary.too_long,
+            recipe.data.max_prompt_length,
+        )
+    return stop_token_ids(tokenizer, recipe.model)
+
+
+def _require_same_groups(paths: RunDir, recipe: Recipe) -> None:
+    """Refuses to resume with other prompts, order or group size: groups in the log would be finished with strangers."""
+    before = msgspec.json.decode(paths.recipe.read_bytes(), type=Recipe)
+    for name, old, new in (
+        ("seed", before.seed, recipe.seed),
+        ("data", before.data, recipe.data),
+        ("sampling.n", before.sampling.n, recipe.sampling.n),
+        ("a baseline per group (adv_estimator='remax')", before.algorithm.wants_baseline, recipe.algorithm.wants_baseline),
+    ):
+        if old != new:
+            raise ConfigError(
+                f"resuming {paths.path} with {name}={new!r}, but it began with {old!r}: groups in its log would be finished "
+                "with other prompts; resume with the old value, or start over under another --name"
+            )
+
+
+def _set_aside(paths: RunDir) -> None:
+    """Moves what an earlier run left into `previous-N`; prepared data stays, as the cache that it is."""
+    earlier = (paths.replay, paths.checkpoints, paths.metrics, paths.tensorboard, paths.logs, paths.exports)
+    used = [path for path in earlier if path.is_file() or (path.is_dir() and any(path.iterdir()))]
+    if not used:
+        return
+    numbers = [int(match[1]) for path in paths.path.iterdir() if (match := re.fullmatch(r"previous-(\d+)", path.name))]
+    number = 1 + max(numbers, default=0)
+    aside = paths.path / f"previous-{number}"
+    aside.mkdir()
+    for path in [*used, paths.recipe, paths.deployment]:
+        if path.exists():
+            shutil.move(path, aside / path.name)
