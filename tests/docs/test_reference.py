@@ -65,7 +65,6 @@ def test_meanings_are_the_comments_at_the_fields(reference, tmp_path, monkeypatc
     assert reference.meanings(example.Sub) == {"a": said, "b": "Behind it.", "c": "Its own.", "e": "Behind the last line."}
 
 
-@pytest.mark.skip(reason="until every field in asyncrl/config has its comment")
 def test_every_field_has_a_meaning(reference):
     silent = [
         field.name
