@@ -112,6 +112,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.option.loadgroup = True  # for xdist's hook after this one: a worker is not told what was not typed
     for item in items:
         if is_quick(item):
             item.add_marker("quick")

@@ -216,7 +216,8 @@ def test_a_run_brings_its_rewards_and_its_held_out_files(model, data, reward, tm
 def test_sglang_says_what_the_torch_engine_says(sglang_on_cpu, tiny_model, tmp_path, capsys):
     """Greedy and in float32: two implementations of one model."""
     data, reward = tmp_path / "sums.jsonl", tmp_path / "sevens.py"
-    data.write_text("".join(json.dumps({"prompt": f"{i:02d}+{7 * i:02d}=", "answer": "7"}) + "\n" for i in range(12)))
+    row = {"data_source": "sums", "answer": "7"}
+    data.write_text("".join(json.dumps(row | {"prompt": f"{i:02d}+{7 * i:02d}="}) + "\n" for i in range(12)))
     reward.write_text("def compute_score(source, text, truth, extra=None): return text.count(truth) / 6\n")
     command = (tiny_model, "--data", data, "--reward", reward, "--answer-key", "answer", "--max-response-length", 6)
     responses = []

@@ -317,16 +317,16 @@ def test_as_a_ray_job(project: Path, ray_head: dict[str, str], command: Callable
     (project / "broken.py").write_text(RECIPE + "\nraise RuntimeError('broken on purpose')\n")
     out = tmp_path / "out"
     job = command(project, *submit, "recipe.py", "--runs-dir", out, "deploy.limits.poll_s=0.5", **ray_head)
-    broken = command(project, *submit, "broken.py", "--runs-dir", out, **ray_head)
-    relative = command(project, *submit, "recipe.py", **ray_head)
     assert job.end() == 0
     assert "succeeded" in job.stdout + job.stderr
     assert steps(RunDir(out / "tiny")) == [1, 2, 3, 4, 5, 6]
 
-    for failing, words in (
-        (broken, "broken on purpose"),
-        (relative, "--runs-dir 'runs' is relative, and this is a Ray job"),
+    # One after the other: Ray drops the package of a job that has ended, also while another with the same files starts.
+    for arguments, words in (
+        (("broken.py", "--runs-dir", out), "broken on purpose"),
+        (("recipe.py",), "--runs-dir 'runs' is relative, and this is a Ray job"),
     ):
+        failing = command(project, *submit, *arguments, **ray_head)
         assert failing.end() == 1
         said = failing.stdout + failing.stderr
         assert "failed" in said
