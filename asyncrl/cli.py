@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status; argparse itself exits with 0 (help) or 2 (usage)."""
     chosen, rest = _choose(sys.argv[1:] if argv is None else list(argv))
     try:
-        _set_up_logging(os.environ.get("LOG_LEVEL", ""))
+        set_up_logging(_Stderr())
+        for library in ("huggingface_hub", "transformers"):
+            logging.getLogger(library).propagate = False  # they print their warnings themselves: once is enough
         if not sys.stderr.isatty():  # progress bars of the hub and of transformers are for terminals
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         name, _, function = JOBS[chosen][0].partition(":")
@@ -94,13 +96,6 @@ class _Stderr(logging.StreamHandler[TextIO]):
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
         super().emit(record)
-
-
-def _set_up_logging(level: str) -> None:
-    """asyncrl logs from INFO, libraries from WARNING; LOG_LEVEL sets both. Secrets are masked."""
-    set_up_logging(_Stderr(), "%(asctime)s", level)
-    for library in ("huggingface_hub", "transformers"):
-        logging.getLogger(library).propagate = False  # they print their warnings themselves: once is enough
 
 
 if __name__ == "__main__":

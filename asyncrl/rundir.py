@@ -73,9 +73,7 @@ class RunDir:
 
     def steps(self) -> list[Path]:
         """Checkpoint folders, oldest first. Renamed into place when whole, but `verify_manifest` before use."""
-        if not self.checkpoints.is_dir():
-            return []
-        found = [(int(match[1]), folder) for folder in self.checkpoints.iterdir() if (match := _STEP.match(folder.name))]
+        found = [(int(match[1]), folder) for folder in self.checkpoints.glob("step_*") if (match := _STEP.match(folder.name))]
         return [folder for _, folder in sorted(found) if folder.is_dir()]
 
     def require_checkpoint(self) -> None:
@@ -251,18 +249,19 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
     return extra
 
 
-# ------------------------------------------------------------------------------------------------- secrets
+# --------------------------------------------------------------------------------------- logs and their secrets
 
 
-def set_up_logging(handler: logging.Handler, prefix: str, level: str) -> None:
-    """Sends this process's log to `handler`, secrets masked: asyncrl from INFO, libraries from WARNING; `level` sets both.
+def set_up_logging(handler: logging.Handler) -> None:
+    """Sends this process's log to `handler`, secrets masked: asyncrl from INFO, libraries from WARNING; LOG_LEVEL sets both.
 
     Raises ConfigError for a level that does not exist.
     """
+    level = os.environ.get("LOG_LEVEL", "")
     known = logging.getLevelNamesMapping()
     if level and level.upper() not in known:
         raise ConfigError(f"LOG_LEVEL={level!r} is no level; use one of {', '.join(known)}")
-    handler.setFormatter(_Redacting(f"{prefix} %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=level.upper() or logging.WARNING, force=True)
     logging.getLogger("asyncrl").setLevel(level.upper() or logging.INFO)
 
@@ -305,7 +304,11 @@ def redact(value: Any, environ: Mapping[str, str] = os.environ) -> Any:
 
 def _redact(value: Any, known: list[str]) -> Any:
     if isinstance(value, str):
-        return _redact_text(value, known)
+        for secret in known:
+            value = value.replace(secret, MASK)
+        for pattern in _SECRET_TEXTS:
+            value = pattern.sub(MASK, value)
+        return _ASSIGNED.sub(rf"\1{MASK}", _WANDB.sub(rf"\1{MASK}", value))
     if isinstance(value, Mapping):
         return {key: MASK if _is_secret(key, item) else _redact(item, known) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -318,11 +321,3 @@ def _is_secret(key: object, value: Any) -> bool:
     if not isinstance(key, str) or value is None or isinstance(value, bool) or value == "":
         return False
     return bool(_SECRET_KEY.search(key)) and (not isinstance(value, int | float) or "pass" in key.lower())
-
-
-def _redact_text(text: str, known: list[str]) -> str:
-    for secret in known:
-        text = text.replace(secret, MASK)
-    for pattern in _SECRET_TEXTS:
-        text = pattern.sub(MASK, text)
-    return _ASSIGNED.sub(rf"\1{MASK}", _WANDB.sub(rf"\1{MASK}", text))

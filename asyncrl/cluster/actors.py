@@ -19,7 +19,7 @@ from asyncrl.types import Key, Report
 def _log_to(plan: RunPlan, name: str) -> None:
     """This process's log goes to `logs/<name>.log` of the run directory, which must be the one that the driver sees."""
     plan.check_reach()
-    set_up_logging(logging.FileHandler(plan.paths.logs / f"{name}.log"), "%(asctime)s", os.environ.get("LOG_LEVEL", ""))
+    set_up_logging(logging.FileHandler(plan.paths.logs / f"{name}.log"))
 
 
 class StageActor:

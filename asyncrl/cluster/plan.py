@@ -23,11 +23,7 @@ class RunPlan(Struct, frozen=True, kw_only=True):
 
     @property
     def paths(self) -> RunDir:
-        return RunDir(Path(self.run_dir))
-
-    @property
-    def run_id(self) -> str:
-        return self.paths.run_id
+        return RunDir(self.run_dir)
 
     def incarnation(self, restart_count: int) -> int:
         """An actor's incarnation for the store: rises with restarts of the actor, and of the driver by the driver's clock."""

@@ -91,14 +91,14 @@ def _callables(recipe: Recipe) -> str:
     terms = recipe.reward.terms()
     for term in terms:
         check_callable(term.function, "reward.function")
-    if recipe.sampling.keep not in ("all", "varied"):
-        check_callable(recipe.sampling.keep, "sampling.keep")
-    if recipe.algorithm.adv_estimator not in ESTIMATOR_NAMES:
-        check_callable(recipe.algorithm.adv_estimator, "algorithm.adv_estimator")
-    if recipe.algorithm.policy_loss not in LOSS_NAMES:
-        check_callable(recipe.algorithm.policy_loss, "algorithm.policy_loss")
-    if recipe.prepare:
-        check_callable(recipe.prepare, "prepare")
+    for field, name, built_in in (
+        ("sampling.keep", recipe.sampling.keep, ("all", "varied")),
+        ("algorithm.adv_estimator", recipe.algorithm.adv_estimator, ESTIMATOR_NAMES),
+        ("algorithm.policy_loss", recipe.algorithm.policy_loss, LOSS_NAMES),
+        ("prepare", recipe.prepare, ("",)),
+    ):
+        if name not in built_in:
+            check_callable(name, field)
     return f"{', '.join(term.function for term in terms)}, at most {recipe.reward.deadline_s:g} s a sample"
 
 

@@ -52,14 +52,9 @@ def _prepare_prompts(recipe: Recipe, paths: RunDir, resuming: bool) -> tuple[int
         held_out = replace(recipe.data, files=recipe.evaluation.files, shuffle=False, epochs=None)
         made.append(prepare(held_out, encode, paths.data / "eval.arrow", tokenizer_id))
     for summary in made:
-        log.log(
-            logging.WARNING if summary.too_long else logging.INFO,
-            "%s: %d prompts; %d left out, longer than data.max_prompt_length=%d",
-            summary.path.stem,
-            summary.prompts,
-            summary.too_long,
-            recipe.data.max_prompt_length,
-        )
+        level = logging.WARNING if summary.too_long else logging.INFO
+        said = "%s: %d prompts; %d left out, longer than data.max_prompt_length=%d"
+        log.log(level, said, summary.path.stem, summary.prompts, summary.too_long, recipe.data.max_prompt_length)
     return stop_token_ids(tokenizer, recipe.model)
 
 

@@ -53,9 +53,7 @@ def check_placement(deployment: Deployment, environ: Mapping[str, str] = os.envi
 
 def count_gpus(environ: Mapping[str, str] = os.environ, dev: Path = Path("/dev")) -> int:
     """CUDA devices that a local Ray would offer: those of the machine that CUDA_VISIBLE_DEVICES leaves visible."""
-    found = len([path for path in dev.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]) if dev.is_dir() else 0
-    if not found:
-        found = _listed_by_driver()
+    found = len([path for path in dev.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]) or _listed_by_driver()
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return found

@@ -25,6 +25,7 @@ from asyncrl.types import Record, StoreReport
 
 log = logging.getLogger(__name__)
 TICK_S = 0.5
+ASK_S = 600.0  # for what an idle learner is asked to do: to write a checkpoint, at most
 NON_RETRYABLE = (ConfigError, DataError, CheckpointError, NonFinite)  # the next try would meet the same
 
 
@@ -37,6 +38,7 @@ class Supervisor:
         self._summary = summary
         self._observe = observe
         deployment = plan.deployment
+        self._limits = deployment.limits
         self._store = Member("store", "store", deployment.store.place)
         self._learner = Member("learner", "learner", deployment.learner.place)
         self._members = [
@@ -72,7 +74,7 @@ class Supervisor:
     def finish(self) -> None:
         """Settles what is outstanding and waits until generators and reward workers have ended by themselves."""
         workers = [member for member in self._members if member.role in ("generator", "reward")]
-        deadline = time.monotonic() + self._plan.deployment.limits.stop_timeout_s
+        deadline = time.monotonic() + self._limits.stop_timeout_s
         self._finishing, told = True, -1  # a store that restarts meanwhile has to be told again
         while any(member.phase != "ended" for member in workers) and time.monotonic() < deadline:
             if self._store.phase == "running" and told < self._store.restart_count:
@@ -81,10 +83,10 @@ class Supervisor:
             self._tick()
         self._fresh_report()
 
-    def ask_learner(self, method: str, *arguments: Any, timeout_s: float = 600.0) -> Any:
-        """Calls a method of the idle learner, e.g. `save_checkpoint`."""
+    def ask_learner(self, method: str, *arguments: Any) -> Any:
+        """Calls a method of the idle learner, e.g. `save_checkpoint`. Raises Unavailable if it dies, or takes ASK_S."""
         try:
-            return ray.get(self._learner.handle.ask.remote(method, *arguments), timeout=timeout_s)
+            return ray.get(self._learner.handle.ask.remote(method, *arguments), timeout=ASK_S)
         except (RayActorError, GetTimeoutError) as error:
             raise Unavailable(f"learner: no answer to {method}: {_brief(error)}") from error
 
@@ -92,7 +94,7 @@ class Supervisor:
         """Replaces the idle learner by one that starts from `checkpoint` (None: the newest); later commits are reopened."""
         self._plan = msgspec.structs.replace(self._plan, resume_at=checkpoint)
         if (stopped := self._learner.stop()) is not None:
-            ray.wait([stopped], timeout=self._plan.deployment.limits.stop_timeout_s)
+            ray.wait([stopped], timeout=self._limits.stop_timeout_s)
         self._learner.kill()
         self._learner.spawn(self._plan, self._known)
         while self._learner.phase != "idle":
@@ -106,7 +108,7 @@ class Supervisor:
             refs = [ref for member in group if (ref := member.stop()) is not None]
             refs += [member.task for member in group if member.phase == "running" and member.task is not None]
             if refs:
-                ray.wait(refs, num_returns=len(refs), timeout=self._plan.deployment.limits.stop_timeout_s)
+                ray.wait(refs, num_returns=len(refs), timeout=self._limits.stop_timeout_s)
             for member in group:
                 member.release()
 
@@ -117,7 +119,6 @@ class Supervisor:
 
         until_told: the store's report ends the round too. Returns that report, if it has come.
         """
-        limits = self._plan.deployment.limits
         tasks = {member.task: member for member in self._members if member.task is not None}
         told = [self._store.asked] if until_told and self._store.asked is not None else []
         ray.wait([*tasks, *told], num_returns=1, timeout=TICK_S)
@@ -129,7 +130,7 @@ class Supervisor:
             if member.phase == "starting" and time.monotonic() > member.deadline:
                 self._failed(member, Unavailable(f"{member.name} did not start within limits.start_timeout_s"))
             try:
-                report = member.poll_report(limits.health_timeout_s)
+                report = member.poll_report(self._limits.health_timeout_s)
             except (Unavailable, RayError) as error:  # it hangs, or is alive but broken: a full disk, a `keep` that raises
                 self._failed(member, error)
                 continue
@@ -192,7 +193,7 @@ class Supervisor:
             write_atomic(self._plan.paths.logs / f"{member.name}.error", text + "\n")
         if isinstance(cause, NON_RETRYABLE):
             raise type(cause)(f"{member.name}: {cause}") from error
-        limit = self._plan.deployment.limits.max_restarts
+        limit = self._limits.max_restarts
         if member.restarts >= limit:
             raise ActorFailed(
                 f"{member.name} failed {member.restarts + 1} times, limits.max_restarts={limit}; its first error:\n"
@@ -222,12 +223,12 @@ class Supervisor:
         starting = any(member.phase == "starting" for member in self._members)  # these have a deadline of their own
         if self._until is None or starting or state != self._moved[1]:
             self._moved = (now, state)
-        elif now - self._moved[0] > self._plan.deployment.limits.stall_timeout_s:
+        elif now - self._moved[0] > self._limits.stall_timeout_s:
             path = self._plan.paths.logs / "stall.json"
             write_atomic(path, json.dumps(redact(self._dump()), indent=1, default=str))
             waiting = ", ".join(f"{name}={value:g}" for name, value in report.gauges.items())
             raise AsyncRLError(
-                f"nothing has moved for limits.stall_timeout_s={self._plan.deployment.limits.stall_timeout_s:g} s ({waiting}); "
+                f"nothing has moved for limits.stall_timeout_s={self._limits.stall_timeout_s:g} s ({waiting}); "
                 f"queue depths, in-flight ids and stacks are in {path}"
             )
 

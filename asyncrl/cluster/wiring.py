@@ -7,7 +7,6 @@ import ray
 
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import Peers, RayCall
-from asyncrl.config import PlaceSpec
 from asyncrl.config.callables import load_callable
 from asyncrl.interfaces import Stage
 from asyncrl.types import Sampling
@@ -68,7 +67,8 @@ def build(role: str, name: str, restart_count: int, plan: RunPlan, peers: Peers)
     """Builds a stage of `role` in the calling process. restart_count: rises with every restart of this actor."""
     from asyncrl.replay.client import ReplayClient
 
-    store = ReplayClient(RayCall(peers), name, plan.incarnation(restart_count), run=plan.run_id, retry_s=_patience_s(plan))
+    incarnation = plan.incarnation(restart_count)
+    store = ReplayClient(RayCall(peers), name, incarnation, run=plan.paths.run_id, retry_s=_patience_s(plan))
     if role == "reward":
         return _reward(name, plan, store)
     return _generator(name, plan, peers, store) if role == "generator" else _learner(plan, store)
@@ -84,10 +84,6 @@ def _host(plan: RunPlan) -> str:
     return "127.0.0.1" if plan.loopback else ray.util.get_node_ip_address()
 
 
-def _device(place: PlaceSpec) -> str:
-    return "cuda" if place.gpus else "cpu"
-
-
 def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") -> Built:
     from asyncrl.generate.engines import EngineSite, engine_kind
     from asyncrl.generate.generator import Generator
@@ -97,12 +93,7 @@ def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") ->
     recipe, bus, limits, generators = plan.recipe, plan.deployment.bus, plan.deployment.limits, plan.deployment.generators
     use_threads(generators.place.threads)
     site = EngineSite(
-        generators=generators,
-        model=recipe.model,
-        limits=limits,
-        name=name,
-        logs=plan.paths.logs,
-        host=_host(plan),
+        generators=generators, model=recipe.model, limits=limits, name=name, logs=plan.paths.logs, host=_host(plan)
     )
     engine = engine_kind(generators.engine.kind).build(site)
     weights = WeightSubscriber(
@@ -157,10 +148,9 @@ def _learner(plan: RunPlan, store: "ReplayClient") -> Built:
     from asyncrl.models.tokenizing import load_tokenizer
     from asyncrl.weights.publisher import WeightPublisher
 
-    use_threads(plan.deployment.learner.place.threads)
-    recipe, bus = plan.recipe, plan.deployment.bus
-    device = _device(plan.deployment.learner.place)
-    trainer = policy_trainer(recipe, device=device, refused_dir=plan.paths.logs / "refused")
+    recipe, bus, place = plan.recipe, plan.deployment.bus, plan.deployment.learner.place
+    use_threads(place.threads)
+    trainer = policy_trainer(recipe, device="cuda" if place.gpus else "cpu", refused_dir=plan.paths.logs / "refused")
     publishers: list[WeightPublisher] = []
     host = _host(plan)
 

@@ -1,42 +1,13 @@
-"""What a user writes: recipes, deployments and warm starts, as structs that are validated when made. No torch."""
+"""What a user writes: recipes, deployments and warm starts, as structs that are validated when made. No torch.
 
-from asyncrl.config.algorithm import (
-    ESTIMATOR_NAMES,
-    LOSS_NAMES,
-    PREFERENCE_LOSSES,
-    UNGROUPED,
-    AggregationName,
-    AlgorithmSpec,
-    CorrectionName,
-    MaskName,
-)
-from asyncrl.config.deployment import (
-    BusSpec,
-    Deployment,
-    EngineSpec,
-    GeneratorsSpec,
-    LearnerPlaceSpec,
-    LimitsSpec,
-    PlaceSpec,
-    RewardsSpec,
-    SGLangSpec,
-    StoreSpec,
-    UpdateMode,
-)
-from asyncrl.config.learner import CriticSpec, LearnerSpec, ModelSpec, OptimizerSpec
-from asyncrl.config.recipe import (
-    CheckpointSpec,
-    DataSpec,
-    EvaluationSpec,
-    Recipe,
-    RewardSpec,
-    RewardStyle,
-    RewardTerm,
-    SamplingSpec,
-    ShapingSpec,
-    StalenessSpec,
-)
-from asyncrl.config.sft import DemonstrationsSpec, SFTSpec
+Of the modules' names only those listed here are public. The list is explicit, as type checkers can't read a computed one.
+"""
+
+from asyncrl.config.algorithm import *
+from asyncrl.config.deployment import *
+from asyncrl.config.learner import *
+from asyncrl.config.recipe import *
+from asyncrl.config.sft import *
 
 __all__ = [
     "ESTIMATOR_NAMES",

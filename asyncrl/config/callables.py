@@ -109,20 +109,14 @@ def _find_module(dotted: str) -> ModuleSpec | None:
     for depth in range(1, len(parts) + 1):
         spec = PathFinder.find_spec(".".join(parts[:depth]), path) if path else None
         if spec is None:
-            # Modules made at run time, built-in, or found by an editable install's own finder.
+            # Modules made at run time, built-in, or found by an editable install's own finder. None of it is imported:
+            # find_spec would import a parent only, and there is none.
             loaded = sys.modules.get(".".join(parts[:depth]))
-            spec = loaded.__spec__ if loaded else _top_level(parts[0]) if depth == 1 else None
+            spec = loaded.__spec__ if loaded else importlib.util.find_spec(parts[0]) if depth == 1 else None
         if spec is None:
             return None
         path = list(spec.submodule_search_locations or ())
     return spec
-
-
-def _top_level(name: str) -> ModuleSpec | None:
-    try:
-        return importlib.util.find_spec(name)  # a name without dots imports nothing
-    except ValueError:
-        return None
 
 
 def _module_from(path: Path) -> ModuleType:

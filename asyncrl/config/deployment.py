@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from asyncrl.config.base import Spec, require, require_fields
+from asyncrl.config.base import Rule, Spec, require, require_fields
 
 
 class PlaceSpec(Spec, frozen=True, kw_only=True):
@@ -47,17 +47,17 @@ class SGLangSpec(Spec, frozen=True, kw_only=True):
     stream_interval: int = 64
 
     def __post_init__(self) -> None:
-        require(self.servers >= 1, f"engine.sglang.servers={self.servers} < 1: nobody would generate; use at least 1")
-        require(self.tp_size >= 1, f"engine.sglang.tp_size={self.tp_size} < 1: a server needs a device; use at least 1")
-        require(
-            self.mem_fraction is None or 0 < self.mem_fraction < 1,
-            f"engine.sglang.mem_fraction={self.mem_fraction} is outside (0, 1): it is the share of a GPU's memory for weights "
-            "and KV cache; null leaves it to SGLang",
-        )
-        require(
-            self.stream_interval >= 1,
-            f"engine.sglang.stream_interval={self.stream_interval} < 1: no token would ever be reported; use at least 1",
-        )
+        rules: list[Rule] = [
+            ("servers", lambda x: x >= 1, "< 1: nobody would generate; use at least 1"),
+            ("tp_size", lambda x: x >= 1, "< 1: a server needs a device; use at least 1"),
+            (
+                "mem_fraction",
+                lambda x: 0 < x < 1,
+                "is outside (0, 1): it is the share of a GPU's memory for weights and KV cache; null leaves it to SGLang",
+            ),
+            ("stream_interval", lambda x: x >= 1, "< 1: no token would ever be reported; use at least 1"),
+        ]
+        require_fields(self, "engine.sglang.", rules)
         for url in self.urls:
             require(
                 url.startswith(("http://", "https://")),
@@ -120,7 +120,7 @@ class GeneratorsSpec(Spec, frozen=True, kw_only=True):
     engine: EngineSpec = EngineSpec()
 
     def __post_init__(self) -> None:
-        require(self.count >= 1, f"generators.count={self.count} < 1: nobody would generate; use at least 1")
+        require_fields(self, "generators.", [("count", lambda x: x >= 1, "< 1: nobody would generate; use at least 1")])
         sglang = self.engine.sglang
         require(
             self.count == 1 or not sglang.urls,

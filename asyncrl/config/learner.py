@@ -3,6 +3,7 @@
 from typing import Literal
 
 from asyncrl.config.base import Rule, Spec, require, require_fields, require_unset
+from asyncrl.errors import ConfigError
 
 
 class ModelSpec(Spec, frozen=True, kw_only=True):
@@ -74,20 +75,19 @@ class CriticSpec(OptimizerSpec, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         require_fields(self, "critic.", _CRITIC_RULES)
         model = self.model
-        require(
-            model is None or not model.tokenizer,
-            f"critic.model.tokenizer={model.tokenizer if model else ''!r}: it would be ignored, for the critic reads "
-            "the policy's tokens; leave it out",
-        )
+        if model is not None and model.tokenizer:
+            raise ConfigError(
+                f"critic.model.tokenizer={model.tokenizer!r}: it would be ignored, for the critic reads the policy's tokens; "
+                "leave it out"
+            )
         if self.backbone == "own":
             why = "backbone='own': it would be ignored, for an own critic's loss joins no other; set critic.lr instead"
             require_unset(self, "critic.", "value_coef", why)
             return
-        require(
-            model is None,
-            f"critic.model={model.path if model else ''!r} with backbone='shared': it would be ignored; use backbone='own', "
-            "or null",
-        )
+        if model is not None:
+            raise ConfigError(
+                f"critic.model={model.path!r} with backbone='shared': it would be ignored; use backbone='own', or null"
+            )
         why = "backbone='shared': it would be ignored, for the head learns in the policy's passes"
         require_unset(self, "critic.", "ppo_epochs", f"{why}; set learner.ppo_epochs instead")
 

@@ -31,11 +31,10 @@ _UNKNOWN_KEYWORD = re.compile(r"[Uu]nexpected keyword argument '(\w+)'")
 
 
 def load_specs(recipe: str | Path, deploy: str | Path | None, overrides: Sequence[str]) -> tuple[Recipe, Deployment]:
-    """Both specs of a run, overrides applied. `deploy` None: the defaults, which deploy/local.yaml spells out."""
+    """Both specs of a run, overrides applied: those that begin with `deploy.` are the deployment's."""
     for_deployment = [text for text in overrides if text.startswith(_DEPLOY)]
     for_recipe = [text for text in overrides if not text.startswith(_DEPLOY)]
-    deployment = load_deployment(deploy) if deploy is not None else Deployment()
-    return override(load_recipe(recipe), for_recipe), override(deployment, for_deployment, _DEPLOY)
+    return override(load_recipe(recipe), for_recipe), load_deployment(deploy, for_deployment)
 
 
 def _read(what: str, path: Path, suffix: str) -> str:
@@ -69,7 +68,8 @@ def load_recipe(path: str | Path) -> Recipe:
         return msgspec.convert(msgspec.to_builtins(made), Recipe)
     except msgspec.ValidationError as error:
         where, what = explain(error, Recipe, msgspec.to_builtins(made))
-        lines = [word.value.lineno for word in _keywords(source) if word.arg == where.rpartition(".")[2]]
+        words = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.keyword)]
+        lines = [word.value.lineno for word in words if word.arg == where.rpartition(".")[2]]
         raise ConfigError(f"recipe {path}{f', line {lines[0]}' if len(lines) == 1 else ''}: {what}") from error
 
 
@@ -106,10 +106,6 @@ def _raised(path: Path, source: str, error: Exception) -> str:
             if words and isinstance(struct, type) and issubclass(struct, msgspec.Struct):
                 line, text = words[0].value.lineno, f"{struct.__name__} has no field {typo[1]!r}" + nearest(typo[1], struct)
     return f"recipe {path}{f', line {line}' if line else ''}: {text}"
-
-
-def _keywords(source: str) -> list[ast.keyword]:
-    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.keyword)]
 
 
 # ---------------------------------------------------------------------------------------------- overrides
@@ -179,9 +175,15 @@ def _parse(raw: str, kind: Any, text: str, path: str) -> Any:
 # --------------------------------------------------------------------------------------------- deployment
 
 
-def load_deployment(path: str | Path) -> Deployment:
-    """Reads a deployment file. Raises ConfigError with file and line."""
-    path = Path(path)
+def load_deployment(path: str | Path | None, overrides: Sequence[str] = ()) -> Deployment:
+    """Reads a deployment file and applies overrides `deploy.a.b=c`. Raises ConfigError with file and line.
+
+    path None: the defaults, which deploy/local.yaml spells out.
+    """
+    return override(Deployment() if path is None else _read_deployment(Path(path)), overrides, _DEPLOY)
+
+
+def _read_deployment(path: Path) -> Deployment:
     text = _read("deployment", path, ".yaml")
     try:
         tree, data = yaml.compose(text), yaml.safe_load(text)

@@ -11,6 +11,7 @@ from msgspec.structs import asdict, replace
 from asyncrl.config.algorithm import AlgorithmSpec
 from asyncrl.config.base import Rule, Spec, require, require_fields
 from asyncrl.config.learner import CriticSpec, LearnerSpec, ModelSpec
+from asyncrl.errors import ConfigError
 from asyncrl.staleness import OnStale, SelectorName, Staleness
 
 RewardStyle = Literal["auto", "verl", "trl"]
@@ -67,9 +68,9 @@ class ShapingSpec(Spec, frozen=True, kw_only=True):
     clip: tuple[float, float] | None = None  # [low, high]: bounds of the result, last of all
 
     def __post_init__(self) -> None:
-        require(self.overlong_buffer >= 0, f"reward.shaping.overlong_buffer={self.overlong_buffer} < 0 tokens; 0 turns it off")
         penalties = "overlong_penalty length_penalty repetition_penalty"
         rules: list[Rule] = [
+            ("overlong_buffer", lambda x: x >= 0, "< 0 tokens; 0 turns it off"),
             (penalties, lambda x: x >= 0, "< 0: it is subtracted, so this would pay for it; use >= 0"),
             ("repetition_ngram", lambda x: x >= 1, "< 1 token: nothing could repeat; use at least 1"),
         ]
@@ -108,11 +109,11 @@ class RewardSpec(Spec, frozen=True, kw_only=True):
         )
         names = [term.name for term in self.terms()]
         taken = [name for name in names if name in _TAKEN or names.count(name) > 1]
-        require(
-            not taken,
-            f"reward.functions: the name {taken[0] if taken else ''!r} is taken, so two figures would be logged as one; set "
-            "the function's `name`",
-        )
+        if taken:
+            raise ConfigError(
+                f"reward.functions: the name {taken[0]!r} is taken, so two figures would be logged as one; set the function's "
+                "`name`"
+            )
 
     def terms(self) -> tuple[RewardTerm, ...]:
         """What scores: the functions, each with a name; or the one function, whose name is empty: its parts keep theirs."""

@@ -91,7 +91,7 @@ def guarded(name: str, check: Callable[[], Finding], package: str) -> Finding:
             name=name,
             status="missing" if missing else "broken",
             detail=f"{type(error).__name__}: {why[0] if why else 'no message'}",
-            fix=f"pip install --force-reinstall '{requirement(package) or package}'" if package else "",
+            fix=reinstall(package) if package else "",
         )
 
 
@@ -125,8 +125,9 @@ def devices() -> Finding:
     here = f"{len(os.sched_getaffinity(0))} CPU cores, {_gib(memory)} memory"
     present = count_gpus()
     if present and not torch.cuda.is_available():
-        why = "torch is a CPU build" if torch.version.cuda is None else "torch finds no working driver"
-        fix = f"pip install --force-reinstall '{requirement('torch')}'" if torch.version.cuda is None else "nvidia-smi"
+        why, fix = "torch finds no working driver", "nvidia-smi"
+        if torch.version.cuda is None:
+            why, fix = "torch is a CPU build", reinstall("torch")
         return Finding(status="broken", detail=f"{here}; {present} GPUs, but {why}", fix=fix, required=False)
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     listing = ", ".join(f"{gpu.name} {_gib(gpu.total_memory)}" for gpu in gpus) or "no GPU"
@@ -139,11 +140,7 @@ def collectives() -> Finding:
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_gloo_available():
-        return Finding(
-            status="missing",
-            detail="this torch has no gloo",
-            fix=f"pip install --force-reinstall '{requirement('torch')}'",
-        )
+        return Finding(status="missing", detail="this torch has no gloo", fix=reinstall("torch"))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         value = torch.tensor([2.0])
@@ -217,10 +214,15 @@ def requirement(name: str) -> str:
     return next(found, "")
 
 
+def reinstall(package: str) -> str:
+    """The command that installs a package again, as asyncrl requires it."""
+    return f"pip install --force-reinstall '{requirement(package) or package}'"
+
+
 def versioned(package: str, found: str, detail: str = "") -> Finding:
     """A finding about an installed version, against asyncrl's requirement of that package."""
     wanted = requirement(package)
-    bounds = wanted[re.match(r"[\w.-]+(\[[^]]*\])?", wanted).end() :] if wanted else ""  # type: ignore[union-attr]
+    bounds = re.sub(r"^[\w.-]+(\[[^]]*\])?", "", wanted)
     text = ", ".join(filter(None, (found, detail)))
     if bounds and not _satisfies(found, bounds):
         return Finding(status="broken", detail=f"{text}; asyncrl needs {wanted}", fix=f"pip install '{wanted}'")

@@ -8,16 +8,17 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from asyncrl.config import DataSpec, Deployment, GeneratorsSpec, LimitsSpec, RewardTerm
+from asyncrl.config.base import Rule
 from asyncrl.config.callables import check_callable
-from asyncrl.config.load import load_deployment, override
+from asyncrl.config.load import load_deployment
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.generate.engines import EngineSite, engine_kind
 from asyncrl.interfaces import Engine
@@ -28,7 +29,7 @@ from asyncrl.prompts.encoding import encoder
 from asyncrl.prompts.reading import check_columns, read_rows
 from asyncrl.reward.pool import RewardPool
 from asyncrl.reward.results import Sample
-from asyncrl.types import Generation, GenerationRequest, Prompt, Sampling, Version, derive_seed
+from asyncrl.types import Generation, GenerationRequest, Sampling, Version, derive_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,47 +92,36 @@ def _eval(args: argparse.Namespace) -> int:
     """
     began = time.monotonic()
     _check_numbers(args)
+    ks = _ks(args.k, args.n)
     policy = locate(args.model, args.tokenizer, args.dtype)
     terms, data = _terms(args, policy), _data(args, policy)
     for term in terms:
         check_callable(term.function, "--reward")
     check_columns(data.files, data)
 
-    deployment = override(load_deployment(args.deploy) if args.deploy else Deployment(), args.overrides, "deploy.")
+    deployment = load_deployment(args.deploy, args.overrides)
     engine_kind(deployment.generators.engine.kind).check(deployment)
 
     responses = _evaluate(args, policy, data, terms, deployment)
     if args.out is not None:
         write_samples(args.out, responses)
-    figures = eval_summary(responses, _ks(args.k, args.n), args.pass_score)
+    figures = eval_summary(responses, ks, args.pass_score)
     report = {"model": args.model, "data": list(data.files), **figures, "n": args.n, "temperature": args.temperature}
     print(json.dumps({**report, "seed": args.seed}))
     print(f"{len(responses)} samples in {time.monotonic() - began:.1f} s", file=sys.stderr)
     return 0
 
 
-def generate(
-    engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, *, n: int, seed: int, health_timeout_s: float
-) -> list[Generation]:
-    """n responses per prompt, in order. Raises what ended the engine, and Unavailable if it makes no progress.
+def _generate(engine: Engine, requests: Sequence[GenerationRequest], health_timeout_s: float) -> list[Generation]:
+    """The responses to `requests`, in order. Raises what ended the engine, and Unavailable if it makes no progress.
 
-    The same seed gives the same responses of an engine in this process: all requests are there before its first step, so that
-    the batches, and with them the rounding, repeat.
+    requests: those of a group together. The same seeds give the same responses of an engine in this process: all requests are
+    there before its first step, so that the batches, and with them the rounding, repeat.
     """
     engine.pause()
     futures = []
-    for group, prompt in enumerate(prompts):
-        requests = [
-            GenerationRequest(
-                id=f"{prompt.row}.{rollout}",
-                group=group,
-                prompt_ids=prompt.ids,
-                sampling=sampling,
-                seed=derive_seed(seed, prompt.row, rollout),
-            )
-            for rollout in range(n)
-        ]
-        futures += engine.submit_group(requests)
+    for _, group in itertools.groupby(requests, key=lambda request: request.group):
+        futures += engine.submit_group(list(group))
     engine.resume()
     while wait(futures, timeout=health_timeout_s).not_done:
         engine.health(health_timeout_s)
@@ -148,17 +138,25 @@ def _evaluate(
         tokenizer = load_tokenizer(policy.spec)
         encode = encoder(tokenizer)
         rows = [(as_prompt(row, encode), as_record(row)) for row in itertools.islice(read_rows(data), args.limit)]
-        prompts = [prompt for prompt, _ in rows]
-        longest = max(len(prompt.ids) for prompt in prompts)
+        longest = max(len(prompt.ids) for prompt, _ in rows)
         sampling = _sampling(args, policy, tokenizer, longest)
-        generators = _generators(args, deployment, max_length=longest + sampling.max_tokens, responses=args.n * len(prompts))
+        generators = _generators(args, deployment, max_length=longest + sampling.max_tokens, responses=args.n * len(rows))
         where = f"{generators.engine.kind} engine on {'cuda' if generators.place.gpus else 'cpu'}"
-        print(f"{len(prompts)} prompts × {args.n}, at most {sampling.max_tokens} tokens each, by the {where}", file=sys.stderr)
-        with _engine(policy, generators, deployment.limits) as engine:
-            timeout_s = deployment.limits.health_timeout_s
-            generations = generate(engine, prompts, sampling, n=args.n, seed=args.seed, health_timeout_s=timeout_s)
-        texts = [tokenizer.decode(generation.token_ids, skip_special_tokens=True) for generation in generations]
+        print(f"{len(rows)} prompts × {args.n}, at most {sampling.max_tokens} tokens each, by the {where}", file=sys.stderr)
         asked = [(prompt, record, rollout) for prompt, record in rows for rollout in range(args.n)]
+        requests = [
+            GenerationRequest(
+                id=f"{prompt.row}.{rollout}",
+                group=prompt.row,
+                prompt_ids=prompt.ids,
+                sampling=sampling,
+                seed=derive_seed(args.seed, prompt.row, rollout),
+            )
+            for prompt, _, rollout in asked
+        ]
+        with _engine(policy, generators, deployment.limits) as engine:
+            generations = _generate(engine, requests, deployment.limits.health_timeout_s)
+        texts = [tokenizer.decode(generation.token_ids, skip_special_tokens=True) for generation in generations]
         verdicts = pool.map(
             [
                 Sample(prompt.data_source, text, prompt.ground_truth, prompt.extra_info, record, generation.token_ids)
@@ -169,12 +167,14 @@ def _evaluate(
         ScoredResponse(
             prompt=prompt,
             rollout=rollout,
-            seed=derive_seed(args.seed, prompt.row, rollout),
+            seed=request.seed,
             generation=generation,
             text=text,
             verdict=verdict,
         )
-        for (prompt, _, rollout), generation, text, verdict in zip(asked, generations, texts, verdicts, strict=True)
+        for (prompt, _, rollout), request, generation, text, verdict in zip(
+            asked, requests, generations, texts, verdicts, strict=True
+        )
     ]
 
 
@@ -184,7 +184,8 @@ def _engine(policy: Policy, generators: GeneratorsSpec, limits: LimitsSpec) -> I
     from asyncrl.models.loading import export, named_weights
 
     with tempfile.TemporaryDirectory(prefix="asyncrl-eval-") as folder:
-        spec, (model, tokenizer) = policy.spec, load(policy)
+        spec = policy.spec
+        model, tokenizer = load(policy)
         if policy.checkpoint is not None:  # an engine loads Hugging Face folders only
             spec = msgspec.structs.replace(spec, path=f"{folder}/model")
             export(model, tokenizer, Path(spec.path))
@@ -271,20 +272,17 @@ def _ks(text: str | None, n: int) -> list[int]:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    bounds: list[tuple[str, Callable[[Any], bool], str]] = [
-        ("n", lambda n: n >= 1, ">= 1"),
-        ("temperature", lambda t: t >= 0, ">= 0 (0 is greedy)"),
-        ("top_p", lambda p: 0 < p <= 1, "in (0, 1] (1 is off)"),
-        ("max_response_length", lambda length: length is None or length >= 1, ">= 1"),
-        ("limit", lambda limit: limit is None or limit >= 1, ">= 1"),
-        ("batch", lambda slots: slots is None or slots >= 1, ">= 1"),
-        ("reward_processes", lambda count: count >= 1, ">= 1"),
-        ("reward_deadline", lambda seconds: seconds > 0, "> 0 seconds"),
+    rules: list[Rule] = [
+        ("n max_response_length limit batch reward_processes", lambda x: x >= 1, ">= 1"),
+        ("temperature", lambda x: x >= 0, ">= 0 (0 is greedy)"),
+        ("top_p", lambda x: 0 < x <= 1, "in (0, 1] (1 is off)"),
+        ("reward_deadline", lambda x: x > 0, "> 0 seconds"),
     ]
-    for name, holds, bound in bounds:
-        if not holds(value := getattr(args, name)):
-            raise ConfigError(f"--{name.replace('_', '-')}={value}: it must be {bound}")
-    _ks(args.k, args.n)
+    for names, holds, bound in rules:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not holds(value):
+                raise ConfigError(f"--{name.replace('_', '-')}={value}: it must be {bound}")
     if args.out is not None and args.out.suffix != ".parquet":
         raise ConfigError(f"--out={args.out}: samples are written as parquet; name a .parquet file")
     if args.n > 1 and args.temperature == 0:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,14 +36,14 @@ log = logging.getLogger(__name__)
 
 
 class SFTResult(Struct, frozen=True, kw_only=True):
-    """examples: trained on; too_long: left out. loss: of the last batch. Held-out losses None without held-out files."""
+    """What a warm start came to; `asyncrl sft` prints it as its one line of JSON."""
 
-    out: str
+    out: str  # the Hugging Face folder
     steps: int
-    examples: int
-    too_long: int
-    loss: float
-    first_heldout_loss: float | None
+    examples: int  # trained on
+    too_long: int  # examples left out
+    loss: float  # of the last batch
+    first_heldout_loss: float | None  # None without held-out files
     last_heldout_loss: float | None
 
 
@@ -132,9 +132,8 @@ def _train(spec: SFTSpec, policy: Policy, work: RunDir, out: Path, observe: "Obs
 
     device = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load(policy, device)
-    read = _reader(spec, policy, model, tokenizer)
-    examples, too_long = read(spec.data.files)
-    heldout = read(spec.data.heldout)[0] if spec.data.heldout else []
+    examples, too_long = _read(spec.data.files, spec, policy, model, tokenizer)
+    heldout = _read(spec.data.heldout, spec, policy, model, tokenizer)[0] if spec.data.heldout else []
     trainer = SupervisedTrainer(model, spec, spec.total_steps(len(examples)), max_tokens_per_pack=spec.max_tokens_per_pack)
     learned, total = sum(len(example.scored) for example in examples), trainer.total_steps
     said = "%d examples (%d too long) with %d tokens to learn; %d steps on %s"
@@ -158,25 +157,20 @@ def _train(spec: SFTSpec, policy: Policy, work: RunDir, out: Path, observe: "Obs
     )
 
 
-def _reader(
-    spec: SFTSpec, policy: Policy, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
-) -> Callable[[Sequence[str]], "tuple[list[TokenSequence], int]"]:
+def _read(
+    files: Sequence[str], spec: SFTSpec, policy: Policy, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+) -> "tuple[list[TokenSequence], int]":
     """Makes files into sequences, and the number of those that were too long."""
     from asyncrl.models.packed import TokenSequence
     from asyncrl.models.tokenizing import stop_token_ids
 
     config = model.config.get_text_config(decoder=True)
     longest = min(spec.data.max_length, getattr(config, "max_position_embeddings", None) or sys.maxsize)
-    stops = stop_token_ids(tokenizer, policy.spec)
-
-    def read(files: Sequence[str]) -> "tuple[list[TokenSequence], int]":
-        found = read_demonstrations(files, spec.data, tokenizer, stops, longest)
-        highest = max(int(ids.max()) for ids, _ in found.examples)
-        if highest >= config.vocab_size:
-            raise ConfigError(
-                f"the tokenizer makes token {highest}, and the model knows {config.vocab_size}: they do not belong together; "
-                "set model.tokenizer"
-            )
-        return [TokenSequence(ids, learned) for ids, learned in found.examples], found.too_long
-
-    return read
+    found = read_demonstrations(files, spec.data, tokenizer, stop_token_ids(tokenizer, policy.spec), longest)
+    highest = max(int(ids.max()) for ids, _ in found.examples)
+    if highest >= config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer makes token {highest}, and the model knows {config.vocab_size}: they do not belong together; "
+            "set model.tokenizer"
+        )
+    return [TokenSequence(ids, learned) for ids, learned in found.examples], found.too_long

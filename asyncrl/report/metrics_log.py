@@ -27,24 +27,19 @@ class MetricsLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         self._file = path.open("r+b")
-        self._last = _recover(self._file, path)
+        self.last_sequence = _recover(self._file, path)  # of the newest record in the file; 0 if there is none
         self._tensorboard_dir = tensorboard
         self._tensorboard: Any = None
 
-    @property
-    def last_sequence(self) -> int:
-        """Sequence number of the newest record in the file; 0 if there is none."""
-        return self._last
-
     def append(self, record: Record) -> bool:
         """Writes one record; False if it was there already. Handed to the operating system when this returns."""
-        if record.sequence <= self._last:
+        if record.sequence <= self.last_sequence:
             return False
         head = {"sequence": record.sequence, "time": record.time, "kind": record.kind}
         head |= {"step": record.version.update, "incarnation": record.version.incarnation}
         self._write({**head, **record.metrics})
         self._scalars(record.metrics, record.version.update, record.time)
-        self._last = record.sequence
+        self.last_sequence = record.sequence
         return True
 
     def append_actors(self, time: float, step: int, reports: Iterable[Report]) -> None:
