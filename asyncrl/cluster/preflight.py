@@ -127,8 +127,7 @@ def _batches(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
             f"generators.engine.slots={slots} < sampling.n={n}{added}: a group could never be decoded together; "
             f"set deploy.generators.engine.slots={size} or more"
         )
-    readable = [file for file in recipe.data.files if not _made(file, recipe, run_dir) and Path(file).is_file()]
-    if len(readable) == len(recipe.data.files):
+    if all(Path(file).is_file() and not _made(file, recipe, run_dir) for file in recipe.data.files):
         try:
             rows = sum(1 for _ in islice(read_rows(recipe.data), batch))
         except DataError:
