@@ -87,7 +87,8 @@ class WeightMemory:
     def open(cls, place: Place, nbytes: int) -> "WeightMemory | None":
         """Opens another process's sealed memory; returns None if it isn't there for us (gone, or another user's)."""
         try:
-            fd = os.open(place.path, os.O_RDONLY | os.O_NONBLOCK)
+            # The path may by now lead to anything: a pipe must not block us, nor a terminal become ours.
+            fd = os.open(place.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
         except OSError:
             return None
         try:

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,17 @@ from asyncrl.models.memory import FlatTensors
 made = FlatTensors.copy_of({"a": torch.arange(3.0)}, "weights")
 print(msgspec.json.encode((made.memory.place, made.memory.nbytes)).decode(), flush=True)
 sys.stdin.read()
+"""
+
+OPENER = """
+import os, sys
+from asyncrl.models.memory import Place, WeightMemory
+assert WeightMemory.open(Place("", sys.argv[1], b""), 3) is None
+try:
+    os.open("/dev/tty", os.O_RDWR)
+except OSError:
+    sys.exit(0)
+sys.exit("it has a terminal now")
 """
 
 
@@ -79,6 +91,14 @@ def test_a_pipe_does_not_block() -> None:
     assert WeightMemory.open(Place("", f"/proc/self/fd/{ends[0]}", b""), 3) is None
     for end in ends:
         os.close(end)
+
+
+def test_a_terminal_does_not_become_ours() -> None:
+    ends = pty.openpty()
+    child = subprocess.run([sys.executable, "-c", OPENER, os.ttyname(ends[1])], start_new_session=True, timeout=60)
+    for end in ends:
+        os.close(end)
+    assert child.returncode == 0
 
 
 def test_too_little_memory_names_value_bound_and_fix() -> None:

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from asyncrl.errors import BadTransfer, Closed, Unavailable
 from asyncrl.models.layout import DTYPES
-from asyncrl.models.memory import FlatTensors, Place, here
+from asyncrl.models.memory import FlatTensors, Place, WeightMemory, here
 from asyncrl.types import Version
 from asyncrl.weights.messages import Announce, GetBucket, Gone, Refused
 from asyncrl.weights.sockets import Address
@@ -115,6 +115,31 @@ def test_memory_that_is_not_there_falls_back_to_the_socket(
     assert version == Version(1, 1)
     assert same(tensors, weights(1))
     assert subscriber.gauges()["shared_versions"] == 0
+
+
+def test_a_version_that_is_dropped_while_it_is_opened_gives_way_to_the_newest(
+    bus: Any, weights: Callable, same: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher = bus.publisher()
+    publisher.publish(Version(1, 1), weights(1))
+    subscriber = bus.subscriber(publisher)
+    places: list[Place] = []
+
+    def late(place: Place, nbytes: int) -> WeightMemory | None:
+        monkeypatch.undo()
+        places.append(place)
+        for update in (2, 3):
+            publisher.publish(Version(1, update), weights(update))
+        opened = WeightMemory.open(place, nbytes)
+        assert opened is None  # its descriptor is closed, or another version's
+        return opened
+
+    monkeypatch.setattr(WeightMemory, "open", late)
+    found = subscriber.next(None, WAIT_S)
+    assert places
+    assert found is not None
+    assert found[0] > Version(1, 1)
+    assert same(found[1], weights(found[0].update))
 
 
 def test_on_one_node_nothing_is_copied_and_it_outlives_the_publisher(bus: Any, weights: Callable, same: Callable) -> None:
@@ -426,7 +451,7 @@ def test_a_lost_hint_costs_one_poll(bus: Any, weights: Callable, packed: Callabl
 
     def idle() -> bool:
         for request in publisher.requests():
-            publisher.send(Announce(version=None, sequence=0, echo=request.sequence))
+            publisher.send(Announce(version=None, echo=request.sequence))
         subscriber.next(None, 0.01)
         return len(publisher.seen) >= 2
 
