@@ -13,8 +13,6 @@ A version is cut into buckets of equal size. A bucket border may cut a tensor: b
 sizes of the layers.
 """
 
-from typing import Literal
-
 import msgspec
 from msgspec import Struct
 
@@ -27,7 +25,6 @@ from asyncrl.types import Version
 class Manifest(Struct, frozen=True, kw_only=True, tag="manifest"):
     """All that is needed to receive one version, and to prove that it is whole."""
 
-    codec: Literal["full"] = "full"  # every byte of every tensor; one that sends less would add its base here
     version: Version
     tensors: tuple[TensorSpec, ...]
     total_bytes: int
@@ -90,7 +87,6 @@ class Announce(Struct, frozen=True, kw_only=True, tag="announce"):
     """The publisher names its newest whole version."""
 
     version: Version | None  # None before the first
-    sequence: int  # versions announced so far
     echo: int = 0  # `sequence` of the Hello that this answers; 0 if it is only a hint
 
 

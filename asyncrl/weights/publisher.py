@@ -44,8 +44,6 @@ class WeightPublisher:
         self._incarnation, self._transport, self._bucket_bytes = incarnation, transport, bucket_bytes
         self._changed = threading.Condition()
         self._staged: Live | None = None  # copied, its checksums still being made
-        self._checksums: list[int] = []  # of its first buckets
-        self._checksums_s = 0.0  # what they took
         self._newest: Version | None = None
         self._closing = False
         self._failure: BaseException | None = None
@@ -130,12 +128,12 @@ class WeightPublisher:
         return Live(manifest=manifest, memory=copied.memory)
 
     def _run(self) -> None:
-        """The I/O thread: serves, and between two polls makes a checksum for the version that waits."""
+        """The I/O thread: serves, and makes the checksums of the version that waits for them."""
         try:
             while not self._closing:
-                self._serving.step(wait_s=1.0 if self._staged is None else 0.0)
+                self._serving.step(wait_s=1.0)
                 if self._staged is not None:
-                    self._checksum(self._staged)
+                    self._make_visible(self._staged)
         except BaseException as error:  # kept for publish to raise: a thread has no caller
             self._failure = error
         finally:
@@ -145,17 +143,18 @@ class WeightPublisher:
                 self._changed.notify_all()
             self._socket.close()
 
-    def _checksum(self, staged: Live) -> None:
-        """Makes the next bucket's checksum; after the last one the version becomes visible."""
-        manifest, begin = staged.manifest, time.monotonic()
-        if len(self._checksums) < manifest.bucket_count:
-            part = manifest.bucket(len(self._checksums))
-            self._checksums.append(zlib.crc32(staged.memory.bytes[part]))
-            self._checksums_s += time.monotonic() - begin
-            return
-        whole = replace(staged, manifest=replace(manifest, checksums=tuple(self._checksums)))
+    def _make_visible(self, staged: Live) -> None:
+        """Makes the checksums of a version, and serves between two of them; after the last one it becomes visible."""
+        manifest, checksums, seconds = staged.manifest, [], 0.0
+        for index in range(manifest.bucket_count):
+            begin = time.monotonic()
+            checksums.append(zlib.crc32(staged.memory.bytes[manifest.bucket(index)]))
+            seconds += time.monotonic() - begin
+            self._serving.step(wait_s=0.0)
+            if self._closing:
+                return
+        whole = replace(staged, manifest=replace(manifest, checksums=tuple(checksums)))
         with self._changed:
-            self._seal_s = self._checksums_s
-            self._staged, self._checksums, self._checksums_s = None, [], 0.0
+            self._seal_s, self._staged = seconds, None
             self._serving.show(whole)
             self._changed.notify_all()

@@ -92,7 +92,6 @@ class Serving:
         self._router, self._waker, self._lock, self._clock = router, waker, lock, clock
         self._versions = VersionCache()
         self._receivers: dict[bytes, Receiver] = {}
-        self._sequence = 0
         self._probed_at = clock()
         self._counts = dict.fromkeys(("sent_bytes", "unsent", "bad_requests", "receivers_lost"), 0.0)
         self._poller = zmq.Poller()
@@ -119,7 +118,6 @@ class Serving:
     def show(self, live: Live) -> None:
         """Makes a version visible and hints at it. Lock held."""
         self._versions.add(live, self._clock())
-        self._sequence += 1
         for peer in self._receivers:
             self._hint(peer)
 
@@ -167,7 +165,7 @@ class Serving:
 
     def _hint(self, peer: bytes, echo: int = 0) -> bool:
         newest = self._versions.newest
-        return self._send(peer, Announce(version=newest.version if newest else None, sequence=self._sequence, echo=echo))
+        return self._send(peer, Announce(version=newest.version if newest else None, echo=echo))
 
     def _probe(self) -> None:
         """Forgets receivers that are gone; that their generators died is the supervisor's to act on.

@@ -2,6 +2,7 @@
 
 import socket
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import zmq
@@ -59,16 +60,6 @@ class Waker:
         self._write.close()
 
 
-class _OneKey:
-    """Admits the clients that hold the run's client key (interface of zmq.auth)."""
-
-    def __init__(self, client_public: bytes) -> None:
-        self._client_public = client_public
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        return key == self._client_public
-
-
 class PublisherSocket:
     """A publisher's ROUTER on a free port of `host`, with fresh keys, and the thread that admits clients (ZAP).
 
@@ -82,7 +73,8 @@ class PublisherSocket:
         self._context = zmq.Context()
         self._doorkeeper = ThreadAuthenticator(self._context)
         self._doorkeeper.start()
-        self._doorkeeper.configure_curve_callback("*", credentials_provider=_OneKey(client_public))
+        admits = SimpleNamespace(callback=lambda domain, key: key == client_public)  # whoever holds the run's client key
+        self._doorkeeper.configure_curve_callback("*", credentials_provider=admits)
         self.socket = self._context.socket(zmq.ROUTER)
         _common(self.socket)
         self.socket.setsockopt(zmq.CURVE_SERVER, 1)

@@ -53,7 +53,7 @@ class HandPublisher:
         for request in self.requests():
             match request:
                 case Hello(sequence=sequence):
-                    self.send(Announce(version=manifest.version, sequence=1, echo=sequence))
+                    self.send(Announce(version=manifest.version, echo=sequence))
                 case GetManifest():
                     self.send(manifest)
                 case GetBucket(index=index):
