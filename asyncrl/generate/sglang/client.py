@@ -1,9 +1,9 @@
 """HTTP to one SGLang server. Every call has a deadline, except `generate`, which lasts as long as tokens do."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import aiohttp
 import msgspec
@@ -65,14 +65,13 @@ class SGLangClient:
 
     async def get(self, path: str, deadline_s: float) -> Any:
         """The JSON of the response."""
-        return await self._call("GET", path, None, deadline_s)
+        return await self._call("GET", path, deadline_s)
 
     async def post(self, path: str, body: dict[str, Any], deadline_s: float) -> Any:
         """The JSON of the response, None if it is none. Raises Unavailable for a status >= 400, or `success: false`."""
-        return await self._call("POST", path, body, deadline_s)
+        return await self._call("POST", path, deadline_s, self._encoder.encode(body))
 
-    async def _call(self, method: str, path: str, body: dict[str, Any] | None, deadline_s: float) -> Any:
-        data = None if body is None else self._encoder.encode(body)
+    async def _call(self, method: str, path: str, deadline_s: float, data: bytes | None = None) -> Any:
         async with self._reaching(path, deadline_s), self._session.request(method, self.url + path, data=data) as response:
             text = await response.read()
         try:
@@ -105,18 +104,15 @@ class SGLangClient:
         async with self._reaching("/generate"):
             response = await self._session.post(f"{self.url}/generate", data=self._encoder.encode(body))
         async with response:
-            if response.status >= 400 or not stream:
-                async with self._reaching("/generate"):
-                    whole = await response.read()
             if response.status >= 400:
-                _refused(self.url, response.status, whole)
+                _refused(self.url, response.status, await self._read(response.read))
             if not stream:
-                chunks = self._decode(self._batches, whole)
+                chunks = self._decode(self._batches, await self._read(response.read))
                 for index, chunk in enumerate(chunks):
                     yield structs.replace(chunk, index=index)
                 return
             rest = b""
-            while data := await self._read(response):
+            while data := await self._read(response.content.readany):
                 *events, rest = (rest + data).split(b"\n\n")
                 for event in events:
                     if event == _EVENT + _DONE:
@@ -124,10 +120,10 @@ class SGLangClient:
                     yield self._decode(self._chunks, event.removeprefix(_EVENT))
             raise Unavailable(f"{self.url}/generate ended before all of its requests had")
 
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
-        """What came next; nothing at its end."""
+    async def _read(self, read: Callable[[], Awaitable[bytes]]) -> bytes:
+        """Waits for a part of a response, or all of it, as `read` does. Raises Unavailable."""
         async with self._reaching("/generate"):
-            return await response.content.readany()
+            return await read()
 
     def _decode(self, decoder: msgspec.json.Decoder[T], text: bytes) -> T:
         try:
@@ -167,6 +163,7 @@ def _sampling(row: RequestRow, stream_interval: int) -> dict[str, Any]:
     }
 
 
-def _refused(url: str, status: int, text: bytes) -> None:
+def _refused(url: str, status: int, text: bytes) -> NoReturn:
+    """Raises what a /generate that was answered with an error means."""
     what = f"{url}/generate: status {status}: {text.decode(errors='replace')[:500]}"
     raise ConfigError(f"{what}; the request can't be served as it is") if status < 500 else Unavailable(what)

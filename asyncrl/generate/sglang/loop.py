@@ -15,23 +15,16 @@ class Changes:
     """Waiting inside one event loop for whatever has become true. Call it only from that loop."""
 
     def __init__(self) -> None:
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._changed = asyncio.Event()
 
     def notify(self) -> None:
         """Call it after every change: whoever waits looks again."""
-        for waiting in self._waiting:
-            if not waiting.done():
-                waiting.set_result(None)
-        self._waiting.clear()
+        self._changed.set()  # wakes all who wait now
+        self._changed.clear()
 
     async def next(self) -> None:
         """Returns at the next `notify`."""
-        waiting = asyncio.get_running_loop().create_future()
-        self._waiting.add(waiting)
-        try:
-            await waiting
-        finally:
-            self._waiting.discard(waiting)
+        await self._changed.wait()
 
     async def until(self, condition: Callable[[], object]) -> None:
         """Returns once the condition holds; whoever needs a deadline puts `asyncio.timeout` around it."""

@@ -56,17 +56,11 @@ class ServerProcess(OwnedProcess):
 
     def pids(self) -> list[int]:
         """Every process of the server, on Linux; its guard comes first."""
-        found, frontier = [], [self.pid]
-        while frontier:
-            pid = frontier.pop(0)
-            found.append(pid)
-            try:
-                tasks = os.listdir(f"/proc/{pid}/task")
-                for task in tasks:
-                    with open(f"/proc/{pid}/task/{task}/children") as children:
-                        frontier.extend(int(child) for child in children.read().split())
-            except OSError:  # it ended meanwhile
-                continue
+        found = [self.pid]
+        for pid in found:  # grows meanwhile
+            with contextlib.suppress(OSError):  # it has ended
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    found += [int(child) for child in (task / "children").read_text().split()]
         return found
 
     def log_tail(self) -> str:
@@ -80,8 +74,7 @@ class ServerProcess(OwnedProcess):
 def _defunct(pid: int) -> bool:
     """Whether a process has died and nobody has reaped it."""
     try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] == "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return False
 

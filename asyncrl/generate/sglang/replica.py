@@ -63,9 +63,8 @@ class Replica:
         self._probe_s, self._start_timeout_s = limits.health_timeout_s / 2, limits.start_timeout_s
         self._staged, self._changes, self._counters = staged, changes, counters
         self._lost: Unavailable | None = None  # why the present server is not to be trusted any more
-        self._lost_at: float | None = (
-            None  # since when no server serves, monotonic seconds; None: before the first, or one does
-        )
+        # Since when no server serves, in monotonic seconds; None before the first one does, and while one does.
+        self._lost_at: float | None = None
         self._interrupting = False  # rows have to leave, and will go on later
         self._losses = 0  # in a row
         self._served = False  # a server came up once

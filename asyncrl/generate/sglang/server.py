@@ -62,10 +62,6 @@ class SGLangServer:
         self.facts = Facts()
         self._transfer: Transfer | None = None
 
-    @property
-    def owned(self) -> bool:
-        return self._process is not None
-
     def pids(self) -> list[int]:
         """Its processes, if it is ours."""
         return self._process.pids() if self._process else []
@@ -84,7 +80,7 @@ class SGLangServer:
                         f"{self.client.url} is not ready after {deadline_s:g} s ({error}){self._log()}"
                     ) from error
             await asyncio.sleep(LOOK_S)
-        if not self.owned:  # whoever updated it last may have died in the middle of that
+        if self._process is None:  # whoever updated it last may have died in the middle of that
             await self.client.post("/continue_generation", {}, CALL_S)
         self.facts = convert(await self.client.get("/server_info", CALL_S), Facts)
         self._transfer = self._transfer_of(self.facts.tp_size)
