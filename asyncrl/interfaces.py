@@ -55,11 +55,11 @@ class Engine(Protocol):
     def start(self) -> None:
         """Begins to work on requests, those that were submitted before included. Returns at once."""
 
-    def submit(self, request: GenerationRequest) -> "Future[Generation]":
-        """Queues a request. The future ends when the rollout does; `abort` ends it with finish_reason `abort`."""
-
     def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
-        """Queues requests together, so that they may share the work on their common prompt. Futures in the same order."""
+        """Queues requests together, so that they may share the work on their common prompt.
+
+        Returns futures in the same order. Each ends when its rollout does; `abort` ends it with finish_reason `abort`.
+        """
 
     def update_weights(self, version: Version, tensors: Tensors) -> SwapReport:
         """Blocks until the engine has swapped, at a decode step boundary. Later tokens carry `version`."""

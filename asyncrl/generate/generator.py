@@ -101,7 +101,7 @@ class Generator:
             for kind, loop in loops.items()
         ]
         with self._cond:
-            self._counters.start()
+            self._counters = GeneratorCounters()
             self._changed()
         for thread in threads:
             thread.start()
@@ -139,14 +139,11 @@ class Generator:
         except (Closed, Fenced):
             self.stop()
         except Exception as error:
-            self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        with self._cond:
-            # After a stop, peers vanish in any order: their errors are no news.
-            if not self._over():
-                self._failure = error
-            self._step(GeneratorEvent.STOP)
+            with self._cond:
+                # After a stop, peers vanish in any order: their errors are no news.
+                if not self._over():
+                    self._failure = error
+                self.stop()
 
     # --------------------------------------------------------------------------------------------- feed
 
@@ -204,8 +201,7 @@ class Generator:
             self._changed()
 
     def _begin(self, ticket: Ticket) -> None:
-        now = time.time()
-        held = HeldGroup(ticket, reserved=now, started=now, unsubmitted=len(ticket.rollouts))
+        held = HeldGroup(ticket, started=time.time(), unsubmitted=len(ticket.rollouts))
         with self._cond:
             self._work.begin(held)
             self._changed()

@@ -1,7 +1,9 @@
-"""Whether an engine can serve a request at all."""
+"""What every engine does with a request: whether it can be served at all, and how its future ends."""
 
-from asyncrl.errors import ConfigError
-from asyncrl.types import GenerationRequest
+from concurrent.futures import Future, InvalidStateError
+
+from asyncrl.errors import AsyncRLError, ConfigError
+from asyncrl.types import Generation, GenerationRequest
 
 
 def check_request(request: GenerationRequest, *, max_length: int, vocabulary: int) -> ConfigError | None:
@@ -28,3 +30,14 @@ def check_request(request: GenerationRequest, *, max_length: int, vocabulary: in
             "sample from; use temperature >= 0, 0 < top_p <= 1, top_k >= 0"
         )
     return None
+
+
+def settle(future: "Future[Generation]", outcome: Generation | AsyncRLError) -> None:
+    """Ends a request's future. One that has ended already (by `close`, or cancelled by its holder) stays as it is."""
+    try:
+        if isinstance(outcome, Generation):
+            future.set_result(outcome)
+        else:
+            future.set_exception(outcome)
+    except InvalidStateError:
+        assert future.done()

@@ -16,8 +16,7 @@ class HeldGroup:
     """One ticket being worked on."""
 
     ticket: Ticket
-    reserved: float  # seconds since the epoch
-    started: float  # seconds since the epoch
+    started: float  # seconds since the epoch: work begins as soon as the ticket is reserved
     unsubmitted: int  # rollouts that the store does not have yet
 
     def requests(self) -> list[GenerationRequest]:
@@ -59,7 +58,7 @@ class EndedRequest(NamedTuple):
             spans=generation.spans,
             finish_reason=generation.finish_reason,
             worker=worker,
-            times={"reserved": held.reserved, "started": held.started, "finished": self.finished},
+            times={"reserved": held.started, "started": held.started, "finished": self.finished},
             purpose=ticket.purpose,
             baseline=self.rollout == ticket.baseline,
         )
@@ -130,13 +129,9 @@ class GeneratorCounters:
     """Tokens, rollouts, swaps, and how often the store gave nothing, by its reason. None but `pause_s_last` ever goes down."""
 
     def __init__(self) -> None:
-        self._since = time.monotonic()
+        self._since = time.monotonic()  # rates count from here
         counted = ("tokens", "rollouts", "swaps", "recomputed_tokens", "discarded_tokens", "evals_left")
         self._gauges = dict.fromkeys((*counted, "pause_s_total", "pause_s_last", "pause_s_max"), 0.0)
-
-    def start(self) -> None:
-        """Rates count from here."""
-        self._since = time.monotonic()
 
     def add(self, name: str, count: int = 1) -> None:
         self._gauges[name] = self._gauges.get(name, 0.0) + count

@@ -82,9 +82,6 @@ class FakeEngine:
         self.changed = threading.Condition()
         self.hangs = False
 
-    def submit(self, request: GenerationRequest) -> "Future[Generation]":
-        return self.submit_group([request])[0]
-
     def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
         futures: list[Future[Generation]] = [Future() for _ in requests]
         with self.changed:

@@ -42,7 +42,7 @@ def test_each_kind_builds_an_engine_as_the_deployment_says(
         engine = engine_kind(kind).build(site)
         assert (engine.slots, engine.version) == (3, None)
         with pytest.raises(ConfigError, match=r"max_tokens=38 > engine\.max_length=40"):
-            engine.submit(make_request(max_tokens=38)).result(0)
+            engine.submit_group([make_request(max_tokens=38)])[0].result(0)
         engine.close()
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 
 from transformers import PreTrainedModel
 
@@ -21,21 +21,10 @@ from asyncrl.generate.embedded.batch import DecodeBatch
 from asyncrl.generate.embedded.kv_cache import longest_context
 from asyncrl.generate.embedded.rows import Finished, Job
 from asyncrl.generate.embedded.scheduling import GroupAlone, JoinAtOnce, StepGate
-from asyncrl.generate.requests import check_request
+from asyncrl.generate.requests import check_request, settle
 from asyncrl.interfaces import Tensors
 from asyncrl.models.loading import load_weights
 from asyncrl.types import Generation, GenerationRequest, SwapReport, Version
-
-
-def _settle(job: Job, outcome: Generation | AsyncRLError) -> None:
-    """Ends a future. One that has ended already (closed during the step, or cancelled by its holder) stays as it is."""
-    try:
-        if isinstance(outcome, Generation):
-            job.future.set_result(outcome)
-        else:
-            job.future.set_exception(outcome)
-    except InvalidStateError:
-        assert job.future.done()
 
 
 class TorchEngine:
@@ -80,19 +69,13 @@ class TorchEngine:
     def version(self) -> Version | None:
         return self._version
 
-    @property
-    def active(self) -> int:
-        """Rows being decoded now."""
-        return self._batch.count
-
     # ---------------------------------------------------------------------------------------- requests
 
-    def submit(self, request: GenerationRequest) -> "Future[Generation]":
-        """Queues a request. Its future raises ConfigError if it can't fit, Closed after `close`, Unavailable on failure."""
-        return self.submit_group([request])[0]
-
     def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
-        """Queues requests together, so that they can join the same step and share one prefill of their prompt."""
+        """Queues requests together, so that they can join the same step and share one prefill of their prompt.
+
+        The future of one raises ConfigError if it can't fit, Closed after `close`, Unavailable on failure.
+        """
         jobs = [Job(request, Future()) for request in requests]
         refusals = [self._refusal(request, len(requests)) for request in requests]
         with self._cond:
@@ -101,7 +84,7 @@ class TorchEngine:
             self._cond.notify_all()
         for job, error in zip(jobs, errors, strict=True):
             if error is not None:
-                _settle(job, error)
+                settle(job.future, error)
         return [job.future for job in jobs]
 
     def _refusal(self, request: GenerationRequest, group: int) -> ConfigError | None:
@@ -179,7 +162,7 @@ class TorchEngine:
             self._beats += 1
             self._cond.notify_all()
         for job, generation in finished:
-            _settle(job, generation)
+            settle(job.future, generation)
 
     def _fail(self, error: Exception, joining: Sequence[Job] = ()) -> None:
         """The engine is over: every unfinished future and `health` name the error. Called outside the gate."""
@@ -200,7 +183,7 @@ class TorchEngine:
             jobs = [*self._queue, *self._batch.jobs(), *joining]
             self._queue.clear()
         for job in jobs:
-            _settle(job, reason)
+            settle(job.future, reason)
 
     # ------------------------------------------------------------------------------------------ weights
 

@@ -36,7 +36,6 @@ class Rows:
 
     def __init__(self, slots: int, max_length: int, device: torch.device) -> None:
         self.count = 0
-        self.slots = slots
         self.tokens = np.zeros((slots, max_length), dtype=np.int64)
         self.length = np.zeros(slots, dtype=np.int64)  # tokens known, the prompt's included; the last one is fed next
         self.alive = np.zeros(slots, dtype=bool)

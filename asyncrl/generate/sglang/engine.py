@@ -15,7 +15,7 @@ from concurrent.futures import TimeoutError as NotInTime
 
 from asyncrl.config import EngineSpec, LimitsSpec
 from asyncrl.errors import AsyncRLError, Closed, Unavailable
-from asyncrl.generate.requests import check_request
+from asyncrl.generate.requests import check_request, settle
 from asyncrl.generate.sglang.client import check_top_k
 from asyncrl.generate.sglang.loop import LoopThread
 from asyncrl.generate.sglang.replica import Replica, ServerCounters
@@ -71,14 +71,12 @@ class SGLangEngine:
 
     # ---------------------------------------------------------------------------------------- requests
 
-    def submit(self, request: GenerationRequest) -> "Future[Generation]":
-        """Queues a request. Its future raises ConfigError if it can't fit, Closed after `close`, Unavailable on failure."""
-        return self.submit_group([request])[0]
-
     def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
-        """Queues requests together: they go to one server as one batch. Futures in the same order."""
+        """Queues requests together: they go to one server as one batch. Returns futures in the same order.
+
+        The future of one raises ConfigError if it can't fit, Closed after `close`, Unavailable on failure.
+        """
         rows = [RequestRow(request) for request in requests]
-        futures = [row.future for row in rows]
         sound = []
         for row in rows:
             refusal = check_request(row.request, max_length=self.max_length, vocabulary=self._vocabulary)
@@ -90,7 +88,7 @@ class SGLangEngine:
         if sound and (ended := self._loop.call(self._accept, sound)) is not None:
             for row in sound:
                 row.future.set_exception(ended)
-        return futures
+        return [row.future for row in rows]
 
     def abort(self, group: int | None = None) -> None:
         """Ends a group's unfinished requests, or all, with finish_reason `abort` and the tokens reported so far, soon."""
@@ -125,13 +123,8 @@ class SGLangEngine:
 
     def _settle(self, row: RequestRow, outcome: Generation | AsyncRLError) -> None:
         self._rows.discard(row)
+        settle(row.future, outcome)
         self._changes.notify()
-        if row.done:
-            return
-        if isinstance(outcome, Generation):
-            row.future.set_result(outcome)
-        else:
-            row.future.set_exception(outcome)
 
     async def _abort(self, group: int | None) -> None:
         for row in self._rows:
@@ -173,11 +166,8 @@ class SGLangEngine:
     def start(self) -> None:
         """Starts the servers; returns at once. `close` ends them."""
         for replica in self._replicas:
-            self._loop.call(self._keep, replica)
+            self._loop.call(self._loop.spawn, replica.keep(self._updating))
         self._loop.start()
-
-    def _keep(self, replica: Replica) -> None:
-        self._loop.spawn(replica.keep(self._updating))
 
     def _drop(self, reason: AsyncRLError) -> None:
         """The engine is over: every unfinished future names the reason."""

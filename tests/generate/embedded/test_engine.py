@@ -42,6 +42,10 @@ def make_engine(make_model: MakeModel) -> Iterator[Callable[..., TorchEngine]]:
         engine.close()
 
 
+def submit(engine: TorchEngine, request: GenerationRequest) -> "Future[Generation]":
+    return engine.submit_group([request])[0]
+
+
 def finish(engine: TorchEngine, *futures: "Future[Generation]") -> list[Generation]:
     while engine.step():
         pass
@@ -122,7 +126,7 @@ def test_keep_kv_recomputes_nothing_and_is_outside_the_guarantee(
 ) -> None:
     engine, models = make_engine(update_mode="keep_kv"), {V0: make_model(), V1: make_model(seed=1)}
     request = make_request(max_tokens=10)
-    future = engine.submit(request)
+    future = submit(engine, request)
     for _ in range(5):
         engine.step()
     assert engine.update_weights(V1, weights(models[V1])).recomputed_tokens == 0
@@ -193,8 +197,8 @@ def test_restart_under_the_same_weights_gives_the_same_rollout(
 ) -> None:
     """Its random numbers are those of its seed, whatever was thrown away: no second draw for what takes long."""
     plain, engine = make_engine(), make_engine(update_mode="restart")
-    expected = finish(plain, plain.submit(make_request()))[0].token_ids
-    future = engine.submit(make_request())
+    expected = finish(plain, submit(plain, make_request()))[0].token_ids
+    future = submit(engine, make_request())
     for version in (V1, V2):
         for _ in range(4):
             engine.step()
@@ -208,7 +212,7 @@ def test_restarts_of_a_running_engine_lose_nothing(
     versions = [Version(0, update) for update in range(1, 6)]
     engine = make_engine(slots=4, max_length=96, update_mode="restart")
     engine.start()
-    futures = [engine.submit(make_request(str(i), seed=i, max_tokens=10 + 5 * (i % 4))) for i in range(16)]
+    futures = [submit(engine, make_request(str(i), seed=i, max_tokens=10 + 5 * (i % 4))) for i in range(16)]
     tensors = weights(make_model(seed=1))
     reports = [engine.update_weights(version, tensors) for version in versions]
     answers = [future.result(WAIT_S) for future in futures]
@@ -225,16 +229,16 @@ def test_requests_join_and_leave_at_any_step_and_give_what_they_give_alone(
         for i in range(10)
     ]
     alone = make_engine(slots=1)
-    expected = [finish(alone, alone.submit(request))[0] for request in requests]
+    expected = [finish(alone, submit(alone, request))[0] for request in requests]
     engine, futures = make_engine(slots=3), []
     for i, request in enumerate(requests):
-        futures.append(engine.submit(request))
+        futures.append(submit(engine, request))
         for _ in range(i % 3):
             engine.step()
     for ours, theirs in zip(finish(engine, *futures), expected, strict=True):
         assert ours.token_ids == theirs.token_ids
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-5)
-    assert engine.active == 0
+    assert engine.gauges()["active"] == 0
 
 
 def test_a_shared_prompt_is_computed_once_and_gives_the_same(
@@ -249,7 +253,7 @@ def test_a_shared_prompt_is_computed_once_and_gives_the_same(
     )
     shared = finish(together, *together.submit_group(requests))
     assert prefills == [3]
-    assert [g.token_ids for g in shared] == [finish(alone, alone.submit(request))[0].token_ids for request in requests]
+    assert [g.token_ids for g in shared] == [finish(alone, submit(alone, request))[0].token_ids for request in requests]
     assert len({tuple(g.token_ids) for g in shared}) > 1
 
 
@@ -257,7 +261,7 @@ def test_stop_tokens_end_a_rollout_and_are_part_of_it(
     make_engine: Callable[..., TorchEngine], make_request: MakeRequest
 ) -> None:
     engine = make_engine()
-    (free,) = finish(engine, engine.submit(make_request(max_tokens=30)))
+    (free,) = finish(engine, submit(engine, make_request(max_tokens=30)))
     stops = (free.token_ids[9], free.token_ids[6])
     end = next(i for i, token in enumerate(free.token_ids) if token in stops) + 1
     stopped, other = finish(
@@ -274,7 +278,7 @@ def test_greedy_takes_the_likeliest_token(
 ) -> None:
     engine, model = make_engine(), make_model()
     request = make_request(temperature=0.0)
-    (answer,) = finish(engine, engine.submit(request))
+    (answer,) = finish(engine, submit(engine, request))
     assert answer.logprobs == [0.0] * 12
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[*request.prompt_ids, *answer.token_ids]])).logits[0]
@@ -286,7 +290,7 @@ def test_abort_ends_running_and_queued_requests_of_a_group_only(
 ) -> None:
     engine = make_engine(slots=2)
     running, other, queued = (
-        engine.submit(make_request(id, group=group, max_tokens=20)) for id, group in (("a", 1), ("b", 2), ("c", 1))
+        submit(engine, make_request(id, group=group, max_tokens=20)) for id, group in (("a", 1), ("b", 2), ("c", 1))
     )
     for _ in range(3):
         engine.step()
@@ -312,7 +316,7 @@ def test_a_request_that_cannot_be_served_fails_alone(
     make_engine: Callable[..., TorchEngine], make_request: MakeRequest, bad: dict[str, object], words: str
 ) -> None:
     engine = make_engine()
-    refused, fine = engine.submit(make_request(**bad)), engine.submit(make_request("b", max_tokens=61))
+    refused, fine = submit(engine, make_request(**bad)), submit(engine, make_request("b", max_tokens=61))
     with pytest.raises(ConfigError, match=words):
         refused.result(0)
     assert len(finish(engine, fine)[0].token_ids) == 61
@@ -320,7 +324,7 @@ def test_a_request_that_cannot_be_served_fails_alone(
 
 def test_nothing_is_decoded_before_the_first_weights_or_while_paused(make_model: MakeModel, make_request: MakeRequest) -> None:
     engine = TorchEngine(make_model(), slots=2, max_length=32)
-    future = engine.submit(make_request())
+    future = submit(engine, make_request())
     assert engine.version is None
     assert not engine.step()
     engine.update_weights(V0, weights(make_model()))
@@ -366,11 +370,11 @@ def test_deterministic_rows_stay_until_their_group_has_ended(
 ) -> None:
     engine = make_engine(slots=4, deterministic=True)
     short, long = engine.submit_group([make_request("a", max_tokens=2), make_request("b", max_tokens=5)])
-    other = engine.submit(make_request("c", group=1, max_tokens=1))
+    other = submit(engine, make_request("c", group=1, max_tokens=1))
     assert engine.gauges() == {"active": 0.0, "queued": 3.0}
     counts = []
     while engine.step():
-        counts.append(engine.active)
+        counts.append(engine.gauges()["active"])
     assert counts == [2, 2, 2, 2, 0, 0]
     assert [len(f.result(0).token_ids) for f in (short, long, other)] == [2, 5, 1]
 
@@ -390,7 +394,7 @@ def test_threaded_swaps_pauses_and_submits_lose_nothing(
     engine, models = make_engine(slots=4, max_length=96), {V0: make_model(), V1: make_model(seed=1), V2: make_model(seed=2)}
     engine.start()
     requests = [make_request(str(i), seed=i, max_tokens=30) for i in range(12)]
-    futures = [engine.submit(request) for request in requests[:6]]
+    futures = [submit(engine, request) for request in requests[:6]]
     engine.update_weights(V1, weights(models[V1]))
     futures += engine.submit_group(requests[6:])
     engine.pause()
@@ -408,7 +412,7 @@ def test_a_failing_step_fails_every_future_and_health(
 ) -> None:
     engine = make_engine(slots=1)
     broken = {name: torch.full_like(tensor, float("nan")) for name, tensor in weights(engine._model).items()}
-    futures = [engine.submit(make_request(str(i))) for i in range(3)]
+    futures = [submit(engine, make_request(str(i))) for i in range(3)]
     engine.update_weights(V1, broken)
     engine.start()
     for future in futures:
@@ -417,7 +421,7 @@ def test_a_failing_step_fails_every_future_and_health(
     with pytest.raises(Unavailable, match="NonFinite"):
         engine.health(WAIT_S)
     with pytest.raises(Unavailable):
-        engine.submit(make_request()).result(0)
+        submit(engine, make_request()).result(0)
 
 
 def test_weights_of_another_model_are_refused_and_end_the_engine(make_engine: Callable[..., TorchEngine]) -> None:
@@ -431,14 +435,14 @@ def test_weights_of_another_model_are_refused_and_end_the_engine(make_engine: Ca
 def test_health_names_a_stuck_engine(make_engine: Callable[..., TorchEngine], make_request: MakeRequest) -> None:
     engine = make_engine()
     engine.health(0.0)  # idle is healthy
-    engine.submit(make_request())
+    submit(engine, make_request())
     with pytest.raises(Unavailable, match=r"no step in 0.0 s with 0 rows running and 1 requests queued"):
         engine.health(0.0)
 
 
 def test_close_ends_futures_and_threads(make_engine: Callable[..., TorchEngine], make_request: MakeRequest) -> None:
     engine = make_engine(slots=1, max_length=90)
-    futures = [engine.submit(make_request(str(i), max_tokens=80)) for i in range(3)]
+    futures = [submit(engine, make_request(str(i), max_tokens=80)) for i in range(3)]
     engine.step()  # one is running, two are queued
     engine.pause()
     engine.start()

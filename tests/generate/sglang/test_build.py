@@ -237,4 +237,4 @@ def test_before_its_start_an_engine_has_no_process_and_after_its_end_it_says_clo
     request = GenerationRequest(id="a", group=0, prompt_ids=(1,), sampling=sampling, seed=0)
     assert (engine.pids(), engine.urls()) == ([], [])
     engine.close()
-    assert "closed" in str(engine.submit(request).exception(0))
+    assert "closed" in str(engine.submit_group([request])[0].exception(0))

@@ -320,7 +320,7 @@ def test_with_a_prefix_cache_no_old_prefix_is_reused(open_rig: Open) -> None:
                 future.result(WAIT_S)
         until(lambda: gone(pids))
         with pytest.raises(Closed):
-            rig.engine.submit(unfinished[0][0]).result(WAIT_S)
+            rig.engine.submit_group([unfinished[0][0]])[0].result(WAIT_S)
         with pytest.raises(Closed):
             rig.engine.health(WAIT_S)
 
