@@ -69,7 +69,7 @@ class WeightPublisher:
         begin = time.monotonic()
         with self._changed:
             self._check_order(version)
-            if not self._changed.wait_for(lambda: self._staged is None or self._stopped, timeout=CHECKSUMS_TIMEOUT_S):
+            if not self._changed.wait_for(lambda: self._staged is None, timeout=CHECKSUMS_TIMEOUT_S):
                 raise Unavailable(f"weight publisher: weights {self._newest} lack checksums after {CHECKSUMS_TIMEOUT_S:g} s")
             self._check_running()
             self._serving.make_room()
@@ -91,15 +91,10 @@ class WeightPublisher:
         with self._changed:
             if not self._closing:
                 self._closing = True
-                self._changed.notify_all()
                 self._waker.set()
         self._thread.join(STOP_TIMEOUT_S)
         if not self._thread.is_alive():
             self._waker.close()
-
-    @property
-    def _stopped(self) -> bool:
-        return self._closing or self._failure is not None
 
     def _check_running(self) -> None:
         if self._failure is not None:

@@ -59,15 +59,11 @@ class TorchEngine:
         # Guards everything below; notified at every change. Taken inside the gate, never around it.
         self._cond = threading.Condition()
         self._queue: deque[Job] = deque()
-        self._version: Version | None = None
+        self.version: Version | None = None  # of the weights now in use
         self._paused = self._draining = False
         self._ended: AsyncRLError | None = None  # why the engine ended: failure or close
         self._beats = 0  # steps and swaps so far
         self._thread: threading.Thread | None = None
-
-    @property
-    def version(self) -> Version | None:
-        return self._version
 
     # ---------------------------------------------------------------------------------------- requests
 
@@ -129,7 +125,7 @@ class TorchEngine:
                 return  # `step` has recorded it: every future and `health` carry the cause
 
     def _has_work(self) -> bool:
-        if self._paused or self._version is None:
+        if self._paused or self.version is None:
             return False
         return self._batch.count > 0 or (len(self._queue) > 0 and not self._draining)
 
@@ -142,7 +138,7 @@ class TorchEngine:
         try:
             with self._gate.step():
                 with self._cond:
-                    version = self._version
+                    version = self.version
                     if self._ended is not None or version is None or not self._has_work():
                         return False
                     if not self._draining:
@@ -203,7 +199,7 @@ class TorchEngine:
                 # After a drain or a restart there is nothing to recompute.
                 recomputed = self._batch.swapped(version, recompute=self._update_mode != "keep_kv")
                 with self._cond:
-                    self._version, self._draining = version, False
+                    self.version, self._draining = version, False
                     self._beats += 1
                     self._cond.notify_all()
                 pause_s = time.monotonic() - started

@@ -52,7 +52,7 @@ class SGLangEngine:
         self._replicas = [
             Replica(make, spec, limits, staged=self._staged, changes=self._changes, counters=self._counters) for make in servers
         ]
-        self._version: Version | None = None
+        self.version: Version | None = None  # of the weights now in use
         self._paused = self._swapping = False
         self._rows: set[RequestRow] = set()  # unfinished
         self._updating = asyncio.Lock()  # one update of weights at a time, a restarted server's included
@@ -64,10 +64,6 @@ class SGLangEngine:
 
     def _up(self) -> list[Replica]:
         return [replica for replica in self._replicas if replica.up]
-
-    @property
-    def version(self) -> Version | None:
-        return self._version
 
     # ---------------------------------------------------------------------------------------- requests
 
@@ -117,7 +113,7 @@ class SGLangEngine:
     def _least_loaded(self) -> Replica | None:
         """The replica that takes the next rows (of equals, the first). None while no server is up, there are no weights, or
         something waits for the servers to be idle."""
-        if self._version is None or self._paused or self._swapping:
+        if self.version is None or self._paused or self._swapping:
             return None
         return min(self._up(), key=lambda replica: len(replica.rows), default=None)
 
@@ -150,7 +146,7 @@ class SGLangEngine:
             try:
                 self._swapping = True  # requests wait here meanwhile: a server's queue could not tell their version
                 reports = await asyncio.gather(*(replica.swap(version) for replica in stale))
-                self._version = version
+                self.version = version
             finally:
                 self._swapping = False
                 self._changes.notify()

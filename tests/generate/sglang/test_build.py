@@ -217,7 +217,7 @@ def test_the_least_loaded_server_that_is_up_takes_the_next_rows_once_there_are_w
     second.up = third.up = True
     assert engine.slots == 128
     assert engine._least_loaded() is None  # nothing is decoded before the first weights
-    engine._version = Version(1, 1)
+    engine.version = Version(1, 1)
     assert engine._least_loaded() is second  # of equals, the first
     second.rows.update({object(), object()})
     third.rows.add(object())
