@@ -1,6 +1,7 @@
 """An event loop in a thread of its own: others hand work in and get futures out, until it has ended for a reason."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -26,10 +27,12 @@ class Changes:
         """Returns at the next `notify`."""
         await self._changed.wait()
 
-    async def until(self, condition: Callable[[], object]) -> None:
-        """Returns once the condition holds; whoever needs a deadline puts `asyncio.timeout` around it."""
-        while not condition():
-            await self.next()
+    async def until(self, condition: Callable[[], object], timeout_s: float | None = None) -> None:
+        """Returns once the condition holds, or after `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not condition():
+                    await self.next()
 
 
 class LoopThread:

@@ -1,7 +1,6 @@
 """One place in the engine for a server: brings one up, hands it rows, swaps its weights, and replaces it when it dies."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -120,9 +119,7 @@ class Replica:
     async def _watch(self, server: SGLangServer) -> None:
         """Never returns: raises Unavailable when the server is lost, dies, or is silent and can't generate a token."""
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(WATCH_S):
-                    await self._changes.until(lambda: self._lost is not None)
+            await self._changes.until(lambda: self._lost is not None, WATCH_S)
             if self._lost is not None:
                 raise self._lost
             server.check_alive()
@@ -276,9 +273,7 @@ class Replica:
         try:
             while not self._idle():
                 await self._abort({"abort_all": True})
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(AGAIN_S):
-                        await self._changes.until(self._idle)
+                await self._changes.until(self._idle, AGAIN_S)
                 if not self._idle() and time.monotonic() > deadline and server is not None:
                     text = f"{server.client.url} did not end {len(self.rows)} aborted requests in {self._probe_s:g} s"
                     self._fall(server, Unavailable(text))
