@@ -15,8 +15,8 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -41,49 +41,6 @@ class LeasedBatch(NamedTuple):
     lease: BatchLease
     rollouts: list[TrainRollout]
     rows_s: float  # how long the rows took to come, in the helper thread
-
-
-class Prefetch:
-    """A helper thread that fetches one batch at a time: the next one, while the learner still trains the one before.
-
-    A batch is asked for by the update after which it will be trained: the store applies the bound for that moment, not for
-    the moment of asking. Whoever asks must train the batch: a lease ends only by its commit or a newer fence.
-    `close` waits for the poll under way, `poll_s` at most while the store lives. over: checked between polls.
-    """
-
-    def __init__(self, store: LearnerStore, poll_s: float, over: Callable[[], bool]) -> None:
-        self._store = store
-        self._poll_s = poll_s
-        self._over = over
-        self._left = threading.Event()
-        self._helper = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._coming: Future[LeasedBatch | None] | None = None
-
-    def ask(self, update: int) -> None:
-        """Begins to fetch the batch that will be trained after `update`. Returns at once; the one before must be taken."""
-        assert self._coming is None, "asked for a second batch ahead"
-        self._coming = self._helper.submit(self._fetch, update)
-
-    def take(self) -> LeasedBatch | None:
-        """Waits for what was asked for. None: the data has ended, or it is `over`. Raises what the store raised."""
-        assert self._coming is not None, "took a batch that nobody asked for"
-        coming, self._coming = self._coming, None
-        return coming.result()
-
-    def _fetch(self, update: int) -> LeasedBatch | None:
-        while not (self._over() or self._left.is_set()):
-            lease = self._store.lease_batch(update, self._poll_s)
-            if lease.groups:
-                began = time.monotonic()
-                rollouts = self._store.rows(lease.groups)
-                return LeasedBatch(lease, rollouts, time.monotonic() - began)
-            if lease.ended:
-                return None
-        return None
-
-    def close(self) -> None:
-        self._left.set()
-        self._helper.shutdown()
 
 
 class Learner:
@@ -160,8 +117,13 @@ class Learner:
         try:
             if not self._started:
                 self.start()
-            with closing(Prefetch(self._store, self._poll_s, self._stopping.is_set)) as ahead:
-                self._train_until(until, ahead)
+            with closing(self._batches(until)) as batches:
+                while self.committed < until and not self._stopping.is_set():
+                    with self._timed("wait:store", "timing_s/wait_batch"):
+                        batch = next(batches, None)
+                    if batch is None:
+                        break
+                    self._train(batch)
             if not self._stopping.is_set():
                 self._save_and_evaluate(last=True)
         except Closed:
@@ -202,18 +164,39 @@ class Learner:
         with atomic_folder(folder) as beside:
             export(self._trainer.model, self._tokenizer, beside)
 
-    def _train_until(self, until: int, ahead: Prefetch) -> None:
-        """Updates up to `until`, or until the data has ended or `stop`. Never asks for a batch that it will not train."""
-        if self.committed < until:
-            ahead.ask(self.committed)
-        while not self._stopping.is_set() and self.committed < until:
-            with self._timed("wait:store", "timing_s/wait_batch"):
-                batch = ahead.take()
-            if batch is None:
-                return
-            if self.committed + 1 < until:
-                ahead.ask(self.committed + 1)
-            self._train(batch)
+    def _batches(self, until: int) -> Generator[LeasedBatch, None, None]:
+        """The batches to train from now up to update `until`, which lies ahead; fewer at the end of the data or `stop`.
+
+        Waits for the next one, which a helper thread has been fetching since the one before was handed out. The store is told
+        after which update a batch will be trained: it applies the bound for that moment, not for the moment of asking. A lease
+        ends only by its commit or a newer fence, so nothing is leased that would not be trained. Raises what the store raised.
+        Closing the generator waits for the poll under way, `poll_s` at most while the store lives.
+        """
+        closed = threading.Event()
+
+        def fetch(update: int) -> LeasedBatch | None:
+            while not (closed.is_set() or self._stopping.is_set()):
+                lease = self._store.lease_batch(update, self._poll_s)
+                if lease.groups:
+                    began = time.monotonic()
+                    rollouts = self._store.rows(lease.groups)
+                    return LeasedBatch(lease, rollouts, time.monotonic() - began)
+                if lease.ended:
+                    return None
+            return None
+
+        with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as helper:
+            try:
+                coming = helper.submit(fetch, self.committed)
+                for update in range(self.committed, until):
+                    batch = coming.result()
+                    if batch is None:
+                        return
+                    if update + 1 < until:
+                        coming = helper.submit(fetch, update + 1)
+                    yield batch
+            finally:
+                closed.set()
 
     def _train(self, batch: LeasedBatch) -> None:
         version, (lease, rollouts, rows_s) = self._version, batch
