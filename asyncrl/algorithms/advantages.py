@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from asyncrl.algorithms.rewards import Outcomes, whitened
+from asyncrl.algorithms.rewards import Outcomes, centered_in_groups, whitened
 from asyncrl.config import AlgorithmSpec
 from asyncrl.config.callables import load_callable
 from asyncrl.errors import ConfigError
@@ -28,24 +28,17 @@ STD_EPS = 1e-6  # as in verl; keeps a group of all but equal rewards from explod
 # ------------------------------------------------------------------------------------------- rollouts
 
 
-def _centered(rewards_s: Tensor, groups_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards minus their group's mean [S], each rollout's group index [S], rollouts per group [G]."""
-    _, index_s, count_g = torch.unique(groups_s, return_inverse=True, return_counts=True)
-    sum_g = rewards_s.new_zeros(len(count_g)).index_add(0, index_s, rewards_s)
-    return rewards_s - (sum_g / count_g)[index_s], index_s, count_g
-
-
 def grpo_no_std(rewards_s: Tensor, groups_s: Tensor) -> Tensor:
     """r − mean(group). Dr. GRPO (Liu et al. 2025): dividing by the spread favours questions that are too easy or too hard.
 
     Dr. GRPO as a whole also sums over tokens and divides by a constant: loss_agg="seq-mean-token-sum-norm".
     """
-    return _centered(rewards_s, groups_s)[0]
+    return centered_in_groups(rewards_s, groups_s)[0]
 
 
 def grpo(rewards_s: Tensor, groups_s: Tensor) -> Tensor:
     """(r − mean(group)) / (std(group) + 1e-6), std unbiased. GRPO (DeepSeekMath, Shao et al. 2024). A group of one gets 0."""
-    centered_s, index_s, count_g = _centered(rewards_s, groups_s)
+    centered_s, index_s, count_g = centered_in_groups(rewards_s, groups_s)
     squares_g = rewards_s.new_zeros(len(count_g)).index_add(0, index_s, centered_s.square())
     std_g = (squares_g / (count_g - 1).clamp(min=1)).sqrt()
     return centered_s / (std_g[index_s] + STD_EPS)
@@ -53,7 +46,7 @@ def grpo(rewards_s: Tensor, groups_s: Tensor) -> Tensor:
 
 def rloo(rewards_s: Tensor, groups_s: Tensor) -> Tensor:
     """r − mean of the others in the group, which is n/(n − 1)·(r − mean). RLOO (Ahmadian et al. 2024): an unbiased baseline."""
-    centered_s, index_s, count_g = _centered(rewards_s, groups_s)
+    centered_s, index_s, count_g = centered_in_groups(rewards_s, groups_s)
     factor_g = count_g.to(rewards_s.dtype) / (count_g - 1).clamp(min=1)
     return centered_s * factor_g[index_s]
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from asyncrl.algorithms.losses import log_ratio
 
-KLEstimator = Callable[[Tensor, Tensor], Tensor]
-
 
 def k1(logp_t: Tensor, reference_t: Tensor) -> Tensor:
     """Value δ, gradient of k2.
@@ -38,7 +36,7 @@ def k3(logp_t: Tensor, reference_t: Tensor) -> Tensor:
     return torch.expm1(-delta_t) + delta_t
 
 
-KL_ESTIMATORS: dict[str, KLEstimator] = {"k1": k1, "k2": k2, "k3": k3}
+KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
 
 
 def adapted(coef: float, kl: float, *, target: float, horizon: int, rollouts: int) -> float:

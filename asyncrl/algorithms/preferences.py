@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from asyncrl.algorithms.rewards import Outcomes
+from asyncrl.algorithms.rewards import Outcomes, centered_in_groups
 from asyncrl.config import AlgorithmSpec
 
 TIE = 1e-12  # of the sum of a group's |rewards|: so near its mean a reward, in float64, differs by rounding alone
@@ -67,11 +67,8 @@ def desirability(rewards_s: Tensor, groups_s: Tensor) -> Tensor:
     TRL's KTO is told by the data set; a reward has no natural zero, so the other rollouts of the same prompt are the measure.
     Groups of equal rewards are left out, however good, and so are groups of one.
     """
-    _, index_s, count_g = groups_s.unique(return_inverse=True, return_counts=True)
-    zeros_g = rewards_s.new_zeros(len(count_g))
-    mean_g = zeros_g.index_add(0, index_s, rewards_s) / count_g
-    size_g = zeros_g.index_add(0, index_s, rewards_s.abs())
-    above_s = rewards_s - mean_g[index_s]
+    above_s, index_s, count_g = centered_in_groups(rewards_s, groups_s)
+    size_g = rewards_s.new_zeros(len(count_g)).index_add(0, index_s, rewards_s.abs())
     return above_s.sign().long() * (above_s.abs() > TIE * size_g[index_s])
 
 

@@ -11,7 +11,7 @@ WHITEN_EPS = 1e-8
 class Outcomes(NamedTuple):
     """What an estimator sees of a batch, float64 and on the CPU: S rollouts, trained or not, and N trained tokens of them."""
 
-    rewards_s: Tensor  # [S] of whole rollouts, normalized where the recipe says so
+    rewards_s: Tensor  # [S] of whole rollouts; estimators see them normalized where the recipe says so
     groups_s: Tensor  # [S] int64
     lengths_s: Tensor  # [S] int64, tokens that the policy chose, trained or not
     sequence_n: Tensor  # [N] int64, ascending: the rollout of each trained token
@@ -36,6 +36,13 @@ def credited(rewards: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, floa
     owner = np.cumsum(trained)  # 0: before the first trained token; k: at or after the k-th
     earned = np.bincount(owner, weights=rewards, minlength=int(trained.sum()) + 1)
     return earned[1:], float(earned[0])
+
+
+def centered_in_groups(rewards_s: Tensor, groups_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards minus their group's mean [S], each rollout's group index [S], rollouts per group [G]."""
+    _, index_s, count_g = groups_s.unique(return_inverse=True, return_counts=True)
+    sum_g = rewards_s.new_zeros(len(count_g)).index_add(0, index_s, rewards_s)
+    return rewards_s - (sum_g / count_g)[index_s], index_s, count_g
 
 
 def whitened(values_n: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """One update's rollouts as flat columns, N trained tokens of S sequences, sequence after sequence; and how they are packed."""
 
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,14 +33,8 @@ class TrainBatch(NamedTuple):
         return self._replace(**{name: getattr(self, name).to(device) for name in columns})
 
 
-def make_batch(
-    rollouts: Sequence[TrainRollout],
-    bound: Staleness,
-    committed: int,
-    normalized: Callable[[torch.Tensor], torch.Tensor] = lambda rewards_s: rewards_s,
-) -> TrainBatch:
-    """Columns for update `committed + 1`. normalized: what estimators see of the rewards [S], float64; token-level rewards
-    stay as they are.
+def make_batch(rollouts: Sequence[TrainRollout], bound: Staleness, committed: int) -> TrainBatch:
+    """Columns for update `committed + 1`.
 
     Advantages see every rollout; tokens are trained where the policy chose them and the bound allows (DESIGN §2). All
     others stay as context. A rollout without a trained token is left out after its reward has counted.
@@ -55,14 +50,12 @@ def make_batch(
         sequence_n=torch.repeat_interleave(torch.arange(len(kept)), counts),
         behaviour_n=_column([behaviour_logprobs(rollouts[i])[trained[i]] for i in kept], np.float32),
         lag_n=_column([committed - rollouts[i].updates[trained[i]] for i in kept], np.int64),
-        outcomes=_outcomes(rollouts, trained, normalized),
+        outcomes=_outcomes(rollouts, trained),
     )
 
 
-def _outcomes(
-    rollouts: Sequence[TrainRollout], trained: Sequence[np.ndarray], normalized: Callable[[torch.Tensor], torch.Tensor]
-) -> Outcomes:
-    """The rewards of the rollouts. trained: of each, which of its tokens [T] bool. normalized: see `make_batch`."""
+def _outcomes(rollouts: Sequence[TrainRollout], trained: Sequence[np.ndarray]) -> Outcomes:
+    """The rewards of the rollouts. trained: of each, which of its tokens [T] bool."""
     counts = [int(mask.sum()) for mask in trained]
     earned = [
         (np.zeros(count), 0.0) if r.token_rewards is None else credited(r.token_rewards, mask)
@@ -71,7 +64,7 @@ def _outcomes(
     totals = [math.fsum((r.reward, *(() if r.token_rewards is None else r.token_rewards))) for r in rollouts]
     baselines = [r.baseline for r in rollouts if r.baseline is not None]
     return Outcomes(
-        rewards_s=normalized(torch.tensor([r.reward for r in rollouts], dtype=torch.float64)),
+        rewards_s=torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
         groups_s=torch.tensor([r.group for r in rollouts], dtype=torch.int64),
         lengths_s=torch.tensor([int(r.loss_mask.sum()) for r in rollouts], dtype=torch.int64),
         sequence_n=torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64)),
@@ -100,12 +93,11 @@ def _sequence(rollout: TrainRollout, trained: np.ndarray) -> TokenSequence:
 
 def minibatches(groups: np.ndarray, mini_batch_groups: int | None) -> list[list[int]]:
     """Sequence indices per optimizer step: groups in the order they came, `mini_batch_groups` at a time (None: all)."""
-    if mini_batch_groups is None:
-        return [list(range(len(groups)))] if len(groups) else []
     order = {group: rank for rank, group in enumerate(dict.fromkeys(groups.tolist()))}
-    parts: list[list[int]] = [[] for _ in range(-(-len(order) // mini_batch_groups))]
+    size = mini_batch_groups or max(1, len(order))
+    parts: list[list[int]] = [[] for _ in range(-(-len(order) // size))]
     for i, group in enumerate(groups.tolist()):
-        parts[order[group] // mini_batch_groups].append(i)
+        parts[order[group] // size].append(i)
     return parts
 
 
@@ -122,27 +114,21 @@ def split_into_packs(sequences: Sequence[TokenSequence], members: Sequence[int],
     attention is batched by length. A sequence can't be cut: one longer than max_tokens is a pack of its own. For several
     ranks, deal whole groups first and split each rank's share.
     """
-    longest: dict[bytes, int] = {}
+    lengths = {i: input_length(sequences[i]) for i in members}
     prefixes = {i: sequences[i].prefix() for i in members}
+    longest: dict[bytes, int] = {}
     for i in members:
-        longest[prefixes[i]] = max(longest.get(prefixes[i], 0), input_length(sequences[i]))
-    order = sorted(members, key=lambda i: (longest[prefixes[i]], prefixes[i], input_length(sequences[i]), i))
-    costs = []  # per sequence in order: its prefix, and the tokens to compute with and without it
-    for i in order:
-        length = input_length(sequences[i])
-        costs.append((prefixes[i], length, length - sequences[i].shared))
-    packs = _fill(costs, max_tokens)
-    low, high = 1, max_tokens
-    while low < high:  # the smallest bound that needs no further pack: the fullest pack is then as small as possible
-        middle = (low + high) // 2
-        if len(_fill(costs, middle)) <= len(packs):
-            high = middle
-        else:
-            low = middle + 1
-    return [[order[k] for k in pack] for pack in _fill(costs, high)]
+        longest[prefixes[i]] = max(longest.get(prefixes[i], 0), lengths[i])
+    order = sorted(members, key=lambda i: (longest[prefixes[i]], prefixes[i], lengths[i], i))
+    costs = [(prefixes[i], lengths[i], lengths[i] - sequences[i].shared) for i in order]
+    fewest = len(_fill(costs, max_tokens))
+    # The smallest bound that needs no further pack: the fullest pack is then as small as possible.
+    bound = bisect_left(range(max_tokens), True, lo=1, key=lambda tokens: len(_fill(costs, tokens)) <= fewest)
+    return [[order[k] for k in pack] for pack in _fill(costs, bound)]
 
 
 def _fill(costs: Sequence[tuple[bytes, int, int]], max_tokens: int) -> list[list[int]]:
+    """Packs of neighbours. costs: of each sequence its prefix, and its tokens to compute with and without that."""
     packs: list[list[int]] = []
     room, last = 0, None
     for k, (prefix, whole, own) in enumerate(costs):

@@ -85,7 +85,7 @@ class PolicyTrainer:
         rate = self._optimization.schedule(committed)
         if self.critic is not None:
             self.critic.optimization.schedule(committed)
-        batch = make_batch(rollouts, self._bound, committed, self._normalizer)
+        batch = make_batch(rollouts, self._bound, committed)
         update = Update(batch.to(self.model.device), committed + 1)
         steps = [
             (members, make_packs(batch.sequences, members, self._learner.max_tokens_per_pack, self.model.device))
@@ -141,6 +141,7 @@ class PolicyTrainer:
         spec, outcomes = self._algorithm, update.batch.outcomes
         if spec.learns_preferences:
             return
+        outcomes = outcomes._replace(rewards_s=self._normalizer(outcomes.rewards_s))
         if spec.kl_in == "reward":
             outcomes = outcomes._replace(token_rewards_n=outcomes.token_rewards_n + self._kl.penalty(update))
         if self.critic is not None:

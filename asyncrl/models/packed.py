@@ -145,8 +145,7 @@ class PackedModel:
         self.model = model.eval()  # dropout would make the learner another policy than the generators'
         self.temperature = temperature  # of the sampling: logprobs are taken at it
         parameters = inspect.signature(model.forward).parameters
-        self._keeps_logits = "logits_to_keep" in parameters
-        self._flat = _packable(model) and self._keeps_logits and "position_ids" in parameters
+        self._flat = _packable(model) and {"logits_to_keep", "position_ids"} <= parameters.keys()
         if self._flat:
             model.set_attn_implementation(ATTENTION)
 
