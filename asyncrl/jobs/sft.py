@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -138,12 +139,9 @@ def _train(spec: SFTSpec, policy: Policy, work: RunDir, out: Path, observe: "Obs
     learned, total = sum(len(example.scored) for example in examples), trainer.total_steps
     said = "%d examples (%d too long) with %d tokens to learn; %d steps on %s"
     log.info(said, len(examples), too_long, learned, total, device)
-    journal = Journal(spec, work, trainer, examples, heldout, observe)
-    try:
+    with closing(Journal(spec, work, trainer, examples, heldout, observe)) as journal:
         done = journal.start()
         fit(trainer, examples, batch=min(spec.batch, len(examples)), seed=spec.seed, done=done, on_step=journal.step)
-    finally:
-        journal.close()
     with atomic_folder(out) as beside:
         export(model, tokenizer, beside)
     return SFTResult(
@@ -152,7 +150,7 @@ def _train(spec: SFTSpec, policy: Policy, work: RunDir, out: Path, observe: "Obs
         examples=len(examples),
         too_long=too_long,
         loss=journal.loss,
-        first_heldout_loss=journal.first_heldout if heldout else None,
+        first_heldout_loss=trainer.state["first_heldout"] if heldout else None,
         last_heldout_loss=journal.last_heldout if heldout else None,
     )
 

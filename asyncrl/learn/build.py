@@ -33,11 +33,12 @@ def _critic(recipe: Recipe, policy: PreTrainedModel, device: str, refused_dir: P
     spec, refused = recipe.critic, RefusedSteps(refused_dir, recipe.learner.max_refused_steps)
     if spec.backbone == "shared":
         return Critic(SharedValues(policy), spec, refused, total_steps=recipe.total_steps)
-    model = load_model(spec.model, device, "critic.model") if spec.model else load_model(recipe.model, device)
+    start, field = (spec.model, "critic.model") if spec.model else (recipe.model, "model")
+    model = load_model(start, device, field)
     own, needed = model.get_input_embeddings().weight.shape[0], policy.get_input_embeddings().weight.shape[0]
     if own < needed:
         raise ConfigError(
-            f"critic.model.path={spec.model.path if spec.model else ''!r} knows {own} tokens, the policy {needed}: it can not "
-            "read every rollout; use a model with the policy's tokenizer"
+            f"{field}.path={start.path!r} knows {own} tokens, the policy {needed}: it can not read every rollout; use a model "
+            "with the policy's tokenizer"
         )
     return Critic(OwnValues(model), spec, refused, total_steps=recipe.total_steps)

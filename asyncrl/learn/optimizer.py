@@ -58,10 +58,8 @@ class Optimization:
 def step(loss: float, *optimizations: Optimization) -> tuple[list[float], str]:
     """One step of all, or of none where the loss or a gradient is not finite. Returns gradient norms, and why not, or ""."""
     norms = [optimization.clip() for optimization in optimizations]
-    cause = "" if math.isfinite(loss) else f"the loss is {loss}"
-    for norm in norms:
-        if not cause and not math.isfinite(norm):
-            cause = f"the gradient norm is {norm}"
+    figures = [("loss", loss), *(("gradient norm", norm) for norm in norms)]
+    cause = next((f"the {name} is {value}" for name, value in figures if not math.isfinite(value)), "")
     for optimization in optimizations:
         if not cause:
             optimization.adamw.step()

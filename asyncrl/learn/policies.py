@@ -53,7 +53,8 @@ def locate(name: str, tokenizer: str = "", dtype: str = "") -> Policy:
             f"{path} is no model, checkpoint or run: it has neither config.json, {MANIFEST} nor checkpoints/; "
             "name a Hugging Face folder or id, runs/NAME, or runs/NAME/checkpoints/step_N"
         )
-    return Policy(spec=_spec(str(path) if path.is_dir() else name, tokenizer, dtype or "float32"))
+    spec = ModelSpec(path=str(path) if path.is_dir() else name, tokenizer=tokenizer, dtype=dtype or "float32")  # type: ignore[arg-type]
+    return Policy(spec=spec)
 
 
 def load(policy: Policy, device: str = "cpu") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -102,20 +103,13 @@ def _checkpoint(folder: Path, manifest: dict[str, Any], tokenizer: str, dtype: s
             "add --tokenizer FOLDER_OR_ID"
         )
     of_run = recipe.model if recipe else None
-    spec = _spec(
-        str(folder / "policy"),
-        tokenizer or (of_run.tokenizer or of_run.path if of_run else ""),
-        dtype or manifest.get("model", {}).get("dtype", "float32"),
-        of_run is not None and of_run.trust_remote_code,
+    spec = ModelSpec(
+        path=str(folder / "policy"),
+        tokenizer=tokenizer or (of_run.tokenizer or of_run.path if of_run else ""),
+        dtype=dtype or manifest["model"]["dtype"],  # type: ignore[arg-type]
+        trust_remote_code=of_run is not None and of_run.trust_remote_code,
     )
     return Policy(spec=spec, checkpoint=folder, recipe=recipe)
-
-
-def _spec(path: str, tokenizer: str, dtype: str, trust_remote_code: bool = False) -> ModelSpec:
-    known = ("float32", "bfloat16")
-    if dtype not in known:
-        raise ConfigError(f"dtype={dtype!r} is not supported; use one of {', '.join(known)}")
-    return ModelSpec(path=path, tokenizer=tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
 
 
 def _recipe(path: Path) -> Recipe | None:

@@ -85,9 +85,6 @@ def fit(
 def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
     """Endless batches of shuffled indices: every one of `count` once per epoch, across batch borders."""
     generator = np.random.default_rng(seed)
-    left: list[int] = []
+    endless = itertools.chain.from_iterable(generator.permutation(count).tolist() for _ in itertools.count())
     while True:
-        while len(left) < size:
-            left += generator.permutation(count).tolist()
-        taken, left = left[:size], left[size:]
-        yield taken
+        yield list(itertools.islice(endless, size))

@@ -36,7 +36,7 @@ class Journal:
         self._checkpoints = Checkpoints(work, keep_last_n=1)
         self._metrics = MetricsLog(work.metrics, work.tensorboard)
         trainer.state |= {"examples": float(_digest(examples)), "first_heldout": math.nan}
-        self.loss = self.first_heldout = self.last_heldout = math.nan  # of the newest batch; of held-out examples
+        self.loss = self.last_heldout = math.nan  # of the newest batch; of held-out examples
 
     def start(self) -> int:
         """Restores the newest checkpoint, if there is one, and returns the steps done. Raises ConfigError if data changed."""
@@ -45,15 +45,14 @@ class Journal:
         done = self._checkpoints.restore(self._trainer)
         if done is None:
             if self._heldout:
-                self.first_heldout = self.last_heldout = state["first_heldout"] = self._trainer.loss(self._heldout)
-                self._write(0, {"heldout/loss": self.first_heldout})
+                self.last_heldout = state["first_heldout"] = self._trainer.loss(self._heldout)
+                self._write(0, {"heldout/loss": self.last_heldout})
             return 0
         if state["examples"] != examples:
             raise ConfigError(
                 f"{', '.join(self._spec.data.files)} or the tokenizer changed since the checkpoint of step {done}: the rest "
                 "would be other data in another order; put the old files back, or begin anew with --force"
             )
-        self.first_heldout = state["first_heldout"]
         return done
 
     def step(self, step: int, figures: dict[str, float]) -> None:
