@@ -73,8 +73,9 @@ class RewardPool(Generic[T]):
         self.close()
 
     def submit(self, samples: Iterable[tuple[T, Sample]]) -> None:
-        """Queues tagged samples. Never waits."""
+        """Queues tagged samples, and hands them to processes that are idle. Never waits."""
         self._queue.extend(samples)
+        self._hand_out()
 
     @property
     def pending(self) -> int:

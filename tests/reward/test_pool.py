@@ -36,7 +36,7 @@ def test_each_failure_costs_its_own_sample_only(function, tmp_path):
     batch = [sample("number", 0.5)] * 3
     for do in ("raise", "exit", "nan", "crash", "alarm", "loop", "orphan"):
         batch += [sample(do), sample("number", 2.0)]
-    with RewardPool(function, deadline_s=3.0, log=tmp_path / "log") as pool:
+    with RewardPool(function, deadline_s=1.5, log=tmp_path / "log") as pool:
         verdicts = pool.map(batch)
         restarts = pool.restarts
     assert verdicts[:3] == [Verdict("ok", 0.5)] * 3
@@ -50,7 +50,7 @@ def test_each_failure_costs_its_own_sample_only(function, tmp_path):
     assert failed["crash"].error == "process died: SIGSEGV"
     assert failed["alarm"].error == "process died: SIGALRM"
     assert failed["orphan"].error == "process died: exit code 4"
-    assert failed["loop"].error == "no score within reward.deadline_s=3"
+    assert failed["loop"].error == "no score within reward.deadline_s=1.5"
     assert restarts == 5  # raise and nan leave their process alone
 
 
@@ -79,9 +79,9 @@ def test_prints_go_to_the_log_and_break_no_frame(function, tmp_path):
 
 def test_samples_behind_a_killed_one_keep_their_full_deadline(function):
     # A warm process takes many samples at once: those behind the endless one go to its successor.
-    with RewardPool(function, deadline_s=4.0) as pool:
+    with RewardPool(function, deadline_s=2.0) as pool:
         pool.map([sample("number", 1.0)] * 200)
-        verdicts = pool.map([sample("number", 1.0), sample("loop"), sample("wait", 2.2), sample("wait", 2.2)])
+        verdicts = pool.map([sample("number", 1.0), sample("loop"), sample("wait", 1.1), sample("wait", 1.1)])
         assert [v.status for v in verdicts] == ["ok", "timeout", "ok", "ok"]
         assert pool.restarts == 1
 
@@ -94,28 +94,28 @@ def test_two_processes_score_at_the_same_time(function, tmp_path):
 
 def test_one_process_scores_one_at_a_time(function, tmp_path):
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    with RewardPool(function, processes=1, deadline_s=3.0) as pool:
+    with RewardPool(function, processes=1, deadline_s=1.0) as pool:
         first, second = pool.map([sample("meet", [a, b]), sample("meet", [b, a])])
         assert (first.status, second.status) == ("timeout", "ok")
 
 
 def test_two_processes_share_sleep_bound_work_evenly(function):
     waits = [sample("wait", 0.1)] * 8
-    walls = {}
-    for processes in (1, 2):
-        with RewardPool(function, processes=processes) as pool:
-            times = []
-            for _ in range(3):  # the machine may be busy with something else
+    with RewardPool(function, processes=1) as one, RewardPool(function, processes=2) as two:
+        for _ in range(3):  # the machine may be busy with something else
+            walls = []
+            for pool in (one, two):
                 start = time.monotonic()
                 pool.map(waits)
-                times.append(time.monotonic() - start)
-            walls[processes] = min(times)
-    assert walls[1] >= 0.8
-    assert walls[2] < 0.75 * walls[1]
+                walls.append(time.monotonic() - start)
+            assert walls[0] >= 0.8
+            if walls[1] < 0.6:
+                break
+    assert walls[1] < 0.75 * walls[0]
 
 
 def test_a_deadline_kills_what_the_reward_started(function, tmp_path):
-    with RewardPool(function, deadline_s=3.0) as pool:
+    with RewardPool(function, deadline_s=1.5) as pool:
         [verdict] = pool.map([sample("child", str(tmp_path / "pid"))])
     assert verdict.status == "timeout"
     until(lambda: not alive(int((tmp_path / "pid").read_text())))

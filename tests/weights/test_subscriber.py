@@ -182,7 +182,7 @@ def test_a_zombie_that_still_answers_is_left_for_its_successor(bus: Any, weights
 def test_an_older_incarnation_is_never_gone_back_to(bus: Any, weights: Callable, until: Callable) -> None:
     old, new = bus.publisher(1), bus.publisher(2)
     answers = [new.address]
-    subscriber = bus.subscriber(resolve=lambda: answers[-1], deadline_s=3.0)
+    subscriber = bus.subscriber(resolve=lambda: answers[-1], deadline_s=1.5)
     old.publish(Version(1, 9), weights(9))
     new.publish(Version(2, 1), weights(1))
     assert subscriber.next(None, WAIT_S) is not None
@@ -220,7 +220,7 @@ def test_a_publisher_killed_mid_transfer_is_never_seen(bus: Any, weights: Callab
 def test_a_dead_publisher_is_a_named_error_before_the_deadline(bus: Any, weights: Callable) -> None:
     publisher = bus.publisher()
     publisher.publish(Version(1, 1), weights(1))
-    subscriber = bus.subscriber(publisher, deadline_s=3.0)
+    subscriber = bus.subscriber(publisher, deadline_s=1.5)
     assert subscriber.next(None, WAIT_S) is not None
     publisher.close()
     begin = time.monotonic()
@@ -253,7 +253,7 @@ def test_a_wrong_key_is_refused_by_name(bus: Any, weights: Callable) -> None:
     keys = {"client_public": other.address.client_public, "client_secret": other.address.client_secret}
     stolen = msgspec.structs.replace(publisher.address, **keys)
     with pytest.raises(Unavailable, match="refused our key"):
-        bus.subscriber(resolve=lambda: stolen, deadline_s=3.0).next(None, WAIT_S)
+        bus.subscriber(resolve=lambda: stolen, deadline_s=1.5).next(None, WAIT_S)
 
 
 def test_damaged_shared_bytes_are_never_shown(
