@@ -74,7 +74,6 @@ def test_an_empty_pack(name: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- masks
-#
 
 
 def logs(*ratios: float) -> torch.Tensor:

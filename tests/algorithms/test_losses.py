@@ -302,7 +302,6 @@ def test_sequence_losses_of_policies_far_apart_stay_finite(name: str, distance: 
 
 
 # ------------------------------------------------------------------------------------------- sequences
-#
 
 VALUES = torch.tensor([1.0, 10.0, 2.0, 6.0], dtype=torch.float64)
 SEQUENCES = torch.tensor([5, 0, 5, 5])  # any ids, in any order
@@ -321,7 +320,6 @@ def test_gradients() -> None:
 
 
 # ------------------------------------------------------------------------------------------ value loss
-#
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,6 @@ def test_metrics_by_hand() -> None:
 
 
 # ------------------------------------------------------------------------------------------- aggregate
-#
 
 LOSSES = [[1.0, 2.0, 3.0], [10.0]]  # two sequences, 3 and 1 trained tokens
 

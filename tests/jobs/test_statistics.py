@@ -121,7 +121,6 @@ def test_the_interval_covers_what_it_says():
 
 
 # --------------------------------------------------------------------------------------------- samples
-#
 
 
 def answer(row, source, status, reward, length=1, response="", read=None):

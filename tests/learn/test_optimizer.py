@@ -51,7 +51,6 @@ def test_no_clipping_at_zero_and_a_warning_for_half_precision(caplog: pytest.Log
 
 
 # -------------------------------------------------------------------------------------------- schedule
-#
 
 
 def test_warmup_then_constant() -> None:
