@@ -1,15 +1,17 @@
 """What every spec has in common: the base struct, and how a wrong value is refused. No torch."""
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
-from msgspec import Struct
-from msgspec.structs import fields
+from msgspec import Struct, structs
 
 from asyncrl.errors import ConfigError
 
 # Names of fields, what must hold of each of their values, and what is said after `field=value` where it does not.
 Rule = tuple[str, Callable[[Any], bool], str]
+
+_fields = cache(structs.fields)  # of a type; looking them up takes longer than all checks
 
 
 class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,7 +34,7 @@ def require_fields(spec: Struct, where: str, rules: Iterable[Rule]) -> None:
 
 def require_unset(spec: Struct, where: str, names: str, why: str) -> None:
     """Raises ConfigError for the first of the named fields that has not its default. why: with what it would be ignored."""
-    for field in fields(spec):
+    for field in _fields(type(spec)):
         value = getattr(spec, field.name)
         if field.name in names.split() and value != field.default:
             raise ConfigError(f"{where}{field.name}={value!r} with {why}")

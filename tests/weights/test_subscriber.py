@@ -182,7 +182,7 @@ def test_a_zombie_that_still_answers_is_left_for_its_successor(bus: Any, weights
 def test_an_older_incarnation_is_never_gone_back_to(bus: Any, weights: Callable, until: Callable) -> None:
     old, new = bus.publisher(1), bus.publisher(2)
     answers = [new.address]
-    subscriber = bus.subscriber(resolve=lambda: answers[-1], deadline_s=1.5)
+    subscriber = bus.subscriber(resolve=lambda: answers[-1], deadline_s=3.0)
     old.publish(Version(1, 9), weights(9))
     new.publish(Version(2, 1), weights(1))
     assert subscriber.next(None, WAIT_S) is not None
