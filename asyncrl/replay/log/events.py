@@ -3,9 +3,11 @@
 Each event is one row of the event log: typed columns for readers, and the whole event as msgpack for the rebuild.
 """
 
+from collections.abc import Sequence
 from typing import Any, Union
 
 import msgspec
+import pyarrow as pa
 from msgspec import Struct
 
 from asyncrl.types import EvalResult, Outcome, Purpose, Status, Version
@@ -146,15 +148,39 @@ class SegmentDropped(Event, tag="segment_dropped", frozen=True):
 
 
 _decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Union[tuple(Event.__subclasses__())])  # noqa: UP007
-encode = msgspec.msgpack.Encoder().encode
+_encode = msgspec.msgpack.Encoder().encode
 decode = _decoder.decode
 
-COLUMNS = ("group", "rollout", "attempt", "row", "update", "incarnation", "outcome", "status", "reward", "worker")
+EVENTS = pa.schema(
+    [
+        ("seq", pa.int64()),
+        ("time", pa.float64()),  # seconds since the epoch
+        ("kind", pa.string()),
+        ("group", pa.int64()),
+        ("rollout", pa.int32()),
+        ("attempt", pa.int32()),
+        ("row", pa.int64()),  # of the row stream
+        ("update", pa.int64()),
+        ("incarnation", pa.int64()),
+        ("outcome", pa.string()),
+        ("status", pa.string()),
+        ("reward", pa.float64()),
+        ("worker", pa.string()),
+        ("payload", pa.binary()),  # the whole event, msgpack
+    ],
+    metadata={"asyncrl.events": "1"},
+)
 
 
-def columns(event: Event) -> dict[str, Any]:
-    """The event's typed columns; None where it has no such field. A version fills `update` and `incarnation`."""
-    found = {name: getattr(event, name, None) for name in COLUMNS}
+def to_batch(events: Sequence[Event], first: int, time: float) -> pa.RecordBatch:
+    """Rows of EVENTS. first: `seq` of the first event; time: seconds since the epoch, when they are written."""
+    return pa.RecordBatch.from_pylist([_line(e) | {"seq": seq, "time": time} for seq, e in enumerate(events, first)], EVENTS)
+
+
+def _line(event: Event) -> dict[str, Any]:
+    """The event's columns; None where it has no such field. A version fills `update` and `incarnation`."""
+    found = {name: getattr(event, name, None) for name in EVENTS.names}
+    found["kind"], found["payload"] = event.__struct_config__.tag, _encode(event)
     version = event.result.version if isinstance(event, Evaluated) else getattr(event, "version", None)
     if version is not None:
         found["update"], found["incarnation"] = version.update, version.incarnation
