@@ -4,7 +4,7 @@ Each event is one row of the event log: typed columns for readers, and the whole
 """
 
 from collections.abc import Sequence
-from typing import Any, Union
+from typing import Any, ClassVar, Union
 
 import msgspec
 import pyarrow as pa
@@ -92,6 +92,7 @@ class BatchCommitted(Event, tag="committed", frozen=True):
     groups: tuple[int, ...]
     metrics: dict[str, float]
     time: float  # seconds since the epoch
+    outcome: ClassVar[Outcome] = "trained"
 
 
 class LearnerFenced(Event, tag="fenced", frozen=True):
@@ -173,17 +174,17 @@ EVENTS = pa.schema(
 
 
 def to_batch(events: Sequence[Event], first: int, time: float) -> pa.RecordBatch:
-    """Rows of EVENTS. first: `seq` of the first event; time: seconds since the epoch, when they are written."""
-    return pa.RecordBatch.from_pylist([_line(e) | {"seq": seq, "time": time} for seq, e in enumerate(events, first)], EVENTS)
+    """Rows of EVENTS; a column is null where an event has no such field. A version fills `update` and `incarnation`.
 
-
-def _line(event: Event) -> dict[str, Any]:
-    """The event's columns; None where it has no such field. A version fills `update` and `incarnation`."""
-    found = {name: getattr(event, name, None) for name in EVENTS.names}
-    found["kind"], found["payload"] = event.__struct_config__.tag, _encode(event)
-    version = event.result.version if isinstance(event, Evaluated) else getattr(event, "version", None)
-    if version is not None:
-        found["update"], found["incarnation"] = version.update, version.incarnation
-    if isinstance(event, BatchCommitted):
-        found["outcome"] = "trained"
-    return found
+    first: `seq` of the first event; time: seconds since the epoch, when they are written.
+    """
+    columns: dict[str, Any] = {name: [getattr(e, name, None) for e in events] for name in EVENTS.names}
+    for place, event in enumerate(events):
+        version = event.result.version if isinstance(event, Evaluated) else getattr(event, "version", None)
+        if version is not None:
+            columns["update"][place], columns["incarnation"][place] = version.update, version.incarnation
+    columns["seq"] = range(first, first + len(events))
+    columns["time"] = [time] * len(events)
+    columns["kind"] = [e.__struct_config__.tag for e in events]
+    columns["payload"] = [_encode(e) for e in events]
+    return pa.RecordBatch.from_arrays([pa.array(columns[field.name], field.type) for field in EVENTS], schema=EVENTS)
