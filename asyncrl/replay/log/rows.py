@@ -191,6 +191,8 @@ def _check_parallel(r: Rollout) -> None:
 
 def _chosen_updates(r: Rollout) -> set[int]:
     """Updates of the tokens that the policy chose."""
+    if len(r.spans) == 1:
+        return {r.spans[0].version.update} if any(r.loss_mask) else set()
     ends = accumulate(s.length for s in r.spans)
     return {s.version.update for s, end in zip(r.spans, ends, strict=True) if any(r.loss_mask[end - s.length : end])}
 
@@ -226,10 +228,16 @@ def decode_train(batch: pa.RecordBatch, scores: Iterable[TrainScore]) -> list[Tr
     logprobs, logmass = (_slices(batch.column(n), np.float32) for n in ("logprobs", "kept_logmass"))
     earned = _slices(batch.column("token_rewards"), np.float64)
     cut, earns = (batch.column(n).is_valid().to_pylist() for n in ("kept_logmass", "token_rewards"))
-    scalars = batch.select(["group", "rollout", "attempt", "data_source", "finish_reason"]).to_pylist()
+    scalars = zip(
+        *(batch.column(n).to_pylist() for n in ("group", "rollout", "attempt", "data_source", "finish_reason")), strict=True
+    )
     return [
         TrainRollout(
-            **named,
+            group=group,
+            rollout=rollout,
+            attempt=attempt,
+            data_source=data_source,
+            finish_reason=finish_reason,
             prompt_ids=ints["prompt_ids"](i),
             response_ids=ints["response_ids"](i),
             loss_mask=mask(i),
@@ -241,7 +249,7 @@ def decode_train(batch: pa.RecordBatch, scores: Iterable[TrainScore]) -> list[Tr
             token_rewards=earned(i) if earns[i] else None,
             baseline=score.baseline,
         )
-        for i, (named, score) in enumerate(zip(scalars, scores, strict=True))
+        for i, ((group, rollout, attempt, data_source, finish_reason), score) in enumerate(zip(scalars, scores, strict=True))
     ]
 
 
