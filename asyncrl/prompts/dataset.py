@@ -82,10 +82,9 @@ class PromptFile(Sequence[Prompt]):
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path} is not a prepared prompt file: {error}; delete it, and it will be made again") from error
         self._columns = {name: table.column(name) for name in table.column_names}
-        self._length = table.num_rows
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._columns["row"])
 
     @overload
     def __getitem__(self, index: int) -> Prompt: ...

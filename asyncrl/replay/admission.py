@@ -1,6 +1,7 @@
 """Reservations of training groups: admission, retries, and groups whose holder was lost (DESIGN §2)."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import asyncrl.replay.log.events as ev
 from asyncrl.replay.ledger import StoreContext
@@ -34,32 +35,34 @@ class Holders:
     def arrive(self, caller: Key, held: Sequence[int]) -> None:
         """A holder reports what it still works on: once per call, however long that waits."""
         self._deadlines[caller.worker] = self._context.lease_end()
-        named, before, groups, now = set(held), len(self._lost), self._ledger.in_flight(), self._context.clock()
+        groups, now = self._ledger.in_flight(), self._context.clock()
         self._since = {g.id: self._since.get(g.id, now) for g in groups}
-        for group in groups:
-            if group.worker == caller.worker:
-                mine = group.incarnation == caller.incarnation and group.id in named
-                (self._lost.discard if mine else self._lost.add)(group.id)
-        self._context.changes += len(self._lost) > before
+        theirs = [g for g in groups if g.worker == caller.worker]
+        kept = {g.id for g in theirs if g.incarnation == caller.incarnation}.intersection(held)
+        self._lost -= kept
+        self._lose(g.id for g in theirs if g.id not in kept)
 
-    def forget(self, worker: str, incarnation: int) -> bool:
-        """Takes what a worker held up to this incarnation as lost; whether there was any."""
-        before = len(self._lost)
-        self._lost.update(g.id for g in self._ledger.in_flight() if g.worker == worker and g.incarnation <= incarnation)
-        return len(self._lost) > before
+    def forget(self, worker: str, incarnation: int) -> None:
+        """Takes what a worker held up to this incarnation as lost."""
+        self._lose(g.id for g in self._ledger.in_flight() if g.worker == worker and g.incarnation <= incarnation)
 
-    def expire(self) -> bool:
-        """Takes what silent workers held as lost; whether there was any such worker."""
+    def expire(self) -> None:
+        """Takes what silent workers held as lost."""
         now = self._context.clock()
         silent = {worker for worker, deadline in self._deadlines.items() if deadline <= now}
         for worker in silent:
             del self._deadlines[worker]
         if silent:
-            self._lost.update(g.id for g in self._ledger.in_flight() if g.worker in silent)
-        return bool(silent)
+            self._lose(g.id for g in self._ledger.in_flight() if g.worker in silent)
 
-    def next_deadline(self) -> float | None:
-        return min(self._deadlines.values(), default=None)
+    def _lose(self, groups: Iterable[int]) -> None:
+        before = len(self._lost)
+        self._lost.update(groups)
+        self._context.changes += len(self._lost) > before
+
+    def next_deadline(self) -> float:
+        """When the next worker counts as silent; infinite if there is none."""
+        return min(self._deadlines.values(), default=math.inf)
 
     def age_s(self, group: int) -> float:
         """For how long a group has been in flight, as far as its holder has reported since."""
@@ -157,7 +160,7 @@ def ticket(context: StoreContext, group: Group) -> Ticket:
         prompt, sampling = context.plan.evaluation.prompts[group.position], context.plan.evaluation.sampling
         pinned = context.ledger.round.version
     else:
-        prompt, sampling, pinned = source.prompts[context.order.index(group.position)], source.sampling, None
+        prompt, sampling, pinned = source.prompts[source.index(group.position)], source.sampling, None
     missing = group.missing()
     return Ticket(
         group=group.id,

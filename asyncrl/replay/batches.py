@@ -8,7 +8,7 @@ import asyncrl.replay.log.events as ev
 from asyncrl.errors import CheckpointError, Closed, ConfigError
 from asyncrl.replay.ledger import Ledger, Poll, StoreContext
 from asyncrl.replay.log.rows import TRAIN_COLUMNS, TrainRows, TrainScore, to_ipc
-from asyncrl.replay.state import Group, Lease
+from asyncrl.replay.state import Group
 from asyncrl.staleness import Staleness
 from asyncrl.types import BatchLease, Fence, Key, Version, derive_seed
 
@@ -101,8 +101,8 @@ class Batches:
                 f"lease_batch(update={update}), but the next batch is trained after update {expected}: "
                 "lease batches in order, one per update"
             )
-        if ledger.reopened:
-            return self._grant(update, ledger.reopened[0].groups, replayed=True)
+        if update in ledger.reopened:
+            return self._grant(update, ledger.reopened[update], replayed=True)
         self._check_empty_groups()
         for group in stale(rule, ledger, update):
             retry = rule.drops and self._context.may_retry(group.retry)
@@ -187,6 +187,6 @@ class Batches:
         self._context.record(ev.BatchLeased(lease, update, groups, replayed))
         return self._leased(self._ledger.leases[lease])
 
-    def _leased(self, lease: Lease) -> BatchLease:
+    def _leased(self, lease: ev.BatchLeased) -> BatchLease:
         committed = self._ledger.committed
         return BatchLease(lease=lease.lease, groups=lease.groups, committed=committed, replayed=lease.replayed)

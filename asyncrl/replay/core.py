@@ -7,7 +7,7 @@ protocol's arguments, rows as Arrow bytes. It runs alone, and what it records is
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import Fenced
@@ -15,7 +15,7 @@ from asyncrl.interfaces import VERBS
 from asyncrl.replay.admission import TOO_OLD, Admission, Holders
 from asyncrl.replay.batches import Batches
 from asyncrl.replay.evaluations import Evaluations
-from asyncrl.replay.ledger import Ledger, Poll, StoreContext
+from asyncrl.replay.ledger import Poll, StoreContext
 from asyncrl.replay.log.log import ReplayLog
 from asyncrl.replay.plan import StorePlan
 from asyncrl.replay.scoring import Scoring
@@ -23,7 +23,6 @@ from asyncrl.report.timing import TimeInState
 from asyncrl.types import Key, Reserved, StoreReport, Version
 
 _RECORDS_PER_REPORT = 256
-T = TypeVar("T")
 
 
 class StoreCore:
@@ -37,6 +36,7 @@ class StoreCore:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.context = StoreContext(plan, log, clock, wall)
+        self.ledger = self.context.ledger  # read only
         self.time = TimeInState("wait:calls")
         self.holders = Holders(self.context)
         self.evaluations = Evaluations(self.context, self.holders)
@@ -52,11 +52,6 @@ class StoreCore:
             raise TypeError(f"{len(found)} parts of the store have a method {verb!r}; a verb is a method of one of them")
         return getattr(found[0], verb)
 
-    @property
-    def ledger(self) -> Ledger:
-        """Durable state; read only."""
-        return self.context.ledger
-
     def check(self, caller: Key) -> None:
         """Raises `Fenced` for any but the newest incarnation of a worker."""
         newest = self._workers.get(caller.worker, 0)
@@ -64,19 +59,14 @@ class StoreCore:
             raise Fenced(f"{caller.worker} incarnation {caller.incarnation} < {newest}: a newer one took over; stop")
         self._workers[caller.worker] = caller.incarnation
 
-    def run(self, action: Callable[[], T]) -> T:
-        """Does one thing, whose events are in the log when it returns."""
-        with self.context.recording():
-            return action()
-
     def expire(self) -> None:
         """Takes work back from silent workers."""
-        self.context.changes += self.holders.expire() | self.scoring.expire()
+        self.holders.expire()
+        self.scoring.expire()
 
-    def next_deadline(self) -> float | None:
-        """When, on the injected clock, `expire` may next have something to do."""
-        deadlines = (self.holders.next_deadline(), self.scoring.next_deadline())
-        return min((d for d in deadlines if d is not None), default=None)
+    def next_deadline(self) -> float:
+        """When, on the injected clock, `expire` may next have something to do; infinite if never."""
+        return min(self.holders.next_deadline(), self.scoring.next_deadline())
 
     # ------------------------------------------------------------------------------------------ verbs
 
@@ -106,7 +96,8 @@ class StoreCore:
 
     def forget(self, caller: Key, worker: str, incarnation: int) -> None:
         self._workers[worker] = max(self._workers.get(worker, 0), incarnation + 1)
-        self.context.changes += self.holders.forget(worker, incarnation) | self.scoring.take_back(worker, incarnation)
+        self.holders.forget(worker, incarnation)
+        self.scoring.take_back(worker, incarnation)
 
     def report(self, caller: Key, since: int) -> StoreReport:
         ledger, lengths = self.ledger, self.ledger.lengths
@@ -125,7 +116,6 @@ class StoreCore:
 
     def state(self, caller: Key) -> dict[str, Any]:
         ledger, now = self.ledger, self.context.clock()
-        lost = {g.id for g in self.holders.lost()}
         return {
             "committed": ledger.committed,
             "incarnation": ledger.incarnation,
@@ -133,11 +123,11 @@ class StoreCore:
             "depths": self._depths(),
             "in_flight": [
                 {"group": g.id, "holder": f"{g.worker}.{g.incarnation}", "attempt": g.attempt, "missing": len(g.missing()),
-                 "age_s": self.holders.age_s(g.id), "lost": g.id in lost, "purpose": g.purpose}
+                 "age_s": self.holders.age_s(g.id), "lost": self.holders.is_lost(g.id), "purpose": g.purpose}
                 for g in ledger.in_flight()
             ],
             "reward_leases": {
-                lease: {"worker": held.worker, "expires_in_s": held.deadline - now, "rollouts": sorted(held.items)}
+                lease: {"worker": held.caller.worker, "expires_in_s": held.deadline - now, "rollouts": sorted(held.items)}
                 for lease, held in self.scoring.leases.items()
             },
             "batch_leases": {i: {"update": held.update, "groups": held.groups} for i, held in ledger.leases.items()},
@@ -152,6 +142,6 @@ class StoreCore:
             **self.scoring.depths(),
             "ready": len(ledger.ready),
             "leased": sum(len(lease.groups) for lease in ledger.leases.values()),
-            "reopened": sum(len(r.groups) for r in ledger.reopened),
+            "reopened": sum(len(groups) for groups in ledger.reopened.values()),
             "retries": len(ledger.retries),
         }

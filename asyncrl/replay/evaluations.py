@@ -4,10 +4,9 @@ import asyncrl.replay.log.events as ev
 from asyncrl.errors import ConfigError
 from asyncrl.replay.admission import Holders, ticket
 from asyncrl.replay.ledger import StoreContext
-from asyncrl.replay.plan import Evaluation
 from asyncrl.replay.state import EvalRound
 from asyncrl.report.scores import Scored, mean_scores
-from asyncrl.types import EvalResult, Key, Ticket, Version
+from asyncrl.types import Key, Ticket, Version
 
 
 class Evaluations:
@@ -45,7 +44,7 @@ class Evaluations:
             return []
         lost = [g for g in self._holders.lost() if g.purpose == "eval"]
         tickets = [self._holders.reissue(group, caller, version) for group in lost[:k]]
-        for position in range(running.next, min(running.next + k - len(tickets), len(plan.prompts))):
+        for position in range(len(running.groups), len(plan.prompts))[: k - len(tickets)]:
             group, worker, incarnation = self._ledger.next_group, caller.worker, caller.incarnation
             self._context.record(ev.GroupReserved(group, "eval", position, 0, plan.n, version.update, worker, incarnation))
             tickets.append(ticket(self._context, running.groups[group]))
@@ -54,23 +53,18 @@ class Evaluations:
     def finish_if_complete(self) -> None:
         """Records the result once every rollout has a verdict. Rollouts without a reward count as 0."""
         running, plan = self._ledger.round, self._plan
-        if running is None or plan is None or running.next < len(plan.prompts):
+        if running is None or plan is None or len(running.groups) < len(plan.prompts):
             return
         if all(g.scored() for g in running.groups.values()):
-            self._context.record(ev.Evaluated(self._result(running, plan), self._context.wall()))
-
-    def _abandoned(self, running: EvalRound, prompts: int) -> bool:
-        in_flight = [g for g in running.groups.values() if g.in_flight()]
-        if not in_flight and running.next == prompts:
-            return False  # only verdicts are missing
-        return all(self._holders.is_lost(g.id) for g in in_flight)
-
-    def _result(self, running: EvalRound, plan: Evaluation) -> EvalResult:
-        return mean_scores(
-            running.version,
-            [
+            scored = [
                 Scored(plan.prompts[group.position].data_source, rollout.reward, rollout.status, rollout.length)
                 for group in running.groups.values()
                 for rollout in group.rollouts
-            ],
-        )
+            ]
+            self._context.record(ev.Evaluated(mean_scores(running.version, scored), self._context.wall()))
+
+    def _abandoned(self, running: EvalRound, prompts: int) -> bool:
+        in_flight = [g for g in running.groups.values() if g.in_flight()]
+        if not in_flight and len(running.groups) == prompts:
+            return False  # only verdicts are missing
+        return all(self._holders.is_lost(g.id) for g in in_flight)

@@ -3,7 +3,7 @@
 Leases of workers, deadlines and waiters are not in it: they die with the process, and nothing is lost with them.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import Fenced
 from asyncrl.replay.log.log import ReplayLog
-from asyncrl.replay.plan import PromptOrder, StorePlan
-from asyncrl.replay.state import Commit, EvalRound, Group, Lease, Lengths, Reopened, RolloutState
-from asyncrl.types import GroupCounts, Outcome, Record, Version
+from asyncrl.replay.plan import StorePlan
+from asyncrl.replay.state import Commit, EvalRound, Group, Lengths, RolloutState
+from asyncrl.types import GroupCounts, Record, Version
 
 
 @dataclass
@@ -27,8 +27,9 @@ class Ledger:
     ready: set[int] = field(default_factory=set)  # scored, kept and not taken
     cursor: int = 0  # position of the next new prompt
     retries: deque[tuple[int, int]] = field(default_factory=deque)  # (position, retry)
-    leases: dict[int, Lease] = field(default_factory=dict)
-    reopened: list[Reopened] = field(default_factory=list)
+    leases: dict[int, ev.BatchLeased] = field(default_factory=dict)  # of the newest learner, by number
+    # The groups of batches whose commits a restore undid, by the update after which they are trained again; it rises.
+    reopened: dict[int, tuple[int, ...]] = field(default_factory=dict)
     commits: dict[int, Commit] = field(default_factory=dict)  # by update, since the oldest retained checkpoint
     committed: int = 0
     retained: int = 0
@@ -36,7 +37,7 @@ class Ledger:
     next_group: int = 0
     next_lease: int = 1
     reserved: int = 0
-    outcomes: dict[Outcome, int] = field(default_factory=lambda: {"trained": 0, "filtered": 0, "evicted": 0, "failed": 0})
+    outcomes: Counter[str] = field(default_factory=Counter)  # of settled and trained groups
     round: EvalRound | None = None
     queued: Version | None = None
     empty_groups: int = 0  # failed or filtered since the last batch or start
@@ -91,7 +92,6 @@ class Ledger:
         if e.purpose == "eval":
             assert self.round is not None
             self.round.groups[e.group] = group
-            self.round.next = e.position + 1
             return
         self.groups[e.group] = group
         self.reserved += 1
@@ -134,13 +134,13 @@ class Ledger:
             self.retries.append((group.position, group.retry + 1))
 
     def _leased(self, e: ev.BatchLeased) -> None:
-        self.leases[e.lease] = Lease(e.lease, e.update, e.groups, e.replayed)
+        self.leases[e.lease] = e
         self.next_lease = e.lease + 1
         self.empty_groups = 0
         self.taken.update(e.groups)
         self.ready.difference_update(e.groups)
         if e.replayed:
-            self.reopened.pop(0)
+            del self.reopened[e.update]
 
     def _committed(self, e: ev.BatchCommitted) -> None:
         lease = self.leases.pop(e.lease)
@@ -156,22 +156,22 @@ class Ledger:
         """Void leases become ready, or reopened again; commits after the checkpoint are reopened before those."""
         self.incarnation = e.incarnation
         self.ended, self.empty_groups = False, 0
-        again = list(self.reopened)
+        again = dict(self.reopened)
         for lease in self.leases.values():
             if lease.replayed:
-                again.append(Reopened(lease.update, lease.groups))
+                again[lease.update] = lease.groups
             else:
                 self.taken.difference_update(lease.groups)
                 self.ready.update(lease.groups)
         self.leases.clear()
         for update in [u for u in self.commits if u > e.committed]:
             undone = self.commits.pop(update)
-            again.append(Reopened(update - 1, tuple(g.id for g in undone.groups)))
+            again[update - 1] = tuple(g.id for g in undone.groups)
             self.groups.update((g.id, g) for g in undone.groups)
             self.outcomes["trained"] -= len(undone.groups)
             self._count_trained(undone.groups, update - 1, -1)
-        self.reopened = sorted(again, key=lambda r: r.update)
-        self.taken.update(g for r in self.reopened for g in r.groups)
+        self.reopened = dict(sorted(again.items()))
+        self.taken.update(g for groups in self.reopened.values() for g in groups)
         self.committed = e.committed
 
     def _retained(self, e: ev.CheckpointRetained) -> None:
@@ -179,23 +179,23 @@ class Ledger:
         self.commits = {u: c for u, c in self.commits.items() if u > e.oldest}
 
     def _eval_requested(self, e: ev.EvalRequested) -> None:
-        if self.round is None or self.round.next == 0:
-            self.round = EvalRound(e.version, 0, {})
+        if self.round is None or not self.round.groups:
+            self.round = EvalRound(e.version)
         elif self.round.version != e.version:
             self.queued = e.version
 
     def _eval_pinned(self, e: ev.EvalPinned) -> None:
-        self.round = EvalRound(e.version, 0, {})
+        self.round = EvalRound(e.version)
         if self.queued is not None and self.queued <= e.version:
             self.queued = None
 
     def _evaluated(self, e: ev.Evaluated) -> None:
-        self.round = None if self.queued is None else EvalRound(self.queued, 0, {})
+        self.round = None if self.queued is None else EvalRound(self.queued)
         self.queued = None
         result = e.result
         metrics = {"eval/score": result.score, "eval/count": result.count, "eval/invalid": result.invalid}
-        metrics["eval/timeout"] = result.timeout
-        metrics |= {"eval/length": result.mean_length} | {f"eval/score/{name}": s for name, s in result.by_source.items()}
+        metrics |= {"eval/timeout": result.timeout, "eval/length": result.mean_length}
+        metrics |= {f"eval/score/{name}": score for name, score in result.by_source.items()}
         self._note("eval", result.version, e.time, metrics)
 
     def _ended(self, e: ev.Ended) -> None:
@@ -243,12 +243,10 @@ class StoreContext:
     """
 
     def __init__(self, plan: StorePlan, log: ReplayLog, clock: Callable[[], float], wall: Callable[[], float]) -> None:
-        source = plan.source
         self.plan = plan
         self.log = log
         self.clock = clock
         self.wall = wall
-        self.order = PromptOrder(len(source.prompts), source.seed, source.shuffle, source.epochs)
         self.ledger = Ledger(plan.rule.max_lag)
         self.changes = 0  # rises whenever somebody who waits may get another reply
         self.activity = len(log.history)  # rises with every accepted call that moved data
@@ -290,7 +288,7 @@ class StoreContext:
 
     def exhausted(self) -> bool:
         """Whether no prompt is left to reserve: the epochs are over and nothing waits for another try."""
-        total = self.order.total
+        total = self.plan.source.total
         return total is not None and self.ledger.cursor >= total and not self.ledger.retries
 
     def may_retry(self, retry: int) -> bool:

@@ -2,6 +2,7 @@
 drawn, and with which seed each rollout is sampled. Pure: a plain loop computes the same."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from msgspec import Struct
@@ -27,13 +28,35 @@ GROUP_FILTERS: dict[str, Keep] = {"all": keep_all, "varied": keep_varied}
 
 
 class Source(Struct, frozen=True, kw_only=True):
-    """Prompts to train on, and the order they come in."""
+    """Prompts to train on, and the order they come in: a seeded permutation per epoch. Positions count through all epochs,
+    from 0."""
 
     prompts: Sequence[Prompt]
     sampling: Sampling
     seed: int = 0
-    shuffle: bool = True
+    shuffle: bool = True  # False: in every epoch the order of the files
     epochs: int | None = None  # None: without end
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ConfigError("0 prompts: there is nothing to train on; check the data files and max_prompt_length")
+
+    @property
+    def total(self) -> int | None:
+        """Positions in all; None: without end."""
+        return None if self.epochs is None else len(self.prompts) * self.epochs
+
+    def index(self, position: int) -> int:
+        """The index into the prompts at `position`."""
+        size = len(self.prompts)
+        epoch, place = divmod(position, size)
+        return int(_permutation(size, self.seed, epoch)[place]) if self.shuffle else place
+
+
+@lru_cache(maxsize=2)  # retries reach back into older epochs, but rarely
+def _permutation(size: int, run_seed: int, epoch: int) -> np.ndarray:
+    # RandomState's stream is frozen by NumPy's policy; Generator's may change between releases.
+    return np.random.RandomState(derive_seed(run_seed, epoch) & 0xFFFFFFFF).permutation(size)
 
 
 class Evaluation(Struct, frozen=True, kw_only=True):
@@ -68,36 +91,6 @@ class StorePlan(Struct, frozen=True, kw_only=True):
                 f"{size} prompts < batch_groups={batch}: an epoch cannot fill a batch, and one prompt would be in it twice; "
                 "add data or lower learner.batch_groups"
             )
-
-
-class PromptOrder:
-    """A seeded permutation per epoch of `size` dataset rows. Positions count through all epochs, from 0.
-
-    epochs None: without end. shuffle False: file order in every epoch.
-    """
-
-    def __init__(self, size: int, seed: int, shuffle: bool = True, epochs: int | None = None) -> None:
-        if size < 1:
-            raise ConfigError(f"{size} prompts: there is nothing to train on; check the data files and max_prompt_length")
-        self._size = size
-        self._seed = seed
-        self._shuffle = shuffle
-        self._epochs: dict[int, np.ndarray] = {}
-        self.total = None if epochs is None else size * epochs
-
-    def index(self, position: int) -> int:
-        """The index into the prompts at `position`."""
-        epoch, place = divmod(position, self._size)
-        return int(self._permutation(epoch)[place]) if self._shuffle else place
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch not in self._epochs:
-            # RandomState's stream is frozen by NumPy's policy; Generator's may change between releases.
-            seed = derive_seed(self._seed, epoch) & 0xFFFFFFFF
-            # Retries reach back into older epochs, but rarely: two are kept.
-            self._epochs = dict(list(self._epochs.items())[-1:])
-            self._epochs[epoch] = np.random.RandomState(seed).permutation(self._size)
-        return self._epochs[epoch]
 
 
 def ticket_seed(run_seed: int, purpose: Purpose, position: int, retry: int, rollout: int) -> int:

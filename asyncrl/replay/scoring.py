@@ -13,7 +13,6 @@ import asyncrl.replay.log.rows as schema
 from asyncrl.replay.admission import Holders
 from asyncrl.replay.evaluations import Evaluations
 from asyncrl.replay.ledger import Poll, StoreContext
-from asyncrl.replay.log.rows import Summary
 from asyncrl.replay.state import Group
 from asyncrl.types import Key, Score
 
@@ -21,9 +20,8 @@ from asyncrl.types import Key, Score
 class RewardLease(Struct):
     """Rollouts (group, rollout) that a reward worker scores until `deadline`."""
 
-    worker: str
-    incarnation: int
-    deadline: float
+    caller: Key
+    deadline: float  # on the store's clock
     items: set[tuple[int, int]]
 
 
@@ -54,7 +52,7 @@ class Scoring:
             first = self._context.log.append_rows(batch if len(accepted) == batch.num_rows else batch.take(accepted))
             self.submitted([summaries[i] for i in accepted], first)
 
-    def acceptable(self, summaries: Sequence[Summary]) -> list[int]:
+    def acceptable(self, summaries: Sequence[schema.Summary]) -> list[int]:
         """Indices of the rows that count: the first of (group, rollout), of the present attempt, of a wanted group.
 
         A row that would break the bound is not taken: when its holder is through with the group and no longer names it,
@@ -74,7 +72,7 @@ class Scoring:
             accepted.append(i)
         return accepted
 
-    def _breaks_bound(self, group: Group, s: Summary) -> bool:
+    def _breaks_bound(self, group: Group, s: schema.Summary) -> bool:
         """Only after a restore: weights in use fell back to the checkpoint while the rollout ran; or a pin was broken."""
         ledger, rule = self._ledger, self._context.plan.rule
         if group.purpose == "eval":
@@ -83,7 +81,7 @@ class Scoring:
             return False
         return not rule.reissuable(position=ledger.position(group.id), committed=ledger.committed, update=s.oldest)
 
-    def submitted(self, summaries: Sequence[Summary], first_row: int) -> None:
+    def submitted(self, summaries: Sequence[schema.Summary], first_row: int) -> None:
         """Counts accepted rows, which the log holds from number `first_row` on."""
         for row, s in enumerate(summaries, first_row):
             event = ev.RolloutSubmitted(s.group, s.rollout, s.attempt, row, s.oldest, s.newest, s.length)
@@ -98,7 +96,7 @@ class Scoring:
 
     def lease_unscored(self, caller: Key, k: int, wait_s: float) -> Poll:
         """Waits for the first rollout without a score. What an earlier incarnation of the worker held comes first."""
-        self._context.changes += self.take_back(caller.worker, caller.incarnation - 1)
+        self.take_back(caller.worker, caller.incarnation - 1)
         lease_s = self._context.plan.lease_s
 
         def attempt() -> tuple[bool, schema.RowLease]:
@@ -111,9 +109,9 @@ class Scoring:
 
         return Poll(attempt, wait_s)
 
-    def take_back(self, worker: str, incarnation: int) -> bool:
-        """Queues again what a worker leased up to this incarnation, and died with; whether there was any."""
-        return self._requeue([i for i, x in self.leases.items() if x.worker == worker and x.incarnation <= incarnation])
+    def take_back(self, worker: str, incarnation: int) -> None:
+        """Queues again what a worker leased up to this incarnation, and died with."""
+        self._requeue([i for i, x in self.leases.items() if x.caller.worker == worker and x.caller.incarnation <= incarnation])
 
     def lease(self, k: int, caller: Key) -> tuple[int, list[tuple[int, int]]]:
         """(lease, up to k (group, rollout)), oldest first; (0, []) if there is nothing to score."""
@@ -125,31 +123,32 @@ class Scoring:
         if not items:
             return 0, []
         lease, self._next_lease = self._next_lease, self._next_lease + 1
-        self.leases[lease] = RewardLease(caller.worker, caller.incarnation, self._context.lease_end(), set(items))
+        self.leases[lease] = RewardLease(caller, self._context.lease_end(), set(items))
         return lease, items
 
     def extend(self, caller: Key, lease: int) -> None:
         """Renews a lease. One that expired, or was given before the store restarted, is ignored: its rollouts are queued."""
         found = self.leases.get(lease)
-        if found is not None and found.worker == caller.worker:
+        if found is not None and found.caller.worker == caller.worker:
             found.deadline = self._context.lease_end()
 
-    def expire(self) -> bool:
-        """Queues the rollouts of silent workers again; whether there were any."""
-        return self._requeue([i for i, held in self.leases.items() if held.deadline <= self._context.clock()])
+    def expire(self) -> None:
+        """Queues the rollouts of silent workers again."""
+        self._requeue([i for i, held in self.leases.items() if held.deadline <= self._context.clock()])
 
-    def _requeue(self, leases: Sequence[int]) -> bool:
-        """Queues the rollouts of these leases again, ahead of newer ones; whether there were any."""
+    def _requeue(self, leases: Sequence[int]) -> None:
+        """Ends these leases, and queues their rollouts ahead of newer ones."""
         for lease in reversed(leases):
             for item in sorted(self.leases.pop(lease).items, reverse=True):
                 self._queue[item] = None
                 self._queue.move_to_end(item, last=False)
-        return bool(leases)
+        self._context.changes += bool(leases)
 
-    def next_deadline(self) -> float | None:
-        return min((lease.deadline for lease in self.leases.values()), default=None)
+    def next_deadline(self) -> float:
+        """When the next lease runs out; infinite if there is none."""
+        return min((lease.deadline for lease in self.leases.values()), default=math.inf)
 
-    def counting(self, scores: Sequence[Score]) -> list[Score]:
+    def accepted(self, scores: Sequence[Score]) -> list[Score]:
         """The verdicts that count, checked: the first on a rollout, whoever holds its lease now; no unknown or late ones."""
         found: dict[tuple[int, int], Score] = {}
         for s in scores:
@@ -160,7 +159,7 @@ class Scoring:
 
     def score(self, caller: Key, lease: int, scores: Sequence[Score]) -> None:
         """A rollout whose tokens earned something is written once more, with it: that row counts from then on."""
-        first, verdicts = 0, self.counting(scores)
+        first, verdicts = 0, self.accepted(scores)
         earning = [(self._row(s.group, s.rollout), s.token_rewards) for s in verdicts if s.token_rewards]
         if earning:
             rows = self._context.log.take([row for row, _ in earning], schema.ROWS.names)

@@ -70,23 +70,9 @@ class Group(Struct):
         return max(r.newest for r in self.ok())
 
 
-class Lease(Struct):
-    """A batch that a learner trains as the update after `update`."""
-
-    lease: int
-    update: int
-    groups: tuple[int, ...]
-    replayed: bool
-
-
-class Reopened(Struct):
-    """A committed batch that a restore undid; trained again as the update after `update`."""
-
-    update: int
-    groups: tuple[int, ...]
-
-
 class Commit(Struct):
+    """A trained batch: needed again if a learner goes back to a checkpoint before it."""
+
     lease: int
     version: Version
     groups: list[Group]
@@ -96,8 +82,7 @@ class EvalRound(Struct):
     """The running evaluation."""
 
     version: Version
-    next: int  # how many eval prompts have a ticket
-    groups: dict[int, Group]
+    groups: dict[int, Group] = {}  # one for each eval prompt that has had a ticket, in their order
 
 
 class Lengths(Struct):

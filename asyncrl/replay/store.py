@@ -72,7 +72,8 @@ class ReplayStore:
             self._check(key)
             before = context.changes
             try:
-                return self._core.run(action)
+                with context.recording():
+                    return action()
             except Exception as error:
                 if not isinstance(error, AsyncRLError | ValueError):  # not the caller's mistake
                     context.broken = error
@@ -137,8 +138,7 @@ class ReplayStore:
             if self._closed or self._core.context.changes != seen:
                 return
             change = asyncio.wrap_future(self._change)
-            expires = self._core.next_deadline()
-        until = deadline if expires is None else min(deadline, expires)
+            until = min(deadline, self._core.next_deadline())
         await asyncio.wait([change], timeout=max(0.0, until - self._clock()))
 
     def _wake(self) -> None:

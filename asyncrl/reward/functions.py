@@ -129,14 +129,8 @@ def _verl_call(function: Callable[..., Any], term: RewardTerm) -> Callable[[Samp
     keywords, positional = _convention(partial(function, **term.arguments), term)
 
     def ask(sample: Sample) -> Any:
-        values = {
-            "data_source": sample.data_source,
-            "solution_str": sample.solution_str,
-            "ground_truth": _json.decode(sample.ground_truth),
-            "extra_info": _json.decode(sample.extra_info),
-            "response_ids": sample.response_ids,
-            "turns": sample.turns,
-        }
+        values = {name: getattr(sample, name) for name in (*_NAMES, *_EXTRA_NAMES)}
+        values |= {name: _json.decode(values[name]) for name in ("ground_truth", "extra_info")}
         positions = [values[name] for name in _NAMES[:positional]]
         return _awaited(function(*positions, **{name: values[name] for name in keywords}, **term.arguments))
 
@@ -207,7 +201,9 @@ def _trl_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Cal
 
     def ask(sample: Sample) -> Any:
         metrics: dict[str, Any] = {}
-        values = {**_columns(sample), "log_extra": _ignore, "log_metric": metrics.__setitem__, **arguments}
+        # log_extra fills TRL's table of completions; here the replay log holds them all
+        loggers = {"log_extra": lambda column, values: None, "log_metric": metrics.__setitem__}
+        values = {**_columns(sample), **loggers, **arguments}
         if missing := [name for name in required if name not in values]:
             raise TypeError(f"it takes {missing}, which the dataset row does not have; its columns are {sorted(values)}")
         result = _awaited(function(**{name: value for name, value in values.items() if open_ended or name in named}))
@@ -218,10 +214,6 @@ def _trl_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Cal
         return {**metrics, "score": value} if metrics and value is not None else value
 
     return ask
-
-
-def _ignore(column: str, values: list[Any]) -> None:
-    """`log_extra`: TRL's table of completions; here the replay log holds them all."""
 
 
 def _columns(sample: Sample) -> dict[str, Any]:

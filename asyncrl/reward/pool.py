@@ -161,10 +161,8 @@ class RewardPool(Generic[T]):
             )
         if scorer.flight:
             tag, _ = scorer.flight.popleft()
-            if code is not None:
-                verdicts.append((tag, Verdict("invalid", error=died(code))))
-            else:
-                verdicts.append((tag, Verdict("timeout", error=f"no score within reward.deadline_s={self._deadline_s:g}")))
+            late = Verdict("timeout", error=f"no score within reward.deadline_s={self._deadline_s:g}")
+            verdicts.append((tag, late if code is None else Verdict("invalid", error=died(code))))
         self._queue.extendleft(reversed(scorer.flight))
         scorer.kill()
         self._scorers[self._scorers.index(scorer)] = self._spawn()

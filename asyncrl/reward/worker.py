@@ -16,7 +16,7 @@ from asyncrl.rundir import redact
 from asyncrl.types import Report, Score, Status, Unscored, UnscoredLease
 
 log = logging.getLogger(__name__)
-LOGGED_ERRORS = 20  # the first of them; all are in the replay log
+_LOGGED_ERRORS = 20  # the first of them; all are in the replay log
 # While one process is stuck in a slow sample and another is free, the store is asked this often for more.
 _ASK_AGAIN_S = 0.1
 
@@ -69,7 +69,7 @@ class RewardWorker:
         self._shape = shape
         self._lease_size = lease_size
         self._poll_s = poll_s
-        self._ledger = TimeInState()
+        self._time = TimeInState()
         self._held: set[ScoringLease] = set()
         self._counts: Counter[Status] = Counter()
         self._began = time.monotonic()
@@ -87,7 +87,7 @@ class RewardWorker:
         except Closed:
             pass  # the run is stopping: a clean end
         finally:
-            self._ledger.enter("wait:end")
+            self._time.enter("wait:end")
 
     def stop(self) -> None:
         """Asks `run` to return; it does after its current wait, of `poll_s` at most. Callable from any thread."""
@@ -103,18 +103,18 @@ class RewardWorker:
             "scores_per_s": scored / max(time.monotonic() - self._began, 1e-9),
             "process_restarts": float(self._pool.restarts),
         }
-        return Report(name=self._name, role="reward", seconds=self._ledger.seconds(), gauges=gauges)
+        return Report(name=self._name, role="reward", seconds=self._time.seconds(), gauges=gauges)
 
     def _step(self) -> None:
         if not self._ended and self._pool.has_capacity:
             wait_s = 0.0 if self._pool.pending else self._poll_s
-            with self._ledger.span("wait:store"):
+            with self._time.span("wait:store"):
                 lease = self._store.lease_unscored(self._lease_size, wait_s)
             self._ended = lease.ended
             self._accept(lease)
         if not self._pool.pending:
             return
-        self._ledger.enter("busy")
+        self._time.enter("busy")
         wait_s = _ASK_AGAIN_S if self._pool.has_capacity and not self._ended else self._poll_s
         renew_in_s = min((held.renew_at for held in self._held), default=0.0) - time.monotonic()
         self._deliver(self._pool.poll(max(0.0, min(wait_s, renew_in_s))))
@@ -123,7 +123,7 @@ class RewardWorker:
     def _accept(self, lease: UnscoredLease) -> None:
         if not lease.items:
             return
-        self._ledger.enter("busy")
+        self._time.enter("busy")
         held = ScoringLease(lease.lease, len(lease.items), lease.lease_s, time.monotonic() + lease.lease_s / 3)
         self._held.add(held)
         self._pool.submit(((held, item), self._sample(item)) for item in lease.items)
@@ -137,7 +137,7 @@ class RewardWorker:
         by_lease: dict[ScoringLease, list[Score]] = {}
         for (held, item), verdict in verdicts:
             self._counts[verdict.status] += 1
-            if verdict.status != "ok" and self._counts.total() - self._counts["ok"] <= LOGGED_ERRORS:
+            if verdict.status != "ok" and self._counts.total() - self._counts["ok"] <= _LOGGED_ERRORS:
                 log.warning("group %d, rollout %d: %s: %s", item.group, item.rollout, verdict.status, verdict.error)
             by_lease.setdefault(held, []).append(self._score(item, verdict))
         for held, scores in by_lease.items():

@@ -137,8 +137,12 @@ class Bench:
         self.sequence += 1
         key = Key(worker, incarnation, self.sequence, learner)
         self.core.expire()
-        reply = self.core.run(lambda: self.core.verbs[verb](key, *args))
-        return self.core.run(reply.attempt)[1] if isinstance(reply, Poll) else reply
+        with self.core.context.recording():
+            reply = self.core.verbs[verb](key, *args)
+        if not isinstance(reply, Poll):
+            return reply
+        with self.core.context.recording():
+            return reply.attempt()[1]
 
     def reserve(self, k: int, update: int, worker: str = "gen", held: Sequence[int] = (), incarnation: int = 1) -> Any:
         """With weights of the learner's present incarnation."""
@@ -148,7 +152,8 @@ class Bench:
     def take(self, summaries: Sequence[Summary]) -> int:
         """Submits rows, of which there are only summaries; how many were taken."""
         accepted = self.core.scoring.acceptable(summaries)
-        self.core.run(lambda: self.core.scoring.submitted([summaries[i] for i in accepted], self.rows))
+        with self.core.context.recording():
+            self.core.scoring.submitted([summaries[i] for i in accepted], self.rows)
         self.rows += len(accepted)
         return len(accepted)
 
@@ -166,7 +171,7 @@ class Bench:
         """(lease, log rows)."""
         self.core.expire()
         scoring = self.core.scoring
-        self.core.context.changes += scoring.take_back(worker, incarnation - 1)
+        scoring.take_back(worker, incarnation - 1)
         lease, items = scoring.lease(k, Key(worker, incarnation, 0))
         return lease, [scoring._row(*item) for item in items]
 
@@ -175,7 +180,8 @@ class Bench:
 
     def scored(self, lease: int, scores: Sequence[Score], first_row: int = 0) -> None:
         """Verdicts, whose rows stand in the log once more from `first_row` on where their tokens earned something."""
-        self.core.run(lambda: self.core.scoring.scored(self.core.scoring.counting(scores), first_row))
+        with self.core.context.recording():
+            self.core.scoring.scored(self.core.scoring.accepted(scores), first_row)
         self.call("score", lease, [replace(s, token_rewards=None) for s in scores])
 
     def fence(self, committed: int) -> Fence:

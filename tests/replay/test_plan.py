@@ -1,11 +1,19 @@
+from typing import Any
+
 import pytest
 
 from asyncrl.errors import ConfigError
-from asyncrl.replay.plan import PromptOrder, ticket_seed
+from asyncrl.replay.plan import Source, ticket_seed
+from asyncrl.types import Prompt, Sampling
+
+
+def source(size: int, **fields: Any) -> Source:
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=8, stop_token_ids=(0,))
+    return Source(prompts=[Prompt(row=i, ids=(i,), data_source="") for i in range(size)], sampling=sampling, **fields)
 
 
 def test_every_epoch_is_another_permutation_of_all_rows() -> None:
-    order = PromptOrder(50, seed=3, epochs=2)
+    order = source(50, seed=3, epochs=2)
     first, second = ([order.index(e * 50 + i) for i in range(50)] for e in range(2))
     assert sorted(first) == sorted(second) == list(range(50))
     assert first != second
@@ -14,21 +22,21 @@ def test_every_epoch_is_another_permutation_of_all_rows() -> None:
 
 
 def test_the_order_depends_on_the_seed_alone() -> None:
-    one, two, other = PromptOrder(50, 3), PromptOrder(50, 3), PromptOrder(50, 4)
+    one, two, other = source(50, seed=3), source(50, seed=3), source(50, seed=4)
     late = [two.index(p) for p in (149, 3, 70)]  # asked in another order, across epochs
     assert [one.index(p) for p in (149, 3, 70)] == late
     assert [one.index(p) for p in range(50)] != [other.index(p) for p in range(50)]
 
 
 def test_without_shuffling_it_is_the_order_of_the_file() -> None:
-    order = PromptOrder(3, seed=9, shuffle=False)
+    order = source(3, seed=9, shuffle=False)
     assert [order.index(p) for p in range(7)] == [0, 1, 2, 0, 1, 2, 0]
     assert order.total is None
 
 
 def test_no_prompts_is_refused() -> None:
     with pytest.raises(ConfigError, match="0 prompts"):
-        PromptOrder(0, seed=1)
+        source(0, seed=1)
 
 
 def test_seeds_differ_in_every_part() -> None:

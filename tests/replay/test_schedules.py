@@ -113,7 +113,7 @@ class World:
         """As the store does it: rows whose tokens earned something are written again first."""
         first = self.bench.rows
         scoring = self.bench.core.scoring
-        for s in (s for s in scoring.counting(scores) if s.token_rewards):
+        for s in (s for s in scoring.accepted(scores) if s.token_rewards):
             row = scoring._row(s.group, s.rollout)
             self.tokens[self.bench.rows], self.earned[self.bench.rows] = self.tokens[row], s.token_rewards
             self.bench.rows += 1

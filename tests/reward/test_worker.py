@@ -179,12 +179,12 @@ def test_a_function_that_cannot_be_loaded_fails_before_anything_is_leased(tmp_pa
 
 def test_time_divides_into_busy_and_waiting(worker):
     clock = iter(range(1000))
-    ledger = TimeInState(clock=lambda: float(next(clock)))
+    spent = TimeInState(clock=lambda: float(next(clock)))
     store = FakeStore([rollout(0, "12")])
     reward = worker(store)
-    reward._ledger = ledger
+    reward._time = spent
     reward.run()
-    seconds = ledger.seconds()
+    seconds = spent.seconds()
     assert set(seconds) == {"wait:start", "busy", "wait:store", "wait:end"}
     assert sum(seconds.values()) == next(clock) - 1
 

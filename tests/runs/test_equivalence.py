@@ -14,7 +14,7 @@ from asyncrl.models.packed import PackedModel
 from asyncrl.models.tokenizing import load_tokenizer
 from asyncrl.prompts.dataset import PromptFile
 from asyncrl.replay import open as open_replay
-from asyncrl.replay.plan import PromptOrder, ticket_seed
+from asyncrl.replay.plan import Source, ticket_seed
 from asyncrl.types import GenerationRequest, Sampling, TrainRollout, Version
 
 STEPS, GROUPS, N = 5, 4, 4
@@ -38,13 +38,13 @@ def plain_loop(recipe, prompts, refused_dir):
         total_steps=recipe.total_steps,
         refused_dir=refused_dir,
     )
-    order = PromptOrder(len(prompts), recipe.seed)
+    source = Source(prompts=prompts, sampling=sampling, seed=recipe.seed)
     tokens, losses = [], []
     for update in range(STEPS):
         engine.update_weights(Version(1, update), named_weights(trainer.model))
         batch, answers = [], []
         for position in range(update * GROUPS, (update + 1) * GROUPS):
-            prompt = prompts[order.index(position)]
+            prompt = prompts[source.index(position)]
             requests = [
                 GenerationRequest(
                     id=f"{position}-{rollout}",

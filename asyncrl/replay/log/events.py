@@ -3,9 +3,11 @@
 Each event is one row of the event log: typed columns for readers, and the whole event as msgpack for the rebuild.
 """
 
-from typing import Any, Union
+from collections.abc import Sequence
+from typing import Any, ClassVar, Union
 
 import msgspec
+import pyarrow as pa
 from msgspec import Struct
 
 from asyncrl.types import EvalResult, Outcome, Purpose, Status, Version
@@ -90,6 +92,7 @@ class BatchCommitted(Event, tag="committed", frozen=True):
     groups: tuple[int, ...]
     metrics: dict[str, float]
     time: float  # seconds since the epoch
+    outcome: ClassVar[Outcome] = "trained"
 
 
 class LearnerFenced(Event, tag="fenced", frozen=True):
@@ -146,18 +149,42 @@ class SegmentDropped(Event, tag="segment_dropped", frozen=True):
 
 
 _decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Union[tuple(Event.__subclasses__())])  # noqa: UP007
-encode = msgspec.msgpack.Encoder().encode
+_encode = msgspec.msgpack.Encoder().encode
 decode = _decoder.decode
 
-COLUMNS = ("group", "rollout", "attempt", "row", "update", "incarnation", "outcome", "status", "reward", "worker")
+EVENTS = pa.schema(
+    [
+        ("seq", pa.int64()),
+        ("time", pa.float64()),  # seconds since the epoch
+        ("kind", pa.string()),
+        ("group", pa.int64()),
+        ("rollout", pa.int32()),
+        ("attempt", pa.int32()),
+        ("row", pa.int64()),  # of the row stream
+        ("update", pa.int64()),
+        ("incarnation", pa.int64()),
+        ("outcome", pa.string()),
+        ("status", pa.string()),
+        ("reward", pa.float64()),
+        ("worker", pa.string()),
+        ("payload", pa.binary()),  # the whole event, msgpack
+    ],
+    metadata={"asyncrl.events": "1"},
+)
 
 
-def columns(event: Event) -> dict[str, Any]:
-    """The event's typed columns; None where it has no such field. A version fills `update` and `incarnation`."""
-    found = {name: getattr(event, name, None) for name in COLUMNS}
-    version = event.result.version if isinstance(event, Evaluated) else getattr(event, "version", None)
-    if version is not None:
-        found["update"], found["incarnation"] = version.update, version.incarnation
-    if isinstance(event, BatchCommitted):
-        found["outcome"] = "trained"
-    return found
+def to_batch(events: Sequence[Event], first: int, time: float) -> pa.RecordBatch:
+    """Rows of EVENTS; a column is null where an event has no such field. A version fills `update` and `incarnation`.
+
+    first: `seq` of the first event; time: seconds since the epoch, when they are written.
+    """
+    columns: dict[str, Any] = {name: [getattr(e, name, None) for e in events] for name in EVENTS.names}
+    for place, event in enumerate(events):
+        version = event.result.version if isinstance(event, Evaluated) else getattr(event, "version", None)
+        if version is not None:
+            columns["update"][place], columns["incarnation"][place] = version.update, version.incarnation
+    columns["seq"] = range(first, first + len(events))
+    columns["time"] = [time] * len(events)
+    columns["kind"] = [e.__struct_config__.tag for e in events]
+    columns["payload"] = [_encode(e) for e in events]
+    return pa.RecordBatch.from_arrays([pa.array(columns[field.name], field.type) for field in EVENTS], schema=EVENTS)

@@ -4,7 +4,7 @@ them count. "Acknowledged" means handed to the operating system: it survives any
 import fcntl
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,26 +17,6 @@ from asyncrl.errors import DataError, Unavailable
 from asyncrl.replay.log.rows import ROWS
 from asyncrl.replay.log.segments import Segments
 
-EVENTS = pa.schema(
-    [
-        ("seq", pa.int64()),
-        ("time", pa.float64()),  # seconds since the epoch
-        ("kind", pa.string()),
-        ("group", pa.int64()),
-        ("rollout", pa.int32()),
-        ("attempt", pa.int32()),
-        ("row", pa.int64()),  # of the row stream
-        ("update", pa.int64()),
-        ("incarnation", pa.int64()),
-        ("outcome", pa.string()),
-        ("status", pa.string()),
-        ("reward", pa.float64()),
-        ("worker", pa.string()),
-        ("payload", pa.binary()),  # the whole event, msgpack
-    ],
-    metadata={"asyncrl.events": "1"},
-)
-
 
 class ReplayLog:
     """Opens or creates the log in `folder` and recovers what a kill left: `history` holds every acknowledged event.
@@ -46,12 +26,11 @@ class ReplayLog:
     Its owner holds `locked(folder)`. Raises `DataError` naming the file if a closed segment is damaged.
     """
 
-    def __init__(self, folder: Path, spec: StoreSpec = StoreSpec(), wall: Callable[[], float] = time.time) -> None:
+    def __init__(self, folder: Path, spec: StoreSpec = StoreSpec()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._spec = spec
-        self._wall = wall
         self._groups: dict[int, frozenset[int]] = {}  # of closed row segments, by number
-        self._events = Segments(folder, "events", EVENTS, spec.fsync == "call", {})
+        self._events = Segments(folder, "events", ev.EVENTS, spec.fsync == "call", {})
         batches = self._read_events(folder)
         closed = [e for batch in batches for e in batch if isinstance(e, ev.SegmentClosed)]
         known = {stream: {e.number: e for e in closed if e.stream == stream} for stream in ("rows", "events")}
@@ -134,9 +113,8 @@ class ReplayLog:
         """Closes the recovered tails, and notes segments that no event knows: these, or ones closed just before a kill."""
         self._rows.close_segment()
         self._events.close_segment()
-        for stream, segments in (("events", self._events), ("rows", self._rows)):
-            if unknown := [s for s in segments.closed if s.number not in known[stream]]:
-                self._append(unknown)
+        if unknown := [s for s in [*self._events.closed, *self._rows.closed] if s.number not in known[s.stream]]:
+            self._append(unknown)
         dropped = {e.number for e in self.history if isinstance(e, ev.SegmentDropped)}
         for segment in [s for s in self._rows.closed if s.number in dropped]:
             self._rows.drop(segment)
@@ -144,24 +122,17 @@ class ReplayLog:
     # ----------------------------------------------------------------------------------------- helpers
 
     def _append(self, events: Sequence[ev.Event]) -> None:
-        now = self._wall()
-        lines = [
-            ev.columns(e) | {"seq": seq, "time": now, "kind": e.__struct_config__.tag, "payload": ev.encode(e)}
-            for seq, e in enumerate(events, self._events.rows)
-        ]
-        self._events.append(pa.RecordBatch.from_pylist(lines, EVENTS))
+        self._events.append(ev.to_batch(events, self._events.rows, time.time()))
 
     def _close_rows(self) -> None:
         groups = frozenset(g for batch in self._rows.batches for g in batch.column("group").to_pylist())
-        segment = self._rows.close_segment()
-        if segment is not None:
+        if segment := self._rows.close_segment():
             self._groups[segment.number] = groups
             self._append([segment])
 
     def _close_events(self) -> None:
         self._close_rows()  # a closed event must not name a row of the tail, whose end can be lost
-        segment = self._events.close_segment()
-        if segment is not None:
+        if segment := self._events.close_segment():
             self._append([segment])
 
     def _groups_of(self, segment: ev.SegmentClosed) -> frozenset[int]:

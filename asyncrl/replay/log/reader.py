@@ -10,7 +10,6 @@ import pyarrow as pa
 
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import DataError
-from asyncrl.replay.log.log import EVENTS
 from asyncrl.replay.log.rows import ROWS
 from asyncrl.replay.log.segments import listing, read_closed, read_tail
 
@@ -37,20 +36,18 @@ class ReplayReader:
 
     def events(self) -> pa.Table:
         """All events in order, typed columns; `payload` is the whole event as msgpack."""
-        return self._read("events", EVENTS)
+        return self._read("events", ev.EVENTS)
 
     def rollouts(self) -> pa.Table:
-        """One line per rollout that counts, baselines included: the row (schema.ROWS), its verdict, and what happened to its
+        """One line per rollout that counts, baselines included: the row (rows.ROWS), its verdict, and what happened to its
         group."""
         events = self.events()  # before the rows: whatever they count is then on disk
-        joined, outcomes, trained = _walk(events)
+        joined = _walk(events)
         rows = self._read("rows", ROWS)
         keys = zip(*(rows.column(name).to_pylist() for name in ("group", "rollout", "attempt")), strict=True)
         last = {key: i for i, key in enumerate(keys) if key in joined}  # a later row of a rollout also has its token rewards
         picked = [(i, joined[key]) for key, i in last.items()]
         table = rows.take(pa.array([i for i, _ in picked], pa.int64()))
-        for _, line in picked:
-            line["outcome"], line["trained_update"] = outcomes.get(line["group"]), trained.get(line["group"])
         for field in _JOINED:
             table = table.append_column(field, pa.array([line.get(field.name) for _, line in picked], field.type))
         return table
@@ -68,8 +65,8 @@ class ReplayReader:
         raise DataError(f"{self._folder} changed {_ATTEMPTS} times while it was read: try again")
 
 
-def _walk(events: pa.Table) -> tuple[dict[tuple[int, int, int], dict[str, Any]], dict[int, str], dict[int, int]]:
-    """(verdict by (group, rollout, attempt), outcome by group, update by trained group)."""
+def _walk(events: pa.Table) -> dict[tuple[int, int, int], dict[str, Any]]:
+    """The values of _JOINED by (group, rollout, attempt)."""
     lines: dict[tuple[int, int, int], dict[str, Any]] = {}
     outcomes: dict[int, str] = {}
     trained: dict[int, int] = {}
@@ -79,7 +76,7 @@ def _walk(events: pa.Table) -> tuple[dict[tuple[int, int, int], dict[str, Any]],
         if isinstance(event, ev.GroupReserved) and event.purpose == "train":
             pending.add(event.group)
         elif isinstance(event, ev.RolloutSubmitted):
-            lines[event.group, event.rollout, event.attempt] = {"group": event.group, "submitted_time": time}
+            lines[event.group, event.rollout, event.attempt] = {"submitted_time": time}
         elif isinstance(event, ev.RolloutScored):
             verdict = {"status": event.status, "reward": event.reward, "parts": list(event.parts.items()), "error": event.error}
             lines[event.group, event.rollout, event.attempt] |= {**verdict, "scored_time": time}
@@ -98,7 +95,9 @@ def _walk(events: pa.Table) -> tuple[dict[tuple[int, int, int], dict[str, Any]],
         elif isinstance(event, ev.Ended):
             outcomes.update(dict.fromkeys(pending, "evicted"))
             pending.clear()
-    return lines, outcomes, trained
+    for (group, _, _), line in lines.items():
+        line["outcome"], line["trained_update"] = outcomes.get(group), trained.get(group)
+    return lines
 
 
 def open_run(run_dir: str | Path) -> ReplayReader:

@@ -28,19 +28,15 @@ def read_tail(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
 
     Raises `DataError` if it is of another schema, `FileNotFoundError` if it was closed meanwhile."""
     data = pa.py_buffer(path.read_bytes())
+    batches: list[pa.RecordBatch] = []
     try:
-        found = pa.ipc.open_stream(data).schema
+        _check_schema(path, pa.ipc.open_stream(data).schema, schema)
         reader = pa.ipc.MessageReader.open_stream(data)
         reader.read_next_message()  # the schema
-    except (StopIteration, OSError, pa.ArrowInvalid):
-        return []
-    _check_schema(path, found, schema)
-    batches = []
-    while True:
-        try:
+        while True:
             batches.append(pa.ipc.read_record_batch(reader.read_next_message(), schema))
-        except (StopIteration, OSError, pa.ArrowInvalid):
-            return batches
+    except (StopIteration, OSError, pa.ArrowInvalid):  # the end, or a cut
+        return batches
 
 
 def read_closed(path: Path, schema: pa.Schema) -> pa.ipc.RecordBatchFileReader:
@@ -71,8 +67,11 @@ def listing(folder: Path, stem: str) -> tuple[list[tuple[int, Path]], list[tuple
 
 
 class Segments:
-    """known: what the event log says of this stream's closed segments, by number, deleted ones included. Opening reads the
-    tail's whole batches into memory; the owner then calls `keep` and `close_segment` before the first `append`."""
+    """A stream, and all that is done with its files. Opening reads the tail's whole batches into memory; the owner then calls
+    `keep` and `close_segment` before the first `append`.
+
+    known: what the event log says of this stream's closed segments, by number, deleted ones included.
+    """
 
     def __init__(self, folder: Path, stem: str, schema: pa.Schema, fsync_calls: bool, known: dict[int, SegmentClosed]) -> None:
         self._folder = folder
@@ -84,8 +83,9 @@ class Segments:
         closed, tails = listing(folder, stem)
         seen = dict(known)
         for number, path in closed:
-            if number not in seen:
-                seen[number] = self._measure(number, path, _end(seen))
+            if number not in seen:  # closed just before a kill: the event log does not know it yet
+                count = read_closed(path, schema).read_all().num_rows
+                seen[number] = SegmentClosed(stem, number, _end(seen), count, _crc32(path))
             self.closed.append(seen[number])
         self.tail_first = _end(seen)
         self.batches: list[pa.RecordBatch] = []
@@ -93,8 +93,7 @@ class Segments:
         self.rows = self.tail_first  # of the stream so far, deleted ones included: the number of the next row
         self.tail_bytes = 0
         self._hold([batch for _, path in tails for batch in read_tail(path, schema)])
-        newest = max([-1, *(n for n, _ in closed), *known])
-        self._number = max([newest + 1, *(n for n, _ in tails)])
+        self._number = max([max(seen, default=-1) + 1, *(n for n, _ in tails)])
         self._file = -1
         for leftover in [*folder.glob(f"{stem}-*.writing"), *(self._path("tail", n) for n, _ in closed)]:
             leftover.unlink(missing_ok=True)
@@ -214,10 +213,6 @@ class Segments:
             self.batches[-_JOIN_BATCHES:] = [pa.concat_batches(self.batches[-_JOIN_BATCHES:])]
             del self._starts[1 - _JOIN_BATCHES :]
             self._loose = 0
-
-    def _measure(self, number: int, path: Path, first: int) -> SegmentClosed:
-        """A segment that was closed just before a kill, so that the event log does not know it yet."""
-        return SegmentClosed(self._stem, number, first, read_closed(path, self._schema).read_all().num_rows, _crc32(path))
 
     def _path(self, suffix: str, number: int | None = None) -> Path:
         return self._folder / f"{self._stem}-{self._number if number is None else number:08d}.{suffix}"
