@@ -1,6 +1,6 @@
 """Versions and staleness, defined once. Pure: no I/O, no clock, no Ray; the store, tests and simulator all run this.
 
-Words (DESIGN §2): `committed` (c) is the number of updates the learner has committed; `update` (u) the update count of
+Words (docs/staleness.md): `committed` (c) is the number of updates the learner has committed; `update` (u) the update count of
 some weights; `max_lag` (η) the bound in versions; a *position* counts outstanding groups from the oldest, from 0.
 """
 

@@ -1,6 +1,6 @@
 """The nouns that travel between the stages. Immutable; no torch, no Ray, no I/O.
 
-One noun per hop (DESIGN, "The flow"):
+One noun per hop (docs/architecture.md):
 
     Ticket ──► Generation ──► Rollout ──► Unscored ──► Score ──► BatchLease + TrainRollout ──► commit
     store      engine         generator   store        reward    store                        learner
@@ -87,12 +87,15 @@ class Ticket(Struct, frozen=True, kw_only=True):
     baseline: int | None = None  # the rollout that is to be greedy, and is compared with, not trained (ReMax), if there is one
 
 
+TOO_OLD = "weights too old"  # what only newer weights help against
+
+
 class Reserved(Struct, frozen=True, kw_only=True):
     """Reply to `reserve`. No ticket means: waited until the deadline."""
 
     tickets: tuple[Ticket, ...] = ()
     cancelled: tuple[int, ...] = ()  # held groups that the store no longer wants; abort them
-    waiting_for: str = ""  # why there was no ticket
+    waiting_for: str = ""  # why there was no ticket: TOO_OLD, or whom the store waits for
     ended: bool = False  # there will be no more tickets
 
 

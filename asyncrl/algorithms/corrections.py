@@ -108,7 +108,7 @@ MASKS: dict[str, Callable[[AlgorithmSpec, Tensor, Tensor], Tensor]] = {
 }
 
 
-def pack_mask(spec: AlgorithmSpec, delta_t: Tensor, sequence_t: Tensor) -> Tensor:
+def rejection_mask(spec: AlgorithmSpec, delta_t: Tensor, sequence_t: Tensor) -> Tensor:
     """What of a pack stays by those of the recipe's masks that see a token or a sequence [T] bool."""
     kept_t = torch.ones_like(delta_t, dtype=torch.bool)
     for name in spec.masks:

@@ -145,7 +145,7 @@ def gmpo(logp_t: Tensor, old_t: Tensor, advantages_t: Tensor, sequence_t: Tensor
 
 
 def _of_tokens(loss: Callable[..., Loss], **bounds: float | None) -> PolicyLoss:
-    """Of a loss that has no use for sequences."""
+    """Makes a loss whose tokens stand alone take, and ignore, the sequence of each."""
     return lambda logp_t, old_t, advantages_t, _: loss(logp_t, old_t, advantages_t, **bounds)
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from asyncrl.algorithms.corrections import CORRECTIONS, interpolated_proximal, pack_mask
+from asyncrl.algorithms.corrections import CORRECTIONS, interpolated_proximal, rejection_mask
 from asyncrl.algorithms.kl import KL_ESTIMATORS
 from asyncrl.algorithms.losses import policy_loss
 from asyncrl.config import AlgorithmSpec
@@ -51,7 +51,7 @@ def objective(
     """
     old_t = _old(spec, columns, logp_t)
     loss_t, figures = policy_loss(spec)(logp_t, old_t, columns.advantages_t, columns.sequence_t)
-    counted = _count(spec, columns, old_t)
+    counted = _token_weights(spec, columns, old_t)
     pg_loss = (columns.coefficients_t * counted.weights_t * loss_t).sum()
     loss = pg_loss
     sums = {
@@ -79,10 +79,10 @@ def _old(spec: AlgorithmSpec, columns: Columns, logp_t: Tensor) -> Tensor:
     return columns.proximal_t
 
 
-def _count(spec: AlgorithmSpec, columns: Columns, old_t: Tensor) -> TokenWeights:
+def _token_weights(spec: AlgorithmSpec, columns: Columns, old_t: Tensor) -> TokenWeights:
     correction = "none" if spec.learns_preferences else spec.correction
     weights_t, capped_t = CORRECTIONS[correction](spec, old_t, columns.behaviour_t, columns.sequence_t)
-    kept_t = pack_mask(spec, (columns.proximal_t - columns.behaviour_t).detach(), columns.sequence_t)
+    kept_t = rejection_mask(spec, (columns.proximal_t - columns.behaviour_t).detach(), columns.sequence_t)
     if columns.kept_t is not None:
         kept_t = kept_t & columns.kept_t
     return TokenWeights(weights_t * kept_t, capped_t, ~kept_t)

@@ -137,7 +137,7 @@ def _batches(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
                 f"{', '.join(recipe.data.files)}: {rows} rows < learner.batch_groups={batch}: an epoch cannot fill a batch, so "
                 f"one prompt would be in a batch twice; add data, or set learner.batch_groups={rows} or less"
             )
-    bound = recipe.bound()
+    bound = recipe.staleness_rule()
     most = bound.room(outstanding=0, committed=0, update=0)
     rule = "wait" if bound.waits else bound.on_stale
     return (

@@ -14,7 +14,7 @@ class PlaceSpec(Spec, frozen=True, kw_only=True):
     resources: dict[str, float] = {}  # Ray's custom resources, by name
 
 
-# How new weights enter while requests run; DESIGN §5 says what each of them promises.
+# How new weights enter while requests run; docs/sglang.md says what each of them promises.
 UpdateMode = Literal["in_flight", "keep_kv", "drain", "restart"]
 
 

@@ -247,13 +247,13 @@ class Recipe(Spec, frozen=True, kw_only=True):
             f"critic.critic_warmup={critic.critic_warmup} >= total_steps={self.total_steps}: the policy would never move; "
             "lower it",
         )
-        self.bound()
+        self.staleness_rule()
 
     @property
     def rollouts_per_group(self) -> int:
         """Those generated together: the sampled ones and, where the estimator wants it, their baseline."""
         return self.sampling.n + self.algorithm.wants_baseline
 
-    def bound(self) -> Staleness:
+    def staleness_rule(self) -> Staleness:
         """The staleness rule that the store and the learner both run."""
         return Staleness(batch_groups=self.learner.batch_groups, **asdict(self.staleness))

@@ -18,7 +18,7 @@ from asyncrl.generate.states import GeneratorEvent, GeneratorState, accepts, sta
 from asyncrl.generate.workload import EndedRequest, GeneratorCounters, HeldGroup, StoreReply, Workload
 from asyncrl.interfaces import Engine, GeneratorStore, WeightSource
 from asyncrl.report.timing import TimeInState
-from asyncrl.types import Generation, Report, Reserved, Rollout, Ticket, Version
+from asyncrl.types import TOO_OLD, Generation, Report, Reserved, Rollout, Ticket, Version
 
 JOIN_S = 30.0  # how long a thread may take to notice the end, beyond its long poll
 NOTICE_S = 0.5  # longest wait for weights: it can't be cut short, and so delays the end of every run
@@ -28,7 +28,7 @@ class Generator:
     """Runs one engine for one store. Owns neither: whoever made them closes them.
 
     group_size: rollouts per training ticket, its baseline included; a ticket is asked for when that many slots are free.
-    poll_s: longest wait for the next sign of life to the store, which is also when cancellations are heard while all slots are
+    poll_s: the store hears from the generator at least this often, and the generator of cancellations, also while all slots are
     taken. reserve_wait_s: long poll of one `reserve`; a swap waits for it, and a newer version is told only after it.
     health_timeout_s: an engine that has work and makes no step for so long is an error.
     """
@@ -147,7 +147,7 @@ class Generator:
 
     # --------------------------------------------------------------------------------------------- feed
 
-    def _room(self) -> int:
+    def _tickets_wanted(self) -> int:
         """How many tickets to ask for now. The engine may have fewer slots than requests unfinished: then none."""
         too_old = self._reply.too_old == self._version and self._since_heard() < self._poll_s
         if too_old or self._reply.ended or not accepts(self._state, GeneratorEvent.RESERVE):
@@ -164,12 +164,12 @@ class Generator:
             with self._cond:
                 # Waits here, not in the store, while the slots are taken: a freed slot must be refilled at once.
                 rest = max(0.0, self._poll_s - self._since_heard()) if self._version else self._poll_s
-                self._cond.wait_for(lambda: self._over() or self._room() > 0, timeout=rest)
+                self._cond.wait_for(lambda: self._over() or self._tickets_wanted() > 0, timeout=rest)
                 if self._over():
                     return
                 if (version := self._version) is None:
                     continue
-                k, held = self._room(), self._work.groups()
+                k, held = self._tickets_wanted(), self._work.groups()
                 if k:
                     self._step(GeneratorEvent.RESERVE)
             reserved = self._store.reserve(k, version, held, self._reserve_wait_s if k else 0.0)
@@ -194,7 +194,7 @@ class Generator:
         with self._cond:
             self._reply.ended = self._reply.ended or reserved.ended
             if asked:
-                self._reply.too_old = version if "too old" in reserved.waiting_for else None
+                self._reply.too_old = version if reserved.waiting_for == TOO_OLD else None
                 if reserved.waiting_for:
                     self._counters.add("waits/" + reserved.waiting_for.replace(" ", "_"))
                 self._step(GeneratorEvent.RESERVED)

@@ -36,7 +36,7 @@ class TrainBatch(NamedTuple):
 def make_batch(rollouts: Sequence[TrainRollout], bound: Staleness, committed: int) -> TrainBatch:
     """Columns for update `committed + 1`.
 
-    Advantages see every rollout; tokens are trained where the policy chose them and the bound allows (DESIGN §2). All
+    Advantages see every rollout; tokens are trained where the policy chose them and the bound allows. All
     others stay as context. A rollout without a trained token is left out after its reward has counted.
     """
     trained = [np.asarray(r.loss_mask, dtype=bool) & bound.trainable(r.updates, committed) for r in rollouts]

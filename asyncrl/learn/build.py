@@ -21,7 +21,7 @@ def policy_trainer(recipe: Recipe, *, device: str, refused_dir: Path) -> PolicyT
         PackedModel(policy, temperature),
         recipe.learner,
         recipe.algorithm,
-        recipe.bound(),
+        recipe.staleness_rule(),
         total_steps=recipe.total_steps,
         refused_dir=refused_dir,
         reference=PackedModel(load_model(recipe.model, device), temperature) if recipe.algorithm.needs_reference else None,

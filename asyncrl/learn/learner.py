@@ -72,7 +72,7 @@ class Learner:
         self._save_freq = save_freq
         self._eval_freq = eval_freq
         self._poll_s = poll_s
-        self._ledger = TimeInState()
+        self._time = TimeInState()
         self._stopping = threading.Event()
         self._started = False
         self._version = Version(0, 0)
@@ -113,7 +113,7 @@ class Learner:
         The last version is checkpointed and evaluated, unless stopped. Raises Fenced if a newer learner took over,
         Unavailable without a store, NonFinite if training broke down. A closed store ends it quietly.
         """
-        self._ledger.enter("busy")
+        self._time.enter("busy")
         try:
             if not self._started:
                 self.start()
@@ -129,7 +129,7 @@ class Learner:
         except Closed:
             log.info("the store has closed; ending at update %d", self.committed)
         finally:
-            self._ledger.enter("wait:idle")
+            self._time.enter("wait:idle")
         return self.committed
 
     @property
@@ -151,7 +151,7 @@ class Learner:
         bus = self._bus
         gauges = {} if bus is None else {f"bus/{name}": value for name, value in bus.gauges().items()}
         gauges["update"] = float(self.committed)
-        return Report(name="learner", role="learner", seconds=self._ledger.seconds(), gauges=gauges)
+        return Report(name="learner", role="learner", seconds=self._time.seconds(), gauges=gauges)
 
     def save_checkpoint(self) -> str:
         """Saves the current version, between runs, and returns the folder."""
@@ -223,7 +223,7 @@ class Learner:
         if self._eval_freq is None or self._evaluated == self._version:
             return
         if last or self.committed % self._eval_freq == 0:
-            with self._ledger.span("wait:store"):
+            with self._time.span("wait:store"):
                 self._store.request_eval(self._version)
             self._evaluated = self._version
 
@@ -243,6 +243,6 @@ class Learner:
     def _timed(self, state: str, name: str) -> Iterator[None]:
         """Counts the block's time to a ledger state and to a metric, which is logged with the next commit."""
         started = time.monotonic()
-        with self._ledger.span(state):
+        with self._time.span(state):
             yield
         self._timings[name] += time.monotonic() - started

@@ -59,7 +59,7 @@ class PolicyTrainer:
         if algorithm.needs_critic != (critic is not None):
             raise ConfigError(
                 f"algorithm.adv_estimator={algorithm.adv_estimator!r} {'needs' if critic is None else 'has no use for'} a "
-                "critic: advantages could not be made as the recipe says; give one with 'gae', and none else"
+                "critic: advantages could not be made as the recipe says; pass a critic with 'gae', and only then"
             )
         self.model = policy.model
         self.critic = critic
@@ -70,7 +70,7 @@ class PolicyTrainer:
         self._reference = reference if algorithm.needs_reference else None
         self._learner = learner
         self._algorithm = algorithm
-        self._bound = bound
+        self._rule = bound
         self._kl = KLControl(algorithm)
         self.state = self._kl.state  # figures for the checkpoint: the KL coefficient, where it adapts; moments of the rewards
         self._normalizer = RewardNormalizer(algorithm.reward_normalization, self.state)
@@ -85,7 +85,7 @@ class PolicyTrainer:
         rate = self._optimization.schedule(committed)
         if self.critic is not None:
             self.critic.optimization.schedule(committed)
-        batch = make_batch(rollouts, self._bound, committed)
+        batch = make_batch(rollouts, self._rule, committed)
         update = Update(batch.to(self.model.device), committed + 1)
         steps = [
             (members, make_packs(batch.sequences, members, self._learner.max_tokens_per_pack, self.model.device))

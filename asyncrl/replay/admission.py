@@ -1,4 +1,4 @@
-"""Reservations of training groups: admission, retries, and groups whose holder was lost (DESIGN §2)."""
+"""Reservations of training groups: admission, retries, and groups whose holder was lost."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,9 +7,7 @@ import asyncrl.replay.log.events as ev
 from asyncrl.replay.ledger import StoreContext
 from asyncrl.replay.plan import ticket_seed
 from asyncrl.replay.state import Group
-from asyncrl.types import Key, Ticket, Version
-
-TOO_OLD = "weights too old"
+from asyncrl.types import TOO_OLD, Key, Ticket, Version
 
 
 class Holders:

@@ -1,4 +1,4 @@
-"""Batches for the learner: leased, committed, fenced, replayed (DESIGN §2 `on_stale`, §3 restore)."""
+"""Batches for the learner: leased, committed, fenced, replayed after a restore."""
 
 import heapq
 import random
@@ -116,11 +116,11 @@ class Batches:
 
     def rows(self, caller: Key, groups: Sequence[int]) -> TrainRows:
         self._ledger.check_learner(caller.learner)
-        found = self.trainable(groups)
+        found = self.ok_rows(groups)
         batch = self._context.log.take([row for row, _ in found], TRAIN_COLUMNS)
         return TrainRows(to_ipc(batch), [score for _, score in found])
 
-    def trainable(self, groups: Sequence[int]) -> list[tuple[int, TrainScore]]:
+    def ok_rows(self, groups: Sequence[int]) -> list[tuple[int, TrainScore]]:
         """(log row, score) of the `ok` sampled rollouts of leased groups. One whose tokens are all too old is among them: the
         learner masks it, and its reward still counts for its group's mean."""
         ledger = self._ledger
@@ -165,8 +165,8 @@ class Batches:
         self._context.log.truncate({g.id for g in [*ledger.outstanding(), *trained]})
 
     def _check_empty_groups(self) -> None:
-        """A reward that always raises, or rewards that never vary, would otherwise generate for ever. Every ready group allows
-        for as many empty_groups ones again: what comes slowly still comes."""
+        """A reward that always raises, or rewards that never vary, would otherwise generate for ever. Each ready group
+        since then allows as many empty groups again: what comes slowly still comes."""
         ledger, plan = self._ledger, self._plan
         size, batches = plan.rule.batch_groups, plan.sampling.max_empty_batches
         most = max(_EMPTY_GROUPS, _EMPTY_BATCHES * size) if batches is None else batches * size

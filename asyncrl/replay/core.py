@@ -12,7 +12,7 @@ from typing import Any
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import Fenced
 from asyncrl.interfaces import VERBS
-from asyncrl.replay.admission import TOO_OLD, Admission, Holders
+from asyncrl.replay.admission import Admission, Holders
 from asyncrl.replay.batches import Batches
 from asyncrl.replay.evaluations import Evaluations
 from asyncrl.replay.ledger import Poll, StoreContext
@@ -20,7 +20,7 @@ from asyncrl.replay.log.log import ReplayLog
 from asyncrl.replay.plan import StorePlan
 from asyncrl.replay.scoring import Scoring
 from asyncrl.report.timing import TimeInState
-from asyncrl.types import Key, Reserved, StoreReport, Version
+from asyncrl.types import TOO_OLD, Key, Reserved, StoreReport, Version
 
 _RECORDS_PER_REPORT = 256
 

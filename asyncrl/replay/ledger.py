@@ -227,8 +227,8 @@ _APPLY: dict[type, Callable[[Ledger, Any], None]] = {
 
 
 class Poll(NamedTuple):
-    """What a verb that waits returns: `attempt` is tried now and after every change, until it says that it is done or wait_s
-    are over, and then gave the reply."""
+    """What a verb that waits returns: `attempt` is tried now and after every change, until it is done or
+    wait_s have passed; its last reply is the answer."""
 
     attempt: Callable[[], tuple[bool, Any]]
     wait_s: float

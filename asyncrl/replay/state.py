@@ -20,7 +20,7 @@ class RolloutState(Struct):
 
     @property
     def earned(self) -> float:
-        """In all."""
+        """Reward and token-level rewards together."""
         return self.reward + self.token_sum
 
 

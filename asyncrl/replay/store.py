@@ -101,8 +101,8 @@ class ReplayStore:
     async def _poll(self, stream: Stream, key: Key, begin: Callable[[], Poll]) -> Any:
         """Tries again after every change until the poll is done or its deadline passes; then the last reply.
 
-        A call that its own worker abandoned for a newer one takes nothing any more, and its reply, None, reaches nobody; nor
-        does it `begin`: what it says of its caller is out of date.
+        A call that its own worker abandoned for a newer one does not `begin`, since what it says of its caller is out of date.
+        It takes nothing, and its reply is None, which reaches nobody.
         """
         token = object()
         with self._lock:

@@ -126,7 +126,7 @@ _EXTRA_NAMES = ("response_ids", "turns")  # for turn- and token-level rewards; g
 
 
 def _verl_call(function: Callable[..., Any], term: RewardTerm) -> Callable[[Sample], Any]:
-    keywords, positional = _convention(partial(function, **term.arguments), term)
+    keywords, positional = _verl_arguments(partial(function, **term.arguments), term)
 
     def ask(sample: Sample) -> Any:
         values = {name: getattr(sample, name) for name in (*_NAMES, *_EXTRA_NAMES)}
@@ -137,8 +137,8 @@ def _verl_call(function: Callable[..., Any], term: RewardTerm) -> Callable[[Samp
     return ask
 
 
-def _convention(function: Callable[..., Any], term: RewardTerm) -> tuple[tuple[str, ...], int]:
-    """(names to pass by keyword, how many of the four by position): none, but where the parameters have other names.
+def _verl_arguments(function: Callable[..., Any], term: RewardTerm) -> tuple[tuple[str, ...], int]:
+    """(names to pass by keyword, how many of the four to pass by position, where the parameters have other names).
 
     A function may take fewer than the four, as verl's own `gsm8k.compute_score(solution_str, ground_truth, …)` does. Beside
     them it may name `response_ids`, the response's tokens, and `turns`, the offsets in them where turns start.

@@ -13,7 +13,7 @@ from asyncrl.algorithms.corrections import (
     icepop,
     interpolated_proximal,
     m2po,
-    pack_mask,
+    rejection_mask,
     tis_sequence,
     uncorrected,
 )
@@ -126,7 +126,7 @@ def test_m2po_drops_no_more_than_needed_in_any_order(delta: list[float], bound: 
 def test_a_token_must_pass_all_masks() -> None:
     delta, sequences = logs(1.0, 0.4, 1.4, 1.4), torch.tensor([0, 0, 1, 1])
     spec = AlgorithmSpec(masks=("icepop", "geometric"), geometric_bounds=(0.6, 1.1))
-    assert pack_mask(spec, delta, sequences).tolist() == [True, False, False, False]
-    assert pack_mask(AlgorithmSpec(masks=("icepop",)), delta, sequences).tolist() == [True, False, True, True]
-    assert pack_mask(AlgorithmSpec(masks=("m2po",)), delta, sequences).all()  # sees the minibatch, not the pack
-    assert pack_mask(AlgorithmSpec(), delta, sequences).all()
+    assert rejection_mask(spec, delta, sequences).tolist() == [True, False, False, False]
+    assert rejection_mask(AlgorithmSpec(masks=("icepop",)), delta, sequences).tolist() == [True, False, True, True]
+    assert rejection_mask(AlgorithmSpec(masks=("m2po",)), delta, sequences).all()  # sees the minibatch, not the pack
+    assert rejection_mask(AlgorithmSpec(), delta, sequences).all()

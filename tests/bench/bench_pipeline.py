@@ -114,7 +114,7 @@ def learner_alone(recipe: Recipe, rollouts: list[TrainRollout], folder: Path) ->
         PackedModel(load_model(recipe.model)),
         recipe.learner,
         recipe.algorithm,
-        recipe.bound(),
+        recipe.staleness_rule(),
         total_steps=recipe.total_steps,
         refused_dir=folder,
     )

@@ -133,7 +133,7 @@ def test_specs_are_data_and_frozen() -> None:
 
 
 def test_the_bound_is_that_of_the_recipe() -> None:
-    bound = recipe(learner=LearnerSpec(batch_groups=8), staleness=StalenessSpec(max_lag=2)).bound()
+    bound = recipe(learner=LearnerSpec(batch_groups=8), staleness=StalenessSpec(max_lag=2)).staleness_rule()
     assert bound.room(outstanding=0, committed=0, update=0) == 24  # (2 + 1) · 8
 
 

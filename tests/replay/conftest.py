@@ -190,9 +190,9 @@ class Bench:
     def lease_batch(self, incarnation: int, update: int) -> BatchLease:
         return self.call("lease_batch", update, 0.0, learner=incarnation)
 
-    def trainable(self, incarnation: int, groups: Sequence[int]) -> list[tuple[int, TrainScore]]:
+    def ok_rows(self, incarnation: int, groups: Sequence[int]) -> list[tuple[int, TrainScore]]:
         self.core.ledger.check_learner(incarnation)
-        return self.core.batches.trainable(groups)
+        return self.core.batches.ok_rows(groups)
 
     def commit(self, lease: int, version: Version, metrics: dict[str, float]) -> None:
         self.call("commit", lease, version, metrics)

@@ -31,11 +31,11 @@ def test_the_learner_gets_the_sampled_rollouts_with_what_the_baseline_earned(fak
     bench.scored(0, [fakes.score(a, 2, 0.25, [0.5])], bench.rows)
     lease = bench.lease_batch(1, 0)
     expected = [(0, TrainScore(1.0, {}, 0.75)), (1, TrainScore(0.0, {}, 0.75))]
-    assert bench.trainable(1, lease.groups) == expected
+    assert bench.ok_rows(1, lease.groups) == expected
     before = bench.core.ledger
     bench.core = bench.build()
     assert bench.core.ledger == before
-    assert bench.trainable(1, lease.groups) == expected
+    assert bench.ok_rows(1, lease.groups) == expected
 
 
 def test_a_batch_is_retrained_against_the_same_baseline(fakes: SimpleNamespace) -> None:
@@ -45,13 +45,13 @@ def test_a_batch_is_retrained_against_the_same_baseline(fakes: SimpleNamespace) 
     bench.submit(a, 0)
     bench.score(a, 1.0, 0.0, 0.5)
     lease = bench.lease_batch(1, 0)
-    rows = bench.trainable(1, lease.groups)
+    rows = bench.ok_rows(1, lease.groups)
     assert bench.train(0) == (a.group,)
     bench.core = bench.build()
     bench.fence(0)
     again = bench.lease_batch(2, 0)
     assert again.replayed
-    assert bench.trainable(2, again.groups) == rows
+    assert bench.ok_rows(2, again.groups) == rows
 
 
 @pytest.mark.parametrize(

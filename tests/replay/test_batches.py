@@ -34,7 +34,7 @@ def test_mask_evicts_only_groups_without_a_token_to_train(fakes: SimpleNamespace
     bench.score(half, 1.0, 1.0)
     lease = bench.lease_batch(1, 2)
     assert lease.groups == (half.group,)
-    assert [row for row, _ in bench.trainable(1, lease.groups)] == [2, 3]  # the learner masks the first, and uses its reward
+    assert [row for row, _ in bench.ok_rows(1, lease.groups)] == [2, 3]  # the learner masks the first, and uses its reward
     assert bench.core.ledger.counts().evicted == 1
     assert not bench.core.ledger.retries  # mask does not try again
 

@@ -130,7 +130,7 @@ class World:
         self.ended = answer.ended
         if not answer.groups:
             return
-        rows = self.bench.trainable(self.incarnation, answer.groups)
+        rows = self.bench.ok_rows(self.incarnation, answer.groups)
         self.check(update, answer, rows)
         self.leases.append((answer, update, rows))
 

@@ -111,7 +111,7 @@ def assert_every_group_ended_once(result: RunResult, events: list[Any]) -> None:
 
 def assert_bound(recipe: Recipe, rollouts: list[dict[str, Any]], metrics: dict[int, dict[str, float]]) -> None:
     """The mask computed from the logged spans is, token for token in number and lag, what the learner says it trained."""
-    rule, lags, policy = recipe.bound(), {u: Counter() for u in metrics}, Counter()  # type: ignore[var-annotated]
+    rule, lags, policy = recipe.staleness_rule(), {u: Counter() for u in metrics}, Counter()  # type: ignore[var-annotated]
     for row in rollouts:
         if row["outcome"] != "trained" or row["status"] != "ok":
             continue

@@ -34,7 +34,7 @@ def plain_loop(recipe, prompts, refused_dir):
         PackedModel(load_model(recipe.model)),
         recipe.learner,
         recipe.algorithm,
-        recipe.bound(),
+        recipe.staleness_rule(),
         total_steps=recipe.total_steps,
         refused_dir=refused_dir,
     )
