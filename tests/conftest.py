@@ -71,6 +71,13 @@ HEAVY_FIXTURES = {"local_ray", "sglang_on_cpu", "arithmetic_data"}
 HEAVY_PROGRAMS = ("gcs_server", "raylet", "sglang-cpu-server", "sglang.launch_server")
 
 
+# Tests that share what is dear to start, the first match wins.
+MACHINERY = {
+    "servers": ("tests/generate/sglang/test_engine", "tests/generate/sglang/test_transfer_server", "tests/runs/test_sglang"),
+    "runs": ("tests/runs/", "tests/cluster/", "tests/test_api"),
+}
+
+
 def is_quick(item: Any) -> bool:
     marked = any(item.get_closest_marker(name) for name in HEAVY_MARKS)
     return not (marked or item.path.is_relative_to(ROOT / "tests" / "runs") or HEAVY_FIXTURES & set(item.fixturenames))
@@ -107,19 +114,29 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
         return  # one of the two itself
     if config.args_source is not pytest.Config.ArgsSource.ARGS and config.option.numprocesses is None:
-        config.option.numprocesses, config.option.dist = 2, "loadgroup"
+        config.option.numprocesses, config.option.dist = 2, "loadscope"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process has the Ray of whole runs, the other the SGLang servers; all else goes to whichever is free.
+
+    By path: xdist's own groups need node ids that pytest 9.2 no longer lets it change.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByMachinery(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((scope for scope, paths in MACHINERY.items() if nodeid.startswith(paths)), nodeid)
+
+    return ByMachinery(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    config.option.loadgroup = True  # for xdist's hook after this one: a worker is not told what was not typed
     for item in items:
         if is_quick(item):
             item.add_marker("quick")
-        elif config.pluginmanager.hasplugin("xdist"):
-            # One process has the Ray of whole runs, the other SGLang's servers; both turn to quick tests between them.
-            served = "sglang_on_cpu" in getattr(item, "fixturenames", ()) or item.get_closest_marker("server")
-            item.add_marker(pytest.mark.xdist_group("servers" if served else "runs"))
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:
         import torch

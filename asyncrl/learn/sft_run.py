@@ -51,7 +51,7 @@ class Journal:
         if state["examples"] != examples:
             raise ConfigError(
                 f"{', '.join(self._spec.data.files)} or the tokenizer changed since the checkpoint of step {done}: the rest "
-                "would be other data in another order; put the old files back, or begin anew with --force"
+                "would be other data in another order; put the old files back, or start over with --force"
             )
         return done
 

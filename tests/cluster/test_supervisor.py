@@ -19,7 +19,7 @@ def test_nothing_moving_ends_the_run_with_a_dump(local_ray, tiny_recipe, tmp_pat
         launch(recipe, Deployment(limits=LimitsSpec(stall_timeout_s=5.0, poll_s=0.5)), runs_dir=tmp_path)
     dump = json.loads((tmp_path / "tiny" / "logs" / "stall.json").read_text())
     assert dump.keys() == {"store", "learner", "generator-0", "reward-0"}
-    assert "in _fetch" in dump["learner"], "the stack shows what the learner waits in: its next batch"
+    assert "in fetch" in dump["learner"], "the stack shows what the learner waits in: its next batch"
     assert "worker.py" in dump["reward-0"]
 
 
