@@ -71,10 +71,12 @@ HEAVY_FIXTURES = {"local_ray", "sglang_on_cpu", "arithmetic_data"}
 HEAVY_PROGRAMS = ("gcs_server", "raylet", "sglang-cpu-server", "sglang.launch_server")
 
 
-# Tests that share what is dear to start, the first match wins.
+# Tests that share what is dear to start; the first match wins. Two processes take these, longest first, then all other tests.
 MACHINERY = {
     "servers": ("tests/generate/sglang/test_engine", "tests/generate/sglang/test_transfer_server", "tests/runs/test_sglang"),
-    "runs": ("tests/runs/", "tests/cluster/", "tests/test_api"),
+    "commands": ("tests/runs/test_cli_runs",),  # start a Ray of their own
+    "runs": ("tests/runs/",),
+    "supervision": ("tests/cluster/", "tests/test_api"),
 }
 
 
@@ -119,7 +121,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One process has the Ray of whole runs, the other the SGLang servers; all else goes to whichever is free.
+    """What shares a Ray or SGLang servers stays in one process; all else goes, one by one, to whichever is free.
 
     By path: xdist's own groups need node ids that pytest 9.2 no longer lets it change.
     """
