@@ -71,7 +71,7 @@ HEAVY_FIXTURES = {"local_ray", "sglang_on_cpu", "arithmetic_data"}
 HEAVY_PROGRAMS = ("gcs_server", "raylet", "sglang-cpu-server", "sglang.launch_server")
 
 
-# Tests that share what is dear to start; the first match wins. Two processes take these, longest first, then all other tests.
+# Tests that share what is dear to start; the first match wins. Two processes take these, the largest first, then all others.
 MACHINERY = {
     "servers": ("tests/generate/sglang/test_engine", "tests/generate/sglang/test_transfer_server", "tests/runs/test_sglang"),
     "commands": ("tests/runs/test_cli_runs",),  # start a Ray of their own
