@@ -12,7 +12,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,7 +41,7 @@ class ReplayStore:
         self._core = StoreCore(plan, self._log, clock)
         self._clock = clock
         self._lock = threading.Lock()
-        self._change: Future[None] = Future()  # the next one: every call that waits, on whatever event loop, waits for this
+        self._waiters: set[asyncio.Future[None]] = set()  # one of each call that waits, on the event loop where it does
         self._closed = False
         self._calls: dict[Stream, tuple[Key, object]] = {}  # the newest call that waits or waited
         self._replies: dict[Stream, tuple[Key, Any]] = {}  # to the newest call that had something to wait for
@@ -134,15 +133,28 @@ class ReplayStore:
 
     async def _changed(self, seen: int, deadline: float) -> None:
         """Returns when something changed since `seen`, at the deadline, or when a lease runs out."""
+        change = asyncio.get_running_loop().create_future()
         with self._lock:
             if self._closed or self._core.context.changes != seen:
                 return
-            change = asyncio.wrap_future(self._change)
+            self._waiters.add(change)
             until = min(deadline, self._core.next_deadline())
-        await asyncio.wait([change], timeout=max(0.0, until - self._clock()))
+        try:
+            await asyncio.wait([change], timeout=max(0.0, until - self._clock()))
+        finally:  # polls end by the dozen each second while nothing changes
+            with self._lock:
+                self._waiters.discard(change)
 
     def _wake(self) -> None:
-        change, self._change = self._change, Future()
+        """Wakes every call that waits, on whatever event loop. Call it with the lock held."""
+        waiters, self._waiters = self._waiters, set()
+        for change in waiters:
+            if not (loop := change.get_loop()).is_closed():
+                loop.call_soon_threadsafe(_resolve, change)
+
+
+def _resolve(change: "asyncio.Future[None]") -> None:
+    if not change.done():
         change.set_result(None)
 
 

@@ -52,7 +52,7 @@ def rows(fakes: SimpleNamespace, *tickets: Any) -> bytes:
 
 async def waiting(store: ReplayStore, count: int = 1) -> None:
     """Until so many calls wait for the store's next change."""
-    while len(store._change._done_callbacks) < count:  # type: ignore[attr-defined]
+    while len(store._waiters) < count:
         await asyncio.sleep(0)
 
 
@@ -100,6 +100,7 @@ def test_a_poll_ends_at_its_deadline_and_says_why(fakes: SimpleNamespace, tmp_pa
         assert answers[1].cancelled == ()
         assert answers[2].rows == b""
         assert answers[3].waiting_for == "ready groups" or answers[3].waiting_for == "the oldest groups"
+        assert not store._waiters  # polls that end while nothing changes leave nothing behind
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
