@@ -117,7 +117,7 @@ class Trainer:
             return None
         for step in self.paths.steps():
             if step == folder:
-                return int(step.name.removeprefix("step_"))
+                return self.paths.update_of(step)
         found = ", ".join(step.name for step in self.paths.steps()) or "none"
         raise ConfigError(
             f"{folder} is no checkpoint of the run in {self.paths.path} (it has: {found}); resume a run in its own directory"

@@ -71,6 +71,11 @@ class RunDir:
         """Folder of the checkpoint after `update` trained batches; it may not exist."""
         return self.checkpoints / f"step_{update:06d}"
 
+    @staticmethod
+    def update_of(checkpoint: Path) -> int:
+        """The updates after which a checkpoint folder of `steps` was written."""
+        return int(checkpoint.name.removeprefix("step_"))
+
     def steps(self) -> list[Path]:
         """Checkpoint folders, oldest first. Renamed into place when whole, but `verify_manifest` before use."""
         found = [(int(match[1]), folder) for folder in self.checkpoints.glob("step_*") if (match := _STEP.match(folder.name))]

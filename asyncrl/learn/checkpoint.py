@@ -99,7 +99,7 @@ class Checkpoints:
         folders = self._run_dir.steps()
         for folder in folders[: -self._keep_last_n]:
             shutil.rmtree(folder)
-        return int(folders[-self._keep_last_n :][0].name.removeprefix("step_"))
+        return self._run_dir.update_of(folders[-self._keep_last_n :][0])
 
 
 def _save_policy(model: PreTrainedModel, folder: Path) -> None:
