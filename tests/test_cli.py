@@ -105,8 +105,8 @@ MISTAKES = {
     "missing data file": (["data.files=[trian.parquet]"], ["trian.parquet", "did you mean", "train.parquet"]),
     "wrong column": (["data.prompt_key=question"], ["train.parquet, row 0", "no column 'question'", "prompt, reward_model"]),
     "batch that can never be admitted": (
-        ["staleness.capacity_groups=4"],
-        ["learner.batch_groups=8 > staleness.capacity_groups=4", "wait for ever", "raise staleness.capacity_groups"],
+        ["staleness.reserve_ahead=0"],
+        ["staleness.reserve_ahead=0 < 1 batch", "wait for ever", "use at least 1, or 'auto'"],
     ),
     "GPUs on a machine without": (
         ["deploy.learner.place.gpus=1", "deploy.generators.place.gpus=1"],
@@ -162,7 +162,9 @@ def test_dry_run_prints_the_plan_and_starts_nothing(folder: Path) -> None:
     )
     assert ended.status == 0, ended.stderr
     assert str(folder / "out/first") in ended.stdout
-    assert "10 updates × 8 groups × 4 rollouts; max_lag 4 (mask), at most 40 groups outstanding" in ended.stdout  # (4 + 1) · 8
+    assert "10 updates × 8 groups × 4 rollouts" in ended.stdout
+    assert "hold: no trained token is ever more than max_lag=16 updates old; usually 3 or less" in ended.stdout
+    assert "reserve_ahead=4 batches (32 groups)" in ended.stdout  # 64 slots hold two batches
     assert ended.heavy == "-"
     assert ended.cpu_s < 5.0
     assert not (folder / "out").exists()

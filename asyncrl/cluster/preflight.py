@@ -53,6 +53,7 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
     yield "reward", lambda: _callables(recipe)
     yield "lengths", lambda: _lengths(recipe, deployment)
     yield "batches", lambda: _batches(recipe, deployment, run_dir)
+    yield "staleness", lambda: _staleness(recipe, deployment)
     yield "engine", lambda: engine_kind(deployment.generators.engine.kind).check(deployment)
     yield "placement", lambda: check_placement(deployment)
 
@@ -137,10 +138,19 @@ def _batches(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
                 f"{', '.join(recipe.data.files)}: {rows} rows < learner.batch_groups={batch}: an epoch cannot fill a batch, so "
                 f"one prompt would be in a batch twice; add data, or set learner.batch_groups={rows} or less"
             )
-    bound = recipe.staleness_rule()
-    most = bound.room(outstanding=0, committed=0, update=0)
-    rule = "wait" if bound.waits else bound.on_stale
+    return f"{recipe.total_steps} updates × {batch} groups × {n} rollouts{added}"
+
+
+def _staleness(recipe: Recipe, deployment: Deployment) -> str:
+    """Both numbers, in words: how stale a token may ever be, and how far generation runs ahead."""
+    generators = deployment.generators
+    rule = recipe.staleness_rule(generators.slots)
+    ahead = rule.most_outstanding // rule.batch_groups
+    chosen = ""
+    if recipe.staleness.reserve_ahead == "auto" and rule.on_stale != "wait":
+        chosen = f", for {generators.slots} slots"
     return (
-        f"{recipe.total_steps} updates × {batch} groups × {n} rollouts{added}; max_lag {bound.max_lag} ({rule}), "
-        f"at most {most} groups outstanding; {deployment.generators.count} × {deployment.generators.engine.slots} slots"
+        f"{rule.on_stale if rule.max_lag else 'hold'}: no trained token is ever more than max_lag={rule.max_lag} updates old; "
+        f"usually {ahead - 1} or less, as reserve_ahead={ahead} batches ({rule.most_outstanding} groups) are outstanding at "
+        f"most{chosen}"
     )

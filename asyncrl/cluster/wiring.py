@@ -49,7 +49,7 @@ def build_store(plan: RunPlan) -> "ReplayStore":
             n=held_out.n,
         )
     store_plan = StorePlan(
-        rule=recipe.staleness_rule(),
+        rule=recipe.staleness_rule(plan.deployment.generators.slots),
         source=source,
         sampling=sampling,
         keep=GROUP_FILTERS.get(sampling.keep) or load_callable(sampling.keep, "sampling.keep"),

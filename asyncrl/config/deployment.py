@@ -137,6 +137,13 @@ class GeneratorsSpec(Spec, frozen=True, kw_only=True):
             f"need {needed}: servers would share a GPU or leave one idle; set generators.place.gpus={needed}",
         )
 
+    @property
+    def slots(self) -> int:
+        """Requests that all engines decode together."""
+        sglang = self.engine.sglang
+        servers = (len(sglang.urls) or sglang.servers) if self.engine.kind == "sglang" else 1
+        return self.count * servers * self.engine.slots
+
 
 class RewardsSpec(Spec, frozen=True, kw_only=True):
     """The actors that score."""

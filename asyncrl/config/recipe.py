@@ -4,6 +4,7 @@ Every default lives once, here or in algorithm.py and learner.py. Paths may hold
 `package.module:name` or `path/to/file.py:name`. No torch here: a wrong spec must fail in well under two seconds.
 """
 
+import math
 from typing import Literal
 
 from msgspec.structs import asdict, replace
@@ -164,16 +165,22 @@ class SamplingSpec(Spec, frozen=True, kw_only=True):
 
 
 class StalenessSpec(Spec, frozen=True, kw_only=True):
-    """How stale the tokens of a batch may be."""
+    """How stale the tokens of a batch may be, and usually are."""
 
-    max_lag: int = 4  # η: the most versions between a token and the update that trains it; 0 is synchronous on-policy
-    # What happens when a slow group would pass the bound: its overdue tokens leave the loss (`mask`), the learner waits for it
-    # (`wait`; always for max_lag 0), or it is cancelled and its prompt tried again (`drop`).
-    on_stale: OnStale = "mask"
-    # Which ready groups are trained first: those reserved first (`oldest`), those of the freshest tokens, or any (`uniform`).
+    # η: the most versions between a token and the update that trains it, ever; 0 is synchronous on-policy.
+    max_lag: int = 16
+    # Batches that are in flight, ready and in training at the most. Tokens are usually about one less versions old. `auto`:
+    # two more than the slots of all engines hold.
+    reserve_ahead: int | Literal["auto"] = "auto"
+    # What happens when a slow group would pass the bound. `hold` (always for max_lag 0): the learner waits, but only if some
+    # group would certainly be late otherwise. `wait`: the same with as much reserved ahead as the bound admits. `mask`: overdue
+    # tokens leave the loss. `drop`: the group is cancelled and its prompt tried again.
+    on_stale: OnStale = "hold"
+    # The share of all groups that `hold` rather gives up than waits for; their overdue tokens leave the loss.
+    max_masked_share: float = 0.0
+    # Which ready groups are trained first, with `mask` and `drop`: those with the oldest tokens (`oldest`), those with the
+    # freshest, or any (`uniform`).
     selector: SelectorName = "oldest"
-    # The most groups outstanding, whatever the bound admits. null: the bound alone.
-    capacity_groups: int | None = None
 
 
 class EvaluationSpec(Spec, frozen=True, kw_only=True):
@@ -254,6 +261,11 @@ class Recipe(Spec, frozen=True, kw_only=True):
         """Those generated together: the sampled ones and, where the estimator wants it, their baseline."""
         return self.sampling.n + self.algorithm.wants_baseline
 
-    def staleness_rule(self) -> Staleness:
-        """The staleness rule that the store and the learner both run."""
-        return Staleness(batch_groups=self.learner.batch_groups, **asdict(self.staleness))
+    def staleness_rule(self, slots: int | None = None) -> Staleness:
+        """The staleness rule that the store and the learner both run. slots: of all engines together, which `reserve_ahead:
+        auto` is made from; None, where only the bound matters, leaves it out."""
+        spec, batch = self.staleness, self.learner.batch_groups
+        ahead = None if spec.reserve_ahead == "auto" else spec.reserve_ahead
+        if ahead is None and slots is not None and spec.on_stale != "wait":
+            ahead = min(spec.max_lag + 1, math.ceil(slots / (batch * self.rollouts_per_group)) + 2)
+        return Staleness(batch_groups=batch, **asdict(spec) | {"reserve_ahead": ahead})

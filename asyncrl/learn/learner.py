@@ -7,8 +7,8 @@ Waits only for that batch: `lease_batch` is a long poll for the store's oldest f
 that no generator ever holds weights that a restore would not reach again.
 
 Prefetching does not raise the lag of the groups chosen, which were the oldest ready ones anyway. A straggler that becomes
-ready during the update under way misses one batch: it trains one version later, or is masked, if it was at the bound. The
-selector `freshest` chooses from what was ready one update earlier.
+ready during the update under way misses one batch, and trains one version later; with `mask`, tokens of it that were at the
+bound are masked. The selector `freshest` chooses from what was ready one update earlier.
 """
 
 import logging

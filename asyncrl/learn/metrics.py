@@ -1,5 +1,6 @@
 """Figures about a batch, under the names users know. Pure."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from asyncrl.algorithms.kl import k3
 from asyncrl.learn.batch import TrainBatch
+from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
 
 
@@ -40,20 +42,28 @@ def rollout_metrics(rollouts: Sequence[TrainRollout]) -> dict[str, float]:
     }
 
 
-def staleness_metrics(rollouts: Sequence[TrainRollout], batch: TrainBatch) -> dict[str, float]:
-    """Lags of the trained tokens (share per lag, mean, largest), and what masking cost.
+def staleness_metrics(rollouts: Sequence[TrainRollout], batch: TrainBatch, rule: Staleness, committed: int) -> dict[str, float]:
+    """Lags of the trained tokens (share per lag, mean, largest), and what masking cost. batch: made of the rollouts, with the
+    same rule and `committed`.
 
-    masked_share: policy tokens too old to train. dispatched_length and trained_length: mean response length of all
-    rollouts leased, and of those with a trained token; they differ if staleness favours short responses.
+    masked_share: policy tokens too old to train; masked_head_share: the same of the first quarter of long responses, those of
+    the longest quarter of the batch. dispatched_length and trained_length: mean response length of all rollouts leased, and of
+    those with a trained token; they differ if staleness favours short responses.
     """
     policy_tokens = sum(int(r.loss_mask.sum()) for r in rollouts)
     if not policy_tokens:
         return {}
     tokens = len(batch.lag_n)
+    heads = _long_heads(rollouts)
+    head_tokens = sum(len(head) for head in heads)
+    trained_heads = sum(int(rule.trainable(head, committed).sum()) for head in heads)
     figures = {
         "tokens/policy": float(policy_tokens),
         "tokens/trained": float(tokens),
+        "tokens/head": float(head_tokens),
+        "tokens/head_trained": float(trained_heads),
         "staleness/masked_share": 1.0 - tokens / policy_tokens,
+        "staleness/masked_head_share": 1.0 - trained_heads / max(1, head_tokens),
         "staleness/dispatched_length": float(np.mean([len(r.response_ids) for r in rollouts])),
     }
     if tokens:
@@ -63,6 +73,13 @@ def staleness_metrics(rollouts: Sequence[TrainRollout], batch: TrainBatch) -> di
         figures["staleness/lag_max"] = float(len(count_by_lag) - 1)
         figures["staleness/trained_length"] = float(batch.lengths.mean())
     return figures
+
+
+def _long_heads(rollouts: Sequence[TrainRollout]) -> list[np.ndarray]:
+    """Updates of the policy's tokens in the first quarter (at least one token) of the longest quarter of the responses."""
+    by_length = sorted(rollouts, key=lambda r: len(r.response_ids), reverse=True)
+    long = by_length[: math.ceil(len(by_length) / 4)]
+    return [r.updates[:head][r.loss_mask[:head].astype(bool)] for r in long for head in [math.ceil(len(r.response_ids) / 4)]]
 
 
 def gap_metrics(batch: TrainBatch, proximal_n: Tensor) -> dict[str, float]:

@@ -97,7 +97,7 @@ class PolicyTrainer:
         update.timings["timing_s/update"] = time.perf_counter() - started
         return {
             **rollout_metrics(rollouts),
-            **staleness_metrics(rollouts, batch),
+            **staleness_metrics(rollouts, batch, self._rule, committed),
             **gap_metrics(batch, update.proximal_n.cpu()),
             **correction_metrics(batch.lag_n, *(column_n.cpu() for column_n in update.counted)),
             **loss_metrics(update.actor.sums, update.actor.accepted),

@@ -1,14 +1,15 @@
 """Batches for the learner: leased, committed, fenced, replayed after a restore."""
 
-import heapq
 import random
 from collections.abc import Mapping, Sequence
 
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import CheckpointError, Closed, ConfigError
+from asyncrl.replay.admission import Holders
 from asyncrl.replay.ledger import Ledger, Poll, StoreContext
 from asyncrl.replay.log.rows import TRAIN_COLUMNS, TrainRows, TrainScore, to_ipc
 from asyncrl.replay.state import Group
+from asyncrl.report.timing import TimeInState
 from asyncrl.staleness import Staleness
 from asyncrl.types import BatchLease, Fence, Key, Version, derive_seed
 
@@ -16,46 +17,43 @@ _EMPTY_GROUPS, _EMPTY_BATCHES = 1024, 32  # without max_empty_batches the larger
 
 
 def stale(rule: Staleness, ledger: Ledger, update: int) -> list[Group]:
-    """Groups that can't be trained after `update` any more. mask: ready ones without a trainable token; drop: all with a
-    token past the bound, in flight or not; wait: none."""
-    if rule.waits:
-        return []
-    free = [g for g in ledger.groups.values() if g.id not in ledger.taken]
+    """Groups that can't be trained after `update` any more. drop: all with a token past the bound, in flight or not; else
+    ready ones without a trainable token, which only `mask` has, and `hold` among the groups that it gave up."""
     if rule.drops:
-        return [g for g in free if rule.overdue(oldest=g.oldest(), committed=update)]
-    return [g for g in free if g.id in ledger.ready and rule.overdue(oldest=g.newest(), committed=update)]
+        return [g for g in ledger.untaken() if rule.overdue(oldest=g.oldest(), committed=update)]
+    ready = (ledger.groups[g] for g in ledger.ready)
+    return [g for g in ready if (g.given_up or not rule.holds) and rule.overdue(oldest=g.newest(), committed=update)]
 
 
-def pick(rule: Staleness, ledger: Ledger, update: int, exhausted: bool, seed: int) -> tuple[tuple[int, ...], str]:
-    """The next batch among groups that are not stale, or () and what it waits for. Fewer than batch_groups only when no more
-    can come."""
+def pick(rule: Staleness, ledger: Ledger, update: int, exhausted: bool, seed: int) -> tuple[int, ...]:
+    """The batch that would be next, among ready groups that are not stale: those of the earliest deadlines, unless a selector
+    says otherwise. () while there are too few: less than batch_groups only when no more can come."""
     size = rule.batch_groups
-    free = len(ledger.groups) - len(ledger.taken)
-    in_flight = free - len(ledger.ready)
-    if rule.waits:
-        oldest = heapq.nsmallest(size, (g for g in ledger.groups if g not in ledger.taken))
-        if all(g in ledger.ready for g in oldest) and (len(oldest) == size or exhausted):
-            return tuple(oldest), ""
-        return (), "the oldest groups"
-    # After a restore some tokens come from a lost lineage that was ahead: those groups wait until updates catch up.
+    in_flight = len(ledger.groups) - len(ledger.taken) - len(ledger.ready)
+    if len(ledger.ready) < size and not (exhausted and in_flight == 0):
+        return ()
+    # After a restore some tokens may come from a lost lineage that was ahead: those groups wait until updates catch up.
     eligible = sorted(g for g in ledger.ready if ledger.groups[g].newest() <= update)
     if len(eligible) < size and not (exhausted and in_flight == 0):
-        return (), "ready groups"
+        return ()
     if rule.selector == "uniform" and len(eligible) > size:
         eligible = random.Random(derive_seed(seed, update)).sample(eligible, size)
-    elif rule.selector == "freshest":
-        eligible.sort(key=lambda g: (-ledger.groups[g].oldest(), g))
-    return tuple(sorted(eligible[:size])), ""
+    else:
+        sign = -1 if rule.selector == "freshest" else 1
+        eligible.sort(key=lambda g: (sign * ledger.groups[g].oldest(), g))
+    return tuple(sorted(eligible[:size]))
 
 
 class Batches:
     """A batch lease ends only by its commit or by a newer incarnation of the learner. A learner that prefetches leases
     batches for consecutive updates ahead of its commits; replayed batches come first."""
 
-    def __init__(self, context: StoreContext) -> None:
+    def __init__(self, context: StoreContext, holders: Holders) -> None:
         self._context = context
         self._ledger = context.ledger
         self._plan = context.plan
+        self._holders = holders
+        self.time = TimeInState("free", context.clock)  # whether a full batch is held back
         self._fenced: tuple[Key, Fence] | None = None  # the newest `fence` and its reply, which may have been lost
 
     def fence(self, caller: Key, committed: int) -> Fence:
@@ -74,6 +72,8 @@ class Batches:
                 "resume from a newer checkpoint"
             )
         self._context.record(ev.LearnerFenced(ledger.incarnation + 1, committed, self._context.wall()))
+        for group in self._holders.misfits():  # the run goes on with a smaller max_lag
+            self._context.record(ev.GroupSettled(group.id, "evicted", retry=True))
         fence = Fence(incarnation=ledger.incarnation, committed=committed, reopened=len(ledger.reopened))
         self._fenced = (caller, fence)
         return fence
@@ -108,11 +108,34 @@ class Batches:
             retry = rule.drops and self._context.may_retry(group.retry)
             self._context.record(ev.GroupSettled(group.id, "evicted", retry))
         exhausted = self._context.exhausted()
-        groups, waiting_for = pick(rule, ledger, update, exhausted, self._plan.source.seed)
-        if groups:
+        groups = pick(rule, ledger, update, exhausted, self._plan.source.seed)
+        held_back = bool(groups) and not self._leaves_time(update, groups)
+        self.time.enter("stragglers" if held_back else "free")
+        if groups and not held_back:
             return self._grant(update, groups, replayed=False)
         ended = exhausted and len(ledger.groups) == len(ledger.taken)
+        waiting_for = "stragglers" if held_back else "ready groups"
         return BatchLease(lease=0, groups=(), committed=ledger.committed, ended=ended, waiting_for=waiting_for)
+
+    def _leaves_time(self, update: int, batch: Sequence[int]) -> bool:
+        """Whether all others can still be trained in time after this batch, as the update after `update`. Gives up as many
+        that can't as `max_masked_share` allows, if it allows so many."""
+        ledger, rule, deadline = self._ledger, self._plan.rule, self._holders.deadline
+        if not rule.holds:
+            return True
+        others = [group for group in ledger.untaken() if group.id not in batch]
+        if rule.feasible(map(deadline, others), update + 1):
+            return True
+        ended = sum(ledger.outcomes.values()) + len(batch)
+        if ledger.given_up + 1 > rule.max_masked_share * ended:
+            return False
+        ready_and_fresh_first = sorted(others, key=lambda g: (g.id not in ledger.ready, -deadline(g)))
+        late = rule.misfits(((g.id, deadline(g)) for g in ready_and_fresh_first), update + 1)
+        if ledger.given_up + len(late) > rule.max_masked_share * ended:
+            return False
+        for group in late:
+            self._context.record(ev.GroupGivenUp(group))
+        return True
 
     def rows(self, caller: Key, groups: Sequence[int]) -> TrainRows:
         self._ledger.check_learner(caller.learner)

@@ -41,7 +41,7 @@ class StoreCore:
         self.holders = Holders(self.context)
         self.evaluations = Evaluations(self.context, self.holders)
         self.scoring = Scoring(self.context, self.holders, self.evaluations)
-        self.batches = Batches(self.context)
+        self.batches = Batches(self.context, self.holders)
         self._admission = Admission(self.context, self.holders)
         self._workers = dict(self.ledger.workers)  # newest incarnation of each
         self.verbs = {verb: self._handler(verb) for verb in VERBS}
@@ -104,6 +104,7 @@ class StoreCore:
         gauges: dict[str, float] = {f"store/{name}": depth for name, depth in self._depths().items()}
         gauges["length/dispatched_mean"] = lengths.dispatched_tokens / max(1, lengths.dispatched)
         gauges["length/trained_mean"] = lengths.trained_tokens / max(1, lengths.trained)
+        gauges |= self._limits()
         return StoreReport(
             records=tuple(ledger.records[since : since + _RECORDS_PER_REPORT]),
             committed=ledger.committed,
@@ -133,6 +134,14 @@ class StoreCore:
             "batch_leases": {i: {"update": held.update, "groups": held.groups} for i, held in ledger.leases.items()},
             "evaluating": str(ledger.round.version) if ledger.round else "",
         }  # fmt: skip
+
+    def _limits(self) -> dict[str, float]:
+        """Shares of the time: in which callers with free slots got no more work because of max_lag, or of reserve_ahead; and
+        in which a full batch was held back for stragglers."""
+        generation, batches = self._admission.time.seconds(), self.batches.time.seconds()
+        in_all = max(1e-9, sum(generation.values()))
+        waits = {"max_lag": generation, "reserve_ahead": generation, "stragglers": batches}
+        return {f"limit/{name}": seconds.get(name, 0.0) / in_all for name, seconds in waits.items()}
 
     def _depths(self) -> dict[str, int]:
         """Training groups by where they are, and rollouts before the reward."""

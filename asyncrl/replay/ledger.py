@@ -40,6 +40,7 @@ class Ledger:
     outcomes: Counter[str] = field(default_factory=Counter)  # of settled and trained groups
     round: EvalRound | None = None
     queued: Version | None = None
+    given_up: int = 0  # groups, in all
     empty_groups: int = 0  # failed or filtered since the last batch or start
     last_error: str = ""  # of the newest rollout without a reward
     records: list[Record] = field(default_factory=list)
@@ -76,9 +77,14 @@ class Ledger:
     def counts(self) -> GroupCounts:
         return GroupCounts(reserved=self.reserved, pending=len(self.groups), **self.outcomes)
 
-    def position(self, group: int) -> int:
-        """How many outstanding groups are trained before this one, oldest first."""
-        return len(self.taken) + sum(1 for other in self.groups if other < group and other not in self.taken)
+    @property
+    def planned(self) -> int:
+        """Updates that are made before a group can be trained that is in no batch yet: committed, leased and reopened ones."""
+        return self.committed + len(self.leases) + len(self.reopened)
+
+    def untaken(self) -> list[Group]:
+        """Outstanding training groups that are in no batch yet."""
+        return [group for group in self.groups.values() if group.id not in self.taken]
 
     def apply(self, event: ev.Event) -> None:
         _APPLY[type(event)](self, event)
@@ -132,6 +138,10 @@ class Ledger:
         self.empty_groups += e.outcome != "evicted"
         if e.retry:
             self.retries.append((group.position, group.retry + 1))
+
+    def _given_up(self, e: ev.GroupGivenUp) -> None:
+        self.groups[e.group].given_up = True
+        self.given_up += 1
 
     def _leased(self, e: ev.BatchLeased) -> None:
         self.leases[e.lease] = e

@@ -59,6 +59,7 @@ class Scoring:
         the rollout is still missing, and is reissued to someone with newer weights.
         """
         seen: set[tuple[int, int]] = set()
+        older: dict[int, int] = {}  # groups whose oldest token is older than was known
         accepted = []
         for i, s in enumerate(summaries):
             group = self._ledger.find(s.group)
@@ -66,20 +67,27 @@ class Scoring:
                 continue
             if not 0 <= s.rollout < len(group.rollouts) or group.rollouts[s.rollout].row >= 0:
                 continue
-            if not s.problem and self._breaks_bound(group, s):
+            if not s.problem and self._breaks_bound(group, s, older):
                 continue
             seen.add((s.group, s.rollout))
             accepted.append(i)
         return accepted
 
-    def _breaks_bound(self, group: Group, s: schema.Summary) -> bool:
-        """Only after a restore: weights in use fell back to the checkpoint while the rollout ran; or a pin was broken."""
-        ledger, rule = self._ledger, self._context.plan.rule
+    def _breaks_bound(self, group: Group, s: schema.Summary, older: dict[int, int]) -> bool:
+        """Only of a group that was lost; after a restore, where the weights in use fell back to the checkpoint while the
+        rollout ran; or where a pin was broken."""
+        ledger = self._ledger
         if group.purpose == "eval":
             return ledger.round is not None and s.version != ledger.round.version
-        if not rule.waits or s.rollout >= group.n:  # a baseline has nothing to train
+        if not self._context.plan.rule.holds or s.rollout >= group.n:  # a baseline has nothing to train
             return False
-        return not rule.reissuable(position=ledger.position(group.id), committed=ledger.committed, update=s.oldest)
+        if not self._holders.regain(group):
+            return True
+        if s.oldest < older.get(group.id, group.oldest()):
+            if not self._holders.fits(group, s.oldest, older):
+                return True
+            older[group.id] = s.oldest
+        return False
 
     def submitted(self, summaries: Sequence[schema.Summary], first_row: int) -> None:
         """Counts accepted rows, which the log holds from number `first_row` on."""

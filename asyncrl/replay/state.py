@@ -41,6 +41,7 @@ class Group(Struct):
     n: int
     unsubmitted: int  # of `rollouts`
     unscored: int
+    given_up: bool = False  # nobody waits for it any more: what is too old when it comes is masked
 
     def missing(self) -> tuple[int, ...]:
         return tuple(i for i, r in enumerate(self.rollouts) if r.row < 0)
@@ -65,6 +66,10 @@ class Group(Struct):
         """A bound on the update of the oldest token: known for submitted rollouts, the reservation's for the others."""
         known = (self.update if r.row < 0 else r.oldest for r in self.sampled() if r.status in (None, "ok"))
         return min(known, default=self.update)  # nothing left to train: the group only waits for its baseline, to fail
+
+    def oldest_submitted(self) -> int | None:
+        """The same for the rollouts that were submitted; None where there is none."""
+        return min((r.oldest for r in self.sampled() if r.row >= 0 and r.status in (None, "ok")), default=None)
 
     def newest(self) -> int:
         return max(r.newest for r in self.ok())

@@ -24,9 +24,14 @@ class RunResult(Struct, frozen=True, kw_only=True):
     pending: int
     restarts: dict[str, int]
     max_trained_lag: int  # the largest lag of a trained token
+    mean_trained_lag: float
     masked_share: float  # of the policy's leased tokens, those too old to train
+    masked_head_share: float  # the same of the first quarter of long responses
     trained_length_ratio: float | None  # mean response length, trained over dispatched; below 1, staleness favoured short ones
     learner_utilization: float  # the share of the learner's wall clock in which it computed
+    # Shares of the store's time. `reserve_ahead`, `max_lag`: generators with free slots got no more prompts because of it;
+    # `stragglers`: a full batch was held back for groups that would else pass the bound.
+    limited_by: dict[str, float]
 
 
 @dataclass(kw_only=True)
@@ -80,10 +85,11 @@ class RunSummary:
 
     def result(self, run_dir: str, wall_s: float) -> RunResult:
         """What the run has come to. wall_s: what it took, in seconds."""
-        scores, counts, policy_tokens = self.scores, self.counts, self._sum("tokens/policy")
+        scores, counts = self.scores, self.counts
+        policy_tokens, head_tokens = self._sum("tokens/policy"), self._sum("tokens/head")
         lags = [step.metrics.get("staleness/lag_max", 0) for step in self.steps.values()]
-        lengths = self.reports["store"].gauges if "store" in self.reports else {}
-        dispatched, trained = lengths.get("length/dispatched_mean"), lengths.get("length/trained_mean")
+        store = self.reports["store"].gauges if "store" in self.reports else {}
+        dispatched, trained = store.get("length/dispatched_mean"), store.get("length/trained_mean")
         # From the learner's first batch on.
         seconds = self.reports["learner"].seconds if "learner" in self.reports else {}
         in_all = sum(value for state, value in seconds.items() if state != "wait:start")
@@ -101,10 +107,18 @@ class RunSummary:
             pending=counts.pending,
             restarts=self.restarts,
             max_trained_lag=int(max(lags, default=0)),
+            mean_trained_lag=self._lag_sum() / max(1.0, self._sum("tokens/trained")),
             masked_share=1.0 - self._sum("tokens/trained") / policy_tokens if policy_tokens else 0.0,
+            masked_head_share=1.0 - self._sum("tokens/head_trained") / head_tokens if head_tokens else 0.0,
             trained_length_ratio=trained / dispatched if dispatched and trained else None,
             learner_utilization=seconds.get("busy", 0.0) / in_all if in_all else 0.0,
+            limited_by={name.removeprefix("limit/"): share for name, share in store.items() if name.startswith("limit/")},
         )
+
+    def _lag_sum(self) -> float:
+        """Of the lags of all trained tokens."""
+        figures = (step.metrics for step in self.steps.values())
+        return sum(m.get("staleness/lag_mean", 0.0) * m.get("tokens/trained", 0.0) for m in figures)
 
     def _sum(self, name: str) -> float:
         return sum(step.metrics.get(name, 0.0) for step in self.steps.values())

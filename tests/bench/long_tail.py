@@ -23,7 +23,6 @@ from asyncrl.config import (
     ModelSpec,
     RewardSpec,
     SamplingSpec,
-    StalenessSpec,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ recipe = Recipe(
     data=DataSpec(files=("{run}/data/train.jsonl",), max_prompt_length=8),
     reward=RewardSpec(function="long_tail.py:compute_score", deadline_s=5.0),
     sampling=SamplingSpec(n=4, max_response_length=LONGEST + 1),
-    staleness=StalenessSpec(max_lag=4),
     algorithm=AlgorithmSpec(behaviour_cap=2.0),
     learner=LearnerSpec(batch_groups=8, lr=3e-4, betas=(0.9, 0.99), warmup_steps=20, lr_schedule="cosine", min_lr_ratio=0.1),
     evaluation=EvaluationSpec(files=("{run}/data/heldout.jsonl",), freq=100),

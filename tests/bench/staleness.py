@@ -2,7 +2,7 @@
 
 1. recipes/arithmetic.py with max_lag 0, 1, 4, 8 and the default correction (decoupled PPO), and 4 and 8 without any: final
    held-out score, and how stale the trained tokens really were.
-2. long_tail.py, answers of long-tailed length, max_lag 4: on_stale `mask`, `wait`, `drop` side by side.
+2. long_tail.py, answers of long-tailed length: on_stale `hold` with its defaults beside `wait`, `mask` and `drop` at max_lag 4.
 
 Prints both tables, mean [least, most] over the seeds. The plot wants matplotlib: `pip install -e '.[bench]'`. Some 25 runs
 of a minute. Runs that are finished are not run again.
@@ -19,7 +19,23 @@ LAGS = [
     *(Settings(f"lag {lag}", ARITHMETIC, (f"staleness.max_lag={lag}",)) for lag in (0, 1, 4, 8)),
     *(Settings(f"lag {lag} uncorrected", ARITHMETIC, (f"staleness.max_lag={lag}", *UNCORRECTED)) for lag in (4, 8)),
 ]
-RULES = [Settings(rule, LONG_TAIL, (f"staleness.on_stale={rule}",)) for rule in ("mask", "wait", "drop")]
+RULES = [
+    Settings("hold", LONG_TAIL),
+    *(
+        Settings(f"{rule}, max_lag 4", LONG_TAIL, (f"staleness.on_stale={rule}", "staleness.max_lag=4"))
+        for rule in ("wait", "mask", "drop")
+    ),
+]
+RULE_COLUMNS = ("on_stale", "final score", "on long answers", "wall clock, s", "learner busy", "masked tokens", "of long heads")
+RULE_COLUMNS += (
+    "evicted groups",
+    "trained / dispatched length",
+    "mean lag",
+    "worst lag",
+    "limited by: reserve",
+    "bound",
+    "stragglers",
+)
 
 
 def last_scores(finished: list[Finished]) -> list[float]:
@@ -37,15 +53,20 @@ def lag_row(settings: Settings, finished: list[Finished]) -> list[str]:
 
 
 def rule_row(settings: Settings, finished: list[Finished]) -> list[str]:
+    results = [run.result for run in finished]
     return [
         settings.label,
         spread(last_scores(finished)),
         spread(run.evals[-1]["eval/score/long"] for run in finished),
-        spread((run.result.wall_s for run in finished), 0),
-        spread((run.result.learner_utilization for run in finished), 2),
-        spread((run.result.masked_share for run in finished), 2),
-        spread((run.result.evicted / max(1, run.result.trained + run.result.evicted) for run in finished), 2),
-        spread((run.result.trained_length_ratio or 0.0 for run in finished), 2),
+        spread((result.wall_s for result in results), 0),
+        spread((result.learner_utilization for result in results), 2),
+        spread((result.masked_share for result in results), 2),
+        spread((result.masked_head_share for result in results), 2),
+        spread((result.evicted / max(1, result.trained + result.evicted) for result in results), 2),
+        spread((result.trained_length_ratio or 0.0 for result in results), 2),
+        spread((result.mean_trained_lag for result in results), 1),
+        spread((result.max_trained_lag for result in results), 0),
+        *(spread((r.limited_by[name] for r in results), 2) for name in ("reserve_ahead", "max_lag", "stragglers")),
     ]
 
 
@@ -79,9 +100,8 @@ def main() -> None:
     if arguments.plot:
         plot(arguments.plot, {settings.label: finished for settings, finished in lags.items()})
     rules = {settings: [run(settings, seed, runs_dir) for seed in seeds] for settings in RULES}
-    print("\nlong_tail.py, max_lag 4\n")
-    head = ["on_stale", "final score", "on long answers", "wall clock, s", "learner busy", "masked tokens", "evicted groups"]
-    print(table([*head, "trained / dispatched length"], [rule_row(*item) for item in rules.items()]))
+    print("\nlong_tail.py\n")
+    print(table(RULE_COLUMNS, [rule_row(*item) for item in rules.items()]))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
-    recipe = replace(recipe, staleness=StalenessSpec(max_lag=2, capacity_groups=20))
+    recipe = replace(recipe, staleness=StalenessSpec(max_lag=9))
     plan = check_run(recipe, Deployment(num_cpus=2), run)
     assert plan == [
         f"run         {tmp_path}/runs/r",
@@ -66,8 +66,10 @@ def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
         f"data        {tmp_path}/train.jsonl: prompt, reward_model.ground_truth, data_source found",
         f"reward      {tmp_path}/rewards.py:score, at most 10 s a sample",
         "lengths     1024 prompt + 1024 response tokens of 2048",
-        # The bound would admit (2 + 1) · 8 = 24; capacity_groups says 20.
-        "batches     5 updates × 8 groups × 4 rollouts; max_lag 2 (mask), at most 20 groups outstanding; 1 × 64 slots",
+        "batches     5 updates × 8 groups × 4 rollouts",
+        # 64 slots hold two batches of 32 rollouts; two more are ready and in training.
+        "staleness   hold: no trained token is ever more than max_lag=9 updates old; usually 3 or less, as reserve_ahead=4 "
+        "batches (32 groups) are outstanding at most, for 64 slots",
         "engine      torch: embedded, in_flight updates",
         "placement   4 actors on this machine ask for 0 of 2 CPUs",
     ]

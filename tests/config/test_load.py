@@ -117,12 +117,11 @@ def test_an_override_reaches_into_an_optional_group(recipe: Recipe) -> None:
 
 
 def test_overrides_are_checked_together(recipe: Recipe) -> None:
-    changed = override(
-        recipe, ["staleness.capacity_groups=4", "learner.batch_groups=4"]
-    )  # each alone contradicts the other half
-    assert (changed.learner.batch_groups, changed.total_steps) == (4, 3)
-    with pytest.raises(ConfigError, match=r"learner\.batch_groups=8 > staleness\.capacity_groups=4"):
-        override(recipe, ["staleness.capacity_groups=4"])
+    changed = override(recipe, ["staleness.reserve_ahead=20", "staleness.max_lag=32"])  # the first alone is refused
+    assert (changed.staleness.reserve_ahead, changed.total_steps) == (20, 3)
+    with pytest.raises(ConfigError, match=r"staleness\.reserve_ahead=20 > 17"):
+        override(recipe, ["staleness.reserve_ahead=20"])
+    assert override(changed, ["staleness.reserve_ahead=auto"]).staleness.reserve_ahead == "auto"
     assert override(recipe, ["seed=1", "seed=2"]).seed == 2
 
 
@@ -134,9 +133,10 @@ def test_overrides_are_checked_together(recipe: Recipe) -> None:
         ("sampling.n=2.5", r"sampling\.n must be int, not '2\.5'"),
         ("data.shuffle=maybe", r"data\.shuffle must be bool"),
         ("data.epochs=often", r"data\.epochs must be int or null"),
+        ("staleness.reserve_ahead=some", r"staleness\.reserve_ahead must be int or one of 'auto', not 'some'"),
         ("data.files={a: 1}", r"data\.files must be a list of str"),
         ("data.files=[a", r"not YAML"),
-        ("staleness.on_stale=masc", r"one of 'mask', 'wait', 'drop', not 'masc'"),
+        ("staleness.on_stale=masc", r"one of 'hold', 'mask', 'wait', 'drop', not 'masc'"),
         ("algorithm.correction=tisk", r"one of 'decoupled', 'decoupled_loglinear', 'tis', 'tis_sequence', 'none', not 'tisk'"),
         ("algorithm.policy_loss=gsop", r"algorithm\.policy_loss='gsop' is unknown; did you mean 'gspo'\?"),
         ("learner.lrr=1", r"learner has no field 'lrr'; did you mean 'lr'\?"),

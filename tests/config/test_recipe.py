@@ -14,6 +14,7 @@ from asyncrl.config import (
     CriticSpec,
     DataSpec,
     Deployment,
+    EngineSpec,
     EvaluationSpec,
     GeneratorsSpec,
     LearnerSpec,
@@ -23,6 +24,7 @@ from asyncrl.config import (
     RewardsSpec,
     RewardTerm,
     SamplingSpec,
+    SGLangSpec,
     ShapingSpec,
     StalenessSpec,
 )
@@ -106,13 +108,13 @@ def recipe(**fields: Any) -> Recipe:
         (lambda: RewardsSpec(processes=0), r"rewards\.processes=0 < 1"),
         (lambda: recipe(total_steps=0), r"total_steps=0 < 1"),
         (
-            lambda: recipe(learner=LearnerSpec(batch_groups=8), staleness=StalenessSpec(capacity_groups=7)),
-            r"batch_groups=8 > staleness\.capacity_groups=7: .* wait for ever; raise",
+            lambda: recipe(staleness=StalenessSpec(max_lag=3, reserve_ahead=5)),
+            r"reserve_ahead=5 > 4: staleness\.max_lag=3 admits 4 batches at most",
         ),
         (lambda: recipe(staleness=StalenessSpec(max_lag=-1)), r"staleness\.max_lag=-1 < 0"),
         (
             lambda: recipe(staleness=StalenessSpec(max_lag=0, selector="freshest")),
-            r"selector='freshest' with max_lag=0 always waits",
+            r"selector='freshest' with max_lag=0 always holds",
         ),
         (lambda: recipe(staleness=StalenessSpec(on_stale="wait", selector="uniform")), r"'uniform' with on_stale='wait'"),
     ],
@@ -123,7 +125,7 @@ def test_an_impossible_spec_is_refused(make: Callable[[], object], message: str)
 
 
 def test_specs_are_data_and_frozen() -> None:
-    made = recipe(staleness=StalenessSpec(capacity_groups=64))  # exactly one batch
+    made = recipe(staleness=StalenessSpec(reserve_ahead=17))  # as far as the bound allows
     assert msgspec.json.decode(msgspec.json.encode(made), type=Recipe) == made
     assert msgspec.convert(msgspec.to_builtins(Deployment()), Deployment) == Deployment()
     with pytest.raises(AttributeError):
@@ -132,9 +134,32 @@ def test_specs_are_data_and_frozen() -> None:
         msgspec.convert({**msgspec.to_builtins(made), "sed": 1}, Recipe)
 
 
-def test_the_bound_is_that_of_the_recipe() -> None:
-    bound = recipe(learner=LearnerSpec(batch_groups=8), staleness=StalenessSpec(max_lag=2)).staleness_rule()
-    assert bound.room(outstanding=0, committed=0, update=0) == 24  # (2 + 1) · 8
+@pytest.mark.parametrize(
+    ("spec", "slots", "ahead"),
+    [
+        ({}, 64, 4),  # two batches of 8 · 4 rollouts in flight, one ready, one in training
+        ({}, 65, 5),
+        ({}, 1, 3),
+        ({"max_lag": 2}, 64, 3),  # no more than the bound admits
+        ({"max_lag": 0}, 64, 1),
+        ({"reserve_ahead": 7}, 64, 7),
+        ({"on_stale": "wait"}, 64, 17),
+        ({"on_stale": "mask"}, 64, 4),
+        ({}, None, 17),
+    ],
+)
+def test_the_reserve_ahead_follows_from_the_slots(spec: dict, slots: int | None, ahead: int) -> None:
+    made = recipe(learner=LearnerSpec(batch_groups=8), sampling=SamplingSpec(n=4), staleness=StalenessSpec(**spec))
+    rule = made.staleness_rule(slots)
+    assert (rule.max_lag, rule.most_outstanding) == (spec.get("max_lag", 16), 8 * ahead)
+
+
+def test_slots_are_those_of_all_servers() -> None:
+    servers = EngineSpec(kind="sglang", slots=10, sglang=SGLangSpec(servers=2))
+    assert GeneratorsSpec(count=3, engine=servers).slots == 60
+    assert GeneratorsSpec(count=3, engine=EngineSpec(slots=10)).slots == 30
+    found = EngineSpec(kind="sglang", slots=10, sglang=SGLangSpec(urls=("http://a:1", "http://b:1")))
+    assert GeneratorsSpec(engine=found).slots == 20
 
 
 def test_importing_asyncrl_and_its_specs_loads_neither_torch_nor_ray() -> None:

@@ -23,13 +23,23 @@ def test_rewards_and_lengths(make_rollout) -> None:
 
 def test_lag_shares_and_masked_share(make_rollout) -> None:
     rollouts = [make_rollout(0, 0, updates=(3, 4, 5, 5)), make_rollout(0, 1, updates=(2, 1, 1, 1, 1, 1))]
-    found = staleness_metrics(rollouts, make_batch(rollouts, BOUND, 5))
+    found = staleness_metrics(rollouts, make_batch(rollouts, BOUND, 5), BOUND, 5)
     assert [found[f"staleness/lag_{k}"] for k in range(3)] == [0.5, 0.25, 0.25]
     assert found["staleness/lag_mean"] == 0.75
     assert found["staleness/lag_max"] == 2.0
     assert found["staleness/masked_share"] == pytest.approx(6 / 10)
     assert found["staleness/dispatched_length"] == 5.0
     assert found["staleness/trained_length"] == 4.0
+
+
+def test_the_head_of_long_responses_is_counted_by_itself(make_rollout) -> None:
+    """Of five rollouts the two longest, of each a quarter: one token of four is trained there, of all tokens nine."""
+    long = [make_rollout(0, 0, updates=(1, 1, 5, 5, 5, 5, 5)), make_rollout(0, 1, updates=(2, 3, 5, 5, 5, 5, 5, 5))]
+    rollouts = [*(make_rollout(1, i, updates=(2,)) for i in range(3)), *long]
+    found = staleness_metrics(rollouts, make_batch(rollouts, BOUND, 5), BOUND, 5)
+    assert (found["tokens/head"], found["tokens/head_trained"]) == (4.0, 1.0)
+    assert found["staleness/masked_head_share"] == 0.75
+    assert found["staleness/masked_share"] == pytest.approx(6 / 18)
 
 
 def test_gap_is_taken_on_fresh_tokens_and_k3_on_all(make_rollout) -> None:

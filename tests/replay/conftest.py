@@ -48,7 +48,7 @@ def plan(
     *,
     max_lag: int = 1,
     batch: int = 2,
-    on_stale: str = "mask",
+    on_stale: str = "hold",
     selector: str = "oldest",
     size: int = 8,
     epochs: int | None = None,
@@ -58,7 +58,8 @@ def plan(
     max_attempts: int = 3,
     keep: Callable[[Sequence[float]], bool] = keep_all,
     evals: int = 0,
-    capacity: int | None = None,
+    ahead: int | None = None,
+    masked: float = 0.0,
     lease_s: float = 30.0,
     max_empty_batches: int | None = None,
     baseline: bool = False,
@@ -68,7 +69,8 @@ def plan(
         batch_groups=batch,
         on_stale=on_stale,  # type: ignore[arg-type]
         selector=selector,  # type: ignore[arg-type]
-        capacity_groups=capacity,
+        reserve_ahead=ahead,
+        max_masked_share=masked,
     )
     evaluation = Evaluation(prompts=prompts(evals), sampling=SAMPLING, n=1) if evals else None
     return StorePlan(

@@ -10,14 +10,35 @@ from asyncrl.types import Version
 
 
 @pytest.mark.parametrize(
-    ("max_lag", "capacity", "asked", "granted"),
-    [(0, None, 9, 2), (1, None, 9, 4), (1, None, 1, 1), (4, None, 99, 10), (4, 3, 9, 3)],
+    ("max_lag", "ahead", "asked", "granted"),
+    [(0, None, 9, 2), (1, None, 9, 4), (1, None, 1, 1), (4, None, 99, 10), (4, 2, 9, 4)],
 )
-def test_room_at_the_start(fakes: SimpleNamespace, max_lag: int, capacity: int | None, asked: int, granted: int) -> None:
-    bench = fakes.Bench(fakes.plan(max_lag=max_lag, batch=2, size=20, capacity=capacity))
+def test_room_at_the_start(fakes: SimpleNamespace, max_lag: int, ahead: int | None, asked: int, granted: int) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=max_lag, batch=2, size=20, ahead=ahead))
     assert len(bench.reserve(asked, 0).tickets) == granted
     more = len(bench.reserve(99, 0, worker="other").tickets)
-    assert granted + more == min(capacity or 99, (max_lag + 1) * 2)
+    assert granted + more == (ahead or max_lag + 1) * 2
+
+
+def test_the_report_says_which_number_limits_generation(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=4, batch=2, size=20, ahead=2))
+    bench.fence(0)
+
+    def limits(seconds: float) -> tuple[float, float]:
+        """Shares of (reserve_ahead, max_lag), after so many seconds more."""
+        bench.clock.now += seconds
+        gauges = bench.report(0).gauges
+        return gauges["limit/reserve_ahead"], gauges["limit/max_lag"]
+
+    for ticket in bench.reserve(2, 0).tickets:  # all that was asked for
+        bench.submit(ticket, 0)
+        bench.score(ticket, 1.0, 0.0)
+    assert limits(10) == (0.0, 0.0)
+    bench.reserve(9, 0, "b")  # two more, and then no room
+    assert limits(10) == (0.5, 0.0)
+    bench.train(0)
+    bench.reserve(9, -4, "b")  # weights so old that the bound admits nothing more
+    assert limits(20) == (0.25, 0.5)
 
 
 def test_what_a_caller_waits_for(fakes: SimpleNamespace) -> None:
@@ -100,16 +121,60 @@ class TestLostGroups:
         (new,) = bench.reserve(1, 0, incarnation=2).tickets
         assert (new.group, new.attempt) == (old.group, 1)
 
-    def test_weights_that_are_too_old_for_the_position_must_wait(self, fakes: SimpleNamespace) -> None:
-        bench = fakes.Bench(fakes.plan(max_lag=1, batch=1, on_stale="wait"))
+    def test_weights_that_would_break_the_bound_must_wait(self, fakes: SimpleNamespace) -> None:
+        bench = fakes.Bench(fakes.plan(max_lag=1, batch=1))
         bench.fence(0)
         bench.ready(1, update=0)
         bench.train(0)
-        bench.ready(1, update=1)
-        (lost,) = bench.reserve(1, 1, "dies").tickets  # position 1: trains as update 3, at lag 1
-        assert bench.reserve(1, 0, "old").tickets == ()  # would be at lag 2
+        bench.ready(1, update=0)  # must be trained next
+        (lost,) = bench.reserve(1, 1, "dies").tickets
+        assert bench.reserve(1, 0, "dies", incarnation=2).tickets == ()  # would have to be next, too
         (again,) = bench.reserve(1, 1, "dies", incarnation=2).tickets
         assert (again.group, again.attempt) == (lost.group, 1)
+
+    def test_nobody_waits_for_a_lost_group_and_its_holder_gets_it_back_only_in_time(self, fakes: SimpleNamespace) -> None:
+        bench = fakes.Bench(fakes.plan(max_lag=1, batch=1, ahead=2))
+        bench.fence(0)
+        (mine,) = bench.reserve(1, 0, "slow").tickets
+        bench.ready(1, update=0)
+        bench.train(0)
+        bench.ready(1, update=1)
+        assert bench.lease_batch(1, 1).waiting_for == "stragglers"
+        bench.clock.now += 31
+        bench.train(1)
+        assert bench.submit(mine, 0) == 0  # too old by now
+        assert bench.reserve(0, 2, "slow", held=[mine.group]).cancelled == (mine.group,)
+        (again,) = bench.reserve(1, 2, "slow").tickets
+        assert (again.group, again.attempt) == (mine.group, 1)
+
+    def test_rollouts_of_a_lost_group_keep_their_deadline(self, fakes: SimpleNamespace) -> None:
+        """The other rollouts are generated again from newer weights, but those that it has get no younger."""
+        bench = fakes.Bench(fakes.plan(max_lag=1, batch=1, ahead=2))
+        bench.fence(0)
+        (half,) = bench.reserve(1, 0, "dies").tickets
+        bench.submit(half, 0, rollouts=[0])
+        bench.ready(1, update=0)
+        bench.train(0)
+        (again,) = bench.reserve(1, 1, "dies", incarnation=2).tickets
+        bench.ready(1, update=1)
+        assert (again.group, again.rollouts) == (half.group, (1,))
+        assert bench.lease_batch(1, 1).waiting_for == "stragglers"
+        bench.submit(again, 1)
+        bench.call("score", 0, [fakes.score(half, 0, 1.0), fakes.score(again, 1, 0.0)])
+        assert bench.train(1) == (half.group,)
+
+    def test_a_store_that_restarts_takes_what_was_lost_as_lost(self, fakes: SimpleNamespace) -> None:
+        bench = fakes.Bench(fakes.plan(max_lag=1, batch=1, ahead=2))
+        bench.fence(0)
+        (mine,) = bench.reserve(1, 0, "slow").tickets
+        for update in range(2):
+            bench.clock.now += 31
+            bench.ready(1, update)
+            bench.train(update)
+        bench.core = bench.build()
+        bench.ready(1, update=2)
+        assert bench.train(2)  # it holds up nobody now either
+        assert bench.reserve(0, 2, "slow", held=[mine.group]).cancelled == (mine.group,)
 
 
 def test_weights_of_a_lost_lineage_count_as_the_restored_ones(fakes: SimpleNamespace) -> None:
@@ -126,7 +191,7 @@ def test_weights_of_a_lost_lineage_count_as_the_restored_ones(fakes: SimpleNames
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"batch": 4, "capacity": 3}, "capacity_groups=3"),
+        ({"ahead": 3}, "reserve_ahead=3 > 2"),
         ({"batch": 9, "size": 8}, "cannot fill"),
         ({"n": 2, "min_valid": 3}, "min_valid=3"),
     ],

@@ -27,7 +27,7 @@ def test_the_learner_gets_the_sampled_rollouts_with_what_the_baseline_earned(fak
     (a,) = bench.reserve(1, 0).tickets
     bench.submit(a, 0)
     bench.scored(0, [fakes.score(a, i, r) for i, r in ((0, 1.0), (1, 0.0))])
-    assert bench.lease_batch(1, 0).waiting_for == "the oldest groups"  # without its baseline it is not complete
+    assert bench.lease_batch(1, 0).waiting_for == "ready groups"  # without its baseline it is not complete
     bench.scored(0, [fakes.score(a, 2, 0.25, [0.5])], bench.rows)
     lease = bench.lease_batch(1, 0)
     expected = [(0, TrainScore(1.0, {}, 0.75)), (1, TrainScore(0.0, {}, 0.75))]

@@ -11,7 +11,7 @@ from asyncrl.types import Version
 
 
 def test_mask_takes_the_oldest_ready_groups_past_a_straggler(fakes: SimpleNamespace) -> None:
-    bench = fakes.Bench(fakes.plan(max_lag=1, batch=2))
+    bench = fakes.Bench(fakes.plan(max_lag=1, batch=2, on_stale="mask"))
     bench.fence(0)
     (straggler,) = bench.reserve(1, 0, "slow").tickets
     a, b, c = bench.ready(3, 0)
@@ -23,7 +23,7 @@ def test_mask_takes_the_oldest_ready_groups_past_a_straggler(fakes: SimpleNamesp
 
 
 def test_mask_evicts_only_groups_without_a_token_to_train(fakes: SimpleNamespace) -> None:
-    bench = fakes.Bench(fakes.plan(max_lag=1, batch=1))
+    bench = fakes.Bench(fakes.plan(max_lag=1, batch=1, on_stale="mask"))
     bench.fence(0)
     old, half = bench.reserve(2, 0).tickets
     bench.core.ledger.committed = 2  # only their age matters here
@@ -39,19 +39,102 @@ def test_mask_evicts_only_groups_without_a_token_to_train(fakes: SimpleNamespace
     assert not bench.core.ledger.retries  # mask does not try again
 
 
-def test_wait_takes_the_oldest_and_waits_for_them(fakes: SimpleNamespace) -> None:
-    bench = fakes.Bench(fakes.plan(max_lag=1, batch=2, on_stale="wait"))
+def test_hold_trains_past_a_straggler_until_it_would_be_late(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=2, batch=2, ahead=2))
     bench.fence(0)
     (straggler,) = bench.reserve(1, 0, "slow").tickets
-    a, _, _ = bench.ready(3, 0)
-    assert bench.lease_batch(1, 0).waiting_for == "the oldest groups"
-    bench.submit(straggler, 0)
+    for update in range(2):
+        a, b = bench.ready(2, update)
+        assert bench.train(update) == (a.group, b.group)
+    c, _ = bench.ready(2, 2)
+    assert bench.lease_batch(1, 2).waiting_for == "stragglers"  # its first token may be trained by this update at the latest
+    bench.submit(straggler, 0, 2)
     bench.score(straggler, 1.0, 0.0)
-    assert bench.train(0) == (straggler.group, a.group)
+    assert bench.train(2) == (straggler.group, c.group)
 
 
-def test_wait_closes_ranks_over_filtered_groups(fakes: SimpleNamespace) -> None:
-    bench = fakes.Bench(fakes.plan(max_lag=1, batch=2, on_stale="wait", keep=keep_varied))
+def test_hold_takes_the_earliest_deadlines_first(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=4, batch=1))
+    bench.fence(0)
+    a, b, c = bench.reserve(3, 0).tickets
+    bench.core.ledger.committed = 2  # only their age matters here
+    for ticket, update in ((a, 2), (b, 1), (c, 2)):
+        bench.submit(ticket, update)
+        bench.score(ticket, 1.0, 1.0)
+    assert [bench.lease_batch(1, update).groups for update in (2, 3, 4)] == [(b.group,), (a.group,), (c.group,)]
+
+
+def test_hold_waits_for_as_many_stragglers_as_would_be_late_together(fakes: SimpleNamespace) -> None:
+    """Three of one deadline fit into no two batches of one: the last batch before that must be one of them."""
+    bench = fakes.Bench(fakes.plan(max_lag=2, batch=1))
+    bench.fence(0)
+    slow = bench.reserve(2, 0, "slow").tickets
+    bench.ready(1, 0)
+    bench.train(0)  # two stragglers, two updates left
+    fresh, other = bench.ready(1, 1)[0], slow[0]
+    assert bench.lease_batch(1, 1).waiting_for == "stragglers"
+    bench.submit(other, 0)
+    bench.score(other, 1.0, 0.0)
+    assert bench.train(1) == (other.group,)
+    assert bench.lease_batch(1, 2).waiting_for == "stragglers"
+    bench.submit(slow[1], 0)
+    bench.score(slow[1], 1.0, 0.0)
+    assert [bench.train(2), bench.train(3)] == [(slow[1].group,), (fresh.group,)]
+
+
+def test_hold_gives_up_the_share_it_may(fakes: SimpleNamespace) -> None:
+    """A quarter of four: the first straggler that would be late is masked, the second is waited for."""
+    bench = fakes.Bench(fakes.plan(max_lag=1, batch=2, size=20, ahead=2, masked=0.25))
+    bench.fence(0)
+    one, two = bench.reserve(2, 0, "slow").tickets
+    bench.ready(2, 0)
+    bench.train(0)
+    bench.ready(2, 1)
+    assert bench.lease_batch(1, 1).waiting_for == "stragglers"  # both would be late, and only one may be
+    bench.submit(two, 0)
+    bench.score(two, 1.0, 0.0)
+    trained = bench.train(1)
+    assert two.group in trained
+    assert bench.core.ledger.given_up == 1
+    bench.core = bench.build()  # it is remembered
+    bench.submit(one, 0, 2)  # masked in part, by the learner
+    bench.score(one, 1.0, 0.0)
+    assert one.group in bench.train(2)
+
+
+def test_what_was_given_up_is_evicted_where_nothing_of_it_can_be_trained(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=1, batch=1, size=20, ahead=2, masked=1.0))
+    bench.fence(0)
+    (late,) = bench.reserve(1, 0, "slow").tickets
+    for update in range(3):
+        bench.ready(1, update)
+        bench.train(update)
+    bench.submit(late, 0)
+    bench.score(late, 1.0, 0.0)
+    bench.ready(1, 3)
+    bench.train(3)
+    assert bench.core.ledger.counts().evicted == 1
+
+
+def test_a_smaller_bound_after_a_resume_evicts_what_it_can_train_no_more(fakes: SimpleNamespace) -> None:
+    """Prompts of evicted groups are tried again, ready ones are spared before those in flight, and the run goes on."""
+    bench = fakes.Bench(fakes.plan(max_lag=4, batch=1, size=20))
+    bench.fence(0)
+    ready = bench.ready(3, 0)
+    flying = bench.reserve(2, 0, "slow").tickets
+    bench.plan = fakes.plan(max_lag=1, batch=1, size=20)
+    bench.core = bench.build()
+    bench.fence(0)
+    assert sorted(bench.core.ledger.groups) == [*(t.group for t in ready[:2]), *(t.group for t in flying)]
+    assert bench.core.ledger.counts().evicted == 1
+    assert bench.reserve(0, 0, "slow", held=[t.group for t in flying]).cancelled == tuple(t.group for t in flying)
+    assert [bench.train(0), bench.train(1)] == [(t.group,) for t in ready[:2]]
+    again = bench.reserve(2, 2).tickets
+    assert [t.group for t in again] == [t.group for t in flying]
+
+
+def test_hold_closes_ranks_over_filtered_groups(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=1, batch=2, keep=keep_varied))
     bench.fence(0)
     a, b, c = bench.reserve(3, 0).tickets
     for ticket, rewards in ((a, (1.0, 0.0)), (b, (1.0, 1.0)), (c, (0.0, 1.0))):
@@ -62,26 +145,24 @@ def test_wait_closes_ranks_over_filtered_groups(fakes: SimpleNamespace) -> None:
 
 
 def test_drop_cancels_what_is_in_flight_evicts_what_is_ready_and_tries_both_again(fakes: SimpleNamespace) -> None:
-    bench = fakes.Bench(fakes.plan(max_lag=1, batch=1, on_stale="drop", size=9))
+    bench = fakes.Bench(fakes.plan(max_lag=2, batch=1, on_stale="drop", size=9))
     bench.fence(0)
     flying, mixed = bench.reserve(2, 0, "slow").tickets
     bench.submit(mixed, 0, 1)
-    for update in range(2):
-        (ticket,) = bench.reserve(1, update + 1).tickets  # published before the commit
-        bench.submit(ticket, update)
-        bench.score(ticket, 1.0, 1.0)
+    for update in range(3):
+        (ticket,) = bench.ready(1, update)
         assert bench.train(update) == (ticket.group,)
-    bench.score(mixed, 1.0, 0.0)  # too late: its oldest token is two behind
-    assert not bench.lease_batch(1, 2).groups
+    bench.score(mixed, 1.0, 0.0)  # too late: its oldest token is three behind
+    assert not bench.lease_batch(1, 3).groups
     assert bench.core.ledger.counts().evicted == 2
-    assert bench.reserve(0, 2, "slow", held=[flying.group]).cancelled == (flying.group,)
-    again = bench.reserve(2, 2).tickets
+    assert bench.reserve(0, 3, "slow", held=[flying.group]).cancelled == (flying.group,)
+    again = bench.reserve(2, 3).tickets
     assert [t.prompt.row for t in again] == [flying.prompt.row, mixed.prompt.row]
 
 
-@pytest.mark.parametrize(("selector", "expected"), [("oldest", [0, 1]), ("freshest", [1, 2])])
+@pytest.mark.parametrize(("selector", "expected"), [("oldest", [0, 2]), ("freshest", [1, 2])])
 def test_selectors(fakes: SimpleNamespace, selector: str, expected: list[int]) -> None:
-    bench = fakes.Bench(fakes.plan(max_lag=4, batch=2, selector=selector))
+    bench = fakes.Bench(fakes.plan(max_lag=4, batch=2, on_stale="mask", selector=selector))
     bench.fence(0)
     tickets = bench.reserve(3, 0).tickets
     bench.core.ledger.committed = 2
@@ -92,7 +173,7 @@ def test_selectors(fakes: SimpleNamespace, selector: str, expected: list[int]) -
 
 
 def test_prefetch_leases_the_next_batch_by_the_update_it_is_for(fakes: SimpleNamespace) -> None:
-    bench = fakes.Bench(fakes.plan(max_lag=1, batch=1, on_stale="wait"))
+    bench = fakes.Bench(fakes.plan(max_lag=1, batch=1, on_stale="hold"))
     bench.fence(0)
     a, b = bench.ready(2, 0)
     first, second = bench.lease_batch(1, 0), bench.lease_batch(1, 1)

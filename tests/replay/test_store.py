@@ -282,7 +282,7 @@ def test_after_a_restart_the_end_is_told_by_finish_or_undone_by_a_resume(fakes: 
 
 def test_callers_on_several_event_loops_wake_each_other(fakes: SimpleNamespace, tmp_path: Path) -> None:
     """Ray runs each concurrency group of an actor on a loop and thread of its own."""
-    store = make(fakes, tmp_path, max_lag=4, batch=2, n=1, size=40, epochs=1, on_stale="wait")
+    store = make(fakes, tmp_path, max_lag=4, batch=2, n=1, size=40, epochs=1, on_stale="hold")
     learner, failures = Caller(store, "learner", learner=1), []
     asyncio.run(learner("fence", 0))  # type: ignore[arg-type]
 

@@ -60,10 +60,18 @@ def test_nothing_is_left_of_updates_that_were_dropped(run):
 
 
 def test_masked_share_weighs_steps_by_tokens(run):
-    first = {"tokens/policy": 100.0, "tokens/trained": 100.0}
-    second = {"tokens/policy": 300.0, "tokens/trained": 240.0}
-    told(run, step(1, 1, 1, **first), step(2, 1, 2, **second))
+    first = {"tokens/policy": 100.0, "tokens/trained": 100.0, "staleness/lag_mean": 0.0}
+    second = {"tokens/policy": 300.0, "tokens/trained": 240.0, "staleness/lag_mean": 1.7}
+    heads = [{"tokens/head": 20.0, "tokens/head_trained": trained} for trained in (20.0, 10.0)]
+    told(run, step(1, 1, 1, **first, **heads[0]), step(2, 1, 2, **second, **heads[1]))
     assert result(run).masked_share == pytest.approx(60 / 400)
+    assert result(run).masked_head_share == pytest.approx(10 / 40)
+    assert result(run).mean_trained_lag == pytest.approx(240 * 1.7 / 340)
+
+
+def test_what_limits_a_run_is_what_the_store_says(run):
+    told(run, committed=0, **{"limit/max_lag": 0.25, "limit/reserve_ahead": 0.5, "limit/stragglers": 0.0})
+    assert result(run).limited_by == {"max_lag": 0.25, "reserve_ahead": 0.5, "stragglers": 0.0}
 
 
 def test_lengths_are_those_that_the_store_measured(run):

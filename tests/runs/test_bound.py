@@ -122,7 +122,7 @@ def assert_bound(recipe: Recipe, rollouts: list[dict[str, Any]], metrics: dict[i
         lag = update - 1 - updates
         assert lag.min() >= 0, "a token from weights that did not exist yet"
         trained = mask & rule.trainable(updates, update - 1)
-        if rule.waits or rule.drops:
+        if rule.holds or rule.drops:
             assert trained.all(), "only `mask` masks"
         assert ((lag[trained] >= 0) & (lag[trained] <= rule.max_lag)).all()
         lags[update].update(lag[trained].tolist())
@@ -140,7 +140,7 @@ def assert_bound(recipe: Recipe, rollouts: list[dict[str, Any]], metrics: dict[i
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("max_lag", "on_stale", "update_mode"),
-    [(0, "wait", "in_flight"), (1, "mask", "in_flight"), (1, "drop", "drain"), (4, "mask", "drain")],
+    [(0, "hold", "in_flight"), (1, "mask", "in_flight"), (1, "drop", "drain"), (4, "hold", "drain")],
 )
 def test_no_trained_token_exceeds_the_bound(local_ray, tiny_recipe, slow_reward, tmp_path, max_lag, on_stale, update_mode):
     """Two epochs of 64 prompts. update_mode `drain` swaps late: not before every answer under way is complete."""

@@ -75,6 +75,12 @@ class GroupSettled(Event, tag="settled", frozen=True):
     retry: bool  # its prompt goes back to the queue
 
 
+class GroupGivenUp(Event, tag="given_up", frozen=True):
+    """Nobody waits for a group any more that would be too late (`max_masked_share`)."""
+
+    group: int
+
+
 class BatchLeased(Event, tag="leased", frozen=True):
     """`groups` are trained as the update after `update`, by the learner's present incarnation."""
 
