@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from asyncrl.cluster.plan import RunPlan
+from asyncrl.cluster.plan import RunPlan, next_start
 from asyncrl.cluster.preflight import check_run
 from asyncrl.cluster.preparation import prepare_run
 from asyncrl.config import Deployment, Recipe
@@ -134,7 +134,7 @@ class Trainer:
             recipe=self._recipe,
             deployment=self._deployment,
             run_dir=str(self.paths.path),
-            started=time.time_ns(),
+            started=next_start(self.paths),
             loopback=loopback,
             resume_at=resume_at,
             stop_token_ids=stop_token_ids,

@@ -1,6 +1,7 @@
 """Everything the actors of one run are built from: data, handed to each of them whole."""
 
 import os
+import time
 from pathlib import Path
 
 from msgspec import Struct
@@ -9,6 +10,8 @@ from asyncrl.config import Deployment, Recipe
 from asyncrl.errors import ConfigError
 from asyncrl.rundir import RunDir, write_atomic
 
+_RESTARTS = 10**9  # of one actor in one start of the run, at the most; as ns, a second
+
 
 class RunPlan(Struct, frozen=True, kw_only=True):
     """What one start of a run does, and where."""
@@ -16,7 +19,7 @@ class RunPlan(Struct, frozen=True, kw_only=True):
     recipe: Recipe  # as checked, `{run}` resolved
     deployment: Deployment
     run_dir: str
-    started: int  # when the driver started the run, in ns since the epoch
+    started: int  # `next_start` of the run directory
     loopback: bool  # everything runs on this machine, and its sockets bind to 127.0.0.1
     resume_at: int | None = None  # the checkpoint (updates) to start from; None: the newest complete one
     stop_token_ids: tuple[int, ...] = ()
@@ -26,21 +29,30 @@ class RunPlan(Struct, frozen=True, kw_only=True):
         return RunDir(self.run_dir)
 
     def incarnation(self, restart_count: int) -> int:
-        """An actor's incarnation for the store: rises with restarts of the actor, and of the driver by the driver's clock."""
+        """An actor's incarnation for the store: rises with restarts of the actor, and of the driver."""
         return self.started + restart_count
 
     def mark_start(self) -> None:
-        """Writes the moment of this start into the run directory, where every actor must be able to read it."""
-        write_atomic(self._mark, str(self.started))
+        """Writes this start into the run directory, where every actor must be able to read it, and the next start too."""
+        write_atomic(_mark(self.paths), str(self.started))
 
     def check_reach(self) -> None:
         """Raises ConfigError on a node that does not see the run directory that the driver writes."""
-        if not self._mark.is_file() or self._mark.read_text() != str(self.started):
+        mark = _mark(self.paths)
+        if not mark.is_file() or mark.read_text() != str(self.started):
             raise ConfigError(
                 f"node {os.uname().nodename} does not see the run directory {self.run_dir} that the driver uses: checkpoints "
                 "and logs would be lost there; put --runs-dir on a file system that all nodes share"
             )
 
-    @property
-    def _mark(self) -> Path:
-        return self.paths.path / ".started"
+
+def next_start(paths: RunDir) -> int:
+    """Numbers a start of a run, in ns since the epoch: above every actor's incarnation of the starts before it in this
+    directory, whatever the clock says, so that the store takes nobody for a zombie."""
+    mark = _mark(paths)
+    last = int(mark.read_text()) if mark.is_file() else 0
+    return max(time.time_ns(), last + _RESTARTS)
+
+
+def _mark(paths: RunDir) -> Path:
+    return paths.path / ".started"
