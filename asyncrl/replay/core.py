@@ -5,6 +5,7 @@ A verb of the protocols in `asyncrl.interfaces` is the method of that name of on
 protocol's arguments, rows as Arrow bytes. It runs alone, and what it records is in the log before its reply goes out.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ _RECORDS_PER_REPORT = 256
 
 
 class StoreCore:
-    """Rebuilds its state from the history of `log`. clock: seconds, monotonic, for leases; wall: seconds since the epoch."""
+    """Rebuilds its state from the history of `log`. clock: monotonic seconds; wall: seconds since the epoch."""
 
     def __init__(
         self,
@@ -64,9 +65,10 @@ class StoreCore:
         self.holders.expire()
         self.scoring.expire()
 
-    def next_deadline(self) -> float:
-        """When, on the injected clock, `expire` may next have something to do; infinite if never."""
-        return min(self.holders.next_deadline(), self.scoring.next_deadline())
+    def look_again_s(self) -> float:
+        """In how many seconds to `expire` again, as long as somebody waits for its outcome; infinite if there are no leases."""
+        clock, deadline = self.context.clock, min(self.holders.next_deadline(), self.scoring.next_deadline())
+        return min(deadline - clock(), clock.step_s) if deadline < math.inf else deadline
 
     # ------------------------------------------------------------------------------------------ verbs
 

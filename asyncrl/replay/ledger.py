@@ -244,9 +244,28 @@ class Poll(NamedTuple):
     wait_s: float
 
 
+class AwakeClock:
+    """Seconds for which the store was awake, for leases: who can't be heard is not silent.
+
+    Between two readings `step_s` count at the most. While anybody waits for work the store reads it that often; where more time
+    went by, its process was stopped or its disk was slow, and nobody could renew a lease meanwhile.
+    """
+
+    def __init__(self, clock: Callable[[], float], step_s: float) -> None:
+        self.step_s = step_s
+        self._clock = clock
+        self._read, self._awake = clock(), 0.0
+
+    def __call__(self) -> float:
+        now = self._clock()
+        self._awake += min(now - self._read, self.step_s)
+        self._read = now
+        return self._awake
+
+
 class StoreContext:
-    """What the parts of the store share: the ledger, the one way to change it, and the log. clock: seconds, monotonic, for
-    leases; wall: seconds since the epoch, for events.
+    """What the parts of the store share: the ledger, the one way to change it, and the log. clock: monotonic seconds; wall:
+    seconds since the epoch, for events.
 
     After an exception out of the log, or out of the user's keep function, memory may be ahead of the log: `broken` says so,
     and the store must be rebuilt.
@@ -255,7 +274,7 @@ class StoreContext:
     def __init__(self, plan: StorePlan, log: ReplayLog, clock: Callable[[], float], wall: Callable[[], float]) -> None:
         self.plan = plan
         self.log = log
-        self.clock = clock
+        self.clock = AwakeClock(clock, plan.lease_s / 10)
         self.wall = wall
         self.ledger = Ledger(plan.rule.max_lag)
         self.changes = 0  # rises whenever somebody who waits may get another reply
@@ -289,7 +308,7 @@ class StoreContext:
             self._recorded = []
 
     def lease_end(self) -> float:
-        """When a worker's lease ends that is given or renewed now."""
+        """When, on `clock`, a worker's lease ends that is given or renewed now."""
         return self.clock() + self.plan.lease_s
 
     def ended(self) -> bool:

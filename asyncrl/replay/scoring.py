@@ -21,7 +21,7 @@ class RewardLease(Struct):
     """Rollouts (group, rollout) that a reward worker scores until `deadline`."""
 
     caller: Key
-    deadline: float  # on the store's clock
+    deadline: float  # on the clock of the store's context
     items: set[tuple[int, int]]
 
 

@@ -132,13 +132,13 @@ class ReplayStore:
             await self._changed(seen, began + poll.wait_s)
 
     async def _changed(self, seen: int, deadline: float) -> None:
-        """Returns when something changed since `seen`, at the deadline, or when a lease runs out."""
+        """Returns when something changed since `seen`, at the deadline, or when it is time to look at the leases."""
         change = asyncio.get_running_loop().create_future()
         with self._lock:
             if self._closed or self._core.context.changes != seen:
                 return
             self._waiters.add(change)
-            until = min(deadline, self._core.next_deadline())
+            until = min(deadline, self._clock() + self._core.look_again_s())
         try:
             await asyncio.wait([change], timeout=max(0.0, until - self._clock()))
         finally:  # polls end by the dozen each second while nothing changes

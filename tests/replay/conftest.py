@@ -1,6 +1,7 @@
 """Fakes for the store's tests: a clock that stands still, prompts, plans, rollouts, and a transport without a network."""
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from types import SimpleNamespace
@@ -145,6 +146,12 @@ class Bench:
             return reply
         with self.core.context.recording():
             return reply.attempt()[1]
+
+    def sleep(self, seconds: float) -> None:
+        """Time passes, and the store is awake: others call it meanwhile."""
+        for _ in range(steps := math.ceil(seconds / (self.plan.lease_s / 10))):
+            self.clock.now += seconds / steps
+            self.core.expire()
 
     def reserve(self, k: int, update: int, worker: str = "gen", held: Sequence[int] = (), incarnation: int = 1) -> Any:
         """With weights of the learner's present incarnation."""

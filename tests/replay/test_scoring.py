@@ -22,10 +22,10 @@ def test_an_expired_lease_is_handed_out_again_unless_extended(fakes: SimpleNames
     bench.submit(a, 0)
     dead, _ = bench.lease_unscored(1, "dead", 1)
     slow, _ = bench.lease_unscored(1, "slow", 1)
-    bench.clock.now += 9
+    bench.sleep(9)
     bench.extend(slow, "slow")
     bench.extend(dead, "somebody else")
-    bench.clock.now += 2
+    bench.sleep(2)
     assert bench.lease_unscored(9, "new", 1)[1] == [0]
     bench.scored(dead, [fakes.score(a, 0, 1.0)])  # late, but first
     bench.scored(3, [fakes.score(a, 0, 0.0)])

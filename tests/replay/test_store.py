@@ -110,7 +110,7 @@ def test_a_lease_that_runs_out_wakes_those_who_wait(fakes: SimpleNamespace, tmp_
         store = make(fakes, tmp_path, max_lag=0, batch=1, lease_s=0.2)
         (ticket,) = (await Caller(store, "dies")("reserve", 1, V, (), 1.0)).tickets
         heir = Caller(store, "heir")
-        for _ in range(3):  # one poll lasts half a lease at most
+        for _ in range(50):  # one poll lasts half a lease at most
             if tickets := (await heir("reserve", 1, V, (), 60.0)).tickets:
                 break
         assert (tickets[0].group, tickets[0].attempt) == (ticket.group, 1)
@@ -118,6 +118,21 @@ def test_a_lease_that_runs_out_wakes_those_who_wait(fakes: SimpleNamespace, tmp_
         assert (await Caller(store, "r1")("lease_unscored", 8, 1.0)).rows
         again = await Caller(store, "r2")("lease_unscored", 8, 60.0)
         assert schema.from_ipc(again.rows).num_rows == 2
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_a_store_that_was_stopped_hands_nobodys_work_out(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    """Longer than a lease: a slow disk, a stopped process. Who calls first afterwards must not get everybody's work."""
+
+    async def scenario() -> None:
+        store = make(fakes, tmp_path, max_lag=0, batch=1, lease_s=0.5)
+        (mine,) = (await Caller(store, "slow")("reserve", 1, V, (), 1.0)).tickets
+        waits = asyncio.ensure_future(Caller(store, "quick")("reserve", 1, V, (), 60.0))
+        await waiting(store)
+        time.sleep(1.5)
+        assert (await waits).tickets == ()
+        assert (await Caller(store, "slow")("reserve", 0, V, (mine.group,), 0.0)).cancelled == ()
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
