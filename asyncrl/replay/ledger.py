@@ -26,7 +26,7 @@ class Ledger:
     taken: set[int] = field(default_factory=set)  # those of them that are leased to a learner or reopened
     ready: set[int] = field(default_factory=set)  # scored, kept and not taken
     cursor: int = 0  # position of the next new prompt
-    retries: deque[tuple[int, int]] = field(default_factory=deque)  # (position, retry)
+    retries: deque[tuple[int, int]] = field(default_factory=deque)  # (position, retry) to reserve before new prompts
     leases: dict[int, ev.BatchLeased] = field(default_factory=dict)  # of the newest learner, by number
     # The groups of batches whose commits a restore undid, by the update after which they are trained again; it rises.
     reopened: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -101,7 +101,7 @@ class Ledger:
             return
         self.groups[e.group] = group
         self.reserved += 1
-        if e.retry:
+        if e.position < self.cursor:
             self.retries.remove((e.position, e.retry))
         else:
             self.cursor = e.position + 1
@@ -209,9 +209,11 @@ class Ledger:
         self._note("eval", result.version, e.time, metrics)
 
     def _ended(self, e: ev.Ended) -> None:
+        """What is outstanding is evicted. If the run is resumed for more updates, its prompts come first."""
         self.ended = True
         self.outcomes["evicted"] += len(self.groups)
-        for state in (self.groups, self.taken, self.ready, self.leases, self.reopened, self.retries):
+        self.retries.extendleft((g.position, g.retry) for _, g in sorted(self.groups.items(), reverse=True))
+        for state in (self.groups, self.taken, self.ready, self.leases, self.reopened):
             state.clear()
 
     def _segment_closed(self, e: ev.SegmentClosed) -> None:

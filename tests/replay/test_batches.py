@@ -279,6 +279,25 @@ class TestEnd:
         with pytest.raises(Closed):
             bench.commit(lease.lease, Version(1, 1), {})
 
+    def test_what_is_left_over_is_drawn_first_when_the_run_goes_on(self, fakes: SimpleNamespace) -> None:
+        bench = fakes.Bench(fakes.plan(max_lag=3, batch=2, size=8, epochs=1))
+        bench.fence(0)
+        bench.ready(2, 0)
+        bench.train(0)
+        (failed,) = bench.reserve(1, 1, "fails").tickets
+        (ready,) = bench.ready(1, 1)
+        (flying,) = bench.reserve(1, 1, "slow").tickets
+        bench.submit(failed, 1)
+        bench.score(failed, None, None)
+        bench.finish()
+        bench.core = bench.build()
+        bench.fence(1)  # for more updates than it had
+        drawn = bench.reserve(9, 1, "new").tickets
+        assert [t.prompt.row for t in drawn] == [103, 104, 102, 105, 106, 107]
+        assert [t.seeds for t in drawn[:2]] == [ready.seeds, flying.seeds], "the same work again"
+        assert drawn[2].seeds != failed.seeds, "its second try"
+        assert bench.core.context.exhausted()
+
 
 def test_lengths_of_dispatched_and_trained(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=1, batch=1))

@@ -18,7 +18,7 @@ class Event(Struct, frozen=True, array_like=True, tag_field="kind"):
 
 
 class GroupReserved(Event, tag="reserved", frozen=True):
-    """A slot was taken. A first try moves the dataset cursor past `position`."""
+    """A slot was taken. A prompt that was not reserved before moves the dataset cursor past `position`."""
 
     group: int
     purpose: Purpose
