@@ -123,9 +123,9 @@ class Holders:
         mine = found is not None and (found.worker, found.incarnation) == (caller.worker, caller.incarnation)
         return mine and group not in self._lost
 
-    def reissue(self, group: Group, caller: Key, version: Version) -> Ticket:
-        attempt, update = group.attempt + 1, version.update
-        self._context.record(ev.GroupReissued(group.id, attempt, update, caller.worker, caller.incarnation))
+    def reissue(self, group: Group, caller: Key, update: int) -> Ticket:
+        """update: of the caller's weights, as far as they count."""
+        self._context.record(ev.GroupReissued(group.id, group.attempt + 1, update, caller.worker, caller.incarnation))
         self._lost.discard(group.id)
         return ticket(self._context, group)
 
@@ -190,7 +190,7 @@ class Admission:
             if len(tickets) >= k or group.purpose == "eval" or group.id in held:
                 continue
             if self._holders.fits(group, update):
-                tickets.append(self._holders.reissue(group, caller, version))
+                tickets.append(self._holders.reissue(group, caller, update))
         return tickets
 
     def _reserve(self, caller: Key, version: Version) -> Ticket:

@@ -43,7 +43,7 @@ class Evaluations:
         if version != running.version:
             return []
         lost = [g for g in self._holders.lost() if g.purpose == "eval"]
-        tickets = [self._holders.reissue(group, caller, version) for group in lost[:k]]
+        tickets = [self._holders.reissue(group, caller, version.update) for group in lost[:k]]
         for position in range(len(running.groups), len(plan.prompts))[: k - len(tickets)]:
             group, worker, incarnation = self._ledger.next_group, caller.worker, caller.incarnation
             self._context.record(ev.GroupReserved(group, "eval", position, 0, plan.n, version.update, worker, incarnation))

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from asyncrl.errors import ConfigError
+from asyncrl.replay.log import events as ev
 from asyncrl.replay.plan import ticket_seed
 from asyncrl.types import Version
 
@@ -186,6 +187,39 @@ def test_weights_of_a_lost_lineage_count_as_the_restored_ones(fakes: SimpleNames
     bench.fence(1)  # two batches are reopened
     # the generator still has update 3 of incarnation 1
     assert bench.call("reserve", 1, Version(1, 3), [], 0.0).waiting_for == "bound full"
+
+
+def test_a_reissue_logs_the_update_that_was_checked(fakes: SimpleNamespace) -> None:
+    """Weights of a lost lineage count as those of the checkpoint, to which their holder is about to fall back."""
+    bench = fakes.Bench(fakes.plan(max_lag=4, batch=1))
+    bench.fence(0)
+    for update in range(3):
+        bench.ready(1, update)
+        bench.train(update)
+    (lost,) = bench.reserve(1, 3).tickets
+    bench.fence(1)
+    again = bench.call("reserve", 1, Version(1, 3), [], 0.0).tickets
+    assert [t.group for t in again] == [lost.group]
+    assert bench.log[-1] == ev.GroupReissued(lost.group, 1, 1, "gen", 1)
+    assert bench.core.ledger.groups[lost.group].update == 1
+
+
+def test_a_pause_of_the_store_is_no_silence_of_its_callers(fakes: SimpleNamespace) -> None:
+    """It was stopped, or its disk hung: nobody could renew a lease, and whoever calls first must not get everybody's work."""
+    bench = fakes.Bench(fakes.plan(max_lag=0, batch=2, lease_s=30))
+    a, b = bench.reserve(2, 0, "slow").tickets
+    bench.submit(a, 0)
+    lease, rows = bench.lease_unscored(9, "r0", 1)
+    assert len(rows) == 2
+    for _ in range(3):
+        bench.clock.now += 600
+        assert bench.reserve(1, 0, "quick").tickets == ()
+        assert bench.lease_unscored(9, "r1", 1) == (0, [])
+    assert bench.reserve(0, 0, "slow", held=[b.group]).cancelled == ()
+    bench.extend(lease, "r0")
+    bench.sleep(31)
+    assert [t.group for t in bench.reserve(1, 0, "quick").tickets] == [b.group], "silence is silence as before"
+    assert bench.lease_unscored(9, "r1", 1)[1] == rows
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class GroupReissued(Event, tag="reissued", frozen=True):
 
     group: int
     attempt: int
-    update: int
+    update: int  # of the holder's weights, as far as they count
     worker: str
     incarnation: int
 
