@@ -29,7 +29,7 @@ class Staleness(Struct, frozen=True, kw_only=True):
     batch_groups: int  # B: groups per update
     reserve_ahead: int | None = None  # batches outstanding at the most; None: as many as the bound admits, max_lag + 1
     on_stale: OnStale = "hold"  # η = 0 always holds, whatever it says
-    max_masked_share: float = 0.0  # of the groups that ended, those that `hold` rather gives up than waits for
+    max_masked_share: float = 0.0  # of the groups that ended, those that `hold` goes on without rather than wait
     selector: SelectorName = "oldest"  # which ready groups are trained first, where none is waited for
 
     def __post_init__(self) -> None:

@@ -261,6 +261,7 @@ class StoreReport(Struct, frozen=True, kw_only=True):
     activity: int  # rises with every accepted call that moved data
     gauges: dict[str, float]  # queue depths by name
     seconds: dict[str, float] = {}  # time per state, as in a `Report`
+    given_up: tuple[str, ...] = ()  # a message for each prompt that workers died of, since the run's first start
 
 
 class SwapReport(Struct, frozen=True, kw_only=True):

@@ -140,7 +140,10 @@ class Supervisor:
                 reports.append(report)
         restarts = {member.name: member.restarts for member in self._members if member.restarts}
         pids = {member.name: member.pid for member in self._members if member.pid}
+        named = len(self._summary.given_up)
         self._summary.update(store, reports, restarts, pids)
+        for message in self._summary.given_up[named:]:
+            log.warning("%s", message)
         self._observe(store.records if store is not None else ())
         if store is not None:
             self._watch(store)

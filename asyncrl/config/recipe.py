@@ -135,7 +135,8 @@ class SamplingSpec(Spec, frozen=True, kw_only=True):
     top_k: int = 0  # 0 is off
     max_response_length: int = 1024  # tokens
     min_valid: int = 2  # a group with fewer `ok` rollouts is `failed`
-    max_attempts: int = 3  # how often one prompt may be tried after failures
+    # How often one prompt may be tried: after failures, and again after deaths of generators that worked on it.
+    max_attempts: int = 3
     # Which complete groups are trained: `all`, `varied` (rewards not all equal), or your own `keep(rewards) -> bool`.
     keep: str = "all"
     # The run ends, with a message, when so many times learner.batch_groups groups in a row gave nothing to train on. null:
@@ -176,7 +177,7 @@ class StalenessSpec(Spec, frozen=True, kw_only=True):
     # group would certainly be late otherwise. `wait`: the same with as much reserved ahead as the bound admits. `mask`: overdue
     # tokens leave the loss. `drop`: the group is cancelled and its prompt tried again.
     on_stale: OnStale = "hold"
-    # The share of all groups that `hold` rather gives up than waits for; their overdue tokens leave the loss.
+    # The share of all groups that `hold` goes on without, rather than wait; their overdue tokens leave the loss.
     max_masked_share: float = 0.0
     # Which ready groups are trained first, with `mask` and `drop`: those with the oldest tokens (`oldest`), those with the
     # freshest, or any (`uniform`).

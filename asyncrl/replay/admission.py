@@ -1,22 +1,38 @@
-"""Reservations of training groups: admission, retries, and groups whose holder was lost."""
+"""Reservations of training groups: admission, retries, groups whose holder was lost, and prompts that holders die of."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import asyncrl.replay.log.events as ev
 from asyncrl.replay.ledger import StoreContext
 from asyncrl.replay.plan import ticket_seed
-from asyncrl.replay.state import Group
+from asyncrl.replay.state import Group, PromptKey
 from asyncrl.report.timing import TimeInState
-from asyncrl.types import TOO_OLD, Key, Ticket, Version
+from asyncrl.types import TOO_OLD, Key, Prompt, Ticket, Version
+
+_SUSPECT = 2  # deaths: after one everything goes on as before, since most are coincidence
 
 
 class Holders:
-    """Who works on which group, and who was lost. Volatile: after a restart of the store every holder starts afresh.
+    """Who works on which group, and who was lost. Leases are volatile: after a restart of the store every holder starts afresh.
 
-    A group in flight is *lost* when its holder was silent for `lease_s`, came back as a newer incarnation, or no longer
+    A group in flight is *lost* when its holder died, was silent for `lease_s`, came back as a newer incarnation, or no longer
     names it. Nobody waits for it then: but for the rollouts that it has, it counts in no deadline. A slow holder that names it
     again before it was reissued gets it back, if the bound still holds with it.
+
+    A prompt that its holders die of must not end one after the other. Only *deaths* count, which the supervisor tells
+    (`forget`); a lost reply, silence, a hand-over or a resumed run are nobody's fault. A death counts for every prompt that was
+    in flight there, those included that others got while the holder was silent; once all rollouts of a prompt are here, its
+    count is void. Neighbours die together, so the count alone convicts nobody:
+
+    - Of the prompts in flight at a death, the one with the most deaths is given up if these are `sampling.max_attempts`
+      or more, and no other one has as many. Its group ends `failed`, and the supervisor names it.
+    - So that the next death decides between them, a holder gets one prompt with two deaths or more at a time.
+    - The deaths of one that is given up are explained: they count no longer for the others.
+
+    Thus a deadly prompt costs max_attempts deaths, or three where neighbours hide it from a smaller cap, and a harmless one is
+    lost only if as many holders die of something else around it, the last of them while it alone is suspected there.
     """
 
     def __init__(self, context: StoreContext) -> None:
@@ -24,10 +40,11 @@ class Holders:
         self._ledger = context.ledger
         self._rule = context.plan.rule
         self._lease_ends: dict[str, float] = {}
-        self._lost: set[int] = set()
+        self._lost = {g.id for g in self._ledger.in_flight() if not g.worker}
+        self._taken: defaultdict[tuple[str, int], set[int]] = defaultdict(set)  # groups reissued while this holder was silent
         self._since: dict[int, float] = {}  # when a group in flight was first seen, for the watchdog
-        for group in self._ledger.in_flight():
-            self._lease_ends[group.worker] = self._context.lease_end()
+        for worker in {g.worker for g in self._ledger.in_flight() if g.worker}:
+            self._lease_ends[worker] = self._context.lease_end()
         # Groups that were lost before counted in no deadline, so that counting them again may break the bound.
         self._lost.update(group.id for group in self.misfits() if group.in_flight())
 
@@ -38,6 +55,7 @@ class Holders:
     def arrive(self, caller: Key, held: Sequence[int]) -> None:
         """A holder reports what it still works on: once per call, however long that waits."""
         self._lease_ends[caller.worker] = self._context.lease_end()
+        self._taken.pop((caller.worker, caller.incarnation), None)  # it was slow, and lives
         groups, now = self._ledger.in_flight(), self._context.clock()
         self._since = {g.id: self._since.get(g.id, now) for g in groups}
         theirs = [g for g in groups if g.worker == caller.worker]
@@ -48,8 +66,38 @@ class Holders:
         self._lose(g.id for g in theirs if g.id not in kept)
 
     def forget(self, worker: str, incarnation: int) -> None:
-        """Takes what a worker held up to this incarnation as lost."""
-        self._lose(g.id for g in self._ledger.in_flight() if g.worker == worker and g.incarnation <= incarnation)
+        """A worker died: what it held up to this incarnation is lost. Gives a prompt up if it is to blame."""
+        silent = [holder for holder in self._taken if holder[0] == worker and holder[1] <= incarnation]
+        taken = {group for holder in silent for group in self._taken.pop(holder)}
+        groups = self._ledger.in_flight()
+        held = {g.id for g in groups if g.worker == worker and g.incarnation <= incarnation}
+        if dead := [g for g in groups if g.id in held | taken]:
+            self._context.record(ev.HolderDied(worker, incarnation, tuple(g.id for g in dead)))
+            self._lose(held)
+            self._convict(dead, worker)
+
+    def _convict(self, groups: Sequence[Group], worker: str) -> None:
+        """Gives up the one prompt with the most deaths of those in flight with a worker that died, if they are too many."""
+        deaths, limit = self._ledger.deaths_of, self._context.plan.sampling.max_attempts
+        most = max(deaths(group.prompt) for group in groups)
+        suspects = [group for group in groups if deaths(group.prompt) == most]
+        if most < limit or len(suspects) > 1:
+            return
+        (group,) = suspects
+        kind, row = "held-out prompt" if group.purpose == "eval" else "prompt", prompt_of(self._context, group).row
+        message = (
+            f"the {kind} in row {row} of the data (position {group.position}, group {group.id}) was in flight when {most} "
+            f"generators died, the last of them {worker}, and no other prompt as often: it is not tried again "
+            f"(sampling.max_attempts={limit}); logs/ says why they died; take the row out of the data if it is to blame"
+        )
+        self._context.record(ev.GroupSettled(group.id, "failed", False, message))
+
+    def may_take(self, prompt: PromptKey, caller: Key) -> bool:
+        """False for a suspected prompt while the caller holds another one."""
+        deaths = self._ledger.deaths_of
+        if deaths(prompt) < _SUSPECT:
+            return True
+        return not any(deaths(g.prompt) >= _SUSPECT and self.holds(caller, g.id) for g in self._ledger.in_flight())
 
     def expire(self) -> None:
         """Takes what silent workers held as lost."""
@@ -94,13 +142,13 @@ class Holders:
     def deadline(self, group: Group) -> float:
         """How many updates may be committed before a group is in a batch; inf where nobody waits for it."""
         oldest = group.oldest_submitted() if group.id in self._lost else group.oldest()
-        return math.inf if oldest is None or group.given_up else self._rule.deadline(oldest)
+        return math.inf if oldest is None or group.excused else self._rule.deadline(oldest)
 
     def fits(self, group: Group, oldest: int, others: Mapping[int, int] = {}) -> bool:
         """Whether tokens from update `oldest` may become a part of a group that is in no batch: they can be trained in time;
         and, where the rule holds, so can every group. others: updates of tokens that are about to become a part of those."""
         rule, committed = self._rule, self._ledger.planned
-        if group.given_up or not rule.holds:
+        if group.excused or not rule.holds:
             return rule.deadline(oldest) >= committed
         deadlines = {g.id: self.deadline(g) for g in self._ledger.untaken()}
         for coming, update in {**others, group.id: oldest}.items():
@@ -113,8 +161,9 @@ class Holders:
         untaken, rule = self._ledger.untaken(), self._rule
         if not rule.holds or rule.feasible(map(self.deadline, untaken), self._ledger.planned):
             return []
-        fresh_first = sorted(untaken, key=lambda g: (g.in_flight(), -self.deadline(g)))
-        found = rule.misfits(((g.id, self.deadline(g)) for g in fresh_first), self._ledger.planned)
+        # Those first that have the most to lose; what has no rollout yet can be generated again from newer weights.
+        keep_first = sorted(untaken, key=lambda g: (g.in_flight(), g.oldest_submitted() is None, -self.deadline(g)))
+        found = rule.misfits(((g.id, self.deadline(g)) for g in keep_first), self._ledger.planned)
         return [self._ledger.groups[group] for group in found]
 
     def holds(self, caller: Key, group: int) -> bool:
@@ -125,6 +174,8 @@ class Holders:
 
     def reissue(self, group: Group, caller: Key, update: int) -> Ticket:
         """update: of the caller's weights, as far as they count."""
+        if group.worker and group.worker not in self._lease_ends:
+            self._taken[group.worker, group.incarnation].add(group.id)
         self._context.record(ev.GroupReissued(group.id, group.attempt + 1, update, caller.worker, caller.incarnation))
         self._lost.discard(group.id)
         return ticket(self._context, group)
@@ -189,7 +240,7 @@ class Admission:
             # A caller that still works on the lost attempt must first hear that it is cancelled.
             if len(tickets) >= k or group.purpose == "eval" or group.id in held:
                 continue
-            if self._holders.fits(group, update):
+            if self._holders.may_take(group.prompt, caller) and self._holders.fits(group, update):
                 tickets.append(self._holders.reissue(group, caller, update))
         return tickets
 
@@ -203,21 +254,26 @@ class Admission:
         return ticket(self._context, ledger.groups[group])
 
 
+def prompt_of(context: StoreContext, group: Group) -> Prompt:
+    """What a group's rollouts answer."""
+    if group.purpose == "train":
+        return context.plan.source.prompts[context.plan.source.index(group.position)]
+    assert context.plan.evaluation is not None
+    return context.plan.evaluation.prompts[group.position]
+
+
 def ticket(context: StoreContext, group: Group) -> Ticket:
     """The ticket for what a group still misses."""
-    source = context.plan.source
+    source, sampling, pinned = context.plan.source, context.plan.source.sampling, None
     if group.purpose == "eval":
         assert context.plan.evaluation is not None
         assert context.ledger.round is not None
-        prompt, sampling = context.plan.evaluation.prompts[group.position], context.plan.evaluation.sampling
-        pinned = context.ledger.round.version
-    else:
-        prompt, sampling, pinned = source.prompts[source.index(group.position)], source.sampling, None
+        sampling, pinned = context.plan.evaluation.sampling, context.ledger.round.version
     missing = group.missing()
     return Ticket(
         group=group.id,
         attempt=group.attempt,
-        prompt=prompt,
+        prompt=prompt_of(context, group),
         rollouts=missing,
         seeds=tuple(ticket_seed(source.seed, group.purpose, group.position, group.retry, r) for r in missing),
         sampling=sampling,

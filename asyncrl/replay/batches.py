@@ -18,11 +18,11 @@ _EMPTY_GROUPS, _EMPTY_BATCHES = 1024, 32  # without max_empty_batches the larger
 
 def stale(rule: Staleness, ledger: Ledger, update: int) -> list[Group]:
     """Groups that can't be trained after `update` any more. drop: all with a token past the bound, in flight or not; else
-    ready ones without a trainable token, which only `mask` has, and `hold` among the groups that it gave up."""
+    ready ones without a trainable token, which only `mask` has, and `hold` among the groups that it went on without."""
     if rule.drops:
         return [g for g in ledger.untaken() if rule.overdue(oldest=g.oldest(), committed=update)]
     ready = (ledger.groups[g] for g in ledger.ready)
-    return [g for g in ready if (g.given_up or not rule.holds) and rule.overdue(oldest=g.newest(), committed=update)]
+    return [g for g in ready if (g.excused or not rule.holds) and rule.overdue(oldest=g.newest(), committed=update)]
 
 
 def pick(rule: Staleness, ledger: Ledger, update: int, exhausted: bool, seed: int) -> tuple[int, ...]:
@@ -118,8 +118,8 @@ class Batches:
         return BatchLease(lease=0, groups=(), committed=ledger.committed, ended=ended, waiting_for=waiting_for)
 
     def _leaves_time(self, update: int, batch: Sequence[int]) -> bool:
-        """Whether all others can still be trained in time after this batch, as the update after `update`. Gives up as many
-        that can't as `max_masked_share` allows, if it allows so many."""
+        """Whether all others can still be trained in time after this batch, as the update after `update`. Excuses those that
+        can't, if `max_masked_share` allows so many."""
         ledger, rule, deadline = self._ledger, self._plan.rule, self._holders.deadline
         if not rule.holds:
             return True
@@ -127,14 +127,14 @@ class Batches:
         if rule.feasible(map(deadline, others), update + 1):
             return True
         ended = sum(ledger.outcomes.values()) + len(batch)
-        if ledger.given_up + 1 > rule.max_masked_share * ended:
+        if ledger.excused + 1 > rule.max_masked_share * ended:
             return False
         ready_and_fresh_first = sorted(others, key=lambda g: (g.id not in ledger.ready, -deadline(g)))
         late = rule.misfits(((g.id, deadline(g)) for g in ready_and_fresh_first), update + 1)
-        if ledger.given_up + len(late) > rule.max_masked_share * ended:
+        if ledger.excused + len(late) > rule.max_masked_share * ended:
             return False
         for group in late:
-            self._context.record(ev.GroupGivenUp(group))
+            self._context.record(ev.GroupExcused(group))
         return True
 
     def rows(self, caller: Key, groups: Sequence[int]) -> TrainRows:

@@ -99,6 +99,7 @@ class StoreCore:
     def forget(self, caller: Key, worker: str, incarnation: int) -> None:
         self._workers[worker] = max(self._workers.get(worker, 0), incarnation + 1)
         self.holders.forget(worker, incarnation)
+        self.evaluations.finish_if_complete()
         self.scoring.take_back(worker, incarnation)
 
     def report(self, caller: Key, since: int) -> StoreReport:
@@ -115,6 +116,7 @@ class StoreCore:
             activity=self.context.activity,
             gauges=gauges,
             seconds=self.time.seconds(),
+            given_up=tuple(ledger.given_up.values()),
         )
 
     def state(self, caller: Key) -> dict[str, Any]:
@@ -125,8 +127,9 @@ class StoreCore:
             "ended": ledger.ended,
             "depths": self._depths(),
             "in_flight": [
-                {"group": g.id, "holder": f"{g.worker}.{g.incarnation}", "attempt": g.attempt, "missing": len(g.missing()),
-                 "age_s": self.holders.age_s(g.id), "lost": self.holders.is_lost(g.id), "purpose": g.purpose}
+                {"group": g.id, "holder": g.worker and f"{g.worker}.{g.incarnation}", "attempt": g.attempt,
+                 "missing": len(g.missing()), "age_s": self.holders.age_s(g.id), "lost": self.holders.is_lost(g.id),
+                 "purpose": g.purpose}
                 for g in ledger.in_flight()
             ],
             "reward_leases": {

@@ -42,13 +42,28 @@ class Evaluations:
             assert running is not None
         if version != running.version:
             return []
-        lost = [g for g in self._holders.lost() if g.purpose == "eval"]
-        tickets = [self._holders.reissue(group, caller, version.update) for group in lost[:k]]
-        for position in range(len(running.groups), len(plan.prompts))[: k - len(tickets)]:
-            group, worker, incarnation = self._ledger.next_group, caller.worker, caller.incarnation
-            self._context.record(ev.GroupReserved(group, "eval", position, 0, plan.n, version.update, worker, incarnation))
-            tickets.append(ticket(self._context, running.groups[group]))
+        tickets: list[Ticket] = []
+        for group in [g for g in self._holders.lost() if g.purpose == "eval"]:
+            if len(tickets) < k and self._holders.may_take(group.prompt, caller):
+                tickets.append(self._holders.reissue(group, caller, version.update))
+        for position in range(len(running.groups), len(plan.prompts)):
+            if len(tickets) >= k or not self._holders.may_take(("eval", position), caller):
+                break
+            tickets += self._reserve(running, position, caller)
         return tickets
+
+    def _reserve(self, running: EvalRound, position: int, caller: Key) -> list[Ticket]:
+        """The ticket for one prompt; none for one that was given up, which counts as invalid."""
+        assert self._plan is not None
+        group, update = self._ledger.next_group, running.version.update
+        reserved = ev.GroupReserved(group, "eval", position, 0, self._plan.n, update, caller.worker, caller.incarnation)
+        self._context.record(reserved)
+        message = self._ledger.given_up.get(running.groups[group].prompt)
+        if message is None:
+            return [ticket(self._context, running.groups[group])]
+        self._context.record(ev.GroupSettled(group, "failed", False, message))
+        self.finish_if_complete()
+        return []
 
     def finish_if_complete(self) -> None:
         """Records the result once every rollout has a verdict. Rollouts without a reward count as 0."""

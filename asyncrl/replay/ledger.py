@@ -13,7 +13,7 @@ import asyncrl.replay.log.events as ev
 from asyncrl.errors import Fenced
 from asyncrl.replay.log.log import ReplayLog
 from asyncrl.replay.plan import StorePlan
-from asyncrl.replay.state import Commit, EvalRound, Group, Lengths, RolloutState
+from asyncrl.replay.state import Commit, EvalRound, Group, Lengths, PromptKey, RolloutState
 from asyncrl.types import GroupCounts, Record, Version
 
 
@@ -40,11 +40,14 @@ class Ledger:
     outcomes: Counter[str] = field(default_factory=Counter)  # of settled and trained groups
     round: EvalRound | None = None
     queued: Version | None = None
-    given_up: int = 0  # groups, in all
+    excused: int = 0  # groups that nobody waited for, in all
     empty_groups: int = 0  # failed or filtered since the last batch or start
     last_error: str = ""  # of the newest rollout without a reward
     records: list[Record] = field(default_factory=list)
     lengths: Lengths = field(default_factory=Lengths)
+    died: int = 0  # workers that died with something in flight
+    deaths: dict[PromptKey, set[int]] = field(default_factory=dict)  # which of those, by what was in flight there, and still is
+    given_up: dict[PromptKey, str] = field(default_factory=dict)  # prompts that were in flight in too many, and the message
     workers: dict[str, int] = field(default_factory=dict)  # newest incarnation that held a group
     ended: bool = False
 
@@ -76,6 +79,10 @@ class Ledger:
 
     def counts(self) -> GroupCounts:
         return GroupCounts(reserved=self.reserved, pending=len(self.groups), **self.outcomes)
+
+    def deaths_of(self, prompt: PromptKey) -> int:
+        """How many workers died while it was in flight with them."""
+        return len(self.deaths.get(prompt, ()))
 
     @property
     def planned(self) -> int:
@@ -111,11 +118,20 @@ class Ledger:
         group.attempt, group.update, group.worker, group.incarnation = e.attempt, e.update, e.worker, e.incarnation
         self.workers[e.worker] = max(e.incarnation, self.workers.get(e.worker, 0))
 
+    def _died(self, e: ev.HolderDied) -> None:
+        self.died += 1
+        for group in (self.get(g) for g in e.groups):
+            self.deaths.setdefault(group.prompt, set()).add(self.died)
+            if group.worker == e.worker and group.incarnation <= e.incarnation:
+                group.worker = ""
+
     def _submitted(self, e: ev.RolloutSubmitted) -> None:
         group = self.get(e.group)
         r = group.rollouts[e.rollout]
         r.row, r.attempt, r.oldest, r.newest, r.length = e.row, e.attempt, e.oldest, e.newest, e.length
         group.unsubmitted -= 1
+        if not group.in_flight():
+            self.deaths.pop(group.prompt, None)  # it has done no harm
         if group.purpose == "train" and e.rollout < group.n:
             self.lengths.dispatched += 1
             self.lengths.dispatched_tokens += e.length
@@ -132,16 +148,25 @@ class Ledger:
             self.ready.add(e.group)
 
     def _settled(self, e: ev.GroupSettled) -> None:
-        group = self.groups.pop(e.group)
+        group = self.get(e.group)
+        if e.error and group.prompt not in self.given_up:
+            self.given_up[group.prompt] = e.error
+            explained = self.deaths.pop(group.prompt)
+            for deaths in self.deaths.values():
+                deaths.difference_update(explained)
+        if group.purpose == "eval":
+            group.give_up()
+            return
+        del self.groups[e.group]
         self.ready.discard(e.group)
         self.outcomes[e.outcome] += 1
         self.empty_groups += e.outcome != "evicted"
         if e.retry:
             self.retries.append((group.position, group.retry + 1))
 
-    def _given_up(self, e: ev.GroupGivenUp) -> None:
-        self.groups[e.group].given_up = True
-        self.given_up += 1
+    def _excused(self, e: ev.GroupExcused) -> None:
+        self.groups[e.group].excused = True
+        self.excused += 1
 
     def _leased(self, e: ev.BatchLeased) -> None:
         self.leases[e.lease] = e
@@ -232,6 +257,8 @@ class Ledger:
         self.records.append(Record(sequence=sequence, time=time, kind=kind, version=version, metrics=metrics))
 
 
+_MOVES_NOTHING = ev.GroupReserved | ev.GroupReissued | ev.HolderDied
+
 # An event is applied by the method that bears its tag.
 _APPLY: dict[type, Callable[[Ledger, Any], None]] = {
     event: getattr(Ledger, f"_{event.__struct_config__.tag}") for event in ev.Event.__subclasses__()
@@ -300,7 +327,7 @@ class StoreContext:
             yield
             if self._recorded:
                 self.changes += 1
-                self.activity += any(not isinstance(e, ev.GroupReserved | ev.GroupReissued) for e in self._recorded)
+                self.activity += any(not isinstance(e, _MOVES_NOTHING) for e in self._recorded)
                 self.log.append_events(self._recorded)
         except BaseException as error:
             if self._recorded:

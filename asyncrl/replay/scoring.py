@@ -63,7 +63,7 @@ class Scoring:
         accepted = []
         for i, s in enumerate(summaries):
             group = self._ledger.find(s.group)
-            if group is None or s.attempt != group.attempt or (s.group, s.rollout) in seen:
+            if group is None or not group.in_flight() or s.attempt != group.attempt or (s.group, s.rollout) in seen:
                 continue
             if not 0 <= s.rollout < len(group.rollouts) or group.rollouts[s.rollout].row >= 0:
                 continue

@@ -4,6 +4,8 @@ from msgspec import Struct
 
 from asyncrl.types import Purpose, Status, Version
 
+PromptKey = tuple[Purpose, int]  # a prompt, whichever group tries it: its purpose and position
+
 
 class RolloutState(Struct):
     """One rollout of a group."""
@@ -33,7 +35,7 @@ class Group(Struct):
     retry: int  # earlier groups of this prompt that failed or were evicted
     attempt: int  # how often it was reissued
     update: int  # of the weights that its holder had when it got the present attempt
-    worker: str  # its holder
+    worker: str  # its holder; empty: it died
     incarnation: int
     # `n` that are sampled and, where a baseline is wanted, a greedy one after them. It is generated and scored with the
     # others; having no token to train, it has no lag, and counts in nothing that is said of the sampled ones.
@@ -41,13 +43,23 @@ class Group(Struct):
     n: int
     unsubmitted: int  # of `rollouts`
     unscored: int
-    given_up: bool = False  # nobody waits for it any more: what is too old when it comes is masked
+    excused: bool = False  # nobody waits for it any more: what is too old when it comes is masked
+
+    @property
+    def prompt(self) -> PromptKey:
+        return self.purpose, self.position
 
     def missing(self) -> tuple[int, ...]:
         return tuple(i for i, r in enumerate(self.rollouts) if r.row < 0)
 
     def in_flight(self) -> bool:
         return self.unsubmitted > 0
+
+    def give_up(self) -> None:
+        """Counts what is missing as invalid."""
+        for i in self.missing():
+            self.rollouts[i].status = "invalid"
+        self.unscored, self.unsubmitted = self.unscored - self.unsubmitted, 0
 
     def scored(self) -> bool:
         return self.unscored == 0

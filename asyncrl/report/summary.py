@@ -51,6 +51,7 @@ class RunSummary:
     reports: dict[str, Report] = field(default_factory=dict)  # the newest of every actor; their seconds only grow
     restarts: dict[str, int] = field(default_factory=dict)  # of the actors that had any
     pids: dict[str, int] = field(default_factory=dict)  # of the actors that are up
+    given_up: tuple[str, ...] = ()  # a message for each prompt that generators died of, since the run's first start
 
     def update(
         self, store: StoreReport | None, reports: Iterable[Report], restarts: dict[str, int], pids: dict[str, int]
@@ -63,7 +64,7 @@ class RunSummary:
         self.reports["store"] = Report(name="store", role="store", seconds=store.seconds, gauges=store.gauges)
         for record in store.records:
             (self.evals if record.kind == "eval" else self.steps)[record.version.update] = record
-        self.committed, self.counts = store.committed, store.counts
+        self.committed, self.counts, self.given_up = store.committed, store.counts, store.given_up
         # A learner that was restored to an earlier update has dropped what came after it.
         self.steps = {update: record for update, record in self.steps.items() if update <= self.committed}
         self.evals = {update: record for update, record in self.evals.items() if update <= self.committed}

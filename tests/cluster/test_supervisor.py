@@ -1,14 +1,32 @@
 """What the supervisor does when an actor cannot go on; recovery from a kill is in tests/runs/test_recovery.py."""
 
 import json
+import logging
 
 import pytest
 
 from asyncrl import launch
+from asyncrl.cluster.plan import RunPlan
+from asyncrl.cluster.supervisor import Supervisor
 from asyncrl.config import Deployment, GeneratorsSpec, LimitsSpec, PlaceSpec, RewardSpec
 from asyncrl.errors import AsyncRLError, ConfigError, PlacementError
+from asyncrl.report.summary import RunSummary
+from asyncrl.types import GroupCounts, StoreReport
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
+
+
+def test_a_prompt_that_was_given_up_is_named_once(local_ray, tiny_recipe, tmp_path, caplog):
+    plan = RunPlan(recipe=tiny_recipe(), deployment=Deployment(), run_dir=str(tmp_path), started=1, loopback=True)
+    supervisor = Supervisor(plan, RunSummary(name="tiny", total_steps=5), lambda records: None)
+    for said in ((), ("the prompt in row 7",), ("the prompt in row 7",), ("the prompt in row 7", "the prompt in row 9")):
+        report = StoreReport(
+            records=(), committed=0, counts=GroupCounts(), evals_pending=0, activity=0, gauges={}, given_up=said
+        )
+        supervisor._store.poll_report = lambda timeout_s, report=report: report
+        supervisor._tick()
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert told == ["the prompt in row 7", "the prompt in row 9"]
 
 
 def test_nothing_moving_ends_the_run_with_a_dump(local_ray, tiny_recipe, tmp_path):

@@ -82,7 +82,7 @@ def test_hold_waits_for_as_many_stragglers_as_would_be_late_together(fakes: Simp
     assert [bench.train(2), bench.train(3)] == [(slow[1].group,), (fresh.group,)]
 
 
-def test_hold_gives_up_the_share_it_may(fakes: SimpleNamespace) -> None:
+def test_hold_excuses_the_share_it_may(fakes: SimpleNamespace) -> None:
     """A quarter of four: the first straggler that would be late is masked, the second is waited for."""
     bench = fakes.Bench(fakes.plan(max_lag=1, batch=2, size=20, ahead=2, masked=0.25))
     bench.fence(0)
@@ -95,14 +95,14 @@ def test_hold_gives_up_the_share_it_may(fakes: SimpleNamespace) -> None:
     bench.score(two, 1.0, 0.0)
     trained = bench.train(1)
     assert two.group in trained
-    assert bench.core.ledger.given_up == 1
+    assert bench.core.ledger.excused == 1
     bench.core = bench.build()  # it is remembered
     bench.submit(one, 0, 2)  # masked in part, by the learner
     bench.score(one, 1.0, 0.0)
     assert one.group in bench.train(2)
 
 
-def test_what_was_given_up_is_evicted_where_nothing_of_it_can_be_trained(fakes: SimpleNamespace) -> None:
+def test_what_was_excused_is_evicted_where_nothing_of_it_can_be_trained(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=1, batch=1, size=20, ahead=2, masked=1.0))
     bench.fence(0)
     (late,) = bench.reserve(1, 0, "slow").tickets

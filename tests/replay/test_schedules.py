@@ -2,6 +2,8 @@
 restarts, both orders of commit and publish. Whatever happens, the bound holds, every group ends once, and all drains."""
 
 import random
+from collections.abc import Iterable
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,15 +23,20 @@ class FakeGenerator:
         self.name, self.incarnation, self.version = name, 1, Version(1, 0)
         self.work: dict[int, tuple[Ticket, dict[int, list[Version]]]] = {}  # group -> versions of the tokens so far
 
-    def die(self) -> None:
+    def die(self) -> int:
+        """Returns the incarnation that died."""
         self.incarnation, self.work = self.incarnation + 1, {}
+        return self.incarnation - 1
 
 
 class World:
     """Actors that act in random order. Trains through the very rule of asyncrl.staleness."""
 
-    def __init__(self, fakes: SimpleNamespace, plan: Any, rng: random.Random, publish_first: bool, prefetch: int) -> None:
-        self.bench, self.fake_log = fakes.Bench(plan), fakes.FakeLog
+    def __init__(
+        self, fakes: SimpleNamespace, plan: Any, rng: random.Random, publish_first: bool, prefetch: int, deadly: set[int]
+    ) -> None:
+        """deadly: rows of prompts that a generator dies of."""
+        self.bench, self.fake_log, self.deadly = fakes.Bench(plan), fakes.FakeLog, deadly
         self.rule, self.rng = plan.rule, rng
         self.first_rule = plan.rule  # that the run began with
         self.publish_first, self.prefetch = publish_first, prefetch
@@ -61,7 +68,15 @@ class World:
     def held_nothing(self, g: FakeGenerator) -> Any:
         return self.bench.call("reserve", 0, g.version, [], 0.0, worker=g.name, incarnation=g.incarnation)
 
+    def die(self, g: FakeGenerator, noticed: bool) -> None:
+        """noticed: by the supervisor; else its successor is the first to say so."""
+        incarnation = g.die()
+        if noticed:
+            self.bench.call("forget", g.name, incarnation, worker="supervisor")
+
     def decode(self, g: FakeGenerator) -> None:
+        if any(ticket.prompt.row in self.deadly for ticket, _ in g.work.values()):
+            self.die(g, noticed=self.rng.random() < 0.9)
         for _, rollouts in g.work.values():
             for tokens in rollouts.values():
                 if self.rng.random() < 0.5:
@@ -141,7 +156,7 @@ class World:
             if answer.replayed and self.rule != self.first_rule:
                 continue  # leased under the bound that the run began with; the learner masks what is too old for the new one
             assert any(inside)  # something to train
-            if (self.rule.holds or self.rule.drops) and not self.bench.core.ledger.groups[group].given_up:
+            if (self.rule.holds or self.rule.drops) and not self.bench.core.ledger.groups[group].excused:
                 assert all(inside), (lags, self.rule)  # nothing is masked
         if answer.replayed:
             assert rows == self.undone[update + 1]
@@ -177,7 +192,8 @@ class World:
             self.bench.checkpointed(self.checkpoints[0])
 
     def restart_learner(self) -> None:
-        self.commit(crash=True)
+        if not self.bench.core.ledger.ended:
+            self.commit(crash=True)
         at = self.rng.choice([c for c in self.checkpoints if c <= self.bench.core.ledger.committed])
         self.checkpoints = [c for c in self.checkpoints if c <= at]
         fence = self.bench.fence(at)
@@ -191,16 +207,33 @@ class World:
         self.bench.core = self.bench.build()
         assert self.bench.core.ledger == before
 
+    def pause_store(self) -> None:
+        """Nobody could renew a lease, so nobody loses anything."""
+        groups = self.bench.core.ledger.in_flight()
+        before = [self.bench.core.holders.is_lost(g.id) for g in groups], self.bench.core.scoring.depths()
+        self.bench.clock.now += 400
+        self.bench.core.expire()
+        assert ([self.bench.core.holders.is_lost(g.id) for g in groups], self.bench.core.scoring.depths()) == before
+
     def resume_with_a_smaller_bound(self) -> None:
         """Everything starts again: the store rebuilds under the new rule, generators and the learner are new."""
         smaller = self.rng.randint(0, self.rule.max_lag - 1)
         ahead = None if self.rule.reserve_ahead is None else min(self.rule.reserve_ahead, smaller + 1)
         self.rule = replace(self.rule, max_lag=smaller, reserve_ahead=ahead)
         self.bench.plan = replace(self.bench.plan, rule=self.rule)
+        self.resume()
+
+    def resume_run(self) -> None:
+        """A clean end, and all over again from a checkpoint for more updates."""
+        self.bench.finish()
+        self.resume()
+
+    def resume(self) -> None:
         self.bench.core = self.bench.build()
-        self.restart_learner()
         for g in self.generators:
             g.die()
+        self.restart_learner()
+        for g in self.generators:
             g.version = self.published
 
     def any_prefix(self) -> None:
@@ -242,11 +275,15 @@ class World:
         elif chance < 0.94:
             self.commit()
         elif chance < 0.95:
-            g.die()
+            self.die(g, noticed=self.rng.random() < 0.5)
+        elif chance < 0.953:
+            self.bench.sleep(40)  # everybody's lease runs out
         elif chance < 0.955:
-            self.bench.clock.now += 40  # everybody's lease runs out
+            self.pause_store()
         elif chance < 0.955 + self.learner_deaths:
             self.restart_learner()
+        elif chance > 0.995:
+            self.resume_run()
         elif chance > 0.985:
             self.restart_store()
         elif chance > 0.982 and self.rule.holds and self.rule.max_lag:
@@ -300,6 +337,7 @@ MODES: list[dict[str, Any]] = [
     prefetch=st.integers(0, 1),
     filtering=st.booleans(),
     baseline=st.booleans(),
+    deadly=st.sets(st.integers(100, 109), max_size=2),
     steps=st.integers(50, 300),
 )
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -312,11 +350,12 @@ def test_any_schedule_keeps_the_bound_and_drains(
     prefetch: int,
     filtering: bool,
     baseline: bool,
+    deadly: set[int],
     steps: int,
 ) -> None:
     options = mode | {"baseline": baseline} | ({"keep": keep_varied} if filtering else {})
     plan = fakes.plan(batch=batch, size=10, epochs=2, shuffle=True, evals=2, **options)
-    world = World(fakes, plan, random.Random(seed), publish_first, prefetch)
+    world = World(fakes, plan, random.Random(seed), publish_first, prefetch, deadly)
     for _ in range(steps):
         world.random_step()
         world.invariants()
@@ -328,11 +367,46 @@ def test_any_schedule_keeps_the_bound_and_drains(
     assert counts.pending == 0
     assert counts.trained == sum(len(e.groups) for e in _surviving(log))
     train = [e for e in log if isinstance(e, ev.GroupReserved) and e.purpose == "train"]
-    ends = [g for e in _surviving(log) for g in e.groups] + [e.group for e in log if isinstance(e, ev.GroupSettled)]
-    assert sorted(ends) == [e.group for e in train]  # every reservation ended, once
     assert len(train) == counts.reserved
-    first_tries = [e.position for e in train if e.retry == 0]
-    assert first_tries == list(range(20))  # both epochs, each prompt once
+    ends = _ends(log)
+    assert sorted(ends) == [e.group for e in train]  # every reservation ended, once
+    tries = {position: [e for e in train if e.position == position] for position in range(20)}
+    assert [e.position for e in train if e.group == tries[e.position][0].group] == list(range(20))  # both epochs, in order
+    for attempts in tries.values():  # each prompt once, but for retries and what a clean end left over, which a resume takes up
+        assert [e.retry for e in attempts] == list(accumulate((ends[e.group] != "left over" for e in attempts[:-1]), initial=0))
+        assert ends[attempts[-1].group] != "left over"
+
+
+def _ends(log: list[Any]) -> dict[int, str]:
+    """How every training group ended in the surviving lineage; `left over` by a clean end."""
+    train = {e.group for e in log if isinstance(e, ev.GroupReserved) and e.purpose == "train"}
+    ends: dict[int, str] = {}
+    pending: set[int] = set()
+    trained: dict[int, tuple[int, ...]] = {}  # by update
+
+    def end(groups: Iterable[int], outcome: str) -> None:
+        assert pending.issuperset(groups)
+        pending.difference_update(groups)
+        ends.update(dict.fromkeys(groups, outcome))
+
+    for event in log:
+        if isinstance(event, ev.GroupReserved) and event.group in train:
+            pending.add(event.group)
+        elif isinstance(event, ev.GroupSettled) and event.group in train:
+            end([event.group], event.outcome)
+        elif isinstance(event, ev.BatchCommitted):
+            end(event.groups, "trained")
+            trained[event.version.update] = event.groups
+        elif isinstance(event, ev.LearnerFenced):
+            for update in [u for u in trained if u > event.committed]:
+                undone = trained.pop(update)
+                pending.update(undone)
+                for group in undone:
+                    del ends[group]
+        elif isinstance(event, ev.Ended):
+            end(list(pending), "left over")
+    assert not pending
+    return ends
 
 
 def _surviving(log: list[Any]) -> list[ev.BatchCommitted]:

@@ -41,6 +41,14 @@ class GroupReissued(Event, tag="reissued", frozen=True):
     incarnation: int
 
 
+class HolderDied(Event, tag="died", frozen=True):
+    """A worker died with these groups in flight: they have no holder until they are reissued, and each counts a death."""
+
+    worker: str
+    incarnation: int
+    groups: tuple[int, ...]
+
+
 class RolloutSubmitted(Event, tag="submitted", frozen=True):
     """A row of the log counts."""
 
@@ -68,14 +76,15 @@ class RolloutScored(Event, tag="scored", frozen=True):
 
 
 class GroupSettled(Event, tag="settled", frozen=True):
-    """A training group ended untrained."""
+    """A training group ended untrained; or any group whose prompt was given up, which `error` says."""
 
     group: int
     outcome: Outcome
     retry: bool  # its prompt goes back to the queue
+    error: str = ""  # why its prompt was given up: whoever worked on it died, too often
 
 
-class GroupGivenUp(Event, tag="given_up", frozen=True):
+class GroupExcused(Event, tag="excused", frozen=True):
     """Nobody waits for a group any more that would be too late (`max_masked_share`)."""
 
     group: int
