@@ -186,8 +186,10 @@ class TestLostGroups:
         bench.submit(half, 0, rollouts=[0])
         bench.sleep(31)
         for update in range(2):
-            bench.reserve(0, update, "slow", held=[half.group])
-            bench.ready(1, update)
+            # A caller that names the lost group does not get it again.
+            (ticket,) = bench.reserve(1, update, "slow", held=[half.group, silent.group]).tickets
+            bench.submit(ticket, update)
+            bench.score(ticket, 1.0, 1.0)
             bench.train(update)
         bench.core = bench.build()
         lost = [bench.core.holders.is_lost(group) for group in (silent.group, half.group)]
