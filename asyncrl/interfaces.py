@@ -14,6 +14,7 @@ from asyncrl.types import (
     Fence,
     Generation,
     GenerationRequest,
+    Lineage,
     Report,
     Reserved,
     Rollout,
@@ -113,6 +114,9 @@ class RewardStore(Protocol):
 class LearnerStore(Protocol):
     """What a learner asks of the store."""
 
+    def lineage(self) -> Lineage:
+        """Which checkpoints a learner may go on from. Changes nothing."""
+
     def fence(self, committed: int) -> Fence:
         """Starts a new incarnation at checkpoint `committed`: older learners are refused from here on, and commits after
         `committed` are reopened, to be leased again first, in their logged order."""
@@ -135,7 +139,8 @@ class LearnerStore(Protocol):
         """Asks for a held-out evaluation by generators at `version`. A newer request replaces one that has not begun."""
 
     def checkpointed(self, oldest_retained: int) -> None:
-        """Tells that segments needed only by checkpoints before `oldest_retained` may go."""
+        """Makes a checkpoint count: when this returns, all that the log holds is on the disk. Checkpoints before
+        `oldest_retained` may go then, and segments of rows that only they need are deleted."""
 
 
 class SupervisorStore(Protocol):

@@ -218,6 +218,27 @@ class Fence(Struct, frozen=True, kw_only=True):
     reopened: int
 
 
+class Lineage(Struct, frozen=True, kw_only=True):
+    """What the log holds for a learner that starts: which versions it can go on from."""
+
+    oldest: int  # updates of the oldest retained checkpoint
+    newest: dict[int, int]  # by incarnation of the learner: its last update that was neither undone nor lost
+
+    def refusal(self, version: Version) -> str:
+        """Why a learner can't go on from a checkpoint of `version`; empty if it can."""
+        newest = self.newest.get(version.incarnation)
+        if newest is None:
+            return f"the replay log knows no incarnation {version.incarnation} of the learner, which wrote it"
+        if version.update > newest:
+            return (
+                f"it is ahead of the replay log, which holds {newest} updates of the learner that wrote it (incarnation "
+                f"{version.incarnation}): the log lost its end, or another learner took over there"
+            )
+        if version.update < self.oldest:
+            return f"the replay log goes back to update {self.oldest}: rows that only older checkpoints need are deleted"
+        return ""
+
+
 class EvalResult(Struct, frozen=True, kw_only=True):
     """Mean held-out score of one pinned version. Rollouts without a verdict count as 0 in the means."""
 

@@ -168,7 +168,7 @@ class StoreSpec(Spec, frozen=True, kw_only=True):
     """The replay store and its log on disk."""
 
     segment_bytes: int = 64 << 20  # a segment of the log is closed when it is larger
-    # `segment` syncs each closed segment to the disk, `call` every acknowledged call.
+    # `segment` syncs to the disk what a checkpoint counts on, and each closed segment; `call` every acknowledged call.
     fsync: Literal["segment", "call"] = "segment"
     # `checkpoint` deletes segments that no retained checkpoint needs, `all` keeps the whole history.
     keep_segments: Literal["checkpoint", "all"] = "checkpoint"

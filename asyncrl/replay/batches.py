@@ -11,7 +11,7 @@ from asyncrl.replay.log.rows import TRAIN_COLUMNS, TrainRows, TrainScore, to_ipc
 from asyncrl.replay.state import Group
 from asyncrl.report.timing import TimeInState
 from asyncrl.staleness import Staleness
-from asyncrl.types import BatchLease, Fence, Key, Version, derive_seed
+from asyncrl.types import BatchLease, Fence, Key, Lineage, Version, derive_seed
 
 _EMPTY_GROUPS, _EMPTY_BATCHES = 1024, 32  # without max_empty_batches the larger of the two ends the run
 
@@ -56,7 +56,11 @@ class Batches:
         self.time = TimeInState("free", context.clock)  # whether a full batch is held back
         self._fenced: tuple[Key, Fence] | None = None  # the newest `fence` and its reply, which may have been lost
 
+    def lineage(self, caller: Key) -> Lineage:
+        return self._ledger.lineage()
+
     def fence(self, caller: Key, committed: int) -> Fence:
+        """On the disk before anybody gets a version of the new incarnation: a power failure must not make it come again."""
         ledger = self._ledger
         if self._fenced is not None and self._fenced[0] == caller:
             return self._fenced[1]
@@ -71,9 +75,11 @@ class Batches:
                 f"checkpoint at update {committed} < {ledger.retained}, the oldest retained one: its rows are deleted; "
                 "resume from a newer checkpoint"
             )
-        self._context.record(ev.LearnerFenced(ledger.incarnation + 1, committed, self._context.wall()))
-        for group in self._holders.misfits():  # the run goes on with a smaller max_lag
-            self._context.record(ev.GroupSettled(group.id, "evicted", retry=True))
+        with self._context.recording():
+            self._context.record(ev.LearnerFenced(ledger.incarnation + 1, committed, self._context.wall()))
+            for group in self._holders.misfits():  # the run goes on with a smaller max_lag
+                self._context.record(ev.GroupSettled(group.id, "evicted", retry=True))
+        self._context.log.sync()
         fence = Fence(incarnation=ledger.incarnation, committed=committed, reopened=len(ledger.reopened))
         self._fenced = (caller, fence)
         return fence
@@ -177,13 +183,15 @@ class Batches:
         self._context.record(ev.BatchCommitted(lease, version, held.groups, metrics, self._context.wall()))
 
     def checkpointed(self, caller: Key, oldest_retained: int) -> None:
-        """Also deletes the segments of the log that no retained checkpoint needs."""
+        """In this order: the log is on the disk, with what it says here; then what no retained checkpoint needs is deleted."""
         ledger = self._ledger
+        ledger.check_learner(caller.learner)
         if oldest_retained > ledger.committed:
             raise ValueError(f"checkpointed({oldest_retained}) > {ledger.committed} updates committed: commit before saving")
-        with self._context.recording():  # in the log before anything is deleted
+        with self._context.recording():
             if oldest_retained > ledger.retained:
                 self._context.record(ev.CheckpointRetained(oldest_retained))
+        self._context.log.sync()
         trained = (g for c in ledger.commits.values() for g in c.groups)
         self._context.log.truncate({g.id for g in [*ledger.outstanding(), *trained]})
 

@@ -14,7 +14,7 @@ from asyncrl.errors import Fenced
 from asyncrl.replay.log.log import ReplayLog
 from asyncrl.replay.plan import StorePlan
 from asyncrl.replay.state import Commit, EvalRound, Group, Lengths, PromptKey, RolloutState
-from asyncrl.types import GroupCounts, Record, Version
+from asyncrl.types import GroupCounts, Lineage, Record, Version
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Ledger:
     committed: int = 0
     retained: int = 0
     incarnation: int = 0
+    fences: dict[int, int] = field(default_factory=dict)  # where each learner started, in updates, by incarnation; it rises
     next_group: int = 0
     next_lease: int = 1
     reserved: int = 0
@@ -68,6 +69,14 @@ class Ledger:
             raise Fenced(
                 f"learner incarnation {incarnation} is not the newest ({self.incarnation}): another learner took over; stop"
             )
+
+    def lineage(self) -> Lineage:
+        """A learner's updates count as far as the next one's start, and so on."""
+        newest, last = {}, self.committed
+        for incarnation, start in reversed(self.fences.items()):
+            newest[incarnation] = last
+            last = min(last, start)
+        return Lineage(oldest=self.retained, newest=newest)
 
     def outstanding(self) -> list[Group]:
         """Every group that is not settled, for training and evaluation."""
@@ -190,6 +199,7 @@ class Ledger:
     def _fenced(self, e: ev.LearnerFenced) -> None:
         """Void leases become ready, or reopened again; commits after the checkpoint are reopened before those."""
         self.incarnation = e.incarnation
+        self.fences[e.incarnation] = e.committed
         self.ended, self.empty_groups = False, 0
         again = dict(self.reopened)
         for lease in self.leases.values():

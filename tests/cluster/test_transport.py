@@ -71,7 +71,7 @@ def test_the_kinds_of_callers_do_not_share_an_event_loop():
     assert loops == {
         "GeneratorStore": {"reserve", "submit"},
         "RewardStore": {"lease_unscored", "extend", "score"},
-        "LearnerStore": {"fence", "lease_batch", "rows", "commit", "request_eval", "checkpointed"},
+        "LearnerStore": {"lineage", "fence", "lease_batch", "rows", "commit", "request_eval", "checkpointed"},
         "SupervisorStore": {"finish", "forget", "report", "state"},
     }
     assert {name for name, verb in VERBS.items() if verb.waits} == {"reserve", "lease_unscored", "lease_batch"}

@@ -111,14 +111,17 @@ class FakeLog:
 
     def __init__(self, history: Sequence[Any]) -> None:
         self.history, self.events, self.calls = list(history), list(history), list[int]()
+        self.synced = self.truncated_after = None  # the newest event when these were called
+
+    def sync(self) -> None:
+        self.synced = self.events[-1]
 
     def append_events(self, events: Sequence[Any]) -> None:
         self.events.extend(events)
         self.calls.append(len(self.events))
 
     def truncate(self, wanted: Collection[int]) -> None:
-        """Notes the newest event, which is then on the disk already."""
-        self.truncated_after = self.events[-1]
+        self.truncated_after = self.synced
 
 
 class Bench:
@@ -210,7 +213,7 @@ class Bench:
         self.call("request_eval", version)
 
     def checkpointed(self, oldest: int) -> None:
-        self.call("checkpointed", oldest)
+        self.call("checkpointed", oldest, learner=self.core.ledger.incarnation)
 
     def finish(self) -> None:
         self.call("finish")

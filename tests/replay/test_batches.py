@@ -1,13 +1,14 @@
 """What the learner leases, commits and retrains. `fakes.Bench` plays generators, reward and learner."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 
 from asyncrl.errors import CheckpointError, Closed, ConfigError, Fenced
-from asyncrl.replay.log.events import CheckpointRetained
+from asyncrl.replay.log.events import CheckpointRetained, LearnerFenced
 from asyncrl.replay.plan import keep_varied
-from asyncrl.types import Version
+from asyncrl.types import Lineage, Version
 
 
 def test_mask_takes_the_oldest_ready_groups_past_a_straggler(fakes: SimpleNamespace) -> None:
@@ -247,6 +248,40 @@ class TestRestore:
         with pytest.raises(ValueError, match="commit before saving"):
             bench.checkpointed(3)
 
+    def test_a_learners_updates_count_as_far_as_the_next_one_started(self, fakes: SimpleNamespace) -> None:
+        bench = fakes.Bench(fakes.plan(max_lag=4, batch=1))
+        bench.fence(0)
+        bench.ready(4, 0)
+        for update in range(3):
+            bench.train(update)
+        bench.fence(2)
+        bench.train(2)
+        bench.train(3)
+        bench.checkpointed(1)
+        bench.fence(1)
+        bench.train(1)
+        for _ in range(2):  # and in a store that was rebuilt
+            lineage = bench.call("lineage")
+            assert lineage == Lineage(oldest=1, newest={1: 1, 2: 1, 3: 2})
+            assert [v for v in itertools.starmap(Version, itertools.product(range(5), range(4))) if not lineage.refusal(v)] == [
+                Version(1, 1), Version(2, 1), Version(3, 1), Version(3, 2)
+            ]  # fmt: skip
+            bench.core = bench.build()
+
+    def test_a_learner_that_was_fenced_can_make_nothing_count(self, fakes: SimpleNamespace) -> None:
+        bench = fakes.Bench(fakes.plan(max_lag=4, batch=1, evals=1))
+        bench.fence(0)
+        bench.ready(2, 0)
+        bench.train(0)
+        bench.fence(1)
+        events = list(bench.log)
+        with pytest.raises(Fenced, match="incarnation 1 is not the newest"):
+            bench.call("checkpointed", 1, learner=1)
+        with pytest.raises(Fenced):
+            bench.request_eval(Version(1, 1))
+        assert bench.log == events
+        bench.checkpointed(1)
+
 
 class TestEnd:
     def test_the_last_batch_is_partial_once_nothing_else_can_come(self, fakes: SimpleNamespace) -> None:
@@ -382,10 +417,16 @@ def test_a_rollout_masked_whole_does_not_count_as_trained_length(fakes: SimpleNa
     assert (lengths.dispatched, lengths.trained) == (2, 1)
 
 
-def test_nothing_is_deleted_before_the_log_says_that_no_checkpoint_needs_it(fakes: SimpleNamespace) -> None:
+def test_nothing_is_deleted_before_the_log_on_the_disk_says_that_no_checkpoint_needs_it(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=0, batch=1))
     bench.fence(0)
     bench.ready(1, 0)
     bench.train(0)
     bench.checkpointed(1)
     assert bench.core.context.log.truncated_after == CheckpointRetained(1)
+
+
+def test_a_learners_incarnation_is_on_the_disk_before_it_has_one(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan())
+    bench.fence(0)
+    assert isinstance(bench.core.context.log.synced, LearnerFenced)

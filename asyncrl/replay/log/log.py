@@ -1,10 +1,12 @@
 """The log on disk: the source of truth, never rewound. Two streams, rows and events: rows first, then the event that makes
-them count. "Acknowledged" means handed to the operating system: it survives any kill of the process."""
+them count. "Acknowledged" means handed to the operating system: it survives any kill of the process. What `sync` returned for
+also survives a power failure."""
 
 import fcntl
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,8 +24,8 @@ class ReplayLog:
     """Opens or creates the log in `folder` and recovers what a kill left: `history` holds every acknowledged event.
 
     A tail that was cut is closed into a segment up to the last call whose rows and events are both whole.
-    spec.fsync `segment`: closed segments are synced; `call`: every acknowledged call, which also survives a power failure.
-    Its owner holds `locked(folder)`. Raises `DataError` naming the file if a closed segment is damaged.
+    spec.fsync `segment`: closed segments are synced, tails by `sync`; `call`: every acknowledged call.
+    Its owner holds `locked(folder)`. Raises `DataError` naming the file if what was on the disk already is damaged.
     """
 
     def __init__(self, folder: Path, spec: StoreSpec = StoreSpec()) -> None:
@@ -31,13 +33,10 @@ class ReplayLog:
         self._spec = spec
         self._groups: dict[int, frozenset[int]] = {}  # of closed row segments, by number
         self._events = Segments(folder, "events", ev.EVENTS, spec.fsync == "call", {})
-        batches = self._read_events(folder)
-        closed = [e for batch in batches for e in batch if isinstance(e, ev.SegmentClosed)]
-        known = {stream: {e.number: e for e in closed if e.stream == stream} for stream in ("rows", "events")}
-        self._rows = Segments(folder, "rows", ROWS, spec.fsync == "call", known["rows"])
-        self.history: list[ev.Event] = self._acknowledged(batches)
-        self._check_events(known["events"], folder)
-        self._recover(known)
+        closed, calls = self._read_events(folder)
+        self._rows = Segments(folder, "rows", ROWS, spec.fsync == "call", _noted("rows", [*closed, *calls]))
+        self.history: list[ev.Event] = self._acknowledged(closed, calls)
+        self._recover()
 
     # ----------------------------------------------------------------------------------------- append
 
@@ -53,18 +52,28 @@ class ReplayLog:
         if self._events.tail_bytes >= self._spec.segment_bytes:
             self._close_events()
 
+    def sync(self) -> None:
+        """Returns when all that was appended is on the disk."""
+        self._rows.sync()  # first: events that are on the disk name only rows that are
+        self._events.sync()
+
     def take(self, rows: Sequence[int], columns: list[str]) -> pa.RecordBatch:
         """Rows by number, in this order."""
         return self._rows.take(rows, columns)
 
     def truncate(self, wanted: Collection[int]) -> int:
-        """Deletes closed row segments that hold no group of `wanted`, unless spec.keep_segments is `all`; how many."""
+        """Deletes closed row segments that hold no group of `wanted`, unless spec.keep_segments is `all`; how many.
+
+        What the log says up to then is on the disk before a file goes."""
         if self._spec.keep_segments == "all":
             return 0
         unwanted = [s for s in self._rows.closed if self._groups_of(s).isdisjoint(wanted)]
+        if unwanted:
+            self._append([ev.SegmentDropped(segment.number) for segment in unwanted])
+            self.sync()
         for segment in unwanted:
-            self._append([ev.SegmentDropped(segment.number)])
             self._rows.drop(segment)
+            del self._groups[segment.number]
         return len(unwanted)
 
     def close(self) -> None:
@@ -75,46 +84,42 @@ class ReplayLog:
 
     # ---------------------------------------------------------------------------------------- recover
 
-    def _read_events(self, folder: Path) -> list[list[ev.Event]]:
-        """All events, one list per Arrow batch; in the tail a batch is a call."""
-        batches = []
-        for segment in self._events.closed:
-            where = f"{folder}/events-{segment.number:08d}"
-            batches += [_decode(batch, where) for batch in self._events.reader(segment).read_all().to_batches()]
-        self._closed_batches = len(batches)
-        return batches + [_decode(batch, f"the tail of {folder}/events") for batch in self._events.batches]
+    def _read_events(self, folder: Path) -> tuple[list[list[ev.Event]], list[list[ev.Event]]]:
+        """The events of closed segments, and those of the tail, one list per call.
 
-    def _acknowledged(self, batches: list[list[ev.Event]]) -> list[ev.Event]:
-        """Cuts both streams to the calls whose rows and events are whole."""
-        history: list[ev.Event] = []
-        rows = self._rows.tail_first
-        for i, batch in enumerate(batches):
-            named = [e.row for e in batch if isinstance(e, ev.RolloutSubmitted | ev.RolloutScored) and e.row is not None]
-            if any(row >= self._rows.rows for row in named):
-                if i < self._closed_batches:
-                    raise DataError(
-                        f"events count row {max(named)}, but only {self._rows.rows} rows are left: a row segment is gone"
-                    )
-                break
-            rows = max([rows, *(row + 1 for row in named)])
-            history += batch
-        self._rows.keep(rows)
+        Newest segments first: the checksum of each is noted in a later one, and it is not read before it is checked."""
+        calls = [_decode(batch, f"the tail of {folder}/events") for batch in self._events.recovered]
+        closed: list[list[ev.Event]] = []
+        noted = _noted("events", calls)
+        for segment in reversed(self._events.closed):
+            where = f"{folder}/events-{segment.number:08d}.arrow"
+            if noted.get(segment.number, segment).crc32 != segment.crc32:
+                raise DataError(f"{where} does not match its checksum: restore it from a copy")
+            read = [_decode(batch, where) for batch in self._events.reader(segment).read_all().to_batches()]
+            noted |= _noted("events", read)
+            closed = read + closed
+        if gone := sorted(noted.keys() - {segment.number for segment in self._events.closed}):
+            raise DataError(f"{folder}/events-{gone[0]:08d}.arrow is missing, but a later event counts it: restore the file")
+        return closed, calls
+
+    def _acknowledged(self, closed: list[list[ev.Event]], calls: list[list[ev.Event]]) -> list[ev.Event]:
+        """Cuts both tails to the calls whose rows and events are whole."""
+        if (last := _last_row(closed)) >= self._rows.rows:
+            raise DataError(f"events count row {last}, but only {self._rows.rows} rows are left: a row segment is gone")
+        whole = list(takewhile(lambda call: _last_row([call]) < self._rows.rows, calls))
+        history = [event for call in [*closed, *whole] for event in call]
+        self._rows.keep(max(self._rows.tail_first, 1 + _last_row([history])))
         self._events.keep(len(history))
         return history
 
-    def _check_events(self, known: dict[int, ev.SegmentClosed], folder: Path) -> None:
-        for segment in self._events.closed:
-            if segment.number in known and known[segment.number].crc32 != segment.crc32:
-                raise DataError(
-                    f"{folder}/events-{segment.number:08d}.arrow does not match its checksum: restore it from a copy"
-                )
-
-    def _recover(self, known: dict[str, dict[int, ev.SegmentClosed]]) -> None:
+    def _recover(self) -> None:
         """Closes the recovered tails, and notes segments that no event knows: these, or ones closed just before a kill."""
         self._rows.close_segment()
         self._events.close_segment()
-        if unknown := [s for s in [*self._events.closed, *self._rows.closed] if s.number not in known[s.stream]]:
+        noted = {(e.stream, e.number) for e in self.history if isinstance(e, ev.SegmentClosed)}
+        if unknown := [s for s in [*self._events.closed, *self._rows.closed] if (s.stream, s.number) not in noted]:
             self._append(unknown)
+            self._events.sync()
         dropped = {e.number for e in self.history if isinstance(e, ev.SegmentDropped)}
         for segment in [s for s in self._rows.closed if s.number in dropped]:
             self._rows.drop(segment)
@@ -128,12 +133,16 @@ class ReplayLog:
         groups = frozenset(g for batch in self._rows.batches for g in batch.column("group").to_pylist())
         if segment := self._rows.close_segment():
             self._groups[segment.number] = groups
-            self._append([segment])
+            self._note(segment)
 
     def _close_events(self) -> None:
         self._close_rows()  # a closed event must not name a row of the tail, whose end can be lost
         if segment := self._events.close_segment():
-            self._append([segment])
+            self._note(segment)
+
+    def _note(self, segment: ev.SegmentClosed) -> None:
+        self._append([segment])
+        self._events.sync()  # its checksum is of use only where it survives
 
     def _groups_of(self, segment: ev.SegmentClosed) -> frozenset[int]:
         if segment.number not in self._groups:
@@ -156,6 +165,19 @@ def locked(folder: Path, wait_s: float) -> BinaryIO:
             f"{folder} is still open in another process after {wait_s:g} s: two stores would spoil it; stop that one"
         )
     return file
+
+
+def _noted(stream: str, calls: Iterable[list[ev.Event]]) -> dict[int, ev.SegmentClosed]:
+    """The closed segments of a stream that these events tell of, by number."""
+    return {e.number: e for call in calls for e in call if isinstance(e, ev.SegmentClosed) and e.stream == stream}
+
+
+def _last_row(calls: Iterable[list[ev.Event]]) -> int:
+    """The highest number of a row that these events make count; -1 if there is none."""
+    rows = (
+        e.row for call in calls for e in call if isinstance(e, ev.RolloutSubmitted | ev.RolloutScored) and e.row is not None
+    )
+    return max(rows, default=-1)
 
 
 def _decode(batch: pa.RecordBatch, where: str) -> list[ev.Event]:

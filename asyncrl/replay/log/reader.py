@@ -11,7 +11,8 @@ import pyarrow as pa
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import DataError
 from asyncrl.replay.log.rows import ROWS
-from asyncrl.replay.log.segments import listing, read_closed, read_tail
+from asyncrl.replay.log.segments import listing, read_closed
+from asyncrl.replay.log.tail import read_tail
 
 _ATTEMPTS = 10  # a segment may be closed or deleted between listing and reading
 _JOINED = pa.schema(

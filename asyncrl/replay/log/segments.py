@@ -1,59 +1,50 @@
-"""One append-only stream of Arrow record batches on disk: closed segments (IPC files) and an open tail (IPC stream).
+"""One append-only stream of Arrow record batches on disk: closed segments (Arrow IPC files) and an open tail (tail.py).
 
     rows-00000000.arrow  rows-00000001.arrow  rows-00000002.tail
 
-An appended batch is handed to the operating system before `append` returns, so it survives any kill of the process.
-A batch that was cut while it was written is dropped when the stream is opened again.
+An appended batch is handed to the operating system before `append` returns, so it survives any kill of the process; what
+`sync` was called for also survives a power failure. A batch that was cut while it was written is dropped when the stream is
+opened again.
 """
 
+import contextlib
 import os
 import re
 import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
 from asyncrl.errors import DataError
 from asyncrl.replay.log.events import SegmentClosed
+from asyncrl.replay.log.tail import MARK, other_version, read_tail, record
 from asyncrl.rundir import sync
 
 _CHUNK_ROWS = 4096
 _JOIN_BATCHES = 128
 
 
-def read_tail(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
-    """The whole batches of an open tail, which may end anywhere. Only its end can be torn: it is written in order.
-
-    Raises `DataError` if it is of another schema, `FileNotFoundError` if it was closed meanwhile."""
-    data = pa.py_buffer(path.read_bytes())
-    batches: list[pa.RecordBatch] = []
-    try:
-        _check_schema(path, pa.ipc.open_stream(data).schema, schema)
-        reader = pa.ipc.MessageReader.open_stream(data)
-        reader.read_next_message()  # the schema
-        while True:
-            batches.append(pa.ipc.read_record_batch(reader.read_next_message(), schema))
-    except (StopIteration, OSError, pa.ArrowInvalid):  # the end, or a cut
-        return batches
-
-
 def read_closed(path: Path, schema: pa.Schema) -> pa.ipc.RecordBatchFileReader:
     """A memory-mapped closed segment. Raises `DataError` if it can't be parsed or is of another schema."""
-    try:
+    with _readable(path):
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    except pa.ArrowInvalid as error:
-        raise DataError(
-            f"{path} is not a readable Arrow file ({error}): restore it from a copy, or resume elsewhere"
-        ) from error
-    _check_schema(path, reader.schema, schema)
+    if not reader.schema.equals(schema, check_metadata=True):
+        raise other_version(path)
     return reader
 
 
-def _check_schema(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
-    if not found.equals(expected, check_metadata=True):
-        raise DataError(f"{path} has the schema of another version of asyncrl: read and resume the run with that version")
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} is not a readable Arrow file ({error}): restore it from a copy, or resume elsewhere"
+        ) from error
 
 
 def listing(folder: Path, stem: str) -> tuple[list[tuple[int, Path]], list[tuple[int, Path]]]:
@@ -67,8 +58,8 @@ def listing(folder: Path, stem: str) -> tuple[list[tuple[int, Path]], list[tuple
 
 
 class Segments:
-    """A stream, and all that is done with its files. Opening reads the tail's whole batches into memory; the owner then calls
-    `keep` and `close_segment` before the first `append`.
+    """A stream, and all that is done with its files. Opening reads the tail's whole batches into `recovered`; the owner then
+    calls `keep` and `close_segment` before the first `append`.
 
     known: what the event log says of this stream's closed segments, by number, deleted ones included.
     """
@@ -84,28 +75,29 @@ class Segments:
         seen = dict(known)
         for number, path in closed:
             if number not in seen:  # closed just before a kill: the event log does not know it yet
-                count = read_closed(path, schema).read_all().num_rows
+                with _readable(path):
+                    count = read_closed(path, schema).read_all().num_rows
                 seen[number] = SegmentClosed(stem, number, _end(seen), count, _crc32(path))
             self.closed.append(seen[number])
         self.tail_first = _end(seen)
-        self.batches: list[pa.RecordBatch] = []
-        self._starts: list[int] = []
-        self.rows = self.tail_first  # of the stream so far, deleted ones included: the number of the next row
-        self.tail_bytes = 0
-        self._hold([batch for _, path in tails for batch in read_tail(path, schema)])
+        self._hold([])
+        self.recovered = [batch for _, path in tails for batch in read_tail(path, schema)]  # of the tail, one per append
+        self.rows += sum(batch.num_rows for batch in self.recovered)
         self._number = max([max(seen, default=-1) + 1, *(n for n, _ in tails)])
         self._file = -1
+        self._unsynced = False
         for leftover in [*folder.glob(f"{stem}-*.writing"), *(self._path("tail", n) for n, _ in closed)]:
             leftover.unlink(missing_ok=True)
 
     def keep(self, rows: int) -> None:
-        """Drops tail rows from number `rows` on: nobody was told that they count."""
+        """Drops recovered rows from number `rows` on: nobody was told that they count."""
         left, kept = rows - self.tail_first, []
-        for batch in self.batches:
+        for batch in self.recovered:
             if left > 0:
                 kept.append(batch.slice(0, left))
                 left -= kept[-1].num_rows
         self._hold(kept)
+        self.recovered = []
 
     def append(self, batch: pa.RecordBatch) -> int:
         """The number of the batch's first row. Returns when the operating system has it."""
@@ -113,20 +105,23 @@ class Segments:
         if self._file < 0:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # opening the log left no tail
             self._file = os.open(self._path("tail"), flags, 0o644)
-            self._write(self._schema.serialize())
-            if self._fsync_calls:
-                sync(self._folder)
-        message = batch.serialize()
+            self._write(record(self._schema.serialize()))
+            sync(self._folder)
+        message = record(batch.serialize())
         self._write(message)
+        self._unsynced = True
         self._push(batch)
-        self.tail_bytes += message.size
+        self.tail_bytes += len(message)
         if self._fsync_calls:
             self.sync()
         return first
 
     def sync(self) -> None:
-        if self._file >= 0:
+        """Returns when the tail is on the disk. A mark in it says so."""
+        if self._unsynced:
             os.fsync(self._file)
+            self._write(MARK)
+            self._unsynced = False
 
     def close_segment(self) -> SegmentClosed | None:
         """Turns the tail into an immutable file: written beside, synced, renamed. None if the tail is empty."""
@@ -191,7 +186,7 @@ class Segments:
         """Closes the tail's file descriptor."""
         if self._file >= 0:
             os.close(self._file)
-            self._file = -1
+            self._file, self._unsynced = -1, False
 
     def _segment(self, row: int) -> SegmentClosed:
         place = bisect_right(self.closed, row, key=lambda s: s.first) - 1
@@ -200,7 +195,11 @@ class Segments:
         return self.closed[place]
 
     def _hold(self, batches: list[pa.RecordBatch]) -> None:
-        self.batches, self._starts, self._loose, self.rows, self.tail_bytes = [], [], 0, self.tail_first, 0
+        self.batches: list[pa.RecordBatch] = []  # of the tail, in memory
+        self._starts: list[int] = []  # number of the first row of each
+        self._loose = 0  # batches at the end that are not joined yet
+        self.rows = self.tail_first  # of the stream so far, deleted ones included: the number of the next row
+        self.tail_bytes = 0
         for batch in batches:
             self._push(batch)
 
@@ -217,7 +216,7 @@ class Segments:
     def _path(self, suffix: str, number: int | None = None) -> Path:
         return self._folder / f"{self._stem}-{self._number if number is None else number:08d}.{suffix}"
 
-    def _write(self, data: pa.Buffer) -> None:
+    def _write(self, data: bytes) -> None:
         view = memoryview(data)
         while len(view):
             view = view[os.write(self._file, view) :]

@@ -160,6 +160,7 @@ def test_truncation_keeps_segments_with_wanted_groups(fakes: SimpleNamespace, tm
     log = ReplayLog(tmp_path, StoreSpec(segment_bytes=1))  # a segment per call
     written = [e for g in range(4) for e in submit(log, fakes, g)]
     assert log.truncate({1, 3}) == 2
+    assert sorted(log._groups) == [s.number for s in log._rows.closed]  # and no others
     assert log.take([2, 6], ["group"]).to_pylist() == [{"group": 1}, {"group": 3}]
     with pytest.raises(DataError, match="row 0 of rows was deleted"):
         log.take([0], ["group"])
