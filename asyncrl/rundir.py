@@ -81,10 +81,15 @@ class RunDir:
         found = [(int(match[1]), folder) for folder in self.checkpoints.glob("step_*") if (match := _STEP.match(folder.name))]
         return [folder for _, folder in sorted(found) if folder.is_dir()]
 
-    def require_checkpoint(self) -> None:
-        """Raises ConfigError if there is none to resume from. Touches nothing."""
-        if not self.steps():
+    def require_checkpoint(self, update: int | None = None) -> None:
+        """Raises ConfigError if there is none to resume from, or not the one after `update`. Touches nothing."""
+        steps = self.steps()
+        if not steps:
             raise ConfigError(f"{self.path} holds no checkpoint: nothing to resume; start it without --resume")
+        if update is not None and self.checkpoint(update) not in steps:
+            raise ConfigError(
+                f"{self.path} holds no checkpoint of update {update}; resume from one of {', '.join(s.name for s in steps)}"
+            )
 
     @contextlib.contextmanager
     def lock(self, *folders: Path) -> Iterator[None]:
@@ -231,16 +236,22 @@ def write_manifest(folder: str | Path, extra: Mapping[str, Any]) -> None:
     write_atomic(folder / MANIFEST, json.dumps({"schema": 1, "files": listing, "extra": dict(extra)}, indent=2) + "\n")
 
 
-def verify_manifest(folder: str | Path) -> dict[str, Any]:
-    """Checks every file named by the manifest and returns `extra`. Raises CheckpointError naming file, bytes or hash."""
+def read_manifest(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a manifest says of its files, which are not looked at, and `extra`. Raises CheckpointError if it can't be read."""
     folder = Path(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        files, extra = manifest["files"], manifest["extra"]
+        return dict(manifest["files"]), dict(manifest["extra"])
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} has no {MANIFEST}: its save was cut short; use an older checkpoint") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged ({error}); use an older checkpoint") from error
+
+
+def verify_manifest(folder: str | Path) -> dict[str, Any]:
+    """Checks every file named by the manifest and returns `extra`. Raises CheckpointError naming file, bytes or hash."""
+    folder = Path(folder)
+    files, extra = read_manifest(folder)
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():

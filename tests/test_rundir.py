@@ -36,6 +36,13 @@ def test_nothing_to_resume_is_said_without_touching_the_disk(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="holds no checkpoint: nothing to resume"):
         RunDir(tmp_path / "none").require_checkpoint()
     assert not (tmp_path / "none").exists()
+    run = RunDir(tmp_path / "some").create()
+    for update in (50, 100):
+        run.checkpoint(update).mkdir()
+    run.require_checkpoint()
+    run.require_checkpoint(50)
+    with pytest.raises(ConfigError, match=r"no checkpoint of update 75; resume from one of step_000050, step_000100"):
+        run.require_checkpoint(75)
 
 
 def test_write_atomic_keeps_the_old_file_when_the_new_one_fails(tmp_path: Path) -> None:

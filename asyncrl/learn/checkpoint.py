@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from asyncrl.errors import CheckpointError
+from asyncrl.errors import CheckpointError, Fenced
 from asyncrl.learn.critic import Critic
-from asyncrl.learn.policies import newest_complete
+from asyncrl.learn.policies import Refusal, newest_complete
 from asyncrl.models.loading import load_weights, named_weights
-from asyncrl.rundir import RunDir, atomic_folder, verify_manifest, write_manifest
+from asyncrl.rundir import RunDir, atomic_folder, read_manifest, write_manifest
 from asyncrl.types import Version
 
 log = logging.getLogger(__name__)
@@ -40,14 +40,19 @@ class Checkpointed(Protocol):
 
 
 class Checkpoints:
-    """The checkpoints of one run; at most keep_last_n stay. One writer at a time: the learner that holds the fence."""
+    """The checkpoints of one run; at most keep_last_n stay. Its writer is the learner that holds the fence. One that does not
+    know yet that it was fenced can leave a checkpoint, which the log then refuses, and deletes none: it asks the store before.
+    """
 
     def __init__(self, run_dir: RunDir, keep_last_n: int) -> None:
         self._run_dir = run_dir
         self._keep_last_n = keep_last_n
 
     def save(self, trainer: Checkpointed, version: Version) -> Path:
-        """Writes `step_<update>`, whole or not at all, and returns its folder. An older one of that name is replaced."""
+        """Writes `step_<update>`, whole or not at all, and returns its folder. An older one of that name is replaced.
+
+        Raises Fenced if a newer learner has written one of that name.
+        """
         model = trainer.model
         path = self._run_dir.checkpoint(version.update)
         with atomic_folder(path) as folder:
@@ -63,43 +68,67 @@ class Checkpoints:
             }
             extra = {"update": version.update, "incarnation": version.incarnation, "model": summary, "state": trainer.state}
             write_manifest(folder, extra)
+            if (newer := _incarnation(path)) > version.incarnation:
+                raise Fenced(f"{path} is of learner incarnation {newer} > {version.incarnation}: a newer one took over; stop")
         return path
 
-    def restore(self, trainer: Checkpointed, at: int | None = None) -> int | None:
-        """Loads the newest complete checkpoint, or that of update `at`, random states included; returns its update count.
+    def restore(self, trainer: Checkpointed, at: int | None = None, refusal: Refusal = lambda version: "") -> int | None:
+        """Loads the newest checkpoint that is whole and not refused, random states included; returns its update count.
 
+        at: takes the checkpoint after so many updates instead. refusal: why one of this version can't be gone on from, or "".
         Of the figures saved, those that the trainer has are overwritten in place, and others ignored. So is a critic where it
         has none; one that it has must be in the checkpoint.
-        None in a run that has none yet. Incomplete ones are skipped with a warning. Checkpoints of later updates belong to
-        the lineage that is abandoned here, and are deleted. Raises CheckpointError if `at` is not there, or none is whole.
+        None in a run that has none yet. Checkpoints that can't be used are skipped with a warning; nothing is deleted. Raises
+        CheckpointError, which says why, if none can be used, or not the one of update `at`.
         """
         folders = self._run_dir.steps()
-        if at is not None:
-            wanted = self._run_dir.checkpoint(at)
-            if wanted not in folders:
-                raise CheckpointError(f"{wanted} does not exist; the run has {[folder.name for folder in folders]}")
-            extra = verify_manifest(wanted)
-        elif not folders:
+        if at is None and not folders:
             return None
-        else:
-            wanted, extra = newest_complete(folders)
+        wanted, extra = newest_complete(folders, refusal) if at is None else self._only(at, folders, refusal)
         load_weights(trainer.model, load_file(wanted / "policy" / "model.safetensors"))
         trainer.optimizer.load_state_dict(_load(wanted / "optimizer.pt"))
         if trainer.critic is not None:
             _load_critic(trainer.critic, wanted / "critic")
         _set_rng_state(_load(wanted / "rng.pt"))
         trainer.state |= {name: value for name, value in extra.get("state", {}).items() if name in trainer.state}
-        for folder in folders[folders.index(wanted) + 1 :]:
-            log.warning("deleting %s: the run goes on from %s", folder, wanted.name)
-            shutil.rmtree(folder)
         return int(extra["update"])
 
-    def prune(self) -> int:
-        """Deletes all but the newest keep_last_n; returns the update count of the oldest that stays."""
-        folders = self._run_dir.steps()
-        for folder in folders[: -self._keep_last_n]:
-            shutil.rmtree(folder)
-        return self._run_dir.update_of(folders[-self._keep_last_n :][0])
+    def discard_after(self, update: int) -> None:
+        """Deletes the checkpoints of later updates: the run goes on from `update`, and they belong to what was given up."""
+        for folder in self._run_dir.steps():
+            if self._run_dir.update_of(folder) > update:
+                log.warning("deleting %s: the run goes on from update %d", folder, update)
+                shutil.rmtree(folder)
+
+    def oldest_kept(self, newest: int) -> int:
+        """Update count of the oldest of the keep_last_n checkpoints up to `newest`. Later ones are not this learner's."""
+        updates = [self._run_dir.update_of(folder) for folder in self._run_dir.steps()]
+        return [update for update in updates if update <= newest][-self._keep_last_n :][0]
+
+    def prune(self, oldest: int) -> None:
+        """Deletes the checkpoints before `oldest`."""
+        for folder in self._run_dir.steps():
+            if self._run_dir.update_of(folder) < oldest:
+                shutil.rmtree(folder)
+
+    def _only(self, at: int, folders: list[Path], refusal: Refusal) -> tuple[Path, dict[str, Any]]:
+        names = ", ".join(folder.name for folder in folders) or "none"
+        wanted = self._run_dir.checkpoint(at)
+        if wanted not in folders:
+            raise CheckpointError(f"{wanted} does not exist; the run has {names}")
+        try:
+            return newest_complete([wanted], refusal)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}\nthe run has {names}") from error
+
+
+def _incarnation(folder: Path) -> int:
+    """Of the learner that wrote a checkpoint; 0 if there is none, or it is damaged."""
+    try:
+        _, extra = read_manifest(folder)
+    except CheckpointError:
+        return 0
+    return int(extra["incarnation"])
 
 
 def _save_policy(model: PreTrainedModel, folder: Path) -> None:

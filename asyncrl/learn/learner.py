@@ -81,12 +81,13 @@ class Learner:
         self._timings: dict[str, float] = defaultdict(float)  # since the last commit
 
     def start(self, at: int | None = None) -> Version:
-        """Restores the newest checkpoint (or that of update `at`), fences older learners, and publishes what it restored.
+        """Restores the newest checkpoint that the log reaches (or that of update `at`), fences older learners, and publishes
+        what it restored.
 
         In a new run this is version 0 of the starting weights, saved as step_000000. `run` calls it if nobody has.
         """
         with self._timed("sync", "timing_s/restore"):
-            restored = self._checkpoints.restore(self._trainer, at)
+            restored = self._checkpoints.restore(self._trainer, at, self._store.lineage().refusal)
             committed = restored or 0
             fence = self._store.fence(committed)
         if fence.committed != committed:
@@ -102,7 +103,8 @@ class Learner:
             self._save()
         else:
             self._saved = self._version
-            self._store.checkpointed(self._checkpoints.prune())
+            self._checkpoints.discard_after(committed)  # not before the fence: until then they are another learner's
+            self._retain()
         self._publish()
         self._save_and_evaluate()
         return self._version
@@ -236,8 +238,14 @@ class Learner:
         with self._timed("sync", "timing_s/checkpoint"):
             path = self._checkpoints.save(self._trainer, self._version)
             self._saved = self._version
-            self._store.checkpointed(self._checkpoints.prune())
+            self._retain()
         return path
+
+    def _retain(self) -> None:
+        """Makes the checkpoint of this version count, then deletes those that are no longer kept."""
+        oldest = self._checkpoints.oldest_kept(self.committed)
+        self._store.checkpointed(oldest)  # first: it syncs the log, and a learner that was fenced deletes nothing
+        self._checkpoints.prune(oldest)
 
     @contextmanager
     def _timed(self, state: str, name: str) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """What a person may name as a model: a Hugging Face id or folder, a checkpoint, or a run (then its newest checkpoint)."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,14 @@ from msgspec import Struct
 from asyncrl.config import ModelSpec, Recipe
 from asyncrl.errors import CheckpointError, ConfigError
 from asyncrl.rundir import MANIFEST, RunDir, verify_manifest
+from asyncrl.types import Version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 log = logging.getLogger(__name__)
+Refusal = Callable[[Version], str]
 
 
 class Policy(Struct, frozen=True, kw_only=True):
@@ -83,16 +85,22 @@ def load(policy: Policy, device: str = "cpu") -> "tuple[PreTrainedModel, PreTrai
     return model.to(device).eval(), tokenizer
 
 
-def newest_complete(folders: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
-    """The last of a run's checkpoints that is whole, and its manifest; warns of those skipped. CheckpointError: none is."""
+def newest_complete(folders: Sequence[Path], refusal: Refusal = lambda version: "") -> tuple[Path, dict[str, Any]]:
+    """The last of a run's checkpoints that is whole and not refused, and its manifest; warns of those skipped.
+
+    refusal: why a checkpoint of this version can't be used; empty if it can. Raises CheckpointError if none can.
+    """
     problems = []
     for folder in reversed(folders):
         try:
-            return folder, verify_manifest(folder)
+            extra = verify_manifest(folder)
+            if problem := refusal(Version(extra["incarnation"], extra["update"])):
+                raise CheckpointError(f"{folder} can't be resumed from: {problem}")
+            return folder, extra
         except CheckpointError as error:
             log.warning("skipping %s: %s", folder, error)
             problems.append(str(error))
-    raise CheckpointError(f"no checkpoint of {folders[0].parent.parent} is whole:\n  " + "\n  ".join(problems))
+    raise CheckpointError(f"no checkpoint of {folders[0].parent.parent} can be used:\n  " + "\n  ".join(problems))
 
 
 def _checkpoint(folder: Path, manifest: dict[str, Any], tokenizer: str, dtype: str) -> Policy:

@@ -53,6 +53,7 @@ class Journal:
                 f"{', '.join(self._spec.data.files)} or the tokenizer changed since the checkpoint of step {done}: the rest "
                 "would be other data in another order; put the old files back, or start over with --force"
             )
+        self._checkpoints.discard_after(done)
         return done
 
     def step(self, step: int, figures: dict[str, float]) -> None:
@@ -65,7 +66,7 @@ class Journal:
         self._write(step, metrics)
         if self._spec.save_freq and step % self._spec.save_freq == 0 and not last:
             self._checkpoints.save(self._trainer, Version(0, step))
-            self._checkpoints.prune()
+            self._checkpoints.prune(self._checkpoints.oldest_kept(step))
 
     def close(self) -> None:
         self._metrics.close()

@@ -16,7 +16,7 @@ from asyncrl.learn.update import RefusedSteps
 from asyncrl.models.packed import PackedModel
 from asyncrl.models.value import OwnValues, SharedValues
 from asyncrl.staleness import Staleness
-from asyncrl.types import BatchLease, Fence, TrainRollout, Version
+from asyncrl.types import BatchLease, Fence, Lineage, TrainRollout, Version
 
 
 def tiny_model(seed: int = 0) -> PreTrainedModel:
@@ -85,6 +85,10 @@ class FakeStore:
         self.answer = fence or Fence(incarnation=3, committed=0, reopened=0)
         self.metrics: list[dict[str, float]] = []
         self.on_lease: Callable[[], None] = lambda: None
+        self.history = Lineage(oldest=0, newest=dict.fromkeys(range(9), 1000))  # of the first learners, everything counts
+
+    def lineage(self) -> Lineage:
+        return self.history
 
     def fence(self, committed: int) -> Fence:
         self.calls.append(("fence", committed))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from asyncrl.errors import CheckpointError
+from asyncrl.errors import CheckpointError, Fenced
 from asyncrl.learn.checkpoint import Checkpoints
-from asyncrl.rundir import RunDir
-from asyncrl.types import Version
+from asyncrl.rundir import RunDir, verify_manifest
+from asyncrl.types import Lineage, Version
 
 LEARNER = {"mini_batch_groups": 2, "lr_schedule": "cosine", "warmup_steps": 2}
 
@@ -67,11 +67,12 @@ def test_keep_last_n_and_the_oldest_retained(run_dir: RunDir, make_trainer) -> N
     trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 2)
     for update, oldest in ((0, 0), (5, 0), (10, 5)):
         save(checkpoints, trainer, update)
-        assert checkpoints.prune() == oldest
+        assert checkpoints.oldest_kept(update) == oldest
+        checkpoints.prune(oldest)
     assert [folder.name for folder in run_dir.steps()] == ["step_000005", "step_000010"]
 
 
-def test_a_torn_checkpoint_is_skipped_said_and_removed(run_dir: RunDir, make_trainer, caplog) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_said(run_dir: RunDir, make_trainer, caplog) -> None:
     trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 5)
     for update in (0, 5, 10):
         save(checkpoints, trainer, update)
@@ -82,7 +83,9 @@ def test_a_torn_checkpoint_is_skipped_said_and_removed(run_dir: RunDir, make_tra
         assert checkpoints.restore(trainer) == 0
     assert "step_000010 has no manifest.json" in caplog.text
     assert "optimizer.pt has" in caplog.text
-    assert [folder.name for folder in run_dir.steps()] == ["step_000000"]  # the others belong to no lineage any more
+    assert len(run_dir.steps()) == 3  # nothing is deleted before the fence
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt has \d+ bytes(.|\n)*has step_000000, step_000005, step_000010"):
+        checkpoints.restore(trainer, at=5)
 
 
 def test_a_save_that_fails_half_way_leaves_no_trace(run_dir: RunDir, make_trainer, make_model, monkeypatch) -> None:
@@ -98,9 +101,11 @@ def test_restore_at_an_update_gives_up_what_came_after(run_dir: RunDir, make_tra
     trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 5)
     for update in (0, 5, 10):
         save(checkpoints, trainer, update)
-    with pytest.raises(CheckpointError, match=r"step_000007 does not exist; the run has \['step_000000', 'step_000005'"):
+    with pytest.raises(CheckpointError, match=r"step_000007 does not exist; the run has step_000000, step_000005, step_000010"):
         checkpoints.restore(trainer, at=7)
     assert checkpoints.restore(trainer, at=5) == 5
+    assert len(run_dir.steps()) == 3
+    checkpoints.discard_after(5)
     assert [folder.name for folder in run_dir.steps()] == ["step_000000", "step_000005"]
 
 
@@ -108,8 +113,33 @@ def test_nothing_to_restore_and_nothing_whole(run_dir: RunDir, make_trainer) -> 
     trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 5)
     assert checkpoints.restore(trainer) is None
     (save(checkpoints, trainer, 0) / "rng.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is whole"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* can be used"):
         checkpoints.restore(trainer)
+
+
+def test_a_checkpoint_that_the_log_does_not_reach_is_not_restored(run_dir: RunDir, make_trainer, caplog) -> None:
+    trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 5)
+    for update, incarnation in ((0, 1), (5, 1), (10, 2), (15, 3)):
+        save(checkpoints, trainer, update, incarnation)
+    # The second learner was fenced at update 8, and nobody knows the third.
+    history = Lineage(oldest=5, newest={1: 8, 2: 8})
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.restore(trainer, refusal=history.refusal) == 5
+    assert "step_000015 can't be resumed from: the replay log knows no incarnation 3" in caplog.text
+    assert "step_000010 can't be resumed from: it is ahead of the replay log, which holds 8 updates" in caplog.text
+    with pytest.raises(CheckpointError, match=r"goes back to update 5: rows .* deleted(.|\n)*the run has step_000000, s"):
+        checkpoints.restore(trainer, at=0, refusal=history.refusal)
+
+
+def test_a_learner_that_was_fenced_does_not_replace_its_successors_checkpoint(run_dir: RunDir, make_trainer) -> None:
+    trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 1)
+    save(checkpoints, trainer, 5, incarnation=2)
+    with pytest.raises(Fenced, match=r"step_000005 is of learner incarnation 2 > 1"):
+        save(checkpoints, trainer, 5, incarnation=1)
+    assert verify_manifest(run_dir.checkpoint(5))["incarnation"] == 2
+    save(checkpoints, trainer, 40, incarnation=1)  # ahead, where nobody is yet
+    assert checkpoints.oldest_kept(5) == 5  # it does not push out the one that counts
+    save(checkpoints, trainer, 5, incarnation=3)  # a later one may
 
 
 def test_an_adaptive_kl_coefficient_survives(run_dir: RunDir, make_trainer, make_model, make_rollouts) -> None:

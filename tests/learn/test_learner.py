@@ -10,7 +10,7 @@ from asyncrl.errors import CheckpointError, Closed, Fenced, NonFinite, Unavailab
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.learner import Learner
 from asyncrl.rundir import RunDir
-from asyncrl.types import BatchLease, Fence
+from asyncrl.types import BatchLease, Fence, Lineage, Version
 
 
 def lease(number: int, committed: int, **fields) -> BatchLease:
@@ -132,6 +132,35 @@ def test_a_restart_restores_fences_there_and_retrains_under_its_incarnation(make
     for name, weight in bus.published["4.3"].items():
         assert torch.equal(weight, trainer.model.state_dict()[name])
     assert restored.optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_a_learner_that_was_fenced_deletes_no_checkpoint(make_learner, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    learner, store, _, _ = make_learner([lease(11, 0), lease(12, 1), lease(13, 2)], save_freq=1, keep_last_n=1)
+
+    def refuse(oldest: int) -> None:
+        if oldest == 2:
+            raise Fenced("incarnation 4 took over")
+
+    store.checkpointed = refuse
+    with pytest.raises(Fenced):
+        learner.run(3)
+    assert [folder.name for folder in run.steps()] == ["step_000001", "step_000002"]  # the newer one does not count
+    late, store, _, _ = make_learner([])
+    store.history = Lineage(oldest=0, newest={3: 1})
+
+    def refuse_fence(committed: int) -> Fence:
+        assert committed == 1
+        raise Fenced("incarnation 5 took over")
+
+    store.fence = refuse_fence
+    with pytest.raises(Fenced):
+        late.start()
+    assert len(run.steps()) == 2
+    successor, store, _, _ = make_learner([], fence=Fence(incarnation=4, committed=1, reopened=0))
+    store.history = Lineage(oldest=0, newest={3: 1})
+    assert successor.start() == Version(4, 1)
+    assert [folder.name for folder in run.steps()] == ["step_000001"]
 
 
 def test_a_finished_run_started_again_trains_nothing(make_learner) -> None:
