@@ -31,7 +31,8 @@ Observer = Callable[[RunSummary], None]
 class Trainer:
     """One run: its directory, its actors, its checkpoints. A context manager; `close` stops every actor.
 
-    resume_from: this run's directory (its newest complete checkpoint) or one of its checkpoint folders.
+    resume_from: this run's directory (its newest checkpoint that is whole and in its log), or one of its checkpoints, as a
+    folder or by its update count.
     Without it a run directory that holds an earlier run is set aside as `previous-N`, and only its `data` stays.
     observe: called about twice a second with the run's summary, always the same object.
 
@@ -45,12 +46,12 @@ class Trainer:
         *,
         name: str = "",
         runs_dir: str | Path = "runs",
-        resume_from: str | Path | None = None,
+        resume_from: str | Path | int | None = None,
         observe: Observer | None = None,
     ) -> None:
         self.paths = resolve_run_dir(name or recipe.name, runs_dir)
         if resume_from is not None:
-            self.paths.require_checkpoint()
+            self.paths.require_checkpoint(resume_from if isinstance(resume_from, int) else None)
         self._deployment = deployment or Deployment()
         self._recipe = resolve_paths(recipe, self.paths)
         self._summary = RunSummary(name=self.paths.path.name, total_steps=recipe.total_steps)
@@ -60,7 +61,7 @@ class Trainer:
         try:
             check_run(self._recipe, self._deployment, self.paths)
             self._resources.enter_context(self.paths.lock())
-            resume_at = None if resume_from is None else self._update_of(Path(resume_from).resolve())
+            resume_at = None if resume_from is None else self._update_of(resume_from)
             stop_token_ids = prepare_run(self._recipe, self._deployment, self.paths, resuming=resume_from is not None)
             self._metrics = MetricsLog(self.paths.metrics, self.paths.tensorboard)
             self._resources.callback(self._metrics.close)
@@ -90,9 +91,10 @@ class Trainer:
         """Writes a checkpoint of the updates so far, between two `fit`s, and returns its folder."""
         return Path(self._supervisor.ask_learner("save_checkpoint"))
 
-    def load_checkpoint(self, folder: str | Path) -> None:
-        """Goes back to one of this run's checkpoints. Updates after it are reopened: their batches are trained again first."""
-        self._supervisor.restart_learner(self._update_of(Path(folder).resolve()))
+    def load_checkpoint(self, checkpoint: str | Path | int) -> None:
+        """Goes back to one of this run's checkpoints, named by its folder or its update count. Updates after it are reopened:
+        their batches are trained again first."""
+        self._supervisor.restart_learner(self._update_of(checkpoint))
 
     def export(self, folder: str | Path) -> Path:
         """Writes the policy as a Hugging Face folder; with its tokenizer and chat template."""
@@ -111,8 +113,9 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------
 
-    def _update_of(self, folder: Path) -> int | None:
-        """Which checkpoint of this run a folder is; None, the newest, for the run directory itself."""
+    def _update_of(self, checkpoint: str | Path | int) -> int | None:
+        """Which checkpoint of this run is meant; None, the newest, for the run directory itself."""
+        folder = self.paths.checkpoint(checkpoint) if isinstance(checkpoint, int) else Path(checkpoint).resolve()
         if folder == self.paths.path:
             return None
         for step in self.paths.steps():
@@ -142,8 +145,18 @@ class Trainer:
         plan.mark_start()
         supervisor = Supervisor(plan, self._summary, self._observe)
         self._resources.callback(supervisor.close)
+        found = self.paths.steps()
         supervisor.start()
+        if found:
+            self._tell_resumed(found)
         return supervisor
+
+    def _tell_resumed(self, found: Sequence[Path]) -> None:
+        """found: the checkpoints there were before."""
+        log.info("resumed from %s", self.paths.checkpoint(self._summary.committed).name)
+        for folder in found:
+            if self.paths.update_of(folder) > self._summary.committed:
+                log.warning("%s was given up; logs/learner.log says why", folder.name)
 
     def _observe(self, records: Sequence[Record]) -> None:
         """Called by the supervisor after each round: keeps the figures in metrics.jsonl, and shows the run's state."""
@@ -168,11 +181,17 @@ def launch(
     *,
     name: str = "",
     runs_dir: str | Path = "runs",
-    resume: bool = False,
+    resume: bool | int = False,
     observe: Observer | None = None,
 ) -> RunResult:
-    """Runs a recipe to its total_steps and returns what it came to. Raises what went wrong first."""
-    resume_from = resolve_run_dir(name or recipe.name, runs_dir).path if resume else None
+    """Runs a recipe to its total_steps and returns what it came to. Raises what went wrong first.
+
+    resume: True goes on from the run's newest checkpoint that is whole and in its log; a number, from the checkpoint after so
+    many updates.
+    """
+    resume_from: Path | int | None = None if resume is False else resume
+    if resume is True:
+        resume_from = resolve_run_dir(name or recipe.name, runs_dir).path
     with Trainer(recipe, deployment, name=name, runs_dir=runs_dir, resume_from=resume_from, observe=observe) as trainer:
         trainer.fit()
         return trainer.finish()

@@ -170,6 +170,35 @@ def test_dry_run_prints_the_plan_and_starts_nothing(folder: Path) -> None:
     assert not (folder / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["recipe.py", "--resume"], 0, ""),
+        (["recipe.py", "--resume", "learner.lr=1e-5"], 0, ""),  # no step
+        (["--resume", "recipe.py", "seed=3"], 0, ""),
+        (["recipe.py", "--resume", "50", "learner.lr=1e-5"], 0, ""),
+        (["--resume", "50", "recipe.py"], 0, ""),
+        (["recipe.py", "--resume", "75"], 2, "no checkpoint of update 75; resume from one of step_000050, step_000100"),
+        (["recipe.py", "50"], 2, "recipe.py 50: expected a recipe file and overrides a.b=c, and a number only once, after"),
+        (["--resume", "50"], 2, "50: expected a recipe file"),
+        (["recipe.py", "--resume", "--name", "none"], 2, "none holds no checkpoint: nothing to resume"),
+    ],
+)  # fmt: skip
+def test_the_checkpoint_to_resume_from_may_be_named(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    status: int,
+    said: str,
+) -> None:
+    monkeypatch.chdir(folder)
+    for update in (50, 100):
+        (folder / f"runs/sums/checkpoints/step_{update:06d}").mkdir(parents=True)
+    assert cli.main(["run", "--dry-run", *arguments]) == status
+    assert said in capsys.readouterr().err
+
+
 def test_a_reader_that_leaves_early_ends_it_quietly(folder: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)  # as `| head -1` does once it has its line

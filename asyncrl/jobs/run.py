@@ -14,6 +14,7 @@ from asyncrl.api import launch
 from asyncrl.cluster.preflight import check_run
 from asyncrl.config.load import load_specs
 from asyncrl.config.paths import resolve_paths
+from asyncrl.errors import ConfigError
 from asyncrl.models.tokenizing import tokenize_only
 from asyncrl.report.progress import Progress
 from asyncrl.rundir import resolve_run_dir
@@ -25,7 +26,11 @@ def run_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deploy", metavar="SPEC", help="a deployment YAML file (default: this machine, as deploy/local.yaml)")
     parser.add_argument("--name", default="", help="name of the run (default: the recipe's)")
     parser.add_argument("--runs-dir", default="runs", metavar="D", help="folder of run directories (default: runs)")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint of this run")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from this run's newest checkpoint that is whole and in its log; `--resume 150`: from that of update 150",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="fields to change, e.g. learner.lr=1e-5")
     parser.set_defaults(job=_run)
@@ -33,12 +38,13 @@ def run_job(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     """Runs the recipe. Standard output gets one line of JSON at the end; everything else goes to standard error."""
-    recipe, deployment = load_specs(args.recipe, args.deploy, args.overrides)
+    file, overrides, resume = _resume(args)
+    recipe, deployment = load_specs(file, args.deploy, overrides)
     paths = resolve_run_dir(args.name or recipe.name, args.runs_dir)
-    recipe = resolve_paths(recipe, paths, Path(args.recipe).parent)
+    recipe = resolve_paths(recipe, paths, Path(file).parent)
     if args.dry_run:
-        if args.resume:
-            paths.require_checkpoint()
+        if resume is not False:
+            paths.require_checkpoint(None if resume is True else resume)
         print("\n".join(check_run(recipe, deployment, paths)))
         return 0
 
@@ -50,9 +56,25 @@ def _run(args: argparse.Namespace) -> int:
         tokenize_only(recipe.model)
     # A recipe's `prepare` prints, and so does Ray.
     with contextlib.redirect_stdout(sys.stderr), contextlib.closing(Progress()) as progress:
-        result = launch(recipe, deployment, name=args.name, runs_dir=args.runs_dir, resume=args.resume, observe=progress.update)
+        result = launch(recipe, deployment, name=args.name, runs_dir=args.runs_dir, resume=resume, observe=progress.update)
     print(msgspec.json.encode(result).decode(), flush=True)
     return 0
+
+
+def _resume(args: argparse.Namespace) -> tuple[str, list[str], bool | int]:
+    """The recipe's file, the overrides, and what to resume, as `launch` takes it.
+
+    argparse would take any word after `--resume` for the step, so the step is the number among the words without an option.
+    """
+    words = [args.recipe, *args.overrides]
+    steps = [int(word) for word in words if word.isdecimal()]
+    file, *overrides = [word for word in words if not word.isdecimal()] or [""]
+    if not file or len(steps) > args.resume:
+        raise ConfigError(
+            f"{' '.join(words)}: expected a recipe file and overrides a.b=c, and a number only once, after --resume: the "
+            "update of the checkpoint to go on from"
+        )
+    return file, overrides, steps[0] if steps else args.resume
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

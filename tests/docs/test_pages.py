@@ -72,7 +72,7 @@ def test_commands_are_known(pages, root):
             module, _, function = JOBS[job][0].partition(":")
             getattr(importlib.import_module(module), function or "add_arguments")(parser)
             args = parser.parse_intermixed_args(rest)  # exits where a flag is unknown
-            overrides = getattr(args, "overrides", [])
+            overrides = [word for word in getattr(args, "overrides", []) if not word.isdecimal()]  # the number is of --resume
             if job == "run":
                 _override_specs(root / args.recipe, root / (args.deploy or ""), overrides)
             elif job == "sft":

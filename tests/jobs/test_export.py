@@ -118,7 +118,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_but_not_when_named(run):
     with pytest.raises(ConfigError, match=r"no checkpoint .*step_000007; beside it are: step_000000, step_000001"):
         locate(str(run.checkpoint(7)))
     (run.checkpoint(0) / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is whole"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* can be used"):
         locate(str(run.path))
 
 

@@ -138,7 +138,7 @@ def led(local_ray, tiny_recipe_in, tmp_path_factory) -> Led:
         first.export(folder / "at-2")
         assert first.fit(3).steps == 5
         first.export(folder / "at-5")
-        first.load_checkpoint(checkpoint)
+        first.load_checkpoint(2)
         first.export(folder / "again-2")
         result = first.fit(3)
         assert (result.steps, result.samples) == (5, 5 * 16)
@@ -171,7 +171,7 @@ def test_a_stopped_run_resumes_where_it_was_and_a_learner_that_dies_between_two_
     assert [c.version.incarnation for c in commits] == [1, 1, 2, 2, 2, 3, 4, 4, 4]
 
 
-def test_resuming_asks_for_the_same_groups_and_a_new_run_sets_the_old_aside(led):
+def test_resuming_asks_for_the_same_groups_and_a_new_run_sets_the_old_aside(led, events_of):
     recipe, folder = led.recipe, led.folder
     recorded = (folder / "tiny" / "recipe.json").read_bytes()
     with pytest.raises(ConfigError, match=r"seed=1, but it began with 0"):
@@ -188,7 +188,11 @@ def test_resuming_asks_for_the_same_groups_and_a_new_run_sets_the_old_aside(led)
         Trainer(recipe, runs_dir=folder, resume_from=folder / "other" / "step_000001")
     with pytest.raises(ConfigError, match="no checkpoint"):
         launch(recipe, name="fresh", runs_dir=folder, resume=True)
-    assert launch(replace(recipe, total_steps=11), runs_dir=folder, resume=True).steps == 11  # though it was finished
+    with pytest.raises(ConfigError, match=r"no checkpoint of update 7; resume from one of step_000002, step_000005, step_000006"):
+        launch(recipe, runs_dir=folder, resume=7)
+    again = launch(replace(recipe, total_steps=11), runs_dir=folder, resume=6)  # though it was finished
+    assert again.steps == 11
+    assert [e.committed for e in events_of(again.run_dir) if isinstance(e, ev.LearnerFenced)] == [0, 2, 5, 6, 6]
 
     assert launch(replace(recipe, total_steps=1), runs_dir=folder).steps == 1
     assert (folder / "tiny" / "previous-1" / "checkpoints" / "step_000011").is_dir()
