@@ -79,6 +79,10 @@ class Engine(Protocol):
     def gauges(self) -> dict[str, float]:
         """Figures for the generator's report, counters or present values. Never waits."""
 
+    def progress(self) -> int:
+        """Rises with every token, with every piece of weights, and while a server starts, which has a limit of its own. Never
+        waits."""
+
     def close(self) -> None:
         """Stops the engine; unfinished futures raise `Closed`."""
 
@@ -206,6 +210,6 @@ class WeightSource(Protocol):
         """
 
     def gauges(self) -> dict[str, float]:
-        """Figures for the generator's report: bytes received, transfers that failed, time to fetch."""
+        """Figures for the generator's report: `received_bytes`, transfers that failed, time to fetch."""
 
     def close(self) -> None: ...

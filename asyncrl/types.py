@@ -301,6 +301,9 @@ class Report(Struct, frozen=True, kw_only=True):
     role: str
     seconds: dict[str, float]  # time per state of its main loop; they add up to its wall clock
     gauges: dict[str, float]
+    # Rises with whatever it gets done, however small (a token, a pack, a verdict, a piece of weights), and while something is
+    # under way that has a limit of its own (a server that starts, a sample that is scored). If nobody's does, the run is stuck.
+    progress: int = 0
 
 
 def derive_seed(*parts: int) -> int:

@@ -18,6 +18,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from asyncrl.cluster.members import Member
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import call_store
+from asyncrl.cluster.watchdog import StallWatch
 from asyncrl.errors import ActorFailed, AsyncRLError, CheckpointError, ConfigError, DataError, NonFinite, Unavailable
 from asyncrl.report.summary import RunSummary
 from asyncrl.rundir import redact, write_atomic
@@ -50,8 +51,7 @@ class Supervisor:
         self._known: dict[str, tuple[int, Any]] = {}  # where the peers are: by name, restart count and address or handle
         self._until: int | None = None  # the update that the learner is running to
         self._finishing = False
-        # when the run last made progress, and the state it was in then
-        self._moved: tuple[float, Any] = (time.monotonic(), None)
+        self._stall = StallWatch(self._limits.stall_timeout_s, time.monotonic)
 
     def start(self) -> None:
         """Creates every actor and waits until the learner and the store are up. Raises the first non-retryable error."""
@@ -221,17 +221,14 @@ class Supervisor:
 
     def _watch(self, report: StoreReport) -> None:
         """Aborts a run in which nothing has moved for `stall_timeout_s`, leaving a dump of who waits for what."""
-        state = (report.committed, report.counts, report.activity, sum(self._summary.restarts.values()))
-        now = time.monotonic()
         starting = any(member.phase == "starting" for member in self._members)  # these have a deadline of their own
-        if self._until is None or starting or state != self._moved[1]:
-            self._moved = (now, state)
-        elif now - self._moved[0] > self._limits.stall_timeout_s:
+        doing = self._stall.stalled(report, self._summary.reports, excused=self._until is None or starting)
+        if doing:
             path = self._plan.paths.logs / "stall.json"
             write_atomic(path, json.dumps(redact(self._dump()), indent=1, default=str))
             waiting = ", ".join(f"{name}={value:g}" for name, value in report.gauges.items())
             raise AsyncRLError(
-                f"nothing has moved for limits.stall_timeout_s={self._limits.stall_timeout_s:g} s ({waiting}); "
+                f"nothing has moved for limits.stall_timeout_s={self._limits.stall_timeout_s:g} s: {doing} ({waiting}); "
                 f"queue depths, in-flight ids and stacks are in {path}"
             )
 

@@ -192,7 +192,8 @@ class LimitsSpec(Spec, frozen=True, kw_only=True):
     start_timeout_s: float = 180.0  # for an actor to be up
     # An actor that answers nothing for so long, or whose engine makes no step, is replaced.
     health_timeout_s: float = 60.0
-    # A run in which nothing moves for so long is stopped, with a dump of who waits for what.
+    # A run in which nothing moves for so long, not a token, a pack, a verdict or a piece of weights, is stopped, with a dump of
+    # who waits for what. A server that starts and a sample that is scored have limits of their own, which may be longer.
     stall_timeout_s: float = 300.0
     stop_timeout_s: float = 15.0  # for actors to end by themselves, before they are killed
 

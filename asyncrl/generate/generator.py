@@ -268,7 +268,7 @@ class Generator:
     # ------------------------------------------------------------------------------------------- report
 
     def report(self) -> Report:
-        """Time per state, and counters since the start of `run`."""
+        """Time per state, and counters since the start of `run`. Progress is that of the engine, and weights on their way."""
         with self._cond:
             gauges, slots = self._counters.gauges(), self._engine.slots
             gauges["active_slots"] = float(min(self._work.unfinished, slots))
@@ -277,4 +277,7 @@ class Generator:
             gauges["update"] = float(-1 if self._version is None else self._version.update)
         gauges |= {f"engine/{name}": value for name, value in self._engine.gauges().items()}
         gauges |= {f"bus/{name}": value for name, value in self._weights.gauges().items()}
-        return Report(name=self._name, role="generator", seconds=self._time.seconds(), gauges=gauges)
+        progress = self._engine.progress() + int(gauges.get("bus/received_bytes", 0))
+        return Report(
+            name=self._name, role="generator", seconds=self._time.seconds(), gauges=gauges, progress=progress
+        )

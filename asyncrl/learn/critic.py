@@ -32,6 +32,11 @@ class Critic:
         self._spec = spec
         self._refused = refused
 
+    @property
+    def packs(self) -> int:
+        """Packs that its own model was given so far."""
+        return self._values.packs
+
     def alone(self, update: Update) -> bool:
         """Whether only the critic learns in this update."""
         return update.number <= self._spec.critic_warmup

@@ -79,6 +79,7 @@ class Learner:
         self._saved: Version | None = None  # the newest that is checkpointed
         self._evaluated: Version | None = None  # the newest whose evaluation was requested
         self._timings: dict[str, float] = defaultdict(float)  # since the last commit
+        self._ended_blocks = 0  # of those that are timed
 
     def start(self, at: int | None = None) -> Version:
         """Restores the newest checkpoint that the log reaches (or that of update `at`), fences older learners, and publishes
@@ -149,11 +150,12 @@ class Learner:
             self._bus = None
 
     def report(self) -> Report:
-        """Time per state of the main loop, and what the weight bus says of itself."""
+        """Time per state of the main loop, and what the weight bus says of itself. Progress is packs, and everything timed."""
         bus = self._bus
         gauges = {} if bus is None else {f"bus/{name}": value for name, value in bus.gauges().items()}
         gauges["update"] = float(self.committed)
-        return Report(name="learner", role="learner", seconds=self._time.seconds(), gauges=gauges)
+        progress = self._trainer.packs + self._ended_blocks
+        return Report(name="learner", role="learner", seconds=self._time.seconds(), gauges=gauges, progress=progress)
 
     def save_checkpoint(self) -> str:
         """Saves the current version, between runs, and returns the folder."""
@@ -254,3 +256,4 @@ class Learner:
         with self._time.span(state):
             yield
         self._timings[name] += time.monotonic() - started
+        self._ended_blocks += 1

@@ -76,6 +76,12 @@ class PolicyTrainer:
         self._normalizer = RewardNormalizer(algorithm.reward_normalization, self.state)
         self._refused = RefusedSteps(refused_dir, learner.max_refused_steps)
 
+    @property
+    def packs(self) -> int:
+        """Packs that its models were given so far: what moves within an update. From any thread."""
+        reference, critic = self._reference, self.critic
+        return self._policy.packs + (reference.packs if reference else 0) + (critic.packs if critic else 0)
+
     def update(self, rollouts: Sequence[TrainRollout], committed: int) -> dict[str, float]:
         """Makes update `committed + 1` and returns its metrics; with nothing to train the weights stay as they are.
 

@@ -144,6 +144,7 @@ class PackedModel:
     def __init__(self, model: PreTrainedModel, temperature: float = 1.0) -> None:
         self.model = model.eval()  # dropout would make the learner another policy than the generators'
         self.temperature = temperature  # of the sampling: logprobs are taken at it
+        self.packs = 0  # that it was given so far
         parameters = inspect.signature(model.forward).parameters
         self._flat = _packable(model) and {"logits_to_keep", "position_ids"} <= parameters.keys()
         if self._flat:
@@ -162,6 +163,7 @@ class PackedModel:
 
     def logits(self, pack: Pack) -> torch.Tensor:
         """Logits [T, V] that predict the pack's scored tokens; no other logits are computed."""
+        self.packs += 1
         if not self._flat:
             return self._logits_by_rows(pack)
         # the 4-D mask tells Hugging Face that masking is taken care of; packed_attention never reads it

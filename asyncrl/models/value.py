@@ -31,6 +31,11 @@ class OwnValues:
         self.module: torch.nn.Module = model
         self._packed = PackedModel(model)
 
+    @property
+    def packs(self) -> int:
+        """That the model was given so far."""
+        return self._packed.packs
+
     def __call__(self, pack: Pack) -> torch.Tensor:
         """V [T] before each scored token of the pack, float32, with gradient."""
         return self._packed.logits(pack)[:, 0].float()
@@ -42,6 +47,11 @@ class SharedValues:
     def __init__(self, policy: PreTrainedModel) -> None:
         self.module: torch.nn.Module = value_head(policy)
         self._packed = PackedModel(policy)
+
+    @property
+    def packs(self) -> int:
+        """That the model was given so far."""
+        return self._packed.packs
 
     def __call__(self, pack: Pack) -> torch.Tensor:
         """As with OwnValues, but the gradient stops at the policy's hidden states."""

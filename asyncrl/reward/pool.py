@@ -45,6 +45,7 @@ class RewardPool(Generic[T]):
         log: Path | None = None,
     ) -> None:
         self.restarts = 0
+        self.polls = 0  # rises while processes load or score, which both have a limit of their own
         terms = (RewardTerm(function=rewards),) if isinstance(rewards, str) else tuple(rewards)
         self._functions = ", ".join(term.function for term in terms)
         self._terms = msgspec.json.encode(terms).decode()
@@ -94,6 +95,7 @@ class RewardPool(Generic[T]):
         Unavailable where that is no fault of the function: another process has loaded it, or this one was killed.
         """
         until = time.monotonic() + wait_s
+        self.polls += 1
         while True:
             self._hand_out()
             pause = min(self._next_event(), until) - time.monotonic()

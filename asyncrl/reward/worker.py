@@ -103,7 +103,8 @@ class RewardWorker:
             "scores_per_s": scored / max(time.monotonic() - self._began, 1e-9),
             "process_restarts": float(self._pool.restarts),
         }
-        return Report(name=self._name, role="reward", seconds=self._time.seconds(), gauges=gauges)
+        progress = scored + self._pool.polls
+        return Report(name=self._name, role="reward", seconds=self._time.seconds(), gauges=gauges, progress=progress)
 
     def _step(self) -> None:
         if not self._ended and self._pool.has_capacity:

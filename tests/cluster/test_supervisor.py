@@ -8,7 +8,18 @@ import pytest
 from asyncrl import launch
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.supervisor import Supervisor
-from asyncrl.config import Deployment, GeneratorsSpec, LimitsSpec, PlaceSpec, RewardSpec
+from asyncrl.config import (
+    AlgorithmSpec,
+    Deployment,
+    GeneratorsSpec,
+    LearnerSpec,
+    LimitsSpec,
+    PlaceSpec,
+    RewardsSpec,
+    RewardSpec,
+    SamplingSpec,
+    StalenessSpec,
+)
 from asyncrl.errors import AsyncRLError, ConfigError, PlacementError
 from asyncrl.report.summary import RunSummary
 from asyncrl.types import GroupCounts, StoreReport
@@ -29,16 +40,49 @@ def test_a_prompt_that_was_given_up_is_named_once(local_ray, tiny_recipe, tmp_pa
     assert told == ["the prompt in row 7", "the prompt in row 9"]
 
 
-def test_nothing_moving_ends_the_run_with_a_dump(local_ray, tiny_recipe, tmp_path):
-    stuck = tmp_path / "stuck.py"
-    stuck.write_text("def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    while True: pass\n")
-    recipe = tiny_recipe(reward=RewardSpec(function=f"{stuck}:compute_score", deadline_s=600.0))
-    with pytest.raises(AsyncRLError, match=r"nothing has moved for limits.stall_timeout_s=5 s"):
+def test_nothing_moving_ends_the_run_with_a_dump(local_ray, tiny_recipe, hold_after, tmp_path):
+    recipe = tiny_recipe(algorithm=hold_after(0).algorithm)  # the first pack never ends
+    with pytest.raises(AsyncRLError, match=r"nothing has moved for .*=5 s: generator-0 wait:store, learner busy, reward-0 wait:"):
         launch(recipe, Deployment(limits=LimitsSpec(stall_timeout_s=5.0, poll_s=0.5)), runs_dir=tmp_path)
     dump = json.loads((tmp_path / "tiny" / "logs" / "stall.json").read_text())
     assert dump.keys() == {"store", "learner", "generator-0", "reward-0"}
-    assert "in fetch" in dump["learner"], "the stack shows what the learner waits in: its next batch"
+    assert "held.py" in dump["learner"], "the stack shows where the learner hangs"
     assert "worker.py" in dump["reward-0"]
+
+
+SLOW_LOSS = """
+import time
+
+def loss(logp_t, old_t, advantages_t, sequence_t):
+    time.sleep(2.0)
+    return -(logp_t - old_t).exp() * advantages_t, {}
+"""
+SLOW_REWARD = """
+import time
+
+time.sleep(8.0)
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    time.sleep(8.0)
+    return len(solution_str)
+"""
+
+
+def test_a_run_whose_every_part_takes_longer_than_the_stall_timeout_is_healthy(local_ray, tiny_recipe, tmp_path):
+    """The reward's file loads for 8 s, a sample takes 8 s, an update 12 s."""
+    loss, reward = tmp_path / "loss.py", tmp_path / "reward.py"
+    loss.write_text(SLOW_LOSS)
+    reward.write_text(SLOW_REWARD)
+    recipe = tiny_recipe(
+        algorithm=AlgorithmSpec(policy_loss=f"{loss}:loss"),
+        reward=RewardSpec(function=f"{reward}:compute_score", deadline_s=60.0),
+        learner=LearnerSpec(batch_groups=1, ppo_epochs=6),
+        sampling=SamplingSpec(n=2, max_response_length=6),
+        staleness=StalenessSpec(max_lag=0),
+        total_steps=1,
+    )
+    deployment = Deployment(rewards=RewardsSpec(processes=2), limits=LimitsSpec(stall_timeout_s=6.0, poll_s=0.5))
+    assert launch(recipe, deployment, runs_dir=tmp_path).steps == 1
 
 
 def test_an_error_that_would_come_again_is_not_retried(local_ray, tiny_recipe, tmp_path):

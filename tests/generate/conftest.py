@@ -81,6 +81,7 @@ class FakeEngine:
         self.aborted: list[int | None] = []
         self.changed = threading.Condition()
         self.hangs = False
+        self.tokens = 0  # of requests that have not ended
 
     def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
         futures: list[Future[Generation]] = [Future() for _ in requests]
@@ -118,6 +119,9 @@ class FakeEngine:
 
     def gauges(self) -> dict[str, float]:
         return {"pending": float(len(self.pending))}
+
+    def progress(self) -> int:
+        return self.tokens
 
     def health(self, deadline_s: float) -> None:
         if self.hangs:
@@ -186,6 +190,7 @@ class FakeWeights:
         self.changed = threading.Condition()
         self.newest: Version | None = None
         self.closed = False
+        self.received_bytes = 0
 
     def publish(self, version: Version) -> None:
         with self.changed:
@@ -200,7 +205,7 @@ class FakeWeights:
             return None if self.newest in (None, after) else (self.newest, {})
 
     def gauges(self) -> dict[str, float]:
-        return {"versions": 1.0}
+        return {"versions": 1.0, "received_bytes": float(self.received_bytes)}
 
     def close(self) -> None:
         with self.changed:

@@ -374,3 +374,14 @@ def test_a_real_engine_between_store_and_bus(
     assert report.gauges["swaps"] == 2
     assert report.seconds["busy"] > 0
     assert report.seconds["sync"] > 0
+
+
+def test_progress_is_that_of_unfinished_requests_and_of_weights_on_their_way(
+    start: Callable[..., Running], fake_engine: Any, fake_weights: Any
+) -> None:
+    generator = start().generator
+    before = generator.report().progress
+    fake_engine.tokens += 3
+    assert generator.report().progress == before + 3
+    fake_weights.received_bytes += 5
+    assert generator.report().progress == before + 8

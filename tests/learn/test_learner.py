@@ -28,9 +28,9 @@ class Tokenizer:
 
 @pytest.fixture
 def make_learner(make_trainer, make_store, make_bus, tmp_path: Path):
-    def make(leases, *, save_freq: int = 2, eval_freq: int | None = 2, fence: Fence | None = None, keep_last_n: int = 2):
+    def make(leases, *, save_freq: int = 2, eval_freq: int | None = 2, fence: Fence | None = None, keep_last_n: int = 2, **of):
         calls: list = []
-        store, bus, trainer = make_store(leases, calls, fence), make_bus(calls), make_trainer(max_lag=9)
+        store, bus, trainer = make_store(leases, calls, fence), make_bus(calls), make_trainer(max_lag=9, **of)
         learner = Learner(
             trainer,
             store,
@@ -286,3 +286,14 @@ def test_what_the_trainer_carries_from_update_to_update_is_saved_and_restored(ma
     restored.state = {"kl_coef": 0.1}
     second.start()
     assert restored.state == {"kl_coef": 0.5}
+
+
+def test_every_pack_of_an_update_is_progress(make_learner) -> None:
+    parts = {"max_tokens_per_pack": 9, "mini_batch_groups": 1, "ppo_epochs": 2}
+    learner, _, _, trainer = make_learner([lease(1, 0)], learner=parts)
+    seen = []
+    trainer.model.register_forward_hook(lambda *_: seen.append(learner.report().progress))
+    learner.run(1)
+    assert len(seen) >= 8
+    assert seen == sorted(set(seen)), "a pack went by unnoticed"
+    assert learner.report().progress > seen[-1], "so are the commit, the publication and the checkpoint"

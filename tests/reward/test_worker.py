@@ -223,3 +223,17 @@ def test_a_function_of_trls_kind_sees_its_row_and_the_tokens(tmp_path):
     pool = RewardPool(f"{path}:f")
     RewardWorker(store, pool, lambda ids: "".join(map(str, ids)), name="reward-0", record=record).run()
     assert [score.reward for _, score in store.scores] == [4 + 40 + 3]
+
+
+def test_a_sample_that_is_being_scored_is_progress(worker, tmp_path):
+    gate, seen = tmp_path / "gate", []
+
+    def note(store):
+        seen.append(reward.report().progress)
+        if len(seen) == 4:
+            gate.touch()
+
+    reward = worker(FakeStore([rollout(0, "12", until=gate)], lease_s=0.06, on_extend=note))
+    reward.run()
+    assert seen == sorted(set(seen)), "it has its deadline, so it is no stall"
+    assert reward.report().progress > seen[-1]

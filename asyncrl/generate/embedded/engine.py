@@ -263,6 +263,10 @@ class TorchEngine:
         """active: rows in every step. queued: requests that wait for a slot."""
         return {"active": float(self._batch.count), "queued": float(len(self._queue))}
 
+    def progress(self) -> int:
+        """Steps and swaps so far."""
+        return self._beats
+
     def close(self, deadline_s: float = 30.0) -> None:
         """Ends the thread after its step; unfinished futures raise Closed. Raises Unavailable if the step takes longer."""
         reason, thread = self._end(Closed("the engine was closed")), self._thread

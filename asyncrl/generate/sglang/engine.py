@@ -205,6 +205,10 @@ class SGLangEngine:
             "kv_usage": max((replica.load.token_usage for replica in up), default=0.0),
         }
 
+    def progress(self) -> int:
+        """Tokens reported by servers, and the beats of those that it has now."""
+        return self._counters.tokens + sum(one.server.beats for one in self._replicas if one.server is not None)
+
     def urls(self) -> list[str]:
         """Where its servers listen now."""
         return [replica.server.client.url for replica in self._replicas if replica.server is not None]

@@ -60,6 +60,7 @@ class SGLangServer:
             self._process = ServerProcess((*at.command, "--port", str(port)), env=at.env, log=at.log)
         self.client = SGLangClient(url)
         self.facts = Facts()
+        self.beats = 0  # looks at it while it started, and pieces of weights that it has taken
         self._transfer: Transfer | None = None
 
     def pids(self) -> list[int]:
@@ -79,6 +80,7 @@ class SGLangServer:
                     raise Unavailable(
                         f"{self.client.url} is not ready after {deadline_s:g} s ({error}){self._log()}"
                     ) from error
+            self.beats += 1
             await asyncio.sleep(LOOK_S)
         if self._process is None:  # whoever updated it last may have died in the middle of that
             await self.client.post("/continue_generation", {}, CALL_S)
@@ -127,7 +129,9 @@ class SGLangServer:
         await self._transfer.send(self._post_weights, staged)
 
     async def _post_weights(self, path: str, body: dict[str, Any]) -> Any:
-        return await self.client.post(path, body, UPDATE_S)
+        reply = await self.client.post(path, body, UPDATE_S)
+        self.beats += 1
+        return reply
 
     async def close(self) -> None:
         """Ends the server if it is ours; whoever waits for it gets Unavailable. Idempotent."""

@@ -453,3 +453,18 @@ def test_close_ends_futures_and_threads(make_engine: Callable[..., TorchEngine],
             future.result(0)
     with pytest.raises(Closed):
         engine.update_weights(V1, {})
+
+
+def test_every_step_and_swap_is_progress_long_before_a_request_ends(
+    make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest
+) -> None:
+    engine = make_engine()
+    future = submit(engine, make_request(max_tokens=40))
+    for _ in range(10):
+        before = engine.progress()
+        assert engine.step()
+        assert engine.progress() > before
+    before = engine.progress()
+    engine.update_weights(V1, weights(make_model(seed=1)))
+    assert engine.progress() > before
+    assert not future.done()

@@ -11,7 +11,7 @@ import pytest
 from transformers import Qwen3Config
 
 from asyncrl.config import EngineSpec, GeneratorsSpec, ModelSpec, PlaceSpec, SGLangSpec
-from asyncrl.errors import ConfigError
+from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.generate.engines import EngineSite
 from asyncrl.generate.sglang.build import launch_command, sglang_engine
 from asyncrl.generate.sglang.distributed import Distributed
@@ -129,6 +129,45 @@ def test_a_server_found_running_must_be_able_to_label_its_tokens(facts: Facts, m
                 server.require("keep_kv")
         else:
             server.require("keep_kv")
+        await server.close()
+
+    asyncio.run(run())
+
+
+class StartingClient:
+    """Of a server that is ready when it is asked for the fourth time; it takes whatever is posted."""
+
+    url = "http://there:1"
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def get(self, path: str, deadline_s: float) -> dict[str, Any]:
+        self.asked += 1
+        if self.asked < 4:
+            raise Unavailable("connection refused")
+        return {"tp_size": 1}
+
+    async def post(self, path: str, body: dict[str, Any], deadline_s: float) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class TwoPieces(SharedMemory):
+    async def send(self, post: Callable[..., Any], staged: Any) -> None:
+        await post("/update", {})
+        await post("/update", {})
+
+
+def test_a_server_beats_while_it_starts_and_with_every_piece_of_weights() -> None:
+    async def run() -> None:
+        server = SGLangServer("http://there:1", lambda _: TwoPieces(1))
+        await server.client.close()
+        server.client = StartingClient()  # type: ignore[assignment]
+        await server.open(60.0)
+        assert server.beats == 3
+        await server.update(None)  # type: ignore[arg-type]
+        assert server.beats == 5
         await server.close()
 
     asyncio.run(run())

@@ -36,6 +36,7 @@ class FakeServer:
         self.running: set[str] = set()
         self.aborted: set[str] = set()
         self.paths: list[str] = []
+        self.beats = 0
 
     async def open(self, deadline_s: float) -> None:
         self.check_alive()
@@ -294,3 +295,16 @@ def test_close_ends_unfinished_rows(open_engine: Open) -> None:
         results(futures)
     with pytest.raises(Closed):
         results(ask(engine))
+
+
+def test_tokens_of_unfinished_rows_and_beats_of_servers_are_progress(open_engine: Open) -> None:
+    engine, farm = open_engine(places=2)
+    before = engine.progress()
+    farm[0].beats += 2  # it starts, or takes weights
+    farm[1].beats += 1
+    assert engine.progress() == before + 3
+    futures = ask(engine, tokens=1000)
+    until(lambda: engine.progress() >= before + 3 + 40)
+    assert not any(future.done() for future in futures)
+    engine.abort()
+    results(futures)

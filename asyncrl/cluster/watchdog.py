@@ -1,0 +1,34 @@
+"""What the supervisor concludes from clocks: that nobody gets anything done. No Ray."""
+
+from collections.abc import Callable, Mapping
+
+from asyncrl.types import Report, StoreReport
+
+Clock = Callable[[], float]  # seconds, monotonic
+
+
+class StallWatch:
+    """Notices a run in which nothing has moved for `limit_s`: neither the store nor any actor's `progress`."""
+
+    def __init__(self, limit_s: float, clock: Clock) -> None:
+        self._limit_s, self._clock = limit_s, clock
+        self._moved_at = clock()
+        self._state: object = None  # of all that moves, as of then
+        self._seconds: dict[str, Mapping[str, float]] = {}  # each actor's time by state, as of then
+
+    def stalled(self, store: StoreReport, actors: Mapping[str, Report], *, excused: bool) -> str:
+        """If nothing has moved for the limit, what each actor was doing all the time; else empty.
+
+        excused: nothing has to move now, for something starts that has a limit of its own, or nothing was asked for.
+        """
+        state = (store.committed, store.counts, store.activity, {name: report.progress for name, report in actors.items()})
+        if excused or state != self._state:
+            self._moved_at, self._state = self._clock(), state
+            self._seconds = {name: report.seconds for name, report in actors.items()}
+        if self._clock() - self._moved_at <= self._limit_s:
+            return ""
+        return ", ".join(f"{name} {self._longest(report)}" for name, report in sorted(actors.items()))
+
+    def _longest(self, report: Report) -> str:
+        before = self._seconds.get(report.name, {})
+        return max(report.seconds, key=lambda state: report.seconds[state] - before.get(state, 0.0), default="silent")

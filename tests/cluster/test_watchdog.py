@@ -1,0 +1,92 @@
+"""What the supervisor concludes from clocks, with clocks that the tests set."""
+
+import pytest
+
+from asyncrl.cluster.watchdog import StallWatch
+from asyncrl.types import GroupCounts, Report, StoreReport
+
+LIMIT_S = 300.0
+
+
+class SetClock:
+    """Stands still until a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> SetClock:
+    return SetClock()
+
+
+# ------------------------------------------------------------------------------------------------ a run that is stuck
+
+
+class Run:
+    """A store and two actors under the watch, which looks at them after every second."""
+
+    def __init__(self, clock: SetClock) -> None:
+        self.clock, self.watch = clock, StallWatch(LIMIT_S, clock)
+        self.activity = 7
+        self.progress = {"learner": 0, "generator-0": 0}
+        self.seconds = {"learner": {"busy": 900.0, "wait:store": 1.0}, "generator-0": {"busy": 1.0, "sync": 0.5}}
+        self.looks = 0
+
+    def after(self, seconds: int, *, excused: bool = False, **spent_in: str) -> str:
+        """What the watch says at the end of so many seconds, each spent in these states."""
+        said = ""
+        for _ in range(seconds):
+            self.clock.now += 1.0
+            for name, state in spent_in.items():
+                own = self.seconds[name.replace("_", "-")]
+                own[state] = own.get(state, 0.0) + 1.0
+            reports = {
+                name: Report(name=name, role=name, seconds=dict(seconds), gauges={}, progress=self.progress[name])
+                for name, seconds in self.seconds.items()
+            }
+            store = StoreReport(
+                records=(), committed=3, counts=GroupCounts(), evals_pending=0, activity=self.activity, gauges={}
+            )
+            said = self.watch.stalled(store, reports, excused=excused)
+        return said
+
+
+@pytest.fixture
+def run(clock: SetClock) -> Run:
+    return Run(clock)
+
+
+def test_a_run_in_which_nothing_moves_is_found_in_time_and_everybody_is_named_with_what_he_did(run: Run) -> None:
+    assert run.after(301, learner="wait:store", generator_0="busy") == ""  # of which the first look sees all as new
+    assert run.after(1, learner="wait:store", generator_0="busy") == "generator-0 busy, learner wait:store"
+
+
+@pytest.mark.parametrize("actor", ["learner", "generator-0"])
+def test_an_actor_that_gets_anything_done_keeps_the_run_alive(run: Run, actor: str) -> None:
+    for _ in range(20):  # an update, or a response, of 100 minutes
+        assert run.after(300) == ""
+        run.progress[actor] += 1
+    assert run.after(302) != "", "the last of it was long ago"
+
+
+def test_so_does_data_that_moves_through_the_store(run: Run) -> None:
+    for _ in range(3):
+        assert run.after(300) == ""
+        run.activity += 1
+
+
+def test_progress_that_begins_again_with_a_restarted_actor_counts_too(run: Run) -> None:
+    run.progress["learner"] = 40
+    assert run.after(300) == ""
+    run.progress["learner"] = 0
+    assert run.after(300) == ""
+
+
+def test_what_starts_has_a_limit_of_its_own_however_long(run: Run) -> None:
+    assert run.after(5000, excused=True) == ""
+    assert run.after(300) == ""
+    assert run.after(1) != ""
