@@ -1,6 +1,5 @@
 """One actor slot under supervision: spawned, watched, replaced when it dies, until its restarts are used up."""
 
-import time
 from typing import Any, Literal
 
 import ray
@@ -10,6 +9,7 @@ from asyncrl.cluster.actors import StageActor, StoreActor
 from asyncrl.cluster.placement import Placement, beside_driver, reserve
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import call_store
+from asyncrl.cluster.watchdog import Clock
 from asyncrl.config import PlaceSpec
 from asyncrl.errors import Unavailable
 from asyncrl.interfaces import VERBS
@@ -19,19 +19,20 @@ Phase = Literal["starting", "idle", "running", "ended"]
 
 
 class Member:
-    """A named slot, and the actor that fills it now."""
+    """A named slot, and the actor that fills it now. clock: seconds, as the supervisor counts them."""
 
-    def __init__(self, role: str, name: str, place: PlaceSpec) -> None:
+    def __init__(self, role: str, name: str, place: PlaceSpec, clock: Clock) -> None:
         self.role, self.name, self.place = role, name, place
         self.restart_count = -1  # numbers the actors that filled it, replaced ones too
         self.restarts = 0  # counts those of them that failed
         self.first_error = ""
         self.phase: Phase = "ended"
         self.task: Any = None  # Ray's reference that ends with the phase; None while the actor is idle or gone
-        self.deadline = 0.0  # by which `start` must have ended, in time.monotonic() seconds
+        self.deadline = 0.0  # by which `start` must have ended, on the clock
         self.pid = 0
         self.handle: Any = None
         self.asked: Any = None  # Ray's reference to the report that was asked for
+        self._clock = clock
         self._asked_at = 0.0
         self._seen = 0  # sequence number of the newest record that the store reported
         self._placement: Placement | None = None
@@ -56,7 +57,7 @@ class Member:
             self.handle = actor.options(**self._placement.options).remote(*arguments)
             for peer, (restart_count, value) in known.items():
                 self.connect(peer, restart_count, value)
-        self.task, self.deadline = self.handle.start.remote(), time.monotonic() + timeout_s
+        self.task, self.deadline = self.handle.start.remote(), self._clock() + timeout_s
 
     def connect(self, peer: str, restart_count: int, value: Any) -> None:
         """Tells the actor where a peer is now; the store asks nobody."""
@@ -69,7 +70,7 @@ class Member:
     def ask_report(self) -> None:
         """Asks for a report as of now; one on its way is forgotten."""
         self.asked = call_store(self.handle, "report", self._seen) if self.is_store else self.handle.report.remote()
-        self._asked_at = time.monotonic()
+        self._asked_at = self._clock()
 
     def poll_report(self, timeout_s: float) -> Report | StoreReport | None:
         """Returns the report asked for last time, if it has come, and asks for the next. Never waits.
@@ -82,7 +83,7 @@ class Member:
         report: Report | StoreReport | None = None
         if self.asked is not None:
             if not ray.wait([self.asked], timeout=0)[0]:
-                if (silent_s := time.monotonic() - self._asked_at) > timeout_s:
+                if (silent_s := self._clock() - self._asked_at) > timeout_s:
                     raise Unavailable(f"{self.name} (pid {self.pid}) has not answered for {silent_s:.0f} s")
                 return None
             try:

@@ -7,7 +7,6 @@ so a death is noticed the moment it happens and a restart never waits for anothe
 import json
 import logging
 import re
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from asyncrl.cluster.members import Member
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import call_store
-from asyncrl.cluster.watchdog import StallWatch
+from asyncrl.cluster.watchdog import AwakeClock, StallWatch
 from asyncrl.errors import ActorFailed, AsyncRLError, CheckpointError, ConfigError, DataError, NonFinite, Unavailable
 from asyncrl.report.summary import RunSummary
 from asyncrl.rundir import redact, write_atomic
@@ -38,20 +37,23 @@ class Supervisor:
         self._plan = plan
         self._summary = summary
         self._observe = observe
-        deployment = plan.deployment
-        self._limits = deployment.limits
-        self._store = Member("store", "store", deployment.store.place)
-        self._learner = Member("learner", "learner", deployment.learner.place)
-        self._members = [
-            self._store,
-            self._learner,
-            *(Member("generator", f"generator-{i}", deployment.generators.place) for i in range(deployment.generators.count)),
-            *(Member("reward", f"reward-{i}", deployment.rewards.place) for i in range(deployment.rewards.count)),
-        ]
+        self._limits = plan.deployment.limits
+        self._clock = AwakeClock()
+        self._store, self._learner, *_ = self._members = self._make_members()
         self._known: dict[str, tuple[int, Any]] = {}  # where the peers are: by name, restart count and address or handle
         self._until: int | None = None  # the update that the learner is running to
         self._finishing = False
-        self._stall = StallWatch(self._limits.stall_timeout_s, time.monotonic)
+        self._stall = StallWatch(self._limits.stall_timeout_s, self._clock)
+
+    def _make_members(self) -> list[Member]:
+        deployment = self._plan.deployment
+        generators, rewards = deployment.generators, deployment.rewards
+        return [
+            Member("store", "store", deployment.store.place, self._clock),
+            Member("learner", "learner", deployment.learner.place, self._clock),
+            *(Member("generator", f"generator-{i}", generators.place, self._clock) for i in range(generators.count)),
+            *(Member("reward", f"reward-{i}", rewards.place, self._clock) for i in range(rewards.count)),
+        ]
 
     def start(self) -> None:
         """Creates every actor and waits until the learner and the store are up. Raises the first non-retryable error."""
@@ -74,9 +76,9 @@ class Supervisor:
     def finish(self) -> None:
         """Settles what is outstanding and waits until generators and reward workers have ended by themselves."""
         workers = [member for member in self._members if member.role in ("generator", "reward")]
-        deadline = time.monotonic() + self._limits.stop_timeout_s
+        deadline = self._clock() + self._limits.stop_timeout_s
         self._finishing, told = True, -1  # a store that restarts meanwhile has to be told again
-        while any(member.phase != "ended" for member in workers) and time.monotonic() < deadline:
+        while any(member.phase != "ended" for member in workers) and self._clock() < deadline:
             if self._store.phase == "running" and told < self._store.restart_count:
                 told = self._store.restart_count
                 call_store(self._store.handle, "finish")
@@ -127,7 +129,7 @@ class Supervisor:
             self._settle(tasks[ref])
         store, reports = None, []
         for member in self._members:
-            if member.phase == "starting" and time.monotonic() > member.deadline:
+            if member.phase == "starting" and self._clock() > member.deadline:
                 self._failed(member, Unavailable(f"{member.name} did not start within limits.start_timeout_s"))
             try:
                 report = member.poll_report(self._limits.health_timeout_s)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from asyncrl.cluster.watchdog import StallWatch
+from asyncrl.cluster.watchdog import LONGEST_S, AwakeClock, Clock, StallWatch
 from asyncrl.types import GroupCounts, Report, StoreReport
 
 LIMIT_S = 300.0
@@ -29,8 +29,8 @@ def clock() -> SetClock:
 class Run:
     """A store and two actors under the watch, which looks at them after every second."""
 
-    def __init__(self, clock: SetClock) -> None:
-        self.clock, self.watch = clock, StallWatch(LIMIT_S, clock)
+    def __init__(self, clock: SetClock, watched_on: Clock) -> None:
+        self.clock, self.watch = clock, StallWatch(LIMIT_S, watched_on)
         self.activity = 7
         self.progress = {"learner": 0, "generator-0": 0}
         self.seconds = {"learner": {"busy": 900.0, "wait:store": 1.0}, "generator-0": {"busy": 1.0, "sync": 0.5}}
@@ -57,7 +57,7 @@ class Run:
 
 @pytest.fixture
 def run(clock: SetClock) -> Run:
-    return Run(clock)
+    return Run(clock, clock)
 
 
 def test_a_run_in_which_nothing_moves_is_found_in_time_and_everybody_is_named_with_what_he_did(run: Run) -> None:
@@ -90,3 +90,31 @@ def test_what_starts_has_a_limit_of_its_own_however_long(run: Run) -> None:
     assert run.after(5000, excused=True) == ""
     assert run.after(300) == ""
     assert run.after(1) != ""
+
+
+# ---------------------------------------------------------------------------------------------- a clock that jumps
+
+
+def test_seconds_in_which_the_caller_was_awake_pass_as_they_are(clock: SetClock) -> None:
+    awake = AwakeClock(clock)
+    start = awake()
+    for _ in range(200):
+        clock.now += 0.5
+        awake()
+    assert awake() - start == pytest.approx(100.0)
+
+
+def test_a_caller_that_was_stopped_for_an_hour_has_missed_some_seconds(clock: SetClock) -> None:
+    awake = AwakeClock(clock)
+    start = awake()
+    clock.now += 3600.0
+    assert awake() - start == LONGEST_S
+    assert awake() - start == LONGEST_S
+
+
+def test_a_run_is_not_stuck_because_its_supervisor_was_stopped(clock: SetClock) -> None:
+    run = Run(clock, AwakeClock(clock))
+    assert run.after(200) == ""
+    clock.now += 3600.0
+    assert run.after(90) == ""
+    assert run.after(20) != "", "the time before and after it counts"

@@ -1,0 +1,36 @@
+"""A member's silence, on a clock that the test sets. The reply that never comes is a reference that nobody fills."""
+
+import pytest
+import ray
+
+from asyncrl.cluster.members import Member
+from asyncrl.cluster.watchdog import AwakeClock
+from asyncrl.config import PlaceSpec
+from asyncrl.errors import Unavailable
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(60)]
+
+
+class NeverAnswers:
+    """An actor's handle: its report never comes."""
+
+    def __init__(self) -> None:
+        self.report = self
+
+    def remote(self) -> ray.ObjectRef:
+        return ray.ObjectRef.from_random()
+
+
+def test_an_actor_is_silent_for_as_long_as_the_supervisor_was_awake_to_hear_it(local_ray: None) -> None:
+    now = 0.0
+    member = Member("reward", "reward-0", PlaceSpec(), AwakeClock(lambda: now))
+    member.phase, member.handle = "running", NeverAnswers()
+    member.ask_report()
+    now += 3600.0  # Ctrl-Z, and an hour later fg
+    assert member.poll_report(60.0) is None
+    for _ in range(57):
+        now += 1.0
+        assert member.poll_report(60.0) is None
+    now += 2.0
+    with pytest.raises(Unavailable, match=r"reward-0 \(pid 0\) has not answered for 61 s"):
+        member.poll_report(60.0)
