@@ -9,8 +9,8 @@ from asyncrl.cluster.actors import StageActor, StoreActor
 from asyncrl.cluster.placement import Placement, beside_driver, reserve
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import call_store
-from asyncrl.cluster.watchdog import Clock
-from asyncrl.config import PlaceSpec
+from asyncrl.cluster.watchdog import Clock, RestartBudget
+from asyncrl.config import LimitsSpec, PlaceSpec
 from asyncrl.errors import Unavailable
 from asyncrl.interfaces import VERBS
 from asyncrl.types import Report, StoreReport
@@ -21,11 +21,11 @@ Phase = Literal["starting", "idle", "running", "ended"]
 class Member:
     """A named slot, and the actor that fills it now. clock: seconds, as the supervisor counts them."""
 
-    def __init__(self, role: str, name: str, place: PlaceSpec, clock: Clock) -> None:
+    def __init__(self, role: str, name: str, place: PlaceSpec, limits: LimitsSpec, clock: Clock) -> None:
         self.role, self.name, self.place = role, name, place
         self.restart_count = -1  # numbers the actors that filled it, replaced ones too
         self.restarts = 0  # counts those of them that failed
-        self.first_error = ""
+        self.budget = RestartBudget(limits.restart_window_s, clock)
         self.phase: Phase = "ended"
         self.task: Any = None  # Ray's reference that ends with the phase; None while the actor is idle or gone
         self.deadline = 0.0  # by which `start` must have ended, on the clock

@@ -48,12 +48,10 @@ class Supervisor:
     def _make_members(self) -> list[Member]:
         deployment = self._plan.deployment
         generators, rewards = deployment.generators, deployment.rewards
-        return [
-            Member("store", "store", deployment.store.place, self._clock),
-            Member("learner", "learner", deployment.learner.place, self._clock),
-            *(Member("generator", f"generator-{i}", generators.place, self._clock) for i in range(generators.count)),
-            *(Member("reward", f"reward-{i}", rewards.place, self._clock) for i in range(rewards.count)),
-        ]
+        slots = [("store", "store", deployment.store.place), ("learner", "learner", deployment.learner.place)]
+        slots += [("generator", f"generator-{i}", generators.place) for i in range(generators.count)]
+        slots += [("reward", f"reward-{i}", rewards.place) for i in range(rewards.count)]
+        return [Member(*slot, self._limits, self._clock) for slot in slots]
 
     def start(self) -> None:
         """Creates every actor and waits until the learner and the store are up. Raises the first non-retryable error."""
@@ -159,6 +157,7 @@ class Supervisor:
             return
         if member.phase == "starting":
             member.pid, address = value
+            member.budget.up()
             self._started(member, address)
         elif member is self._learner:
             member.phase, member.task = "idle", None
@@ -186,23 +185,24 @@ class Supervisor:
             member.connect(peer, restart_count, value)
 
     def _failed(self, member: Member, error: Exception) -> None:
-        """Restarts the member; past max_restarts, raises with its first error. At the end of a run only the store is needed."""
+        """Restarts the member; past max_restarts, raises with its first error of those that count. At the end of a run only the
+        store is needed."""
         if self._finishing and member is not self._store:
             log.warning("%s died at the end of the run, and is not needed any more: %s", member.name, _brief(error))
             member.kill()
             return
         cause = error.cause if isinstance(error, RayTaskError) else error
         text = redact(_brief(error))
-        if not member.first_error:
-            member.first_error = text
+        counted = member.budget.failed(text)
+        if not member.restarts:
             write_atomic(self._plan.paths.logs / f"{member.name}.error", text + "\n")
         if isinstance(cause, NON_RETRYABLE):
             raise type(cause)(f"{member.name}: {cause}") from error
-        limit = self._limits.max_restarts
-        if member.restarts >= limit:
+        limit, window_s = self._limits.max_restarts, self._limits.restart_window_s
+        if len(counted) > limit:
             raise ActorFailed(
-                f"{member.name} failed {member.restarts + 1} times, limits.max_restarts={limit}; its first error:\n"
-                f"{member.first_error}"
+                f"{member.name} failed {len(counted)} times within limits.restart_window_s={window_s:g} s, "
+                f"limits.max_restarts={limit}; the first error:\n{counted[0]}"
             ) from error
         member.restarts += 1
         log.warning("%s died and is restarted: %s", member.name, text.strip().splitlines()[-1] if text.strip() else error)

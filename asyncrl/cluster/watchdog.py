@@ -1,8 +1,10 @@
-"""What the supervisor concludes from clocks: that nobody gets anything done. No Ray."""
+"""What the supervisor concludes from clocks: that nobody gets anything done, that an actor fails too often. No Ray."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 
+from asyncrl.report.timing import TimeInState
 from asyncrl.types import Report, StoreReport
 
 Clock = Callable[[], float]  # seconds, monotonic
@@ -51,3 +53,29 @@ class StallWatch:
     def _longest(self, report: Report) -> str:
         before = self._seconds.get(report.name, {})
         return max(report.seconds, key=lambda state: report.seconds[state] - before.get(state, 0.0), default="silent")
+
+
+class RestartBudget:
+    """The failures of one actor that count: those of the last `window_s` seconds in which it was up.
+
+    Only time in which it was up lets a failure be forgotten: an actor that takes an hour to start, and dies of it every time,
+    ends the run as one does that starts in a second.
+    """
+
+    def __init__(self, window_s: float, clock: Clock) -> None:
+        self._window_s = window_s
+        self._time = TimeInState("down", clock)
+        self._failures: deque[tuple[float, str]] = deque()  # seconds that it had been up by then, and the error
+
+    def up(self) -> None:
+        """The actor has started."""
+        self._time.enter("up")
+
+    def failed(self, error: str) -> list[str]:
+        """Notes a failure, and returns the errors of those that count, oldest first."""
+        self._time.enter("down")
+        up_s = self._time.seconds().get("up", 0.0)
+        self._failures.append((up_s, error))
+        while up_s - self._failures[0][0] > self._window_s:
+            self._failures.popleft()
+        return [error for _, error in self._failures]

@@ -186,7 +186,10 @@ class BusSpec(Spec, frozen=True, kw_only=True):
 class LimitsSpec(Spec, frozen=True, kw_only=True):
     """How long anybody waits for anything, in seconds, and how often an actor is replaced."""
 
-    max_restarts: int = 3  # of each actor
+    max_restarts: int = 3  # of each actor within restart_window_s; one more failure ends the run
+    # A restart counts until the actor has been up for so long since. Time in which it was down lets none be forgotten, so an actor
+    # that never gets far ends the run however long each of its starts takes.
+    restart_window_s: float = 3600.0
     lease_s: float = 30.0  # silence after which a worker's work is reassigned
     poll_s: float = 2.0  # the longest that one call to the store waits
     start_timeout_s: float = 180.0  # for an actor to be up

@@ -2,7 +2,7 @@
 
 import pytest
 
-from asyncrl.cluster.watchdog import LONGEST_S, AwakeClock, Clock, StallWatch
+from asyncrl.cluster.watchdog import LONGEST_S, AwakeClock, Clock, RestartBudget, StallWatch
 from asyncrl.types import GroupCounts, Report, StoreReport
 
 LIMIT_S = 300.0
@@ -118,3 +118,49 @@ def test_a_run_is_not_stuck_because_its_supervisor_was_stopped(clock: SetClock) 
     clock.now += 3600.0
     assert run.after(90) == ""
     assert run.after(20) != "", "the time before and after it counts"
+
+
+# ------------------------------------------------------------------------------------------ failures that count
+
+HOUR_S = 3600.0
+
+
+class Slot:
+    """An actor that starts and fails as the test says."""
+
+    def __init__(self, clock: SetClock) -> None:
+        self.clock, self.budget = clock, RestartBudget(HOUR_S, clock)
+
+    def fail(self, name: str, *, up_s: float = 0.0, down_s: float = 0.0) -> list[str]:
+        """Starts for `down_s`, is up for `up_s` (0: never), and fails."""
+        self.clock.now += down_s
+        if up_s:
+            self.budget.up()
+            self.clock.now += up_s
+        return self.budget.failed(name)
+
+
+@pytest.fixture
+def slot(clock: SetClock) -> Slot:
+    return Slot(clock)
+
+
+def test_an_actor_that_dies_once_a_day_goes_on_for_ever(slot: Slot) -> None:
+    for day in range(30):
+        assert slot.fail(f"day {day}", up_s=24 * HOUR_S, down_s=60.0) == [f"day {day}"]
+
+
+def test_failures_within_the_window_count_and_the_first_of_them_is_the_first(slot: Slot) -> None:
+    slot.fail("long ago", up_s=10.0)
+    assert slot.fail("a", up_s=2 * HOUR_S) == ["a"]
+    assert slot.fail("b", up_s=1200.0) == ["a", "b"]
+    assert slot.fail("c", up_s=1200.0) == ["a", "b", "c"]
+    assert slot.fail("d", up_s=1200.0) == ["a", "b", "c", "d"]
+    assert slot.fail("e", up_s=1200.0) == ["b", "c", "d", "e"]
+
+
+def test_time_in_which_it_was_down_lets_no_failure_be_forgotten(slot: Slot) -> None:
+    slot.fail("a", down_s=2 * HOUR_S)  # it never came up
+    slot.fail("b", down_s=2 * HOUR_S)
+    assert slot.fail("c", down_s=2 * HOUR_S, up_s=1.0) == ["a", "b", "c"]
+    assert slot.fail("d", down_s=2 * HOUR_S, up_s=1.0) == ["a", "b", "c", "d"]
