@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -72,15 +72,20 @@ class Trainer:
             raise
 
     def fit(self, steps: int | None = None) -> RunResult:
-        """Trains `steps` further updates (None: up to the recipe's total_steps). Blocks; evaluation at the end included."""
+        """Trains `steps` further updates (None: up to the recipe's total_steps). Blocks; evaluation at the end included.
+
+        KeyboardInterrupt leaves it when the update under way is made and saved, and says where; a second one at once.
+        """
         total = self._recipe.total_steps
         until = total if steps is None else min(self._summary.committed + steps, total)
-        self._supervisor.train(until)
+        with self._resumable():
+            self._supervisor.train(until)
         return self.result()
 
     def finish(self) -> RunResult:
         """Ends the run cleanly: what is still outstanding is settled as evicted, and nobody is left waiting."""
-        self._supervisor.finish()
+        with self._resumable():
+            self._supervisor.finish()
         return self.result()
 
     def result(self) -> RunResult:
@@ -125,6 +130,21 @@ class Trainer:
         raise ConfigError(
             f"{folder} is no checkpoint of the run in {self.paths.path} (it has: {found}); resume a run in its own directory"
         )
+
+    @contextlib.contextmanager
+    def _resumable(self) -> Iterator[None]:
+        """An interrupt inside is raised when a checkpoint is written, and says from where the run can be resumed."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            limit_s = self._deployment.limits.save_timeout_s
+            log.warning("interrupted: saving, once the update under way is made; limits.save_timeout_s=%g", limit_s)
+            self._supervisor.halt()
+            made, newest = self._summary.committed, self.paths.steps()[-1]
+            kept = f"update {made} is saved in {newest}"
+            if self.paths.update_of(newest) < made:
+                kept = f"{newest} is the newest checkpoint; the updates since, up to {made}, will be made again from the log"
+            raise KeyboardInterrupt(f"{kept}; to go on: --resume (in Python: resume_from={str(self.paths.path)!r})") from None
 
     def _start(self, resume_at: int | None, stop_token_ids: tuple[int, ...]) -> "Supervisor":
         # Here, as Ray takes a second to import, and a mistake is told before.

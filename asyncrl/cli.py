@@ -1,6 +1,6 @@
 """`asyncrl {run,sft,eval,export,doctor}`. Only the chosen job is imported, so that a mistake in a spec costs no torch.
 
-Exit status: 0 done; 1 the job failed; 2 what was asked for can't work (a spec, an argument, a data file); 130 Ctrl-C;
+Exit status: 0 done; 1 the job failed; 2 what was asked for can't work (a spec, an argument, a data file); 130 Ctrl-C, SIGTERM;
 141 whoever read standard output has left (`| head -1`).
 Standard output carries results only; logs, progress and errors go to standard error. LOG_LEVEL=DEBUG says more.
 """
@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}: nothing more could be saved; free disk space, then go on with --resume", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", file=sys.stderr)
         return 130
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -14,19 +15,35 @@ from asyncrl.errors import ConfigError, Unavailable
 
 
 @contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keeps this program's handler. Ray puts two in its place: one exits with status 15 while Ray starts, the other prints
-    a native stack and aborts, before anything is cleaned up."""
-    handler = signal.getsignal(signal.SIGTERM)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+def heed_signals() -> Iterator[None]:
+    """Around Ray's start: Ctrl-C and SIGTERM end it as KeyboardInterrupt, when it is done at the latest; their handlers stay.
+
+    Ray puts two in its place: one exits with status 15 while Ray starts, the other prints a native stack and aborts, before
+    anything is cleaned up. And what a handler raises is dropped, with a page about it, where Python happens to be in a hook of
+    one of Ray's forks; so the signals that came are also read from a pipe.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    reader, writer = os.pipe()
+    for end in (reader, writer):
+        os.set_blocking(end, False)
+    handler, former = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    tell = sys.unraisablehook
+    sys.unraisablehook = lambda drop: None if drop.exc_type in (KeyboardInterrupt, SystemExit) else tell(drop)
     try:
         yield
     except SystemExit as error:
         raise KeyboardInterrupt from error
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        sys.unraisablehook = tell
+        signal.set_wakeup_fd(former)
+        signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+        os.close(writer)
+        with open(reader, "rb") as pipe:
+            came = pipe.read() or b""
+    if {signal.SIGINT, signal.SIGTERM} & set(came):
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -41,15 +58,19 @@ def ray_session(deployment: Deployment) -> Iterator[bool]:
     address = deployment.ray_address or os.environ.get("RAY_ADDRESS", "")
     if address.startswith("ray://"):
         raise ConfigError(f"ray_address={address!r}: a run needs its driver in the cluster; use `ray job submit` instead")
-    own = {} if address else {"num_cpus": deployment.num_cpus, "include_dashboard": False}
     try:
-        with _own_sigterm():
+        _join_or_start(address, deployment.num_cpus)
+        yield not address
+    finally:
+        ray.shutdown()
+
+
+def _join_or_start(address: str, num_cpus: int | None) -> None:
+    own = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
+    try:
+        with heed_signals():
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
     except (OSError, RuntimeError) as error:
         if not address:
             raise
         raise Unavailable(f"no Ray cluster answers at {address!r}: {error}") from error
-    try:
-        yield not address
-    finally:
-        ray.shutdown()

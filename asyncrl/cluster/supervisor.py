@@ -25,7 +25,6 @@ from asyncrl.types import Record, StoreReport
 
 log = logging.getLogger(__name__)
 TICK_S = 0.5
-ASK_S = 600.0  # for what an idle learner is asked to do: to write a checkpoint, at most
 NON_RETRYABLE = (ConfigError, DataError, CheckpointError, NonFinite)  # the next try would meet the same
 
 
@@ -43,6 +42,7 @@ class Supervisor:
         self._known: dict[str, tuple[int, Any]] = {}  # where the peers are: by name, restart count and address or handle
         self._until: int | None = None  # the update that the learner is running to
         self._finishing = False
+        self._stop_timeout_s = self._limits.stop_timeout_s
         self._stall = StallWatch(self._limits.stall_timeout_s, self._clock)
 
     def _make_members(self) -> list[Member]:
@@ -71,6 +71,22 @@ class Supervisor:
             self._tick()
         self._until = None
 
+    def halt(self) -> None:
+        """Ends a `train` that was interrupted. Blocks until the learner has made and saved the update under way, for
+        `limits.save_timeout_s` at most. Interrupted once more it gives that up, and `close` will wait for nobody either."""
+        self._until = None
+        deadline = self._clock() + self._limits.save_timeout_s
+        try:
+            while self._learner.phase == "running" and self._clock() < deadline:
+                self._learner.handle.ask.remote("halt")
+                self._tick()
+            self._fresh_report()
+        except AsyncRLError as error:
+            log.warning("the run failed while it was being interrupted: %s", redact(str(error)))
+        except KeyboardInterrupt:
+            self._stop_timeout_s = 0.0
+            raise
+
     def finish(self) -> None:
         """Settles what is outstanding and waits until generators and reward workers have ended by themselves."""
         workers = [member for member in self._members if member.role in ("generator", "reward")]
@@ -84,9 +100,10 @@ class Supervisor:
         self._fresh_report()
 
     def ask_learner(self, method: str, *arguments: Any) -> Any:
-        """Calls a method of the idle learner, e.g. `save_checkpoint`. Raises Unavailable if it dies, or takes ASK_S."""
+        """Calls a method of the idle learner, e.g. `save_checkpoint`. Raises Unavailable if it dies, or takes longer than
+        `limits.save_timeout_s`."""
         try:
-            return ray.get(self._learner.handle.ask.remote(method, *arguments), timeout=ASK_S)
+            return ray.get(self._learner.handle.ask.remote(method, *arguments), timeout=self._limits.save_timeout_s)
         except (RayActorError, GetTimeoutError) as error:
             raise Unavailable(f"learner: no answer to {method}: {_brief(error)}") from error
 
@@ -102,14 +119,17 @@ class Supervisor:
         self._fresh_report()
 
     def close(self) -> None:
-        """Stops every actor: asks first, kills what has not ended after `stop_timeout_s`. Never raises for a dead one."""
+        """Stops every actor: asks first, kills what has not ended after `stop_timeout_s`, or all when it is interrupted. Never
+        raises for a dead one."""
         stopping = [member for member in self._members if member is not self._store]
-        for group in (stopping, [self._store]):  # the store last: the others settle their last calls with it
-            refs = [ref for member in group if (ref := member.stop()) is not None]
-            refs += [member.task for member in group if member.phase == "running" and member.task is not None]
-            if refs:
-                ray.wait(refs, num_returns=len(refs), timeout=self._limits.stop_timeout_s)
-            for member in group:
+        try:
+            for group in (stopping, [self._store]):  # the store last: the others settle their last calls with it
+                refs = [ref for member in group if (ref := member.stop()) is not None]
+                refs += [member.task for member in group if member.phase == "running" and member.task is not None]
+                if refs:
+                    ray.wait(refs, num_returns=len(refs), timeout=self._stop_timeout_s)
+        finally:
+            for member in self._members:
                 member.release()
 
     # ------------------------------------------------------------------------------------------- the loop

@@ -187,8 +187,8 @@ class LimitsSpec(Spec, frozen=True, kw_only=True):
     """How long anybody waits for anything, in seconds, and how often an actor is replaced."""
 
     max_restarts: int = 3  # of each actor within restart_window_s; one more failure ends the run
-    # A restart counts until the actor has been up for so long since. Time in which it was down lets none be forgotten, so an actor
-    # that never gets far ends the run however long each of its starts takes.
+    # A restart counts until the actor has been up for so long since. Time in which it was down lets none be forgotten: an actor
+    # that never gets far ends the run, however long each of its starts takes.
     restart_window_s: float = 3600.0
     lease_s: float = 30.0  # silence after which a worker's work is reassigned
     poll_s: float = 2.0  # the longest that one call to the store waits
@@ -198,6 +198,8 @@ class LimitsSpec(Spec, frozen=True, kw_only=True):
     # A run in which nothing moves for so long, not a token, a pack, a verdict or a piece of weights, is stopped, with a dump of
     # who waits for what. A server that starts and a sample that is scored have limits of their own, which may be longer.
     stall_timeout_s: float = 300.0
+    # For what the learner saves when it is asked to; at an interrupt (Ctrl-C, SIGTERM) the update under way included.
+    save_timeout_s: float = 600.0
     stop_timeout_s: float = 15.0  # for actors to end by themselves, before they are killed
 
 

@@ -278,6 +278,4 @@ class Generator:
         gauges |= {f"engine/{name}": value for name, value in self._engine.gauges().items()}
         gauges |= {f"bus/{name}": value for name, value in self._weights.gauges().items()}
         progress = self._engine.progress() + int(gauges.get("bus/received_bytes", 0))
-        return Report(
-            name=self._name, role="generator", seconds=self._time.seconds(), gauges=gauges, progress=progress
-        )
+        return Report(name=self._name, role="generator", seconds=self._time.seconds(), gauges=gauges, progress=progress)

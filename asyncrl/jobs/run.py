@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -50,13 +51,15 @@ def _run(args: argparse.Namespace) -> int:
 
     # Ray tells of every death in a paragraph of guesses; the supervisor has a line. Read when ray is imported.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed")
-    for number in (signal.SIGINT, signal.SIGTERM):  # a job that is stopped cleans up like one that is interrupted
-        signal.signal(number, _interrupt)
+    _at_interrupt(_end_in_order)
     if not recipe.prepare:  # which may compute
         tokenize_only(recipe.model)
-    # A recipe's `prepare` prints, and so does Ray.
-    with contextlib.redirect_stdout(sys.stderr), contextlib.closing(Progress()) as progress:
-        result = launch(recipe, deployment, name=args.name, runs_dir=args.runs_dir, resume=resume, observe=progress.update)
+    try:
+        # A recipe's `prepare` prints, and so does Ray.
+        with contextlib.redirect_stdout(sys.stderr), contextlib.closing(Progress()) as progress:
+            result = launch(recipe, deployment, name=args.name, runs_dir=args.runs_dir, resume=resume, observe=progress.update)
+    finally:
+        _at_interrupt(signal.SIG_DFL)  # nothing is left to be ended in order
     print(msgspec.json.encode(result).decode(), flush=True)
     return 0
 
@@ -77,7 +80,20 @@ def _resume(args: argparse.Namespace) -> tuple[str, list[str], bool | int]:
     return file, overrides, steps[0] if steps else args.resume
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """The first signal stops the actors in order; the second leaves them to Ray's end, which kills them."""
-    print("interrupted: stopping the actors; once more stops them at once", file=sys.stderr, flush=True)
+def _at_interrupt(what: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # a job that is stopped ends like one that is interrupted
+        signal.signal(number, what)
+
+
+def _end_in_order(number: int, frame: FrameType | None) -> None:
+    """The first signal: a checkpoint, if anything is trained, then actor after actor."""
+    _at_interrupt(_end_at_once)
+    print("interrupted: ending in order; once more ends at once", file=sys.stderr, flush=True)
+    raise KeyboardInterrupt
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    """The second signal: no checkpoint, and actors are killed. A third one does not even do that: Ray's own end has to."""
+    _at_interrupt(signal.SIG_DFL)
+    print("interrupted again: ending at once", file=sys.stderr, flush=True)
     raise KeyboardInterrupt

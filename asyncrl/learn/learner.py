@@ -74,6 +74,7 @@ class Learner:
         self._poll_s = poll_s
         self._time = TimeInState()
         self._stopping = threading.Event()
+        self._halting = threading.Event()  # ends this `run`, no later one
         self._started = False
         self._version = Version(0, 0)
         self._saved: Version | None = None  # the newest that is checkpointed
@@ -113,22 +114,25 @@ class Learner:
     def run(self, until: int) -> int:
         """Trains until `until` updates are committed, the data has ended, or `stop`; returns the updates committed.
 
-        The last version is checkpointed and evaluated, unless stopped. Raises Fenced if a newer learner took over,
-        Unavailable without a store, NonFinite if training broke down. A closed store ends it quietly.
+        The last version is checkpointed and evaluated; after `halt` checkpointed only, after `stop` neither. Raises Fenced if a
+        newer learner took over, Unavailable without a store, NonFinite if training broke down. A closed store ends it quietly.
         """
         self._time.enter("busy")
+        self._halting.clear()
         try:
             if not self._started:
                 self.start()
             with closing(self._batches(until)) as batches:
-                while self.committed < until and not self._stopping.is_set():
+                while self.committed < until and not self._ending():
                     with self._timed("wait:store", "timing_s/wait_batch"):
                         batch = next(batches, None)
                     if batch is None:
                         break
                     self._train(batch)
-            if not self._stopping.is_set():
+            if not self._ending():
                 self._save_and_evaluate(last=True)
+            elif self._halting.is_set() and self._saved != self._version:
+                self._save()
         except Closed:
             log.info("the store has closed; ending at update %d", self.committed)
         finally:
@@ -142,6 +146,13 @@ class Learner:
     def stop(self) -> None:
         """Ends `run` after the update or poll under way; idempotent, from any thread."""
         self._stopping.set()
+
+    def halt(self) -> None:
+        """Ends the `run` under way like `stop`, with a checkpoint; a later `run` goes on. Idempotent, from any thread."""
+        self._halting.set()
+
+    def _ending(self) -> bool:
+        return self._stopping.is_set() or self._halting.is_set()
 
     def close(self) -> None:
         """Closes the weight bus; idempotent."""
@@ -169,7 +180,7 @@ class Learner:
             export(self._trainer.model, self._tokenizer, beside)
 
     def _batches(self, until: int) -> Generator[LeasedBatch, None, None]:
-        """The batches to train from now up to update `until`, which lies ahead; fewer at the end of the data or `stop`.
+        """The batches to train from now up to update `until`, which lies ahead; fewer at the end of the data, `stop` or `halt`.
 
         Waits for the next one, which a helper thread has been fetching since the one before was handed out. The store is told
         after which update a batch will be trained: it applies the bound for that moment, not for the moment of asking. A lease
@@ -179,7 +190,7 @@ class Learner:
         closed = threading.Event()
 
         def fetch(update: int) -> LeasedBatch | None:
-            while not (closed.is_set() or self._stopping.is_set()):
+            while not (closed.is_set() or self._ending()):
                 lease = self._store.lease_batch(update, self._poll_s)
                 if lease.groups:
                     began = time.monotonic()

@@ -15,8 +15,8 @@ from asyncrl.config import (
     LearnerSpec,
     LimitsSpec,
     PlaceSpec,
-    RewardsSpec,
     RewardSpec,
+    RewardsSpec,
     SamplingSpec,
     StalenessSpec,
 )
@@ -42,8 +42,10 @@ def test_a_prompt_that_was_given_up_is_named_once(local_ray, tiny_recipe, tmp_pa
 
 def test_nothing_moving_ends_the_run_with_a_dump(local_ray, tiny_recipe, hold_after, tmp_path):
     recipe = tiny_recipe(algorithm=hold_after(0).algorithm)  # the first pack never ends
-    with pytest.raises(AsyncRLError, match=r"nothing has moved for .*=5 s: generator-0 wait:store, learner busy, reward-0 wait:"):
-        launch(recipe, Deployment(limits=LimitsSpec(stall_timeout_s=5.0, poll_s=0.5)), runs_dir=tmp_path)
+    with pytest.raises(
+        AsyncRLError, match=r"nothing has moved for .*=5 s: generator-0 wait:store, learner busy, reward-0 wait:"
+    ):
+        launch(recipe, Deployment(limits=LimitsSpec(stall_timeout_s=5.0, stop_timeout_s=1.0, poll_s=0.5)), runs_dir=tmp_path)
     dump = json.loads((tmp_path / "tiny" / "logs" / "stall.json").read_text())
     assert dump.keys() == {"store", "learner", "generator-0", "reward-0"}
     assert "held.py" in dump["learner"], "the stack shows where the learner hangs"

@@ -187,6 +187,33 @@ def test_stop_ends_at_the_next_poll_without_the_last_rites(make_learner) -> None
     assert store.calls[-1] == ("publish", "3.1")
 
 
+def test_halt_saves_after_the_update_under_way_and_a_later_run_goes_on(make_learner, tmp_path: Path) -> None:
+    learner, store, _, trainer = make_learner([], save_freq=50, eval_freq=50)
+    leases = [lease(1, 0), lease(2, 1), lease(3, 2)]
+    store.lease_batch = lambda update, wait_s: leases[update]  # the same to whoever asks again, as of the store
+    update = trainer.update
+
+    def halted(*arguments):
+        if arguments[1] == 0:
+            learner.halt()
+        return update(*arguments)
+
+    trainer.update = halted
+    assert learner.run(3) == 1
+    assert store.calls[-3:] == [("commit", 1, "3.1"), ("publish", "3.1"), ("checkpointed", 0)]
+    assert [folder.name for folder in RunDir(tmp_path / "run").steps()] == ["step_000000", "step_000001"]
+    assert learner.run(3) == 3
+    assert [call[:2] for call in store.calls if call[0] == "commit"] == [("commit", 1), ("commit", 2), ("commit", 3)]
+    assert store.calls[-1] == ("eval", "3.3")
+
+
+def test_halt_ends_a_wait_for_data_and_what_is_saved_is_not_saved_again(make_learner) -> None:
+    learner, store, _, _ = make_learner([lease(1, 0), EMPTY, EMPTY], save_freq=1, eval_freq=None)
+    store.on_lease = lambda: learner.halt() if store.asked.count(1) == 2 else None
+    assert learner.run(10) == 1
+    assert store.calls.count(("checkpointed", 0)) == 2  # step_000000 and step_000001
+
+
 def test_without_evaluation_none_is_requested(make_learner) -> None:
     learner, store, _, _ = make_learner([lease(1, 0)], eval_freq=None)
     learner.run(1)

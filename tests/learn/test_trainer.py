@@ -264,11 +264,9 @@ def test_running_moments_survive_a_checkpoint_to_the_bit(make_trainer, make_roll
 def test_packs_of_every_model_are_counted(backbone: str, make_trainer, make_model, make_rollouts) -> None:
     reference, calls = make_model(), []
     algorithm = {"adv_estimator": "gae", "kl_coef": 0.1}
-    trainer = make_trainer(
-        learner=SEVERAL_STEPS, algorithm=algorithm, reference=reference, critic={"backbone": backbone}
-    )
+    trainer = make_trainer(learner=SEVERAL_STEPS, algorithm=algorithm, reference=reference, critic={"backbone": backbone})
     own = [trainer.critic.module] if backbone == "own" else []
     for model in (trainer.model, reference, *own):
         model.register_forward_hook(lambda *_: calls.append(1))
     trainer.update(make_rollouts(), 1)
-    assert trainer.packs == len(calls) > 8
+    assert trainer.packs == len(calls) >= 8

@@ -72,7 +72,7 @@ class Command:
         self._stdout, self._stderr = outputs / f"{value}.out", outputs / f"{value}.err"
         with self._stdout.open("wb") as out, self._stderr.open("wb") as err:
             self.process = subprocess.Popen(
-                arguments, cwd=folder, env={**inherited, **environ, name: value}, stdout=out, stderr=err
+                arguments, cwd=folder, env={**inherited, **environ, name: value}, stdout=out, stderr=err, process_group=0
             )
 
     @property
@@ -230,25 +230,67 @@ def test_an_exported_checkpoint_loads_with_equal_logits(
         assert not torch.equal(model(ids).logits, before), "the policy never changed"
 
 
-def test_ctrl_c_stops_everything(project: Path, command: Callable[..., Command]) -> None:
+def interrupt(running: Command, number: signal.Signals = signal.SIGINT) -> None:
+    """Ctrl-C goes to whatever is in the command's process group, SIGTERM to the command."""
+    (os.killpg if number is signal.SIGINT else os.kill)(running.process.pid, number)
+
+
+def test_ctrl_c_saves_and_stops_everything_and_resume_goes_on_from_exactly_there(
+    project: Path, command: Callable[..., Command]
+) -> None:
     run = RunDir(project / "runs" / "interrupted")
-    running = start(command, project, "interrupted", *ENDLESS)
+    running = start(command, project, "interrupted", *ENDLESS, "checkpoint.save_freq=1000")
     running.until(lambda: len(steps(run)) >= 2)
     assert len(running.left()) > 5
-    running.process.send_signal(signal.SIGINT)
+    interrupt(running)
     assert running.end(90) == 130
     assert running.stdout == ""
-    assert running.stderr.rstrip().endswith("interrupted")
     assert "Traceback" not in running.stderr
     wait_until(lambda: running.left() == [], 30)
+    saved = run.steps()[-1]
+    last = RunDir.update_of(saved)
+    assert steps(run) == list(range(1, last + 1)), "what was made, saved and told is the same"
+    assert running.stderr.rstrip().splitlines()[-1].startswith(f"interrupted: update {last} is saved in {saved}; to go on: --resume")
+
+    resumed = start(command, project, "interrupted", "--resume", *ENDLESS)
+    resumed.until(lambda: len(steps(run)) >= last + 2)
+    interrupt(resumed)
+    interrupt(resumed, signal.SIGTERM)  # and at once
+    assert resumed.end(30) == 130
+    assert "Traceback" not in resumed.stderr
+    wait_until(lambda: resumed.left() == [], 30)
+    made = [(line["step"], line["incarnation"]) for line in metrics(run, "step")]
+    assert made == [(step, 1 if step <= last else 2) for step in range(1, len(made) + 1)]
 
 
-def test_sigterm_while_the_actors_start(project: Path, command: Callable[..., Command]) -> None:
-    starting = start(command, project, "terminated")
-    starting.until(lambda: "store is up" in starting.stderr)
-    starting.process.send_signal(signal.SIGTERM)
+PREPARE = """
+import time
+from pathlib import Path
+
+def slow(recipe, run_dir):
+    Path(run_dir, "preparing").touch()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("during", ["prepare", "ray", "actors"])
+def test_an_interrupt_before_anything_is_trained(
+    project: Path, command: Callable[..., Command], during: str, number: signal.Signals
+) -> None:
+    (project / "slowly.py").write_text(PREPARE)
+    name = f"{during}-{number.name}"
+    marks = {
+        "prepare": lambda: (project / "runs" / name / "preparing").exists(),
+        "ray": lambda: "starting the actors" in starting.stderr,
+        "actors": lambda: "store is up" in starting.stderr,
+    }
+    starting = start(command, project, name, *(["prepare=slowly.py:slow"] if during == "prepare" else []))
+    starting.until(marks[during])
+    interrupt(starting, number)
     assert starting.end(90) == 130
     assert "Traceback" not in starting.stderr
+    assert starting.stderr.rstrip().splitlines()[-1] == "interrupted"
     wait_until(lambda: starting.left() == [], 30)
 
 

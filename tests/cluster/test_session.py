@@ -1,0 +1,68 @@
+"""Signals that come while Ray starts. Ray itself is not needed for it."""
+
+import signal
+
+import pytest
+
+from asyncrl.cluster.session import heed_signals
+
+
+class Hook:
+    """Python drops what is raised while it calls this, as in the hooks of a fork."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        signal.raise_signal(self.number)
+
+
+def leave(number: int, frame: object) -> None:
+    raise SystemExit(15)  # as Ray's handler does
+
+
+@pytest.fixture
+def own_handler():
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGTERM, former)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_python_drops_is_raised_at_the_end(own_handler: object, number: signal.Signals) -> None:
+    went_on = False
+
+    @heed_signals()
+    def start() -> None:
+        nonlocal went_on
+        signal.signal(signal.SIGTERM, leave)
+        Hook(number)
+        went_on = True
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert went_on
+    assert signal.getsignal(signal.SIGTERM) is own_handler
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_an_exit_of_rays_handler_is_an_interrupt(own_handler: object) -> None:
+    @heed_signals()
+    def start() -> None:
+        signal.signal(signal.SIGTERM, leave)
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert signal.getsignal(signal.SIGTERM) is own_handler
+
+
+def test_other_signals_and_other_errors_pass() -> None:
+    @heed_signals()
+    def start() -> None:
+        signal.raise_signal(signal.SIGCHLD)
+        raise RuntimeError("no cluster")
+
+    with pytest.raises(RuntimeError, match="no cluster"):
+        start()
