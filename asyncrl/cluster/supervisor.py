@@ -7,6 +7,7 @@ so a death is noticed the moment it happens and a restart never waits for anothe
 import json
 import logging
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,14 +18,16 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from asyncrl.cluster.members import Member
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import call_store
-from asyncrl.cluster.watchdog import AwakeClock, StallWatch
+from asyncrl.cluster.watchdog import StallWatch
 from asyncrl.errors import ActorFailed, AsyncRLError, CheckpointError, ConfigError, DataError, NonFinite, Unavailable
 from asyncrl.report.summary import RunSummary
+from asyncrl.report.timing import AwakeClock
 from asyncrl.rundir import redact, write_atomic
 from asyncrl.types import Record, StoreReport
 
 log = logging.getLogger(__name__)
 TICK_S = 0.5
+STEP_S = 2.0  # several rounds: a round that takes longer was held up, or the driver stopped
 NON_RETRYABLE = (ConfigError, DataError, CheckpointError, NonFinite)  # the next try would meet the same
 
 
@@ -37,7 +40,7 @@ class Supervisor:
         self._summary = summary
         self._observe = observe
         self._limits = plan.deployment.limits
-        self._clock = AwakeClock()
+        self._clock = AwakeClock(time.monotonic, STEP_S)
         self._store, self._learner, *_ = self._members = self._make_members()
         self._known: dict[str, tuple[int, Any]] = {}  # where the peers are: by name, restart count and address or handle
         self._until: int | None = None  # the update that the learner is running to

@@ -1,6 +1,5 @@
 """What the supervisor concludes from clocks: that nobody gets anything done, that an actor fails too often. No Ray."""
 
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
@@ -8,24 +7,6 @@ from asyncrl.report.timing import TimeInState
 from asyncrl.types import Report, StoreReport
 
 Clock = Callable[[], float]  # seconds, monotonic
-LONGEST_S = 2.0  # several rounds of the supervisor
-
-
-class AwakeClock:
-    """Seconds in which its only caller was awake: between two calls at most LONGEST_S pass on it.
-
-    A process that was stopped (Ctrl-Z, a debugger) or kept from its work heard nobody meanwhile: that is not their silence.
-    """
-
-    def __init__(self, clock: Clock = time.monotonic) -> None:
-        self._clock = clock
-        self._read_at, self._now = clock(), 0.0
-
-    def __call__(self) -> float:
-        read_at = self._clock()
-        self._now += min(read_at - self._read_at, LONGEST_S)
-        self._read_at = read_at
-        return self._now
 
 
 class StallWatch:

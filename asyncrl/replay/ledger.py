@@ -14,6 +14,7 @@ from asyncrl.errors import Fenced
 from asyncrl.replay.log.log import ReplayLog
 from asyncrl.replay.plan import StorePlan
 from asyncrl.replay.state import Commit, EvalRound, Group, Lengths, PromptKey, RolloutState
+from asyncrl.report.timing import AwakeClock
 from asyncrl.types import GroupCounts, Lineage, Record, Version
 
 
@@ -281,25 +282,6 @@ class Poll(NamedTuple):
 
     attempt: Callable[[], tuple[bool, Any]]
     wait_s: float
-
-
-class AwakeClock:
-    """Seconds for which the store was awake, for leases: who can't be heard is not silent.
-
-    Between two readings `step_s` count at the most. While anybody waits for work the store reads it that often; where more time
-    went by, its process was stopped or its disk was slow, and nobody could renew a lease meanwhile.
-    """
-
-    def __init__(self, clock: Callable[[], float], step_s: float) -> None:
-        self.step_s = step_s
-        self._clock = clock
-        self._read, self._awake = clock(), 0.0
-
-    def __call__(self) -> float:
-        now = self._clock()
-        self._awake += min(now - self._read, self.step_s)
-        self._read = now
-        return self._awake
 
 
 class StoreContext:

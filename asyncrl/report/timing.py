@@ -6,6 +6,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
+class AwakeClock:
+    """Seconds for which this process was awake, for what others are given to be heard: who can't be heard is not silent.
+
+    Between two readings `step_s` count at the most. Its owner reads it more often; where more time went by, the process was
+    stopped (Ctrl-Z, a debugger) or held up (a slow disk), and heard nobody meanwhile.
+    """
+
+    def __init__(self, clock: Callable[[], float], step_s: float) -> None:
+        self.step_s = step_s
+        self._clock = clock
+        self._read, self._awake = clock(), 0.0
+
+    def __call__(self) -> float:
+        now = self._clock()
+        self._awake += min(now - self._read, self.step_s)
+        self._read = now
+        return self._awake
+
+
 class TimeInState:
     """Divides the wall clock of one main loop into states: `busy`, `sync`, or `wait:<whom>`.
 

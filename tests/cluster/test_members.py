@@ -4,9 +4,9 @@ import pytest
 import ray
 
 from asyncrl.cluster.members import Member
-from asyncrl.cluster.watchdog import AwakeClock
 from asyncrl.config import LimitsSpec, PlaceSpec
 from asyncrl.errors import Unavailable
+from asyncrl.report.timing import AwakeClock
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(60)]
 
@@ -23,7 +23,7 @@ class NeverAnswers:
 
 def test_an_actor_is_silent_for_as_long_as_the_supervisor_was_awake_to_hear_it(local_ray: None) -> None:
     now = 0.0
-    member = Member("reward", "reward-0", PlaceSpec(), LimitsSpec(), AwakeClock(lambda: now))
+    member = Member("reward", "reward-0", PlaceSpec(), LimitsSpec(), AwakeClock(lambda: now, 2.0))
     member.phase, member.handle = "running", NeverAnswers()
     member.ask_report()
     now += 3600.0  # Ctrl-Z, and an hour later fg
