@@ -6,6 +6,7 @@ then the whole group is killed: by the child itself where it is asyncrl's own Py
 other command (`under_guard`; the guard is this file, run as a script).
 """
 
+import contextlib
 import fcntl
 import os
 import select
@@ -16,6 +17,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+REAP_S = 5.0  # in which the kernel has ended a killed process, unless it waits for a device
+
 
 class OwnedProcess(subprocess.Popen[bytes]):
     """A child that leads its own process group: the group ends when this process ends, or at `kill`.
@@ -25,6 +28,7 @@ class OwnedProcess(subprocess.Popen[bytes]):
     """
 
     def __init__(self, command: Sequence[str], **options: Any) -> None:
+        self._killing = threading.Lock()
         lifeline, self._lifeline = os.pipe()
         try:
             super().__init__([*command, str(lifeline)], pass_fds=(lifeline,), start_new_session=True, **options)
@@ -47,15 +51,21 @@ class OwnedProcess(subprocess.Popen[bytes]):
         return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
 
     def kill(self) -> None:
-        """SIGKILL to the child and its group; then reaps the child and frees the descriptors. Idempotent."""
-        if self.returncode is not None:
-            return
-        os.killpg(self.pid, signal.SIGKILL)
-        self.wait()
-        os.close(self._lifeline)
-        for stream in (self.stdin, self.stdout):
-            if stream is not None:
-                stream.close()
+        """SIGKILL to the child and its group; then reaps the child and frees the descriptors. Idempotent, thread-safe.
+
+        Waits for the child's end for REAP_S at the most. One that waits for a device may need longer: it is left to the kernel.
+        """
+        with self._killing:
+            if self.returncode is None:
+                os.killpg(self.pid, signal.SIGKILL)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.wait(REAP_S)
+            if self._lifeline >= 0:
+                os.close(self._lifeline)
+                self._lifeline = -1
+            for stream in (self.stdin, self.stdout):
+                if stream is not None:
+                    stream.close()
 
 
 def end_with_owner(lifeline: int) -> None:
@@ -92,11 +102,14 @@ def _guard(command: list[str], lifeline: int) -> None:
     outer = os.pidfd_open(os.getpid())
     if os.fork():
         signal.pause()
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    ended = os.pidfd_open(process.pid)
-    select.select([lifeline, ended, outer], [], [])
-    if (code := process.poll()) is not None:
-        print(f"guard: {command[0]} ended with exit code {code}", file=sys.stderr, flush=True)
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        ended = os.pidfd_open(process.pid)
+        select.select([lifeline, ended, outer], [], [])
+        if (code := process.poll()) is not None:
+            print(f"guard: {command[0]} ended with exit code {code}", file=sys.stderr, flush=True)
+    except OSError as error:
+        print(f"guard: {error}", file=sys.stderr, flush=True)
     os.killpg(0, signal.SIGKILL)
 
 

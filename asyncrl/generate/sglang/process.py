@@ -6,14 +6,12 @@ import secrets
 import shutil
 import socket
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from asyncrl.errors import ConfigError
 from asyncrl.processes import OwnedProcess, under_guard
 
-REAP_S = 1.0  # in which a parent that lives has reaped a child that ended
 LOG_TAIL = 15  # lines of its log that an error about a server shows
 
 
@@ -38,7 +36,6 @@ class ServerProcess(OwnedProcess):
 
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str], log: Path) -> None:
         self._log = log
-        self._defunct: dict[int, float] = {}  # pid -> when it was first seen so
         program = find_program(command[0]) or command[0]
         with open(log, "ab") as output:
             self._log_start = output.tell()
@@ -46,13 +43,8 @@ class ServerProcess(OwnedProcess):
             super().__init__(under_guard([program, *command[1:]]), stdout=output, stderr=output, env=environment)
 
     def alive(self) -> bool:
-        """Whether the command runs, and no process under it has crashed (SGLang itself needs seconds to notice).
-
-        Every process is defunct for a moment when it ends. One that still is after REAP_S has crashed.
-        """
-        now = time.monotonic()
-        self._defunct = {pid: self._defunct.get(pid, now) for pid in self.pids() if _defunct(pid)}
-        return self.exit_code() is None and not any(now - since > REAP_S for since in self._defunct.values())
+        """Whether the command runs, and no process under it was ended by a signal (SGLang itself needs seconds to notice)."""
+        return self.exit_code() is None and not any(_crashed(pid) for pid in self.pids())
 
     def pids(self) -> list[int]:
         """Every process of the server, on Linux; its guard comes first."""
@@ -71,12 +63,14 @@ class ServerProcess(OwnedProcess):
         return "\n".join(lines[-LOG_TAIL:])
 
 
-def _defunct(pid: int) -> bool:
-    """Whether a process has died and nobody has reaped it."""
+def _crashed(pid: int) -> bool:
+    """Whether a signal has ended a process, and nobody has reaped it. One that ended by itself waits for its parent, which may
+    be busy for seconds: that is no crash."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # reaped
         return False
+    return fields[0] == "Z" and os.WIFSIGNALED(int(fields[49]))
 
 
 def find_program(name: str) -> str | None:

@@ -13,6 +13,7 @@ import pytest
 
 from asyncrl.errors import ConfigError
 from asyncrl.generate.sglang.process import ServerProcess, free_port, require_command
+from asyncrl.processes import OwnedProcess
 
 WAIT_S = 20.0
 # Starts a process, which starts another one; each says so, and stays.
@@ -29,8 +30,8 @@ sys.stdin.read()
 
 # Has a child, and does not look after it.
 NEGLECTFUL = """
-import subprocess, threading
-child = subprocess.Popen(["sleep", "600"])
+import subprocess, sys, threading
+child = subprocess.Popen(sys.argv[1:])
 print(child.pid, flush=True)
 threading.Event().wait()
 """
@@ -126,13 +127,38 @@ def test_when_the_command_ends_its_children_go_and_the_log_says_how(start: Start
     until(lambda: "ended with exit code 3" in server.log_tail())
 
 
-def test_a_crashed_process_under_it_is_noticed_though_nobody_reaps_it(log: Path) -> None:
-    server = ServerProcess((sys.executable, "-c", NEGLECTFUL), env={}, log=log)
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_crashed_process_under_it_is_noticed_at_once_though_nobody_reaps_it(log: Path, signal_number: int) -> None:
+    server = ServerProcess((sys.executable, "-c", NEGLECTFUL, "sleep", "600"), env={}, log=log)
     until(lambda: bool(log.read_text().strip()))
     assert server.alive()
-    os.kill(int(log.read_text()), signal.SIGKILL)
-    until(lambda: not server.alive())
+    child = int(log.read_text())
+    os.kill(child, signal_number)
+    until(lambda: gone(child))
+    assert not server.alive()
     server.kill()
+
+
+def test_a_process_that_nobody_reaps_has_not_crashed_if_it_ended_by_itself(log: Path) -> None:
+    server = ServerProcess((sys.executable, "-c", NEGLECTFUL, "false"), env={}, log=log)
+    until(lambda: bool(log.read_text().strip()) and gone(int(log.read_text())))
+    assert server.alive()
+    server.kill()
+
+
+class Unkillable(ServerProcess):
+    """A process that waits for a device: the kernel does not end it, whatever it is sent."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        assert timeout is not None, "whoever waits for it waits for ever"
+        raise subprocess.TimeoutExpired(self.args, timeout)
+
+
+def test_nobody_waits_without_bound_for_a_killed_process(log: Path) -> None:
+    server = Unkillable(("sleep", "600"), env={}, log=log)
+    server.kill()
+    server.kill()
+    assert OwnedProcess.wait(server, WAIT_S) == -signal.SIGKILL  # for this test alone
 
 
 def test_a_process_that_ends_in_good_order_is_no_crash(start: Start, log: Path) -> None:
