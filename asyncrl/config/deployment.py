@@ -1,5 +1,6 @@
 """The deployment: where a recipe runs. Every default lives here, once; deploy/local.yaml spells them out."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 from asyncrl.config.base import Rule, Spec, require, require_fields
@@ -18,6 +19,26 @@ class PlaceSpec(Spec, frozen=True, kw_only=True):
 UpdateMode = Literal["in_flight", "keep_kv", "drain", "restart"]
 
 
+# Arguments of SGLang's server that a deployment may not give, and why.
+_PLACED = (
+    "it decides over GPUs, and asyncrl places tensor-parallel servers on one node only; set engine.sglang.tp_size and servers"
+)
+_CHOSEN = "it is chosen by asyncrl; for a server that you start yourself, set engine.sglang.urls"
+_OPEN = "it opens another way into the server, without its key; leave it out"
+NOT_FOR_ARGS = {
+    **dict.fromkeys(("tp-size", "tensor-parallel-size", "dp-size", "data-parallel-size", "enable-dp-attention"), _PLACED),
+    **dict.fromkeys(("pp-size", "pipeline-parallel-size", "nnodes", "node-rank", "dist-init-addr", "nccl-init-addr"), _PLACED),
+    **dict.fromkeys(("base-gpu-id", "gpu-id-step", "use-ray"), _PLACED),
+    **dict.fromkeys(("port", "host", "model-path", "config", "api-key", "admin-api-key"), _CHOSEN),
+    **dict.fromkeys(("grpc-port", "tokenizer-worker-num"), _OPEN),
+}
+
+
+def argument_name(argument: str) -> str:
+    """Of `--dp_size=2`, `dp-size` and the like: the name as SGLang's own parser knows it, or the beginning of it."""
+    return argument.partition("=")[0].removeprefix("--").replace("_", "-")
+
+
 class SGLangSpec(Spec, frozen=True, kw_only=True):
     """SGLang servers of one generator: launched and owned by it, or found where they run already."""
 
@@ -30,6 +51,7 @@ class SGLangSpec(Spec, frozen=True, kw_only=True):
     # Added to a server's environment.
     env: dict[str, str] = {}
     # Any other argument of SGLang's server by its command line name, e.g. {"attention-backend": "fa3"}; true is a bare flag.
+    # Not those that decide over GPUs, nodes and access: `tp_size` and `servers` do.
     args: dict[str, str | int | float | bool] = {}
     # GPUs of one server.
     tp_size: int = 1
@@ -58,11 +80,22 @@ class SGLangSpec(Spec, frozen=True, kw_only=True):
             ("stream_interval", lambda x: x >= 1, "< 1: no token would ever be reported; use at least 1"),
         ]
         require_fields(self, "engine.sglang.", rules)
+        _check_arguments("args", self.args)
+        _check_arguments("command", (word for word in self.command if word.startswith("--")))
         for url in self.urls:
             require(
                 url.startswith(("http://", "https://")),
                 f"engine.sglang.urls: {url!r} is no address of a server; write http://HOST:PORT",
             )
+
+
+def _check_arguments(field: str, arguments: Iterable[str]) -> None:
+    """Raises ConfigError for an argument of SGLang's server that is not the user's to give. It may be abbreviated: SGLang's
+    parser takes `--tp` for `--tp-size`."""
+    for argument in arguments:
+        name = argument_name(argument)
+        for forbidden, why in NOT_FOR_ARGS.items():
+            require(not name or not forbidden.startswith(name), f"engine.sglang.{field}: {argument!r} is --{forbidden}: {why}")
 
 
 # Kinds of engines, and where the EngineKind (asyncrl.generate.engines) of each is.

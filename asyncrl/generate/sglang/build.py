@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from asyncrl.config import EngineSpec, ModelSpec, PlaceSpec, SGLangSpec
+from asyncrl.config.deployment import argument_name
 from asyncrl.errors import ConfigError
 from asyncrl.generate.engines import EngineSite
 from asyncrl.generate.sglang.engine import SGLangEngine
@@ -40,11 +41,6 @@ def launch_command(
 ) -> LaunchCommand:
     """How to start server number `index` of a generator. `sglang.args` come last, so they win over what asyncrl sets."""
     sglang = spec.sglang
-    if own := {"port", "host", "model-path"} & {_name(name) for name in sglang.args}:
-        raise ConfigError(
-            f"engine.sglang.args: {', '.join(sorted(own))} is chosen by asyncrl; for a server that you start yourself, set "
-            "engine.sglang.urls"
-        )
     arguments: dict[str, str | int | float | bool] = {
         "model-path": model.path,
         "trust-remote-code": model.trust_remote_code,
@@ -65,16 +61,12 @@ def launch_command(
     if sglang.mem_fraction is not None:
         arguments["mem-fraction-static"] = sglang.mem_fraction
     flags: list[str] = []
-    for name, value in (arguments | {_name(name): value for name, value in sglang.args.items()}).items():
+    for name, value in (arguments | {argument_name(name): value for name, value in sglang.args.items()}).items():
         if value is not False:
             flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     # More threads than cores to themselves wait for each other in spin loops; and HEADROOM may pass the model's positions.
     env = {"OMP_NUM_THREADS": str(place.threads), "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1", **sglang.env}
     return LaunchCommand((*sglang.command, *flags), env, log)
-
-
-def _name(argument: str) -> str:
-    return argument.removeprefix("--").replace("_", "-")
 
 
 def _transfer(sglang: SGLangSpec, *, host: str, gpus: float) -> Callable[[int], Transfer]:

@@ -104,10 +104,37 @@ def test_what_the_deployment_says_of_dtype_memory_threads_and_environment() -> N
     assert launched(env={"OMP_NUM_THREADS": "2"}, threads=4).env["OMP_NUM_THREADS"] == "2"
 
 
-@pytest.mark.parametrize("name", ["port", "--host", "model_path"])
-def test_where_a_server_listens_and_what_it_serves_is_not_for_args(name: str) -> None:
+@pytest.mark.parametrize("name", ["port", "--host", "model_path", "model", "config", "--api-key", "admin_api_key"])
+def test_where_a_server_listens_what_it_serves_and_to_whom_is_not_for_args(name: str) -> None:
     with pytest.raises(ConfigError, match=r"is chosen by asyncrl.*engine\.sglang\.urls"):
         launched(args={name: "x"})
+
+
+# Every spelling that SGLang's parser takes, its abbreviations included: `--tp` is one.
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tp", "tp-size", "tp_size", "--tp_size", "tensor-parallel-size", "--tensor-parallel"),
+        *("dp", "--dp", "dp-size", "--dp-size", "dp_size", "--dp-size=2", "data-parallel-size", "data_parallel"),
+        *("pp-size", "pp_size", "pipeline-parallel-size", "nnodes", "node-rank", "dist-init-addr", "nccl_init_addr"),
+        *("base-gpu-id", "gpu_id_step", "enable-dp-attention", "use-ray"),
+    ],
+)
+def test_what_decides_over_gpus_is_not_for_args_nor_for_the_command(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"engine\.sglang\.args: .*decides over GPUs.*set engine\.sglang\.tp_size and servers"
+    ):
+        SGLangSpec(args={name: 2})
+    if name.startswith("--"):
+        with pytest.raises(ConfigError, match=r"engine\.sglang\.command: .*decides over GPUs"):
+            SGLangSpec(command=("python", "-m", "sglang.launch_server", name, "2"))
+
+
+def test_arguments_that_only_look_alike_are_the_users() -> None:
+    for name in ("ep-size", "moe-dp-size", "enable-dp-lm-head", "max-total-tokens", "attn-cp-size", "mem-fraction-static"):
+        SGLangSpec(args={name: 2}, command=("my-server", "--device", "cpu", "-m", f"--{name}"))
+    with pytest.raises(ConfigError, match=r"'tokenizer-worker-num'.*another way into the server, without its key"):
+        SGLangSpec(args={"tokenizer-worker-num": 2})
 
 
 @pytest.mark.parametrize(
@@ -121,7 +148,7 @@ def test_where_a_server_listens_and_what_it_serves_is_not_for_args(name: str) ->
 )
 def test_a_server_found_running_must_be_able_to_label_its_tokens(facts: Facts, missing: str) -> None:
     async def run() -> None:
-        server = SGLangServer("http://there:1", lambda _: SharedMemory(1))
+        server = SGLangServer("http://127.0.0.1:1", lambda _: SharedMemory(1))
         server.facts = facts
         server.require("in_flight")
         if missing:
@@ -206,9 +233,9 @@ def build(model: ModelSpec, tmp_path: Path) -> Build:
     [
         ("auto", (), 0.0, (SharedMemory, "cpu")),
         ("auto", (), 1.0, (SharedMemory, "cuda")),
-        ("auto", ("http://there:1",), 0.0, (Distributed, "gloo")),
-        ("auto", ("http://there:1",), 1.0, (Distributed, "nccl")),
-        ("shared", ("http://there:1",), 1.0, (SharedMemory, "cpu")),
+        ("auto", ("http://127.0.0.1:1",), 0.0, (Distributed, "gloo")),
+        ("auto", ("http://127.0.0.1:1",), 1.0, (Distributed, "nccl")),
+        ("shared", ("http://127.0.0.1:1",), 1.0, (SharedMemory, "cpu")),
         ("shared", (), 1.0, (SharedMemory, "cpu")),
         ("cuda_ipc", (), 1.0, (SharedMemory, "cuda")),
         ("distributed", (), 0.0, (Distributed, "gloo")),
@@ -233,7 +260,7 @@ def test_cuda_ipc_without_a_gpu_is_refused(build: Build) -> None:
 def test_a_command_that_is_not_there_is_refused(build: Build) -> None:
     with pytest.raises(ConfigError, match="'no-such-server' is not on PATH"):
         build(command=("no-such-server",))
-    build(command=("no-such-server",), urls=("http://there:1",)).close()  # nothing is started here
+    build(command=("no-such-server",), urls=("http://127.0.0.1:1",)).close()  # nothing is started here
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
