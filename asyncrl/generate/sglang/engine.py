@@ -72,7 +72,7 @@ class SGLangEngine:
 
         The future of one raises ConfigError if it can't fit, Closed after `close`, Unavailable on failure.
         """
-        rows = [RequestRow(request) for request in requests]
+        rows = [RequestRow(request, self._vocabulary) for request in requests]
         sound = []
         for row in rows:
             refusal = check_request(row.request, max_length=self.max_length, vocabulary=self._vocabulary)

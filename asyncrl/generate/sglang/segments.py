@@ -1,66 +1,31 @@
-"""What a server reports of a request, and the request on its way to a Generation. Pure: no network.
+"""A request on its way to a Generation, held against what a server reports of it. Pure: no network.
 
 A request may take several *segments*: one per server or interruption. Each resumes with the tokens so far as its prefix, so a
 swap or the death of a server costs no token that was reported and whose version is known.
 """
 
+import re
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
-
-from msgspec import Struct
+from typing import TypeVar
 
 from asyncrl.errors import Unavailable
+from asyncrl.generate.sglang.wire import Chunk, Labelled
 from asyncrl.types import FinishReason, Generation, GenerationRequest, Span, Version
 
 T = TypeVar("T")
 
 
-class Labelled(Struct, frozen=True):
-    """Says that tokens `start` to `end` of a segment came from the weights that were labelled `version`."""
-
-    version: str
-    start: int
-    end: int
-
-
-class Finish(Struct, frozen=True):
-    """Why a segment ended."""
-
-    type: str
-    message: str = ""  # why, where it was aborted by the server itself
-
-
-class Meta(Struct, frozen=True):
-    """What a server says of a segment beside its tokens. The lists hold all tokens of the segment so far (and maybe later
-    ones), or only the newest."""
-
-    completion_tokens: int = 0  # of the segment so far
-    finish_reason: Finish | None = None
-    # Per token: nats after temperature but before top-p and top-k, token id, …
-    output_token_logprobs: list[tuple[float | None, int, Any]] = []
-    # Per token: nats of the distribution sampled from; only where the request wants it.
-    output_token_sampling_logprobs: list[float | None] = []
-    weight_versions: list[Labelled] | None = None  # with the last chunk
-    num_retractions: int = 0  # times that the server took the request out of its batch
-
-
-class Chunk(Struct, frozen=True):
-    """One server-sent event of a batch: news of its row `index`."""
-
-    meta_info: Meta
-    output_ids: list[int] = []
-    index: int = 0
-
-
 class RequestRow:
     """One request, and what is known of its response. Not thread-safe: call it only from the engine's event loop.
+
+    vocabulary: tokens that the model knows.
 
     A segment is *mixed* once weights were swapped while it ran: only its end tells which token came from which version.
     """
 
-    def __init__(self, request: GenerationRequest) -> None:
-        self.request = request
+    def __init__(self, request: GenerationRequest, vocabulary: int) -> None:
+        self.request, self._vocabulary = request, vocabulary
         self.future: Future[Generation] = Future()
         self.cut = request.sampling.temperature > 0 and (request.sampling.top_p < 1.0 or request.sampling.top_k > 0)
         self.segments = 0
@@ -117,9 +82,16 @@ class RequestRow:
                     f"request {self.request.id}: the server reports {new} new tokens, with ids {chunk.output_ids[:8]}…, "
                     f"logprobs {news[:3]}… and sampling logprobs {sampled[:3]}…, which don't agree; use SGLang 0.5.20"
                 )
+            count, most = len(self.token_ids) + new, self.request.sampling.max_tokens
+            if max(ids) >= self._vocabulary or count > most:
+                raise Unavailable(
+                    f"request {self.request.id}: the server reports {count} tokens with ids up to {max(ids)}, but "
+                    f"max_tokens={most} of a vocabulary of {self._vocabulary} were asked for: it serves another model, or its "
+                    "answer was damaged"
+                )
             self.token_ids += ids
-            self._logprobs += [float("nan") if value[0] is None else value[0] for value in news]
-            self._sampled += [float("nan") if value is None else value for value in sampled]
+            self._logprobs += [value[0] for value in news]
+            self._sampled += sampled
         if meta.finish_reason is None:
             return None
         self._label(meta.weight_versions)
@@ -209,5 +181,5 @@ def _news(values: list[T], have: int, new: int) -> list[T]:
 
 def parse_label(label: str) -> Version | None:
     """The version that `str(version)` names; None if it names none."""
-    incarnation, dot, update = label.partition(".")
-    return Version(int(incarnation), int(update)) if dot and incarnation.isdecimal() and update.isdecimal() else None
+    parts = re.fullmatch(r"([0-9]{1,18})\.([0-9]{1,18})", label)
+    return Version(int(parts[1]), int(parts[2])) if parts else None

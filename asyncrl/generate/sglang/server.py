@@ -6,32 +6,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from msgspec import Struct, convert
-
 from asyncrl.config import UpdateMode
 from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.generate.sglang.client import SGLangClient
 from asyncrl.generate.sglang.process import ServerProcess, free_port
 from asyncrl.generate.sglang.transfer import StagedWeights, Transfer
+from asyncrl.generate.sglang.wire import FACTS, LOADS, Facts, ServerLoad
 
 LOOK_S = 0.2  # between two looks at a server that is starting
 CALL_S = 30.0  # longest that a call which moves no weights may take
 UPDATE_S = 300.0  # longest that one transfer of weights may take
-
-
-class Facts(Struct, frozen=True):
-    """What asyncrl must know of a server, as the server itself says it."""
-
-    tp_size: int = 1
-    disable_radix_cache: bool = False
-    disable_overlap_schedule: bool = False
-
-
-class ServerLoad(Struct, frozen=True):
-    """One entry of /v1/loads."""
-
-    num_waiting_reqs: int = 0
-    token_usage: float = 0.0
 
 
 class LaunchCommand(NamedTuple):
@@ -73,7 +57,7 @@ class SGLangServer:
         while True:
             self.check_alive()
             try:
-                await self.client.get("/health", CALL_S)
+                await self.client.check("/health", CALL_S)
                 break
             except Unavailable as error:
                 if time.monotonic() > deadline:
@@ -84,7 +68,7 @@ class SGLangServer:
             await asyncio.sleep(LOOK_S)
         if self._process is None:  # whoever updated it last may have died in the middle of that
             await self.client.post("/continue_generation", {}, CALL_S)
-        self.facts = convert(await self.client.get("/server_info", CALL_S), Facts)
+        self.facts = await self.client.get("/server_info", FACTS, CALL_S)
         self._transfer = self._transfer_of(self.facts.tp_size)
         await self._transfer.open(self._post_weights)
 
@@ -111,7 +95,7 @@ class SGLangServer:
 
     async def load(self) -> ServerLoad:
         """How busy it is, summed over data-parallel ranks; the fullest KV cache of them."""
-        ranks = convert((await self.client.get("/v1/loads?include=core", CALL_S))["loads"], list[ServerLoad])
+        ranks = (await self.client.get("/v1/loads?include=core", LOADS, CALL_S)).loads
         return ServerLoad(
             num_waiting_reqs=sum(rank.num_waiting_reqs for rank in ranks),
             token_usage=max((rank.token_usage for rank in ranks), default=0.0),

@@ -15,8 +15,9 @@ from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.generate.engines import EngineSite
 from asyncrl.generate.sglang.build import launch_command, sglang_engine
 from asyncrl.generate.sglang.distributed import Distributed
-from asyncrl.generate.sglang.server import Facts, LaunchCommand, SGLangServer
+from asyncrl.generate.sglang.server import LaunchCommand, SGLangServer
 from asyncrl.generate.sglang.transfer import SharedMemory
+from asyncrl.generate.sglang.wire import Facts
 from asyncrl.types import GenerationRequest, Sampling, Version
 
 MODEL = ModelSpec(path="/models/qwen", dtype="bfloat16")

@@ -18,7 +18,7 @@ WAIT_S = 10.0
 
 def row(max_tokens: int = 4) -> RequestRow:
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=max_tokens, stop_token_ids=())
-    return RequestRow(GenerationRequest(id="7/3", group=7, prompt_ids=(1, 2, 3), sampling=sampling, seed=0))
+    return RequestRow(GenerationRequest(id="7/3", group=7, prompt_ids=(1, 2, 3), sampling=sampling, seed=0), vocabulary=100)
 
 
 async def generate(client: SGLangClient, max_tokens: int = 4) -> list[Any]:
@@ -26,9 +26,11 @@ async def generate(client: SGLangClient, max_tokens: int = 4) -> list[Any]:
 
 
 def with_server(
-    respond: Callable[[web.Request], Awaitable[web.StreamResponse]], check: Callable[[SGLangClient], Awaitable[None]]
+    respond: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    check: Callable[[SGLangClient], Awaitable[None]],
+    key: str = "",
 ) -> None:
-    """Runs `check` with a client of a server that gives `respond` to everything."""
+    """Runs `check` with a client, which has `key`, of a server that gives `respond` to everything."""
 
     async def run() -> None:
         app = web.Application()
@@ -36,7 +38,7 @@ def with_server(
         runner, port = web.AppRunner(app, shutdown_timeout=0.1), free_port()
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", port).start()
-        client = SGLangClient(f"http://127.0.0.1:{port}/")
+        client = SGLangClient(f"http://127.0.0.1:{port}/", key)
         try:
             async with asyncio.timeout(WAIT_S):
                 await check(client)
@@ -80,7 +82,7 @@ def test_a_refused_call_and_one_without_success_are_unavailable() -> None:
         with pytest.raises(Unavailable, match=r"/a: status 200: .*no"):
             await client.post("/a", {}, WAIT_S)
         with pytest.raises(Unavailable, match="/b: status 500"):
-            await client.get("/b", WAIT_S)
+            await client.check("/b", WAIT_S)
 
     with_server(respond, check)
 
@@ -93,7 +95,7 @@ def test_a_stream_that_breaks_off_is_unavailable() -> None:
         return response
 
     async def check(client: SGLangClient) -> None:
-        with pytest.raises(Unavailable, match="ended before all of its requests had"):
+        with pytest.raises(Unavailable, match="ended before 1 of its 1 requests had"):
             await generate(client, max_tokens=100)
 
     with_server(respond, check)
@@ -102,10 +104,10 @@ def test_a_stream_that_breaks_off_is_unavailable() -> None:
 def test_a_deadline_and_a_server_that_is_not_there_are_named() -> None:
     async def check(client: SGLangClient) -> None:
         with pytest.raises(Unavailable, match=r"/health did not respond in 0\.05 s"):
-            await client.get("/health", 0.05)
+            await client.check("/health", 0.05)
         nobody = SGLangClient(f"http://127.0.0.1:{free_port()}")
         with pytest.raises(Unavailable, match="/health: ClientConnectorError"):
-            await nobody.get("/health", WAIT_S)
+            await nobody.check("/health", WAIT_S)
         await nobody.close()
 
     with_server(never, check)
@@ -114,7 +116,7 @@ def test_a_deadline_and_a_server_that_is_not_there_are_named() -> None:
 def test_whoever_waits_when_the_client_is_closed_gets_unavailable_and_so_do_later_calls() -> None:
     async def check(client: SGLangClient) -> None:
         waiting = [
-            asyncio.ensure_future(work) for work in (client.get("/health", WAIT_S), generate(client), generate(client, 99))
+            asyncio.ensure_future(work) for work in (client.check("/health", WAIT_S), generate(client), generate(client, 99))
         ]
         await asyncio.sleep(0.1)  # until they wait for the server
         assert not any(work.done() for work in waiting)
@@ -124,6 +126,6 @@ def test_whoever_waits_when_the_client_is_closed_gets_unavailable_and_so_do_late
             assert isinstance(outcome, Unavailable)
             assert "its client was closed" in str(outcome)
         with pytest.raises(Unavailable, match="its client was closed"):
-            await client.get("/health", WAIT_S)
+            await client.check("/health", WAIT_S)
 
     with_server(never, check)

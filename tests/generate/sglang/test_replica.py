@@ -15,8 +15,8 @@ from asyncrl.errors import Closed, Unavailable
 from asyncrl.generate.sglang.client import request_id
 from asyncrl.generate.sglang.engine import SGLangEngine
 from asyncrl.generate.sglang.replica import MAX_LOSSES
-from asyncrl.generate.sglang.segments import Chunk, Finish, Labelled, Meta, RequestRow
-from asyncrl.generate.sglang.server import Facts, ServerLoad
+from asyncrl.generate.sglang.segments import RequestRow
+from asyncrl.generate.sglang.wire import Chunk, Facts, Finish, Labelled, Meta, ServerLoad
 from asyncrl.types import Generation, GenerationRequest, Sampling, Span, SwapReport, Version
 
 WAIT_S = 10.0

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.errors import Unavailable
-from asyncrl.generate.sglang.segments import Chunk, Finish, Labelled, Meta, RequestRow, parse_label
+from asyncrl.generate.sglang.segments import RequestRow, parse_label
+from asyncrl.generate.sglang.wire import Chunk, Finish, Labelled, Meta
 from asyncrl.types import GenerationRequest, Sampling, Span, Version
 
 ONE, TWO, THREE = Version(1, 1), Version(1, 2), Version(1, 3)
 LENGTH, STOP, ABORT = Finish("length"), Finish("stop"), Finish("abort", "asked for")
+VOCABULARY = 50
 IDS = [10 + token for token in range(40)]
 FULL = [-token / 8 for token in range(40)]  # after temperature; exact in binary
 SAMPLED = [-token / 16 for token in range(40)]  # after top-p as well
@@ -20,7 +22,7 @@ SAMPLED = [-token / 16 for token in range(40)]  # after top-p as well
 
 def make_row(max_tokens: int = 4, temperature: float = 1.0, top_p: float = 1.0, stop: tuple[int, ...] = ()) -> RequestRow:
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=0, max_tokens=max_tokens, stop_token_ids=stop)
-    return RequestRow(GenerationRequest(id="7/3", group=7, prompt_ids=(1, 2, 3), sampling=sampling, seed=0))
+    return RequestRow(GenerationRequest(id="7/3", group=7, prompt_ids=(1, 2, 3), sampling=sampling, seed=0), VOCABULARY)
 
 
 def chunk(
@@ -200,6 +202,19 @@ def test_ids_and_logprobs_must_agree(wrong: Chunk) -> None:
     assert row.token_ids == []
 
 
+@pytest.mark.parametrize("wrong", ["a token that the model does not know", "more tokens than were asked for"])
+def test_an_answer_of_another_model_or_length_is_none(wrong: str) -> None:
+    row = make_row(max_tokens=2 if "more" in wrong else 4)
+    row.begin(ONE)
+    news = chunk(0, 3)
+    if "more" not in wrong:
+        logprobs = [(0.0, VOCABULARY, None)] * 3
+        news = Chunk(output_ids=[VOCABULARY] * 3, meta_info=Meta(completion_tokens=3, output_token_logprobs=logprobs))
+    with pytest.raises(Unavailable, match="serves another model, or its answer was damaged"):
+        row.extend(news)
+    assert (row.token_ids, row.generation("abort").logprobs) == ([], [])
+
+
 def test_fewer_tokens_than_were_reported_cannot_be() -> None:
     row = make_row()
     row.begin(ONE)
@@ -360,6 +375,8 @@ def test_whatever_happens_the_answer_is_the_same(
         (".1", None),
         ("-1.2", None),
         ("default", None),
+        ("\u0661.\u0662", None),  # digits, but none of ours
+        ("1." + "9" * 5000, None),  # more than Python turns into an int
     ],
 )
 def test_a_label_names_a_version_or_none(label: str, version: Version | None) -> None:
@@ -375,7 +392,7 @@ def test_a_cumulative_chunk_that_runs_ahead_of_its_count_is_cut_to_it() -> None:
         sampling=Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=4, stop_token_ids=()),
         seed=0,
     )
-    row = RequestRow(asked)
+    row = RequestRow(asked, VOCABULARY)
     row.begin(Version(1, 1))
     everything = [(-0.1 * token, token, None) for token in (11, 12, 13, 14)]
     for count, seen in ((1, 2), (2, 4), (4, 4)):
