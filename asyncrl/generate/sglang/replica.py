@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from asyncrl.config import EngineSpec, LimitsSpec
 from asyncrl.errors import AsyncRLError, ConfigError, Unavailable
@@ -61,11 +62,14 @@ class Replica:
         self._make, self._mode, self._stream_interval = make, spec.update_mode, spec.sglang.stream_interval
         # After so long a silence the server must generate a token, in as long again, or is replaced.
         self._probe_s, self._start_timeout_s = limits.health_timeout_s / 2, limits.start_timeout_s
+        self._update_timeout_s = limits.update_timeout_s
         self._staged, self._changes, self._counters = staged, changes, counters
         self._lost: Unavailable | None = None  # why the present server is not to be trusted any more
         # Since when no server serves, in monotonic seconds; None before the first one does, and while one does.
         self._lost_at: float | None = None
         self._interrupting = False  # rows have to leave, and will go on later
+        # Held by a look at the server's health, or by an update: a server that takes weights answers nothing else.
+        self._busy = asyncio.Lock()
         self._losses = 0  # in a row
         self._served = False  # a server came up once
         self._heard = time.monotonic()  # last sign of life
@@ -85,7 +89,7 @@ class Replica:
                 server.require(self._mode)
                 async with updating:
                     if self._staged.version is not None:
-                        await server.update(self._staged)
+                        await server.update(self._staged, self._update_timeout_s)
                     self.version = self._staged.version
                     self._rise()
                 await self._watch(server)
@@ -124,11 +128,16 @@ class Replica:
             if self._lost is not None:
                 raise self._lost
             server.check_alive()
-            self.load = await server.load()
-            await self.cancel()  # again: it misses requests that the server had not yet read
-            if time.monotonic() - self._heard > self._probe_s and not self._interrupting:
-                await server.probe(self._probe_s)
-                self._heard = time.monotonic()
+            if not self._busy.locked():  # an update has a limit of its own
+                async with self._busy:
+                    await self._look(server)
+
+    async def _look(self, server: SGLangServer) -> None:
+        self.load = await server.load()
+        await self.cancel()  # again: it misses requests that the server had not yet read
+        if time.monotonic() - self._heard > self._probe_s and not self._interrupting:
+            await server.probe(self._probe_s)
+            self._heard = time.monotonic()
 
     async def close(self) -> None:
         if self.server is not None:
@@ -228,18 +237,18 @@ class Replica:
             if self._mode == "drain":
                 await self._changes.until(self._idle)
                 started = time.monotonic()
-                await server.update(self._staged)
+                await self._update(server)
             elif cached or self._mode == "restart":
                 unfinished = await self.interrupt()
                 if self._mode == "restart":
                     discarded = sum(row.restart() for row in unfinished)
                 recomputed = sum(row.length for row in unfinished)
-                await server.update(self._staged)
+                await self._update(server)
             else:
                 for row in self.rows:
                     row.swapping(version)
                 recomputed = 0 if self._mode == "keep_kv" else sum(row.length for row in self.rows)
-                await self._update_paused(server)
+                await self._update(server, pause="in_place" if self._mode == "keep_kv" else "retract")
             self.version = version
         except Unavailable as error:
             self._fall(server, error)
@@ -250,15 +259,19 @@ class Replica:
             discarded_tokens=discarded,
         )
 
-    async def _update_paused(self, server: SGLangServer) -> None:
-        """SGLang keeps the requests: `retract` frees their KV cache, so that it is computed again; `in_place` leaves it.
+    async def _update(self, server: SGLangServer, pause: Literal["", "in_place", "retract"] = "") -> None:
+        """Has the server take the staged weights. pause: SGLang keeps the requests meanwhile; `retract` frees their KV cache,
+        so that it is computed again, `in_place` leaves it.
 
         Never with flush_cache: SGLang's scheduler dies of it while requests wait.
         """
-        mode = "in_place" if self._mode == "keep_kv" else "retract"
-        await server.client.post("/pause_generation", {"mode": mode}, CALL_S)
-        await server.update(self._staged)
-        await server.client.post("/continue_generation", {}, CALL_S)
+        async with self._busy:
+            if pause:
+                await server.client.post("/pause_generation", {"mode": pause}, CALL_S)
+            await server.update(self._staged, self._update_timeout_s)
+            if pause:
+                await server.client.post("/continue_generation", {}, CALL_S)
+            self._heard = time.monotonic()
 
     def _idle(self) -> bool:
         """Whether no row is on the server; or it is lost, and its rows are leaving."""

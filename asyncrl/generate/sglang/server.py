@@ -1,6 +1,8 @@
 """One running SGLang server as the engine sees it: how it is started or found, how weights get in, how its health shows."""
 
 import asyncio
+import functools
+import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,9 +15,9 @@ from asyncrl.generate.sglang.process import ServerProcess, free_port
 from asyncrl.generate.sglang.transfer import StagedWeights, Transfer
 from asyncrl.generate.sglang.wire import FACTS, LOADS, Facts, ServerLoad
 
+log = logging.getLogger(__name__)
 LOOK_S = 0.2  # between two looks at a server that is starting
 CALL_S = 30.0  # longest that a call which moves no weights may take
-UPDATE_S = 300.0  # longest that one transfer of weights may take
 
 
 class LaunchCommand(NamedTuple):
@@ -70,7 +72,7 @@ class SGLangServer:
             await self.client.post("/continue_generation", {}, CALL_S)
         self.facts = await self.client.get("/server_info", FACTS, CALL_S)
         self._transfer = self._transfer_of(self.facts.tp_size)
-        await self._transfer.open(self._post_weights)
+        await self._transfer.open(functools.partial(self._post_weights, deadline_s=deadline_s))
 
     def require(self, mode: UpdateMode) -> None:
         """Raises ConfigError if this server could not label its tokens truly in an update of this mode."""
@@ -107,20 +109,32 @@ class SGLangServer:
             "/generate", {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "ignore_eos": True}}, deadline_s
         )
 
-    async def update(self, staged: StagedWeights) -> None:
-        """Takes the staged weights while nothing of it is computing: when it is idle, or paused."""
+    async def update(self, staged: StagedWeights, deadline_s: float) -> None:
+        """Takes the staged weights while nothing of it is computing: when it is idle, or paused. Raises Unavailable if it has
+        not in `deadline_s`."""
         assert self._transfer is not None
-        await self._transfer.send(self._post_weights, staged)
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._transfer.send(functools.partial(self._post_weights, deadline_s=deadline_s), staged)
+        except TimeoutError as error:
+            raise Unavailable(
+                f"{self.client.url} did not take weights {staged.version} in {deadline_s:g} s; if it only is slow, raise "
+                "limits.update_timeout_s"
+            ) from error
 
-    async def _post_weights(self, path: str, body: dict[str, Any]) -> Any:
-        reply = await self.client.post(path, body, UPDATE_S)
+    async def _post_weights(self, path: str, body: dict[str, Any], deadline_s: float) -> Any:
+        reply = await self.client.post(path, body, deadline_s)
+        if not (isinstance(reply, dict) and reply.get("success") is True):
+            raise Unavailable(f"{self.client.url}{path}: the response does not say whether it took the weights")
         self.beats += 1
         return reply
 
     async def close(self) -> None:
         """Ends the server if it is ours; whoever waits for it gets Unavailable. Idempotent."""
-        if self._process is not None:
-            self._process.kill()
         await self.client.close()
+        if self._process is not None:
+            await asyncio.to_thread(self._process.kill)
+            if self._process.exit_code() is None:
+                log.warning("the SGLang server at %s was killed and has not ended: it may still hold its GPU", self.client.url)
         if self._transfer is not None:
             await self._transfer.close()

@@ -29,7 +29,7 @@ class FakeServer:
 
     url = "http://fake"
 
-    def __init__(self, prefix_cache: bool = False, starts: bool = True) -> None:
+    def __init__(self, prefix_cache: bool = False, starts: bool = True, hangs: bool = False) -> None:
         self.client, self.facts = self, Facts(disable_radix_cache=not prefix_cache)
         self.version = Version(0, 0)
         self.dead, self.paused = not starts, False
@@ -37,25 +37,47 @@ class FakeServer:
         self.aborted: set[str] = set()
         self.paths: list[str] = []
         self.beats = 0
+        self.hangs = hangs  # when it is next given weights, for ever
+        self.may_take_weights = asyncio.Event()  # a test may have an update wait for it
+        self.may_take_weights.set()
+        self.updating = False
+        self.looks = 0  # at whether it is alive
 
     async def open(self, deadline_s: float) -> None:
-        self.check_alive()
+        self._living()
 
     def require(self, mode: str) -> None: ...
 
     def check_alive(self) -> None:
+        self.looks += 1
+        self._living()
+
+    def _living(self) -> None:
         if self.dead:
             raise Unavailable("the fake server died")
 
     async def load(self) -> ServerLoad:
+        self.check_answers()
         return ServerLoad(num_waiting_reqs=3, token_usage=0.5)
 
-    async def probe(self, deadline_s: float) -> None: ...
+    async def probe(self, deadline_s: float) -> None:
+        self.check_answers()
+        self.paths.append("a probe")
 
-    async def update(self, staged: Any) -> None:
-        self.check_alive()
+    def check_answers(self) -> None:
+        if self.updating or self.paused:
+            raise Unavailable("the fake server takes weights, and answers nothing else")
+
+    async def update(self, staged: Any, deadline_s: float) -> None:
+        self._living()
         assert self.paused or not self.running  # never while it computes
-        self.version = staged.version
+        self.updating = True
+        try:
+            async with asyncio.timeout(deadline_s):
+                await (asyncio.Event() if self.hangs else self.may_take_weights).wait()
+        except TimeoutError:
+            raise Unavailable(f"the fake server did not take weights in {deadline_s} s") from None
+        self.updating, self.version = False, staged.version
 
     def pids(self) -> list[int]:
         return []
@@ -64,7 +86,7 @@ class FakeServer:
         self.dead = True
 
     async def post(self, path: str, body: dict[str, Any], deadline_s: float) -> None:
-        self.check_alive()
+        self._living()
         self.paths.append(path)
         if path == "/abort_request":
             self.aborted |= self.running if "abort_all" in body else {body["rid"]}
@@ -78,7 +100,7 @@ class FakeServer:
         self.running |= {request_id(row) for row in rows}
         while left:
             await asyncio.sleep(TOKEN_S)
-            self.check_alive()
+            self._living()
             for i in [] if self.paused else list(left):
                 aborted = request_id(rows[i]) in self.aborted
                 if not aborted:
@@ -127,10 +149,12 @@ def open_engine() -> Iterator[Open]:
     """open_engine(places, mode, **FakeServer): an engine that is started and has weights V1, and its servers."""
     engines: list[SGLangEngine] = []
 
-    def open_it(places: int = 1, mode: Any = "in_flight", probe_s: float = WAIT_S, **how: Any) -> tuple[SGLangEngine, Farm]:
+    def open_it(
+        places: int = 1, mode: Any = "in_flight", probe_s: float = WAIT_S, update_s: float = WAIT_S, **how: Any
+    ) -> tuple[SGLangEngine, Farm]:
         farm = Farm(places, **how)
         spec = EngineSpec(kind="sglang", slots=16, update_mode=mode, sglang=SGLangSpec(stream_interval=1))
-        limits = LimitsSpec(health_timeout_s=2 * probe_s)
+        limits = LimitsSpec(health_timeout_s=2 * probe_s, update_timeout_s=update_s)
         engine = SGLangEngine(farm.makers(), spec, limits, max_length=2000, vocabulary=100)
         engines.append(engine)
         engine.start()
@@ -254,6 +278,46 @@ def test_a_server_that_keeps_aborted_rows_is_replaced(open_engine: Open) -> None
     swap(engine, V2)
     assert {answer.spans[-1].version for answer in results(futures)} == {V2}
     assert engine.gauges()["restarts"] == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "prefix_cache"), [("in_flight", False), ("in_flight", True), ("keep_kv", False), ("restart", False)]
+)
+def test_a_server_that_takes_weights_for_long_is_left_alone(open_engine: Open, mode: str, prefix_cache: bool) -> None:
+    """Long: health_timeout_s has passed many times, and whatever asks a server meanwhile has looked at it."""
+    probe_s = 0.02
+    engine, farm = open_engine(mode=mode, probe_s=probe_s, prefix_cache=prefix_cache)
+    until(lambda: "a probe" in farm[0].paths)  # idle, it is probed all the time
+    futures = ask(engine, tokens=300)
+    decoded(engine, 40)
+    server = farm[0]
+    server.may_take_weights.clear()
+    swapped: list[SwapReport] = []
+    updating = threading.Thread(target=lambda: swapped.append(swap(engine, V2)))
+    updating.start()
+    until(lambda: server.updating)
+    looks = server.looks
+    until(lambda: server.looks >= looks + 3)  # of the watch, which finds its processes alive
+    engine._loop.call(server.may_take_weights.set)
+    updating.join(WAIT_S)
+    assert swapped[0].version == V2
+    assert swapped[0].pause_s > 3 * probe_s
+    assert {answer.spans[-1].version for answer in results(futures)} == {V2}
+    assert engine.gauges()["restarts"] == 0
+
+
+def test_a_server_that_hangs_in_an_update_is_replaced_after_a_limit_and_so_is_the_next_one(open_engine: Open) -> None:
+    engine, farm = open_engine(update_s=0.2)
+    futures = ask(engine, tokens=300)
+    decoded(engine, 40)
+    farm[0].hangs = True
+    farm.how = {"hangs": True}  # the next one hangs over its first weights
+    threading.Thread(target=swap, args=(engine, V2)).start()
+    until(lambda: len(farm.made[0]) == 2)
+    farm.how = {}
+    assert {answer.spans[-1].version for answer in results(futures)} == {V2}
+    assert len(farm.made[0]) == 3
+    assert engine.gauges()["restarts"] == 2
 
 
 def test_nothing_is_taken_from_a_server_that_somebody_else_updates(open_engine: Open) -> None:
