@@ -1,7 +1,10 @@
 """The deployment: where a recipe runs. Every default lives here, once; deploy/local.yaml spells them out."""
 
+import ipaddress
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Literal
+from urllib.parse import urlsplit
 
 from asyncrl.config.base import Rule, Spec, require, require_fields
 
@@ -39,11 +42,22 @@ def argument_name(argument: str) -> str:
     return argument.partition("=")[0].removeprefix("--").replace("_", "-")
 
 
+def is_loopback(url: str) -> bool:
+    """Whether only processes of the same machine reach the address."""
+    host = urlsplit(url).hostname or ""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
 class SGLangSpec(Spec, frozen=True, kw_only=True):
     """SGLang servers of one generator: launched and owned by it, or found where they run already."""
 
     # Servers that run already; each generator then launches none. They belong to this run alone.
     urls: tuple[str, ...] = ()
+    # Of servers at `urls`: an absolute path of a file (mode 0600) that holds their --api-key, on the generator's node. Servers
+    # that asyncrl starts have a key of their own each, which nobody needs to know.
+    api_key_file: str = ""
     # Servers that each generator launches. Most deployments raise generators.count instead.
     servers: int = 1
     # What starts a server; asyncrl adds the arguments.
@@ -82,10 +96,28 @@ class SGLangSpec(Spec, frozen=True, kw_only=True):
         require_fields(self, "engine.sglang.", rules)
         _check_arguments("args", self.args)
         _check_arguments("command", (word for word in self.command if word.startswith("--")))
+        self._check_urls()
+
+    def _check_urls(self) -> None:
+        key = self.api_key_file
+        require(
+            bool(self.urls) or not key,
+            f"engine.sglang.api_key_file={key!r} without urls: it would be ignored, for each server that asyncrl starts has a "
+            "random key of its own; leave it out",
+        )
+        require(
+            key.startswith(("/", "~")) or not key,
+            f"engine.sglang.api_key_file={key!r} is relative, and actors work in another folder than you; write the whole path",
+        )
         for url in self.urls:
             require(
                 url.startswith(("http://", "https://")),
                 f"engine.sglang.urls: {url!r} is no address of a server; write http://HOST:PORT",
+            )
+            require(
+                bool(key) or is_loopback(url),
+                f"engine.sglang.urls: {url!r} without api_key_file: whoever reaches a server that has no key can run code on "
+                "its machine; start it with --api-key, and name the file that holds the key",
             )
 
 

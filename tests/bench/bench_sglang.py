@@ -32,6 +32,7 @@ from asyncrl.generate.engines import EngineSite
 from asyncrl.generate.generator import Generator
 from asyncrl.generate.sglang.build import sglang_engine
 from asyncrl.generate.sglang.engine import SGLangEngine
+from asyncrl.generate.sglang.keys import RunningServer
 from asyncrl.interfaces import Tensors
 from asyncrl.models.loading import load_model, named_weights
 from asyncrl.types import GenerationRequest, Prompt, Reserved, Rollout, Sampling, Ticket, Version
@@ -147,7 +148,7 @@ def through_generator(engine: SGLangEngine, weights: Tensors, groups: int, token
     return store.received / seconds
 
 
-async def bare(url: str, groups: int, tokens: int, batched: bool) -> float:
+async def bare(server: RunningServer, groups: int, tokens: int, batched: bool) -> float:
     """Tokens per second of the server alone."""
     parameters = {"temperature": 1.0, "max_new_tokens": tokens, "ignore_eos": True}
     requests: list[dict[str, Any]] = []
@@ -157,13 +158,14 @@ async def bare(url: str, groups: int, tokens: int, batched: bool) -> float:
         else:
             requests += [{"input_ids": list(prompt(group)), "sampling_params": parameters}] * GROUP
     received = 0
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    headers = {"content-type": "application/json", "authorization": f"Bearer {server.key}"}
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers) as session:
 
         async def worker() -> None:
             nonlocal received
             while requests:
                 body = msgspec.json.encode(requests.pop(0) | {"return_logprob": True})
-                async with session.post(f"{url}/generate", data=body, headers={"content-type": "application/json"}) as answer:
+                async with session.post(f"{server.url}/generate", data=body) as answer:
                     rows = msgspec.json.decode(await answer.read())
                 received += sum(len(row["output_ids"]) for row in (rows if batched else [rows]))
 
@@ -176,13 +178,13 @@ async def bare(url: str, groups: int, tokens: int, batched: bool) -> float:
 
 def throughput(model: ModelSpec, folder: Path, weights: Tensors) -> None:
     with running(model, folder, weights) as engine:
-        url = engine.urls()[0]
+        server = engine.servers()[0]
         for tokens, groups in ((8, 64), (64, 24), (256, 8)):
             figures: dict[str, list[float]] = {"generator": [], "bare, batches": [], "bare, single": []}
             for _ in range(4):
                 figures["generator"].append(through_generator(engine, weights, groups, tokens))
-                figures["bare, batches"].append(asyncio.run(bare(url, groups, tokens, batched=True)))
-                figures["bare, single"].append(asyncio.run(bare(url, groups, tokens, batched=False)))
+                figures["bare, batches"].append(asyncio.run(bare(server, groups, tokens, batched=True)))
+                figures["bare, single"].append(asyncio.run(bare(server, groups, tokens, batched=False)))
             best = {name: statistics.median(values[1:]) for name, values in figures.items()}  # the first of each warms up
             print(
                 f"throughput, {tokens:3d} tokens  generator {best['generator']:6.0f} tok/s  over bare server: "

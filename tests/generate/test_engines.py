@@ -36,7 +36,7 @@ def test_each_kind_builds_an_engine_as_the_deployment_says(
 ) -> None:
     make_model().save_pretrained(tmp_path)
     model = ModelSpec(path=str(tmp_path), dtype="float32")
-    for kind, sglang in (("torch", SGLangSpec()), ("sglang", SGLangSpec(urls=("http://there:1",)))):
+    for kind, sglang in (("torch", SGLangSpec()), ("sglang", SGLangSpec(urls=("http://127.0.0.1:1",)))):
         spec = EngineSpec(kind=kind, slots=3, max_length=40, sglang=sglang)
         site = EngineSite(generators=GeneratorsSpec(engine=spec), model=model, name="generator-0", logs=tmp_path)
         engine = engine_kind(kind).build(site)
@@ -81,9 +81,17 @@ def test_on_a_cluster_the_plan_says_what_its_nodes_need(address: str, environ: d
     assert plan.endswith("by `no-such-server`; drain updates; the generators' nodes of the Ray at 10.0.0.1:6379 must have it")
 
 
-def test_servers_that_run_already_need_nothing_here() -> None:
-    spec = deployment(SGLangSpec(urls=("http://a:30000", "http://b:30000")))
-    assert SGLangKind({}, lambda _: "").check(spec) == "sglang: attached to http://a:30000, http://b:30000; drain updates"
+def test_servers_that_run_already_need_nothing_here_but_their_key(tmp_path: Path) -> None:
+    plan = "sglang: attached to http://127.0.0.1:30000, http://localhost:30001, {}; drain updates"
+    urls, key = ("http://127.0.0.1:30000", "http://localhost:30001"), tmp_path / "key"
+    assert SGLangKind({}, lambda _: "").check(deployment(SGLangSpec(urls=urls))) == plan.format("without a key")
+    spec = SGLangSpec(urls=urls, api_key_file=str(key))
+    with pytest.raises(ConfigError, match=r"api_key_file=.*can't be read on this machine"):
+        SGLangKind({}).check(deployment(spec))
+    on_a_cluster = SGLangKind({}).check(deployment(spec, ray_address="10.0.0.1:6379"))  # whose nodes have it
+    key.touch(mode=0o600)
+    key.write_text("secret")
+    assert SGLangKind({}).check(deployment(spec)) == on_a_cluster == plan.format(f"with the key in {key}")
 
 
 # ---------------------------------------------------------------------------------------- the doctor

@@ -9,6 +9,7 @@ from asyncrl.config.deployment import argument_name
 from asyncrl.errors import ConfigError
 from asyncrl.generate.engines import EngineSite
 from asyncrl.generate.sglang.engine import SGLangEngine
+from asyncrl.generate.sglang.keys import RunningServer, running_servers
 from asyncrl.generate.sglang.process import require_command
 from asyncrl.generate.sglang.server import LaunchCommand, SGLangServer
 from asyncrl.generate.sglang.transfer import SharedMemory, Transfer
@@ -27,7 +28,7 @@ def sglang_engine(site: EngineSite) -> SGLangEngine:
         require_command(spec.sglang.command)
     vocabulary, positions = context(site.model)
     max_length = min(spec.max_length, positions or spec.max_length)
-    where: list[LaunchCommand | str] = list(spec.sglang.urls) or [
+    where: list[LaunchCommand | RunningServer] = [*running_servers(spec.sglang)] or [
         launch_command(spec, site.model, place, index, max_length, log=site.logs / f"{site.name}.sglang-{index}.log")
         for index in range(spec.sglang.servers)
     ]

@@ -17,6 +17,7 @@ from asyncrl.config import EngineSpec, LimitsSpec
 from asyncrl.errors import AsyncRLError, Closed, Unavailable
 from asyncrl.generate.requests import check_request, settle
 from asyncrl.generate.sglang.client import check_top_k
+from asyncrl.generate.sglang.keys import RunningServer
 from asyncrl.generate.sglang.loop import LoopThread
 from asyncrl.generate.sglang.replica import Replica, ServerCounters
 from asyncrl.generate.sglang.segments import RequestRow
@@ -209,9 +210,9 @@ class SGLangEngine:
         """Tokens reported by servers, and the beats of those that it has now."""
         return self._counters.tokens + sum(one.server.beats for one in self._replicas if one.server is not None)
 
-    def urls(self) -> list[str]:
-        """Where its servers listen now."""
-        return [replica.server.client.url for replica in self._replicas if replica.server is not None]
+    def servers(self) -> list[RunningServer]:
+        """Where its servers listen now, and their keys."""
+        return [replica.server.at for replica in self._replicas if replica.server is not None]
 
     def pids(self) -> list[int]:
         """Every process of the servers that it started."""

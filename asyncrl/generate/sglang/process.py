@@ -1,6 +1,7 @@
 """An SGLang server's processes: the command that starts them, its port, its log, and whether all of them live."""
 
 import contextlib
+import functools
 import os
 import secrets
 import shutil
@@ -37,7 +38,8 @@ class ServerProcess(OwnedProcess):
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str], log: Path) -> None:
         self._log = log
         program = find_program(command[0]) or command[0]
-        with open(log, "ab") as output:
+        # SGLang may print its arguments, of which one is its key.
+        with open(log, "ab", opener=functools.partial(os.open, mode=0o600)) as output:
             self._log_start = output.tell()
             environment = {**os.environ, **env}
             super().__init__(under_guard([program, *command[1:]]), stdout=output, stderr=output, env=environment)

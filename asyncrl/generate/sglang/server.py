@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from asyncrl.config import UpdateMode
 from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.generate.sglang.client import SGLangClient
+from asyncrl.generate.sglang.keys import PrivateFolder, RunningServer
 from asyncrl.generate.sglang.process import ServerProcess, free_port
 from asyncrl.generate.sglang.transfer import StagedWeights, Transfer
 from asyncrl.generate.sglang.wire import FACTS, LOADS, Facts, ServerLoad
@@ -29,22 +30,22 @@ class LaunchCommand(NamedTuple):
 
 
 class SGLangServer:
-    """A server from its start (or from when it was found at `url`) to its end. Call it only from the engine's event loop.
+    """A server from its start (or from when it was found) to its end. Call it only from the engine's event loop.
 
-    at: how to start one, or the URL of one that runs already. transfer: makes its way in for weights, given its
-    tensor-parallel size.
+    at: how to start one, or one that runs already. transfer: makes its way in for weights, given its tensor-parallel size.
     """
 
-    def __init__(self, at: LaunchCommand | str, transfer: Callable[[int], Transfer]) -> None:
+    def __init__(self, at: LaunchCommand | RunningServer, transfer: Callable[[int], Transfer]) -> None:
         self._transfer_of = transfer
         self._process: ServerProcess | None = None
-        if isinstance(at, str):
-            url = at
-        else:
-            port = free_port()
-            url = f"http://127.0.0.1:{port}"
-            self._process = ServerProcess((*at.command, "--port", str(port)), env=at.env, log=at.log)
-        self.client = SGLangClient(url)
+        self._folder: PrivateFolder | None = None
+        if isinstance(at, LaunchCommand):
+            port, self._folder = free_port(), PrivateFolder()
+            command = (*at.command, "--config", str(self._folder.config), "--port", str(port))
+            self._process = ServerProcess(command, env={"TMPDIR": self._folder.path, **at.env}, log=at.log)
+            at = RunningServer(f"http://127.0.0.1:{port}", self._folder.key)
+        self.at = at
+        self.client = SGLangClient(at.url, at.key)
         self.facts = Facts()
         self.beats = 0  # looks at it while it started, and pieces of weights that it has taken
         self._transfer: Transfer | None = None
@@ -54,7 +55,8 @@ class SGLangServer:
         return self._process.pids() if self._process else []
 
     async def open(self, deadline_s: float) -> None:
-        """Waits until the server is healthy. Raises Unavailable, with the end of its log, if it ends or takes too long."""
+        """Waits until the server is healthy. Raises Unavailable, with the end of its log, if it ends or takes too long;
+        ConfigError if it takes requests without the key that it should have, or not with ours."""
         deadline = time.monotonic() + deadline_s
         while True:
             self.check_alive()
@@ -71,8 +73,24 @@ class SGLangServer:
         if self._process is None:  # whoever updated it last may have died in the middle of that
             await self.client.post("/continue_generation", {}, CALL_S)
         self.facts = await self.client.get("/server_info", FACTS, CALL_S)
+        await self._check(self.facts)
         self._transfer = self._transfer_of(self.facts.tp_size)
         await self._transfer.open(functools.partial(self._post_weights, deadline_s=deadline_s))
+
+    async def _check(self, facts: Facts) -> None:
+        """Raises ConfigError if it takes requests without its key, or weights could not get into all of it."""
+        url = self.client.url
+        # What tells the keys is guarded by --api-key alone, as /generate is and whatever else SGLang calls no administration.
+        if self.client.key and await self.client.takes_anybody("/server_info", CALL_S):
+            raise ConfigError(
+                f"{url} takes requests without its key: whoever reaches it could run code on its machine; start it with "
+                "--api-key (--admin-api-key alone leaves this open), and if it was, with a newer starlette"
+            )
+        if (facts.dp_size, facts.pp_size) != (1, 1):
+            raise ConfigError(
+                f"{url} runs with data parallel {facts.dp_size}, pipeline parallel {facts.pp_size}: weights would reach only a "
+                "part of its processes; start it without these, and more servers in place of data parallel ones"
+            )
 
     def require(self, mode: UpdateMode) -> None:
         """Raises ConfigError if this server could not label its tokens truly in an update of this mode."""
@@ -93,7 +111,7 @@ class SGLangServer:
             raise Unavailable(f"the SGLang server at {self.client.url} died{self._log()}")
 
     def _log(self) -> str:
-        return f"; the end of its log:\n{self._process.log_tail()}" if self._process else ""
+        return f"; the end of its log:\n{self.client.masked(self._process.log_tail())}" if self._process else ""
 
     async def load(self) -> ServerLoad:
         """How busy it is, summed over data-parallel ranks; the fullest KV cache of them."""
@@ -136,5 +154,7 @@ class SGLangServer:
             await asyncio.to_thread(self._process.kill)
             if self._process.exit_code() is None:
                 log.warning("the SGLang server at %s was killed and has not ended: it may still hold its GPU", self.client.url)
+        if self._folder is not None:
+            self._folder.remove()
         if self._transfer is not None:
             await self._transfer.close()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from asyncrl.config import Deployment, SGLangSpec
 from asyncrl.errors import ConfigError
 from asyncrl.generate.engines import EngineSite
+from asyncrl.generate.sglang.keys import read_key
 from asyncrl.generate.sglang.process import find_program, require_command
 from asyncrl.report.findings import Finding, MachineCheck
 
@@ -39,15 +40,19 @@ class SGLangKind(NamedTuple):
     prefix: Path = Path(sys.prefix)  # of this Python's environment
 
     def check(self, deployment: Deployment) -> str:
-        """Looks for the servers' command on this machine; not on a cluster, where the generators' machines are others than the
-        driver's, and refuse by themselves."""
+        """Looks for the servers' command, or their key, on this machine; not on a cluster, where the generators' machines are
+        others than the driver's, and refuse by themselves."""
         count, engine = deployment.generators.count, deployment.generators.engine
         sglang, updates = engine.sglang, f"{engine.update_mode} updates"
+        address = deployment.ray_address or self.environ.get("RAY_ADDRESS", "")
         if sglang.urls:
-            return f"sglang: attached to {', '.join(sglang.urls)}; {updates}"
+            if sglang.api_key_file and not address:
+                read_key(sglang.api_key_file)
+            key = f"with the key in {sglang.api_key_file}" if sglang.api_key_file else "without a key"
+            return f"sglang: attached to {', '.join(sglang.urls)}, {key}; {updates}"
         program = " ".join(sglang.command)
         plan = f"sglang: {count} × {sglang.servers} servers, tensor parallel {sglang.tp_size}, by `{program}`; {updates}"
-        if address := deployment.ray_address or self.environ.get("RAY_ADDRESS", ""):
+        if address:
             return f"{plan}; the generators' nodes of the Ray at {address} must have it"
         require_command(sglang.command)
         if sglang.command == SGLangSpec().command and not (self.installed("sglang") and self.installed(KERNELS)):

@@ -15,6 +15,7 @@ from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.generate.engines import EngineSite
 from asyncrl.generate.sglang.build import launch_command, sglang_engine
 from asyncrl.generate.sglang.distributed import Distributed
+from asyncrl.generate.sglang.keys import RunningServer
 from asyncrl.generate.sglang.server import LaunchCommand, SGLangServer
 from asyncrl.generate.sglang.transfer import SharedMemory
 from asyncrl.generate.sglang.wire import Facts
@@ -149,7 +150,7 @@ def test_arguments_that_only_look_alike_are_the_users() -> None:
 )
 def test_a_server_found_running_must_be_able_to_label_its_tokens(facts: Facts, missing: str) -> None:
     async def run() -> None:
-        server = SGLangServer("http://127.0.0.1:1", lambda _: SharedMemory(1))
+        server = SGLangServer(RunningServer("http://127.0.0.1:1"), lambda _: SharedMemory(1))
         server.facts = facts
         server.require("in_flight")
         if missing:
@@ -302,6 +303,6 @@ def test_before_its_start_an_engine_has_no_process_and_after_its_end_it_says_clo
     engine = build()
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=8, stop_token_ids=())
     request = GenerationRequest(id="a", group=0, prompt_ids=(1,), sampling=sampling, seed=0)
-    assert (engine.pids(), engine.urls()) == ([], [])
+    assert (engine.pids(), engine.servers()) == ([], [])
     engine.close()
     assert "closed" in str(engine.submit_group([request])[0].exception(0))

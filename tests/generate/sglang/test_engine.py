@@ -7,10 +7,12 @@ import random
 import signal
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,16 @@ from asyncrl.config import EngineSpec, GeneratorsSpec, LimitsSpec, ModelSpec, SG
 from asyncrl.errors import Closed, ConfigError, Unavailable
 from asyncrl.generate.engines import EngineSite
 from asyncrl.generate.sglang.build import sglang_engine
+from asyncrl.generate.sglang.distributed import Distributed
 from asyncrl.generate.sglang.engine import SGLangEngine
+from asyncrl.generate.sglang.keys import RunningServer
+from asyncrl.generate.sglang.server import SGLangServer
 from asyncrl.models.loading import load_model, load_weights, named_weights
 from asyncrl.types import Generation, GenerationRequest, Sampling, SwapReport, Version
 
 WAIT_S = 90.0  # bound of every wait
 PROBE_S = 6.0
+UPDATE_S = 12.0
 TOLERANCE = 5e-5  # nats, fp32
 Asked = tuple[GenerationRequest, "Future[Generation]"]
 pytestmark = pytest.mark.timeout(240)
@@ -137,10 +143,22 @@ def scheduler(engine: SGLangEngine) -> int:
     return found
 
 
-def running(url: str) -> int:
+def ask_server(path: str, server: RunningServer, method: str = "GET", **headers: str) -> tuple[int, bytes]:
+    """Status and body."""
+    headers |= {"Authorization": f"Bearer {server.key}"} if server.key else {}
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(server.url + path, method=method, headers=headers), timeout=WAIT_S
+        ) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as refusal:
+        return refusal.code, refusal.read()
+
+
+def running(server: RunningServer) -> int:
     """Requests that a server decodes."""
-    with urllib.request.urlopen(f"{url}/v1/loads?include=core", timeout=WAIT_S) as answer:
-        return int(sum(rank["num_running_reqs"] for rank in json.load(answer)["loads"]))
+    _, body = ask_server("/v1/loads?include=core", server)
+    return int(sum(rank["num_running_reqs"] for rank in json.loads(body)["loads"]))
 
 
 def gone(pids: list[int]) -> bool:
@@ -157,10 +175,13 @@ Open = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def open_rig(serve_sglang: object, policy: Policy, sglang_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Open:
-    """open_rig(mode, **SGLangSpec) is a context: a rig whose engine is started, and closed at the end."""
+    """open_rig(mode, **SGLangSpec) is a context: a rig whose engine is started, and closed at the end.
+
+    attached: servers that run already, each with its own key.
+    """
 
     @contextmanager
-    def open_it(mode: Any = "in_flight", **sglang: Any) -> Iterator[Rig]:
+    def open_it(mode: Any = "in_flight", attached: Sequence[RunningServer] = (), **sglang: Any) -> Iterator[Rig]:
         arguments = {"max-total-tokens": 65536, "mem-fraction-static": 0.3} | sglang.pop("args", {})
         spec = EngineSpec(
             kind="sglang",
@@ -169,15 +190,19 @@ def open_rig(serve_sglang: object, policy: Policy, sglang_model: Path, tmp_path_
             update_mode=mode,
             sglang=SGLangSpec(command=("sglang-cpu-server",), stream_interval=16, args=arguments, **sglang),
         )
-        engine = sglang_engine(
-            EngineSite(
-                generators=GeneratorsSpec(engine=spec),
-                model=ModelSpec(path=str(sglang_model), dtype="float32"),
-                limits=LimitsSpec(health_timeout_s=2 * PROBE_S),
-                name="test",
-                logs=tmp_path_factory.mktemp("logs"),
-            )
+        site = EngineSite(
+            generators=GeneratorsSpec(engine=spec),
+            model=ModelSpec(path=str(sglang_model), dtype="float32"),
+            limits=LimitsSpec(health_timeout_s=2 * PROBE_S, update_timeout_s=UPDATE_S),
+            name="test",
+            logs=tmp_path_factory.mktemp("logs"),
         )
+        if attached:
+            transfer = partial(Distributed, site.host, "gloo")
+            servers = [partial(SGLangServer, at, transfer) for at in attached]
+            engine = SGLangEngine(servers, spec, site.limits, max_length=1024, vocabulary=512)
+        else:
+            engine = sglang_engine(site)
         rig = Rig(engine, policy)
         try:
             early = rig.ask(2, 2)  # nothing is decoded before the first weights
@@ -247,6 +272,31 @@ def test_requests_that_cannot_be_served_are_refused_at_once(rig: Rig) -> None:
     with pytest.raises(ConfigError, match="top_k=5000 > 4096"):
         too_many[0][1].result(0)
     rig.check(fits)
+
+
+# --------------------------------------------------------------------------------------------------- keys
+
+
+def test_nobody_without_its_key_can_use_a_server_that_asyncrl_started(rig: Rig) -> None:
+    own = rig.engine.servers()[0]
+    status, body = ask_server("/openapi.json", own)
+    assert status == 200
+    tried = 0
+    for path, methods in json.loads(body)["paths"].items():
+        for method in methods:
+            for other in (RunningServer(own.url), RunningServer(own.url, "another-key")):
+                status, _ = ask_server(path.replace("{", "").replace("}", ""), other, method.upper())
+                open_to_all = path.startswith(("/health", "/ready", "/metrics"))
+                assert (status == 200) if open_to_all else (status == 401), (method, path, status)
+                tried += 1
+    print(f"{tried} requests without the key")
+    for path in ("/generate", "/update_weights_from_tensor", "/load_lora_adapter_from_tensors", "/update_weights_from_disk"):
+        assert ask_server(path, RunningServer(own.url), "POST")[0] == 401
+        assert ask_server(path, RunningServer(own.url), "POST", Host="localhost/health?")[0] in (400, 401)
+    for pid in rig.engine.pids():
+        for what in ("cmdline", "environ"):
+            assert own.key.encode() not in Path(f"/proc/{pid}/{what}").read_bytes()
+    rig.steps()
 
 
 # ------------------------------------------------------------------------------------------------ updates
@@ -339,19 +389,19 @@ def test_other_update_modes_on_a_server_that_runs_already(open_rig: Open, sglang
         assert (discarded > 0) == (mode == "restart")
         assert rig.engine.pids() == []
     with open_rig(urls=(sglang_server,)) as rig:  # it was not ended with the engine
-        assert rig.engine.urls() == [sglang_server]
+        assert rig.engine.servers() == [RunningServer(sglang_server)]
 
 
 def test_two_servers_share_the_load_and_a_server_that_others_update_is_replaced(
     open_rig: Open, rig: Rig, sglang_server: str
 ) -> None:
     before = rig.engine.gauges()
-    shared = rig.engine.urls()[0]
-    with open_rig(urls=(sglang_server, shared)) as both:
+    servers = RunningServer(sglang_server), rig.engine.servers()[0]
+    with open_rig(attached=servers) as both:
         until(lambda: both.engine.gauges()["servers_up"] == 2)
         assert both.engine.slots == 128
         asked = both.ask(8, 4, length=300)
-        until(lambda: running(sglang_server) == 16 and running(shared) == 16)
+        until(lambda: [running(server) for server in servers] == [16, 16])
         both.update()
         assert {len(answer.spans) for answer in both.check(asked)} <= {1, 2}
     # The rig's own server now has weights that the rig did not give it. Nothing from them is taken for its own.
