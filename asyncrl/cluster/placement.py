@@ -48,7 +48,9 @@ def reserve(name: str, place: PlaceSpec, timeout_s: float) -> Placement:
             for resource, amount in wanted.items()
         ]
         raise PlacementError(
-            f"{name} fits nowhere in the cluster:\n" + "\n".join(rows) + "\nlower its `place` in the deployment, or add nodes"
+            f"{name} fits nowhere in the cluster:\n"
+            + "\n".join(rows)
+            + "\none node must have all of it; lower its `place` in the deployment, or add such a node"
         )
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
     options = {

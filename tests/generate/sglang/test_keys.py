@@ -8,17 +8,21 @@ import os
 import stat
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from aiohttp import web
 
-from asyncrl.config import SGLangSpec
+from asyncrl.config import EngineSpec, LimitsSpec, SGLangSpec
 from asyncrl.errors import ConfigError, Unavailable
+from asyncrl.generate.sglang.engine import SGLangEngine
 from asyncrl.generate.sglang.keys import PrivateFolder, RunningServer, read_key, running_servers
 from asyncrl.generate.sglang.process import free_port
 from asyncrl.generate.sglang.server import LaunchCommand, SGLangServer
 from asyncrl.generate.sglang.transfer import SharedMemory
+from asyncrl.types import Version
 
 WAIT_S = 20.0
 KEY = "a-key-of-the-user's"
@@ -236,3 +240,22 @@ def test_a_server_in_several_parts_is_refused() -> None:
                 await server.open(WAIT_S)
 
         attached(respond, "", refused)
+
+
+def test_an_engine_whose_servers_take_another_key_ends_with_that_reason() -> None:
+    async def check(server: SGLangServer) -> None:
+        engine = SGLangEngine(
+            [partial(SGLangServer, RunningServer(server.at.url, "another-key"), SharedMemory)],
+            EngineSpec(kind="sglang"),
+            LimitsSpec(),
+            max_length=64,
+            vocabulary=100,
+        )
+        engine.start()
+        try:
+            with pytest.raises(ConfigError, match="refuses the key that it was sent"):
+                await asyncio.to_thread(engine.update_weights, Version(1, 1), {"w": torch.zeros(2)})
+        finally:
+            await asyncio.to_thread(engine.close)
+
+    attached(guarded, KEY, check)
