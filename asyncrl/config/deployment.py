@@ -2,7 +2,6 @@
 
 import ipaddress
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -44,10 +43,11 @@ def argument_name(argument: str) -> str:
 
 def is_loopback(url: str) -> bool:
     """Whether only processes of the same machine reach the address."""
-    host = urlsplit(url).hostname or ""
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
+    try:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name, or no address at all
+        return False
 
 
 class SGLangSpec(Spec, frozen=True, kw_only=True):

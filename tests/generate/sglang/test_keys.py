@@ -88,6 +88,7 @@ def test_servers_without_a_key_are_for_this_machine_only_and_are_warned_of(caplo
         "http://0.0.0.0:1",
         "http://[2001:db8::1]:1",
         "http://127.evil.net",
+        "http://[127.0.0.1",
     ):
         with pytest.raises(ConfigError, match=r"whoever reaches a server that has no key can run code.*--api-key"):
             SGLangSpec(urls=(far,))
