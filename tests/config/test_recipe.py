@@ -158,7 +158,7 @@ def test_slots_are_those_of_all_servers() -> None:
     servers = EngineSpec(kind="sglang", slots=10, sglang=SGLangSpec(servers=2))
     assert GeneratorsSpec(count=3, engine=servers).slots == 60
     assert GeneratorsSpec(count=3, engine=EngineSpec(slots=10)).slots == 30
-    found = EngineSpec(kind="sglang", slots=10, sglang=SGLangSpec(urls=("http://a:1", "http://b:1")))
+    found = EngineSpec(kind="sglang", slots=10, sglang=SGLangSpec(urls=("http://a:1", "http://b:1"), api_key_file="/key"))
     assert GeneratorsSpec(engine=found).slots == 20
 
 
