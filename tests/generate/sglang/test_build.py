@@ -166,18 +166,21 @@ def test_a_server_found_running_must_be_able_to_label_its_tokens(facts: Facts, m
 class StartingClient:
     """Of a server that is ready when it is asked for the fourth time; it takes whatever is posted."""
 
-    url = "http://there:1"
+    url, key = "http://there:1", ""
 
     def __init__(self) -> None:
         self.asked = 0
 
-    async def get(self, path: str, deadline_s: float) -> dict[str, Any]:
+    async def check(self, path: str, deadline_s: float) -> None:
         self.asked += 1
         if self.asked < 4:
             raise Unavailable("connection refused")
-        return {"tp_size": 1}
 
-    async def post(self, path: str, body: dict[str, Any], deadline_s: float) -> None: ...
+    async def get(self, path: str, decoder: Any, deadline_s: float) -> Facts:
+        return Facts()
+
+    async def post(self, path: str, body: dict[str, Any], deadline_s: float) -> dict[str, bool]:
+        return {"success": True}
 
     async def close(self) -> None: ...
 
@@ -190,12 +193,12 @@ class TwoPieces(SharedMemory):
 
 def test_a_server_beats_while_it_starts_and_with_every_piece_of_weights() -> None:
     async def run() -> None:
-        server = SGLangServer("http://there:1", lambda _: TwoPieces(1))
+        server = SGLangServer(RunningServer("http://there:1"), lambda _: TwoPieces(1))
         await server.client.close()
         server.client = StartingClient()  # type: ignore[assignment]
         await server.open(60.0)
         assert server.beats == 3
-        await server.update(None)  # type: ignore[arg-type]
+        await server.update(None, 60.0)  # type: ignore[arg-type]
         assert server.beats == 5
         await server.close()
 
