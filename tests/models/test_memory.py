@@ -86,6 +86,19 @@ def test_what_is_not_this_memory_is_not_opened(tmp_path: Path) -> None:
     assert WeightMemory.open(stale, 3) is None
 
 
+def test_a_planted_pipe_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "planted")  # nobody will ever write to it
+    assert WeightMemory.open(Place("", str(tmp_path / "planted"), b""), 3) is None
+    os.mkfifo(tmp_path / "other")
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    assert WeightMemory.open(Place("", str(tmp_path / "link"), b""), 3) is None
+
+
+def test_a_path_that_is_none_is_not_opened() -> None:
+    for path in ("", "/proc/self/fd/\0", "x" * 5000, "/proc/self/mem"):
+        assert WeightMemory.open(Place("", path, b""), 3) is None
+
+
 def test_a_pipe_does_not_block() -> None:
     ends = os.pipe()
     assert WeightMemory.open(Place("", f"/proc/self/fd/{ends[0]}", b""), 3) is None
@@ -132,6 +145,66 @@ def test_memory_goes_with_its_last_reader_even_if_its_maker_is_killed(descriptor
     assert WeightMemory.open(place, nbytes) is None
     del view
     assert descriptors() == before
+
+
+def shared_files() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+def test_a_run_that_is_killed_leaves_nothing_behind() -> None:
+    before = shared_files()
+    child = subprocess.Popen([sys.executable, "-c", MAKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    place, nbytes = msgspec.json.decode(child.stdout.readline(), type=tuple[Place, int])
+    mine = {name for name in shared_files() - before if "asyncrl" in name or str(child.pid) in name}
+    assert mine == set()  # there is no name that another user could have taken first, nor one to sweep
+    child.kill()
+    child.communicate()
+    assert not {name for name in shared_files() - before if "asyncrl" in name or str(child.pid) in name}
+    assert WeightMemory.open(place, nbytes) is None
+
+
+# ------------------------------------------------------------------------------------------------ how much there is
+
+
+def group(limit: int | str, used: int, cache: int, *, version: int, where: str = "") -> dict[str, str]:
+    """The files of one cgroup, in MiB."""
+    names = ("memory.max", "memory.current", "inactive_file")
+    if version == 1:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    values = [str(size << 20) if isinstance(size, int) else size for size in (limit, used)]
+    stat = f"anon 5\n{names[2]} {cache << 20}\n"
+    return {where + names[0]: values[0], where + names[1]: values[1], where + "memory.stat": stat}
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "left"),
+    [
+        ("0::/", {}, 8 << 10),  # no limit anywhere: what the machine has
+        ("0::/\n", group(3000, 2000, 500, version=2), 1500),  # a container
+        ("0::/a/b\n", group("max", 2000, 500, version=2, where="a/b/") | group(1000, 900, 0, version=2, where="a/"), 100),
+        ("0::/a\n", group(1000, 1100, 0, version=2, where="a/"), 0),
+        ("0::/a\n", group(1 << 20, 5, 0, version=2, where="a/"), 8 << 10),  # more than the machine has
+        ("4:cpu,memory:/a\n0::/\n", group(3000, 2000, 500, version=1, where="memory/a/"), 1500),
+        ("4:memory:/docker/7f\n", group(3000, 2000, 500, version=1, where="memory/"), 1500),  # the host's path, in a container
+        ("4:memory:/\n", group((1 << 43) - 1, 2000, 500, version=1, where="memory/"), 8 << 10),  # version 1's "no limit"
+    ],
+)
+def test_what_is_available_is_what_the_machine_and_every_cgroup_leave(
+    tmp_path: Path, membership: str, files: dict[str, str], left: int
+) -> None:
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 16777216 kB\nMemAvailable: 8388608 kB\n")
+    (proc / "self/cgroup").write_text(membership)
+    for name, text in files.items():
+        (cgroups / name).parent.mkdir(parents=True, exist_ok=True)
+        (cgroups / name).write_text(text)
+    assert memory.available_bytes(proc, cgroups) == left << 20
+
+
+def test_this_machine_has_some_memory() -> None:
+    assert 0 < memory.available_bytes() < 1 << 50
 
 
 def test_where_memory_can_not_be_shared_it_still_holds_weights(monkeypatch: pytest.MonkeyPatch) -> None:
