@@ -1,5 +1,7 @@
 """ZeroMQ sockets as the bus uses them: encrypted, authenticated, never blocking on a peer, and wakeable."""
 
+import logging
+import resource
 import socket
 from contextlib import suppress
 from types import SimpleNamespace
@@ -12,10 +14,16 @@ from zmq.utils.monitor import recv_monitor_message
 
 HEARTBEAT_MS = 5_000  # a peer whose machine vanished sends no FIN
 HEARTBEAT_TIMEOUT_MS = 30_000  # ample: on a slow link a heartbeat waits behind a whole bucket
-MAX_QUEUED = 128  # answers that wait for one receiver; above any sensible credit
+STALLED_MS = 20_000  # a peer whose machine takes no byte for so long is cut off, and what waits for it is freed
+MAX_QUEUED = 128  # answers that wait for one receiver; the bytes of buckets have a bound of their own
 GOODBYE_MS = 200  # how long closing may take for the last message to leave
-HANDSHAKE_MS = 10_000
+HANDSHAKE_MS = 5_000  # a connection without the run's keys lasts no longer
 MAX_REQUEST_BYTES = 1 << 16  # requests are tiny; a bigger one is not ours
+MAX_REPLY_BYTES = 128 << 20  # twice the largest bucket; room for a manifest of a million tensors
+MAX_CONNECTIONS = 1024  # of one publisher, strangers' included
+DESCRIPTORS = 4096  # that a process with a publisher wants: for those, and for Ray's and its own files
+
+log = logging.getLogger(__name__)
 
 
 class Address(Struct, frozen=True, kw_only=True):
@@ -64,7 +72,8 @@ class PublisherSocket:
     """A publisher's ROUTER on a free port of `host`, with fresh keys, and the thread that admits clients (ZAP).
 
     host: the address by which receivers reach this node; only that one is bound. Raises zmq.ZMQError if it isn't this
-    node's. The socket belongs to the thread that uses it first.
+    node's. The socket belongs to the thread that uses it first, which calls `watch` when `monitor` can be read: strangers
+    can connect, though they get no answer, and must not use up the descriptors of this process.
     """
 
     def __init__(self, host: str, incarnation: int) -> None:
@@ -83,6 +92,8 @@ class PublisherSocket:
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.SNDHWM, MAX_QUEUED)
         self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        self._most, self._open, self.cut = connections_that_fit(), set[int](), 0
         try:
             self.socket.bind(f"tcp://{host}:*")
         except zmq.ZMQError:
@@ -96,7 +107,36 @@ class PublisherSocket:
             client_secret=client_secret,
         )
 
+    @property
+    def connections(self) -> int:
+        return len(self._open)
+
+    def watch(self) -> None:
+        """Counts connections that came and went; cuts new ones off while there are too many."""
+        while self.monitor.poll(0):
+            event = recv_monitor_message(self.monitor)
+            if event["event"] == zmq.EVENT_DISCONNECTED:
+                self._open.discard(event["value"])
+                continue
+            self._open.add(event["value"])
+            if len(self._open) > self._most:
+                self._cut(event["value"])
+
+    def _cut(self, descriptor: int) -> None:
+        """Ends a connection; ZeroMQ then notices, and closes the descriptor, which is its own."""
+        with suppress(OSError):  # it has ended by itself
+            connection = socket.socket(fileno=descriptor)
+            try:
+                # A descriptor may by now be another's: touch only what came in at our port.
+                if connection.getsockname()[1] == int(self.address.endpoint.rpartition(":")[2]):
+                    connection.shutdown(socket.SHUT_RDWR)
+                    self.cut += 1
+            finally:
+                connection.detach()
+
     def close(self) -> None:
+        self.socket.disable_monitor()
+        self.monitor.close(0)
         self.socket.close()
         self._doorkeeper.stop()
         self._context.term()
@@ -120,6 +160,7 @@ class SubscriberSocket:
         self.socket.setsockopt(zmq.CURVE_SERVERKEY, address.server_key)
         self.socket.setsockopt(zmq.CURVE_PUBLICKEY, address.client_public)
         self.socket.setsockopt(zmq.CURVE_SECRETKEY, address.client_secret)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_REPLY_BYTES)
         self.socket.setsockopt(zmq.RECONNECT_IVL, 100)
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1_000)
         self._refused = False
@@ -148,4 +189,24 @@ def _common(sock: zmq.Socket[bytes]) -> None:
     sock.setsockopt(zmq.LINGER, 0)
     sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    # Heartbeats don't see it: they wait behind a bucket that the peer doesn't take.
+    sock.setsockopt(zmq.TCP_MAXRT, STALLED_MS)
     sock.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+
+
+def connections_that_fit() -> int:
+    """Raises this process's limit of open files if it is low and may be raised; returns how many connections it bears."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limits = [limit for limit in (DESCRIPTORS, hard) if limit != resource.RLIM_INFINITY]
+    if soft != resource.RLIM_INFINITY and soft < min(limits):
+        soft = min(limits)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= DESCRIPTORS:
+        return MAX_CONNECTIONS
+    log.warning(
+        "this process may open %d files, so at most %d receivers of weights can connect; raise the limit (ulimit -n) to %d",
+        soft,
+        soft // 4,
+        DESCRIPTORS,
+    )
+    return soft // 4
