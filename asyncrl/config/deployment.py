@@ -244,8 +244,20 @@ class BusSpec(Spec, frozen=True, kw_only=True):
     """How weights travel from the learner to the generators."""
 
     transport: Literal["auto", "tcp"] = "auto"  # `auto`: shared memory within a node, TCP between nodes
-    bucket_bytes: int = 4 << 20  # sent and checked as one
-    credit: int = 4  # buckets that a receiver asks for ahead
+    bucket_bytes: int = 4 << 20  # sent and checked as one; at most 64 MiB
+    # Buckets that a receiver asks for ahead. Of those on their way at most 64 MiB count for one receiver, 256 MiB for all.
+    credit: int = 4
+
+    def __post_init__(self) -> None:
+        rules: list[Rule] = [
+            (
+                "bucket_bytes",
+                lambda x: 1 <= x <= 64 << 20,
+                "is outside 1 to 67108864: the learner would hold too much for slow receivers; some MiB are fast enough",
+            ),
+            ("credit", lambda x: x >= 1, "< 1: no bucket would ever be asked for; use at least 1"),
+        ]
+        require_fields(self, "bus.", rules)
 
 
 class LimitsSpec(Spec, frozen=True, kw_only=True):

@@ -10,16 +10,24 @@ Requests of one peer are answered in their order. So an `Announce` that answers 
 asked for earlier, and has not got, was dropped: loss is found by order, not by a timer that a slow link would trip.
 
 A version is cut into buckets of equal size. A bucket border may cut a tensor: buckets bound memory in flight, whatever the
-sizes of the layers.
+sizes of the layers. They are numbered for each connection; a subscriber confirms the last that came with whatever it says.
 """
+
+import math
+import zlib
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from asyncrl.errors import BadTransfer
 from asyncrl.models.layout import ALIGN, DTYPES, TensorSpec, total_bytes
 from asyncrl.models.memory import Place
 from asyncrl.types import Version
+
+MAX_BUCKET_BYTES = 64 << 20
+_MAX_BYTES = 1 << 60  # of one version: sizes and strides below fit into 64 bits
+_MAX_DIMENSIONS = 64
 
 
 class Manifest(Struct, frozen=True, kw_only=True, tag="manifest"):
@@ -32,6 +40,7 @@ class Manifest(Struct, frozen=True, kw_only=True, tag="manifest"):
     # CRC-32, one per bucket. They guard against damage, not against an enemy: peers are authenticated by CURVE.
     checksums: tuple[int, ...]
     place: Place | None = None  # where the same bytes can be opened by processes of the publisher's node
+    own_checksum: int = 0  # CRC-32 of this manifest with 0 here
 
     @property
     def bucket_count(self) -> int:
@@ -41,18 +50,27 @@ class Manifest(Struct, frozen=True, kw_only=True, tag="manifest"):
         """The bytes of one bucket; the last one may be shorter."""
         return slice(index * self.bucket_bytes, min((index + 1) * self.bucket_bytes, self.total_bytes))
 
+    def signed(self) -> "Manifest":
+        """The same with its own checksum."""
+        blank = replace(self, own_checksum=0)
+        return replace(blank, own_checksum=zlib.crc32(encode(blank)))
+
     def check(self) -> None:
-        """Refuses a manifest that contradicts itself, before any memory is taken for it. Raises BadTransfer."""
+        """Refuses a manifest that is damaged or contradicts itself, before any memory is taken for it. Raises BadTransfer."""
+        self._require(self.own_checksum == self.signed().own_checksum, "its checksum doesn't match")
         names = set()
         for spec in self.tensors:
             self._require(spec.dtype in DTYPES, f"{spec.name}: unknown dtype {spec.dtype}")
             self._require(spec.name not in names, f"{spec.name} is named twice")
             self._require(min(spec.shape, default=0) >= 0, f"{spec.name}: negative dimension in {spec.shape}")
-            self._require(spec.offset >= 0 and spec.offset % ALIGN == 0, f"{spec.name}: offset {spec.offset}")
+            small = len(spec.shape) <= _MAX_DIMENSIONS and math.prod(max(size, 1) for size in spec.shape) <= _MAX_BYTES
+            self._require(small, f"{spec.name}: its shape {spec.shape} is of no tensor")
+            fits = 0 <= spec.offset < _MAX_BYTES and spec.offset % ALIGN == 0 if spec.nbytes else spec.offset == 0
+            self._require(fits, f"{spec.name}: offset {spec.offset}")
             names.add(spec.name)
         end = total_bytes(self.tensors)
         self._require(self.total_bytes == end, f"total_bytes={self.total_bytes}, its tensors end at {end}")
-        self._require(self.bucket_bytes >= 1, f"bucket_bytes={self.bucket_bytes}")
+        self._require(1 <= self.bucket_bytes <= MAX_BUCKET_BYTES, f"bucket_bytes={self.bucket_bytes}")
         count = len(self.checksums)
         self._require(count == self.bucket_count, f"{count} checksums for {self.bucket_count} buckets")
 
@@ -68,6 +86,8 @@ class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
     sequence: int
     holds: Version | None = None
     pulling: Version | None = None  # the version that it takes over the socket
+    here: str = ""  # it opens memory of this Place.here; empty: it takes all over the socket
+    confirms: int = 0  # number of the last bucket that came on this connection
 
 
 class Bye(Struct, frozen=True, kw_only=True, tag="bye"):
@@ -81,10 +101,11 @@ class GetManifest(Struct, frozen=True, kw_only=True, tag="get_manifest"):
 class GetBucket(Struct, frozen=True, kw_only=True, tag="get_bucket"):
     version: Version
     index: int
+    confirms: int = 0
 
 
 class Announce(Struct, frozen=True, kw_only=True, tag="announce"):
-    """The publisher names its newest whole version."""
+    """The publisher names the version that the subscriber had best take: the newest whole one, or one shortly before."""
 
     version: Version | None  # None before the first
     echo: int = 0  # `sequence` of the Hello that this answers; 0 if it is only a hint
@@ -95,6 +116,7 @@ class Bucket(Struct, frozen=True, kw_only=True, tag="bucket"):
 
     version: Version
     index: int
+    number: int = 0  # of this bucket among all that were sent on this connection; to be confirmed
 
 
 class Gone(Struct, frozen=True, kw_only=True, tag="gone"):
@@ -111,6 +133,9 @@ class Refused(Struct, frozen=True, kw_only=True, tag="refused"):
 
 Request = Hello | Bye | GetManifest | GetBucket
 Reply = Announce | Manifest | Bucket | Gone | Refused
+
+# What decoding raises for damaged bytes. msgspec tells more than it documents: of strings, and of nesting without end.
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(Request).decode

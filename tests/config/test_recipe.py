@@ -10,6 +10,7 @@ import pytest
 
 from asyncrl.config import (
     AlgorithmSpec,
+    BusSpec,
     CheckpointSpec,
     CriticSpec,
     DataSpec,
@@ -105,6 +106,9 @@ def recipe(**fields: Any) -> Recipe:
         (lambda: EvaluationSpec(freq=0), r"evaluation\.freq=0 < 1"),
         (lambda: CheckpointSpec(keep_last_n=0), r"checkpoint\.keep_last_n=0 < 1: there would be nothing to resume from"),
         (lambda: GeneratorsSpec(count=0), r"generators\.count=0 < 1: nobody would generate"),
+        (lambda: BusSpec(credit=0), r"bus\.credit=0 < 1: no bucket would ever be asked for"),
+        (lambda: BusSpec(bucket_bytes=0), r"bus\.bucket_bytes=0 is outside 1 to 67108864"),
+        (lambda: BusSpec(bucket_bytes=(64 << 20) + 1), r"bus\.bucket_bytes=67108865 is outside 1 to 67108864"),
         (lambda: RewardsSpec(processes=0), r"rewards\.processes=0 < 1"),
         (lambda: recipe(total_steps=0), r"total_steps=0 < 1"),
         (

@@ -149,7 +149,7 @@ def packed() -> Callable[..., tuple[bytes, Manifest]]:
         data, total = bytes(copied.memory.bytes), copied.memory.nbytes
         sums = tuple(zlib.crc32(data[start : start + bucket_bytes]) for start in range(0, total, bucket_bytes))
         manifest = Manifest(version=version, tensors=copied.specs, total_bytes=total, bucket_bytes=bucket_bytes, checksums=sums)
-        return data, manifest
+        return data, manifest.signed()
 
     return make
 

@@ -123,4 +123,4 @@ def test_memory_is_used_again_only_at_the_same_size() -> None:
 def test_no_memory_is_taken_for_a_bad_manifest(packed: Callable) -> None:
     _, manifest = packed(V, TENSORS, 150)
     with pytest.raises(BadTransfer, match="total_bytes"):
-        Assembly(replace(manifest, total_bytes=1 << 62), ReceivingMemory())
+        Assembly(replace(manifest, total_bytes=1 << 62).signed(), ReceivingMemory())

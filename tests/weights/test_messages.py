@@ -18,7 +18,7 @@ V = Version(1, 1)
 def manifest_of(tensors: dict[str, torch.Tensor], bucket_bytes: int = 100) -> Manifest:
     specs = lay_out(tensors)
     empty = Manifest(version=V, tensors=specs, total_bytes=total_bytes(specs), bucket_bytes=bucket_bytes, checksums=())
-    return replace(empty, checksums=(0,) * empty.bucket_count)
+    return replace(empty, checksums=(0,) * empty.bucket_count).signed()
 
 
 @given(st.integers(0, 1000), st.integers(1, 100))
@@ -39,18 +39,39 @@ GOOD = manifest_of({"a": torch.zeros(50), "b": torch.zeros(3)})
         (replace(GOOD, total_bytes=10), "total_bytes"),
         (replace(GOOD, checksums=(1,)), "1 checksums for 3 buckets"),
         (replace(GOOD, bucket_bytes=0), "bucket_bytes=0"),
+        (replace(GOOD, bucket_bytes=1 << 36), "bucket_bytes=68719476736"),
         (replace(GOOD, tensors=(*GOOD.tensors, TensorSpec("a", "float32", (1,), 0))), "named twice"),
         (replace(GOOD, tensors=(TensorSpec("a", "object", (50,), 0),)), "unknown dtype object"),
         (replace(GOOD, tensors=(TensorSpec("a", "float32", (-1, -50), 0),)), "negative dimension"),
+        (replace(GOOD, tensors=(TensorSpec("a", "float32", (0, 1 << 40, 1 << 40), 0),)), "is of no tensor"),
+        (replace(GOOD, tensors=(TensorSpec("a", "float32", (1,) * 65, 0),)), "is of no tensor"),
         (replace(GOOD, tensors=(TensorSpec("a", "float32", (50,), -64),)), "offset -64"),
         (replace(GOOD, tensors=(TensorSpec("a", "float32", (50,), 2),)), "offset 2"),
+        (replace(GOOD, tensors=(*GOOD.tensors, TensorSpec("c", "float32", (0,), 64))), "offset 64"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(damaged: Manifest, message: str) -> None:
     with pytest.raises(BadTransfer, match=message):
-        damaged.check()
+        damaged.signed().check()
 
 
 def test_a_manifest_travels_unchanged() -> None:
-    manifest = replace(GOOD, place=Place("here", "/proc/1/fd/2", b"token"))
+    manifest = replace(GOOD, place=Place("here", "/proc/1/fd/2", b"token")).signed()
     assert decode_reply(encode(manifest)) == manifest
+    manifest.check()
+
+
+def test_a_manifest_that_was_changed_anywhere_is_refused() -> None:
+    manifest = replace(GOOD, place=Place("here", "/proc/1/fd/2", b"token")).signed()
+    other_sum = replace(manifest, checksums=(1, *manifest.checksums[1:]))  # consistent, but not what was signed
+    other_name = replace(manifest, tensors=(replace(manifest.tensors[0], name="A"), *manifest.tensors[1:]))
+    other_place = replace(manifest, place=Place("here", "/proc/1/fd/3", b"token"))
+    for changed in (
+        other_sum,
+        other_name,
+        other_place,
+        replace(manifest, version=Version(1, 2)),
+        replace(manifest, own_checksum=0),
+    ):
+        with pytest.raises(BadTransfer, match="its checksum doesn't match"):
+            changed.check()
