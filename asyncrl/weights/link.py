@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import zmq
-from msgspec import DecodeError
+from msgspec.structs import replace
 
 from asyncrl.errors import BadTransfer, Unavailable
-from asyncrl.types import Version
 from asyncrl.weights import messages
 from asyncrl.weights.messages import Announce, Bye, Hello, Reply, Request
 from asyncrl.weights.sockets import GOODBYE_MS, Address, SubscriberSocket, Waker
@@ -28,6 +27,7 @@ class Link:
     """
 
     def __init__(self, resolve: Resolve, *, name: str, poll_s: float, deadline_s: float) -> None:
+        """name: who says Hello, in errors."""
         self._resolve, self._name, self._poll_s, self._deadline_s = resolve, name, poll_s, deadline_s
         self.waker = Waker()
         self.hello = 0  # number of the last Hello
@@ -51,7 +51,7 @@ class Link:
         finally:
             self._left_at = time.monotonic()
 
-    def keep(self, holds: Version | None, pulling: Version | None) -> bool:
+    def keep(self, hello: Hello) -> bool:
         """Does what is due: looks for the publisher, says Hello. Returns True if it is another publisher than before.
 
         Raises Unavailable after `deadline_s` of silence; the next call starts afresh.
@@ -71,15 +71,15 @@ class Link:
         if self._client is None or self._silent_since is not None or now >= self._rediscover_at:
             self._rediscover_at = now + REDISCOVER_POLLS * self._poll_s
             changed = self._find()
-        self.greet(holds, pulling)
+        self.greet(hello)
         return changed
 
-    def greet(self, holds: Version | None, pulling: Version | None) -> None:
-        """Says Hello: tells what we hold and asks what is newest."""
+    def greet(self, hello: Hello) -> None:
+        """Says Hello, with the next number: tells what we hold and asks what is newest."""
         if self._silent_since is None:
             self._silent_since = time.monotonic()
         self.hello += 1
-        self.send(Hello(receiver=self._name, sequence=self.hello, holds=holds, pulling=pulling))
+        self.send(replace(hello, sequence=self.hello))
 
     def hurry(self) -> None:
         """Makes the next `keep` say Hello at once."""
@@ -122,7 +122,7 @@ class Link:
     def _decode(self, frames: list[zmq.Frame]) -> tuple[Reply, memoryview | None]:
         try:
             reply = messages.decode_reply(frames[0].buffer)
-        except DecodeError as error:
+        except messages.UNREADABLE as error:
             raise BadTransfer(f"weight publisher sent what {self._name} can't read: {error}; not used") from error
         # A hint proves a living publisher too, but only an answer proves that our requests get through.
         if self._silent_since is not None and not (isinstance(reply, Announce) and reply.echo == 0):

@@ -15,9 +15,10 @@ from asyncrl.errors import Closed, Unavailable
 from asyncrl.interfaces import Tensors
 from asyncrl.models.memory import FlatTensors
 from asyncrl.types import Version
-from asyncrl.weights.messages import Manifest
-from asyncrl.weights.serving import Live, Serving
+from asyncrl.weights.messages import MAX_BUCKET_BYTES, Manifest
+from asyncrl.weights.serving import Serving
 from asyncrl.weights.sockets import Address, PublisherSocket, Waker
+from asyncrl.weights.versions import Live
 
 CHECKSUMS_TIMEOUT_S = 600.0  # how long publish waits for the checksums of the version before
 STOP_TIMEOUT_S = 10.0
@@ -27,7 +28,8 @@ class WeightPublisher:
     """Publishes weights as learner `incarnation`. Implements interfaces.WeightSink.
 
     transport `auto` lets receivers of this node open the memory that the version lies in, and serves the same bytes over TCP;
-    `tcp` only serves them. Holds at most two versions. No receiver can hold up `publish` or another receiver.
+    `tcp` only serves them. Holds at most two versions, and a third while slow receivers take an older one. No receiver can
+    hold up `publish` or another receiver. bucket_bytes: what is sent and checked as one, at most 64 MiB.
     Raises zmq.ZMQError if `host` is not an address of this node.
     """
 
@@ -39,8 +41,10 @@ class WeightPublisher:
         transport: Literal["auto", "tcp"] = "auto",
         bucket_bytes: int = 4 << 20,
     ) -> None:
-        if bucket_bytes < 1:
-            raise ValueError(f"bucket_bytes={bucket_bytes} < 1: nothing would ever be sent; use some MiB")
+        if not 1 <= bucket_bytes <= MAX_BUCKET_BYTES:
+            raise ValueError(
+                f"bucket_bytes={bucket_bytes} is outside 1 to {MAX_BUCKET_BYTES}: receivers would refuse them; use some MiB"
+            )
         self._incarnation, self._transport, self._bucket_bytes = incarnation, transport, bucket_bytes
         self._changed = threading.Condition()
         self._staged: Live | None = None  # copied, its checksums still being made
@@ -50,7 +54,7 @@ class WeightPublisher:
         self._stage_s = self._seal_s = self._staged_bytes = 0.0
         self._waker = Waker()
         self._socket = PublisherSocket(host, incarnation)
-        self._serving = Serving(self._socket.socket, self._waker, self._changed)
+        self._serving = Serving(self._socket, self._waker, self._changed)
         self._thread = threading.Thread(target=self._run, name="weight-publisher", daemon=True)
         self._thread.start()
 
@@ -148,7 +152,7 @@ class WeightPublisher:
             self._serving.step(wait_s=0.0)
             if self._closing:
                 return
-        whole = replace(staged, manifest=replace(manifest, checksums=tuple(checksums)))
+        whole = replace(staged, manifest=replace(manifest, checksums=tuple(checksums)).signed())
         with self._changed:
             self._seal_s, self._staged = seconds, None
             self._serving.show(whole)

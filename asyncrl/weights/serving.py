@@ -3,169 +3,183 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 
 import zmq
-from msgspec import DecodeError, Struct
 
-from asyncrl.models.memory import WeightMemory
 from asyncrl.types import Version
 from asyncrl.weights import messages
-from asyncrl.weights.messages import Announce, Bucket, Bye, GetBucket, GetManifest, Gone, Hello, Manifest, Refused, Reply
-from asyncrl.weights.sockets import Waker
+from asyncrl.weights.flight import Flight
+from asyncrl.weights.messages import Announce, Bucket, Bye, GetBucket, GetManifest, Gone, Hello, Refused, Reply, Request
+from asyncrl.weights.sockets import PublisherSocket, Waker
+from asyncrl.weights.versions import Live, Receiver, VersionCache
 
-FETCH_IDLE_S = 5.0  # a receiver silent for longer holds nothing back
-FETCH_MAX_S = 60.0  # nor does one that pulls a superseded version for longer than this
-BATCH = 64  # requests answered between two looks at anything else
+BATCH = 64  # requests read between two looks at anything else
+MAX_ASKED = 128  # requests of one receiver that may wait; above any sensible credit
 PROBE_S = 5.0  # receivers silent for so long get a hint, which shows whether they still live
 
 log = logging.getLogger(__name__)
 
 
-class Live(Struct, frozen=True, kw_only=True):
-    """One whole, immutable version, and the memory that holds all its bytes."""
+class Peer:
+    """One connection: who is there, and what it asked for."""
 
-    manifest: Manifest
-    memory: WeightMemory
-
-    @property
-    def version(self) -> Version:
-        return self.manifest.version
-
-
-class Receiver(Struct, kw_only=True):
-    """A subscriber as the publisher sees it."""
-
-    name: str
-    holds: Version | None = None
-    pulling: Version | None = None  # the version that it takes over the socket
-    heard_at: float = 0.0
-
-
-class VersionCache:
-    """Keeps the newest version, and one older while it is being pulled. Not thread-safe: its owner locks.
-
-    Progress: if receivers pull slower than the learner publishes, the older version stays until its pull is done, and the one
-    between is dropped. Otherwise each publish would take the bytes from under every pull, and none would ever end.
-    """
-
-    def __init__(self) -> None:
-        self._live: list[Live] = []
-        self._superseded_at = 0.0
-
-    @property
-    def newest(self) -> Live | None:
-        return self._live[-1] if self._live else None
-
-    def __len__(self) -> int:
-        return len(self._live)
-
-    def find(self, version: Version) -> Live | None:
-        return next((live for live in self._live if live.version == version), None)
-
-    def make_room(self, receivers: Collection[Receiver], now: float) -> None:
-        """Before staging: leaves at most one version live."""
-        if len(self._live) < 2:
-            return
-        older = self._live[0]
-        pulled = any(r.pulling == older.version and now - r.heard_at < FETCH_IDLE_S for r in receivers)
-        keep_older = pulled and now - self._superseded_at < FETCH_MAX_S
-        self._live.pop(1 if keep_older else 0)
-
-    def add(self, live: Live, now: float) -> None:
-        """Makes a version visible as the newest. Asks for `make_room` first."""
-        if len(self._live) == 1:
-            self._superseded_at = now
-        self._live.append(live)
+    def __init__(self, name: str) -> None:
+        self.receiver = Receiver(name=name)
+        self.asked: deque[Request] = deque()
 
 
 class Serving:
     """A ROUTER socket and the versions behind it. `step` and `close` belong to the I/O thread.
 
-    All sends are non-blocking: a receiver whose queue is full loses the answer, and asks again. `lock` guards the versions
-    and the list of receivers, which other threads read. A peer's nonsense is counted and refused, never fatal.
+    All sends are non-blocking. Each receiver's requests are answered in their order, buckets of all receivers by turns, as
+    far as the bytes in flight allow; a request for which there is no room is dropped, and asked again. `lock` guards the
+    versions and the list of receivers, which other threads read. A peer's nonsense is counted and refused, never fatal.
     """
 
     def __init__(
-        self, router: "zmq.Socket[bytes]", waker: Waker, lock: threading.Condition, clock: Callable[[], float] = time.monotonic
+        self,
+        server: PublisherSocket,
+        waker: Waker,
+        lock: threading.Condition,
+        clock: Callable[[], float] = time.monotonic,
+        flight: Flight | None = None,
     ) -> None:
-        self._router, self._waker, self._lock, self._clock = router, waker, lock, clock
+        self._server, self._router, self._waker, self._lock, self._clock = server, server.socket, waker, lock, clock
         self._versions = VersionCache()
-        self._receivers: dict[bytes, Receiver] = {}
+        self._flight = flight or Flight()
+        self._peers: dict[bytes, Peer] = {}  # whose turn it is comes first
         self._probed_at = clock()
         self._counts = dict.fromkeys(("sent_bytes", "unsent", "bad_requests", "receivers_lost"), 0.0)
         self._poller = zmq.Poller()
-        self._poller.register(router, zmq.POLLIN)
-        self._poller.register(waker.fileno(), zmq.POLLIN)
+        for source in (server.socket, server.monitor, waker.fileno()):
+            self._poller.register(source, zmq.POLLIN)
 
     def step(self, wait_s: float) -> None:
         """Answers what has come in; waits up to `wait_s` for the first, or for the waker."""
         events = dict(self._poller.poll(int(wait_s * 1000)))
         if self._waker.fileno() in events:
             self._waker.clear()
+        if self._server.monitor in events:
+            self._server.watch()
         with self._lock:
             self._probe()
-        if self._router not in events:
-            return
-        for _ in range(BATCH):
-            try:
-                peer, *frames = self._router.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            with self._lock:
-                self._answer(peer, frames)
+            with suppress(zmq.Again):
+                for _ in range(BATCH if self._router in events else 0):
+                    peer, *frames = self._router.recv_multipart(zmq.NOBLOCK)
+                    self._take(peer, frames)
+            self._advance()
+            while self._answer_next():
+                pass
 
     def show(self, live: Live) -> None:
-        """Makes a version visible and hints at it. Lock held."""
+        """Makes a version the newest, and hints at it. Lock held."""
         self._versions.add(live, self._clock())
-        for peer in self._receivers:
-            self._hint(peer)
+        self._versions.advance(self._receivers(), self._clock())
+        self._hint_all()
 
     def make_room(self) -> None:
-        """Leaves at most one version live. Lock held."""
-        self._versions.make_room(self._receivers.values(), self._clock())
+        """Leaves at most two versions live, for the next to be staged. Lock held."""
+        self._versions.make_room()
 
     def gauges(self) -> dict[str, float]:
-        """sent_bytes, unsent (answers dropped), bad_requests, receivers_lost: totals. The others: now. Lock held."""
+        """sent_bytes, unsent (answers dropped), bad_requests, receivers_lost, connections_cut: totals.
+
+        receivers, live_versions, flight_bytes (sent, not yet confirmed), connections: now. Lock held.
+        """
         return {
             **self._counts,
-            "receivers": float(len(self._receivers)),
-            "live_versions": float(len(self._versions)),
+            "connections_cut": float(self._server.cut),
+            "receivers": float(len(self._peers)),
+            "live_versions": float(len(self._versions.live())),
+            "flight_bytes": float(self._flight.nbytes),
+            "connections": float(self._server.connections),
         }
 
     def close(self) -> None:
         """Drops all versions. Lock held."""
         self._versions = VersionCache()
 
-    def _answer(self, peer: bytes, frames: list[bytes]) -> None:
+    def _receivers(self) -> list[Receiver]:
+        return [peer.receiver for peer in self._peers.values()]
+
+    def _advance(self) -> None:
+        if self._versions.advance(self._receivers(), self._clock()):
+            self._hint_all()
+
+    def _take(self, identity: bytes, frames: list[bytes]) -> None:
+        """Notes what a peer says, and queues what it asks for."""
         try:
             (body,) = frames
             request = messages.decode_request(body)
-        except (ValueError, DecodeError) as error:
-            self._refuse(peer, f"request not understood: {error}")
+        except (ValueError, *messages.UNREADABLE) as error:
+            self._refuse(identity, f"request not understood: {error}")
             return
+        if isinstance(request, Bye):
+            self._forget(identity)
+            return
+        if isinstance(request, Hello) and identity not in self._peers:
+            self._meet(identity, request.receiver)
+        peer = self._peers.get(identity)
+        if peer is None or len(peer.asked) >= MAX_ASKED:  # it asks again after its next Hello
+            self._counts["unsent"] += 1
+            return
+        peer.asked.append(request)
+        self._hear(identity, peer.receiver, request)
+
+    def _meet(self, identity: bytes, name: str) -> None:
+        # A receiver that comes back under a new connection replaces its former self.
+        for other in [other for other, peer in self._peers.items() if peer.receiver.name == name]:
+            self._forget(other)
+        self._peers[identity] = Peer(name)
+
+    def _hear(self, identity: bytes, receiver: Receiver, request: Request) -> None:
+        now = self._clock()
+        match request:
+            case Hello(holds=holds, pulling=pulling, here=here, confirms=number):
+                receiver.here = here
+                self._versions.hear(receiver, holds, pulling, now)
+                self._flight.confirm(identity, number, now)
+            case GetBucket(version=version, confirms=number):
+                self._versions.hear(receiver, receiver.holds, version, now)
+                self._flight.confirm(identity, number, now)
+
+    def _forget(self, identity: bytes) -> None:
+        self._peers.pop(identity, None)
+        self._flight.forget(identity)
+
+    def _answer_next(self) -> bool:
+        """Answers one request, of whoever had no turn for longest. Returns False if nobody can be answered now."""
+        for identity, peer in self._peers.items():
+            if peer.asked and self._may_answer(identity, peer.asked[0]):
+                self._peers[identity] = self._peers.pop(identity)
+                self._answer(identity, peer, peer.asked.popleft())
+                return True
+        return False
+
+    def _may_answer(self, identity: bytes, request: Request) -> bool:
+        live = self._versions.find(request.version) if isinstance(request, GetBucket) else None
+        return live is None or self._flight.allows(identity, live.manifest.bucket_bytes)
+
+    def _answer(self, identity: bytes, peer: Peer, request: Request) -> None:
         match request:
             case Hello(sequence=sequence):
-                self._meet(peer, request)
-                self._hint(peer, echo=sequence)
-            case Bye():
-                self._receivers.pop(peer, None)
+                self._hint(identity, peer.receiver, echo=sequence)
             case GetManifest(version=version):
                 live = self._versions.find(version)
-                self._send(peer, live.manifest if live else Gone(version=version))
+                self._send(identity, live.manifest if live else Gone(version=version))
             case GetBucket(version=version, index=index):
-                self._send_bucket(peer, version, index)
+                self._send_bucket(identity, version, index)
 
-    def _meet(self, peer: bytes, hello: Hello) -> None:
-        # A receiver that comes back under a new connection replaces its former self.
-        for other, known in list(self._receivers.items()):
-            if other != peer and known.name == hello.receiver:
-                del self._receivers[other]
-        self._receivers[peer] = Receiver(name=hello.receiver, holds=hello.holds, pulling=hello.pulling, heard_at=self._clock())
+    def _hint_all(self) -> None:
+        for identity, peer in self._peers.items():
+            self._hint(identity, peer.receiver)
 
-    def _hint(self, peer: bytes, echo: int = 0) -> bool:
-        newest = self._versions.newest
-        return self._send(peer, Announce(version=newest.version if newest else None, echo=echo))
+    def _hint(self, identity: bytes, receiver: Receiver, echo: int = 0) -> bool:
+        live = self._versions.offered(receiver)
+        return self._send(identity, Announce(version=live.version if live else None, echo=echo))
 
     def _probe(self) -> None:
         """Forgets receivers that are gone; that their generators died is the supervisor's to act on.
@@ -176,38 +190,43 @@ class Serving:
         if now - self._probed_at < PROBE_S:
             return
         self._probed_at = now
-        for peer, receiver in list(self._receivers.items()):
-            if now - receiver.heard_at > PROBE_S and not self._hint(peer):
-                del self._receivers[peer]
+        self._flight.look(now)
+        for identity, peer in list(self._peers.items()):
+            receiver = peer.receiver
+            if now - receiver.heard_at > PROBE_S and not self._hint(identity, receiver):
+                self._forget(identity)
                 self._counts["receivers_lost"] += 1
                 log.warning(
                     "weight receiver %s is silent and out of reach, holding %s", receiver.name, receiver.holds or "nothing"
                 )
 
-    def _send_bucket(self, peer: bytes, version: Version, index: int) -> None:
-        if peer in self._receivers:
-            self._receivers[peer].pulling, self._receivers[peer].heard_at = version, self._clock()
+    def _send_bucket(self, identity: bytes, version: Version, index: int) -> None:
         live = self._versions.find(version)
         if live is None:
-            self._send(peer, Gone(version=version))
+            self._send(identity, Gone(version=version))
         elif not 0 <= index < live.manifest.bucket_count:
-            self._refuse(peer, f"bucket {index} of weights {version}, which have {live.manifest.bucket_count}")
+            self._refuse(identity, f"bucket {index} of weights {version}, which have {live.manifest.bucket_count}")
         else:
             payload = live.memory.bytes[live.manifest.bucket(index)]
-            if self._send(peer, Bucket(version=version, index=index), payload):
+            number = self._flight.next_number(identity)
+            if self._send(identity, Bucket(version=version, index=index, number=number), payload):
+                self._flight.send(identity, len(payload), self._clock())
                 self._counts["sent_bytes"] += len(payload)
 
-    def _refuse(self, peer: bytes, reason: str) -> None:
+    def _refuse(self, identity: bytes, reason: str) -> None:
         self._counts["bad_requests"] += 1
-        self._send(peer, Refused(reason=reason))
+        self._send(identity, Refused(reason=reason))
 
-    def _send(self, peer: bytes, reply: Reply, *payload: memoryview) -> bool:
+    def _send(self, identity: bytes, reply: Reply, *payload: memoryview) -> bool:
         try:
-            # Copied: a frame that waits for a stalled receiver must not keep the memory of a whole version alive.
-            self._router.send_multipart([peer, messages.encode(reply), *payload], zmq.NOBLOCK)
+            # Copied: what waits for a stalled receiver is a few buckets then, which are counted, and not a whole version that
+            # nobody could take back. The copy is a small part of the cost of encryption.
+            self._router.send_multipart([identity, messages.encode(reply), *payload], zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):  # its queue is full, or it is gone
                 raise
+            if error.errno == zmq.EHOSTUNREACH:
+                self._flight.forget(identity)
             self._counts["unsent"] += 1
             return False
         return True

@@ -11,7 +11,7 @@ from asyncrl.models.memory import ReceivingMemory, WeightMemory, here
 from asyncrl.types import Version
 from asyncrl.weights.assembly import Assembly
 from asyncrl.weights.link import Link, Resolve
-from asyncrl.weights.messages import Announce, Bucket, GetBucket, GetManifest, Gone, Manifest, Refused, Reply
+from asyncrl.weights.messages import Announce, Bucket, GetBucket, GetManifest, Gone, Hello, Manifest, Refused, Reply
 
 CLOSE_TIMEOUT_S = 10.0
 
@@ -38,9 +38,11 @@ class WeightSubscriber:
     ) -> None:
         if credit < 1:
             raise ValueError(f"credit={credit} < 1: no bucket would ever be asked for; use at least 1")
-        self._here = here() if transport == "auto" else None
+        self._here = here() if transport == "auto" else ""
+        self._unopened = 0  # how often in a row memory was not there; twice, and a version is taken over the socket
         self._credit, self._max_failures = credit, max_failures
-        self._link = Link(resolve, name=name or f"{os.uname().nodename}:{os.getpid()}", poll_s=poll_s, deadline_s=deadline_s)
+        self._name = name or f"{os.uname().nodename}:{os.getpid()}"
+        self._link = Link(resolve, name=self._name, poll_s=poll_s, deadline_s=deadline_s)
         self._lock = threading.Lock()  # held by whoever uses the link
         self._closed = threading.Event()
         self._holds: Version | None = None
@@ -48,6 +50,7 @@ class WeightSubscriber:
         self._asked_manifest: tuple[Version, int] | None = None  # with the number of the last Hello before it
         self._barrier = 0  # announcements count again from the answer to this Hello on
         self._assembly: Assembly | None = None
+        self._confirms = 0
         self._own = ReceivingMemory()
         self._failures = 0
         self._counts = dict.fromkeys(("received_bytes", "versions", "shared_versions", "bad_transfers", "asked_again"), 0.0)
@@ -59,7 +62,7 @@ class WeightSubscriber:
         A transfer that takes longer goes on in the next call. The tensors are a FlatTensors: valid until the following
         call, or as long as their memory is `kept`.
         Raises Unavailable (no publisher for deadline_s), BadTransfer (max_failures damaged transfers in a row; the next
-        call tries again), Closed (`close` was called; wakes a waiting call).
+        call tries again), ConfigError (this node has not the memory), Closed (`close` was called; wakes a waiting call).
         """
         until = time.monotonic() + wait_s
         with self._lock:
@@ -99,7 +102,8 @@ class WeightSubscriber:
             verifying = self._assembly is not None and self._assembly.is_shared  # then there is work without waiting
             for reply, payload in self._link.receive(0.0 if verifying else self._link.wait_s(until)):
                 self._take(reply, payload)
-            if self._link.keep(self._holds, self._pulling):
+            if self._link.keep(self._hello):
+                self._confirms = 0
                 self._discard(barrier=self._link.hello)  # whatever the former publisher left half-sent dies with it
             return self._advance(until)
         except BadTransfer:
@@ -117,7 +121,8 @@ class WeightSubscriber:
                 self._hear(version, echo)
             case Manifest():
                 self._begin(reply)
-            case Bucket(version=version, index=index):
+            case Bucket(version=version, index=index, number=number):
+                self._confirms = number
                 if self._assembly is not None and self._assembly.version == version and payload is not None:
                     self._assembly.put(index, payload)
                     self._counts["received_bytes"] += len(payload)
@@ -143,8 +148,12 @@ class WeightSubscriber:
             return
         self._asked_manifest = None
         place, shared = manifest.place, None
-        if place is not None and place.here == self._here:
+        if place is not None and self._opens and place.here == self._here:
             shared = WeightMemory.open(place, manifest.total_bytes)
+            if shared is None:  # the version is gone, or its memory is not for us
+                self._unopened += 1
+                self._restart()
+                return
         self._assembly = Assembly(manifest, self._own, shared)
 
     def _advance(self, until: float) -> tuple[Version, Tensors] | None:
@@ -162,7 +171,7 @@ class WeightSubscriber:
             self._counts["received_bytes"] += self._assembly.verify_shared(until, self._closed)
         else:
             for index in self._assembly.ask(self._credit, self._link.hello):
-                self._link.send(GetBucket(version=self._assembly.version, index=index))
+                self._link.send(GetBucket(version=self._assembly.version, index=index, confirms=self._confirms))
         return self._deliver(self._assembly) if self._assembly.whole else None
 
     def _deliver(self, assembly: Assembly) -> tuple[Version, Tensors]:
@@ -171,9 +180,24 @@ class WeightSubscriber:
         self._fetch_s = time.monotonic() - assembly.begun_at
         self._failures = 0
         self._holds = assembly.version
-        self._assembly = None
-        self._link.greet(self._holds, None)  # so that the publisher needn't keep the version for us
+        self._assembly, self._unopened = None, 0
+        self._link.greet(self._hello)  # so that the publisher needn't keep the version for us
         return assembly.version, assembly.tensors()
+
+    @property
+    def _opens(self) -> bool:
+        return self._unopened < 2
+
+    @property
+    def _hello(self) -> Hello:
+        return Hello(
+            receiver=self._name,
+            sequence=0,
+            holds=self._holds,
+            pulling=self._pulling,
+            here=self._here if self._opens else "",
+            confirms=self._confirms,
+        )
 
     @property
     def _pulling(self) -> Version | None:

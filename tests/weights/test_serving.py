@@ -1,4 +1,4 @@
-"""What the publisher makes of receivers that vanish, on a clock that the test moves."""
+"""What the publisher makes of receivers that vanish or stall, on a clock that the test moves."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
-from asyncrl.models.memory import WeightMemory
+from asyncrl.models.memory import FlatTensors
 from asyncrl.types import Version
 from asyncrl.weights import messages
-from asyncrl.weights.messages import Bye, Hello, Manifest
-from asyncrl.weights.serving import FETCH_IDLE_S, FETCH_MAX_S, PROBE_S, Live, Receiver, Serving, VersionCache
+from asyncrl.weights.flight import STALLED_S, Flight
+from asyncrl.weights.messages import Announce, Bucket, Bye, GetBucket, Hello, Manifest
+from asyncrl.weights.serving import MAX_ASKED, PROBE_S, Serving
 from asyncrl.weights.sockets import PublisherSocket, Waker
+from asyncrl.weights.versions import Live
 
 HELLO = messages.encode(Hello(receiver="generator-7", sequence=1))
 
@@ -38,7 +40,7 @@ def server() -> Iterator[PublisherSocket]:
 @pytest.fixture
 def serving(server: PublisherSocket, clock: Clock) -> Iterator[Serving]:
     waker = Waker()
-    yield Serving(server.socket, waker, threading.Condition(), clock)
+    yield Serving(server, waker, threading.Condition(), clock, Flight(each_bytes=3000, total_bytes=8000))
     waker.close()
 
 
@@ -87,55 +89,110 @@ def test_a_goodbye_is_no_loss_however_late_it_is_read(
     until(lambda: receivers(serving) == (0, 0))
 
 
-# ------------------------------------------------------------------------------------------------ the versions
+# ------------------------------------------------------------------------------------------------ bytes in flight
 
 
-def live(update: int) -> Live:
-    manifest = Manifest(version=Version(1, update), tensors=(), total_bytes=0, bucket_bytes=1, checksums=())
-    return Live(manifest=manifest, memory=WeightMemory.create(0, "weights"))
+class Asker:
+    """A receiver that a test plays by hand, over its own connection."""
 
+    def __init__(self, name: str, dealer: Any) -> None:
+        self.name, self.dealer, self.hellos = name, dealer, 0
+        self.got: list[int] = []  # numbers of the buckets that came
+        self.echoes: list[int] = []
 
-def updates(versions: VersionCache) -> list[int]:
-    return [u for u in range(10) if versions.find(Version(1, u))]
+    def hello(self, confirms: int = 0) -> None:
+        self.hellos += 1
+        self.dealer.send(messages.encode(Hello(receiver=self.name, sequence=self.hellos, confirms=confirms)))
+
+    def ask(self, count: int, confirms: int = 0) -> None:
+        for _ in range(count):
+            self.dealer.send(messages.encode(GetBucket(version=Version(1, 1), index=0, confirms=confirms)))
+
+    def read(self) -> None:
+        while self.dealer.poll(0):
+            match messages.decode_reply(self.dealer.recv_multipart()[0]):
+                case Bucket(number=number):
+                    self.got.append(number)
+                case Announce(echo=echo) if echo:
+                    self.echoes.append(echo)
 
 
 @pytest.fixture
-def versions() -> VersionCache:
-    """Versions 1 and 2; 1 was superseded at time 100."""
-    made = VersionCache()
-    made.add(live(1), 50.0)
-    made.add(live(2), 100.0)
-    return made
+def asker(
+    serving: Serving, server: PublisherSocket, raw_dealer: Callable[..., Any], packed: Callable[..., Any], weights: Any
+) -> Callable[[str], Asker]:
+    """asker(name): a receiver of version 1.1, whose buckets have 1000 bytes each."""
+    manifest: Manifest = packed(Version(1, 1), weights(1))[1]
+    serving.show(Live(manifest=manifest, memory=FlatTensors.copy_of(weights(1), "weights").memory))
+
+    def make(name: str) -> Asker:
+        made = Asker(name, raw_dealer(server.address))
+        made.hello()
+        return made
+
+    return make
 
 
-def puller(heard_at: float) -> Receiver:
-    return Receiver(name="g", pulling=Version(1, 1), heard_at=heard_at)
+def test_a_receiver_that_confirms_nothing_gets_its_share_and_keeps_its_order(
+    serving: Serving, asker: Callable[[str], Asker], until: Callable[..., Any]
+) -> None:
+    stalled, healthy = asker("stalled"), asker("healthy")
+
+    def turn() -> None:
+        serving.step(0.01)
+        stalled.read()
+        healthy.read()
+
+    stalled.ask(20)
+    stalled.hello()  # its answer comes after all that was asked before
+    until(lambda: (turn(), len(stalled.got) == 3)[-1])
+    for count in range(1, 21):  # the other is served as if it were alone
+        healthy.ask(1, confirms=count - 1)
+        until(lambda count=count: (turn(), len(healthy.got) == count)[-1])
+    assert serving.gauges()["flight_bytes"] <= 4000
+    assert (stalled.got, stalled.echoes) == ([1, 2, 3], [1])
+    stalled.hello(confirms=3)
+    until(lambda: (turn(), len(stalled.got) == 6)[-1])
+    while len(stalled.got) < 20:
+        before = len(stalled.got)
+        stalled.ask(1, confirms=before)
+        until(lambda before=before: (turn(), len(stalled.got) > before)[-1])
+    until(lambda: (turn(), stalled.echoes[:2] == [1, 2])[-1])
 
 
-def test_the_first_two_versions_both_stay(versions: VersionCache) -> None:
-    assert updates(versions) == [1, 2]
-    assert versions.newest is not None
-    assert versions.newest.version == Version(1, 2)
+def test_many_that_stall_hold_up_the_others_for_a_while_only(
+    serving: Serving, asker: Callable[[str], Asker], clock: Clock, until: Callable[..., Any]
+) -> None:
+    stalled = [asker(f"stalled-{index}") for index in range(9)]
+    for each in stalled:
+        each.ask(20)
+
+    def total() -> float:
+        serving.step(0.01)
+        return serving.gauges()["flight_bytes"]
+
+    until(lambda: total() == 8000)  # four of half the total, then one each for those with nothing
+    late = asker("late")
+    late.ask(1)
+    until(lambda: (serving.step(0.01), late.read(), late.echoes == [1])[-1])
+    assert late.got == []
+    clock.now += STALLED_S
+    until(lambda: (serving.step(0.01), late.read(), late.got == [1])[-1])
+    assert serving.gauges()["flight_bytes"] <= 8000
 
 
-@pytest.mark.parametrize(
-    ("receivers", "now", "left"),
-    [
-        ([], 101.0, [2]),  # nobody pulls: the older goes
-        ([puller(101.0)], 101.0, [1]),  # the older is being pulled: the one between is dropped
-        ([puller(101.0 - FETCH_IDLE_S)], 101.0, [2]),  # its puller stalled
-        ([puller(100.0 + FETCH_MAX_S)], 100.0 + FETCH_MAX_S, [2]),  # its puller takes for ever
-        ([Receiver(name="g", holds=Version(1, 1), heard_at=101.0)], 101.0, [2]),  # holding isn't pulling
-    ],
-)
-def test_making_room(versions: VersionCache, receivers: list[Receiver], now: float, left: list[int]) -> None:
-    versions.make_room(receivers, now)
-    assert updates(versions) == left
+def test_requests_that_nobody_has_room_for_are_dropped(
+    serving: Serving, asker: Callable[[str], Asker], until: Callable[..., Any]
+) -> None:
+    greedy = asker("greedy")
+    greedy.ask(2 * MAX_ASKED)
+    until(lambda: (serving.step(0.01), serving.gauges()["unsent"] > 0)[-1])
 
 
-def test_a_slow_pull_ends_however_fast_versions_come(versions: VersionCache) -> None:
-    for update in range(3, 9):
-        versions.make_room([puller(101.0)], 101.0)
-        versions.add(live(update), 101.0)
-        assert len(versions) == 2
-        assert updates(versions) == [1, update]
+def test_a_request_before_hello_is_dropped(
+    serving: Serving, server: PublisherSocket, raw_dealer: Callable[..., Any], until: Callable[..., Any]
+) -> None:
+    dealer = raw_dealer(server.address)
+    dealer.send(messages.encode(GetBucket(version=Version(1, 1), index=0)))
+    until(lambda: (serving.step(0.05), serving.gauges()["unsent"] == 1)[-1])
+    assert receivers(serving) == (0, 0)

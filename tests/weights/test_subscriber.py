@@ -99,7 +99,7 @@ def test_another_nodes_memory_is_not_looked_for(bus: Any, weights: Callable, pac
     subscriber = bus.subscriber(publisher)
     data, manifest = packed(Version(1, 1), weights(1))
     near = FlatTensors.copy_of(weights(1), "weights")
-    far = replace(manifest, place=replace(near.memory.place, here="elsewhere"))
+    far = replace(manifest, place=replace(near.memory.place, here="elsewhere")).signed()
     assert until(lambda: drive(subscriber, publisher, data, far)) is not None
     assert subscriber.gauges()["shared_versions"] == 0
 
@@ -111,7 +111,7 @@ def test_memory_that_is_not_there_falls_back_to_the_socket(
     publisher = bus.hand_publisher()  # its memory may be gone, or another user's
     subscriber = bus.subscriber(publisher)
     data, manifest = packed(Version(1, 1), weights(1))
-    version, tensors = until(lambda: drive(subscriber, publisher, data, replace(manifest, place=place)))
+    version, tensors = until(lambda: drive(subscriber, publisher, data, replace(manifest, place=place).signed()))
     assert version == Version(1, 1)
     assert same(tensors, weights(1))
     assert subscriber.gauges()["shared_versions"] == 0
@@ -266,11 +266,11 @@ def test_damaged_shared_bytes_are_never_shown(
     damaged["embed"].view(-1)[3086] += 1  # byte 12,345
     memory = FlatTensors.copy_of(damaged, "weights").memory
     with pytest.raises(BadTransfer, match=r"weights 1\.1, bucket 12: checksum"):
-        until(lambda: drive(subscriber, publisher, data, replace(manifest, place=memory.place)))
+        until(lambda: drive(subscriber, publisher, data, replace(manifest, place=memory.place).signed()))
     assert subscriber.gauges()["bad_transfers"] == 3
     sound = FlatTensors.copy_of(weights(2), "weights")
     data, manifest = packed(Version(1, 2), weights(2))
-    version, tensors = until(lambda: drive(subscriber, publisher, data, replace(manifest, place=sound.memory.place)))
+    version, tensors = until(lambda: drive(subscriber, publisher, data, replace(manifest, place=sound.memory.place).signed()))
     assert version == Version(1, 2)
     assert same(tensors, weights(2))
     assert subscriber.gauges()["shared_versions"] == 1
@@ -398,6 +398,30 @@ def test_a_stalled_subscriber_holds_up_nobody_and_gets_its_version_in_the_end(
         assert found is not None
         held = found[0]
         assert same(found[1], weights(held.update))  # old or new, never a mixture
+
+
+def test_one_that_pulls_slowly_takes_no_versions_from_the_others(bus: Any, weights: Callable, same: Callable) -> None:
+    publisher = bus.publisher(transport="tcp")
+    slow, fast = (bus.subscriber(publisher, credit=1, name=name) for name in ("slow", "fast"))
+    taken: list[Version | None] = [None]
+
+    def take_one_bucket(subscriber: Any, holds: Version | None) -> None:
+        before, deadline = subscriber.gauges()["received_bytes"], time.monotonic() + WAIT_S
+        while subscriber.gauges()["received_bytes"] == before:
+            assert time.monotonic() < deadline
+            found = subscriber.next(holds, 0.0)
+            if found is not None and subscriber is fast:
+                assert same(found[1], weights(found[0].update))
+                taken.append(found[0])
+
+    for update in range(30):  # a version comes while one bucket of 21 is taken, or twelve
+        publisher.publish(Version(1, update), weights(update))
+        assert publisher.gauges()["live_versions"] <= 3
+        take_one_bucket(slow, None)
+        for _ in range(12):
+            if taken[-1] != Version(1, update):
+                take_one_bucket(fast, taken[-1])
+    assert len(taken) - 1 >= 12  # of 17 that it could take alone
 
 
 def test_publishing_faster_than_pulling_still_makes_progress(bus: Any, weights: Callable, same: Callable) -> None:
