@@ -1,5 +1,6 @@
 """A run from Python with everything switched on, on the tiny model under real Ray."""
 
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
@@ -95,10 +96,23 @@ def test_actors_that_compute_nothing_have_no_torch(everything, torch_in):
 
 
 def test_several_weighted_rewards_are_logged_by_name_and_shaped(everything, metrics_of):
-    lines = metrics_of(everything.run_dir, "step")
+    lines, clipped = metrics_of(everything.run_dir, "step"), 0
     assert len(lines) == 12
     for line in lines:
         assert {"reward/7", "reward/unshaped", "reward/overlong_penalty"} <= line.keys()
         assert 0 <= line["reward/brief"] <= 1
         assert -0.5 <= line["reward/overlong_penalty"] <= 0
-        assert -0.25 <= line["reward/mean"] <= 1.5
+    rewards = defaultdict(list)
+    for row in open_replay(everything.run_dir).rollouts().to_pylist():
+        if row["purpose"] == "train" and row["status"] == "ok":
+            parts, length = dict(row["parts"]), len(row["response_ids"])
+            assert ("brief" in parts) == (row["row"] % 2 == 0)
+            assert parts["unshaped"] == pytest.approx(2 * parts["7"] + 0.5 * parts.get("brief", 0.0))
+            assert parts["overlong_penalty"] == pytest.approx(-0.5 * max(length - 3, 0) / 3)
+            sum_ = parts["unshaped"] + parts["overlong_penalty"]
+            assert row["reward"] == pytest.approx(min(max(sum_, -0.25), 1.5))
+            clipped += sum_ < -0.25
+            rewards[row["trained_update"]].append(row["reward"])
+    assert clipped
+    for line in lines:
+        assert line["reward/mean"] == pytest.approx(sum(rewards[line["step"]]) / 16)

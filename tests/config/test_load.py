@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncrl.config import Deployment, ModelSpec, PlaceSpec, Recipe
+from asyncrl.config import Deployment, ModelSpec, PlaceSpec, Recipe, RewardTerm
 from asyncrl.config.load import load_deployment, load_recipe, load_specs, override
 from asyncrl.errors import ConfigError
 
@@ -114,6 +114,14 @@ def test_an_override_reaches_into_an_optional_group(recipe: Recipe) -> None:
     assert override(changed, ["critic.model=null"]).critic.model is None
     with pytest.raises(ConfigError, match=r"critic\.model has no field 'pth'; did you mean 'path'"):
         override(recipe, ["critic.model.pth=small"])
+
+
+def test_an_override_is_a_list_of_groups(recipe: Recipe) -> None:
+    terms = "[{function: 'm:f', name: '7', weight: 2}, {function: 'm:g', weight: 0.5}]"
+    changed = override(recipe, ["reward.function=", f"reward.functions={terms}", "reward.shaping.clip=[-0.25,1.5]"])
+    first, second = RewardTerm(function="m:f", name="7", weight=2.0), RewardTerm(function="m:g", weight=0.5)
+    assert changed.reward.functions == (first, second)
+    assert changed.reward.shaping.clip == (-0.25, 1.5)
 
 
 def test_overrides_are_checked_together(recipe: Recipe) -> None:

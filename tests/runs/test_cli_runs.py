@@ -303,7 +303,8 @@ def test_a_killed_driver_takes_everything_with_it_and_the_run_resumes_until_an_a
     running.process.kill()
     running.process.wait()
     wait_until(lambda: all(name in RAY_AGENTS for name in map(process_name, running.left())), 45)
-    last = max(steps(run)[-1], int(run.steps()[-1].name.removeprefix("step_")))
+    saved = run.update_of(run.steps()[-1])
+    last = max(steps(run)[-1], saved)
     until = last + 20  # the log may be some steps ahead of the metrics
 
     resumed = start(command, project, "killed", "--resume", *ENDLESS, "deploy.limits.max_restarts=0")
@@ -324,6 +325,7 @@ def test_a_killed_driver_takes_everything_with_it_and_the_run_resumes_until_an_a
     assert sorted(trained) == list(range(1, max(trained) + 1))
     assert trained[until] == 2
     lines = [(line["step"], line["incarnation"]) for line in metrics(run, "step")]
+    assert min(step for step, incarnation in lines if incarnation == 2) == saved + 1, "not resumed from the newest checkpoint"
     assert len(set(lines)) == len(lines), "a step was written twice"
 
 
@@ -355,14 +357,23 @@ def ray_head(tmp_path: Path) -> Iterator[dict[str, str]]:
         head.kill()
 
 
-def test_as_a_ray_job(project: Path, ray_head: dict[str, str], command: Callable[..., Command], tmp_path: Path) -> None:
+def test_a_run_resumes_to_its_end_as_a_ray_job(
+    finished: RunDir, project: Path, ray_head: dict[str, str], command: Callable[..., Command], tmp_path: Path
+) -> None:
     submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", ".", "--", *ASYNCRL, "run"]
     (project / "broken.py").write_text(RECIPE + "\nraise RuntimeError('broken on purpose')\n")
     out = tmp_path / "out"
-    job = command(project, *submit, "recipe.py", "--runs-dir", out, "deploy.limits.poll_s=0.5", **ray_head)
+    run = RunDir(shutil.copytree(finished.path, out / "tiny"))
+    # A job runs in a copy of the folder: this is where the run began.
+    further = ("--resume", "total_steps=8", f"data.files={project}/train.jsonl", "deploy.limits.poll_s=0.5")
+    job = command(project, *submit, "recipe.py", "--runs-dir", out, *further, **ray_head)
     assert job.end() == 0
     assert "succeeded" in job.stdout + job.stderr
-    assert steps(RunDir(out / "tiny")) == [1, 2, 3, 4, 5, 6]
+    (line,) = (line for line in job.stdout.splitlines() if line.startswith("{"))
+    result = json.loads(line)
+    assert (result["run_dir"], result["steps"], result["samples"]) == (str(run.path), 8, 8 * 4 * 4)
+    assert [(line["step"], line["incarnation"]) for line in metrics(run, "step")][-3:] == [(6, 1), (7, 2), (8, 2)]
+    assert steps(run) == [1, 2, 3, 4, 5, 6, 7, 8]
 
     # One after the other: Ray drops the package of a job that has ended, also while another with the same files starts.
     for arguments, words in (

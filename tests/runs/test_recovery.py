@@ -17,6 +17,7 @@ from asyncrl.config import CheckpointSpec, Deployment, LearnerSpec, LimitsSpec, 
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.replay.log import events as ev
 from asyncrl.report.summary import RunSummary
+from asyncrl.types import Version
 
 pytestmark = pytest.mark.ray
 STEPS = 120
@@ -126,8 +127,8 @@ class Led(NamedTuple):
 
 @pytest.fixture(scope="module")
 def led(local_ray, tiny_recipe_in, tmp_path_factory) -> Led:
-    """Five updates, the last three of them made again from a checkpoint; stopped; four more, with a learner that dies between
-    two fits."""
+    """Five updates, and stopped; one more by a second Trainer, which then goes back to a checkpoint of the first one's, makes
+    these four again, and three more after its learner died between two fits."""
     folder = tmp_path_factory.mktemp("led")
     learner, kept = LearnerSpec(batch_groups=4, lr=1e-2), CheckpointSpec(save_freq=50, keep_last_n=4)
     recipe = tiny_recipe_in(folder, total_steps=20, learner=learner, checkpoint=kept)
@@ -136,17 +137,18 @@ def led(local_ray, tiny_recipe_in, tmp_path_factory) -> Led:
         checkpoint = first.save_checkpoint()
         assert checkpoint.name == "step_000002"
         first.export(folder / "at-2")
-        assert first.fit(3).steps == 5
-        first.export(folder / "at-5")
-        first.load_checkpoint(2)
-        first.export(folder / "again-2")
         result = first.fit(3)
         assert (result.steps, result.samples) == (5, 5 * 16)
+        first.export(folder / "at-5")
     pids: dict[str, int] = {}
     with Trainer(
         recipe, runs_dir=folder, resume_from=folder / "tiny", observe=lambda run: pids.update(run.pids)
     ) as second:
         assert second.fit(1).steps == 6
+        second.load_checkpoint(checkpoint)
+        second.export(folder / "again-2")
+        result = second.fit(4)
+        assert (result.steps, result.samples) == (6, 6 * 16)
         os.kill(pids["learner"], signal.SIGKILL)
         assert second.fit(3).steps == 9
         return Led(recipe, folder, second.finish())
@@ -164,11 +166,14 @@ def test_a_stopped_run_resumes_where_it_was_and_a_learner_that_dies_between_two_
     assert (led.result.steps, led.result.samples, led.result.restarts) == (9, 9 * 16, {"learner": 1})
     events = events_of(led.result.run_dir)
     assert_nothing_lost(events, led.result)
-    # At the start, gone back, resumed where it was stopped, and after the death: each fit ends with a checkpoint.
-    assert [e.committed for e in events if isinstance(e, ev.LearnerFenced)] == [0, 2, 5, 6]
+    # At the start, resumed where it was stopped, gone back, and after the death: each fit ends with a checkpoint.
+    assert [e.committed for e in events if isinstance(e, ev.LearnerFenced)] == [0, 5, 2, 6]
     commits = surviving_commits(events)
     assert [b.version.update - a.version.update for a, b in pairwise(commits)] == [1] * 8
-    assert [c.version.incarnation for c in commits] == [1, 1, 2, 2, 2, 3, 4, 4, 4]
+    assert [c.version.incarnation for c in commits] == [1, 1, 3, 3, 3, 3, 4, 4, 4]
+    made = {c.version: c.groups for c in events if isinstance(c, ev.BatchCommitted)}
+    for update, first_made_by in ((3, 1), (4, 1), (5, 1), (6, 2)):
+        assert made[Version(3, update)] == made[Version(first_made_by, update)], "another batch than before was trained"
 
 
 def test_resuming_asks_for_the_same_groups_and_a_new_run_sets_the_old_aside(led, events_of):

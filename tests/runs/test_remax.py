@@ -69,12 +69,18 @@ def test_a_run_with_baselines(killed: RunDir, events_of: Callable[[Path], list[A
     for row in open_replay(killed.path).rollouts().to_pylist():
         if row["outcome"] == "trained":
             groups[row["trained_update"], row["group"]].append(row)
-    earned = defaultdict(list)
+    earned, advantages = defaultdict(list), []
     for (update, _), rows in groups.items():
         assert sorted((row["rollout"], row["baseline"]) for row in rows) == [*((i, False) for i in range(4)), (4, True)]
         (greedy,) = (row for row in rows if row["baseline"])
         earned[update].append(greedy["reward"] + sum(greedy["token_rewards"]))
         assert set(greedy["logprobs"]) == {0.0}  # a point mass
+        if update == 1:
+            for row in (row for row in rows if not row["baseline"]):
+                tokens = range(len(row["response_ids"]))
+                advantages += [row["reward"] + sum(row["token_rewards"][t:]) - earned[update][-1] for t in tokens]
+    # Tokens of the first batch come from the very weights that it trains: every ratio is 1, and its loss says its advantages.
+    assert metrics[1]["actor/pg_loss"] == pytest.approx(-sum(advantages) / len(advantages), abs=1e-4)
     for update, told in metrics.items():
         assert told["reward/baseline"] == pytest.approx(sum(earned[update]) / 4)
         assert told["training/rollouts"] == told["samples"] == 16
