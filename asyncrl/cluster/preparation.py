@@ -3,12 +3,13 @@
 import logging
 import re
 import shutil
+from pathlib import Path
 
 import msgspec
 import yaml
 from msgspec.structs import replace
 
-from asyncrl.config import Deployment, Recipe
+from asyncrl.config import DataSpec, Deployment, Recipe
 from asyncrl.config.callables import load_callable
 from asyncrl.errors import ConfigError
 from asyncrl.rundir import RunDir, redact, write_atomic
@@ -63,7 +64,7 @@ def _require_same_groups(paths: RunDir, recipe: Recipe) -> None:
     before = msgspec.json.decode(paths.recipe.read_bytes(), type=Recipe)
     for name, old, new in (
         ("seed", before.seed, recipe.seed),
-        ("data", before.data, recipe.data),
+        ("data", _by_name(before.data), _by_name(recipe.data)),
         ("sampling.n", before.sampling.n, recipe.sampling.n),
         ("a baseline per group (adv_estimator='remax')", before.algorithm.wants_baseline, recipe.algorithm.wants_baseline),
     ):
@@ -72,6 +73,11 @@ def _require_same_groups(paths: RunDir, recipe: Recipe) -> None:
                 f"resuming {paths.path} with {name}={new!r}, but it began with {old!r}: groups in its log would be finished "
                 "with other prompts; resume with the old value, or start over under another --name"
             )
+
+
+def _by_name(data: DataSpec) -> DataSpec:
+    """Its files without their folders, which a Ray job has copies of; what is in them, the prompts' fingerprint tells."""
+    return replace(data, files=tuple(Path(name).name for name in data.files))
 
 
 def _set_aside(paths: RunDir) -> None:

@@ -364,8 +364,7 @@ def test_a_run_resumes_to_its_end_as_a_ray_job(
     (project / "broken.py").write_text(RECIPE + "\nraise RuntimeError('broken on purpose')\n")
     out = tmp_path / "out"
     run = RunDir(shutil.copytree(finished.path, out / "tiny"))
-    # A job runs in a copy of the folder: this is where the run began.
-    further = ("--resume", "total_steps=8", f"data.files={project}/train.jsonl", "deploy.limits.poll_s=0.5")
+    further = ("--resume", "total_steps=8", "deploy.limits.poll_s=0.5")  # in a copy of the folder where the run began
     job = command(project, *submit, "recipe.py", "--runs-dir", out, *further, **ray_head)
     assert job.end() == 0
     assert "succeeded" in job.stdout + job.stderr

@@ -1,0 +1,30 @@
+"""What the driver makes of a run directory before any actor starts."""
+
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from asyncrl.cluster.preparation import prepare_run
+from asyncrl.config import Deployment
+from asyncrl.errors import ConfigError, DataError
+from asyncrl.rundir import RunDir
+
+
+def test_a_run_resumes_with_its_data_in_another_folder_but_not_with_other_data(tiny_recipe, tmp_path):
+    recipe, run = tiny_recipe(), RunDir(tmp_path / "run")
+    prepare_run(recipe, Deployment(), run, resuming=False)
+    here = Path(recipe.data.files[0])
+    (tmp_path / "copy").mkdir()
+    there = here.rename(tmp_path / "copy" / here.name)
+    moved = replace(recipe, data=replace(recipe.data, files=(str(there),)))
+    prepare_run(moved, Deployment(), run, resuming=True)
+
+    with pytest.raises(ConfigError, match=r"data=(.|\n)*max_prompt_length=7(.|\n)*but it began with"):
+        prepare_run(replace(moved, data=replace(moved.data, max_prompt_length=7)), Deployment(), run, resuming=True)
+    renamed = there.rename(there.with_name("other.jsonl"))
+    with pytest.raises(ConfigError, match=r"'other\.jsonl'"):
+        prepare_run(replace(moved, data=replace(moved.data, files=(str(renamed),))), Deployment(), run, resuming=True)
+    there.write_text(renamed.read_text().replace("00+00=", "01+01="))
+    with pytest.raises(DataError, match="changed since"):
+        prepare_run(moved, Deployment(), run, resuming=True)
