@@ -1,4 +1,4 @@
-"""Actors are killed, hang, or are stopped: the run recovers or resumes, and the log shows that nothing was lost or trained twice."""
+"""Actors are killed, hang, or are stopped: the run recovers or resumes; its log shows nothing lost or trained twice."""
 
 import os
 import signal
@@ -141,9 +141,7 @@ def led(local_ray, tiny_recipe_in, tmp_path_factory) -> Led:
         assert (result.steps, result.samples) == (5, 5 * 16)
         first.export(folder / "at-5")
     pids: dict[str, int] = {}
-    with Trainer(
-        recipe, runs_dir=folder, resume_from=folder / "tiny", observe=lambda run: pids.update(run.pids)
-    ) as second:
+    with Trainer(recipe, runs_dir=folder, resume_from=folder / "tiny", observe=lambda run: pids.update(run.pids)) as second:
         assert second.fit(1).steps == 6
         second.load_checkpoint(checkpoint)
         second.export(folder / "again-2")

@@ -69,8 +69,8 @@ class KillScheduler:
 
 @pytest.fixture(scope="module")
 def run(local_ray: None, arithmetic_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, KillScheduler]:
-    """40 of the 200 updates of recipes/arithmetic.py. The scheduler is killed while more updates are left than rollouts run ahead
-    by (max_lag + 1): the run can't end before another server is up."""
+    """40 of the 200 updates of recipes/arithmetic.py. The scheduler is killed while more updates are left than rollouts run
+    ahead by (max_lag + 1): the run can't end before another server is up."""
     folder = tmp_path_factory.mktemp("sglang-run")
     shutil.copytree(arithmetic_data, folder / "arithmetic" / "data")
     recipe, deployment = load_specs(ROOT / "recipes" / "arithmetic.py", DEPLOYMENT, ["total_steps=40"])
