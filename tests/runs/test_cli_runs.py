@@ -250,7 +250,11 @@ def test_ctrl_c_saves_and_stops_everything_and_resume_goes_on_from_exactly_there
     saved = run.steps()[-1]
     last = RunDir.update_of(saved)
     assert steps(run) == list(range(1, last + 1)), "what was made, saved and told is the same"
-    assert running.stderr.rstrip().splitlines()[-1].startswith(f"interrupted: update {last} is saved in {saved}; to go on: --resume")
+    assert (
+        running.stderr.rstrip()
+        .splitlines()[-1]
+        .startswith(f"interrupted: update {last} is saved in {saved}; to go on: --resume")
+    )
 
     resumed = start(command, project, "interrupted", "--resume", *ENDLESS)
     resumed.until(lambda: len(steps(run)) >= last + 2)
