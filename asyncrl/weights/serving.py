@@ -142,6 +142,8 @@ class Serving:
                 receiver.here = here
                 self._versions.hear(receiver, holds, pulling, now)
                 self._flight.confirm(identity, number, now)
+            case GetManifest(version=version) if not self._versions.shares_memory(receiver):
+                self._versions.hear(receiver, receiver.holds, version, now)  # or the version could go before its first bucket
             case GetBucket(version=version, confirms=number):
                 self._versions.hear(receiver, receiver.holds, version, now)
                 self._flight.confirm(identity, number, now)

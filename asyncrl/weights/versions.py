@@ -90,10 +90,14 @@ class VersionCache:
     def find(self, version: Version) -> Live | None:
         return next((live for live in self.live() if live.version == version), None)
 
+    def shares_memory(self, receiver: Receiver) -> bool:
+        """Whether the receiver can open the newest version where it lies."""
+        place = self.newest.manifest.place if self.newest is not None else None
+        return place is not None and place.here == receiver.here
+
     def offered(self, receiver: Receiver) -> Live | None:
         """The version that the receiver had best take now, if it holds an older one."""
-        place = self.newest.manifest.place if self.newest is not None else None
-        if place is not None and place.here == receiver.here:
+        if self.shares_memory(receiver):
             return self.newest
         slow = self._slow
         if receiver.slow and slow is not None and (receiver.holds is None or slow.live.version > receiver.holds):
