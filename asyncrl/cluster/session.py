@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from types import FrameType
 
 import ray
 
@@ -44,6 +45,26 @@ def heed_signals() -> Iterator[None]:
             came = pipe.read() or b""
     if {signal.SIGINT, signal.SIGTERM} & set(came):
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM that come inside are handled, each of them, once it is over: what an interrupt would cut in two is
+    told whole, and no lock is left half taken. For the main thread; nothing else gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with contextlib.ExitStack() as later:
+
+        def note(number: int, frame: FrameType | None) -> None:
+            later.callback(signal.raise_signal, number)
+
+        handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @contextlib.contextmanager

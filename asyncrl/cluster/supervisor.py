@@ -17,6 +17,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from asyncrl.cluster.members import Member
 from asyncrl.cluster.plan import RunPlan
+from asyncrl.cluster.session import undisturbed
 from asyncrl.cluster.transport import call_store
 from asyncrl.cluster.watchdog import StallWatch
 from asyncrl.errors import ActorFailed, AsyncRLError, CheckpointError, ConfigError, DataError, NonFinite, Unavailable
@@ -145,6 +146,11 @@ class Supervisor:
         tasks = {member.task: member for member in self._members if member.task is not None}
         told = [self._store.asked] if until_told and self._store.asked is not None else []
         ray.wait([*tasks, *told], num_returns=1, timeout=TICK_S)
+        with undisturbed():
+            return self._look(tasks)
+
+    def _look(self, tasks: dict[Any, Member]) -> StoreReport | None:
+        """What ended, what is reported and what is due, without waiting for anything."""
         ready, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=0)
         for ref in ready:  # all of them, before anybody's deadline is looked at: nobody may have ticked for a while
             self._settle(tasks[ref])

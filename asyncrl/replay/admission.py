@@ -111,7 +111,7 @@ class Holders:
     def regain(self, group: Group) -> bool:
         """Whether a group is not lost, or is no longer, because its holder is heard of and the bound still holds with it."""
         free = group.purpose == "eval" or not self._rule.holds
-        if group.id in self._lost and (free or self.fits(group, group.oldest())):
+        if group.id in self._lost and group.worker and (free or self.fits(group, group.oldest())):
             self._lost.discard(group.id)
         return group.id not in self._lost
 

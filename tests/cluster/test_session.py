@@ -1,10 +1,11 @@
 """Signals that come while Ray starts. Ray itself is not needed for it."""
 
 import signal
+from contextlib import nullcontext
 
 import pytest
 
-from asyncrl.cluster.session import heed_signals
+from asyncrl.cluster.session import heed_signals, undisturbed
 
 
 class Hook:
@@ -66,3 +67,32 @@ def test_other_signals_and_other_errors_pass() -> None:
 
     with pytest.raises(RuntimeError, match="no cluster"):
         start()
+
+
+@pytest.mark.parametrize("numbers", [[], [signal.SIGINT], [signal.SIGTERM, signal.SIGINT]])
+def test_signals_are_handled_once_it_is_over(own_handler: object, numbers: list[signal.Signals]) -> None:
+    """Each by the handler that is there by then: a first one may have changed it."""
+    done, handled = [], []
+
+    def first(number: int, frame: object) -> None:
+        handled.append("first")
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, second)
+        raise KeyboardInterrupt
+
+    def second(number: int, frame: object) -> None:
+        handled.append("second")
+        raise KeyboardInterrupt
+
+    former = signal.getsignal(signal.SIGINT)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, first)
+    try:
+        with pytest.raises(KeyboardInterrupt) if numbers else nullcontext(), undisturbed():
+            for number in numbers:
+                signal.raise_signal(number)
+            done.append("all of it")
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert done == ["all of it"]
+    assert handled == ["first", "second"][: len(numbers)]

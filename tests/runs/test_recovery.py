@@ -192,7 +192,7 @@ def test_resuming_asks_for_the_same_groups_and_a_new_run_sets_the_old_aside(led,
     with pytest.raises(ConfigError, match="no checkpoint"):
         launch(recipe, name="fresh", runs_dir=folder, resume=True)
     with pytest.raises(
-        ConfigError, match=r"no checkpoint of update 7; resume from one of step_000002, step_000005, step_000006"
+        ConfigError, match=r"no checkpoint of update 7; resume from one of step_000000, step_000002, step_000006, step_000009"
     ):
         launch(recipe, runs_dir=folder, resume=7)
     again = launch(replace(recipe, total_steps=11), runs_dir=folder, resume=6)  # though it was finished
