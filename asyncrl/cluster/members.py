@@ -25,7 +25,7 @@ class Member:
         self.role, self.name, self.place = role, name, place
         self.restart_count = -1  # numbers the actors that filled it, replaced ones too
         self.restarts = 0  # counts those of them that failed
-        self.budget = RestartBudget(limits.restart_window_s, clock)
+        self.budget = RestartBudget(max(limits.restart_window_s, (limits.max_restarts + 1) * limits.start_timeout_s), clock)
         self.phase: Phase = "ended"
         self.task: Any = None  # Ray's reference that ends with the phase; None while the actor is idle or gone
         self.deadline = 0.0  # by which `start` must have ended, on the clock

@@ -9,7 +9,7 @@ import msgspec
 import yaml
 from msgspec.structs import replace
 
-from asyncrl.config import DataSpec, Deployment, Recipe
+from asyncrl.config import DataSpec, Deployment, EvaluationSpec, Recipe
 from asyncrl.config.callables import load_callable
 from asyncrl.errors import ConfigError
 from asyncrl.rundir import RunDir, redact, write_atomic
@@ -62,10 +62,13 @@ def _prepare_prompts(recipe: Recipe, paths: RunDir, resuming: bool) -> tuple[int
 def _require_same_groups(paths: RunDir, recipe: Recipe) -> None:
     """Refuses to resume with other prompts, order or group size: groups in the log would be finished with strangers."""
     before = msgspec.json.decode(paths.recipe.read_bytes(), type=Recipe)
+    held_out = recipe.evaluation if before.evaluation.files else before.evaluation  # where there was none, some may be added
     for name, old, new in (
         ("seed", before.seed, recipe.seed),
-        ("data", _by_name(before.data), _by_name(recipe.data)),
+        ("data", *(replace(data, files=_by_name(data)) for data in (before.data, recipe.data))),
         ("sampling.n", before.sampling.n, recipe.sampling.n),
+        # A round of evaluation that was under way is finished with the prompts that it began with.
+        ("evaluation (files, limit and n)", *((_by_name(e), e.limit, e.n) for e in (before.evaluation, held_out))),
         ("a baseline per group (adv_estimator='remax')", before.algorithm.wants_baseline, recipe.algorithm.wants_baseline),
     ):
         if old != new:
@@ -75,9 +78,9 @@ def _require_same_groups(paths: RunDir, recipe: Recipe) -> None:
             )
 
 
-def _by_name(data: DataSpec) -> DataSpec:
+def _by_name(data: DataSpec | EvaluationSpec) -> tuple[str, ...]:
     """Its files without their folders, which a Ray job has copies of; what is in them, the prompts' fingerprint tells."""
-    return replace(data, files=tuple(Path(name).name for name in data.files))
+    return tuple(Path(name).name for name in data.files)
 
 
 def _set_aside(paths: RunDir) -> None:

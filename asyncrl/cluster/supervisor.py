@@ -173,6 +173,9 @@ class Supervisor:
         self._summary.update(store, reports, restarts, pids)
         for message in self._summary.given_up[named:]:
             log.warning("%s", message)
+            for member in self._members:
+                if member.role == "generator":
+                    member.budget.forgive()
         self._observe(store.records if store is not None else ())
         if store is not None:
             self._watch(store)

@@ -40,7 +40,8 @@ class RestartBudget:
     """The failures of one actor that count: those of the last `window_s` seconds in which it was up.
 
     Only time in which it was up lets a failure be forgotten: an actor that takes an hour to start, and dies of it every time,
-    ends the run as one does that starts in a second.
+    ends the run as one does that starts in a second. The window holds as many starts as may fail, since an actor counts as up
+    while its SGLang server starts.
     """
 
     def __init__(self, window_s: float, clock: Clock) -> None:
@@ -60,3 +61,7 @@ class RestartBudget:
         while up_s - self._failures[0][0] > self._window_s:
             self._failures.popleft()
         return [error for _, error in self._failures]
+
+    def forgive(self) -> None:
+        """What failed so far is explained, and counts no longer."""
+        self._failures.clear()

@@ -195,7 +195,8 @@ class Admission:
         """Up to k tickets: lost groups first, then retries, then new prompts."""
         tickets = self._reissues(k, caller, version, held)
         for _ in range(min(k - len(tickets), self._room(version))):
-            if self._context.exhausted():
+            retries = self._ledger.retries
+            if self._context.exhausted() or (retries and not self._holders.may_take(("train", retries[0][0]), caller)):
                 break
             tickets.append(self._reserve(caller, version))
         self.time.enter(self._limit(version) if len(tickets) < k else "free")

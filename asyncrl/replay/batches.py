@@ -40,7 +40,8 @@ def pick(rule: Staleness, ledger: Ledger, update: int, exhausted: bool, seed: in
         eligible = random.Random(derive_seed(seed, update)).sample(eligible, size)
     else:
         sign = -1 if rule.selector == "freshest" else 1
-        eligible.sort(key=lambda g: (sign * ledger.groups[g].oldest(), g))
+        # Excused groups last: what is due must not be late for what nobody waits for.
+        eligible.sort(key=lambda g: (ledger.groups[g].excused, sign * ledger.groups[g].oldest(), g))
     return tuple(sorted(eligible[:size]))
 
 

@@ -77,7 +77,8 @@ class Group(Struct):
     def oldest(self) -> int:
         """A bound on the update of the oldest token: known for submitted rollouts, the reservation's for the others."""
         known = (self.update if r.row < 0 else r.oldest for r in self.sampled() if r.status in (None, "ok"))
-        return min(known, default=self.update)  # nothing left to train: the group only waits for its baseline, to fail
+        # With nothing left to train the group only waits for its baseline, to fail: it must not become due sooner.
+        return min(known, default=max(r.oldest for r in self.sampled()))
 
     def oldest_submitted(self) -> int | None:
         """The same for the rollouts that were submitted; None where there is none."""

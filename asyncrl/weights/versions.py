@@ -125,7 +125,7 @@ class VersionCache:
 
     def advance(self, receivers: Collection[Receiver], now: float) -> bool:
         """Ends rounds that wait for nobody. Call it whenever something was heard. Returns True if a fast round began."""
-        if self._slow is not None and not any(self._slow.waits_for(receiver, now) for receiver in receivers):
+        if self._slow is not None and not self._slow_goes_on(self._slow, receivers, now):
             self._slow = None
         fast = self._fast
         if self.newest is None or (fast is not None and fast.live is self.newest):
@@ -136,6 +136,13 @@ class VersionCache:
             self._move_on(fast, [receiver for receiver in receivers if fast.takes(receiver, now)], now)
         self._fast = Round(self.newest)
         return True
+
+    def _slow_goes_on(self, slow: Round, receivers: Collection[Receiver], now: float) -> bool:
+        """Whether it still waits for somebody, or for one that is too late while no other slow one wants its place."""
+        if any(slow.waits_for(receiver, now) for receiver in receivers):
+            return True
+        others = [receiver for receiver in receivers if not slow.takes(receiver, now)]
+        return len(others) < len(receivers) and not any(receiver.slow for receiver in others)
 
     def _may_move_on(self, fast: Round, receivers: Collection[Receiver], now: float) -> bool:
         at_it = [receiver for receiver in receivers if fast.takes(receiver, now) and not receiver.slow]

@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from asyncrl.cluster.preparation import prepare_run
-from asyncrl.config import Deployment
+from asyncrl.config import Deployment, EvaluationSpec
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.rundir import RunDir
 
@@ -28,3 +28,14 @@ def test_a_run_resumes_with_its_data_in_another_folder_but_not_with_other_data(t
     there.write_text(renamed.read_text().replace("00+00=", "01+01="))
     with pytest.raises(DataError, match="changed since"):
         prepare_run(moved, Deployment(), run, resuming=True)
+
+
+def test_an_evaluation_that_is_under_way_keeps_its_prompts(tiny_recipe, tmp_path):
+    recipe, run = tiny_recipe(), RunDir(tmp_path / "run")
+    held_out = EvaluationSpec(files=recipe.data.files, limit=8)
+    prepare_run(recipe, Deployment(), run, resuming=False)
+    prepare_run(replace(recipe, evaluation=held_out), Deployment(), run, resuming=True)  # there was none
+    for other in (EvaluationSpec(), replace(held_out, limit=4), replace(held_out, n=2)):
+        with pytest.raises(ConfigError, match=r"evaluation \(files, limit and n\)=(.|\n)*but it began with"):
+            prepare_run(replace(recipe, evaluation=other), Deployment(), run, resuming=True)
+    prepare_run(replace(recipe, evaluation=replace(held_out, freq=3)), Deployment(), run, resuming=True)

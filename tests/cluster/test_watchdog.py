@@ -165,3 +165,9 @@ def test_time_in_which_it_was_down_lets_no_failure_be_forgotten(slot: Slot) -> N
     slot.fail("b", down_s=2 * HOUR_S)
     assert slot.fail("c", down_s=2 * HOUR_S, up_s=1.0) == ["a", "b", "c"]
     assert slot.fail("d", down_s=2 * HOUR_S, up_s=1.0) == ["a", "b", "c", "d"]
+
+
+def test_failures_that_are_explained_count_no_longer(slot: Slot) -> None:
+    slot.fail("a", up_s=1.0)
+    slot.budget.forgive()
+    assert slot.fail("b", up_s=1.0) == ["b"]

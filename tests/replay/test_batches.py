@@ -430,3 +430,21 @@ def test_a_learners_incarnation_is_on_the_disk_before_it_has_one(fakes: SimpleNa
     bench = fakes.Bench(fakes.plan())
     bench.fence(0)
     assert isinstance(bench.core.context.log.synced, LearnerFenced)
+
+
+def test_what_is_due_goes_before_what_was_excused(fakes: SimpleNamespace) -> None:
+    """The share is used up: if the excused group went first, the due one would be late, and nothing could be granted."""
+    bench = fakes.Bench(fakes.plan(max_lag=2, batch=1, size=40, masked=0.34))
+    bench.fence(0)
+    (late,) = bench.reserve(1, 0, "slow").tickets
+    bench.ready(1, 0)
+    bench.train(0)
+    (due,) = bench.reserve(1, 1, "slow", held=[late.group]).tickets
+    for update in (1, 2):
+        bench.ready(1, update)
+        bench.train(update)
+    assert bench.core.ledger.excused == 1
+    for ticket, updates in ((late, (0, 3)), (due, (1,))):
+        bench.submit(ticket, *updates)
+        bench.score(ticket, 1.0, 0.0)
+    assert [bench.train(3), bench.train(4)] == [(due.group,), (late.group,)]

@@ -226,3 +226,17 @@ def test_a_death_is_no_progress(fakes: SimpleNamespace) -> None:
     forget(bench, "gen")
     assert isinstance(bench.log[-1], ev.HolderDied)
     assert bench.report(0).activity == before
+
+
+def test_suspects_that_a_clean_end_left_over_go_one_to_a_holder_too(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(max_lag=3, batch=2, max_attempts=3))
+    bench.fence(0)
+    for life in (1, 2):
+        assert len(bench.reserve(2, 0, incarnation=life).tickets) == 2
+        forget(bench, "gen", life)
+    bench.finish()
+    bench.fence(0)
+    (ticket,) = bench.reserve(2, 0, incarnation=3).tickets
+    assert ticket.prompt.row == 100
+    (other,) = bench.reserve(1, 0, "another").tickets
+    assert other.prompt.row == 101

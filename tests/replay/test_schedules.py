@@ -320,6 +320,8 @@ MODES: list[dict[str, Any]] = [
     {"max_lag": 2, "ahead": 1},
     {"max_lag": 2, "on_stale": "wait"},
     {"max_lag": 3, "ahead": 3, "masked": 0.1},
+    {"max_lag": 1, "masked": 0.3},
+    {"max_lag": 2, "masked": 0.5},
     {"max_lag": 1, "on_stale": "mask"},
     {"max_lag": 4, "on_stale": "mask", "selector": "freshest"},
     {"max_lag": 4, "on_stale": "mask", "ahead": 3},

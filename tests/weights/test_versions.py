@@ -204,10 +204,10 @@ def test_a_receiver_that_was_slow_once_is_not_slow_for_ever(bench: Bench) -> Non
 
 
 class Peer:
-    """Takes versions in `seconds` each, ten buckets; for `pause_s` it is away after each."""
+    """Takes versions in `seconds` each, bucket by bucket; for `pause_s` it is away after each."""
 
-    def __init__(self, name: str, seconds: float, pause_s: float) -> None:
-        self.name, self.seconds, self.pause_s = name, seconds, pause_s
+    def __init__(self, name: str, seconds: float, pause_s: float, buckets: int = 10) -> None:
+        self.name, self.seconds, self.pause_s, self.buckets = name, seconds, pause_s, buckets
         self.holds: int | None = None
         self.pulling: int | None = None
         self.left = 0
@@ -226,9 +226,10 @@ class Peer:
                 return self.pause_s
         offered = bench.offered(self.name) if self.name in bench.receivers else None
         if self.pulling is None and offered is not None and (self.holds is None or offered > self.holds):
-            self.pulling, self.left = offered, 10
+            self.pulling, self.left = offered, self.buckets
         bench.says(self.name, self.holds, self.pulling)
-        return min(self.seconds / 10, HELLO_S) if self.pulling is None else self.seconds / 10
+        bucket_s = self.seconds / self.buckets
+        return min(bucket_s, HELLO_S) if self.pulling is None else bucket_s
 
 
 def simulate(peers: list[Peer], intervals: Iterator[float], horizon_s: float) -> list[float]:
@@ -285,3 +286,11 @@ def test_the_slow_get_versions_too_however_fast_they_come() -> None:
     peers = [Peer("fast", 0.1, 0.0), Peer("slow", 10.0, 0.0), Peer("slower", 25.0, 0.0)]
     simulate(peers, itertools.repeat(0.2), 600.0)
     assert [len(peer.got) >= least for peer, least in zip(peers, (500, 10, 5), strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("slow_s", [240.0, 300.0, 600.0])
+def test_one_that_takes_longer_than_any_patience_gets_versions_too(slow_s: float) -> None:
+    peers = [Peer("fast", 5.0, 0.0), Peer("slow", slow_s, 0.0, buckets=300)]
+    simulate(peers, itertools.repeat(10.0), 6000.0)
+    assert len(peers[0].got) >= 500
+    assert len(peers[1].got) >= 5
