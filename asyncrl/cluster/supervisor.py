@@ -44,6 +44,7 @@ class Supervisor:
         self._clock = AwakeClock(time.monotonic, STEP_S)
         self._store, self._learner, *_ = self._members = self._make_members()
         self._known: dict[str, tuple[int, Any]] = {}  # where the peers are: by name, restart count and address or handle
+        self._dead: list[tuple[str, int]] = []  # workers and incarnations that the store must be told of
         self._until: int | None = None  # the update that the learner is running to
         self._finishing = False
         self._stop_timeout_s = self._limits.stop_timeout_s
@@ -204,6 +205,7 @@ class Supervisor:
             self._announce("store", member.restart_count, member.handle)
         if member is not self._learner:
             member.run()
+            self._tell_deaths()
             return
         self._announce("bus", member.restart_count, address)
         self._plan = msgspec.structs.replace(self._plan, resume_at=None)  # a later restart takes the newest checkpoint
@@ -239,9 +241,15 @@ class Supervisor:
         member.restarts += 1
         log.warning("%s died and is restarted: %s", member.name, text.strip().splitlines()[-1] if text.strip() else error)
         member.kill()
-        if member is not self._store and self._store.phase == "running":
-            call_store(self._store.handle, "forget", member.name, self._plan.incarnation(member.restart_count))
+        if member is not self._store:
+            self._dead.append((member.name, self._plan.incarnation(member.restart_count)))
+            self._tell_deaths()
         member.spawn(self._plan, self._known)
+
+    def _tell_deaths(self) -> None:
+        """The store is told of every death once; of those while it was down itself, when it is up again."""
+        while self._dead and self._store.phase == "running":
+            call_store(self._store.handle, "forget", *self._dead.pop(0))
 
     # -------------------------------------------------------------------------------------- watching progress
 

@@ -34,3 +34,14 @@ def test_an_actor_is_silent_for_as_long_as_the_supervisor_was_awake_to_hear_it(l
     now += 2.0
     with pytest.raises(Unavailable, match=r"reward-0 \(pid 0\) has not answered for 61 s"):
         member.poll_report(60.0)
+
+
+def test_failures_of_slow_starts_count_together(local_ray: None) -> None:
+    """An actor counts as up while its SGLang server starts, for longer than the window if it may."""
+    now = 0.0
+    limits = LimitsSpec(max_restarts=3, restart_window_s=3600.0, start_timeout_s=2000.0)
+    member = Member("generator", "generator-0", PlaceSpec(), limits, lambda: now)
+    for failures in (1, 2, 3, 4):
+        member.budget.up()
+        now += 1990.0
+        assert len(member.budget.failed("no server")) == failures

@@ -20,7 +20,7 @@ from asyncrl.config import (
     SamplingSpec,
     StalenessSpec,
 )
-from asyncrl.errors import AsyncRLError, ConfigError, PlacementError
+from asyncrl.errors import AsyncRLError, ConfigError, PlacementError, Unavailable
 from asyncrl.report.summary import RunSummary
 from asyncrl.types import GroupCounts, StoreReport
 
@@ -30,6 +30,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
 def test_a_prompt_that_was_given_up_is_named_once(local_ray, tiny_recipe, tmp_path, caplog):
     plan = RunPlan(recipe=tiny_recipe(), deployment=Deployment(), run_dir=str(tmp_path), started=1, loopback=True)
     supervisor = Supervisor(plan, RunSummary(name="tiny", total_steps=5), lambda records: None)
+    (generator,) = (member for member in supervisor._members if member.role == "generator")
+    for _ in range(3):
+        generator.budget.failed("it died of that prompt")
     for said in ((), ("the prompt in row 7",), ("the prompt in row 7",), ("the prompt in row 7", "the prompt in row 9")):
         report = StoreReport(
             records=(), committed=0, counts=GroupCounts(), evals_pending=0, activity=0, gauges={}, given_up=said
@@ -38,6 +41,22 @@ def test_a_prompt_that_was_given_up_is_named_once(local_ray, tiny_recipe, tmp_pa
         supervisor._tick()
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert told == ["the prompt in row 7", "the prompt in row 9"]
+    assert generator.budget.failed("of something else") == ["of something else"], "explained deaths cost no restarts"
+
+
+def test_the_store_is_told_of_deaths_while_it_was_down_once_it_is_up(local_ray, tiny_recipe, tmp_path, monkeypatch):
+    plan = RunPlan(recipe=tiny_recipe(), deployment=Deployment(), run_dir=str(tmp_path), started=1, loopback=True)
+    plan.paths.create()
+    supervisor, told = Supervisor(plan, RunSummary(name="tiny", total_steps=5), lambda records: None), []
+    monkeypatch.setattr("asyncrl.cluster.supervisor.call_store", lambda handle, *call: told.append(call))
+    for member in supervisor._members:
+        member.spawn = member.kill = lambda *arguments: None
+    store, (generator,) = supervisor._store, (m for m in supervisor._members if m.role == "generator")
+    generator.restart_count = 0
+    for phase in ("starting", "running"):
+        store.phase = phase
+        supervisor._failed(generator, Unavailable("it died"))
+        assert told == {"starting": [], "running": [("forget", generator.name, plan.incarnation(0))] * 2}[phase]
 
 
 def test_nothing_moving_ends_the_run_with_a_dump(local_ray, tiny_recipe, hold_after, tmp_path):

@@ -155,7 +155,7 @@ class Segments:
             if found != segment.crc32:
                 raise DataError(
                     f"{path} has checksum {found:08x}, the event log says {segment.crc32:08x}: the file is damaged; "
-                    "restore it from a copy, or start again from an older checkpoint"
+                    "restore it from a copy; a newer checkpoint, if there is one, needs fewer of its rows"
                 )
             self._readers[segment.number] = read_closed(path, self._schema)
         return self._readers[segment.number]
