@@ -174,7 +174,7 @@ def test_a_stopped_run_resumes_where_it_was_and_a_learner_that_dies_between_two_
         assert made[Version(3, update)] == made[Version(first_made_by, update)], "another batch than before was trained"
 
 
-def test_resuming_asks_for_the_same_groups_and_a_new_run_sets_the_old_aside(led, events_of):
+def test_resuming_asks_for_the_same_groups_and_a_new_run_sets_the_old_aside(led, events_of, caplog):
     recipe, folder = led.recipe, led.folder
     recorded = (folder / "tiny" / "recipe.json").read_bytes()
     with pytest.raises(ConfigError, match=r"seed=1, but it began with 0"):
@@ -197,7 +197,18 @@ def test_resuming_asks_for_the_same_groups_and_a_new_run_sets_the_old_aside(led,
         launch(recipe, runs_dir=folder, resume=7)
     again = launch(replace(recipe, total_steps=11), runs_dir=folder, resume=6)  # though it was finished
     assert again.steps == 11
-    assert [e.committed for e in events_of(again.run_dir) if isinstance(e, ev.LearnerFenced)] == [0, 2, 5, 6, 6]
+    assert [e.committed for e in events_of(again.run_dir) if isinstance(e, ev.LearnerFenced)] == [0, 5, 2, 6, 6]
+
+    (tail,) = (folder / "tiny" / "replay").glob("events-*.tail")
+    while surviving_commits(events_of(again.run_dir))[-1].version.update == 11:  # as if the power had failed
+        os.truncate(tail, tail.stat().st_size - 100)
+    caplog.clear()
+    after = launch(replace(recipe, total_steps=12), runs_dir=folder, resume=True)
+    assert after.steps == 12
+    assert "step_000011 was given up" in caplog.text
+    events = events_of(after.run_dir)
+    assert [e.committed for e in events if isinstance(e, ev.LearnerFenced)] == [0, 5, 2, 6, 6, 6]
+    assert_nothing_lost(events, after)
 
     assert launch(replace(recipe, total_steps=1), runs_dir=folder).steps == 1
-    assert (folder / "tiny" / "previous-1" / "checkpoints" / "step_000011").is_dir()
+    assert (folder / "tiny" / "previous-1" / "checkpoints" / "step_000012").is_dir()
