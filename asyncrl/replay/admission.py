@@ -142,7 +142,7 @@ class Holders:
     def deadline(self, group: Group) -> float:
         """How many updates may be committed before a group is in a batch; inf where nobody waits for it."""
         oldest = group.oldest_submitted() if group.id in self._lost else group.oldest()
-        return math.inf if oldest is None or group.excused else self._rule.deadline(oldest)
+        return math.inf if oldest is None or group.excused or group.hopeless() else self._rule.deadline(oldest)
 
     def fits(self, group: Group, oldest: int, others: Mapping[int, int] = {}) -> bool:
         """Whether tokens from update `oldest` may become a part of a group that is in no batch: they can be trained in time;

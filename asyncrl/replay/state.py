@@ -77,12 +77,15 @@ class Group(Struct):
     def oldest(self) -> int:
         """A bound on the update of the oldest token: known for submitted rollouts, the reservation's for the others."""
         known = (self.update if r.row < 0 else r.oldest for r in self.sampled() if r.status in (None, "ok"))
-        # With nothing left to train the group only waits for its baseline, to fail: it must not become due sooner.
-        return min(known, default=max(r.oldest for r in self.sampled()))
+        return min(known, default=self.update)
 
     def oldest_submitted(self) -> int | None:
         """The same for the rollouts that were submitted; None where there is none."""
         return min((r.oldest for r in self.sampled() if r.row >= 0 and r.status in (None, "ok")), default=None)
+
+    def hopeless(self) -> bool:
+        """Whether nothing of it can be trained any more: it only waits for its baseline, to fail."""
+        return all(r.status not in (None, "ok") for r in self.sampled())
 
     def newest(self) -> int:
         return max(r.newest for r in self.ok())

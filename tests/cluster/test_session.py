@@ -24,9 +24,11 @@ def leave(number: int, frame: object) -> None:
 
 @pytest.fixture
 def own_handler():
-    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Of both signals; a shell has its jobs in the background ignore SIGINT."""
+    former = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     yield signal.default_int_handler
-    signal.signal(signal.SIGTERM, former)
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.filterwarnings("error")
@@ -84,15 +86,11 @@ def test_signals_are_handled_once_it_is_over(own_handler: object, numbers: list[
         handled.append("second")
         raise KeyboardInterrupt
 
-    former = signal.getsignal(signal.SIGINT)
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, first)
-    try:
-        with pytest.raises(KeyboardInterrupt) if numbers else nullcontext(), undisturbed():
-            for number in numbers:
-                signal.raise_signal(number)
-            done.append("all of it")
-    finally:
-        signal.signal(signal.SIGINT, former)
+    with pytest.raises(KeyboardInterrupt) if numbers else nullcontext(), undisturbed():
+        for number in numbers:
+            signal.raise_signal(number)
+        done.append("all of it")
     assert done == ["all of it"]
     assert handled == ["first", "second"][: len(numbers)]

@@ -1,5 +1,6 @@
 """A group's greedy rollout: generated and scored with the others, compared with, never trained."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -128,10 +129,10 @@ def test_evaluation_has_none(fakes: SimpleNamespace) -> None:
     assert (ticket.purpose, ticket.rollouts, ticket.baseline) == ("eval", (0,), None)
 
 
-def test_a_group_with_nothing_left_to_train_becomes_due_no_sooner(fakes: SimpleNamespace) -> None:
+def test_nobody_waits_for_a_group_with_nothing_left_to_train(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(max_lag=2, batch=1, size=40, baseline=True, n=2))
     bench.fence(0)
     (ticket,) = bench.reserve(1, 0).tickets
     bench.submit(ticket, 1, rollouts=[0, 1])
     bench.call("score", 0, [fakes.score(ticket, index, None) for index in (0, 1)])
-    assert bench.core.holders.deadline(bench.core.ledger.groups[ticket.group]) == 3
+    assert bench.core.holders.deadline(bench.core.ledger.groups[ticket.group]) == math.inf
