@@ -1,0 +1,76 @@
+"""Ctrl-C, from Python: what was trained is saved, and the run goes on from exactly there."""
+
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from asyncrl import Trainer
+from asyncrl.config import CheckpointSpec, Deployment, LimitsSpec
+from asyncrl.replay.log import events as ev
+from asyncrl.report.summary import RunSummary
+from asyncrl.rundir import RunDir
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+
+
+class CtrlC:
+    """Interrupts this process when so many updates are committed, and again in every later round up to `times`."""
+
+    def __init__(self, after: int, times: int = 1) -> None:
+        self.after, self.left = after, times
+
+    def __call__(self, run: RunSummary) -> None:
+        if self.left and run.committed >= self.after:
+            self.left -= 1
+            signal.raise_signal(signal.SIGINT)
+
+
+def deployment(**limits: float) -> Deployment:
+    return Deployment(limits=LimitsSpec(poll_s=0.5, stop_timeout_s=3.0, **limits))
+
+
+def test_an_interrupted_fit_saves_goes_on_and_is_resumed_from_exactly_there(
+    local_ray: None, tiny_recipe: Callable, events_of: Callable, metrics_of: Callable, tmp_path
+) -> None:
+    run = RunDir(tmp_path / "tiny")
+    recipe = tiny_recipe(total_steps=100_000, checkpoint=CheckpointSpec(save_freq=1000, keep_last_n=9))
+    with Trainer(recipe, deployment(), runs_dir=tmp_path, observe=CtrlC(2)) as trainer:
+        with pytest.raises(KeyboardInterrupt, match=r"update (\d+) is saved in .*step_0*\1; to go on: --resume"):
+            trainer.fit()
+        saved = trainer.result().steps
+        assert saved >= 2
+        assert [folder.name for folder in run.steps()] == ["step_000000", f"step_{saved:06d}"]
+        assert trainer.fit(2).steps == saved + 2, "the learner was left of no use"
+    assert [line["step"] for line in metrics_of(run.path, "step")] == list(range(1, saved + 3))
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Trainer(recipe, deployment(), runs_dir=tmp_path, resume_from=run.path, observe=CtrlC(saved + 4)) as trainer,
+    ):
+        trainer.fit()
+    events = events_of(run.path)
+    fences = [event for event in events if isinstance(event, ev.LearnerFenced)]
+    assert [fence.committed for fence in fences] == [0, saved + 2]
+    commits = [event.version.update for event in events if isinstance(event, ev.BatchCommitted)]
+    assert commits == list(range(1, commits[-1] + 1)), "an update was made twice"
+    assert run.steps()[-1].name == f"step_{commits[-1]:06d}"
+
+
+@pytest.mark.parametrize("how", ["too late", "twice"])
+def test_an_update_that_does_not_end_holds_up_the_end_for_a_while_only(
+    local_ray: None, tiny_recipe: Callable, hold_after: Callable, tmp_path, how: str
+) -> None:
+    recipe = tiny_recipe(algorithm=hold_after(2).algorithm, checkpoint=CheckpointSpec(save_freq=1000))
+    observe = CtrlC(2, times=2 if how == "twice" else 1)
+    limits = {"save_timeout_s": 600.0 if how == "twice" else 2.0}
+    with (
+        Trainer(recipe, deployment(**limits), runs_dir=tmp_path, observe=observe) as trainer,
+        pytest.raises(KeyboardInterrupt) as interrupt,
+    ):
+        trainer.fit()
+    said = str(interrupt.value)
+    if how == "twice":
+        assert said == ""
+    else:
+        assert "step_000000 is the newest checkpoint; the updates since, up to 2, will be made again from the log" in said
