@@ -29,12 +29,12 @@ def pick(rule: Staleness, ledger: Ledger, update: int, exhausted: bool, seed: in
     """The batch that would be next, among ready groups that are not stale: those of the earliest deadlines, unless a selector
     says otherwise. () while there are too few: less than batch_groups only when no more can come."""
     size = rule.batch_groups
-    in_flight = len(ledger.groups) - len(ledger.taken) - len(ledger.ready)
-    if len(ledger.ready) < size and not (exhausted and in_flight == 0):
+    last = exhausted and len(ledger.groups) == len(ledger.taken) + len(ledger.ready)
+    if len(ledger.ready) < size and not last:
         return ()
     # After a restore some tokens may come from a lost lineage that was ahead: those groups wait until updates catch up.
     eligible = sorted(g for g in ledger.ready if ledger.groups[g].newest() <= update)
-    if len(eligible) < size and not (exhausted and in_flight == 0):
+    if len(eligible) < size and not last:
         return ()
     if rule.selector == "uniform" and len(eligible) > size:
         eligible = random.Random(derive_seed(seed, update)).sample(eligible, size)
