@@ -6,12 +6,13 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
+from aiohttp import web
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from asyncrl.generate.sglang.process import free_port
@@ -19,7 +20,27 @@ from asyncrl.generate.sglang.process import free_port
 START_S = 120.0
 COMMAND = "sglang-cpu-server"
 
+Respond = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Serve = Callable[..., AbstractContextManager[tuple[str, int]]]
+
+
+@pytest.fixture(scope="session")
+def answering() -> Callable[[Respond], AbstractAsyncContextManager[str]]:
+    """answering(respond): a server that gives `respond` to everything; yields its address."""
+
+    @asynccontextmanager
+    async def serve(respond: Respond) -> AsyncIterator[str]:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", respond)
+        runner, port = web.AppRunner(app, shutdown_timeout=0.1), free_port()
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", port).start()
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            await runner.cleanup()
+
+    return serve
 
 
 @pytest.fixture(scope="session")

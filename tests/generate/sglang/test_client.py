@@ -26,6 +26,7 @@ async def generate(client: SGLangClient, max_tokens: int = 4) -> list[Any]:
 
 
 def with_server(
+    answering: Any,
     respond: Callable[[web.Request], Awaitable[web.StreamResponse]],
     check: Callable[[SGLangClient], Awaitable[None]],
     key: str = "",
@@ -33,18 +34,13 @@ def with_server(
     """Runs `check` with a client, which has `key`, of a server that gives `respond` to everything."""
 
     async def run() -> None:
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", respond)
-        runner, port = web.AppRunner(app, shutdown_timeout=0.1), free_port()
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        client = SGLangClient(f"http://127.0.0.1:{port}/", key)
-        try:
-            async with asyncio.timeout(WAIT_S):
-                await check(client)
-        finally:
-            await client.close()
-            await runner.cleanup()
+        async with answering(respond) as url:
+            client = SGLangClient(f"{url}/", key)
+            try:
+                async with asyncio.timeout(WAIT_S):
+                    await check(client)
+            finally:
+                await client.close()
 
     asyncio.run(run())
 
@@ -63,7 +59,9 @@ async def never(request: web.Request) -> web.StreamResponse:
         (200, '{"error": "too long"}', ConfigError, "too long"),
     ],
 )
-def test_a_response_that_makes_no_sense_is_named(status: int, body: str, error: type[Exception], words: str) -> None:
+def test_a_response_that_makes_no_sense_is_named(
+    answering: Any, status: int, body: str, error: type[Exception], words: str
+) -> None:
     async def respond(request: web.Request) -> web.StreamResponse:
         return web.Response(status=status, text=body)
 
@@ -71,10 +69,10 @@ def test_a_response_that_makes_no_sense_is_named(status: int, body: str, error: 
         with pytest.raises(error, match=words):
             await generate(client)
 
-    with_server(respond, check)
+    with_server(answering, respond, check)
 
 
-def test_a_refused_call_and_one_without_success_are_unavailable() -> None:
+def test_a_refused_call_and_one_without_success_are_unavailable(answering: Any) -> None:
     async def respond(request: web.Request) -> web.StreamResponse:
         return web.json_response({"success": False, "message": "no"}) if request.path == "/a" else web.Response(status=500)
 
@@ -84,10 +82,10 @@ def test_a_refused_call_and_one_without_success_are_unavailable() -> None:
         with pytest.raises(Unavailable, match="/b: status 500"):
             await client.check("/b", WAIT_S)
 
-    with_server(respond, check)
+    with_server(answering, respond, check)
 
 
-def test_a_stream_that_breaks_off_is_unavailable() -> None:
+def test_a_stream_that_breaks_off_is_unavailable(answering: Any) -> None:
     async def respond(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
@@ -98,10 +96,10 @@ def test_a_stream_that_breaks_off_is_unavailable() -> None:
         with pytest.raises(Unavailable, match="ended before 1 of its 1 requests had"):
             await generate(client, max_tokens=100)
 
-    with_server(respond, check)
+    with_server(answering, respond, check)
 
 
-def test_a_deadline_and_a_server_that_is_not_there_are_named() -> None:
+def test_a_deadline_and_a_server_that_is_not_there_are_named(answering: Any) -> None:
     async def check(client: SGLangClient) -> None:
         with pytest.raises(Unavailable, match=r"/health did not respond in 0\.05 s"):
             await client.check("/health", 0.05)
@@ -110,10 +108,10 @@ def test_a_deadline_and_a_server_that_is_not_there_are_named() -> None:
             await nobody.check("/health", WAIT_S)
         await nobody.close()
 
-    with_server(never, check)
+    with_server(answering, never, check)
 
 
-def test_whoever_waits_when_the_client_is_closed_gets_unavailable_and_so_do_later_calls() -> None:
+def test_whoever_waits_when_the_client_is_closed_gets_unavailable_and_so_do_later_calls(answering: Any) -> None:
     async def check(client: SGLangClient) -> None:
         waiting = [
             asyncio.ensure_future(work) for work in (client.check("/health", WAIT_S), generate(client), generate(client, 99))
@@ -128,4 +126,4 @@ def test_whoever_waits_when_the_client_is_closed_gets_unavailable_and_so_do_late
         with pytest.raises(Unavailable, match="its client was closed"):
             await client.check("/health", WAIT_S)
 
-    with_server(never, check)
+    with_server(answering, never, check)

@@ -20,7 +20,6 @@ from aiohttp import web
 
 from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.generate.sglang.client import SGLangClient
-from asyncrl.generate.sglang.process import free_port
 from asyncrl.generate.sglang.segments import RequestRow
 from asyncrl.generate.sglang.wire import ANYTHING, FACTS, LOADS, REFUSAL, Unreadable, decode
 from asyncrl.types import Generation, GenerationRequest, Sampling, Version
@@ -69,7 +68,7 @@ def stream(made: list[Any]) -> bytes:
 Check = Callable[[SGLangClient, Callable[[bytes], None]], Any]
 
 
-def with_server(check: Check) -> None:
+def with_server(answering: Any, check: Check) -> None:
     """Runs `check(client, say)`; say(body): what the server responds with from then on."""
 
     async def run() -> None:
@@ -82,17 +81,12 @@ def with_server(check: Check) -> None:
         async def respond(request: web.Request) -> web.Response:
             return web.Response(body=body)
 
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", respond)
-        runner, port = web.AppRunner(app, shutdown_timeout=0.1), free_port()
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        client = SGLangClient(f"http://127.0.0.1:{port}")
-        try:
-            await check(client, say)
-        finally:
-            await client.close()
-            await runner.cleanup()
+        async with answering(respond) as url:
+            client = SGLangClient(url)
+            try:
+                await check(client, say)
+            finally:
+                await client.close()
 
     asyncio.run(run())
 
@@ -118,7 +112,7 @@ def sound(answer: Generation) -> bool:
     )
 
 
-def test_what_is_not_damaged_is_taken_as_it_is() -> None:
+def test_what_is_not_damaged_is_taken_as_it_is(answering: Any) -> None:
     async def check(client: SGLangClient, say: Callable[[bytes], None]) -> None:
         for interval, body in ((1, stream(events())), (64, json.dumps([news(0, 0, TOKENS), news(1, 0, TOKENS)]).encode())):
             say(body)
@@ -126,7 +120,7 @@ def test_what_is_not_damaged_is_taken_as_it_is() -> None:
             assert all(sound(answer) and answer.token_ids == list(range(10, 16)) for answer in answers)
             assert [answer.finish_reason for answer in answers] == ["length", "length"]
 
-    with_server(check)
+    with_server(answering, check)
 
 
 DIGITS = "9" * 5000  # more than Python turns into an int
@@ -157,7 +151,7 @@ META: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("damage", META)
 @pytest.mark.parametrize("interval", [1, 64], ids=["stream", "batch"])
-def test_a_value_that_cannot_be_costs_the_server_an_error(damage: str, interval: int) -> None:
+def test_a_value_that_cannot_be_costs_the_server_an_error(answering: Any, damage: str, interval: int) -> None:
     name, value = META[damage]
     whole = json.dumps(news(0, 0, 1, **{name: "HERE"})).replace('"HERE"', value).encode(errors="surrogateescape")
 
@@ -166,7 +160,7 @@ def test_a_value_that_cannot_be_costs_the_server_an_error(damage: str, interval:
         with pytest.raises(Unavailable, match="/generate sent what asyncrl can't read"):
             await generations(client, interval)
 
-    with_server(check)
+    with_server(answering, check)
 
 
 @pytest.mark.parametrize(
@@ -181,29 +175,29 @@ def test_a_value_that_cannot_be_costs_the_server_an_error(damage: str, interval:
         ([None], "sent what asyncrl can't read"),
     ],
 )
-def test_a_stream_must_have_news_of_its_requests_until_all_have_ended(made: list[Any], words: str) -> None:
+def test_a_stream_must_have_news_of_its_requests_until_all_have_ended(answering: Any, made: list[Any], words: str) -> None:
     async def check(client: SGLangClient, say: Callable[[bytes], None]) -> None:
         say(stream(made))
         with pytest.raises(Unavailable, match=words):
             await generations(client, 1)
 
-    with_server(check)
+    with_server(answering, check)
 
 
 @pytest.mark.parametrize(
     ("indices", "words"),
     [((0,), "ended before 1 of its 2 requests had"), ((0, 1, 0), "request 2, of 2, which has ended or never was")],
 )
-def test_a_batch_must_have_one_answer_per_request(indices: tuple[int, ...], words: str) -> None:
+def test_a_batch_must_have_one_answer_per_request(answering: Any, indices: tuple[int, ...], words: str) -> None:
     async def check(client: SGLangClient, say: Callable[[bytes], None]) -> None:
         say(json.dumps([news(index, 0, TOKENS) for index in indices]).encode())
         with pytest.raises(Unavailable, match=words):
             await generations(client, 64)
 
-    with_server(check)
+    with_server(answering, check)
 
 
-def test_a_refusal_is_told_from_an_answer_that_only_mentions_an_error() -> None:
+def test_a_refusal_is_told_from_an_answer_that_only_mentions_an_error(answering: Any) -> None:
     async def check(client: SGLangClient, say: Callable[[bytes], None]) -> None:
         for interval in (1, 64):
             for body, error in (
@@ -217,7 +211,7 @@ def test_a_refusal_is_told_from_an_answer_that_only_mentions_an_error() -> None:
                 with pytest.raises(error):
                     await generations(client, interval)
 
-    with_server(check)
+    with_server(answering, check)
 
 
 @pytest.mark.parametrize(
@@ -233,13 +227,13 @@ def test_a_refusal_is_told_from_an_answer_that_only_mentions_an_error() -> None:
         b"{",
     ],
 )
-def test_what_a_server_says_of_itself_is_checked_as_well(text: bytes) -> None:
+def test_what_a_server_says_of_itself_is_checked_as_well(answering: Any, text: bytes) -> None:
     async def check(client: SGLangClient, say: Callable[[bytes], None]) -> None:
         say(text)
         with pytest.raises(Unavailable, match="/x sent what asyncrl can't read"):
             await client.get("/x", FACTS if b"_size" in text else LOADS, WAIT_S)
 
-    with_server(check)
+    with_server(answering, check)
 
 
 # ------------------------------------------------------------------------------------------------ any damage
@@ -289,7 +283,7 @@ def damaged(body: bytes, chance: random.Random) -> bytes:
     return body
 
 
-def test_fuzz_nothing_but_a_sound_answer_or_a_named_error_comes_of_a_damaged_response() -> None:
+def test_fuzz_nothing_but_a_sound_answer_or_a_named_error_comes_of_a_damaged_response(answering: Any) -> None:
     chance, outcomes = random.Random(9), Counter[str]()
     bodies = {1: stream(events()), 64: json.dumps([news(0, 0, TOKENS), news(1, 0, TOKENS)]).encode()}
 
@@ -306,7 +300,7 @@ def test_fuzz_nothing_but_a_sound_answer_or_a_named_error_comes_of_a_damaged_res
             outcomes["taken"] += 1
             assert all(sound(answer) for answer in answers), (case, body)
 
-    with_server(check)
+    with_server(answering, check)
     print(dict(outcomes))
     assert outcomes["Unavailable"] > CASES / 3
     assert outcomes["taken"] > 0  # some damage leaves a response sound
