@@ -277,7 +277,7 @@ class LimitsSpec(Spec, frozen=True, kw_only=True):
     stall_timeout_s: float = 300.0
     # For what the learner saves when it is asked to; at an interrupt (Ctrl-C, SIGTERM) the update under way included.
     save_timeout_s: float = 600.0
-    # For an SGLang server to take new weights; then it is replaced. Well below stall_timeout_s.
+    # For an SGLang server to take new weights; then it is replaced. Below stall_timeout_s.
     update_timeout_s: float = 180.0
     stop_timeout_s: float = 15.0  # for actors to end by themselves, before they are killed
 

@@ -54,9 +54,9 @@ class Flight:
         self.nbytes += nbytes
 
     def confirm(self, peer: bytes, number: int, now: float) -> None:
-        """The receiver has frame `number`, and so all before it."""
+        """The receiver has frame `number`, and so all before it; one that was never sent is of another connection."""
         way = self._ways.get(peer)
-        if way is None or not way.frames or way.frames[0][0] > number:
+        if way is None or not way.frames or not way.frames[0][0] <= number <= way.last:
             return
         if way.stalled:
             way.stalled = False

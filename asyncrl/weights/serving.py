@@ -140,7 +140,7 @@ class Serving:
         match request:
             case Hello(holds=holds, pulling=pulling, here=here, confirms=number):
                 receiver.here = here
-                self._versions.hear(receiver, holds, pulling, now)
+                self._versions.hear(receiver, holds, None if self._versions.shares_memory(receiver) else pulling, now)
                 self._flight.confirm(identity, number, now)
             case GetManifest(version=version) if not self._versions.shares_memory(receiver):
                 self._versions.hear(receiver, receiver.holds, version, now)  # or the version could go before its first bucket

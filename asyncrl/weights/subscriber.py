@@ -127,7 +127,7 @@ class WeightSubscriber:
                     self._assembly.put(index, payload)
                     self._counts["received_bytes"] += len(payload)
             case Gone(version=version):
-                if version in (self._pulling, self._asked_manifest and self._asked_manifest[0]):
+                if version == self._pulling:
                     self._restart()
             case Refused(reason=reason):
                 raise BadTransfer(f"weight publisher refused a request: {reason}")
@@ -201,8 +201,13 @@ class WeightSubscriber:
 
     @property
     def _pulling(self) -> Version | None:
-        """The version that is taken over the socket, which the publisher keeps for that."""
-        return self._assembly.version if self._assembly is not None and not self._assembly.is_shared else None
+        """The version that is or will be taken over the socket, which the publisher keeps for that.
+
+        From the request for its manifest on: a Hello that says less would let the version go before its first bucket.
+        """
+        if self._assembly is not None:
+            return None if self._assembly.is_shared else self._assembly.version
+        return self._asked_manifest[0] if self._asked_manifest is not None else None
 
     def _restart(self) -> None:
         """Discards what is half here, and asks what is newest. Replies to older requests are passed over till the answer."""

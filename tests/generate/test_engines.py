@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 from transformers import PreTrainedModel
 
-from asyncrl.config import Deployment, EngineSpec, GeneratorsSpec, ModelSpec, SGLangSpec
+from asyncrl.config import Deployment, EngineSpec, GeneratorsSpec, LimitsSpec, ModelSpec, SGLangSpec
 from asyncrl.config.deployment import ENGINES, EngineName
 from asyncrl.errors import ConfigError
 from asyncrl.generate.engines import EngineKind, EngineSite, engine_kind
@@ -16,9 +16,9 @@ from asyncrl.report.findings import Finding
 from asyncrl.types import GenerationRequest
 
 
-def deployment(sglang: SGLangSpec, count: int = 1, ray_address: str = "") -> Deployment:
+def deployment(sglang: SGLangSpec, count: int = 1, ray_address: str = "", limits: LimitsSpec = LimitsSpec()) -> Deployment:
     engine = EngineSpec(kind="sglang", update_mode="drain", sglang=sglang)
-    return Deployment(ray_address=ray_address, generators=GeneratorsSpec(count=count, engine=engine))
+    return Deployment(ray_address=ray_address, generators=GeneratorsSpec(count=count, engine=engine), limits=limits)
 
 
 def row(name: str, kind: EngineKind) -> Finding:
@@ -60,6 +60,12 @@ def test_a_server_command_must_be_on_the_path(tmp_path: Path, monkeypatch: pytes
         SGLangKind({}).check(spec)
     (tmp_path / "my-server").touch(mode=0o755)
     assert SGLangKind({}).check(spec) == "sglang: 3 × 2 servers, tensor parallel 4, by `my-server --fast`; drain updates"
+
+
+def test_a_server_is_replaced_before_the_run_counts_as_stalled() -> None:
+    urls = SGLangSpec(urls=("http://127.0.0.1:30000",))
+    with pytest.raises(ConfigError, match=r"update_timeout_s=300 >= limits\.stall_timeout_s=300.*make it much smaller"):
+        SGLangKind({}).check(deployment(urls, limits=LimitsSpec(update_timeout_s=300.0)))
 
 
 def test_the_default_command_needs_sglang_and_its_kernels() -> None:

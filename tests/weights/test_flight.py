@@ -27,6 +27,13 @@ def test_a_receiver_gets_no_more_than_its_share_until_it_confirms() -> None:
     assert not flight.allows(b"a", 41)
 
 
+def test_a_frame_that_was_never_sent_is_not_confirmed() -> None:
+    flight = Flight(each_bytes=100, total_bytes=1000)
+    send(flight, b"back on a new connection", 100)
+    flight.confirm(b"back on a new connection", 40, 0.0)  # of the former one
+    assert flight.nbytes == 100
+
+
 def test_half_of_the_total_is_for_those_with_nothing_on_the_way() -> None:
     flight = Flight(each_bytes=100, total_bytes=200)
     send(flight, b"greedy", 50)

@@ -19,7 +19,7 @@ from asyncrl.errors import BadTransfer, Closed, Unavailable
 from asyncrl.models.layout import DTYPES
 from asyncrl.models.memory import FlatTensors, Place, WeightMemory, here
 from asyncrl.types import Version
-from asyncrl.weights.messages import Announce, GetBucket, Gone, Refused
+from asyncrl.weights.messages import Announce, GetBucket, GetManifest, Gone, Hello, Refused
 from asyncrl.weights.sockets import Address
 
 WAIT_S = 20.0
@@ -374,6 +374,28 @@ def test_a_version_that_went_away_leads_to_the_newest(
     version, tensors = until(lambda: drive(subscriber, publisher, data2, manifest2))
     assert version == Version(1, 2)
     assert same(tensors, weights(2))
+
+
+def test_from_the_request_for_its_manifest_on_every_hello_names_the_version(
+    bus: Any, weights: Callable, packed: Callable, until: Callable
+) -> None:
+    publisher = bus.hand_publisher()
+    subscriber = bus.subscriber(publisher, transport="tcp")
+    _, manifest = packed(Version(1, 1), weights(1))
+
+    def turn() -> bool:
+        """The publisher says what is newest, and takes its time with the manifest."""
+        for request in publisher.requests():
+            if isinstance(request, Hello) and not asked():
+                publisher.send(Announce(version=manifest.version, echo=request.sequence))
+        subscriber.next(None, 0.01)
+        return bool(asked()) and isinstance(publisher.seen[-1], Hello)
+
+    def asked() -> list[int]:
+        return [index for index, request in enumerate(publisher.seen) if isinstance(request, GetManifest)]
+
+    until(turn)
+    assert {request.pulling for request in publisher.seen[asked()[0] + 1 :]} == {Version(1, 1)}
 
 
 def test_a_stalled_subscriber_holds_up_nobody_and_gets_its_version_in_the_end(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from asyncrl.config import Deployment, SGLangSpec
+from asyncrl.config.base import require
 from asyncrl.errors import ConfigError
 from asyncrl.generate.engines import EngineSite
 from asyncrl.generate.sglang.keys import read_key
@@ -44,6 +45,12 @@ class SGLangKind(NamedTuple):
         others than the driver's, and refuse by themselves."""
         count, engine = deployment.generators.count, deployment.generators.engine
         sglang, updates = engine.sglang, f"{engine.update_mode} updates"
+        limits = deployment.limits
+        require(
+            limits.update_timeout_s < limits.stall_timeout_s,
+            f"limits.update_timeout_s={limits.update_timeout_s:g} >= limits.stall_timeout_s={limits.stall_timeout_s:g}: a "
+            "server that hangs while it takes weights would end the run instead of being replaced; make it much smaller",
+        )
         address = deployment.ray_address or self.environ.get("RAY_ADDRESS", "")
         if sglang.urls:
             if sglang.api_key_file and not address:
