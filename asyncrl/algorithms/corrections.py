@@ -56,12 +56,15 @@ def uncorrected(proximal_t: Tensor) -> Weights:
 
 
 def interpolated_proximal(logp_t: Tensor, behaviour_t: Tensor, lag_t: Tensor) -> Tensor:
-    """A proximal policy without a forward pass: between behaviour and current logprobs, by lag. A-3PO (Li et al. 2025).
+    """A proximal policy without a forward pass: between behaviour and current logprobs, by lag. A-3PO (Li et al. 2025; AReaL).
 
-    behaviour + (1 − 1/lag)·(logp − behaviour): the older a token, the nearer to the current policy. Lag 0 and 1: behaviour.
+    behaviour + α·(logp − behaviour), α = (v_prox − v_behaviour) / (v_current − v_behaviour). An update starts at version
+    v_prox and makes v_prox + 1; with lag = v_prox − v_behaviour, α = lag / (lag + 1). Lag 0: behaviour, which is then the
+    proximal policy; the older a token, the nearer to the current one. (AReaL's code has 1 − 1/lag: it takes the version that
+    an update starts at for the current one, so that tokens of lag 1 keep the behaviour policy.)
     lag_t [T] in versions. Without gradient.
     """
-    share_t = 1 - 1 / lag_t.clamp(min=1).to(logp_t.dtype)
+    share_t = lag_t / (lag_t + 1).to(logp_t.dtype)
     return behaviour_t + share_t * (logp_t.detach() - behaviour_t)
 
 

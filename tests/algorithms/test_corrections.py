@@ -43,10 +43,20 @@ def test_none_weighs_every_token_alike() -> None:
 
 
 def test_the_interpolated_policy_goes_from_behaviour_to_current_with_age() -> None:
-    logp = torch.full((4,), -3.0, dtype=torch.float64, requires_grad=True)
+    """Behaviour is `lag` versions before the proximal policy, the current one a version after it: α = 0, 1/2, 2/3, 4/5."""
+    logp = torch.full((4,), -4.0, dtype=torch.float64, requires_grad=True)
     found = interpolated_proximal(logp, torch.full((4,), -1.0, dtype=torch.float64), torch.tensor([0, 1, 2, 4]))
-    assert found.tolist() == pytest.approx([-1.0, -1.0, -2.0, -2.5])
+    assert found.tolist() == pytest.approx([-1.0, -2.5, -3.0, -3.4])
     assert not found.requires_grad
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2, 7])
+def test_the_interpolated_policy_is_the_proximal_one_where_logprobs_move_evenly(lag: int) -> None:
+    """A token whose logprob falls by 0.3 a version: exact at every lag."""
+    behaviour, step = torch.tensor([-1.0], dtype=torch.float64), -0.3
+    current = behaviour + step * (lag + 1)
+    found = interpolated_proximal(current, behaviour, torch.tensor([lag]))
+    assert found.item() == pytest.approx(-1.0 + step * lag)
 
 
 def test_tis_has_a_cap_of_its_own() -> None:

@@ -38,8 +38,8 @@ def weight_and_old(spec: AlgorithmSpec, columns: Columns, logp: list[float], i: 
     if spec.ratio_to == "behaviour":
         return 1.0, behaviour[i]
     if spec.correction == "decoupled_loglinear":
-        alpha = 1 / max(1, int(columns.lag_t[i]))
-        old = alpha * behaviour[i] + (1 - alpha) * logp[i]
+        lag = int(columns.lag_t[i])
+        old = (behaviour[i] + lag * logp[i]) / (lag + 1)
     ratio = math.exp(old - behaviour[i])
     weight = {
         "decoupled": min(ratio, spec.behaviour_cap),
