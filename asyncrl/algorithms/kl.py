@@ -6,12 +6,15 @@ With δ = logp − reference (Schulman, "Approximating KL divergence", 2020): k1
 δ is clamped to ±20: past it a token keeps its value and has no gradient, instead of an overflow.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from asyncrl.algorithms.losses import log_ratio
+
+K3_TAIL = 3.0  # nats; k3 is 16.1 there
 
 
 def k1(logp_t: Tensor, reference_t: Tensor) -> Tensor:
@@ -31,9 +34,15 @@ def k2(logp_t: Tensor, reference_t: Tensor) -> Tensor:
 
 
 def k3(logp_t: Tensor, reference_t: Tensor) -> Tensor:
-    """exp(−δ) − 1 + δ: never negative, low variance; GRPO's choice, with its own gradient 1 − exp(−δ)."""
+    """exp(−δ) − 1 + δ: never negative, low variance; GRPO's choice, with its own gradient 1 − exp(−δ).
+
+    Below δ = −3, where the policy has a twentieth of the reference's probability, it goes on as the tangent there: its
+    gradient is −19.1, and its value at most 341, where exp would reach 4.85e8 at δ = −20 and one token would be the whole
+    batch. verl holds the value at 10 instead (δ < −2.6): the same up to there, but then nothing draws such a token back.
+    """
     delta_t = log_ratio(logp_t, reference_t)
-    return torch.expm1(-delta_t) + delta_t
+    near_t = delta_t.clamp(min=-K3_TAIL)
+    return torch.expm1(-near_t) + near_t + math.expm1(K3_TAIL) * (near_t - delta_t)
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}

@@ -20,6 +20,23 @@ def test_values_and_gradients_by_hand(delta: float) -> None:
     assert value_and_gradient(k3, delta) == pytest.approx((math.exp(-delta) - 1 + delta, 1 - math.exp(-delta)))
 
 
+@pytest.mark.parametrize(
+    ("delta", "value", "gradient"),
+    [
+        (20.0, math.exp(-20) + 19, 1 - math.exp(-20)),
+        (-2.5, math.exp(2.5) - 3.5, 1 - math.exp(2.5)),
+        (-3.0, math.exp(3) - 4, 1 - math.exp(3)),  # 16.1, where the tangent begins
+        (-4.0, (math.exp(3) - 4) + (math.exp(3) - 1), 1 - math.exp(3)),  # exp alone has 51.6
+        (-20.0, (math.exp(3) - 4) + 17 * (math.exp(3) - 1), 1 - math.exp(3)),  # 341; exp alone has 4.85e8
+        (-30.0, (math.exp(3) - 4) + 17 * (math.exp(3) - 1), 0.0),  # the clamp of every estimator
+    ],
+)
+def test_k3_is_bounded_where_the_policy_gave_a_token_up_and_still_draws_it_back(
+    delta: float, value: float, gradient: float
+) -> None:
+    assert value_and_gradient(k3, delta) == pytest.approx((value, gradient))
+
+
 @pytest.mark.parametrize("name", KL_ESTIMATORS)
 def test_minimizing_pulls_the_policy_to_the_reference(name: str) -> None:
     """Expected gradient over the policy's own samples points from the policy to the reference."""

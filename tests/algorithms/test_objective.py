@@ -74,7 +74,9 @@ def by_token(spec: AlgorithmSpec, columns: Columns, logp: torch.Tensor, entropy:
         if spec.policy_loss == "pg":
             policy = -logp[i] * advantage
         delta = logp[i] - columns.reference_t[i]
-        kl = {"k2": delta**2 / 2, "k3": torch.exp(-delta) - 1 + delta}[spec.kl_estimator]
+        tangent = math.exp(3) - 4 + (math.exp(3) - 1) * (-3 - delta)  # of k3 where it is too steep
+        k3 = torch.exp(-delta) - 1 + delta if delta > -3 else tangent
+        kl = {"k2": delta**2 / 2, "k3": k3}[spec.kl_estimator]
         policy = policy * weight * stays(spec, columns, i)
         total = total + columns.coefficients_t[i] * (policy + spec.kl_coef * kl - spec.entropy_coef * entropy[i])
     return total
