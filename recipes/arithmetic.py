@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from asyncrl import Recipe
 from asyncrl.config import (
-    AlgorithmSpec,
     CheckpointSpec,
     DataSpec,
     EvaluationSpec,
@@ -42,7 +41,6 @@ recipe = Recipe(
     reward=RewardSpec(function="arithmetic.py:compute_score", deadline_s=5.0),
     sampling=SamplingSpec(n=8, max_response_length=4),
     staleness=StalenessSpec(max_lag=4),
-    algorithm=AlgorithmSpec(behaviour_cap=2.0),
     learner=LearnerSpec(batch_groups=32, lr=2.5e-4, betas=(0.9, 0.99), warmup_steps=20, lr_schedule="cosine", min_lr_ratio=0.1),
     evaluation=EvaluationSpec(files=("{run}/data/heldout.parquet",), freq=25),
     checkpoint=CheckpointSpec(save_freq=50),

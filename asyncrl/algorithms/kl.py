@@ -3,7 +3,8 @@
 Flat layout [T]; pure; differentiable in logp_t.
 
 With δ = logp − reference (Schulman, "Approximating KL divergence", 2020): k1 = δ, k2 = δ²/2, k3 = exp(−δ) − 1 + δ.
-δ is clamped to ±20: past it a token keeps its value and has no gradient, instead of an overflow.
+δ is clamped to ±20: past it a token keeps its value and has no gradient, instead of an overflow. In the loss any of them may
+stand; in the reward k1 is the default, whose sum over a response is an unbiased estimate of the KL.
 """
 
 import math

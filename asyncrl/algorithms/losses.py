@@ -15,6 +15,7 @@ To add one: its function and its line in POLICY_LOSSES here, its name and its se
 
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,36 +92,42 @@ def policy_gradient(logp_t: Tensor, advantages_t: Tensor) -> Loss:
     return -advantages_t * logp_t, {}
 
 
-def dppo_tv(logp_t: Tensor, old_t: Tensor, advantages_t: Tensor, *, clip_low: float, clip_high: float) -> Loss:
+def dppo_tv(logp_t: Tensor, old_t: Tensor, advantages_t: Tensor, *, clip_low: float, clip_high: float, cap: float) -> Loss:
     """−r·A, but 0 where p − p_old already went further than the bound in A's direction. DPPO (Qi et al. 2026), binary TV.
 
     p = exp(logp). clip_high bounds p − p_old where A > 0, clip_low bounds p_old − p where A < 0: differences of
     probabilities, so that rare tokens may still move by a large ratio. pg_clipfrac: tokens left out so.
+
+    cap, as in verl: a token of a larger ratio counts as if it had this one, with a gradient of cap·A·∇logp. Without it a
+    token that rose from 1e-7 to 1e-3, which no bound on p notices, has one 10,000 times as large as its neighbours. The
+    paper's own runs have none, or 5; its section 5.4 finds that a small cap does harm. pg_clipfrac_lower: tokens capped.
     """
     moved_t = (logp_t.exp() - old_t.exp()).detach()
     out_t = torch.where(advantages_t > 0, moved_t > clip_high, moved_t < -clip_low)
-    return _without(out_t, logp_t, old_t, advantages_t)
+    return _without(out_t, logp_t, old_t, advantages_t, cap)
 
 
-def dppo_kl(logp_t: Tensor, old_t: Tensor, advantages_t: Tensor, *, clip_low: float, clip_high: float) -> Loss:
+def dppo_kl(logp_t: Tensor, old_t: Tensor, advantages_t: Tensor, *, clip_low: float, clip_high: float, cap: float) -> Loss:
     """As dppo_tv, with KL(p_old ‖ p) of "this token or another" as the distance, in nats. DPPO (Qi et al. 2026), binary KL."""
     p_t, old_p_t = logp_t.detach().exp(), old_t.exp()
     other_t = ((1 - old_p_t).clamp(min=1e-8) / (1 - p_t).clamp(min=1e-8)).log()
     kl_t = old_p_t * (old_t - logp_t.detach()) + (1 - old_p_t) * other_t
     out_t = torch.where(advantages_t > 0, (kl_t > clip_high) & (p_t > old_p_t), (kl_t > clip_low) & (p_t < old_p_t))
-    return _without(out_t, logp_t, old_t, advantages_t)
+    return _without(out_t, logp_t, old_t, advantages_t, cap)
 
 
-def _without(out_t: Tensor, logp_t: Tensor, old_t: Tensor, advantages_t: Tensor) -> Loss:
-    loss_t = -log_ratio(logp_t, old_t).exp() * advantages_t
-    return torch.where(out_t, 0.0, loss_t), {"pg_clipfrac": out_t}
+def _without(out_t: Tensor, logp_t: Tensor, old_t: Tensor, advantages_t: Tensor, cap: float) -> Loss:
+    ratio_t = log_ratio(logp_t, old_t).detach().exp()
+    slope_t = 1 + logp_t - logp_t.detach()  # 1, with the gradient of logp
+    loss_t = torch.where(out_t, 0.0, -ratio_t.clamp(max=cap) * advantages_t * slope_t)
+    return loss_t, {"pg_clipfrac": out_t, "pg_clipfrac_lower": (ratio_t > cap) & ~out_t}
 
 
 def gspo(logp_t: Tensor, old_t: Tensor, advantages_t: Tensor, sequence_t: Tensor, *, clip_low: float, clip_high: float) -> Loss:
     """PPO's clip on s = exp(mean of logp − old over the sequence). GSPO (Zheng et al. 2025), its token form:
 
     every token holds sg(s)·exp(logp − sg(logp)), whose value is s and whose gradient is s·∇logp, so that advantages may
-    differ within a sequence. Means move little: bounds are about 3e-4 and 4e-4. The paper averages over a sequence, then over
+    differ within a sequence. Means move little: the paper's bounds are 3e-4 and 4e-4. It averages over a sequence, then over
     sequences: loss_agg="seq-mean-token-mean".
     """
     mean_t = sequence_mean(log_ratio(logp_t.detach(), old_t), sequence_t)
@@ -149,14 +156,18 @@ def _of_tokens(loss: Callable[..., Loss], **bounds: float | None) -> PolicyLoss:
     return lambda logp_t, old_t, advantages_t, _: loss(logp_t, old_t, advantages_t, **bounds)
 
 
+def _clips(spec: AlgorithmSpec) -> dict[str, Any]:
+    return {"clip_low": spec.setting("clip_ratio"), "clip_high": spec.setting("clip_ratio_high")}
+
+
 # the recipe -> its loss, with its settings
 POLICY_LOSSES: dict[str, Callable[[AlgorithmSpec], PolicyLoss]] = {
-    "ppo": lambda s: _of_tokens(clipped_ppo, clip_low=s.clip_ratio, clip_high=s.clip_high, dual=s.clip_ratio_c),
-    "gspo": lambda s: partial(gspo, clip_low=s.clip_ratio, clip_high=s.clip_high),
-    "gmpo": lambda s: partial(gmpo, clip_low=s.clip_ratio, clip_high=s.clip_high),
-    "cispo": lambda s: _of_tokens(cispo, clip_high=s.clip_high),
-    "dppo_tv": lambda s: _of_tokens(dppo_tv, clip_low=s.clip_ratio, clip_high=s.clip_high),
-    "dppo_kl": lambda s: _of_tokens(dppo_kl, clip_low=s.clip_ratio, clip_high=s.clip_high),
+    "ppo": lambda s: _of_tokens(clipped_ppo, **_clips(s), dual=s.clip_ratio_c),
+    "gspo": lambda s: partial(gspo, **_clips(s)),
+    "gmpo": lambda s: partial(gmpo, **_clips(s)),
+    "cispo": lambda s: _of_tokens(cispo, clip_high=s.setting("clip_ratio_high")),
+    "dppo_tv": lambda s: _of_tokens(dppo_tv, **_clips(s), cap=s.setting("clip_ratio_c")),
+    "dppo_kl": lambda s: _of_tokens(dppo_kl, **_clips(s), cap=s.setting("clip_ratio_c")),
     "sapo": lambda s: _of_tokens(sapo, tau_positive=s.sapo_tau_positive, tau_negative=s.sapo_tau_negative),
     "pg": lambda s: lambda logp_t, _, advantages_t, __: policy_gradient(logp_t, advantages_t),
 }

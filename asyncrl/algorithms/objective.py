@@ -62,7 +62,7 @@ def objective(
         **{f"figure/{name}": values_t.detach().sum() for name, values_t in figures.items()},
     }
     if columns.reference_t is not None:
-        kl_t = KL_ESTIMATORS[spec.kl_estimator](logp_t, columns.reference_t)
+        kl_t = KL_ESTIMATORS[spec.setting("kl_estimator")](logp_t, columns.reference_t)
         loss = loss + (spec.kl_coef if kl_coef is None else kl_coef) * (columns.coefficients_t * kl_t).sum()
         sums["kl"] = kl_t.detach().sum()
     if spec.entropy_coef:

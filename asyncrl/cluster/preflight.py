@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from asyncrl.cluster.resources import check_placement
-from asyncrl.config import ESTIMATOR_NAMES, LOSS_NAMES, UNGROUPED, Deployment, ModelSpec, Recipe
+from asyncrl.config import ESTIMATOR_NAMES, LOSS_NAMES, SETTINGS, UNGROUPED, Deployment, ModelSpec, Recipe
 from asyncrl.config.callables import check_callable
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.generate.engines import engine_kind
@@ -51,6 +51,7 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
         for file in files:
             yield label, partial(_data_file, file, recipe, run_dir)
     yield "reward", lambda: _callables(recipe)
+    yield "algorithm", lambda: _algorithm(recipe)
     yield "lengths", lambda: _lengths(recipe, deployment)
     yield "batches", lambda: _batches(recipe, deployment, run_dir)
     yield "staleness", lambda: _staleness(recipe, deployment)
@@ -101,6 +102,22 @@ def _callables(recipe: Recipe) -> str:
         if name not in built_in:
             check_callable(name, field)
     return f"{', '.join(term.function for term in terms)}, at most {recipe.reward.deadline_s:g} s a sample"
+
+
+def _algorithm(recipe: Recipe) -> str:
+    """The choices that are made, each with the settings that it reads; those left to the loss as what they come to."""
+    spec, told = recipe.algorithm, []
+    choices = [name for name in SETTINGS if name != "kl_control"]
+    if spec.learns_preferences:
+        choices = ["policy_loss", "loss_agg"] if spec.kl_coef or spec.entropy_coef else ["policy_loss"]
+    choices += ["kl_coef", "kl_in", "kl_estimator", "kl_control"] if spec.kl_coef else []
+    for choice in choices:
+        chosen = spec.setting(choice)
+        for name in chosen if isinstance(chosen, tuple) else (chosen,):
+            fields = SETTINGS.get(choice, {}).get(name, "").split()
+            settings = ", ".join(f"{field}={value}" for field in fields if (value := spec.setting(field)) is not None)
+            told.append(f"{choice}={name}" + (f" ({settings})" if settings else ""))
+    return "; ".join(told)
 
 
 def _lengths(recipe: Recipe, deployment: Deployment) -> str:

@@ -32,7 +32,8 @@ def prepare_run(recipe: Recipe, deployment: Deployment, paths: RunDir, *, resumi
     if not resuming:
         _set_aside(paths)
         paths.create()
-    write_atomic(paths.recipe, msgspec.json.format(msgspec.json.encode(redact(recipe)), indent=2))
+    as_run = replace(recipe, algorithm=recipe.algorithm.resolved)
+    write_atomic(paths.recipe, msgspec.json.format(msgspec.json.encode(redact(as_run)), indent=2))
     write_atomic(paths.deployment, yaml.safe_dump(redact(deployment), sort_keys=False))
     return stop_token_ids
 

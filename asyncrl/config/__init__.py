@@ -11,8 +11,10 @@ from asyncrl.config.sft import *
 
 __all__ = [
     "ESTIMATOR_NAMES",
+    "LOSS_DEFAULTS",
     "LOSS_NAMES",
     "PREFERENCE_LOSSES",
+    "SETTINGS",
     "UNGROUPED",
     "AggregationName",
     "AlgorithmSpec",

@@ -1,11 +1,13 @@
 """The part of a recipe that names the algorithm: estimator × policy loss × correction × masks × KL × aggregation. No torch.
 
 The functions themselves are in asyncrl/algorithms, each in a table by its name here. A choice is added by its name, and its
-settings if it has any, in this file; and by its function and its line in the table in the other.
+settings if it has any with its line in SETTINGS, in this file; and by its function and its line in the table in the other.
 """
 
 import difflib
-from typing import Literal
+from typing import Any, Literal
+
+from msgspec import structs
 
 from asyncrl.config.base import Rule, Spec, require, require_fields, require_unset
 from asyncrl.errors import ConfigError
@@ -18,6 +20,41 @@ LOSS_NAMES = ("ppo", "gspo", "gmpo", "cispo", "dppo_tv", "dppo_kl", "sapo", "pg"
 CorrectionName = Literal["decoupled", "decoupled_loglinear", "tis", "tis_sequence", "none"]  # algorithms/corrections.py
 MaskName = Literal["icepop", "geometric", "m2po"]  # algorithms/corrections.py
 AggregationName = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+
+# The settings that only some choices read: by the choice's field, then its name. Set without a reader, they are refused.
+SETTINGS: dict[str, dict[str, str]] = {
+    "adv_estimator": {"gae": "gamma lam"},
+    "policy_loss": {
+        "ppo": "clip_ratio clip_ratio_high clip_ratio_c",
+        "gspo": "clip_ratio clip_ratio_high",
+        "gmpo": "clip_ratio clip_ratio_high",
+        "cispo": "clip_ratio_high",
+        "dppo_tv": "clip_ratio clip_ratio_high clip_ratio_c",
+        "dppo_kl": "clip_ratio clip_ratio_high clip_ratio_c",
+        "sapo": "sapo_tau_positive sapo_tau_negative",
+        "dpo": "preference_beta dpo_pairs",
+        "kto": "preference_beta kto_desirable_weight kto_undesirable_weight",
+    },
+    "correction": {
+        "decoupled": "behaviour_cap",
+        "decoupled_loglinear": "behaviour_cap",
+        "tis": "tis_cap",
+        "tis_sequence": "tis_cap",
+    },
+    "masks": {"icepop": "icepop_bounds", "geometric": "geometric_bounds", "m2po": "m2po_bound"},
+    "loss_agg": {"seq-mean-token-sum-norm": "loss_scale_factor"},
+    "kl_control": {"adaptive": "kl_target kl_horizon"},
+}
+# What `null` means for a loss that is named: its paper's values, or those its authors run with. loss_agg: token-mean elsewhere.
+LOSS_DEFAULTS: dict[str, dict[str, float | str]] = {
+    "ppo": {"clip_ratio": 0.2, "clip_ratio_high": 0.2},
+    "gspo": {"clip_ratio": 3e-4, "clip_ratio_high": 4e-4, "loss_agg": "seq-mean-token-mean"},
+    "gmpo": {"clip_ratio": 0.4, "clip_ratio_high": 0.4, "loss_agg": "seq-mean-token-mean"},
+    "cispo": {"clip_ratio_high": 4.0},  # weights up to 5, as in ScaleRL (Khatri et al. 2025); MiniMax-M1 gives no number
+    "dppo_tv": {"clip_ratio": 0.15, "clip_ratio_high": 0.15, "clip_ratio_c": 20.0},
+    "dppo_kl": {"clip_ratio": 0.05, "clip_ratio_high": 0.05, "clip_ratio_c": 20.0},
+    "sapo": {"loss_agg": "seq-mean-token-mean"},
+}
 
 
 class AlgorithmSpec(Spec, frozen=True, kw_only=True):
@@ -40,9 +77,12 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     ratio_to: Literal["proximal", "behaviour"] = "proximal"
     correction: CorrectionName = "decoupled"  # weights that bring the behaviour policy to the proximal one
     masks: tuple[MaskName, ...] = ()  # tokens left out of the policy loss, by any number of masks
-    clip_ratio: float = 0.2  # ε below 1; for dppo_* it bounds a divergence, for gmpo a log-ratio; gspo wants about 3e-4
-    clip_ratio_high: float | None = None  # ε above 1; None: clip_ratio
-    clip_ratio_c: float | None = None  # dual clip of ppo, > 1; None: off
+    # How far a ratio may go below 1, ε. For dppo_* it bounds a divergence, for gmpo a log-ratio. null: the loss's own, see
+    # the table in docs/algorithms.md; so are the other two.
+    clip_ratio: float | None = None
+    clip_ratio_high: float | None = None  # ε above 1; the weights of cispo go up to 1 + ε. null: clip_ratio, where that is set
+    # Largest ratio, > 1: of a bad token (dual clip of ppo; null: off), and of any token's weight (dppo_*; null: 20).
+    clip_ratio_c: float | None = None
     sapo_tau_positive: float = 1.0  # temperature of sapo where the advantage is > 0
     sapo_tau_negative: float = 1.05  # temperature of sapo elsewhere
     behaviour_cap: float = 5.0  # truncation of exp(proximal − behaviour) for decoupled*
@@ -51,13 +91,15 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     geometric_bounds: tuple[float, float] = (0.99, 1.01)  # likewise of its geometric mean over a sequence
     m2po_bound: float = 0.04  # largest mean of (proximal − behaviour)² over a minibatch
     kl_coef: float = 0.0  # weight of the KL to the reference, which is the starting policy; 0 loads no reference
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of the KL per token: algorithms/kl.py
+    # Of the KL per token, see algorithms/kl.py. null: k3 in the loss, k1 in the reward, which stays unbiased there.
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
     kl_in: Literal["loss", "reward"] = "loss"  # a term of the loss, or a penalty in the reward (of the tokens that are trained)
     kl_control: Literal["fixed", "adaptive"] = "fixed"  # adaptive: kl_coef moves so that the KL per token nears kl_target
     kl_target: float = 0.1  # nats per token
     kl_horizon: int = 10000  # rollouts over which an adaptive kl_coef changes by 20 % at most
     entropy_coef: float = 0.0  # weight of the entropy bonus in the loss
-    loss_agg: AggregationName = "token-mean"  # how losses of tokens become one number: algorithms/objective.py
+    # How losses of tokens become one number, see algorithms/objective.py. null: the loss's own.
+    loss_agg: AggregationName | None = None
     loss_scale_factor: int | None = None  # tokens that seq-mean-token-sum-norm divides by: usually sampling.max_response_length
     preference_beta: float = 0.1  # β of the implied reward β·log(π/π_ref), for dpo and kto
     dpo_pairs: Literal["best_worst", "all"] = "best_worst"  # a group's best against its worst, or all of different rewards
@@ -88,9 +130,16 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
         """Whether each prompt gets a greedy rollout more, which is scored and never trained."""
         return self.adv_estimator == "remax"
 
+    def setting(self, field: str) -> Any:
+        """A field's value; where it is null, what that means with the other choices."""
+        value = getattr(self, field)
+        return _null(self, field) if value is None else value
+
     @property
-    def clip_high(self) -> float:
-        return self.clip_ratio if self.clip_ratio_high is None else self.clip_ratio_high
+    def resolved(self) -> "AlgorithmSpec":
+        """The same with every null written out that means a value. Of a recipe as it is run, not as it is overridden: what is
+        written out stays when another loss is named."""
+        return structs.replace(self, **{field: self.setting(field) for field in self.__struct_fields__})
 
 
 _RULES: tuple[Rule, ...] = (
@@ -124,27 +173,38 @@ def _require_known(field: str, name: str, names: tuple[str, ...]) -> None:
     raise ConfigError(f"algorithm.{field}={name!r} is unknown; {hint} or name your own function: path/to/file.py:name")
 
 
+def _null(spec: AlgorithmSpec, field: str) -> Any:
+    """What null means for a field; None for those where it means nothing, and those that are never null."""
+    if field == "clip_ratio_high" and spec.clip_ratio is not None:
+        return spec.clip_ratio
+    usual = {"loss_agg": "token-mean", "kl_estimator": "k1" if spec.kl_in == "reward" else "k3"}
+    return (usual | LOSS_DEFAULTS.get(spec.policy_loss, {})).get(field)
+
+
 def _require_read(spec: AlgorithmSpec) -> None:
-    """Refuses settings that would be ignored."""
+    """Refuses settings that would be ignored, unless they are what they would be if left out."""
 
-    def only(names: str, choice: str, reader: str) -> None:
-        if (chosen := getattr(spec, choice)) != reader:
-            why = f"{choice}={chosen!r}: it would be ignored; use {reader!r}, or leave it out"
-            require_unset(spec, "algorithm.", names, why)
+    def refuse(names: str, why: str) -> None:
+        changed = " ".join(name for name in names.split() if getattr(spec, name) != _null(spec, name))
+        require_unset(spec, "algorithm.", changed, why)
 
-    only("gamma lam", "adv_estimator", "gae")
-    only("clip_ratio_c", "policy_loss", "ppo")
-    only("dpo_pairs", "policy_loss", "dpo")
-    only("loss_scale_factor", "loss_agg", "seq-mean-token-sum-norm")
     if not spec.kl_coef:
         why = "kl_coef=0: there is no KL to speak of, it would be ignored; set kl_coef > 0"
-        require_unset(spec, "algorithm.", "kl_in kl_control", why)
+        refuse("kl_in kl_control kl_estimator", why)
+    for choice, reads in SETTINGS.items():
+        chosen = spec.setting(choice)
+        made = set(chosen) if isinstance(chosen, tuple) else {chosen}
+        for setting in dict.fromkeys(" ".join(reads.values()).split()):
+            readers = [name for name, settings in reads.items() if setting in settings.split()]
+            if not made.intersection(readers):
+                use = " or ".join(map(repr, readers))
+                refuse(setting, f"{choice}={chosen!r}: it would be ignored; use {use}, or leave it out")
     if spec.learns_preferences:
-        names = "adv_estimator reward_normalization ratio_to masks kl_in"
+        names = "adv_estimator reward_normalization ratio_to masks behaviour_cap kl_in"
         names += " correction" if spec.correction != "none" else ""
         names += "" if spec.kl_coef or spec.entropy_coef else " loss_agg"
         why = f"policy_loss={spec.policy_loss!r}: it learns from how rewards rank a group's rollouts alone"
-        require_unset(spec, "algorithm.", names, f"{why}, so this would be ignored; leave it out")
+        refuse(names, f"{why}, so this would be ignored; leave it out")
 
 
 def _require_sound(spec: AlgorithmSpec) -> None:

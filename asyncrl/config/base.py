@@ -37,4 +37,4 @@ def require_unset(spec: Struct, where: str, names: str, why: str) -> None:
     for field in _fields(type(spec)):
         value = getattr(spec, field.name)
         if field.name in names.split() and value != field.default:
-            raise ConfigError(f"{where}{field.name}={value!r} with {why}")
+            raise ConfigError(f"{where}{field.name}={value!r} with {why} (its default is {field.default!r})")

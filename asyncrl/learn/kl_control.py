@@ -43,4 +43,4 @@ class KLControl:
     def _kl(self, update: Update) -> Tensor:
         """KL per token [N] of the proximal policy to the reference, by the recipe's estimator; NaN where not known."""
         assert update.reference_n is not None, "asked for a KL without a reference"
-        return KL_ESTIMATORS[self._spec.kl_estimator](update.proximal_n, update.reference_n)
+        return KL_ESTIMATORS[self._spec.setting("kl_estimator")](update.proximal_n, update.reference_n)

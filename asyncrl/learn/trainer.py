@@ -217,7 +217,7 @@ class PolicyTrainer:
     def _coefficients(self, update: Update, members: Sequence[int]) -> Tensor:
         """What a token of each sequence weighs in this minibatch's loss [S]; 0 for sequences of other minibatches."""
         spec, coefficient_s = self._algorithm, torch.zeros_like(update.batch.counts_s)
-        coefficient_s[members] = AGGREGATIONS[spec.loss_agg](spec, update.batch.counts_s[members])
+        coefficient_s[members] = AGGREGATIONS[spec.setting("loss_agg")](spec, update.batch.counts_s[members])
         return coefficient_s
 
     @staticmethod

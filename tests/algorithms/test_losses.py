@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,10 +110,10 @@ def test_policy_gradient_by_hand() -> None:
     ],
 )
 def test_dppo_bounds_the_difference_of_probabilities(old: float, new: float, advantage: float, out: bool) -> None:
-    loss, gradient, figures = one(dppo_tv, new / old, advantage, math.log(old), clip_low=0.2, clip_high=0.1)
+    loss, gradient, figures = one(dppo_tv, new / old, advantage, math.log(old), clip_low=0.2, clip_high=0.1, cap=20.0)
     expected = 0.0 if out else -new / old * advantage
     assert (loss, gradient) == pytest.approx((expected, expected))
-    assert figures == {"pg_clipfrac": out}
+    assert figures == {"pg_clipfrac": out, "pg_clipfrac_lower": False}
 
 
 @pytest.mark.parametrize(
@@ -126,17 +127,29 @@ def test_dppo_bounds_the_difference_of_probabilities(old: float, new: float, adv
     ],
 )
 def test_dppo_bounds_the_binary_kl(old: float, new: float, advantage: float, out: bool) -> None:
-    loss, gradient, figures = one(dppo_kl, new / old, advantage, math.log(old), clip_low=0.1, clip_high=0.05)
+    loss, gradient, figures = one(dppo_kl, new / old, advantage, math.log(old), clip_low=0.1, clip_high=0.05, cap=20.0)
     expected = 0.0 if out else -new / old * advantage
     assert (loss, gradient) == pytest.approx((expected, expected))
-    assert figures == {"pg_clipfrac": out}
+    assert figures == {"pg_clipfrac": out, "pg_clipfrac_lower": False}
+
+
+@pytest.mark.parametrize("loss", [dppo_tv, dppo_kl])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_dppo_caps_the_ratio_of_a_rare_token_and_keeps_its_direction(loss: Callable, advantage: float) -> None:
+    """From 1e-7 to 1e-3 no bound notices a token, and its ratio is 10,000."""
+    bounds = {"clip_low": 0.15, "clip_high": 0.15, "cap": 20.0}
+    value, gradient, figures = one(loss, 1e4, advantage, math.log(1e-7), **bounds)
+    assert (value, gradient) == pytest.approx((-20 * advantage, -20 * advantage))
+    assert figures == {"pg_clipfrac": False, "pg_clipfrac_lower": True}
+    assert one(loss, 19.0, advantage, math.log(1e-7), **bounds)[:2] == pytest.approx((-19 * advantage, -19 * advantage))
+    assert one(loss, 1e4, 1.0, math.log(9e-5), **bounds)[2] == {"pg_clipfrac": True, "pg_clipfrac_lower": False}  # to 0.9
 
 
 # ---------------------------------------------------------------------------------- against a plain reference
 
 
 def plain(name: str, logp: float, old: float, advantage: float) -> tuple[float, float]:
-    """Value and derivative in logp, from the papers' formulas. ε 0.2 and 0.3, dual 2, τ 1 and 1.05."""
+    """Value and derivative in logp, from the papers' formulas. ε 0.2 and 0.3, dual 2, cap 1.5, τ 1 and 1.05."""
     ratio = math.exp(logp - old)
     if name == "ppo":
         surrogate, bounded = ratio * advantage, min(max(ratio, 0.8), 1.3) * advantage
@@ -154,7 +167,7 @@ def plain(name: str, logp: float, old: float, advantage: float) -> tuple[float, 
     p, q = math.exp(logp), math.exp(old)
     apart = abs(p - q) if name == "dppo_tv" else q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
     out = apart > (0.3 if advantage > 0 else 0.2) and (p - q) * advantage > 0
-    return (0.0, 0.0) if out else (-ratio * advantage, -ratio * advantage)
+    return (0.0, 0.0) if out else (-min(ratio, 1.5) * advantage, -min(ratio, 1.5) * advantage)
 
 
 LOSSES: dict[str, Callable] = {
@@ -162,8 +175,8 @@ LOSSES: dict[str, Callable] = {
     "cispo": lambda *columns: cispo(*columns, clip_high=0.3),
     "sapo": lambda *columns: sapo(*columns, tau_positive=1.0, tau_negative=1.05),
     "pg": lambda logp, old, advantages: policy_gradient(logp, advantages),
-    "dppo_tv": lambda *columns: dppo_tv(*columns, clip_low=0.2, clip_high=0.3),
-    "dppo_kl": lambda *columns: dppo_kl(*columns, clip_low=0.2, clip_high=0.3),
+    "dppo_tv": lambda *columns: dppo_tv(*columns, clip_low=0.2, clip_high=0.3, cap=1.5),
+    "dppo_kl": lambda *columns: dppo_kl(*columns, clip_low=0.2, clip_high=0.3, cap=1.5),
 }
 
 
@@ -393,8 +406,34 @@ def test_the_recipes_bounds_arrive() -> None:
     assert policy_loss(spec)(*COLUMNS)[0].equal(expected[0])
     narrow, wide = (policy_loss(AlgorithmSpec(policy_loss="cispo", clip_ratio_high=high))(*COLUMNS)[0] for high in (0.1, 0.5))
     assert (wide / narrow)[0].item() == pytest.approx(1.5 / 1.1)
+    capped = AlgorithmSpec(policy_loss="dppo_tv", clip_ratio=0.9, clip_ratio_c=1.1)
+    assert policy_loss(capped)(*COLUMNS)[0].tolist() == pytest.approx([-1.1, math.exp(-1.0), 2.2])  # r = e^0.5, 1/e, e^2.9
     sharp = AlgorithmSpec(policy_loss="sapo", sapo_tau_positive=4.0)
     assert policy_loss(sharp)(OLD, *COLUMNS[1:])[0][0].item() == pytest.approx(-0.5)  # −(2/τ)·A at r = 1
+
+
+def test_a_loss_that_is_named_has_its_papers_bounds() -> None:
+    """Of one token at the ratio 1.3 with A = 1: what of it each loss lets count."""
+    logp, columns = torch.tensor([math.log(0.013)]).double(), (torch.tensor([math.log(0.01)]).double(), torch.ones(1).double())
+
+    def loss(name: str, **fields: Any) -> float:
+        return policy_loss(AlgorithmSpec(policy_loss=name, **fields))(logp, *columns, torch.zeros(1).long())[0].item()
+
+    assert loss("ppo") == pytest.approx(-1.2)
+    assert loss("gspo") == pytest.approx(-1.0004)
+    assert loss("gmpo") == loss("dppo_tv") == loss("dppo_kl") == pytest.approx(-1.3)  # e^0.4 is 1.49; 0.003 is no distance
+    assert loss("cispo") == pytest.approx(-1.3 * math.log(0.013))
+    assert loss("gspo", clip_ratio=0.2) == pytest.approx(-1.2)  # also what ppo would have; both sides, as only one is given
+    logp = torch.tensor([0.0]).double()  # the ratio 100, a distance of 0.99
+    assert loss("cispo", clip_ratio_high=0.2) == 0.0
+    assert loss("gmpo") == pytest.approx(-math.exp(0.4))
+    assert loss("dppo_tv") == loss("dppo_kl") == 0.0
+    columns = (torch.tensor([-9.0]).double(), columns[1])
+    logp = torch.tensor([-2.0]).double()  # the ratio 1,097, a distance of 0.135; KL(p_old ‖ p) is 0.145
+    assert loss("dppo_tv") == -20.0
+    assert loss("dppo_kl") == 0.0
+    assert loss("dppo_kl", clip_ratio=0.15) == -20.0
+    assert loss("cispo") == pytest.approx(-5 * -2.0)  # a weight is at most 5
 
 
 def test_the_users_own(tmp_path: Path) -> None:

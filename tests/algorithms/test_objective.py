@@ -64,25 +64,28 @@ def stays(spec: AlgorithmSpec, columns: Columns, i: int) -> bool:
 
 def by_token(spec: AlgorithmSpec, columns: Columns, logp: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.float64)
-    high = spec.clip_ratio_high or spec.clip_ratio
+    low, high = spec.setting("clip_ratio"), spec.setting("clip_ratio_high")
     for i, advantage in enumerate(columns.advantages_t.tolist()):
         weight, old = weight_and_old(spec, columns, logp.tolist(), i)
-        ratio = math.e ** (logp[i] - old)
-        bounded = min(max(ratio.item(), 1 - spec.clip_ratio), 1 + high)
-        surrogate = min(ratio.item() * advantage, bounded * advantage)
-        policy = -ratio * advantage if surrogate == ratio.item() * advantage else logp.new_tensor(-surrogate)
         if spec.policy_loss == "pg":
             policy = -logp[i] * advantage
+        else:
+            ratio = math.e ** (logp[i] - old)
+            bounded = min(max(ratio.item(), 1 - low), 1 + high)
+            surrogate = min(ratio.item() * advantage, bounded * advantage)
+            policy = -ratio * advantage if surrogate == ratio.item() * advantage else logp.new_tensor(-surrogate)
         delta = logp[i] - columns.reference_t[i]
         tangent = math.exp(3) - 4 + (math.exp(3) - 1) * (-3 - delta)  # of k3 where it is too steep
         k3 = torch.exp(-delta) - 1 + delta if delta > -3 else tangent
-        kl = {"k2": delta**2 / 2, "k3": k3}[spec.kl_estimator]
+        kl = {"k2": delta**2 / 2, "k3": k3}[spec.setting("kl_estimator")]
         policy = policy * weight * stays(spec, columns, i)
         total = total + columns.coefficients_t[i] * (policy + spec.kl_coef * kl - spec.entropy_coef * entropy[i])
     return total
 
 
 MASKS = {"icepop_bounds": (0.7, 1.6), "geometric_bounds": (0.8, 1.3)}
+CAPS = {"decoupled": {"behaviour_cap": 1.5}, "decoupled_loglinear": {"behaviour_cap": 1.5}}
+CAPS |= {"tis": {"tis_cap": 1.2}, "tis_sequence": {"tis_cap": 1.2}, "none": {}}
 SPECS = [
     AlgorithmSpec(kl_coef=0.1, entropy_coef=0.01),
     AlgorithmSpec(kl_coef=0.1, kl_estimator="k2", correction="none", clip_ratio_high=0.4),
@@ -90,9 +93,14 @@ SPECS = [
     AlgorithmSpec(ratio_to="behaviour", correction="none"),
     *(
         AlgorithmSpec(
-            correction=correction, policy_loss=loss, masks=masks, behaviour_cap=1.5, tis_cap=1.2, kl_coef=0.1, **MASKS
+            correction=correction,
+            policy_loss=loss,
+            masks=masks,
+            kl_coef=0.1,
+            **CAPS[correction],
+            **{f"{mask}_bounds": MASKS[f"{mask}_bounds"] for mask in masks},
         )
-        for correction in ("decoupled", "decoupled_loglinear", "tis", "tis_sequence", "none")
+        for correction in CAPS
         for loss in ("ppo", "pg")
         for masks in ((), ("icepop",), ("geometric",), ("geometric", "icepop"))
     ),

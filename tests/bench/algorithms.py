@@ -37,7 +37,7 @@ ALGORITHMS = [
         "algorithm.clip_ratio_high=0.04",
         "algorithm.loss_agg=seq-mean-token-mean",
     ),
-    arithmetic("CISPO", "algorithm.policy_loss=cispo"),
+    arithmetic("CISPO", "algorithm.policy_loss=cispo", "algorithm.clip_ratio_high=0.2"),  # its own, 4, would never bind here
     arithmetic(
         "DAPO's settings",
         "algorithm.adv_estimator=grpo",

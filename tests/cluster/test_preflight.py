@@ -65,6 +65,8 @@ def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
         f"model       {tmp_path}/model",
         f"data        {tmp_path}/train.jsonl: prompt, reward_model.ground_truth, data_source found",
         f"reward      {tmp_path}/rewards.py:score, at most 10 s a sample",
+        "algorithm   adv_estimator=grpo; policy_loss=ppo (clip_ratio=0.2, clip_ratio_high=0.2); "
+        "correction=decoupled (behaviour_cap=5.0); loss_agg=token-mean",
         "lengths     1024 prompt + 1024 response tokens of 2048",
         "batches     5 updates × 8 groups × 4 rollouts",
         # 64 slots hold two batches of 32 rollouts; two more are ready and in training.
@@ -74,6 +76,26 @@ def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
         "placement   4 actors on this machine ask for 0 of 2 CPUs",
     ]
     assert not run.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        (
+            {"policy_loss": "gspo", "clip_ratio": 0.2, "correction": "none", "masks": ("icepop", "m2po")},
+            "adv_estimator=grpo; policy_loss=gspo (clip_ratio=0.2, clip_ratio_high=0.2); correction=none; "
+            "masks=icepop (icepop_bounds=(0.5, 5.0)); masks=m2po (m2po_bound=0.04); loss_agg=seq-mean-token-mean",
+        ),
+        (
+            {"policy_loss": "kto", "kl_coef": 0.1},
+            "policy_loss=kto (preference_beta=0.1, kto_desirable_weight=1.0, kto_undesirable_weight=1.0); loss_agg=token-mean; "
+            "kl_coef=0.1; kl_in=loss; kl_estimator=k3; kl_control=fixed",
+        ),
+    ],
+)
+def test_the_plan_shows_what_was_left_to_the_loss(fields: dict, line: str, recipe: Recipe, run: RunDir) -> None:
+    plan = check_run(replace(recipe, algorithm=AlgorithmSpec(**fields)), Deployment(num_cpus=2), run)
+    assert f"algorithm   {line}" in plan
 
 
 def test_what_prepare_makes_need_not_exist_yet(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """What the driver makes of a run directory before any actor starts."""
 
+import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
 from asyncrl.cluster.preparation import prepare_run
-from asyncrl.config import Deployment, EvaluationSpec
+from asyncrl.config import AlgorithmSpec, Deployment, EvaluationSpec
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.rundir import RunDir
 
@@ -28,6 +30,15 @@ def test_a_run_resumes_with_its_data_in_another_folder_but_not_with_other_data(t
     there.write_text(renamed.read_text().replace("00+00=", "01+01="))
     with pytest.raises(DataError, match="changed since"):
         prepare_run(moved, Deployment(), run, resuming=True)
+
+
+def test_the_recipe_of_a_run_has_written_out_what_was_left_to_the_loss(tiny_recipe, tmp_path):
+    run, named = RunDir(tmp_path / "run"), replace(tiny_recipe(), algorithm=AlgorithmSpec(policy_loss="gspo"))
+    prepare_run(named, Deployment(), run, resuming=False)
+    written = json.loads(run.recipe.read_text())["algorithm"]
+    assert (written["clip_ratio"], written["clip_ratio_high"]) == (3e-4, 4e-4)
+    assert (written["loss_agg"], written["kl_estimator"]) == ("seq-mean-token-mean", "k3")
+    assert msgspec.convert(written, AlgorithmSpec) == named.algorithm.resolved
 
 
 def test_an_evaluation_that_is_under_way_keeps_its_prompts(tiny_recipe, tmp_path):

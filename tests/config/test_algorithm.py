@@ -8,14 +8,17 @@ import pytest
 
 from asyncrl.config import (
     ESTIMATOR_NAMES,
+    LOSS_DEFAULTS,
     LOSS_NAMES,
     PREFERENCE_LOSSES,
+    SETTINGS,
     UNGROUPED,
     AggregationName,
     AlgorithmSpec,
     CorrectionName,
     MaskName,
 )
+from asyncrl.config.load import override
 from asyncrl.errors import ConfigError
 
 
@@ -39,6 +42,23 @@ from asyncrl.errors import ConfigError
         ({"clip_ratio_high": -0.1}, r"clip_ratio_high=-0\.1 < 0"),
         ({"clip_ratio_c": 1.0}, r"clip_ratio_c=1\.0 <= 1: .* use > 1, or null"),
         ({"clip_ratio_c": 3.0, "policy_loss": "gspo"}, r"clip_ratio_c=3\.0 with policy_loss='gspo': it would be ignored"),
+        (
+            {"clip_ratio": 0.2, "policy_loss": "cispo"},
+            r"clip_ratio=0\.2 with policy_loss='cispo': it would be ignored; use 'ppo' or 'gspo' or .*, or leave it out",
+        ),
+        ({"clip_ratio": 0.1, "policy_loss": "pg"}, r"clip_ratio=0\.1 with policy_loss='pg': it would be ignored"),
+        ({"clip_ratio_high": 0.3, "policy_loss": "sapo"}, r"clip_ratio_high=0\.3 with policy_loss='sapo'"),
+        ({"clip_ratio": 0.1, "policy_loss": "own.py:loss"}, r"clip_ratio=0\.1 with policy_loss='own\.py:loss'"),
+        ({"tis_cap": 3.0}, r"tis_cap=3\.0 with correction='decoupled': it would be ignored; use 'tis' or 'tis_sequence'"),
+        (
+            {"behaviour_cap": 2.0, "correction": "none"},
+            r"behaviour_cap=2\.0 with correction='none': .* or leave it out \(its default is 5\.0\)",
+        ),
+        ({"behaviour_cap": 2.0, "policy_loss": "dpo"}, r"behaviour_cap=2\.0 with policy_loss='dpo'"),
+        ({"icepop_bounds": (0.4, 5.0)}, r"icepop_bounds=\(0\.4, 5\.0\) with masks=\(\): it would be ignored; use 'icepop'"),
+        ({"m2po_bound": 0.1, "masks": ("icepop",)}, r"m2po_bound=0\.1 with masks=\('icepop',\)"),
+        ({"kl_target": 0.2, "kl_coef": 0.1}, r"kl_target=0\.2 with kl_control='fixed': it would be ignored; use 'adaptive'"),
+        ({"kl_estimator": "k2"}, r"kl_estimator='k2' with kl_coef=0"),
         ({"behaviour_cap": 0.0}, r"behaviour_cap=0\.0 <= 0"),
         ({"tis_cap": -1.0}, r"tis_cap=-1\.0 <= 0"),
         ({"sapo_tau_negative": 0.0}, r"sapo_tau_negative=0\.0 <= 0"),
@@ -116,7 +136,51 @@ def test_an_unknown_mask_or_correction_is_refused_at_the_door() -> None:
         msgspec.convert({"correction": "decouple"}, AlgorithmSpec)
 
 
-def test_the_upper_bound_follows_the_lower_unless_said() -> None:
-    assert AlgorithmSpec(clip_ratio=0.1).clip_high == 0.1
-    assert AlgorithmSpec(clip_ratio=0.1, clip_ratio_high=0.0).clip_high == 0.0
+def test_what_the_user_sets_wins_over_the_losss_own() -> None:
+    """Also where it is what another loss has: 0.2 and token-mean are ppo's."""
+    assert AlgorithmSpec(policy_loss="gspo").resolved == AlgorithmSpec(
+        policy_loss="gspo", clip_ratio=3e-4, clip_ratio_high=4e-4, loss_agg="seq-mean-token-mean", kl_estimator="k3"
+    )
+    mine = AlgorithmSpec(policy_loss="gspo", clip_ratio=0.2, clip_ratio_high=0.2, loss_agg="token-mean").resolved
+    assert (mine.clip_ratio, mine.clip_ratio_high, mine.loss_agg) == (0.2, 0.2, "token-mean")
+    assert AlgorithmSpec(policy_loss="gspo", clip_ratio=0.1).setting("clip_ratio_high") == 0.1  # one for both sides
+    assert AlgorithmSpec(policy_loss="gspo", clip_ratio_high=0.1).setting("clip_ratio") == 3e-4
+    assert AlgorithmSpec(clip_ratio_high=0.0).setting("clip_ratio_high") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "values"),
+    [
+        ({}, {"clip_ratio": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": None, "loss_agg": "token-mean"}),
+        ({"policy_loss": "gmpo"}, {"clip_ratio": 0.4, "clip_ratio_high": 0.4, "loss_agg": "seq-mean-token-mean"}),
+        ({"policy_loss": "cispo"}, {"clip_ratio": None, "clip_ratio_high": 4.0, "loss_agg": "token-mean"}),
+        ({"policy_loss": "dppo_tv"}, {"clip_ratio": 0.15, "clip_ratio_high": 0.15, "clip_ratio_c": 20.0}),
+        ({"policy_loss": "dppo_kl"}, {"clip_ratio": 0.05, "clip_ratio_high": 0.05, "clip_ratio_c": 20.0}),
+        ({"policy_loss": "sapo"}, {"clip_ratio": None, "loss_agg": "seq-mean-token-mean"}),
+        ({"policy_loss": "mine.py:loss"}, {"clip_ratio": None, "clip_ratio_high": None, "loss_agg": "token-mean"}),
+        ({"kl_coef": 0.1}, {"kl_estimator": "k3"}),
+        ({"kl_coef": 0.1, "kl_in": "reward"}, {"kl_estimator": "k1"}),
+        ({"kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k3"}, {"kl_estimator": "k3"}),
+    ],
+)
+def test_naming_a_loss_gives_its_papers_settings(fields: dict[str, Any], values: dict[str, Any]) -> None:
+    resolved = AlgorithmSpec(**fields).resolved
+    assert {name: getattr(resolved, name) for name in values} == values
+    assert resolved.resolved == resolved
+
+
+def test_a_loss_named_on_the_command_line_has_its_own_settings_too() -> None:
+    """The recipe's null stays null until the run: it is not ppo's value by then."""
+    assert override(AlgorithmSpec(), ["policy_loss=gmpo"]).resolved.clip_ratio == 0.4
+    assert override(AlgorithmSpec(clip_ratio=0.2), ["policy_loss=gmpo"]).resolved.clip_ratio == 0.2
+
+
+def test_every_built_in_choice_that_has_settings_is_named_as_it_is_elsewhere() -> None:
+    names = {"adv_estimator": ESTIMATOR_NAMES, "policy_loss": LOSS_NAMES, "correction": get_args(CorrectionName)}
+    names |= {"masks": get_args(MaskName), "loss_agg": get_args(AggregationName), "kl_control": ("fixed", "adaptive")}
+    assert set(SETTINGS) == set(names)
+    for choice, reads in SETTINGS.items():
+        assert set(reads) <= set(names[choice])
+        assert set(" ".join(reads.values()).split()) <= set(AlgorithmSpec.__struct_fields__)
+    assert set(LOSS_DEFAULTS) <= set(LOSS_NAMES)
     assert set(UNGROUPED) < set(ESTIMATOR_NAMES)

@@ -11,7 +11,12 @@ from asyncrl.algorithms.kl import adapted
 from asyncrl.types import TrainRollout
 
 TEMPERATURE = 0.8  # as in make_trainer
-WIDE = {"icepop_bounds": (0.1, 4.0), "geometric_bounds": (0.3, 3.0), "m2po_bound": 0.5}  # behaviour here is random
+# Bounds of each mask; behaviour here is random.
+WIDE: dict[str, dict] = {
+    "icepop": {"icepop_bounds": (0.1, 4.0)},
+    "geometric": {"geometric_bounds": (0.3, 3.0)},
+    "m2po": {"m2po_bound": 0.5},
+}
 KL = {"kl_coef": 0.2, "kl_in": "reward", "kl_estimator": "k1"}
 
 ALGORITHMS: dict[str, dict] = {
@@ -42,7 +47,9 @@ def step(make_trainer, make_model) -> Callable[..., tuple[list[torch.Tensor], di
     """Weights after two updates with the named algorithm, and the metrics of the second."""
 
     def run(name: str, rollouts: list[TrainRollout], **learner) -> tuple[list[torch.Tensor], dict[str, float]]:
-        algorithm = {**WIDE, **ALGORITHMS[name]}
+        algorithm = dict(ALGORITHMS[name])
+        for mask in algorithm.get("masks", ()):
+            algorithm |= WIDE[mask]
         trainer = make_trainer(
             algorithm=algorithm,
             learner={"eps": 1e-3, "ppo_epochs": 2, **learner},
