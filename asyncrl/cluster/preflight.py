@@ -14,6 +14,7 @@ from asyncrl.config import ESTIMATOR_NAMES, LOSS_NAMES, SETTINGS, UNGROUPED, Dep
 from asyncrl.config.callables import check_callable
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.generate.engines import engine_kind
+from asyncrl.models.architectures import named, not_causal, read_config
 from asyncrl.prompts.reading import check_columns, read_rows
 from asyncrl.rundir import RunDir
 
@@ -44,9 +45,9 @@ def check_run(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> list[s
 def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator[tuple[str, Check]]:
     """What each line of the plan is about, and how it is found out."""
     yield "run", lambda: _run_dir(run_dir)
-    yield "model", lambda: _model("model", recipe.model, recipe, run_dir)
+    yield "model", lambda: _policy(recipe, deployment, run_dir)
     if critic := recipe.critic.model:
-        yield "critic.model", lambda: _model("critic.model", critic, recipe, run_dir)
+        yield "critic.model", lambda: _causal("critic.model", critic, recipe, run_dir)
     for label, files in (("data", recipe.data.files), ("evaluation", recipe.evaluation.files)):
         for file in files:
             yield label, partial(_data_file, file, recipe, run_dir)
@@ -80,6 +81,23 @@ def _model(field: str, model: ModelSpec, recipe: Recipe, run_dir: RunDir) -> str
         missing = "has no config.json" if path.is_dir() else "does not exist"
         raise ConfigError(f"{field}.path={model.path!r} {missing}: no model could be loaded; name a Hugging Face folder or id")
     return model.path
+
+
+def _causal(field: str, model: ModelSpec, recipe: Recipe, run_dir: RunDir) -> str:
+    line = _model(field, model, recipe, run_dir)
+    if problem := not_causal(read_config(model.path)):
+        raise ConfigError(f"{field}.path={model.path!r} is no causal language model: {problem}; name one that is")
+    return line
+
+
+def _policy(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
+    line = _causal("model", recipe.model, recipe, run_dir)
+    config, kind = read_config(recipe.model.path), deployment.generators.engine.kind
+    if problem := engine_kind(kind).not_served(config):
+        raise ConfigError(
+            f"model.path={recipe.model.path!r} ({named(config)}) can't be served by generators.engine.kind={kind!r}: {problem}"
+        )
+    return line
 
 
 def _data_file(file: str, recipe: Recipe, run_dir: RunDir) -> str:

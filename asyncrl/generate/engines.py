@@ -1,8 +1,9 @@
 """What every kind of engine offers to those who check, build and start it. To add one: its package, and a line in ENGINES."""
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from msgspec import Struct
 
@@ -28,6 +29,9 @@ class EngineKind(Protocol):
 
     def check(self, deployment: Deployment) -> str:
         """One sentence of the plan of a run. Raises ConfigError if this machine is to run the engine and can't."""
+
+    def not_served(self, config: Mapping[str, Any]) -> str:
+        """Why the engine can't serve a model with this config.json, and what to do; empty if nothing is known against it."""
 
     def machine_checks(self) -> list[MachineCheck]:
         """The engine's rows of `asyncrl doctor`."""

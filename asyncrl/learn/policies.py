@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ def locate(name: str, tokenizer: str = "", dtype: str = "") -> Policy:
 
 def load(policy: Policy, device: str = "cpu") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The model in eval mode and its tokenizer. Raises ConfigError or CheckpointError naming what could not be loaded."""
-    from asyncrl.models.loading import load_model, load_weights
+    from asyncrl.models.loading import load_model, load_weights, with_attention
     from asyncrl.models.tokenizing import load_tokenizer
 
     tokenizer = load_tokenizer(policy.spec)
@@ -75,7 +76,7 @@ def load(policy: Policy, device: str = "cpu") -> "tuple[PreTrainedModel, PreTrai
     dtype = getattr(torch, policy.spec.dtype)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust)
+        model = with_attention(partial(AutoModelForCausalLM.from_config, config, dtype=dtype, trust_remote_code=trust))
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -1,6 +1,7 @@
 """Hugging Face models in, weights by name, Hugging Face folders out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from asyncrl.config import ModelSpec
 from asyncrl.errors import CheckpointError, ConfigError
+from asyncrl.models.architectures import needs_eager, not_causal
 
 
 def use_threads(count: int) -> None:
@@ -16,20 +18,37 @@ def use_threads(count: int) -> None:
 
 
 def load_model(spec: ModelSpec, device: str = "cpu", field: str = "model") -> PreTrainedModel:
-    """A causal LM from a Hugging Face id or folder, in eval mode, with SDPA attention.
+    """A causal LM from a Hugging Face id or folder, in eval mode, with the attention that `with_attention` chooses.
 
     Raises ConfigError naming the path. field: what `spec` is called in the recipe.
     """
+    make = partial(
+        AutoModelForCausalLM.from_pretrained,
+        spec.path,
+        dtype=getattr(torch, spec.dtype),
+        trust_remote_code=spec.trust_remote_code,
+    )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            spec.path,
-            dtype=getattr(torch, spec.dtype),
-            trust_remote_code=spec.trust_remote_code,
-            attn_implementation="sdpa",
-        )
+        model = with_attention(make)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{field}.path={spec.path!r}: no causal LM could be loaded: {error}") from error
+    if problem := not_causal(model.config.to_dict()):
+        raise ConfigError(f"{field}.path={spec.path!r} is no causal language model: {problem}; name one that is")
     return model.to(device).eval()
+
+
+def with_attention(make: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """What `make` returns for an `attn_implementation`: SDPA, or eager where the model refuses that (GPT-OSS has sinks), or
+    where it would silently be another model (Gemma 2 caps its scores)."""
+    try:
+        model = make(attn_implementation="sdpa")
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        return make(attn_implementation="eager")
+    if needs_eager(model.config.to_dict()):
+        model.set_attn_implementation("eager")
+    return model
 
 
 def context(spec: ModelSpec) -> tuple[int, int | None]:

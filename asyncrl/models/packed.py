@@ -7,7 +7,7 @@ sequences, and as fast for ten thousand responses of ten tokens as for ten of te
 (Hugging Face's own detection of packs by restarting position ids builds a dense mask with SDPA: quadratic.)
 """
 
-import inspect
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,10 +19,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from asyncrl.errors import ConfigError
+from asyncrl.models.architectures import PACKED, follows_length, needs_eager
 from asyncrl.models.logprobs import sampled_logprobs
 
+log = logging.getLogger(__name__)
 ATTENTION = "asyncrl_packed"
-_PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class TokenSequence(NamedTuple):
@@ -145,10 +146,11 @@ class PackedModel:
         self.model = model.eval()  # dropout would make the learner another policy than the generators'
         self.temperature = temperature  # of the sampling: logprobs are taken at it
         self.packs = 0  # that it was given so far
-        parameters = inspect.signature(model.forward).parameters
-        self._flat = _packable(model) and {"logits_to_keep", "position_ids"} <= parameters.keys()
-        if self._flat:
+        self.flat = _packable(model)  # else one forward per run of equal lengths: exact for every causal LM, but slower
+        if self.flat:
             model.set_attn_implementation(ATTENTION)
+        else:
+            log.info("%s is scored by rows of equal length, which is exact, but slower than packed", type(model).__name__)
 
     def logprobs(self, pack: Pack) -> torch.Tensor:
         """Log-probabilities [T] of the pack's scored tokens, with gradient."""
@@ -164,7 +166,7 @@ class PackedModel:
     def logits(self, pack: Pack) -> torch.Tensor:
         """Logits [T, V] that predict the pack's scored tokens; no other logits are computed."""
         self.packs += 1
-        if not self._flat:
+        if not self.flat:
             return self._logits_by_rows(pack)
         # the 4-D mask tells Hugging Face that masking is taken care of; packed_attention never reads it
         done = torch.zeros(1, 1, 1, 1, dtype=self.model.dtype, device=pack.input_ids_u.device)
@@ -187,7 +189,7 @@ class PackedModel:
             logits_tv = self.logits(pack)
         finally:
             hook.remove()
-        return logits_tv, read[0] if self._flat else torch.cat(read)[pack.collect_u[pack.select_t]]
+        return logits_tv, read[0] if self.flat else torch.cat(read)[pack.collect_u[pack.select_t]]
 
     def _logits_by_rows(self, pack: Pack) -> torch.Tensor:
         """For any other causal LM: one forward per run, as equal-length rows. Exact, without padding, but more calls."""
@@ -200,12 +202,6 @@ class PackedModel:
 
 
 def _packable(model: PreTrainedModel) -> bool:
-    """Whether every layer attends through transformers' attention interface in a way that `packed_attention` computes."""
-    config = model.config
-    return (
-        model._supports_attention_backend
-        and model._supports_sdpa
-        and not model._is_stateful
-        and not getattr(config, "attn_logit_softcapping", None)
-        and set(getattr(config, "layer_types", None) or ()) <= _PACKABLE_LAYERS
-    )
+    """Whether this is an architecture, in transformers' own code, of which `packed_attention` is known to be all attention."""
+    config, own = model.config.to_dict(), type(model).__module__.startswith("transformers.models.")
+    return own and config["model_type"] in PACKED and not needs_eager(config) and not follows_length(config)

@@ -156,6 +156,57 @@ def test_problems(recipe: Recipe, run: RunDir, fields: dict, error: type[Excepti
         check_run(replace(recipe, **fields), Deployment(), run)
 
 
+SERVED_ELSEWHERE = r"can't be served by generators\.engine\.kind='torch': {}.*use deploy\.generators\.engine\.kind=sglang"
+LONGROPE = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope"}}
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"model_type": "llama"}, ""),
+        ({"model_type": "mistral", "sliding_window": 4096}, ""),
+        ({"model_type": "of_its_own_code"}, ""),
+        (
+            {"model_type": "mamba", "architectures": ["MambaForCausalLM"]},
+            "MambaForCausalLM.*" + SERVED_ELSEWHERE.format("it keeps a re"),
+        ),
+        (
+            {"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text"}},
+            SERVED_ELSEWHERE.format("it keeps a recurrent"),
+        ),
+        (LONGROPE, r"Phi3ForCausalLM.*" + SERVED_ELSEWHERE.format("its rotary positions")),
+    ],
+)
+def test_what_the_embedded_engine_cannot_serve_is_told_from_the_configuration(
+    recipe: Recipe, run: RunDir, tmp_path: Path, config: dict, problem: str
+) -> None:
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    attached = EngineSpec(kind="sglang", sglang=SGLangSpec(urls=("http://127.0.0.1:30000",)))
+    assert check_run(recipe, Deployment(generators=GeneratorsSpec(engine=attached)), run)
+    if not problem:
+        assert check_run(recipe, Deployment(), run)
+        return
+    with pytest.raises(ConfigError, match=problem):
+        check_run(recipe, Deployment(), run)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"model_type": "t5", "is_encoder_decoder": true}', "is no causal language model: it is an encoder with a decoder"),
+        ('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}', "is no causal language model: it is an encoder: its"),
+        ("not found", r"model/config\.json is no JSON: .*fetch the model again"),
+    ],
+)
+def test_what_the_learner_cannot_train_is_told_whatever_the_engine(
+    recipe: Recipe, run: RunDir, tmp_path: Path, text: str, problem: str
+) -> None:
+    (tmp_path / "model/config.json").write_text(text)
+    for engine in (EngineSpec(), EngineSpec(kind="sglang", sglang=SGLangSpec(urls=("http://127.0.0.1:30000",)))):
+        with pytest.raises(ConfigError, match=problem):
+            check_run(recipe, Deployment(generators=GeneratorsSpec(engine=engine)), run)
+
+
 def test_columns_are_those_that_the_recipe_names(recipe: Recipe, run: RunDir) -> None:
     wrong = replace(recipe.data, answer_key="answer")
     with pytest.raises(

@@ -6,19 +6,46 @@ from concurrent.futures import Future
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 
 from asyncrl.errors import Closed, Unavailable
 from asyncrl.types import Generation, GenerationRequest, Prompt, Reserved, Rollout, Sampling, Span, SwapReport, Ticket, Version
 
 WAIT_S = 10.0  # bound of every wait in the tests
+WINDOW = 5
+MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
+    "qwen3": (Qwen3Config, {}),
+    "llama": (LlamaConfig, {}),
+    "mistral, all layers see 5 tokens": (MistralConfig, {"sliding_window": WINDOW}),
+    "gemma3, every other layer sees 5": (Gemma3TextConfig, MIXED | {"query_pre_attn_scalar": 8}),
+    "gemma2, eager, capped scores": (Gemma2Config, MIXED | {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}),
+    "gpt_oss, eager, sinks": (GptOssConfig, MIXED | EXPERTS),
+    "llama4, every other layer sees its chunk of 5": (
+        Llama4TextConfig,
+        EXPERTS
+        | {"attention_chunk_size": WINDOW, "layer_types": ["chunked_attention", "full_attention"], "intermediate_size_mlp": 48},
+    ),
+}
 
 
 @pytest.fixture
 def make_model() -> Callable[..., PreTrainedModel]:
-    """make_model(kind, seed): a two-layer Qwen3 or Llama with grouped-query attention and lively (not flat) logits."""
+    """make_model(kind, seed): one of CONFIGS with two layers, grouped-query attention and lively (not flat) logits."""
 
-    def make(kind: str = "qwen3", seed: int = 0) -> PreTrainedModel:
+    def make(kind: str = "qwen3", seed: int = 0, **fields: object) -> PreTrainedModel:
         torch.manual_seed(seed)
         shape = {
             "vocab_size": 24,
@@ -30,10 +57,13 @@ def make_model() -> Callable[..., PreTrainedModel]:
             "head_dim": 8,
             "max_position_embeddings": 96,
         }
-        model = Qwen3ForCausalLM(Qwen3Config(**shape)) if kind == "qwen3" else LlamaForCausalLM(LlamaConfig(**shape))
+        config, own = CONFIGS[kind]
+        attention = "eager" if "eager" in kind else "sdpa"
+        model = AutoModelForCausalLM.from_config(config(**shape | own | fields), attn_implementation=attention)
         with torch.no_grad():
             model.lm_head.weight.mul_(12.0)
-            model.model.embed_tokens.weight.mul_(10.0)
+            if model.lm_head.weight is not model.model.embed_tokens.weight:
+                model.model.embed_tokens.weight.mul_(10.0)
         return model.eval()
 
     return make

@@ -2,11 +2,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from asyncrl.config import ModelSpec
 from asyncrl.errors import CheckpointError, ConfigError
 from asyncrl.models.loading import load_model, load_weights, named_weights
+
+SMALL = {
+    "vocab_size": 8,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
 
 
 def tied_model(hidden: int = 16) -> Qwen3ForCausalLM:
@@ -60,3 +80,33 @@ def test_a_saved_folder_loads_and_a_missing_one_names_its_path(tmp_path: Path) -
     assert all(torch.equal(a, b) for a, b in zip(named_weights(model).values(), named_weights(loaded).values(), strict=True))
     with pytest.raises(ConfigError, match="nowhere"):
         load_model(ModelSpec(path=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize(
+    ("config", "attention"),
+    [
+        (LlamaConfig(**SMALL), "sdpa"),
+        (GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1), "eager"),  # refuses SDPA: it has sinks
+        (Gemma2Config(**SMALL, attn_logit_softcapping=2.0), "eager"),  # SDPA would leave out the caps
+        (Gemma2Config(**SMALL, attn_logit_softcapping=None), "sdpa"),
+    ],
+)
+def test_attention_is_eager_where_sdpa_is_refused_or_another_model(
+    tmp_path: Path, config: PreTrainedConfig, attention: str
+) -> None:
+    torch.manual_seed(0)
+    truth = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    truth.save_pretrained(tmp_path)
+    loaded = load_model(ModelSpec(path=str(tmp_path)))
+    assert loaded.config._attn_implementation == attention
+    ids = torch.arange(7)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, truth(input_ids=ids).logits, atol=1e-5, rtol=0)
+
+
+def test_an_encoder_is_refused(tmp_path: Path) -> None:
+    BertForMaskedLM(BertConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_attention_heads=2)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ConfigError, match=r"model\.path='.*' is no causal language model: .* tokens see those behind them"):
+        load_model(ModelSpec(path=str(tmp_path)))

@@ -7,7 +7,12 @@ from transformers import PreTrainedModel
 
 from asyncrl.models.packed import PackedModel, TokenSequence, make_pack
 
-MODELS = ["qwen3, tied", "llama", "mistral, sliding window 5", "gpt2, tied", "mamba, by rows"]
+PACKED = ["qwen3, tied", "llama", "mistral, sliding window 5", "gpt2, tied"]
+BY_ROWS = [
+    "mamba, by rows",
+    "qwen2_moe, by rows, sliding window 5",
+    "gpt_oss, by rows, sinks",
+]
 
 
 def groups_of_rollouts() -> list[TokenSequence]:
@@ -33,7 +38,7 @@ def packed(model: PackedModel, sequences: list[TokenSequence], packs: list[list[
     return torch.cat([model.logits(pack) for pack in parts])[order.argsort()]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PACKED + BY_ROWS)
 @pytest.mark.parametrize("packs", [[list(range(12))], [[11, 3, 0, 7], [1, 2, 4, 5, 6], [8, 9, 10]]], ids=["one", "three"])
 def test_packed_logits_and_gradients_equal_those_of_each_sequence_alone(name: str, packs: list[list[int]], make) -> None:
     model, sequences = make(name), groups_of_rollouts()
@@ -41,11 +46,24 @@ def test_packed_logits_and_gradients_equal_those_of_each_sequence_alone(name: st
     expected.square().sum().backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()
-    found = packed(PackedModel(model), sequences, packs)
+    ours = PackedModel(model)
+    assert ours.flat == (name in PACKED)
+    found = packed(ours, sequences, packs)
     found.square().sum().backward()
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     for gradient, parameter in zip(gradients, [p for p in model.parameters() if p.grad is not None], strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_short_sequence_is_the_same_next_to_a_long_one_though_positions_follow_the_length(make) -> None:
+    """LongRoPE takes other frequencies for a forward pass of more than 8 tokens, which packed would be everybody's."""
+    model = make("phi3, by rows, positions that follow the length")
+    ids = np.random.default_rng(0).integers(0, 32, 14)
+    sequences = [TokenSequence(ids[:6], np.arange(1, 6)), TokenSequence(ids, np.arange(1, 14))]
+    expected = alone(model, sequences)
+    assert (expected[1:5] - expected[6:10]).abs().max() > 1e-3  # the same tokens, at other frequencies
+    torch.testing.assert_close(packed(PackedModel(model), sequences, [[0, 1]]), expected, atol=1e-6, rtol=0)
 
 
 def test_shared_prompts_are_computed_once_and_no_padding_ever() -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from asyncrl.errors import NonFinite
 from asyncrl.generate.embedded.kv_cache import SlotCache, require_servable, use_slot_attention
+from asyncrl.generate.embedded.masks import DecodeMasks
 from asyncrl.generate.embedded.rows import Finished, Job, Rows
 from asyncrl.generate.embedded.sampling import sample, uniforms
 from asyncrl.types import Version
@@ -32,8 +33,9 @@ class Decoder:
         use_slot_attention(model)
         self.model = model.eval()
         self.device = next(model.parameters()).device
-        layers = model.config.get_text_config(decoder=True).num_hidden_layers
-        self._cache = SlotCache(layers=layers, slots=slots, max_length=max_length, device=self.device)
+        text = model.config.get_text_config(decoder=True)
+        self._cache = SlotCache(layers=text.num_hidden_layers, slots=slots, max_length=max_length, device=self.device)
+        self._masks = DecodeMasks(text, max_length=max_length, dtype=model.dtype, device=self.device)
         self._steps = torch.arange(max_length, device=self.device)
 
     def fill(self, sequences: Sequence[np.ndarray], rows: Sequence[Sequence[int]]) -> int:
@@ -73,12 +75,9 @@ class Decoder:
         length = int(positions.max()) + 1
         at = self._tensor(positions)
         self._cache.plan_decode(at, length, level=int(positions.min()) + 1 == length)
-        # Additive, made once: SDPA would convert a bool mask in every layer.
-        hidden = self._steps[:length] > at[:, None]
-        mask = torch.zeros(hidden.shape, dtype=self.model.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
         output = self.model(
             input_ids=self._tensor(ids)[:, None],
-            attention_mask=mask[:, None, None, :],
+            attention_mask=self._masks.of(at, length),
             position_ids=at[:, None],
             past_key_values=self._cache,
             use_cache=True,

@@ -1,4 +1,4 @@
-"""The embedded engine: continuous batching over any Hugging Face causal LM with full attention.
+"""The embedded engine: continuous batching over Hugging Face causal LMs (docs/architectures.md says which).
 
     submit ─► queue ─► admission ─► prefill ─┐
                                              ├─► decode step ─► sample ─► record ─► future

@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from asyncrl.errors import ConfigError
+from asyncrl.generate.embedded.masks import MASKED, layer_kinds
+from asyncrl.models.architectures import REMEDY, needs_eager, not_served
 
 ATTENTION = "asyncrl_slots"
 FIRST_CAPACITY = 64  # positions per row; doubles as rows grow longer
+_CACHED = (DynamicLayer, DynamicSlidingWindowLayer)  # transformers' caches that a SlotLayer can stand for
 
 
 class _Plan:
@@ -138,41 +141,41 @@ def slot_attention(
 
 
 def require_servable(model: PreTrainedModel) -> None:
-    """Raises ConfigError if the slot cache can't serve this model exactly; names the layer or setting that is in the way."""
-    name, config = type(model).__name__, model.config
-    text = config.get_text_config(decoder=True)
-    fix = "use a causal LM with full attention in every layer, or another engine"
-    if config.is_encoder_decoder or getattr(model, "_is_stateful", False):
-        raise ConfigError(f"model {name} keeps a state that is not a key/value cache: requests could not join and leave; {fix}")
+    """Raises ConfigError if the slot cache can't serve this model exactly, naming the architecture, why, and what can."""
+    if problem := not_served(model.config.to_dict()) or _in_the_way(model):
+        raise ConfigError(f"{type(model).__name__} can't be served by the torch engine: {problem}")
+
+
+def _in_the_way(model: PreTrainedModel) -> str:
+    """What a loaded model shows that its configuration alone does not; empty if nothing."""
+    text = model.config.get_text_config(decoder=True)
+    if getattr(model, "_is_stateful", False):
+        return f"it keeps a state that is no key/value cache; {REMEDY}"
     if missing := {"position_ids", "past_key_values", "logits_to_keep"} - inspect.signature(model.forward).parameters.keys():
-        raise ConfigError(f"model {name} takes no {sorted(missing)}: its rows can't stand at different positions; {fix}")
-    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
-    kinds |= {type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) is not DynamicLayer}
-    if not getattr(text, "layer_types", None) and getattr(text, "sliding_window", None):
-        kinds.add("sliding_attention")
+        return f"its forward takes no {sorted(missing)}, so its rows can't stand at different positions; {REMEDY}"
+    kinds = layer_kinds(text) - MASKED
+    kinds |= {type(layer).__name__ for layer in DynamicCache(config=text).layers if type(layer) not in _CACHED}
     if kinds:
-        raise ConfigError(
-            f"model {name} has layers of kind {sorted(kinds)}: the torch engine would drop or mix their state; {fix}"
-        )
-    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
-        raise ConfigError(f"model {name} has rope_type={rope!r}: positions would depend on the longest row of the batch; {fix}")
-    if text._attn_implementation not in ("sdpa", ATTENTION):
-        raise ConfigError(
-            f"model {name} runs attention {text._attn_implementation!r}, the torch engine needs 'sdpa' (its masks would be "
-            "misread); load the model with attn_implementation='sdpa'"
-        )
+        return f"it has layers of kind {sorted(kinds)}, whose state would be dropped or mixed; {REMEDY}"
+    exact = ("eager",) if needs_eager(model.config.to_dict()) else ("sdpa", "eager", ATTENTION)
+    if text._attn_implementation not in exact:
+        return f"its attention {text._attn_implementation!r} would misread masks or leave out caps; load it with {exact[0]!r}"
+    return ""
 
 
 def longest_context(model: PreTrainedModel, max_length: int) -> int:
     """max_length, or less where the model knows fewer positions."""
-    known = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return max_length if known is None else min(max_length, known)
+    text = model.config.get_text_config(decoder=True)
+    known = getattr(text, "max_position_embeddings", None) or max_length
+    if getattr(text, "attn_temperature_tuning", False):  # from there on Llama 4 scales every row as the longest one
+        known = min(known, text.floor_scale - 1)
+    return min(max_length, known)
 
 
 def use_slot_attention(model: PreTrainedModel) -> None:
-    """Switches the model to `slot_attention`, where its architecture lets attention be chosen; equal to SDPA otherwise."""
+    """Switches a model that runs SDPA to `slot_attention`, where its architecture lets attention be chosen."""
     AttentionInterface.register(ATTENTION, slot_attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    if getattr(model, "_supports_attention_backend", False):
+    sdpa = model.config.get_text_config(decoder=True)._attn_implementation == "sdpa"
+    if sdpa and getattr(model, "_supports_attention_backend", False):
         model.set_attn_implementation(ATTENTION)

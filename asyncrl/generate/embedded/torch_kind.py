@@ -1,10 +1,12 @@
 """The `torch` kind of engine: TorchEngine over a model that Hugging Face loads. It comes with asyncrl."""
 
 import importlib
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from asyncrl.config import Deployment
 from asyncrl.generate.engines import EngineSite
+from asyncrl.models.architectures import not_served
 from asyncrl.report.findings import Finding, MachineCheck
 
 if TYPE_CHECKING:
@@ -17,10 +19,13 @@ class TorchKind:
     def check(self, deployment: Deployment) -> str:
         return f"torch: embedded, {deployment.generators.engine.update_mode} updates"
 
+    def not_served(self, config: Mapping[str, Any]) -> str:
+        return not_served(config)
+
     def machine_checks(self) -> list[MachineCheck]:
         def look() -> Finding:
             importlib.import_module("asyncrl.generate.embedded.engine")  # importing what it needs is the check
-            return Finding(detail="embedded: any Hugging Face causal LM, CPU or GPU")
+            return Finding(detail="embedded: Hugging Face causal LMs with attention, CPU or GPU")
 
         return [("torch engine", look, "transformers")]
 

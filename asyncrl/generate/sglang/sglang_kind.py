@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from asyncrl.config import Deployment, SGLangSpec
 from asyncrl.config.base import require
@@ -73,6 +73,9 @@ class SGLangKind(NamedTuple):
     def _without_kernels(self) -> str:
         version = self.installed("sglang")
         return f"sglang {version} is here without its CUDA kernels" if version else ""
+
+    def not_served(self, config: Mapping[str, Any]) -> str:
+        return ""  # its servers tell, when they start
 
     def machine_checks(self) -> list[MachineCheck]:
         return [("sglang (GPU)", self._gpu, ""), ("sglang (CPU)", self._cpu, "")]

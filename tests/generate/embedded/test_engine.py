@@ -19,6 +19,13 @@ MakeModel = Callable[..., PreTrainedModel]
 MakeRequest = Callable[..., GenerationRequest]
 V0, V1, V2 = Version(0, 0), Version(0, 1), Version(0, 2)
 WAIT_S = 20.0
+WINDOWED = [
+    "mistral, all layers see 5 tokens",
+    "gemma3, every other layer sees 5",
+    "gemma2, eager, capped scores",
+    "gpt_oss, eager, sinks",
+    "llama4, every other layer sees its chunk of 5",
+]
 
 
 def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -119,6 +126,28 @@ def test_a_swap_in_flight_keeps_every_logprob_exact(
     ]
     for request, answer in zip(requests, answers, strict=True):
         np.testing.assert_allclose(full_logprobs(answer), recomputed(models, request, answer), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_windows_see_what_they_see_in_a_plain_forward(
+    make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest, kind: str
+) -> None:
+    """Prompts and responses longer than the window of 5 tokens; rows join and leave; swaps compute their caches again."""
+    engine = make_engine(kind, slots=3, max_length=96)
+    models = {V0: make_model(kind), V1: make_model(kind, seed=1), V2: make_model(kind, seed=2)}
+    requests = [make_request(str(i), prompt=range(1, 3 + 4 * i), seed=i, max_tokens=8 + 5 * (i % 3)) for i in range(5)]
+    futures = engine.submit_group(requests)
+    for version in (V1, V2):
+        for _ in range(6):
+            engine.step()
+        assert engine.update_weights(version, weights(models[version])).recomputed_tokens > 0
+    answers = finish(engine, *futures)
+    assert {span.version for answer in answers for span in answer.spans} == models.keys()
+    for request, answer in zip(requests, answers, strict=True):
+        np.testing.assert_allclose(answer.logprobs, recomputed(models, request, answer), atol=5e-6)
+    # They would be others without the window.
+    wide = {v: make_model(kind, seed=v.update, sliding_window=64, attention_chunk_size=64) for v in models}
+    assert np.abs(answers[4].logprobs - recomputed(wide, requests[4], answers[4])).max() > 1e-2
 
 
 def test_keep_kv_recomputes_nothing_and_is_outside_the_guarantee(

@@ -8,15 +8,17 @@ import torch
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 from asyncrl.errors import ConfigError
@@ -32,6 +34,9 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+
+
+FALCON = {"vocab_size": 24, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
 def plain_logits(model: PreTrainedModel, tokens: np.ndarray) -> torch.Tensor:
@@ -91,28 +96,28 @@ def test_masked_single_token_attention_equals_sdpa(make_model: MakeModel) -> Non
 @pytest.mark.parametrize(
     ("model", "word"),
     [
-        (lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=8)), "sliding"),
-        (
-            lambda: Qwen3ForCausalLM(
-                Qwen3Config(**SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=1, head_dim=8)
-            ),
-            "sliding_attention",
-        ),
         (
             lambda: LlamaForCausalLM(
                 LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
             ),
-            "rope_type='dynamic'",
+            "rotary positions depend on the longest row",
         ),
-        (lambda: BloomForCausalLM(BloomConfig(vocab_size=24, hidden_size=32, n_layer=1, n_head=4)), "position_ids"),
-        (lambda: LlamaForCausalLM._from_config(LlamaConfig(**SMALL), attn_implementation="eager"), "'eager'"),
+        (lambda: BloomForCausalLM(BloomConfig(vocab_size=24, hidden_size=32, n_layer=1, n_head=4)), "different positions"),
+        (lambda: FalconForCausalLM(FalconConfig(**FALCON, alibi=True)), "different positions"),
+        (lambda: MambaForCausalLM(MambaConfig(vocab_size=24, hidden_size=32, num_hidden_layers=1)), "recurrent state"),
+        (lambda: LlamaForCausalLM(LlamaConfig(**SMALL, layer_types=["full_attention", "conv"])), r"layers of kind \['.*'conv'"),
+        (lambda: LlamaForCausalLM._from_config(LlamaConfig(**SMALL), attn_implementation="flex_attention"), "'flex_attention'"),
+        (lambda: Gemma2ForCausalLM._from_config(Gemma2Config(**SMALL), attn_implementation="sdpa"), "'sdpa'.* with 'eager'"),
     ],
 )
 def test_models_that_it_would_serve_wrongly_are_refused(model: Callable[[], PreTrainedModel], word: str) -> None:
-    with pytest.raises(ConfigError, match=word):
+    with pytest.raises(ConfigError, match=f"ForCausalLM can't be served by the torch engine: .*{word}"):
         require_servable(model())
 
 
 def test_context_is_cut_to_the_models_positions(make_model: MakeModel) -> None:
     assert longest_context(make_model(), 2048) == 96
     assert longest_context(make_model(), 50) == 50
+    llama4 = "llama4, every other layer sees its chunk of 5"
+    assert longest_context(make_model(llama4, floor_scale=32), 50) == 31  # the scale of queries is 1 up to there
+    assert longest_context(make_model(llama4, floor_scale=32, attn_temperature_tuning=False), 50) == 50
