@@ -38,10 +38,45 @@ def grpo_no_std(rewards_s: Tensor, groups_s: Tensor) -> Tensor:
 
 def grpo(rewards_s: Tensor, groups_s: Tensor) -> Tensor:
     """(r − mean(group)) / (std(group) + 1e-6), std unbiased. GRPO (DeepSeekMath, Shao et al. 2024). A group of one gets 0."""
+    centered_s, std_s = _spread(rewards_s, groups_s)
+    return centered_s / (std_s + STD_EPS)
+
+
+def _spread(rewards_s: Tensor, groups_s: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewards minus their group's mean [S], and their group's standard deviation [S], unbiased; 0 for a group of one."""
     centered_s, index_s, count_g = centered_in_groups(rewards_s, groups_s)
     squares_g = rewards_s.new_zeros(len(count_g)).index_add(0, index_s, centered_s.square())
-    std_g = (squares_g / (count_g - 1).clamp(min=1)).sqrt()
-    return centered_s / (std_g[index_s] + STD_EPS)
+    return centered_s, (squares_g / (count_g - 1).clamp(min=1)).sqrt()[index_s]
+
+
+def grpo_passk(rewards_s: Tensor, groups_s: Tensor) -> Tensor:
+    """(best − second best) / (std(group) + 1e-6) for the best of a group, 0 for all others: what it adds to the best of k.
+
+    k is the group's size. Tang et al. 2025 (arXiv 2503.19595), divided by the spread as in verl's `grpo_passk`. Two that are
+    equally good add nothing.
+    """
+    order_s = rewards_s.argsort(descending=True, stable=True)
+    order_s = order_s[groups_s[order_s].argsort(stable=True)]  # group after group, the best of each first
+    ordered_s, same_s = rewards_s[order_s], groups_s[order_s].diff() == 0  # [S − 1]: whether one is of the group before it
+    none = same_s.new_zeros(min(1, len(order_s)))
+    best_s, has_second_s = ~torch.cat((none, same_s)), torch.cat((same_s, none))
+    leads_s = torch.where(best_s & has_second_s, ordered_s - ordered_s.roll(-1), 0.0)
+    return torch.zeros_like(rewards_s).index_put((order_s,), leads_s) / (_spread(rewards_s, groups_s)[1] + STD_EPS)
+
+
+def gpg(rewards_s: Tensor, groups_s: Tensor) -> Tensor:
+    """α·(r − mean(group)), α = rollouts of the batch / those whose group's rewards vary. GPG (Chu et al. 2025, F_norm = 1).
+
+    Groups of equal rewards have no gradient, and a mean over the batch shrinks by them: α makes up for it. The paper's loss is
+    policy_loss="pg". (verl's `gpg` counts the rewards that are not 0 instead, which is another number.)
+    """
+    centered_s, index_s, count_g = centered_in_groups(rewards_s, groups_s)
+    most_g, least_g = (
+        rewards_s.new_zeros(len(count_g)).scatter_reduce(0, index_s, rewards_s, kind, include_self=False)
+        for kind in ("amax", "amin")
+    )
+    varied_s = (most_g > least_g)[index_s]
+    return centered_s * varied_s * len(rewards_s) / varied_s.sum().clamp(min=1)
 
 
 def rloo(rewards_s: Tensor, groups_s: Tensor) -> Tensor:
@@ -69,18 +104,11 @@ def opo(rewards_s: Tensor, groups_s: Tensor, lengths_s: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------- tokens
 
 
-def returns_to_go(rewards_n: Tensor, sequence_n: Tensor) -> Tensor:
-    """Sum of a sequence's rewards from each token to its end [N], undiscounted."""
-    rest_n = rewards_n.flip(0).cumsum(0).flip(0)  # of this sequence and all later ones
-    following_n = torch.searchsorted(sequence_n, sequence_n, right=True)
-    return rest_n - torch.cat((rest_n, rest_n.new_zeros(1)))[following_n]
-
-
 def gae(rewards_n: Tensor, values_n: Tensor, sequence_n: Tensor, *, gamma: float, lam: float) -> Tensor:
     """Advantages [N]. GAE (Schulman et al. 2016): δ = r + γ·V(next) − V, A = Σ (γλ)^k·δ_k.
 
     rewards_n: of each token, the rollout's own reward at its last one. values_n: the critic's V before each token. After a
-    sequence's last token comes nothing: V = 0.
+    sequence's last token comes nothing: V = 0. With λ = 1 and V = 0 everywhere it is the discounted return from each token on.
     """
     _, row_n, count_s = torch.unique_consecutive(sequence_n, return_inverse=True, return_counts=True)
     column_n = torch.arange(len(row_n), device=row_n.device) - (count_s.cumsum(0) - count_s)[row_n]
@@ -100,9 +128,19 @@ def gae(rewards_n: Tensor, values_n: Tensor, sequence_n: Tensor, *, gamma: float
     return advantages_st[row_n, column_n]
 
 
+def _earned(outcomes: Outcomes) -> Tensor:
+    """What each trained token earned [N]: its own rewards, and at the last one of a rollout the rollout's."""
+    earned_n, sequence_n = outcomes.token_rewards_n.clone(), outcomes.sequence_n
+    if len(sequence_n):
+        last_n = torch.cat((sequence_n[1:] != sequence_n[:-1], sequence_n.new_ones(1, dtype=torch.bool)))
+        earned_n[last_n] += outcomes.rewards_s[sequence_n[last_n]]
+    return earned_n
+
+
 def _reinforce_plus_plus(spec: AlgorithmSpec, outcomes: Outcomes) -> Tensor:
-    """The return from each token on. REINFORCE++ (Hu et al. 2025), γ = 1. Needs no groups."""
-    return outcomes.rewards_s[outcomes.sequence_n] + returns_to_go(outcomes.token_rewards_n, outcomes.sequence_n)
+    """The return from each token on, discounted by γ per trained token. REINFORCE++ (Hu et al. 2025). Needs no groups."""
+    earned_n = _earned(outcomes)
+    return gae(earned_n, torch.zeros_like(earned_n), outcomes.sequence_n, gamma=spec.gamma, lam=1.0)
 
 
 def _remax(spec: AlgorithmSpec, outcomes: Outcomes) -> Tensor:
@@ -122,14 +160,13 @@ def _gae(spec: AlgorithmSpec, outcomes: Outcomes) -> Tensor:
     """A rollout's reward is assigned to its last *trained* token, a token-level one to its own; as in verl.
 
     Tokens that are not trained (of tools, or too old) are not there: nothing is discounted over them. A rollout without a
-    trained token teaches nothing, its reward included.
+    trained token teaches nothing, its reward included. Where ends were asked for, a rollout that was cut earns γ·V of its end
+    more, as it would have gone on (partial-episode bootstrapping, Pardo et al. 2018; AReaL). No token is left out for it.
     """
     assert outcomes.values_n is not None, "advantages of values that were not made"
-    rewards_n, sequence_n = outcomes.token_rewards_n.clone(), outcomes.sequence_n
-    if len(sequence_n):
-        last_n = torch.cat((sequence_n[1:] != sequence_n[:-1], sequence_n.new_ones(1, dtype=torch.bool)))
-        rewards_n[last_n] += outcomes.rewards_s[sequence_n[last_n]]
-    return gae(rewards_n, outcomes.values_n, sequence_n, gamma=spec.gamma, lam=spec.lam)
+    ends_s = 0.0 if outcomes.ends_s is None else outcomes.ends_s
+    earned_n = _earned(outcomes._replace(rewards_s=outcomes.rewards_s + spec.gamma * ends_s))
+    return gae(earned_n, outcomes.values_n, outcomes.sequence_n, gamma=spec.gamma, lam=spec.lam)
 
 
 # --------------------------------------------------------------------------------------------- by name
@@ -145,9 +182,11 @@ def per_rollout(function: Callable[[Tensor, Tensor], Tensor]) -> Estimator:
 ESTIMATORS: dict[str, Estimator] = {
     "grpo": per_rollout(grpo),
     "grpo_no_std": per_rollout(grpo_no_std),
+    "grpo_passk": per_rollout(grpo_passk),
     "dr_grpo": per_rollout(grpo_no_std),
     "rloo": per_rollout(rloo),
     "opo": lambda spec, outcomes: opo(outcomes.total_s(), outcomes.groups_s, outcomes.lengths_s)[outcomes.sequence_n],
+    "gpg": per_rollout(gpg),
     "reinforce_plus_plus": _reinforce_plus_plus,
     "reinforce_plus_plus_baseline": per_rollout(grpo_no_std),  # REINFORCE++-baseline (Hu et al. 2025), by being whitened
     "gae": _gae,

@@ -91,6 +91,36 @@ def geometric(delta_t: Tensor, sequence_t: Tensor, low: float, high: float) -> T
     return icepop(sequence_mean(delta_t.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), sequence_t), low, high)
 
 
+def icepop_sequence(delta_t: Tensor, sequence_t: Tensor, low: float, high: float) -> Tensor:
+    """Sequences, whole, with low <= exp(Σ of delta) <= high: IcePop on the ratio of a whole response.
+
+    As in verl (rollout_is "sequence" with two bounds) and TRL ("sequence_mask"). The sum is over trained tokens: the longer a
+    sequence, the sooner it is masked, as with tis_sequence, whose weights it bounds from below too.
+    """
+    return icepop(sequence_sum(delta_t, sequence_t), low, high)
+
+
+def kpop(proximal_t: Tensor, behaviour_t: Tensor, bound: float) -> Tensor:
+    """Tokens with max(KL(p ‖ q), KL(q ‖ p)) <= bound, of "this token or another", in nats. KPop (Guo et al. 2026); AReaL.
+
+    p = exp(proximal), q = exp(behaviour), in float64 and within [1e-8, 1 − 1e-8].
+    """
+    p_t, q_t = (logp_t.double().exp().clamp(1e-8, 1 - 1e-8) for logp_t in (proximal_t, behaviour_t))
+    this_t, other_t = (p_t / q_t).log(), ((1 - p_t) / (1 - q_t)).log()
+    forward_t, backward_t = (x_t * this_t + (1 - x_t) * other_t for x_t in (p_t, q_t))
+    return torch.maximum(forward_t, -backward_t) <= bound
+
+
+def off_policy_sequence(drift_t: Tensor, advantages_t: Tensor, sequence_t: Tensor, bound: float) -> Tensor:
+    """All but tokens with an advantage < 0 in sequences whose mean of drift is > bound. DeepSeek-V3.2 (2025, equation 9); TRL.
+
+    drift_t: behaviour − present logprobs, so that engine, staleness and the steps of this update count together. What the
+    policy has left behind is not pushed away any further.
+    """
+    mean_t = sequence_mean(drift_t.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), sequence_t)
+    return (advantages_t >= 0) | (mean_t <= bound)
+
+
 def m2po(delta_m: Tensor, bound: float) -> Tensor:
     """Drops the largest delta² of the minibatch until the mean of the rest is < bound. M2PO (Zheng et al. 2025).
 
@@ -104,17 +134,35 @@ def m2po(delta_m: Tensor, bound: float) -> Tensor:
     return torch.ones_like(squared_m, dtype=torch.bool) if stay == len(ordered_m) else squared_m < ordered_m[stay]
 
 
-# (recipe, delta_t, sequence_t) -> what stays; m2po, which sees a whole minibatch, is made before its packs
-MASKS: dict[str, Callable[[AlgorithmSpec, Tensor, Tensor], Tensor]] = {
-    "icepop": lambda spec, delta_t, _: icepop(delta_t, *spec.icepop_bounds),
-    "geometric": lambda spec, delta_t, sequence_t: geometric(delta_t, sequence_t, *spec.geometric_bounds),
+class Compared(NamedTuple):
+    """What masks see of each token, [T] each, without gradient: its logprob under three policies, and what it is trained to."""
+
+    present_t: Tensor  # under the policy as it is at this step
+    proximal_t: Tensor  # at the start of the update; may be NaN where no mask asks for it
+    behaviour_t: Tensor
+    advantages_t: Tensor
+    sequence_t: Tensor  # int64
+
+    def delta(self) -> Tensor:
+        return self.proximal_t - self.behaviour_t
+
+
+# (recipe, what is compared) -> what stays; m2po, which sees a whole minibatch, is made before its packs
+MASKS: dict[str, Callable[[AlgorithmSpec, Compared], Tensor]] = {
+    "icepop": lambda spec, seen: icepop(seen.delta(), *spec.icepop_bounds),
+    "icepop_sequence": lambda spec, seen: icepop_sequence(seen.delta(), seen.sequence_t, *spec.icepop_sequence_bounds),
+    "geometric": lambda spec, seen: geometric(seen.delta(), seen.sequence_t, *spec.geometric_bounds),
+    "kpop": lambda spec, seen: kpop(seen.proximal_t, seen.behaviour_t, spec.kpop_bound),
+    "off_policy_sequence": lambda spec, seen: off_policy_sequence(
+        seen.behaviour_t - seen.present_t, seen.advantages_t, seen.sequence_t, spec.off_policy_sequence_bound
+    ),
 }
 
 
-def rejection_mask(spec: AlgorithmSpec, delta_t: Tensor, sequence_t: Tensor) -> Tensor:
+def rejection_mask(spec: AlgorithmSpec, seen: Compared) -> Tensor:
     """What of a pack stays by those of the recipe's masks that see a token or a sequence [T] bool."""
-    kept_t = torch.ones_like(delta_t, dtype=torch.bool)
+    kept_t = torch.ones_like(seen.behaviour_t, dtype=torch.bool)
     for name in spec.masks:
         if name in MASKS:
-            kept_t = kept_t & MASKS[name](spec, delta_t, sequence_t)
+            kept_t = kept_t & MASKS[name](spec, seen)
     return kept_t

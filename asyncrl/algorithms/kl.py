@@ -46,6 +46,23 @@ def k3(logp_t: Tensor, reference_t: Tensor) -> Tensor:
     return torch.expm1(-near_t) + near_t + math.expm1(K3_TAIL) * (near_t - delta_t)
 
 
+def k3_unbiased(logp_t: Tensor, reference_t: Tensor, behaviour_t: Tensor) -> Tensor:
+    """r·k3, r = exp(logp − behaviour): unbiased for the present policy, whoever sampled. DeepSeek-V3.2 (2025, equation 7); TRL.
+
+    Its gradient, r·δ·∇logp, is that of the KL itself, bounded where a token became rare, as that of k3 is not. It is written
+    down, not derived from the value: where one of the two factors is clamped, the other's part would point away.
+    """
+    ratio_t, delta_t = log_ratio(logp_t.detach(), behaviour_t).exp(), log_ratio(logp_t.detach(), reference_t)
+    return ratio_t * (torch.expm1(-delta_t) + delta_t + delta_t * (logp_t - logp_t.detach()))
+
+
+def token_kl(estimator: str, logp_t: Tensor, reference_t: Tensor, behaviour_t: Tensor) -> Tensor:
+    """KL per token [T] by the named estimator; behaviour_t: logprobs of the policy that sampled."""
+    if estimator == "k3_unbiased":
+        return k3_unbiased(logp_t, reference_t, behaviour_t)
+    return KL_ESTIMATORS[estimator](logp_t, reference_t)
+
+
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
 
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from asyncrl.algorithms.corrections import CORRECTIONS, interpolated_proximal, rejection_mask
-from asyncrl.algorithms.kl import KL_ESTIMATORS
+from asyncrl.algorithms.corrections import CORRECTIONS, Compared, interpolated_proximal, rejection_mask
+from asyncrl.algorithms.kl import token_kl
 from asyncrl.algorithms.losses import policy_loss
 from asyncrl.config import AlgorithmSpec
 
@@ -39,19 +39,27 @@ class TokenWeights(NamedTuple):
 
 def needs_proximal(spec: AlgorithmSpec) -> bool:
     """Whether anything compares with the policy at the start of the update."""
-    return bool(spec.masks) or (spec.ratio_to == "proximal" and spec.correction != "decoupled_loglinear")
+    return bool(set(spec.masks) - {"off_policy_sequence"}) or (
+        spec.ratio_to == "proximal" and spec.correction != "decoupled_loglinear"
+    )
 
 
 def objective(
-    spec: AlgorithmSpec, columns: Columns, logp_t: Tensor, entropy_t: Tensor, kl_coef: float | None = None
+    spec: AlgorithmSpec,
+    columns: Columns,
+    logp_t: Tensor,
+    entropy_t: Tensor,
+    kl_coef: float | None = None,
+    weight_mean: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor], TokenWeights]:
     """This pack's share of the minibatch's loss (a scalar to sum over packs), sums for `loss_metrics`, and how tokens counted.
 
-    logp_t, entropy_t [T] from the current policy, with gradient. kl_coef: where it adapts; None: the recipe's.
+    logp_t, entropy_t [T] from the current policy, with gradient. kl_coef: where it adapts; None: the recipe's. weight_mean: by
+    which the correction's weights are divided, see `mean_weight`.
     """
     old_t = _old(spec, columns, logp_t)
     loss_t, figures = policy_loss(spec)(logp_t, old_t, columns.advantages_t, columns.sequence_t)
-    counted = _token_weights(spec, columns, old_t)
+    counted = _token_weights(spec, columns, old_t, logp_t.detach(), weight_mean)
     pg_loss = (columns.coefficients_t * counted.weights_t * loss_t).sum()
     loss = pg_loss
     sums = {
@@ -62,7 +70,7 @@ def objective(
         **{f"figure/{name}": values_t.detach().sum() for name, values_t in figures.items()},
     }
     if columns.reference_t is not None:
-        kl_t = KL_ESTIMATORS[spec.setting("kl_estimator")](logp_t, columns.reference_t)
+        kl_t = token_kl(spec.setting("kl_estimator"), logp_t, columns.reference_t, columns.behaviour_t)
         loss = loss + (spec.kl_coef if kl_coef is None else kl_coef) * (columns.coefficients_t * kl_t).sum()
         sums["kl"] = kl_t.detach().sum()
     if spec.entropy_coef:
@@ -79,13 +87,26 @@ def _old(spec: AlgorithmSpec, columns: Columns, logp_t: Tensor) -> Tensor:
     return columns.proximal_t
 
 
-def _token_weights(spec: AlgorithmSpec, columns: Columns, old_t: Tensor) -> TokenWeights:
+def _token_weights(spec: AlgorithmSpec, columns: Columns, old_t: Tensor, present_t: Tensor, weight_mean: float) -> TokenWeights:
     correction = "none" if spec.learns_preferences else spec.correction
     weights_t, capped_t = CORRECTIONS[correction](spec, old_t, columns.behaviour_t, columns.sequence_t)
-    kept_t = rejection_mask(spec, (columns.proximal_t - columns.behaviour_t).detach(), columns.sequence_t)
+    seen = Compared(present_t, columns.proximal_t, columns.behaviour_t, columns.advantages_t, columns.sequence_t)
+    kept_t = rejection_mask(spec, seen)
     if columns.kept_t is not None:
         kept_t = kept_t & columns.kept_t
-    return TokenWeights(weights_t * kept_t, capped_t, ~kept_t)
+    return TokenWeights(weights_t * kept_t / weight_mean, capped_t, ~kept_t)
+
+
+def mean_weight(spec: AlgorithmSpec, proximal_n: Tensor, behaviour_n: Tensor, sequence_n: Tensor, counts_s: Tensor) -> float:
+    """The mean of a batch's truncated weights, masked or not: over its tokens, or its sequences where these share one.
+
+    Divided by it, weights are 1 on average, and a batch's step is as long as if nothing were stale (self-normalized importance
+    sampling; verl's rollout_is_batch_normalize). Columns [N] and counts_s [S] are of a whole batch. A weight that is not a
+    number adds nothing: its own minibatch is refused, not all of them.
+    """
+    share_s = AGGREGATIONS["seq-mean-token-mean" if spec.correction == "tis_sequence" else "token-mean"](spec, counts_s)
+    weights_n = CORRECTIONS[spec.correction](spec, proximal_n, behaviour_n, sequence_n).weights_t
+    return float((share_s[sequence_n] * weights_n).double().nansum())
 
 
 def loss_metrics(sums: Mapping[str, float], steps: int) -> dict[str, float]:
@@ -122,6 +143,8 @@ def _sum_norm(spec: AlgorithmSpec, counts_s: Tensor) -> Tensor:
 AGGREGATIONS: dict[str, Callable[[AlgorithmSpec, Tensor], Tensor]] = {
     # Every token weighs the same (DAPO): 1 / Σ counts.
     "token-mean": lambda spec, counts_s: torch.full_like(counts_s, 1.0 / counts_s.sum().item()),
+    # Every token weighs the same, and a longer batch makes a longer step: 1. verl's.
+    "token-sum": lambda spec, counts_s: torch.ones_like(counts_s),
     # Sum over a sequence's tokens, mean over sequences: 1 / S.
     "seq-mean-token-sum": lambda spec, counts_s: torch.full_like(counts_s, 1.0 / len(counts_s)),
     # Mean over a sequence's tokens, mean over sequences (GRPO): 1 / (S · count).

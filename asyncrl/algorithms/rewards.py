@@ -20,6 +20,7 @@ class Outcomes(NamedTuple):
     ranked_s: Tensor  # [S] all rewards of a rollout, rounded once, so that what is equal stays equal in any order
     baselines_s: Tensor | None = None  # [S] all rewards of the greedy rollout of the same prompt; None without those
     values_n: Tensor | None = None  # [N] the critic's value before each trained token; None without a critic
+    ends_s: Tensor | None = None  # [S] its value after a rollout that was cut by length, 0 of others; None: not asked for
 
     def total_s(self) -> Tensor:
         """Rewards with the sum of the token-level ones [S], as verl has it for estimators of whole rollouts."""

@@ -14,16 +14,19 @@ from asyncrl.errors import ConfigError
 
 UNGROUPED = ("reinforce_plus_plus", "remax", "gae")  # estimators that learn from a group of one
 # algorithms/advantages.py:
-ESTIMATOR_NAMES = ("grpo", "grpo_no_std", "dr_grpo", "rloo", "opo", "reinforce_plus_plus_baseline", *UNGROUPED)
+ESTIMATOR_NAMES = (
+    *("grpo", "grpo_no_std", "dr_grpo", "grpo_passk", "gpg", "rloo", "opo", "reinforce_plus_plus_baseline"),
+    *UNGROUPED,
+)
 PREFERENCE_LOSSES = ("dpo", "kto")  # algorithms/preferences.py
 LOSS_NAMES = ("ppo", "gspo", "gmpo", "cispo", "dppo_tv", "dppo_kl", "sapo", "pg", *PREFERENCE_LOSSES)  # algorithms/losses.py
 CorrectionName = Literal["decoupled", "decoupled_loglinear", "tis", "tis_sequence", "none"]  # algorithms/corrections.py
-MaskName = Literal["icepop", "geometric", "m2po"]  # algorithms/corrections.py
-AggregationName = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+MaskName = Literal["icepop", "icepop_sequence", "geometric", "kpop", "off_policy_sequence", "m2po"]  # algorithms/corrections.py
+AggregationName = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 # The settings that only some choices read: by the choice's field, then its name. Set without a reader, they are refused.
 SETTINGS: dict[str, dict[str, str]] = {
-    "adv_estimator": {"gae": "gamma lam"},
+    "adv_estimator": {"gae": "gamma lam bootstrap_truncated", "reinforce_plus_plus": "gamma"},
     "policy_loss": {
         "ppo": "clip_ratio clip_ratio_high clip_ratio_c",
         "gspo": "clip_ratio clip_ratio_high",
@@ -36,12 +39,19 @@ SETTINGS: dict[str, dict[str, str]] = {
         "kto": "preference_beta kto_desirable_weight kto_undesirable_weight",
     },
     "correction": {
-        "decoupled": "behaviour_cap",
+        "decoupled": "behaviour_cap normalize_weights",
         "decoupled_loglinear": "behaviour_cap",
-        "tis": "tis_cap",
-        "tis_sequence": "tis_cap",
+        "tis": "tis_cap normalize_weights",
+        "tis_sequence": "tis_cap normalize_weights",
     },
-    "masks": {"icepop": "icepop_bounds", "geometric": "geometric_bounds", "m2po": "m2po_bound"},
+    "masks": {
+        "icepop": "icepop_bounds",
+        "icepop_sequence": "icepop_sequence_bounds",
+        "geometric": "geometric_bounds",
+        "kpop": "kpop_bound",
+        "off_policy_sequence": "off_policy_sequence_bound",
+        "m2po": "m2po_bound",
+    },
     "loss_agg": {"seq-mean-token-sum-norm": "loss_scale_factor"},
     "kl_control": {"adaptive": "kl_target kl_horizon"},
 }
@@ -66,8 +76,11 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     # Rewards to mean 0 and standard deviation 1: of the batch, or of all rollouts trained so far (`running`). Turn- and
     # token-level rewards, and a KL penalty in the reward, are not: they then weigh against a reward of standard deviation 1.
     reward_normalization: Literal["none", "batch", "running"] = "none"
-    gamma: float = 1.0  # discount per trained token; gae only, which is the only estimator with a critic (CriticSpec)
+    gamma: float = 1.0  # discount per trained token, of gae (the only estimator with a critic: CriticSpec), reinforce_plus_plus
     lam: float = 1.0  # λ of gae; with gamma 1 too, as in verl, the advantage is the return minus the value
+    # gae: a response that was cut by length also earns gamma × the critic's value after its last token, as if it had gone on;
+    # it is trained like any other. Costs a pass of the critic over such responses.
+    bootstrap_truncated: bool = False
     # What an advantage does to a token: a built-in loss, or the user's own, `file.py:name`: `f(logp_t, old_t, advantages_t,
     # sequence_t) -> (loss_t, {figure: values_t})`, see algorithms/losses.py. `dpo` and `kto` learn from how rewards rank a
     # group's rollouts, against the reference, which they load whatever kl_coef is; they take no estimator, correction or mask,
@@ -76,6 +89,7 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     # The policy that the ratio is taken to, and that clips go around: that at the start of the update, or that which sampled.
     ratio_to: Literal["proximal", "behaviour"] = "proximal"
     correction: CorrectionName = "decoupled"  # weights that bring the behaviour policy to the proximal one
+    normalize_weights: bool = False  # divides those weights by their mean over the batch
     masks: tuple[MaskName, ...] = ()  # tokens left out of the policy loss, by any number of masks
     # How far a ratio may go below 1, ε. For dppo_* it bounds a divergence, for gmpo a log-ratio. null: the loss's own, see
     # the table in docs/algorithms.md; so are the other two.
@@ -88,11 +102,15 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     behaviour_cap: float = 5.0  # truncation of exp(proximal − behaviour) for decoupled*
     tis_cap: float = 2.0  # truncation of exp(proximal − behaviour) for tis*
     icepop_bounds: tuple[float, float] = (0.5, 5.0)  # least and largest exp(proximal − behaviour) of a token
+    icepop_sequence_bounds: tuple[float, float] = (0.5, 5.0)  # likewise of its product over a sequence
     geometric_bounds: tuple[float, float] = (0.99, 1.01)  # likewise of its geometric mean over a sequence
+    kpop_bound: float = 2.0  # largest KL of "this token or another" between proximal and behaviour, either way, in nats
+    off_policy_sequence_bound: float = 0.5  # largest mean of behaviour − present logprobs over a sequence, for its bad tokens
     m2po_bound: float = 0.04  # largest mean of (proximal − behaviour)² over a minibatch
     kl_coef: float = 0.0  # weight of the KL to the reference, which is the starting policy; 0 loads no reference
-    # Of the KL per token, see algorithms/kl.py. null: k3 in the loss, k1 in the reward, which stays unbiased there.
-    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    # Of the KL per token, see algorithms/kl.py. null: k3 in the loss, k1 in the reward, which stays unbiased there. k3_unbiased
+    # weighs k3 by present ÷ behaviour, in the loss.
+    kl_estimator: Literal["k1", "k2", "k3", "k3_unbiased"] | None = None
     kl_in: Literal["loss", "reward"] = "loss"  # a term of the loss, or a penalty in the reward (of the tokens that are trained)
     kl_control: Literal["fixed", "adaptive"] = "fixed"  # adaptive: kl_coef moves so that the KL per token nears kl_target
     kl_target: float = 0.1  # nats per token
@@ -150,11 +168,12 @@ _RULES: tuple[Rule, ...] = (
     ("sapo_tau_positive sapo_tau_negative", lambda x: x > 0, "<= 0: no token would be learned from; use > 0"),
     ("masks", lambda x: len(set(x)) == len(x), "names one twice: a second pass changes nothing; name each once"),
     (
-        "icepop_bounds geometric_bounds",
+        "icepop_bounds icepop_sequence_bounds geometric_bounds",
         lambda x: 0 <= x[0] <= 1 <= x[1] and x[0] < x[1],
         "must enclose the ratio 1: tokens of the policy itself would be masked; use 0 <= low <= 1 <= high",
     ),
-    ("m2po_bound", lambda x: x > 0, "<= 0: every token would be masked; use > 0"),
+    ("m2po_bound kpop_bound", lambda x: x > 0, "<= 0: every token would be masked; use > 0"),
+    ("off_policy_sequence_bound", lambda x: x > 0, "<= 0: the policy's own tokens would be masked; use > 0"),
     ("kl_coef", lambda x: x >= 0, "< 0: the policy would be driven from the reference; use >= 0"),
     ("kl_target", lambda x: x > 0, "<= 0: the coefficient would grow for ever; use > 0"),
     ("kl_horizon", lambda x: x >= 1, "< 1: the coefficient would leap; use >= 1"),
@@ -199,8 +218,12 @@ def _require_read(spec: AlgorithmSpec) -> None:
             if not made.intersection(readers):
                 use = " or ".join(map(repr, readers))
                 refuse(setting, f"{choice}={chosen!r}: it would be ignored; use {use}, or leave it out")
+    if spec.adv_estimator == "grpo_passk":
+        why = "adv_estimator='grpo_passk': none of its advantages is < 0, so this would be ignored; leave it out"
+        refuse("sapo_tau_negative" + (" clip_ratio_c" if spec.policy_loss == "ppo" else ""), why)
+        require("off_policy_sequence" not in spec.masks, f"algorithm.masks={spec.masks!r} with {why}")
     if spec.learns_preferences:
-        names = "adv_estimator reward_normalization ratio_to masks behaviour_cap kl_in"
+        names = "adv_estimator reward_normalization ratio_to normalize_weights masks behaviour_cap kl_in"
         names += " correction" if spec.correction != "none" else ""
         names += "" if spec.kl_coef or spec.entropy_coef else " loss_agg"
         why = f"policy_loss={spec.policy_loss!r}: it learns from how rewards rank a group's rollouts alone"
@@ -213,6 +236,11 @@ def _require_sound(spec: AlgorithmSpec) -> None:
         spec.ratio_to == "proximal" or spec.correction == "none",
         f"algorithm.correction={spec.correction!r} with ratio_to='behaviour': the ratio already holds the step from behaviour "
         "to proximal, so the weight would correct for it twice; use correction='none', or ratio_to='proximal'",
+    )
+    require(
+        spec.kl_estimator != "k3_unbiased" or spec.kl_in == "loss",
+        "algorithm.kl_estimator='k3_unbiased' with kl_in='reward': its weight is there for its gradient, which a reward has "
+        "not; use 'k1' or 'k3', or kl_in='loss'",
     )
     require(
         spec.ratio_to == "proximal" or spec.policy_loss != "pg",

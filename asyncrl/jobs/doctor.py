@@ -26,7 +26,7 @@ SHM = Path("/dev/shm")
 MIN_SHM_BYTES = 1 << 30  # Ray's objects live there; containers often give 64 MiB
 
 OPTIONAL = {
-    "math-verify": ("the verifiers gsm8k and math", "pip install 'asyncrl[math]'"),
+    "math-verify": ("the verifier math", "pip install 'asyncrl[math]'"),
     "wandb": ("tracking", "pip install wandb"),
     "pandas": ("reading metrics and the replay log", "pip install pandas"),
     "duckdb": ("querying the replay log", "pip install duckdb"),

@@ -22,6 +22,7 @@ class TrainBatch(NamedTuple):
     sequences: list[TokenSequence]  # those with at least one trained token (S); `scored` are the trained tokens
     groups: np.ndarray  # [S] int64
     lengths: np.ndarray  # [S] int64, response tokens, trained or not
+    cut: np.ndarray  # [S] bool, responses that were cut by length
     counts_s: torch.Tensor  # [S] float32, trained tokens
     sequence_n: torch.Tensor  # [N] int64
     behaviour_n: torch.Tensor  # [N] float32, full-softmax logprobs of the policy that sampled
@@ -46,6 +47,7 @@ def make_batch(rollouts: Sequence[TrainRollout], bound: Staleness, committed: in
         sequences=[_sequence(rollouts[i], trained[i]) for i in kept],
         groups=np.array([rollouts[i].group for i in kept], dtype=np.int64),
         lengths=np.array([len(rollouts[i].response_ids) for i in kept], dtype=np.int64),
+        cut=np.array([rollouts[i].finish_reason == "length" for i in kept], dtype=bool),
         counts_s=counts.float(),
         sequence_n=torch.repeat_interleave(torch.arange(len(kept)), counts),
         behaviour_n=_column([behaviour_logprobs(rollouts[i])[trained[i]] for i in kept], np.float32),

@@ -8,14 +8,16 @@ present critic, on tokens of policies that may be older.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from asyncrl.algorithms.losses import clipped_value_loss, explained_variance
 from asyncrl.config import CriticSpec
+from asyncrl.learn.batch import make_packs
 from asyncrl.learn.optimizer import Optimization, step
 from asyncrl.learn.update import Minibatch, RefusedSteps, Update
-from asyncrl.models.packed import Pack
+from asyncrl.models.packed import Pack, TokenSequence
 from asyncrl.models.value import OwnValues, SharedValues
 
 
@@ -46,6 +48,23 @@ class Critic:
         with update.timed("timing_s/values"), torch.no_grad():
             for pack in packs:
                 update.values_n[pack.flat_t] = self._values(pack)
+
+    def after_cut(self, update: Update, max_tokens: int) -> Tensor:
+        """V [S] float64 on the CPU after the last token of each of the batch's rollouts that were cut by length, 0 of others.
+
+        S is of all rollouts, as in the batch's outcomes. It takes a pass of its own over those that were cut: other values are
+        made without the last token, from which nothing is predicted.
+        """
+        batch = update.batch
+        cut = [sequence for sequence, was_cut in zip(batch.sequences, batch.cut, strict=True) if was_cut]
+        # A token more, which is scored and so not read: before it is after the last.
+        ends = [TokenSequence(np.append(s.ids, 0), np.array([len(s.ids)]), s.shared) for s in cut]
+        values_s = torch.empty(len(ends), dtype=torch.float64)
+        with update.timed("timing_s/values"), torch.no_grad():
+            for pack in make_packs(ends, range(len(ends)), max_tokens, update.values_n.device):
+                values_s[pack.flat_t.cpu()] = self._values(pack).double().cpu()
+        members_s = batch.outcomes.sequence_n.unique_consecutive()  # the batch's sequences are rollouts with a trained token
+        return torch.zeros_like(batch.outcomes.rewards_s).index_put((members_s[torch.from_numpy(batch.cut)],), values_s)
 
     def train(self, update: Update, minibatches: Sequence[Minibatch]) -> None:
         """Steps of the critic by itself: ppo_epochs over the minibatches."""

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from asyncrl.algorithms.kl import KL_ESTIMATORS, adapted
+from asyncrl.algorithms.kl import adapted, token_kl
 from asyncrl.config import AlgorithmSpec
 from asyncrl.learn.update import Update
 
@@ -43,4 +43,5 @@ class KLControl:
     def _kl(self, update: Update) -> Tensor:
         """KL per token [N] of the proximal policy to the reference, by the recipe's estimator; NaN where not known."""
         assert update.reference_n is not None, "asked for a KL without a reference"
-        return KL_ESTIMATORS[self._spec.setting("kl_estimator")](update.proximal_n, update.reference_n)
+        estimator = self._spec.setting("kl_estimator")
+        return token_kl(estimator, update.proximal_n, update.reference_n, update.batch.behaviour_n)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from asyncrl.algorithms.advantages import advantages
 from asyncrl.algorithms.corrections import m2po
-from asyncrl.algorithms.objective import AGGREGATIONS, Columns, loss_metrics, needs_proximal, objective
+from asyncrl.algorithms.objective import AGGREGATIONS, Columns, loss_metrics, mean_weight, needs_proximal, objective
 from asyncrl.algorithms.rewards import RewardNormalizer
 from asyncrl.config import AlgorithmSpec, LearnerSpec
 from asyncrl.errors import ConfigError
@@ -106,6 +106,7 @@ class PolicyTrainer:
             **staleness_metrics(rollouts, batch, self._rule, committed),
             **gap_metrics(batch, update.proximal_n.cpu()),
             **correction_metrics(batch.lag_n, *(column_n.cpu() for column_n in update.counted)),
+            **({"correction/weight_mean": update.weight_mean} if self._algorithm.normalize_weights else {}),
             **loss_metrics(update.actor.sums, update.actor.accepted),
             **preference_metrics(update.actor.sums),
             **self._kl.control(update, len(rollouts) if update.actor.tried else 0),  # 0: while a critic learns alone
@@ -121,7 +122,8 @@ class PolicyTrainer:
         spec, packs = self._algorithm, [pack for _, minibatch in steps for pack in minibatch]
         # A single step's own forward pass is made by the proximal policy: no extra pass is needed.
         several = len(steps) * self._learner.ppo_epochs > 1
-        asked = "m2po" in spec.masks or spec.kl_in == "reward" or spec.learns_preferences or self._head is not None
+        asked = "m2po" in spec.masks or spec.normalize_weights or spec.kl_in == "reward" or spec.learns_preferences
+        asked |= self._head is not None
         update.recomputed = (several and needs_proximal(spec)) or asked
         with update.timed("timing_s/old_log_prob"), torch.no_grad():
             for pack in packs if update.recomputed else ():
@@ -130,6 +132,9 @@ class PolicyTrainer:
                     update.values_n[pack.flat_t] = values_t
             if self._reference is not None:
                 update.reference_n = self._reference.score(packs, torch.empty_like(update.proximal_n))
+        if spec.normalize_weights:
+            batch = update.batch
+            update.weight_mean = mean_weight(spec, update.proximal_n, batch.behaviour_n, batch.sequence_n, batch.counts_s)
         if self.critic is not None and self._head is None:
             self.critic.score(update, packs)
 
@@ -152,6 +157,8 @@ class PolicyTrainer:
             outcomes = outcomes._replace(token_rewards_n=outcomes.token_rewards_n + self._kl.penalty(update))
         if self.critic is not None:
             outcomes = outcomes._replace(values_n=update.values_n.cpu().double())
+        if self.critic is not None and spec.bootstrap_truncated:
+            outcomes = outcomes._replace(ends_s=self.critic.after_cut(update, self._learner.max_tokens_per_pack))
         advantages_n, returns_n = advantages(spec, outcomes)
         update.advantages_n = advantages_n.to(update.advantages_n)
         if returns_n is not None:
@@ -204,7 +211,7 @@ class PolicyTrainer:
             if not update.recomputed and not update.actor.tried:
                 update.proximal_n[pack.flat_t] = logp_t.detach()
             columns = columns_n.take(pack.flat_t)
-            loss, sums, counted = objective(spec, columns, logp_t, entropy_t, self._kl.coef)
+            loss, sums, counted = objective(spec, columns, logp_t, entropy_t, self._kl.coef, update.weight_mean)
             if self.critic is not None and values_t is not None:
                 value_loss, value_sums = self.critic.loss(update, members, pack, values_t)
                 loss, sums = loss + self.critic.value_coef * value_loss, {**sums, **value_sums}

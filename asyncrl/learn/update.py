@@ -50,6 +50,7 @@ class Update:
         self.reference_n: torch.Tensor | None = None  # logprobs of the reference, where there is one
         self.values_n = unknown()  # the critic's at the start of the update
         self.returns_n = unknown()  # what the critic learns
+        self.weight_mean = 1.0  # of the batch's correction weights, where these are divided by it
         self.advantages_n = unknown()  # made once, after scoring; of preferences, for every minibatch
         no = torch.zeros_like(batch.behaviour_n, dtype=torch.bool)
         self.counted = TokenWeights(unknown(), no, no.clone())  # how each token counted when it was last trained

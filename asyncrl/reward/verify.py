@@ -1,15 +1,17 @@
 """Built-in verifiers to name in a recipe, e.g. `reward.function=asyncrl.reward.verify:gsm8k`: 1 for a right answer, else 0.
 
 All take verl's `compute_score` parameters and return `{"score", "pred"}`, pred being the answer as read: majority votes count
-it. Answers in mathematics are read and compared by math-verify (Hugging Face; `pip install 'asyncrl[math]'`), JSON is checked
-by jsonschema. None has a clock of its own: math-verify's uses SIGALRM, which works in a main thread only and turns a timeout
-into "wrong". Here the scoring process has a deadline (`reward.deadline_s`), past which the sample is `timeout`.
+it. Numbers are compared exactly. Answers in mathematics are read and compared by math-verify (Hugging Face; `pip install
+'asyncrl[math]'`), JSON is checked by jsonschema. None has a clock of its own: math-verify's uses SIGALRM, which works in a main
+thread only and turns a timeout into "wrong". Here the scoring process has a deadline (`reward.deadline_s`), past which the
+sample is `timeout`.
 """
 
 import importlib
 import json
 import logging
 import re
+from fractions import Fraction
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +20,12 @@ from asyncrl.errors import ConfigError
 Result = dict[str, Any]
 
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
+_FRACTION = re.compile(r"\\[dt]?frac\s*{\s*(\d+)\s*}\s*{\s*(\d+)\s*}")
+_CURRENCY = re.compile(r"(?<!\d)\\?[$€£]\s?(?=[-.\d])")
+# A minus (not the dash of 3-7), digits in one piece or in groups by commas, decimals; an exponent, or a denominator.
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)}%])-)?(?:(?:\d{1,3}(?:,\d{2,3}){0,20},\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d)|/\d+)?"
+)
 
 
 def _library(module: str, *, needed_by: str, package: str) -> ModuleType:
@@ -29,7 +37,7 @@ def _library(module: str, *, needed_by: str, package: str) -> ModuleType:
 
 def _math_verify() -> ModuleType:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once per process that its own clock is off
-    return _library("math_verify", needed_by="the verifiers gsm8k and math need math-verify", package="'asyncrl[math]'")
+    return _library("math_verify", needed_by="the verifier math needs math-verify", package="'asyncrl[math]'")
 
 
 def _jsonschema() -> ModuleType:
@@ -37,11 +45,16 @@ def _jsonschema() -> ModuleType:
 
 
 def gsm8k(data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None) -> Result:
-    """GSM8K (Cobbe et al. 2021): what follows the last `####`, or the last number of a response that has none.
+    """GSM8K (Cobbe et al. 2021): the first number after the last `####` that has one, else the last number of all.
 
-    ground_truth: the number, or GSM8K's whole answer with its `####`.
+    A number may have a sign, a currency, commas between its digits, decimals, an exponent, or be a fraction; units and percent
+    signs don't count. ground_truth: the number, or GSM8K's whole answer with its `####`. Raises ValueError where it has none.
     """
-    return _compare(_after_marks(str(ground_truth)), _after_marks(solution_str))
+    truth = _final_number(str(ground_truth))
+    if truth is None:
+        raise ValueError(f"the ground truth {str(ground_truth)[:200]!r} holds no number")
+    answer = _final_number(solution_str)
+    return {"score": float(answer == truth), "pred": None if answer is None else str(answer)}
 
 
 def math(data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None) -> Result:
@@ -93,12 +106,23 @@ def json_schema(data_source: str, solution_str: str, ground_truth: Any, extra_in
 
 
 # `warm_up` (reward/functions.py): a missing library is known, and imported, before the first sample.
-gsm8k.warm_up = math.warm_up = _math_verify  # type: ignore[attr-defined]
+math.warm_up = _math_verify  # type: ignore[attr-defined]
 json_schema.warm_up = _jsonschema  # type: ignore[attr-defined]
 
 
-def _after_marks(text: str) -> str:
-    return text.rpartition("####")[2]
+def _final_number(text: str) -> Fraction | None:
+    """As `gsm8k` says; None where there is none, or what can't be one (a denominator of 0, thousands of digits)."""
+    text = re.sub("[\u2212\u2013\ufe63\uff0d]", "-", text).replace("{,}", ",").replace("\\,", ",")
+    text = _CURRENCY.sub("", _FRACTION.sub(r"\1/\2", text))
+    marked = (_NUMBER.search(part) for part in reversed(text.split("####")[1:]))
+    found = next(filter(None, marked), None) or next(reversed(list(_NUMBER.finditer(text))), None)
+    if found is None:
+        return None
+    numerator, _, denominator = found[0].replace(",", "").partition("/")
+    try:
+        return Fraction(numerator) / int(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        return None
 
 
 def _last_box(text: str) -> str:

@@ -7,7 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl.algorithms.advantages import ESTIMATORS, advantages, estimator, gae, grpo, grpo_no_std, opo, returns_to_go, rloo
+from asyncrl.algorithms.advantages import (
+    ESTIMATORS,
+    advantages,
+    estimator,
+    gae,
+    gpg,
+    grpo,
+    grpo_no_std,
+    grpo_passk,
+    opo,
+    rloo,
+)
 from asyncrl.algorithms.rewards import Outcomes
 from asyncrl.config import ESTIMATOR_NAMES, AlgorithmSpec
 from asyncrl.errors import ConfigError
@@ -30,6 +41,14 @@ def by_group(kind: str, rewards: list[float], groups: list[int], lengths: list[i
             found.append(rewards[i] - statistics.fmean(own))
         elif kind == "rloo":
             found.append(rewards[i] - statistics.fmean(others) if others else 0.0)
+        elif kind == "grpo_passk":
+            lead = max(0.0, rewards[i] - max(others)) if others else 0.0
+            found.append(lead / ((statistics.stdev(own) if others else 0.0) + 1e-6))
+        elif kind == "gpg":
+            varied = [
+                k for k in range(len(groups)) if len({rewards[m] for m in range(len(groups)) if groups[m] == groups[k]}) > 1
+            ]
+            found.append((rewards[i] - statistics.fmean(own)) * len(groups) / len(varied) if i in varied else 0.0)
         else:
             found.append(rewards[i] - sum(lengths[k] * rewards[k] for k in members) / sum(lengths[k] for k in members))
     return found
@@ -38,6 +57,8 @@ def by_group(kind: str, rewards: list[float], groups: list[int], lengths: list[i
 ALL = {
     "grpo": lambda rewards, groups, lengths: grpo(rewards, groups),
     "grpo_no_std": lambda rewards, groups, lengths: grpo_no_std(rewards, groups),
+    "grpo_passk": lambda rewards, groups, lengths: grpo_passk(rewards, groups),
+    "gpg": lambda rewards, groups, lengths: gpg(rewards, groups),
     "rloo": lambda rewards, groups, lengths: rloo(rewards, groups),
     "opo": opo,
 }
@@ -53,6 +74,17 @@ def test_without_std_by_hand() -> None:
 
 def test_leave_one_out_by_hand() -> None:
     assert rloo(REWARDS, GROUPS).tolist() == pytest.approx([0, 0, -1.5, 1.5, 0, 0])  # 0 − (1 + 2)/2; 2 − (1 + 0)/2
+
+
+def test_only_what_beats_the_second_best_adds_to_pass_at_k() -> None:
+    assert grpo_passk(REWARDS, GROUPS).tolist() == pytest.approx([0, 0, 0, 1, 0, 0], abs=2e-6)  # (2 − 1) / 1; 3: both best
+    twice = torch.tensor([4.0, 4.0, 0.0], dtype=torch.float64)
+    assert grpo_passk(twice, torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_gpg_makes_up_for_groups_that_teach_nothing() -> None:
+    # Three of six rollouts are in a group whose rewards vary: twice the centered rewards.
+    assert gpg(REWARDS, GROUPS).tolist() == pytest.approx([0, 0, -2, 2, 0, 0])
 
 
 def test_the_optimal_baseline_weighs_by_length() -> None:
@@ -138,38 +170,36 @@ def test_gae_equals_its_recursion(sequences: Sequences, gamma: float, lam: float
     assert found.tolist() == pytest.approx(plain_gae(sequences, gamma, lam), abs=1e-9)
 
 
-@given(SEQUENCES)
-def test_gae_at_its_ends(sequences: Sequences) -> None:
-    """λ = 1, γ = 1: the return minus the value. λ = 0: one step of temporal difference."""
+@given(SEQUENCES, st.floats(0, 1))
+def test_gae_at_its_end(sequences: Sequences, gamma: float) -> None:
+    """λ = 1: the discounted return, of the own sequence alone, minus the value."""
     rewards, values, index = flat(sequences)
-    found = gae(rewards, values, index, gamma=1.0, lam=1.0)
-    torch.testing.assert_close(found, returns_to_go(rewards, index) - values)
-
-
-@given(SEQUENCES)
-def test_returns_are_sums_to_the_end_of_the_own_sequence(sequences: Sequences) -> None:
-    rewards, _, index = flat(sequences)
-    expected = [sum(reward for reward, _ in sequence[k:]) for sequence in sequences for k in range(len(sequence))]
-    assert returns_to_go(rewards, index).tolist() == pytest.approx(expected, abs=1e-9)
+    found = gae(rewards, values, index, gamma=gamma, lam=1.0)
+    expected = [
+        sum(gamma**t * reward for t, (reward, _) in enumerate(sequence[k:])) - sequence[k][1]
+        for sequence in sequences
+        for k in range(len(sequence))
+    ]
+    assert found.tolist() == pytest.approx(expected, abs=1e-9)
 
 
 def of_tokens(name: str, rewards: torch.Tensor, earned: torch.Tensor, index: torch.Tensor, **columns) -> torch.Tensor:
-    """Advantages of rollouts of one group, with token-level rewards, by the named estimator."""
+    """Advantages of rollouts of one group, with token-level rewards, by the named estimator; `gamma` is the recipe's."""
     nothing = torch.zeros_like(rewards)
-    outcomes = Outcomes(rewards, nothing.long(), nothing.long(), index, earned, nothing, nothing, **columns)
-    return advantages(AlgorithmSpec(adv_estimator=name), outcomes)[0]
+    spec = AlgorithmSpec(adv_estimator=name, gamma=columns.pop("gamma", 1.0))
+    return advantages(spec, Outcomes(rewards, nothing.long(), nothing.long(), index, earned, nothing, nothing, **columns))[0]
 
 
-@given(SEQUENCES)
-def test_reinforce_plus_plus_equals_its_plain_form(sequences: Sequences) -> None:
+@given(SEQUENCES, st.sampled_from([0.0, 0.5, 0.99, 1.0]))
+def test_reinforce_plus_plus_equals_its_plain_form(sequences: Sequences, gamma: float) -> None:
     earned, _, index = flat(sequences)
     ends = torch.tensor([0.5 * i for i in range(len(sequences))], dtype=torch.float64)
     returns = [
-        0.5 * i + sum(reward for reward, _ in sequence[k:])
+        gamma ** (len(sequence) - 1 - k) * 0.5 * i + sum(gamma**t * reward for t, (reward, _) in enumerate(sequence[k:]))
         for i, sequence in enumerate(sequences)
         for k in range(len(sequence))
     ]
-    found = of_tokens("reinforce_plus_plus", ends, earned, index)
+    found = of_tokens("reinforce_plus_plus", ends, earned, index, gamma=gamma)
     variance = statistics.variance(returns) if len(returns) > 1 else 0.0
     mean = statistics.fmean(returns) if returns else 0.0
     assert found.tolist() == pytest.approx([(r - mean) / (variance + 1e-8) ** 0.5 for r in returns], abs=1e-7)
@@ -229,6 +259,8 @@ def test_the_recipe_and_the_learner_know_the_same_names() -> None:
         ("grpo", [2**-0.5, 2**-0.5, 0], [2**-0.5, 2**-0.5, 0]),  # std of 3, 1 is √2; of 2, 1 is √½
         ("grpo_no_std", [1, 1, 0], [0.5, 0.5, 0]),
         ("dr_grpo", [1, 1, 0], [0.5, 0.5, 0]),
+        ("grpo_passk", [2**0.5, 2**0.5, 0], [2**0.5, 2**0.5, 0]),  # 2 / √2; 1 / √½
+        ("gpg", [1.5, 1.5, 0], [0.75, 0.75, 0]),  # two of three are in a group that varies
         ("rloo", [2, 2, 0], [1, 1, 0]),
         ("opo", [0.5, 0.5, 0], [0.25, 0.25, 0]),  # (3·3 + 1·1) / 4 = 2.5; (3·2 + 1·1) / 4 = 1.75
         ("reinforce_plus_plus", [-(3**-0.5), -(3**-0.5), 2 * 3**-0.5], None),  # tokens 3, 3, 4: mean 10/3, variance 1/3
@@ -262,6 +294,16 @@ def test_generalized_advantages_by_hand() -> None:
     assert returns.tolist() == [3.0, 3.0, 4.0]
     assert OUTCOMES.rewards_s.tolist() == [3.0, 1.0, 4.0]
     assert EARNING.token_rewards_n.tolist() == [-0.25, -0.75, -1.0]  # arguments stay as they were
+
+
+def test_a_rollout_that_was_cut_is_worth_what_its_end_is() -> None:
+    """As the textbook has it: after the last token comes the value of the end in place of 0."""
+    ends = torch.tensor([8.0, 0.0, 0.0], dtype=torch.float64)  # rollout 0, of two trained tokens, was cut
+    spec = AlgorithmSpec(adv_estimator="gae", gamma=0.5, lam=0.5, bootstrap_truncated=True)
+    _, returns = advantages(spec, EARNING._replace(values_n=VALUES, ends_s=ends))
+    # earned −0.25, 3 − 0.75 | 4 − 1; δ: −0.25 + 0.5·0.25 − 0.5, 2.25 + 0.5·8 − 0.25 | 3 − 1; A: −0.625 + 0.25·6, 6 | 2
+    torch.testing.assert_close(returns, torch.tensor([0.875, 6.0, 2.0], dtype=torch.float64) + VALUES)
+    assert EARNING.rewards_s.tolist() == [3.0, 1.0, 4.0]
 
 
 def test_returns_are_for_a_critic_only() -> None:

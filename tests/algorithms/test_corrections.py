@@ -8,11 +8,15 @@ from hypothesis import strategies as st
 
 from asyncrl.algorithms.corrections import (
     CORRECTIONS,
+    Compared,
     decoupled,
     geometric,
     icepop,
+    icepop_sequence,
     interpolated_proximal,
+    kpop,
     m2po,
+    off_policy_sequence,
     rejection_mask,
     tis_sequence,
     uncorrected,
@@ -101,6 +105,37 @@ def test_a_sequence_stays_or_goes_as_a_whole() -> None:
     assert kept.tolist() == [True, True, False, False, False]
 
 
+def test_a_sequence_stays_by_the_product_of_its_ratios() -> None:
+    delta, sequences = logs(2, 2, 3, 1, 1), torch.tensor([3, 1, 3, 1, 1])  # 6 and 2
+    assert icepop_sequence(delta, sequences, 0.5, 5.0).tolist() == [False, True, False, True, True]
+    assert icepop_sequence(-delta, sequences, 0.2, 5.0).tolist() == [False, True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "kept"),
+    [
+        (0.5, 0.5, True),
+        (0.9, 0.5, True),  # 0.9·ln 1.8 + 0.1·ln 0.2 = 0.368; 0.5·ln(5/9) + 0.5·ln 5 = 0.511
+        (0.95, 0.5, False),  # 0.495, and the other way 0.830
+        (0.5, 0.95, False),
+        (1e-6, 1e-3, True),  # a thousand times as likely, and still rare: IcePop would mask it
+        (1.0, 0.5, False),
+        (1.0, 1.0, True),
+    ],
+)
+def test_kpop_takes_the_larger_of_both_kls(p: float, q: float, kept: bool) -> None:
+    columns = (torch.tensor([x], dtype=torch.float32).log() for x in (p, q))  # 1 − 1e-8 is 1 in float32
+    assert kpop(*columns, 0.6).tolist() == [kept]
+
+
+def test_only_bad_tokens_of_sequences_that_drifted_are_left_out() -> None:
+    drift = torch.tensor([0.9, 0.3, 0.9, 0.0], dtype=torch.float64)  # means 0.6 and 0.45
+    sequences, advantages = torch.tensor([0, 0, 1, 1]), torch.tensor([-1.0, 1.0, -1.0, -1.0])
+    assert off_policy_sequence(drift, advantages, sequences, 0.5).tolist() == [False, True, True, True]
+    assert off_policy_sequence(-drift, advantages, sequences, 0.5).all()  # what became likelier is to be pushed down
+    assert off_policy_sequence(drift, torch.zeros(4), sequences, 0.5).all()
+
+
 @pytest.mark.parametrize(
     ("delta", "bound", "kept"),
     [
@@ -135,8 +170,12 @@ def test_m2po_drops_no_more_than_needed_in_any_order(delta: list[float], bound: 
 
 def test_a_token_must_pass_all_masks() -> None:
     delta, sequences = logs(1.0, 0.4, 1.4, 1.4), torch.tensor([0, 0, 1, 1])
+    behaviour = torch.full_like(delta, -3.0)
+    seen = Compared(behaviour - 1.0, behaviour + delta, behaviour, torch.tensor([1.0, -1.0, -1.0, 1.0]), sequences)
     spec = AlgorithmSpec(masks=("icepop", "geometric"), geometric_bounds=(0.6, 1.1))
-    assert rejection_mask(spec, delta, sequences).tolist() == [True, False, False, False]
-    assert rejection_mask(AlgorithmSpec(masks=("icepop",)), delta, sequences).tolist() == [True, False, True, True]
-    assert rejection_mask(AlgorithmSpec(masks=("m2po",)), delta, sequences).all()  # sees the minibatch, not the pack
-    assert rejection_mask(AlgorithmSpec(), delta, sequences).all()
+    assert rejection_mask(spec, seen).tolist() == [True, False, False, False]
+    assert rejection_mask(AlgorithmSpec(masks=("icepop",)), seen).tolist() == [True, False, True, True]
+    spec = AlgorithmSpec(masks=("icepop", "off_policy_sequence"))
+    assert rejection_mask(spec, seen).tolist() == [True, False, False, True]
+    assert rejection_mask(AlgorithmSpec(masks=("m2po",)), seen).all()  # sees the minibatch, not the pack
+    assert rejection_mask(AlgorithmSpec(), seen).all()

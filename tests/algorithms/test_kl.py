@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from asyncrl.algorithms.kl import KL_ESTIMATORS, adapted, k1, k2, k3
+from asyncrl.algorithms.kl import KL_ESTIMATORS, adapted, k1, k2, k3, k3_unbiased, token_kl
 
 
 def value_and_gradient(estimator, delta: float) -> tuple[float, float]:
@@ -65,6 +65,34 @@ def test_on_policy_k2_gradient_is_that_of_the_exact_kl() -> None:
     for estimator in (k1, k2):
         (sampled,) = torch.autograd.grad((logp.exp().detach() * estimator(logp, reference)).sum(), logits, retain_graph=True)
         torch.testing.assert_close(sampled, exact)
+
+
+def test_the_unbiased_one_is_the_exact_kl_in_value_and_gradient_whoever_sampled() -> None:
+    """Its expectation under another policy, that which sampled, is the KL of the present one; so is its gradient."""
+    logits = torch.tensor([1.0, 0.3, -1.0, -4.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-3.0, 0.5, 0.1, 2.0], dtype=torch.float64).log_softmax(-1)
+    behaviour = torch.tensor([0.0, 1.0, -2.0, 0.5], dtype=torch.float64).log_softmax(-1)
+    logp = logits.log_softmax(-1)
+    exact = (logp.exp() * (logp - reference)).sum()
+    sampled = (behaviour.exp() * token_kl("k3_unbiased", logp, reference, behaviour)).sum()
+    torch.testing.assert_close(sampled, exact)
+    (wanted,) = torch.autograd.grad(exact, logits, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(sampled, logits, retain_graph=True)[0], wanted)
+    biased = (behaviour.exp() * token_kl("k3", logp, reference, behaviour)).sum()
+    assert not torch.allclose(torch.autograd.grad(biased, logits)[0], wanted, rtol=0.1)
+
+
+def test_the_unbiased_one_has_the_gradient_of_its_formula_and_a_bounded_one_for_what_became_rare() -> None:
+    columns = torch.randn(3, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logp, (reference, behaviour) = columns[0].clone().requires_grad_(), columns[1:]
+    ratio, delta = (logp - behaviour).exp(), logp - reference
+    plain = ratio * ((-delta).exp() - 1 + delta)  # TRL's, differentiated by torch
+    found = k3_unbiased(logp, reference, behaviour)
+    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), logp), torch.autograd.grad(plain.sum(), logp))
+    rare = torch.tensor([-300.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(k3_unbiased(rare, torch.tensor([-1.0]), torch.tensor([-1.0])).sum(), rare)
+    assert -1e-6 < gradient.item() < 0  # towards the reference, whatever was clamped
 
 
 @pytest.mark.parametrize("name", KL_ESTIMATORS)

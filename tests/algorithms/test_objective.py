@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from asyncrl.algorithms.objective import AGGREGATIONS, Columns, loss_metrics, needs_proximal, objective
+from asyncrl.algorithms.objective import AGGREGATIONS, Columns, loss_metrics, mean_weight, needs_proximal, objective
 from asyncrl.config import AlgorithmSpec
 
 
@@ -51,18 +51,33 @@ def weight_and_old(spec: AlgorithmSpec, columns: Columns, logp: list[float], i: 
     return weight, old
 
 
-def stays(spec: AlgorithmSpec, columns: Columns, i: int) -> bool:
-    delta = (columns.proximal_t - columns.behaviour_t).tolist()
+def binary_kl(p: float, q: float) -> float:
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
+def stays(spec: AlgorithmSpec, columns: Columns, logp: list[float], i: int) -> bool:
+    behaviour, proximal = columns.behaviour_t.tolist(), columns.proximal_t.tolist()
+    delta = [new - old for new, old in zip(proximal, behaviour, strict=True)]
     own = [k for k, s in enumerate(columns.sequence_t.tolist()) if s == columns.sequence_t[i]]
-    mean = sum(delta[k] for k in own) / len(own)
+    total, drift = sum(delta[k] for k in own), sum(behaviour[k] - logp[k] for k in own)
+    p, q = (min(max(math.exp(x[i]), 1e-8), 1 - 1e-8) for x in (proximal, behaviour))
+    mean, low, high = total / len(own), *spec.icepop_sequence_bounds
     return (
-        ("icepop" not in spec.masks or spec.icepop_bounds[0] <= math.exp(delta[i]) <= spec.icepop_bounds[1])
+        ("icepop_sequence" not in spec.masks or low <= math.exp(total) <= high)
+        and ("kpop" not in spec.masks or (binary_kl(p, q) <= spec.kpop_bound and binary_kl(q, p) <= spec.kpop_bound))
+        and (
+            "off_policy_sequence" not in spec.masks
+            or not (columns.advantages_t[i] < 0 and drift / len(own) > spec.off_policy_sequence_bound)
+        )
+        and ("icepop" not in spec.masks or spec.icepop_bounds[0] <= math.exp(delta[i]) <= spec.icepop_bounds[1])
         and ("geometric" not in spec.masks or spec.geometric_bounds[0] <= math.exp(mean) <= spec.geometric_bounds[1])
         and (columns.kept_t is None or bool(columns.kept_t[i]))
     )
 
 
-def by_token(spec: AlgorithmSpec, columns: Columns, logp: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+def by_token(
+    spec: AlgorithmSpec, columns: Columns, logp: torch.Tensor, entropy: torch.Tensor, weight_mean: float = 1.0
+) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.float64)
     low, high = spec.setting("clip_ratio"), spec.setting("clip_ratio_high")
     for i, advantage in enumerate(columns.advantages_t.tolist()):
@@ -76,9 +91,10 @@ def by_token(spec: AlgorithmSpec, columns: Columns, logp: torch.Tensor, entropy:
             policy = -ratio * advantage if surrogate == ratio.item() * advantage else logp.new_tensor(-surrogate)
         delta = logp[i] - columns.reference_t[i]
         tangent = math.exp(3) - 4 + (math.exp(3) - 1) * (-3 - delta)  # of k3 where it is too steep
-        k3 = torch.exp(-delta) - 1 + delta if delta > -3 else tangent
-        kl = {"k2": delta**2 / 2, "k3": k3}[spec.setting("kl_estimator")]
-        policy = policy * weight * stays(spec, columns, i)
+        plain = torch.exp(-delta) - 1 + delta
+        unbiased = torch.exp(logp[i] - columns.behaviour_t[i]) * plain
+        kl = {"k2": delta**2 / 2, "k3": plain if delta > -3 else tangent, "k3_unbiased": unbiased}[spec.setting("kl_estimator")]
+        policy = policy * weight / weight_mean * stays(spec, columns, logp.tolist(), i)
         total = total + columns.coefficients_t[i] * (policy + spec.kl_coef * kl - spec.entropy_coef * entropy[i])
     return total
 
@@ -86,6 +102,7 @@ def by_token(spec: AlgorithmSpec, columns: Columns, logp: torch.Tensor, entropy:
 MASKS = {"icepop_bounds": (0.7, 1.6), "geometric_bounds": (0.8, 1.3)}
 CAPS = {"decoupled": {"behaviour_cap": 1.5}, "decoupled_loglinear": {"behaviour_cap": 1.5}}
 CAPS |= {"tis": {"tis_cap": 1.2}, "tis_sequence": {"tis_cap": 1.2}, "none": {}}
+NEW_MASKS = [("icepop_sequence", "bounds", (0.5, 3.0)), ("kpop", "bound", 0.05), ("off_policy_sequence", "bound", 0.01)]
 SPECS = [
     AlgorithmSpec(kl_coef=0.1, entropy_coef=0.01),
     AlgorithmSpec(kl_coef=0.1, kl_estimator="k2", correction="none", clip_ratio_high=0.4),
@@ -104,6 +121,11 @@ SPECS = [
         for loss in ("ppo", "pg")
         for masks in ((), ("icepop",), ("geometric",), ("geometric", "icepop"))
     ),
+    *(AlgorithmSpec(masks=(mask,), **{f"{mask}_{name}": bound}) for mask, name, bound in NEW_MASKS),
+    AlgorithmSpec(masks=tuple(mask for mask, *_ in NEW_MASKS), **{f"{mask}_{name}": bound for mask, name, bound in NEW_MASKS}),
+    AlgorithmSpec(correction="decoupled_loglinear", masks=("off_policy_sequence",), off_policy_sequence_bound=0.01),
+    AlgorithmSpec(kl_coef=0.1, kl_estimator="k3_unbiased"),
+    AlgorithmSpec(kl_coef=0.1, kl_estimator="k3_unbiased", ratio_to="behaviour", correction="none"),
 ]
 
 
@@ -118,7 +140,7 @@ def test_value_and_gradient_equal_the_token_by_token_reference(spec: AlgorithmSp
     found = torch.autograd.grad(loss, (logp, entropy), allow_unused=True, materialize_grads=True)
     wanted = torch.autograd.grad(expected, (logp, entropy), allow_unused=True, materialize_grads=True)
     torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
-    assert counted.masked_t.tolist() == [not stays(spec, columns, i) for i in range(len(logp))]
+    assert counted.masked_t.tolist() == [not stays(spec, columns, logp.tolist(), i) for i in range(len(logp))]
     assert (counted.weights_t[counted.masked_t] == 0).all()
     if spec.masks:
         assert 0 < counted.masked_t.sum() < len(logp)
@@ -131,7 +153,13 @@ def sliced(columns: Columns, part: slice) -> Columns:
 @pytest.mark.parametrize("name", ["ppo", "gspo", "gmpo", "cispo", "dppo_tv", "dppo_kl", "sapo", "pg"])
 def test_a_pack_split_between_sequences_has_the_same_loss(name: str) -> None:
     spec = AlgorithmSpec(
-        policy_loss=name, correction="tis_sequence", masks=("icepop", "geometric"), kl_coef=0.1, entropy_coef=0.01, **MASKS
+        policy_loss=name,
+        correction="tis_sequence",
+        masks=("icepop", "geometric", "icepop_sequence", "kpop", "off_policy_sequence"),
+        kl_coef=0.1,
+        kl_estimator="k3_unbiased",
+        entropy_coef=0.01,
+        **MASKS,
     )
     columns, logp, entropy = random_columns()
     whole = objective(spec, columns, logp, entropy)[0]
@@ -140,6 +168,27 @@ def test_a_pack_split_between_sequences_has_the_same_loss(name: str) -> None:
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     shuffled = objective(spec, Columns(*(c[order] for c in columns)), logp[order], entropy[order])[0]
     torch.testing.assert_close(shuffled, whole, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("correction", ["decoupled", "tis", "tis_sequence"])
+def test_weights_may_be_divided_by_their_mean_over_the_batch(correction: str) -> None:
+    """Over tokens, or over sequences where all tokens of one share a weight, masked or not; and nothing else changes."""
+    columns, logp, entropy = random_columns()
+    spec = AlgorithmSpec(correction=correction, normalize_weights=True, masks=("icepop",), kl_coef=0.1, entropy_coef=0.01)
+    weights = [weight_and_old(spec, columns, logp.tolist(), i)[0] for i in range(len(logp))]
+    if correction == "tis_sequence":
+        weights = weights[::7]  # one of each sequence
+    expected = sum(weights) / len(weights)
+    counts = columns.sequence_t.bincount().double()
+    found = mean_weight(spec, columns.proximal_t, columns.behaviour_t, columns.sequence_t, counts)
+    assert found == pytest.approx(expected)
+    loss = objective(spec, columns, logp, entropy, weight_mean=found)[0]
+    torch.testing.assert_close(loss, by_token(spec, columns, logp, entropy, expected), atol=1e-12, rtol=1e-12)
+    share = AGGREGATIONS["seq-mean-token-mean" if correction == "tis_sequence" else "token-mean"](spec, counts)
+    unmasked = objective(AlgorithmSpec(correction=correction), columns._replace(kept_t=None), logp, entropy, weight_mean=found)[
+        2
+    ]
+    assert float((share[columns.sequence_t] * unmasked.weights_t).sum()) == pytest.approx(1.0)
 
 
 def test_the_coefficient_of_the_kl_may_come_from_outside() -> None:
@@ -154,6 +203,7 @@ def test_what_needs_the_policy_at_the_start_of_the_update() -> None:
     assert not needs_proximal(AlgorithmSpec(correction="decoupled_loglinear"))
     assert not needs_proximal(AlgorithmSpec(correction="none", ratio_to="behaviour"))
     assert needs_proximal(AlgorithmSpec(correction="none", ratio_to="behaviour", masks=("icepop",)))
+    assert not needs_proximal(AlgorithmSpec(correction="decoupled_loglinear", masks=("off_policy_sequence",)))
     for spec in (AlgorithmSpec(correction="decoupled_loglinear"), AlgorithmSpec(correction="none", ratio_to="behaviour")):
         columns, logp, entropy = random_columns()
         columns = columns._replace(proximal_t=torch.full_like(logp, math.nan), kept_t=None)
@@ -184,6 +234,7 @@ LOSSES = [[1.0, 2.0, 3.0], [10.0]]  # two sequences, 3 and 1 trained tokens
     ("name", "scale", "expected"),
     [
         ("token-mean", None, 16 / 4),
+        ("token-sum", None, 16),
         ("seq-mean-token-sum", None, (6 + 10) / 2),
         ("seq-mean-token-mean", None, (2 + 10) / 2),
         ("seq-mean-token-sum-norm", 8, (6 / 8 + 10 / 8) / 2),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from asyncrl.algorithms.advantages import advantages
 from asyncrl.algorithms.corrections import m2po
-from asyncrl.algorithms.objective import AGGREGATIONS, Columns, objective
+from asyncrl.algorithms.objective import AGGREGATIONS, Columns, mean_weight, objective
 from asyncrl.algorithms.preferences import preference_loss
 from asyncrl.algorithms.rewards import Outcomes, RewardNormalizer
 from asyncrl.config import (
@@ -31,9 +31,11 @@ OTHERWISE: dict[str, Any] = {
     "reward_normalization": "batch",
     "gamma": 0.7,
     "lam": 0.7,
+    "bootstrap_truncated": True,
     "policy_loss": "sapo",
     "ratio_to": "behaviour",
     "correction": "tis_sequence",
+    "normalize_weights": True,
     "masks": ("geometric",),
     "clip_ratio": 0.01,
     "clip_ratio_high": 0.02,
@@ -43,7 +45,10 @@ OTHERWISE: dict[str, Any] = {
     "behaviour_cap": 1.1,
     "tis_cap": 1.1,
     "icepop_bounds": (0.9, 1.1),
+    "icepop_sequence_bounds": (0.9, 1.1),
     "geometric_bounds": (0.5, 1.5),
+    "kpop_bound": 0.01,
+    "off_policy_sequence_bound": 0.01,
     "m2po_bound": 0.1,
     "kl_coef": 0.3,
     "kl_estimator": "k2",
@@ -64,6 +69,7 @@ CHOICES: list[dict[str, Any]] = [
     *({"adv_estimator": name} for name in ESTIMATOR_NAMES),
     *({"policy_loss": name} for name in LOSS_NAMES),
     *({"policy_loss": name, **KL} for name in ("ppo", "dpo", "kto")),
+    {**KL, "kl_estimator": "k3_unbiased"},
     # Where one bound is said, clip_ratio does not stand in for it.
     *(
         {"policy_loss": name, "clip_ratio_high": 0.3}
@@ -110,13 +116,15 @@ def data() -> SimpleNamespace:
             baselines_s=draw(1.0, S),
             values_n=draw(1.0),
         ),
+        ends=draw(1.0, S),
     )
 
 
 def learned(spec: AlgorithmSpec) -> Tensor:
     """All that a recipe makes of the data: loss and gradient of a minibatch, and the coefficient of the KL after it."""
     d, kl = data(), KLControl(spec)
-    update: Any = SimpleNamespace(proximal_n=d.proximal, reference_n=d.reference)
+    batch = SimpleNamespace(behaviour_n=d.behaviour)
+    update: Any = SimpleNamespace(proximal_n=d.proximal, reference_n=d.reference, batch=batch)
     logp = d.logp.clone().requires_grad_()
     if spec.learns_preferences:
         h_s = spec.preference_beta * torch.zeros(S, dtype=torch.float64).index_add(0, d.sequence, logp - d.reference)
@@ -127,7 +135,7 @@ def learned(spec: AlgorithmSpec) -> Tensor:
         outcomes = d.outcomes._replace(rewards_s=RewardNormalizer(spec.reward_normalization, {})(d.outcomes.rewards_s))
         if spec.kl_in == "reward":
             outcomes = outcomes._replace(token_rewards_n=outcomes.token_rewards_n + kl.penalty(update))
-        advantages_n = advantages(spec, outcomes)[0]
+        advantages_n = advantages(spec, outcomes._replace(ends_s=d.ends if spec.bootstrap_truncated else None))[0]
     columns = Columns(
         coefficients_t=AGGREGATIONS[spec.setting("loss_agg")](spec, torch.full((S,), 5.0).double() + torch.arange(S))[
             d.sequence
@@ -140,7 +148,10 @@ def learned(spec: AlgorithmSpec) -> Tensor:
         reference_t=d.reference if spec.kl_coef and spec.kl_in == "loss" else None,
         kept_t=m2po(d.proximal - d.behaviour, spec.m2po_bound) if "m2po" in spec.masks else None,
     )
-    loss = loss + objective(spec, columns, logp, d.entropy, kl.coef)[0]
+    weight_mean = 1.0
+    if spec.normalize_weights:
+        weight_mean = mean_weight(spec, d.proximal, d.behaviour, d.sequence, torch.full((S,), 5.0))
+    loss = loss + objective(spec, columns, logp, d.entropy, kl.coef, weight_mean)[0]
     (gradient,) = torch.autograd.grad(loss, logp)
     kl.control(update, S)
     return torch.cat((loss.detach()[None], gradient, torch.tensor([kl.coef])))

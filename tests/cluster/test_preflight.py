@@ -66,7 +66,7 @@ def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
         f"data        {tmp_path}/train.jsonl: prompt, reward_model.ground_truth, data_source found",
         f"reward      {tmp_path}/rewards.py:score, at most 10 s a sample",
         "algorithm   adv_estimator=grpo; policy_loss=ppo (clip_ratio=0.2, clip_ratio_high=0.2); "
-        "correction=decoupled (behaviour_cap=5.0); loss_agg=token-mean",
+        "correction=decoupled (behaviour_cap=5.0, normalize_weights=False); loss_agg=token-mean",
         "lengths     1024 prompt + 1024 response tokens of 2048",
         "batches     5 updates × 8 groups × 4 rollouts",
         # 64 slots hold two batches of 32 rollouts; two more are ready and in training.

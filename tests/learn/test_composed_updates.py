@@ -14,7 +14,10 @@ TEMPERATURE = 0.8  # as in make_trainer
 # Bounds of each mask; behaviour here is random.
 WIDE: dict[str, dict] = {
     "icepop": {"icepop_bounds": (0.1, 4.0)},
+    "icepop_sequence": {"icepop_sequence_bounds": (0.2, 9.0)},
     "geometric": {"geometric_bounds": (0.3, 3.0)},
+    "kpop": {"kpop_bound": 0.1},
+    "off_policy_sequence": {"off_policy_sequence_bound": 0.2},
     "m2po": {"m2po_bound": 0.5},
 }
 KL = {"kl_coef": 0.2, "kl_in": "reward", "kl_estimator": "k1"}
@@ -31,6 +34,12 @@ ALGORITHMS: dict[str, dict] = {
     "dppo_kl": {"policy_loss": "dppo_kl", "masks": ("geometric",)},
     "sapo": {"policy_loss": "sapo", "masks": ("m2po", "geometric"), "loss_agg": "seq-mean-token-mean"},
     "pg": {"policy_loss": "pg", "masks": ("m2po", "icepop"), "entropy_coef": 0.01},
+    "kpop": {"masks": ("kpop",), "correction": "tis", "normalize_weights": True, "loss_agg": "token-sum"},
+    "icepop_sequence": {"masks": ("icepop_sequence",), "correction": "tis_sequence", "normalize_weights": True},
+    "deepseek": {"masks": ("off_policy_sequence",), "kl_coef": 0.2, "kl_estimator": "k3_unbiased", "kl_control": "adaptive"},
+    "grpo_passk": {"adv_estimator": "grpo_passk"},
+    "gpg": {"adv_estimator": "gpg", "policy_loss": "pg"},
+    "discounted": {"adv_estimator": "reinforce_plus_plus", "gamma": 0.9},
     "reinforce_plus_plus": {"adv_estimator": "reinforce_plus_plus", **KL},
     "baseline form": {"adv_estimator": "reinforce_plus_plus_baseline", "kl_control": "adaptive", **KL},
     "remax": {"adv_estimator": "remax", **KL},

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +18,7 @@ from asyncrl.types import TrainRollout, Version
 
 TEMPERATURE = 0.8  # as in make_trainer
 GAE = {"adv_estimator": "gae", "gamma": 0.9, "lam": 0.7}
-PRICED = {**GAE, "kl_coef": 0.2, "kl_in": "reward", "kl_estimator": "k1"}
+PRICED = {**GAE, "bootstrap_truncated": True, "kl_coef": 0.2, "kl_in": "reward", "kl_estimator": "k1"}
 CRITICS = {
     "own": {"ppo_epochs": 2, "value_clip": 0.05},
     "shared": {"backbone": "shared", "value_coef": 0.5, "value_clip": 0.05},
@@ -27,6 +28,10 @@ CRITICS = {
 def weights(trainer) -> list[torch.Tensor]:
     modules = (trainer.model, trainer.critic.module)
     return [parameter.detach().clone() for module in modules for parameter in module.parameters()]
+
+
+def some_cut(rollouts: list[TrainRollout]) -> list[TrainRollout]:
+    return [replace(r, finish_reason="length" if r.rollout == 1 else "stop") for r in rollouts]
 
 
 def policy_weights(trainer) -> list[torch.Tensor]:
@@ -41,19 +46,21 @@ def assert_equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
 
 
 def plain_columns(model, r: TrainRollout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and hidden states before each response token, of one sequence."""
+    """Logits and hidden states before each response token, and after the last one, of one sequence."""
     ids = torch.tensor(np.concatenate((r.prompt_ids, r.response_ids)))[None]
     output = model(input_ids=ids, output_hidden_states=True)
-    before = slice(len(r.prompt_ids) - 1, ids.shape[1] - 1)
-    return output.logits[0, before], output.hidden_states[-1][0, before]
+    return output.logits[0, len(r.prompt_ids) - 1 :], output.hidden_states[-1][0, len(r.prompt_ids) - 1 :]
 
 
 def plain_targets(values: list[torch.Tensor], rollouts, masks, gamma: float, lam: float) -> list[list[tuple[float, float]]]:
-    """(advantage, return) of each trained token: the textbook recursion, backwards over each rollout's trained tokens."""
+    """(advantage, return) of each trained token: the textbook recursion, backwards over each rollout's trained tokens.
+
+    values: before each token, and after the last, which counts where the rollout was cut.
+    """
     found = []
     for value_t, r, mask in zip(values, rollouts, masks, strict=True):
-        trained = value_t.detach()[mask].tolist()
-        tokens, following, following_value = [], 0.0, 0.0
+        trained = value_t.detach()[:-1][mask].tolist()
+        tokens, following, following_value = [], 0.0, value_t[-1].item() if r.finish_reason == "length" else 0.0
         for i in reversed(range(len(trained))):
             reward = r.reward if i == len(trained) - 1 else 0.0
             following = reward + gamma * following_value - trained[i] + gamma * lam * following
@@ -65,7 +72,7 @@ def plain_targets(values: list[torch.Tensor], rollouts, masks, gamma: float, lam
 
 def plain_policy_loss(logits: list[torch.Tensor], rollouts, masks, advantages: torch.Tensor) -> torch.Tensor:
     chosen = [
-        (x / TEMPERATURE).log_softmax(-1)[torch.arange(len(m)), torch.tensor(r.response_ids)][m]
+        (x[:-1] / TEMPERATURE).log_softmax(-1)[torch.arange(len(m)), torch.tensor(r.response_ids)][m]
         for x, r, m in zip(logits, rollouts, masks, strict=True)
     ]
     logp = torch.cat(chosen)
@@ -75,10 +82,13 @@ def plain_policy_loss(logits: list[torch.Tensor], rollouts, masks, advantages: t
 
 
 @pytest.mark.parametrize("backbone", CRITICS)
-def test_one_update_equals_plain_float64_steps(backbone: str, make_trainer, make_rollouts) -> None:
+@pytest.mark.parametrize("cut", [False, True])
+def test_one_update_equals_plain_float64_steps(backbone: str, cut: bool, make_trainer, make_rollouts) -> None:
     rollouts = make_rollouts(oldest=-1)  # at committed = 2 the first token of every rollout lags by 3
+    rollouts = some_cut(rollouts) if cut else rollouts
     masks = [torch.tensor(2 - r.updates <= 2) for r in rollouts]
-    made = {"learner": {"eps": 1e-3}, "algorithm": GAE, "critic": {**CRITICS[backbone], "ppo_epochs": 1}}
+    algorithm = {**GAE, "bootstrap_truncated": cut}
+    made = {"learner": {"eps": 1e-3}, "algorithm": algorithm, "critic": {**CRITICS[backbone], "ppo_epochs": 1}}
     trainer, plain = make_trainer(**made), make_trainer(**made)
     metrics = trainer.update(rollouts, 2)
 
@@ -89,7 +99,7 @@ def test_one_update_equals_plain_float64_steps(backbone: str, make_trainer, make
     else:
         values = [module(hidden)[:, 0] for _, hidden in columns]
     targets = torch.tensor([t for tokens in plain_targets(values, rollouts, masks, 0.9, 0.7) for t in tokens]).double()
-    before = torch.cat([v[m] for v, m in zip(values, masks, strict=True)])
+    before = torch.cat([v[:-1][m] for v, m in zip(values, masks, strict=True)])
     value_loss = 0.5 * (before - targets[:, 1]).square().mean()  # nothing has moved yet, so nothing is clipped
     policy_loss = plain_policy_loss([logits for logits, _ in columns], rollouts, masks, whitened(targets[:, 0]))
     (policy_loss + (value_loss if backbone == "own" else 0.5 * value_loss)).backward()
@@ -137,8 +147,9 @@ def assert_same(first: tuple, second: tuple) -> None:
 
 @pytest.mark.parametrize("backbone", CRITICS)
 def test_the_size_of_a_pack_does_not_change_the_update(backbone: str, make_trainer, make_model, awkward) -> None:
-    whole = step(make_trainer, make_model, awkward, backbone, mini_batch_groups=2)
-    assert_same(whole, step(make_trainer, make_model, awkward, backbone, mini_batch_groups=2, max_tokens_per_pack=9))
+    rollouts = some_cut(awkward)
+    whole = step(make_trainer, make_model, rollouts, backbone, mini_batch_groups=2)
+    assert_same(whole, step(make_trainer, make_model, rollouts, backbone, mini_batch_groups=2, max_tokens_per_pack=9))
     assert all(np.isfinite(value) for value in whole[1].values())
     assert whole[1]["critic/vf_clipfrac"] > 0
     assert whole[1]["actor/optimizer_steps"] == 4.0
@@ -146,8 +157,9 @@ def test_the_size_of_a_pack_does_not_change_the_update(backbone: str, make_train
 
 @pytest.mark.parametrize("backbone", CRITICS)
 def test_the_order_of_rows_does_not_change_the_update(backbone: str, make_trainer, make_model, awkward) -> None:
-    permuted = [awkward[i] for i in np.random.default_rng(0).permutation(len(awkward))]
-    assert_same(step(make_trainer, make_model, awkward, backbone), step(make_trainer, make_model, permuted, backbone))
+    rollouts = some_cut(awkward)
+    permuted = [rollouts[i] for i in np.random.default_rng(0).permutation(len(rollouts))]
+    assert_same(step(make_trainer, make_model, rollouts, backbone), step(make_trainer, make_model, permuted, backbone))
 
 
 @pytest.mark.parametrize("backbone", CRITICS)

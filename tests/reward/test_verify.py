@@ -2,8 +2,11 @@ import json
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from asyncrl.reward import verify
 from asyncrl.reward.pool import RewardPool
@@ -25,13 +28,57 @@ def score(function, response, truth, **arguments):
         ("#### $1,172.50", "1172.5", 1.0, "2345/2"),
         ("#### -3", "-3", 1.0, "-3"),
         ("#### 71", "72", 0.0, "71"),
+        ("#### 41\n\nLet me double check: 3*9=27", "41", 1.0, "41"),  # the first number after the mark, whatever follows
+        ("#### 12 hours and 30 minutes", "12", 1.0, "12"),
+        ("#### \u22127", "-7", 1.0, "-7"),  # a typographic minus
+        ("#### -$7", "\u22127", 1.0, "-7"),
+        ("#### $1,234.50", "1234.5", 1.0, "2469/2"),
+        ("#### 25%", "25", 1.0, "25"),
+        ("#### 72.", "72", 1.0, "72"),
+        (r"#### \(\boxed{1{,}172}\)", "1172", 1.0, "1172"),
+        (r"#### \$\frac{1}{2}", "0.5", 1.0, "1/2"),
+        ("#### 10-3 is 7", "10", 1.0, "10"),
+        ("#### 1e3", "1000", 1.0, "1000"),
+        ("```python\n#### 5 steps\nprint(41)\n```\n#### 41", "41", 1.0, "41"),  # the last mark, code or not
+        ("#### 41\n#### done", "41", 1.0, "41"),  # a mark that no number follows is none
+        ("#### 3, no: #### 4", "3", 0.0, "4"),
+        ("####", "72", 0.0, None),
         ("the answer is 72.", "72", 1.0, "72"),
+        (r"\boxed{5}, and $6$, so 72 apples", "72", 1.0, "72"),  # the last number, whatever is set apart before it
+        ("from 3-7", "7", 1.0, "7"),
+        ("it is 1/0", "1", 0.0, None),
+        ("9" * 5000, "9", 0.0, None),
         ("no idea", "72", 0.0, None),
     ],
 )
 def test_gsm8k(response, truth, right, answer):
-    pytest.importorskip("math_verify")
     assert score(verify.gsm8k, response, truth) == {"score": right, "pred": answer}
+
+
+WORDS = st.text(st.characters(categories=["L", "Z", "P"], exclude_characters="#$€£-\u2212\u2013\ufe63\uff0d,./\\"), max_size=20)
+
+
+@given(
+    st.integers(-(10**9), 10**9),
+    st.integers(0, 99),
+    st.sampled_from(
+        ["{sign}{digits}", "{sign}${digits}", "${sign}{digits}", "**{sign}{digits}**", " {sign}{digits}%", "{sign}{digits}."]
+    ),
+    st.sampled_from("-\u2212"),
+    st.text(max_size=40),
+    WORDS,
+    st.text(max_size=40),
+)
+def test_any_way_to_write_a_number_is_read_after_the_mark_and_at_the_end(whole, cents, style, minus, before, words, after):
+    value = Fraction(abs(whole) * 100 + cents, 100) * (-1 if whole < 0 else 1)
+    written = style.format(sign=minus if whole < 0 else "", digits=f"{abs(whole):,}" + (f".{cents:02}" if cents else ""))
+    assert score(verify.gsm8k, f"{before}\n#### {written} {words} {after.replace('#', '')}", str(value))["score"] == 1.0
+    assert score(verify.gsm8k, f"{before.replace('#', '')} {written} {words}", str(value))["score"] == 1.0
+
+
+def test_a_ground_truth_without_a_number_is_no_wrong_answer():
+    with pytest.raises(ValueError, match="ground truth 'seven' holds no number"):
+        score(verify.gsm8k, "#### 7", "seven")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +125,6 @@ def test_an_answer_that_never_ends_costs_its_own_sample_only():
 @pytest.mark.parametrize(
     ("module", "function", "fix"),
     [
-        ("math_verify", "gsm8k", "pip install 'asyncrl[math]'"),
         ("math_verify", "math", "pip install 'asyncrl[math]'"),
         ("jsonschema", "json_schema", "pip install jsonschema"),
     ],
