@@ -6,7 +6,8 @@ One line per record, flat, so that `pandas.read_json(path, lines=True)` gives a 
 
 import json
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ class MetricsLog:
         self._file = path.open("r+b")
         self.last_sequence = _recover(self._file, path)  # of the newest record in the file; 0 if there is none
         self._tensorboard_dir = tensorboard
-        self._tensorboard: Any = None
+        self._events: Any = None  # TensorBoard's records, once there is one
+        self._seconds: dict[str, Mapping[str, float]] = {}  # of each actor, as it was told last
 
     def append(self, record: Record) -> bool:
-        """Writes one record; False if it was there already. Handed to the operating system when this returns."""
+        """Writes one record; False if it was there already. The operating system has it then."""
         if record.sequence <= self.last_sequence:
             return False
         head = {"sequence": record.sequence, "time": record.time, "kind": record.kind}
@@ -43,32 +45,60 @@ class MetricsLog:
         return True
 
     def append_actors(self, time: float, step: int, reports: Iterable[Report]) -> None:
-        """One line of kind `actors`: `<actor>/<state>_s`, seconds since that actor started, and `<actor>/<gauge>`."""
-        figures = {f"{report.name}/{state}_s": seconds for report in reports for state, seconds in report.seconds.items()}
-        figures |= {f"{report.name}/{gauge}": value for report in reports for gauge, value in report.gauges.items()}
-        self._write({"time": time, "kind": "actors", "step": step, **figures})
-        self._scalars({f"actors/{name}": value for name, value in figures.items()}, step, time)
+        """One line of kind `actors`: `<actor>/<state>_s`, seconds since that actor started, and `<actor>/<gauge>`.
+
+        TensorBoard gets `actors/<actor>/<state>` instead of the seconds: the share of the time since the line before.
+        """
+        seconds: dict[str, float] = {}
+        shares: dict[str, float] = {}
+        gauges: dict[str, float] = {}
+        for report in reports:
+            seconds |= {f"{report.name}/{state}_s": spent for state, spent in report.seconds.items()}
+            shares |= {f"actors/{report.name}/{state}": share for state, share in self._shares(report).items()}
+            gauges |= {f"{report.name}/{gauge}": value for gauge, value in report.gauges.items()}
+        self._write({"time": time, "kind": "actors", "step": step, **seconds, **gauges})
+        self._scalars(shares | {f"actors/{name}": value for name, value in gauges.items()}, step, time)
 
     def close(self) -> None:
         """Idempotent."""
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def _shares(self, report: Report) -> dict[str, float]:
+        """Of the time since this actor was told last, by state: they add up to 1. Empty if no time has passed."""
+        before = self._seconds.get(report.name, {})
+        if any(report.seconds.get(state, 0.0) < spent for state, spent in before.items()):
+            before = {}  # it was restarted, and counts from nothing again
+        self._seconds[report.name] = report.seconds
+        spent = {state: seconds - before.get(state, 0.0) for state, seconds in report.seconds.items()}
+        in_all = sum(spent.values())
+        return {state: seconds / in_all for state, seconds in spent.items()} if in_all > 0 else {}
 
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(msgspec.json.encode(line) + b"\n")  # a NaN becomes null: the line stays JSON
         self._file.flush()
 
-    def _scalars(self, figures: dict[str, float], step: int, time: float) -> None:
-        if self._tensorboard is None:
-            # Here, as it takes 0.2 s to import. torch's own writer would import torch.
-            from tensorboard.summary import Writer  # type: ignore[import-untyped]
+    def _scalars(self, figures: Mapping[str, float], step: int, time: float) -> None:
+        """One event of TensorBoard's: plain scalars, which readers without its plugins know too."""
+        # Here, as they take 0.2 s to import. torch's own writer would import torch; TensorBoard's write in threads.
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
-            self._tensorboard = Writer(str(self._tensorboard_dir))
-        for name, value in figures.items():
-            self._tensorboard.add_scalar(name, value, step, wall_time=time)
-        self._tensorboard.flush()
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
+        if self._events is None:
+            self._events = self._open_events()
+            self._events.write(Event(wall_time=time, file_version="brain.Event:2").SerializeToString())
+        self._events.write(Event(wall_time=time, step=step, summary=Summary(value=values)).SerializeToString())
+        self._events.flush()
+
+    def _open_events(self) -> Any:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._tensorboard_dir.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{os.uname().nodename}.{os.getpid()}"
+        return RecordWriter((self._tensorboard_dir / name).open("ab"))
 
 
 def _recover(file: BufferedRandom, path: Path) -> int:

@@ -65,28 +65,39 @@ def test_damage_elsewhere_is_named(tmp_path: Path) -> None:
         MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
 
 
-def test_actor_reports(tmp_path: Path) -> None:
+def scalars(folder: Path) -> dict[str, list[tuple[int, float, float]]]:
+    """Step, time and value by tag, as who knows none of TensorBoard's plugins reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(e.step, e.wall_time, round(e.value, 6)) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_actor_reports_have_seconds_in_lines_and_shares_of_the_time_in_tensorboard(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
-    log.append_actors(
-        9.0, 4, [Report(name="learner", role="learner", seconds={"busy": 3.0, "wait:store": 1.5}, gauges={"q": 2.0})]
-    )
+    # the last two: nothing new is known; restarted, it counts from nothing again
+    for time, busy, waited in ((5.0, 3.0, 1.0), (10.0, 4.0, 4.0), (15.0, 4.0, 4.0), (20.0, 6.0, 2.0)):
+        seconds = {"busy": busy, "wait:store": waited}
+        log.append_actors(time, 4, [Report(name="learner", role="learner", seconds=seconds, gauges={"q": 2.0})])
     log.close()
-    assert lines(tmp_path / "metrics.jsonl") == [
-        {"time": 9.0, "kind": "actors", "step": 4, "learner/busy_s": 3.0, "learner/wait:store_s": 1.5, "learner/q": 2.0}
-    ]
+    assert lines(tmp_path / "metrics.jsonl")[1] == {
+        "time": 10.0, "kind": "actors", "step": 4, "learner/busy_s": 4.0, "learner/wait:store_s": 4.0, "learner/q": 2.0
+    }  # fmt: skip
+    found = scalars(tmp_path / "tensorboard")
+    assert found["actors/learner/busy"] == [(4, 5.0, 0.75), (4, 10.0, 0.25), (4, 20.0, 0.75)]
+    assert found["actors/learner/wait:store"] == [(4, 5.0, 0.25), (4, 10.0, 0.75), (4, 20.0, 0.25)]
+    assert len(found["actors/learner/q"]) == 4
+    assert len(found) == 3
 
 
 def test_tensorboard_reads_the_same_figures(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
-    for step in (1, 2):
-        log.append(record(step, update=step, **{"reward/mean": step / 4}))
-    log.close()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    found = [(event.step, event.wall_time, event.tensor_proto.float_val[0]) for event in events.Tensors("reward/mean")]
-    assert found == [(1, 101.0, 0.25), (2, 102.0, 0.5)]
+    for steps in ((1, 2), (3,)):  # two processes
+        log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
+        for step in steps:
+            log.append(record(step, update=step, **{"reward/mean": step / 4}))
+        log.close()
+    assert scalars(tmp_path / "tensorboard") == {"reward/mean": [(1, 101.0, 0.25), (2, 102.0, 0.5), (3, 103.0, 0.75)]}
 
 
 def test_writing_needs_no_torch(tmp_path: Path) -> None:
