@@ -13,7 +13,7 @@ from asyncrl.cluster.preflight import check_run
 from asyncrl.cluster.preparation import prepare_run
 from asyncrl.config import Deployment, Recipe
 from asyncrl.config.paths import resolve_paths
-from asyncrl.errors import ConfigError
+from asyncrl.errors import ConfigError, DiskFull
 from asyncrl.report.metrics_log import MetricsLog
 from asyncrl.report.summary import RunResult, RunSummary
 from asyncrl.rundir import resolve_run_dir
@@ -65,7 +65,7 @@ class Trainer:
             stop_token_ids = prepare_run(self._recipe, self._deployment, self.paths, resuming=resume_from is not None)
             self._metrics = MetricsLog(self.paths.metrics, self.paths.tensorboard)
             self._resources.callback(self._metrics.close)
-            self._resources.callback(self._write_actors)
+            self._resources.callback(self._write_last)
             self._supervisor = self._start(resume_at, stop_token_ids)
         except BaseException:
             self._resources.close()
@@ -189,6 +189,10 @@ class Trainer:
             self._actors_due = now + ACTORS_EVERY_S
         if self._observer is not None:
             self._observer(self._summary)
+
+    def _write_last(self) -> None:
+        with contextlib.suppress(DiskFull):  # which is told already
+            self._write_actors()
 
     def _write_actors(self) -> None:
         if self._summary.reports:

@@ -6,7 +6,6 @@ Standard output carries results only; logs, progress and errors go to standard e
 """
 
 import argparse
-import errno
 import importlib
 import logging
 import os
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from asyncrl import __version__
+from asyncrl.disk import full_disk
 from asyncrl.errors import AsyncRLError, ConfigError, DataError
 from asyncrl.rundir import redact, set_up_logging
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(__name__).debug("where it came from", exc_info=True)
         return 2 if isinstance(error, ConfigError | DataError) else 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not full_disk(error):
             raise
         print(f"error: {error}: nothing more could be saved; free disk space, then go on with --resume", file=sys.stderr)
         return 1

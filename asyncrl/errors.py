@@ -17,6 +17,10 @@ class CheckpointError(AsyncRLError):
     """A checkpoint that is incomplete, damaged, or of another model."""
 
 
+class DiskFull(AsyncRLError):
+    """A disk, or a quota, is full. Names the folder, what is free there, and what was needed. What was durable stays so."""
+
+
 class Fenced(AsyncRLError):
     """The caller is a zombie: a newer incarnation of the same worker has taken over. Stop, change nothing."""
 

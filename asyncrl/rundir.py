@@ -23,6 +23,7 @@ from typing import Any
 
 import msgspec
 
+from asyncrl.disk import naming_full_disk, require_space
 from asyncrl.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
@@ -145,18 +146,19 @@ def resolve_run_dir(name: str, runs_dir: str | Path = "runs", environ: Mapping[s
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yields a fresh name beside `path`; what is written there is synced and renamed at success, removed on failure.
 
-    A reader sees the old file or the new one, never a part.
+    A reader sees the old file or the new one, never a part. Raises DiskFull.
     """
     path = Path(path)
-    beside = _beside(path)
-    try:
-        yield beside
-        sync(beside)
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    with naming_full_disk(path):
+        beside = _beside(path)
+        try:
+            yield beside
+            sync(beside)
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
@@ -166,28 +168,31 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; synced and renamed at success, removed on failure. Replaces an old `path`.
 
     After a kill at any point `path` is absent, old or new, and whole; `RunDir.lock` of the next start tidies the rest.
+    needed_bytes: what will be written, as far as it is known. Raises DiskFull, at once if there is less room than that.
     """
     path = Path(path)
-    beside = _beside(path)
-    beside.mkdir()
-    try:
-        yield beside
-        for file in beside.rglob("*"):
-            sync(file)
-        sync(beside)
-        old = path.parent / f".{path.name}.old-{os.getpid()}"
-        if path.exists():
-            path.rename(old)
-        beside.rename(path)
-        sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    with naming_full_disk(path, needed_bytes):
+        require_space(path, needed_bytes)
+        beside = _beside(path)
+        beside.mkdir()
+        try:
+            yield beside
+            for file in beside.rglob("*"):
+                sync(file)
+            sync(beside)
+            old = path.parent / f".{path.name}.old-{os.getpid()}"
+            if path.exists():
+                path.rename(old)
+            beside.rename(path)
+            sync(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
 
 
 def _sweep(folder: Path) -> None:

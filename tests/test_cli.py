@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from asyncrl import cli
-from asyncrl.errors import ActorFailed, ConfigError, DataError
+from asyncrl.errors import ActorFailed, ConfigError, DataError, DiskFull
 
 RECIPE = """
 from asyncrl.config import *
@@ -232,6 +232,7 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
         (DataError("x"), 2),
         (ActorFailed("learner: hf_0123456789abcdefXYZ"), 1),
         (OSError(errno.ENOSPC, "No space left on device"), 1),
+        (DiskFull("no room for runs/x/replay"), 1),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -247,6 +248,7 @@ def test_exit_status(
     assert cli.main(["run"]) == status
     printed = capsys.readouterr()
     assert printed.out == ""
+    assert "Traceback" not in printed.err
     assert "hf_" not in printed.err  # secrets are masked in errors too
     monkeypatch.delitem(sys.modules, "failing_job")
 

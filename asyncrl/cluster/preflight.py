@@ -10,8 +10,10 @@ from itertools import islice
 from pathlib import Path
 
 from asyncrl.cluster.resources import check_placement
+from asyncrl.cluster.space import check_space
 from asyncrl.config import ESTIMATOR_NAMES, LOSS_NAMES, SETTINGS, UNGROUPED, Deployment, ModelSpec, Recipe
 from asyncrl.config.callables import check_callable
+from asyncrl.disk import existing
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.generate.engines import engine_kind
 from asyncrl.models.architectures import named, not_causal, read_config
@@ -58,12 +60,13 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
     yield "staleness", lambda: _staleness(recipe, deployment)
     yield "engine", lambda: engine_kind(deployment.generators.engine.kind).check(deployment)
     yield "placement", lambda: check_placement(deployment)
+    yield "disk", lambda: check_space(recipe, deployment, run_dir)
 
 
 def _run_dir(run_dir: RunDir) -> str:
-    existing = next(folder for folder in (run_dir.path, *run_dir.path.parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(f"run directory {run_dir.path}: {existing} is not a writable folder; choose another with --runs-dir")
+    folder = existing(run_dir.path)
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"run directory {run_dir.path}: {folder} is not a writable folder; choose another with --runs-dir")
     return str(run_dir.path)
 
 

@@ -9,6 +9,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -20,7 +21,8 @@ from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.session import undisturbed
 from asyncrl.cluster.transport import call_store
 from asyncrl.cluster.watchdog import StallWatch
-from asyncrl.errors import ActorFailed, AsyncRLError, CheckpointError, ConfigError, DataError, NonFinite, Unavailable
+from asyncrl.disk import full_disk
+from asyncrl.errors import ActorFailed, AsyncRLError, CheckpointError, ConfigError, DataError, DiskFull, NonFinite, Unavailable
 from asyncrl.report.summary import RunSummary
 from asyncrl.report.timing import AwakeClock
 from asyncrl.rundir import redact, write_atomic
@@ -229,7 +231,12 @@ class Supervisor:
         text = redact(_brief(error))
         counted = member.budget.failed(text)
         if not member.restarts:
-            write_atomic(self._plan.paths.logs / f"{member.name}.error", text + "\n")
+            with suppress(DiskFull):
+                write_atomic(self._plan.paths.logs / f"{member.name}.error", text + "\n")
+        if isinstance(cause, DiskFull):
+            raise cause from error  # it says where, which is often not the member's own place
+        if said := full_disk(cause):
+            raise DiskFull(f"{member.name}: {said} ({cause}): make room, then go on with --resume") from error
         if isinstance(cause, NON_RETRYABLE):
             raise type(cause)(f"{member.name}: {cause}") from error
         limit, window_s = self._limits.max_restarts, self._limits.restart_window_s

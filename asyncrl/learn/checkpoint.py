@@ -51,14 +51,14 @@ class Checkpoints:
     def save(self, trainer: Checkpointed, version: Version) -> Path:
         """Writes `step_<update>`, whole or not at all, and returns its folder. An older one of that name is replaced.
 
-        Raises Fenced if a newer learner has written one of that name.
+        Raises Fenced if a newer learner has written one of that name, DiskFull if there is no room.
         """
         model = trainer.model
         path = self._run_dir.checkpoint(version.update)
-        with atomic_folder(path) as folder:
+        with atomic_folder(path, _size_bytes(trainer)) as folder:
             _save_policy(model, folder / "policy")
-            torch.save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
-            torch.save(_rng_state(), folder / "rng.pt")
+            _save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
+            _save(_rng_state(), folder / "rng.pt")
             if trainer.critic is not None:
                 _save_critic(trainer.critic, folder / "critic")
             summary = {
@@ -122,6 +122,15 @@ class Checkpoints:
             raise CheckpointError(f"{error}\nthe run has {names}") from error
 
 
+def _size_bytes(trainer: Checkpointed) -> int:
+    """Of the tensors of a checkpoint: weights and what the optimizers hold by now."""
+    critic = trainer.critic
+    modules = [trainer.model, *([critic.module] if critic is not None else [])]
+    optimizers = [trainer.optimizer, *([critic.optimizer] if critic is not None else [])]
+    moments = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+    return sum(tensor.nbytes for tensor in [*(p for module in modules for p in module.parameters()), *moments])
+
+
 def _incarnation(folder: Path) -> int:
     """Of the learner that wrote a checkpoint; 0 if there is none, or it is damaged."""
     try:
@@ -148,7 +157,7 @@ def _save_weights(module: torch.nn.Module, folder: Path) -> None:
 def _save_critic(critic: Critic, folder: Path) -> None:
     folder.mkdir()
     _save_weights(critic.module, folder)
-    torch.save(critic.optimizer.state_dict(), folder / "optimizer.pt")
+    _save(critic.optimizer.state_dict(), folder / "optimizer.pt")
 
 
 def _load_critic(critic: Critic, folder: Path) -> None:
@@ -159,6 +168,11 @@ def _load_critic(critic: Critic, folder: Path) -> None:
         )
     load_weights(critic.module, load_file(folder / "model.safetensors"))
     critic.optimizer.load_state_dict(_load(folder / "optimizer.pt"))
+
+
+def _save(value: Any, path: Path) -> None:
+    with path.open("wb") as file:  # of a path torch would not say why it can't be written
+        torch.save(value, file)
 
 
 def _load(path: Path) -> Any:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from asyncrl.config import StoreSpec
-from asyncrl.errors import AsyncRLError, Closed, Unavailable
+from asyncrl.disk import naming_full_disk
+from asyncrl.errors import AsyncRLError, Closed, DiskFull, Unavailable
 from asyncrl.interfaces import VERBS
 from asyncrl.replay.core import StoreCore
 from asyncrl.replay.ledger import Poll
@@ -37,7 +38,9 @@ class ReplayStore:
         self, plan: StorePlan, folder: Path, spec: StoreSpec = StoreSpec(), clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._folder = locked(folder, _LOCK_WAIT_S)
-        self._log = ReplayLog(folder, spec)
+        self._writing = partial(naming_full_disk, folder, spec.segment_bytes)  # as a segment may have to be closed
+        with self._writing():
+            self._log = ReplayLog(folder, spec)
         self._core = StoreCore(plan, self._log, clock)
         self._clock = clock
         self._lock = threading.Lock()
@@ -71,10 +74,10 @@ class ReplayStore:
             self._check(key)
             before = context.changes
             try:
-                with context.recording():
+                with self._writing(), context.recording():
                     return action()
             except Exception as error:
-                if not isinstance(error, AsyncRLError | ValueError):  # not the caller's mistake
+                if isinstance(error, DiskFull) or not isinstance(error, AsyncRLError | ValueError):  # not the caller's mistake
                     context.broken = error
                 if context.broken is error:
                     raise self._unavailable() from error
@@ -83,11 +86,13 @@ class ReplayStore:
                 if context.changes != before:
                     self._wake()
 
-    def _unavailable(self) -> Unavailable:
+    def _unavailable(self) -> AsyncRLError:
         broken = self._core.context.broken
+        if isinstance(broken, DiskFull):
+            return DiskFull(str(broken))  # whoever calls again, and whoever restarts the store, would meet it again
         return Unavailable(
             f"the replay store stopped at its first failed write or keep function ({type(broken).__name__}: {broken}); "
-            "what was acknowledged is in the log; free disk space or fix the function, then restart the store"
+            "what was acknowledged is in the log; see to the disk or fix the function, then restart the store"
         )
 
     def _check(self, key: Key) -> None:

@@ -8,12 +8,14 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from asyncrl.disk import naming_full_disk
 from asyncrl.errors import DataError
 from asyncrl.types import Record, Report
 
@@ -29,12 +31,12 @@ class MetricsLog:
         path.touch()
         self._file = path.open("r+b")
         self.last_sequence = _recover(self._file, path)  # of the newest record in the file; 0 if there is none
-        self._tensorboard_dir = tensorboard
+        self._path, self._tensorboard_dir = path, tensorboard
         self._events: Any = None  # TensorBoard's records, once there is one
         self._seconds: dict[str, Mapping[str, float]] = {}  # of each actor, as it was told last
 
     def append(self, record: Record) -> bool:
-        """Writes one record; False if it was there already. The operating system has it then."""
+        """Writes one record; False if it was there already. The operating system has it then. Raises DiskFull."""
         if record.sequence <= self.last_sequence:
             return False
         head = {"sequence": record.sequence, "time": record.time, "kind": record.kind}
@@ -47,7 +49,8 @@ class MetricsLog:
     def append_actors(self, time: float, step: int, reports: Iterable[Report]) -> None:
         """One line of kind `actors`: `<actor>/<state>_s`, seconds since that actor started, and `<actor>/<gauge>`.
 
-        TensorBoard gets `actors/<actor>/<state>` instead of the seconds: the share of the time since the line before.
+        TensorBoard gets `actors/<actor>/<state>` instead of the seconds: the share of the time since the line before. Raises
+        DiskFull.
         """
         seconds: dict[str, float] = {}
         shares: dict[str, float] = {}
@@ -60,10 +63,12 @@ class MetricsLog:
         self._scalars(shares | {f"actors/{name}": value for name, value in gauges.items()}, step, time)
 
     def close(self) -> None:
-        """Idempotent."""
-        self._file.close()
+        """Idempotent. What could not be written was told when it was."""
+        with suppress(OSError):
+            self._file.close()
         if self._events is not None:
-            self._events.close()
+            with suppress(OSError):
+                self._events.close()
             self._events = None
 
     def _shares(self, report: Report) -> dict[str, float]:
@@ -77,8 +82,9 @@ class MetricsLog:
         return {state: seconds / in_all for state, seconds in spent.items()} if in_all > 0 else {}
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(msgspec.json.encode(line) + b"\n")  # a NaN becomes null: the line stays JSON
-        self._file.flush()
+        with naming_full_disk(self._path):
+            self._file.write(msgspec.json.encode(line) + b"\n")  # a NaN becomes null: the line stays JSON
+            self._file.flush()
 
     def _scalars(self, figures: Mapping[str, float], step: int, time: float) -> None:
         """One event of TensorBoard's: plain scalars, which readers without its plugins know too."""
@@ -87,11 +93,12 @@ class MetricsLog:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
-        if self._events is None:
-            self._events = self._open_events()
-            self._events.write(Event(wall_time=time, file_version="brain.Event:2").SerializeToString())
-        self._events.write(Event(wall_time=time, step=step, summary=Summary(value=values)).SerializeToString())
-        self._events.flush()
+        with naming_full_disk(self._tensorboard_dir):
+            if self._events is None:
+                self._events = self._open_events()
+                self._events.write(Event(wall_time=time, file_version="brain.Event:2").SerializeToString())
+            self._events.write(Event(wall_time=time, step=step, summary=Summary(value=values)).SerializeToString())
+            self._events.flush()
 
     def _open_events(self) -> Any:
         from tensorboard.summary.writer.record_writer import RecordWriter

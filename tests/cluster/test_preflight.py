@@ -60,6 +60,7 @@ def recipe(tmp_path: Path) -> Recipe:
 def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
     recipe = replace(recipe, staleness=StalenessSpec(max_lag=9))
     plan = check_run(recipe, Deployment(num_cpus=2), run)
+    assert plan.pop().startswith("disk        ")  # tests/cluster/test_space.py
     assert plan == [
         f"run         {tmp_path}/runs/r",
         f"model       {tmp_path}/model",

@@ -1,5 +1,6 @@
 import logging
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from asyncrl.errors import CheckpointError, Fenced
+from asyncrl.disk import readable
+from asyncrl.errors import CheckpointError, DiskFull, Fenced
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.rundir import RunDir, verify_manifest
 from asyncrl.types import Lineage, Version
@@ -95,6 +97,25 @@ def test_a_save_that_fails_half_way_leaves_no_trace(run_dir: RunDir, make_traine
     with pytest.raises(OSError, match="disk full"):
         save(checkpoints, trainer, 10)
     assert [entry.name for entry in run_dir.checkpoints.iterdir()] == ["step_000005"]
+
+
+def test_a_full_disk_is_named_the_half_written_goes_and_older_ones_stay(run_dir: RunDir, make_trainer, monkeypatch) -> None:
+    trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 5)
+    save(checkpoints, trainer, 5)
+    size = sum(parameter.nbytes for parameter in trainer.model.parameters())  # no moments yet
+    saving, room = torch.save, rf"no room for .*step_000010.*: {re.escape(readable(size))} are needed, .* are free"
+
+    def on_a_full_disk(value: object, file: object) -> None:
+        with open("/dev/full", "wb", buffering=0) as full:
+            saving(value, full)
+
+    for seam, fails in (("asyncrl.disk.free_bytes", lambda path: size - 1), ("torch.save", on_a_full_disk)):
+        with monkeypatch.context() as patched:
+            patched.setattr(seam, fails)
+            with pytest.raises(DiskFull, match=room):
+                save(checkpoints, trainer, 10)
+        assert [entry.name for entry in run_dir.checkpoints.iterdir()] == ["step_000005"]
+    assert save(checkpoints, trainer, 10).name == "step_000010"
 
 
 def test_restore_at_an_update_gives_up_what_came_after(run_dir: RunDir, make_trainer) -> None:

@@ -1,6 +1,8 @@
 """The actor shell on one event loop: who waits, who wakes, what a restart and a broken disk look like."""
 
 import asyncio
+import errno
+import os
 import threading
 import time
 from collections.abc import Awaitable
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from asyncrl.errors import Closed, DataError, Fenced, Unavailable
+from asyncrl.errors import Closed, DataError, DiskFull, Fenced, Unavailable
 from asyncrl.replay.log import rows as schema
 from asyncrl.replay.store import ReplayStore
 from asyncrl.types import Key, Version
@@ -343,15 +345,50 @@ def test_after_a_failed_write_every_call_says_so(fakes: SimpleNamespace, tmp_pat
     async def scenario() -> None:
         store = make(fakes, tmp_path)
 
-        def full(events: Any) -> None:
-            raise OSError(28, "No space left on device")
+        def broken(events: Any) -> None:
+            raise OSError(5, "Input/output error")
 
-        store._core.context.log.append_events = full
+        store._core.context.log.append_events = broken
         for _ in range(2):
-            with pytest.raises(Unavailable, match="No space left"):
+            with pytest.raises(Unavailable, match="Input/output error"):
                 await Caller(store)("reserve", 1, V, (), 1.0)
         killed(store)
         assert (await ask(make(fakes, tmp_path), "report", 0)).counts.reserved == 0  # nothing unacknowledged came back
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_a_full_disk_is_told_to_everybody_as_what_no_restart_mends_and_nothing_durable_is_lost(
+    fakes: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        store = make(fakes, tmp_path)
+        generator, (ticket, _) = Caller(store), (await Caller(store)("reserve", 2, V, (), 1.0)).tickets
+        write, left = os.write, 300  # bytes: it fills in the middle of a record
+
+        def until_full(descriptor: int, data: memoryview) -> int:
+            nonlocal left
+            if not left:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written = write(descriptor, data[:left])
+            left -= written
+            return written
+
+        monkeypatch.setattr(os, "write", until_full)
+        generator.sequence = 1
+        told = rf"no room for {tmp_path} \(No space left on device\): 64\.0 MiB are needed, .* are free"
+        with pytest.raises(DiskFull, match=told):
+            await generator("submit", rows(fakes, ticket))
+        for call in (generator("reserve", 1, V, (), 1.0), ask(store, "report", 0)):
+            with pytest.raises(DiskFull, match=told):
+                await call
+        killed(store)
+        with pytest.raises(DiskFull, match=told):  # a restarted one would meet the same
+            make(fakes, tmp_path)
+        monkeypatch.undo()
+        again = make(fakes, tmp_path)
+        assert (await ask(again, "report", 0)).counts.reserved == 2
+        await Caller(again)("submit", rows(fakes, ticket))
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
 

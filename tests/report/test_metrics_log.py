@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncrl.errors import DataError
+from asyncrl.errors import DataError, DiskFull
 from asyncrl.report.metrics_log import MetricsLog
 from asyncrl.types import Record, Report, Version
 
@@ -89,6 +89,20 @@ def test_actor_reports_have_seconds_in_lines_and_shares_of_the_time_in_tensorboa
     assert found["actors/learner/wait:store"] == [(4, 5.0, 0.25), (4, 10.0, 0.75), (4, 20.0, 0.25)]
     assert len(found["actors/learner/q"]) == 4
     assert len(found) == 3
+
+
+def test_a_full_disk_is_named_and_what_was_written_stays_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, tmp_path / "tensorboard")
+    log.append(record(1))
+    log._file = open("/dev/full", "wb")  # noqa: SIM115
+    with pytest.raises(DiskFull, match=r"no room for .*metrics\.jsonl \(No space left on device\)"):
+        log.append(record(2))
+    log.close()  # no second error hides the first
+    log = MetricsLog(path, tmp_path / "tensorboard")
+    assert log.append(record(2))
+    log.close()
+    assert [line["sequence"] for line in lines(path)] == [1, 2]
 
 
 def test_tensorboard_reads_the_same_figures(tmp_path: Path) -> None:

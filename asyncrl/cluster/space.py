@@ -1,0 +1,62 @@
+"""What a run will write into its directory, against what is free there; found out without torch."""
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from asyncrl.config import Deployment, ModelSpec, Recipe
+from asyncrl.disk import free_bytes, readable
+from asyncrl.errors import ConfigError
+from asyncrl.rundir import RunDir
+
+log = logging.getLogger(__name__)
+_ADAM = 3  # the weights and their two moments
+_ROLLOUT_BYTES = 1024  # of a rollout's row and events, besides its tokens
+_PROMPT_TOKEN_BYTES, _RESPONSE_TOKEN_BYTES = 8, 16  # ids and text; of the response also its mask and logprobs
+
+
+def check_space(recipe: Recipe, deployment: Deployment, run_dir: RunDir, free: Callable[[Path], int] = free_bytes) -> str:
+    """One sentence of the plan. Raises ConfigError where not even one checkpoint and one segment of the log have room; warns
+    where all that the run is to keep may not. Of a model that is not on this machine yet only the log is known.
+    """
+    models = [recipe.model]
+    if recipe.algorithm.needs_critic and recipe.critic.backbone == "own":
+        models.append(recipe.critic.model or recipe.model)
+    checkpoint, log_bytes = sum(_checkpoint_bytes(model) for model in models), _log_bytes(recipe)
+    there = len(run_dir.steps())
+    more = max(1, recipe.checkpoint.keep_last_n + 1 - there)  # the next is written before the oldest goes
+    needed, least, have = more * checkpoint + log_bytes, checkpoint + deployment.store.segment_bytes, free(run_dir.path)
+    parts = f"{more} checkpoints of {readable(checkpoint)}" if checkpoint else "checkpoints of a size not known yet"
+    if have < least:
+        raise ConfigError(
+            f"{readable(have)} are free for {run_dir.path} < {readable(least)}, which one checkpoint ({readable(checkpoint)}) "
+            f"and one segment of the log (store.segment_bytes={deployment.store.segment_bytes}) take: the run could not go on "
+            "for long; make room (`asyncrl clean` lists what dead runs left), or put --runs-dir on another disk"
+        )
+    plan = f"{readable(have)} free; {parts}, and up to {readable(log_bytes)} of log if every response is as long as it may be"
+    if have < needed:
+        log.warning("the disk of %s may fill before the run ends: %s", run_dir.path, plan)
+    return plan
+
+
+def _checkpoint_bytes(model: ModelSpec) -> int:
+    """Of a model that is trained; 0 if its weights are not safetensors in a folder here."""
+    parameters = 0
+    for file in Path(model.path).glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                parameters += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise ConfigError(
+                f"{file} is no readable safetensors file ({error}): no model could be loaded; get it again"
+            ) from error
+    return _ADAM * parameters * (4 if model.dtype == "float32" else 2)
+
+
+def _log_bytes(recipe: Recipe) -> int:
+    prompt, response = recipe.data.max_prompt_length, recipe.sampling.max_response_length
+    rollouts = recipe.total_steps * recipe.learner.batch_groups * recipe.rollouts_per_group
+    return rollouts * (_ROLLOUT_BYTES + prompt * _PROMPT_TOKEN_BYTES + response * _RESPONSE_TOKEN_BYTES)
