@@ -7,12 +7,14 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 import ray
 
 from asyncrl.config import Deployment
 from asyncrl.errors import ConfigError, Unavailable
+from asyncrl.scratch import session_in_use
 
 
 @contextlib.contextmanager
@@ -79,19 +81,24 @@ def ray_session(deployment: Deployment) -> Iterator[bool]:
     address = deployment.ray_address or os.environ.get("RAY_ADDRESS", "")
     if address.startswith("ray://"):
         raise ConfigError(f"ray_address={address!r}: a run needs its driver in the cluster; use `ray job submit` instead")
-    try:
-        _join_or_start(address, deployment.num_cpus)
-        yield not address
-    finally:
-        ray.shutdown()
+    with contextlib.ExitStack() as in_use:
+        try:
+            session = _join_or_start(address, deployment.num_cpus)
+            if not address:
+                in_use.enter_context(session_in_use(session))
+            yield not address
+        finally:
+            ray.shutdown()
 
 
-def _join_or_start(address: str, num_cpus: int | None) -> None:
+def _join_or_start(address: str, num_cpus: int | None) -> Path:
+    """The folder of Ray's session."""
     own = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
     try:
         with heed_signals():
-            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+            context = ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
     except (OSError, RuntimeError) as error:
         if not address:
             raise
         raise Unavailable(f"no Ray cluster answers at {address!r}: {error}") from error
+    return Path(context.address_info["session_dir"])

@@ -9,7 +9,8 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -19,15 +20,16 @@ from msgspec.structs import replace
 
 from asyncrl.cluster.resources import count_gpus
 from asyncrl.config.deployment import ENGINES
+from asyncrl.disk import free_bytes, readable
 from asyncrl.generate.engines import engine_kind
 from asyncrl.report.findings import Finding, MachineCheck
+from asyncrl.scratch import SHM, Trace, traces
 
-SHM = Path("/dev/shm")
+MIN_DISK_BYTES = 1 << 30
 MIN_SHM_BYTES = 1 << 30  # Ray's objects live there; containers often give 64 MiB
 
 OPTIONAL = {
     "math-verify": ("the verifier math", "pip install 'asyncrl[math]'"),
-    "wandb": ("tracking", "pip install wandb"),
     "pandas": ("reading metrics and the replay log", "pip install pandas"),
     "duckdb": ("querying the replay log", "pip install duckdb"),
     "pytest": ("asyncrl's own tests", "pip install 'pytest>=8' pytest-timeout hypothesis"),
@@ -41,43 +43,44 @@ def doctor_job(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    findings = examine()
+    findings = []
+    for finding in examine():
+        findings.append(finding)
+        if not args.json:
+            print(lines(finding), flush=True)
     healthy = all(finding.status == "ok" for finding in findings if finding.required)
     if args.json:
         print(json.dumps({"ok": healthy, "findings": to_builtins(findings)}))
     else:
-        print(table(findings))
         print("\neverything required is there" if healthy else "\nsomething required is missing or broken: see the fixes above")
     return 0 if healthy else 1
 
 
-def examine() -> list[Finding]:
-    """Every check, one after the other; one that raises is reported as broken and hides no other."""
+def examine() -> Iterator[Finding]:
+    """Every check, one after the other: last those that import for seconds. One that raises is broken, and hides no other."""
     checks: list[MachineCheck] = [
         ("python", python, ""),
+        ("disk", disk, ""),
+        ("shared memory", shared_memory, ""),
+        ("leftovers", leftovers, ""),
+        *((name, partial(optional, name, use, fix), "") for name, (use, fix) in OPTIONAL.items()),
+        ("zeromq", zeromq, "pyzmq"),
+        ("arrow", arrow, "pyarrow"),
         ("torch", torch_build, "torch"),
         ("devices", devices, "torch"),
         ("collectives", collectives, "torch"),
         ("ray", lambda: package("ray"), "ray"),
         ("transformers", lambda: package("transformers"), "transformers"),
-        ("zeromq", zeromq, "pyzmq"),
-        ("arrow", arrow, "pyarrow"),
-        ("shared memory", shared_memory, ""),
-        *(check for kind in ENGINES for check in engine_kind(kind).machine_checks()),
+        *(check for kind in reversed(ENGINES) for check in engine_kind(kind).machine_checks()),
     ]
-    checks += [(name, partial(optional, name, use, fix), "") for name, (use, fix) in OPTIONAL.items()]
-    return [guarded(*check) for check in checks]
+    return (guarded(*check) for check in checks)
 
 
-def table(findings: Iterable[Finding]) -> str:
-    """One line per finding, and its fix below it."""
-    lines = []
-    for finding in findings:
-        note = "" if finding.required or finding.status == "ok" else " (optional)"
-        lines.append(f"{finding.status:<8} {finding.name:<14} {finding.detail}{note}")
-        if finding.status != "ok" and finding.fix:
-            lines.append(f"{'':<8} {'':<14} fix: {finding.fix}")
-    return "\n".join(lines)
+def lines(finding: Finding) -> str:
+    """A line for the finding, and its fix below it."""
+    note = "" if finding.required or finding.status == "ok" else " (optional)"
+    line = f"{finding.status:<8} {finding.name:<14} {finding.detail}{note}"
+    return f"{line}\n{'':<23} fix: {finding.fix}" if finding.status != "ok" and finding.fix else line
 
 
 def guarded(name: str, check: Callable[[], Finding], package: str) -> Finding:
@@ -122,7 +125,7 @@ def devices() -> Finding:
     import torch
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    here = f"{len(os.sched_getaffinity(0))} CPU cores, {_gib(memory)} memory"
+    here = f"{len(os.sched_getaffinity(0))} CPU cores, {readable(memory)} memory"
     present = count_gpus()
     if present and not torch.cuda.is_available():
         why, fix = "torch finds no working driver", "nvidia-smi"
@@ -130,7 +133,7 @@ def devices() -> Finding:
             why, fix = "torch is a CPU build", reinstall("torch")
         return Finding(status="broken", detail=f"{here}; {present} GPUs, but {why}", fix=fix, required=False)
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    listing = ", ".join(f"{gpu.name} {_gib(gpu.total_memory)}" for gpu in gpus) or "no GPU"
+    listing = ", ".join(f"{gpu.name} {readable(gpu.total_memory)}" for gpu in gpus) or "no GPU"
     return Finding(detail=f"{here}; {listing}")
 
 
@@ -182,15 +185,37 @@ def shared_memory(folder: Path = SHM, least_bytes: int = MIN_SHM_BYTES) -> Findi
         return Finding(status="missing", detail=f"no {folder}", fix=fix)
     space = os.statvfs(folder)
     size, free = space.f_frsize * space.f_blocks, space.f_frsize * space.f_bavail
-    detail = f"{folder} {_gib(size)}, {_gib(free)} free"
+    detail = f"{folder} {readable(size)}, {readable(free)} free"
     with tempfile.TemporaryFile(dir=folder) as file:
         file.truncate(1 << 20)
         with mmap.mmap(file.fileno(), 1 << 20) as pages:
             pages[-1:] = b"x"
     if free < least_bytes:
-        detail += f": below {_gib(least_bytes)}, larger models will not fit"
+        detail += f": below {readable(least_bytes)}, larger models will not fit"
         return Finding(status="broken", detail=detail, fix=fix, required=False)
     return Finding(detail=f"{detail}, writable")
+
+
+def disk(folders: Iterable[Path] = (Path("runs"), Path(tempfile.gettempdir())), least_bytes: int = MIN_DISK_BYTES) -> Finding:
+    """Where runs are kept unless --runs-dir says otherwise, and where Ray keeps its sessions."""
+    free = {folder.absolute(): free_bytes(folder) for folder in folders}
+    detail = ", ".join(f"{readable(space)} free for {folder}" for folder, space in free.items())
+    if min(free.values()) < least_bytes:
+        detail += f": below {readable(least_bytes)}, little can be saved"
+        return Finding(status="broken", detail=detail, fix="make room, or choose another --runs-dir", required=False)
+    return Finding(detail=detail)
+
+
+def leftovers(found: Sequence[Trace] | None = None) -> Finding:
+    """What dead runs left on this machine. found: None, what there is."""
+    found = traces() if found is None else found
+    left = [trace for trace in found if not trace.in_use]
+    living = f"{len(found) - len(left)} in use by living runs"
+    if not left:
+        return Finding(detail=f"none; {living}")
+    counts = Counter(trace.what for trace in left)
+    size, kinds = readable(sum(trace.size_bytes for trace in left)), ", ".join(f"{what} ({counts[what]})" for what in counts)
+    return Finding(detail=f"dead runs left {size}: {kinds}; `asyncrl clean` lists and removes it; {living}")
 
 
 def optional(name: str, use: str, fix: str) -> Finding:
@@ -233,7 +258,3 @@ def _satisfies(version: str, bounds: str) -> bool:
     from packaging.specifiers import SpecifierSet
 
     return SpecifierSet(bounds).contains(version, prereleases=True)
-
-
-def _gib(size: int) -> str:
-    return f"{size / (1 << 30):.1f} GiB"

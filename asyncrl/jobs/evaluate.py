@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
@@ -29,6 +28,7 @@ from asyncrl.prompts.encoding import encoder
 from asyncrl.prompts.reading import check_columns, read_rows
 from asyncrl.reward.pool import RewardPool
 from asyncrl.reward.results import Sample
+from asyncrl.scratch import ScratchFolder
 from asyncrl.types import Generation, GenerationRequest, Sampling, Version, derive_seed
 
 if TYPE_CHECKING:
@@ -183,13 +183,13 @@ def _engine(policy: Policy, generators: GeneratorsSpec, limits: LimitsSpec) -> I
     """An engine as a generator of a run has one: started, and given the policy's weights."""
     from asyncrl.models.loading import export, named_weights
 
-    with tempfile.TemporaryDirectory(prefix="asyncrl-eval-") as folder:
+    with contextlib.closing(ScratchFolder()) as scratch:
         spec = policy.spec
         model, tokenizer = load(policy)
         if policy.checkpoint is not None:  # an engine loads Hugging Face folders only
-            spec = msgspec.structs.replace(spec, path=f"{folder}/model")
+            spec = msgspec.structs.replace(spec, path=f"{scratch.path}/model")
             export(model, tokenizer, Path(spec.path))
-        site = EngineSite(generators=generators, model=spec, limits=limits, name="eval", logs=Path(folder))
+        site = EngineSite(generators=generators, model=spec, limits=limits, name="eval", logs=scratch.path)
         engine = engine_kind(generators.engine.kind).build(site)
         try:
             engine.start()

@@ -2,12 +2,16 @@
 
 import argparse
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from asyncrl.jobs import doctor
 from asyncrl.report.findings import Finding
+from asyncrl.scratch import Trace
 
 
 def run_doctor(*argv: str) -> int:
@@ -30,18 +34,60 @@ def test_a_machine_that_can_run_asyncrl_is_healthy(capsys: pytest.CaptureFixture
 
 
 def test_required_findings_decide_the_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    extra = Finding(name="wandb", status="missing", detail="tracking", fix="pip install wandb", required=False)
+    extra = Finding(name="duckdb", status="missing", detail="queries", fix="pip install duckdb", required=False)
     lacking = Finding(name="ray", status="missing", detail="no module", fix="pip install 'ray[default]'")
     monkeypatch.setattr(doctor, "examine", lambda: [extra])
     assert run_doctor() == 0
     monkeypatch.setattr(doctor, "examine", lambda: [extra, lacking])
     assert run_doctor() == 1
     assert capsys.readouterr().out.splitlines()[4:8] == [
-        "missing  wandb          tracking (optional)",
-        "                        fix: pip install wandb",
+        "missing  duckdb         queries (optional)",
+        "                        fix: pip install duckdb",
         "missing  ray            no module",
         "                        fix: pip install 'ray[default]'",
     ]
+
+
+def test_each_finding_is_told_as_soon_as_it_is_known_and_slow_checks_come_last(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+
+    def one_after_the_other() -> Iterator[Finding]:
+        for name in ("first", "second"):
+            yield Finding(name=name, detail="here")
+            told.append(capsys.readouterr().out)  # before the next check runs
+
+    monkeypatch.setattr(doctor, "examine", one_after_the_other)
+    assert run_doctor() == 0
+    assert told == ["ok       first          here\n", "ok       second         here\n"]
+    monkeypatch.undo()
+    code = """
+import sys
+from asyncrl.jobs.doctor import examine
+for finding in examine():
+    if finding.name == "torch":
+        break
+    print(finding.name, *sorted({"torch", "ray", "transformers"} & set(sys.modules)), sep=",")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    rows = ["python", "disk", "shared memory", "leftovers", *doctor.OPTIONAL, "zeromq", "arrow"]
+    assert done.stdout.splitlines() == rows
+
+
+def test_leftovers_name_the_command_that_removes_them() -> None:
+    assert doctor.leftovers([]).detail == "none; 0 in use by living runs"
+    left = [Trace(path=Path("/x"), what="session of Ray", size_bytes=1 << 20, in_use=in_use) for in_use in (False, True, False)]
+    assert doctor.leftovers(left).detail == (
+        "dead runs left 2.0 MiB: session of Ray (2); `asyncrl clean` lists and removes it; 1 in use by living runs"
+    )
+
+
+def test_a_disk_with_little_room_is_told(tmp_path: Path) -> None:
+    assert doctor.disk([tmp_path / "runs"], least_bytes=1).status == "ok"
+    little = doctor.disk([tmp_path / "runs"], least_bytes=1 << 60)
+    assert (little.status, little.required) == ("broken", False)
+    assert f"free for {tmp_path}/runs: below 1073741824.0 GiB" in little.detail
 
 
 def test_a_check_that_raises_is_a_finding_with_the_pinned_fix() -> None:

@@ -9,12 +9,12 @@ import json
 import logging
 import re
 import secrets
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from asyncrl.config import SGLangSpec
 from asyncrl.errors import ConfigError
+from asyncrl.scratch import ScratchFolder
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ class PrivateFolder:
     """
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="asyncrl-", ignore_cleanup_errors=True)  # mode 0700
-        self.path = self._folder.name
+        self._folder = ScratchFolder()
+        self.path = str(self._folder.path)
         self.config = Path(self.path, "server.yaml")
         self.key = secrets.token_hex(32)
         self.config.touch(mode=0o600)
@@ -44,7 +44,7 @@ class PrivateFolder:
 
     def remove(self) -> None:
         """Idempotent."""
-        self._folder.cleanup()
+        self._folder.close()
 
 
 def read_key(file: str) -> str:
