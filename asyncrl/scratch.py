@@ -63,7 +63,7 @@ def traces(temporary: Path | None = None, shm: Path = SHM) -> list[Trace]:
     found += [(mark.parent, "session of Ray", stat.S_ISDIR) for mark in ray.glob(f"ray/session_*/{_MARK}")]
     found += [(path, "SGLang's shared memory", stat.S_ISREG) for path in shm.glob("sglang_loads_*")]
     seen = []
-    for path, what, is_kind in found:
+    for path, what, is_kind in sorted(found):
         with contextlib.suppress(FileNotFoundError):  # gone meanwhile
             if path.lstat().st_uid == os.getuid() and is_kind(path.lstat().st_mode):
                 seen.append(Trace(path=path, what=what, size_bytes=_size_bytes(path), in_use=_used(path)))

@@ -96,6 +96,8 @@ class StoreActor:
         await self._stopped.wait()
 
     async def stop(self) -> None:
-        if self._store is not None:
-            await self._store.close()
-        self._stopped.set()
+        try:
+            if self._store is not None:
+                await self._store.close()
+        finally:  # also where the log can't be handed to a full disk
+            self._stopped.set()

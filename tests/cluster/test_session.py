@@ -1,11 +1,15 @@
-"""Signals that come while Ray starts. Ray itself is not needed for it."""
+"""Signals that come while Ray starts, and whose session is whose. Ray itself is not needed for it."""
 
 import signal
 from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from asyncrl.cluster.session import heed_signals, undisturbed
+from asyncrl.cluster.session import heed_signals, ray_session, undisturbed
+from asyncrl.config import Deployment
+from asyncrl.scratch import traces
 
 
 class Hook:
@@ -94,3 +98,22 @@ def test_signals_are_handled_once_it_is_over(own_handler: object, numbers: list[
         done.append("all of it")
     assert done == ["all of it"]
     assert handled == ["first", "second"][: len(numbers)]
+
+
+def test_the_session_of_an_own_ray_is_in_use_until_it_is_shut_down_and_anothers_is_let_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = tmp_path / "ray" / "session_1"
+    session.mkdir(parents=True)
+    seen: list[bool] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.init", lambda **options: SimpleNamespace(address_info={"session_dir": str(session)}))
+    monkeypatch.setattr("ray.shutdown", lambda: seen.extend(trace.in_use for trace in traces(tmp_path, tmp_path)))
+    with ray_session(Deployment(ray_address="10.0.0.1:6379")) as here:
+        assert not here
+    assert seen == []  # a cluster's
+    with ray_session(Deployment()) as here:
+        assert here
+        assert [trace.in_use for trace in traces(tmp_path, tmp_path)] == [True]
+    assert seen == [True]
+    assert [(trace.path, trace.in_use) for trace in traces(tmp_path, tmp_path)] == [(session, False)]
