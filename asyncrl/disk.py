@@ -66,5 +66,5 @@ def _no_room(path: Path, needed_bytes: int, said: str = "") -> DiskFull:
     needed = f"{readable(needed_bytes)} are needed" if needed_bytes else "more is needed"
     return DiskFull(
         f"no room for {path}{said}: {needed}, {readable(free_bytes(path))} are free. What was saved and acknowledged before is "
-        "whole: make room (`asyncrl clean` lists what dead runs left), then go on with --resume"
+        "whole: make room (`asyncrl clean` lists what dead runs left), then go on, a run with --resume"
     )

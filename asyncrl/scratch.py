@@ -107,7 +107,11 @@ def _lock(path: Path) -> int:
 
 
 def _size_bytes(path: Path) -> int:
-    return sum(entry.lstat().st_size for entry in [path, *path.rglob("*")] if not entry.is_dir())
+    size = 0
+    for entry in [path, *path.rglob("*")]:
+        with contextlib.suppress(FileNotFoundError):  # of a living one, gone meanwhile
+            size += entry.lstat().st_size
+    return size
 
 
 def _discard(path: Path, lock: int) -> None:

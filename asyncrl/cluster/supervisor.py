@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfDiskError, RayActorError, RayError, RayTaskError
 
 from asyncrl.cluster.members import Member
 from asyncrl.cluster.plan import RunPlan
@@ -235,8 +235,8 @@ class Supervisor:
                 write_atomic(self._plan.paths.logs / f"{member.name}.error", text + "\n")
         if isinstance(cause, DiskFull):
             raise cause from error  # it says where, which is often not the member's own place
-        if said := full_disk(cause):
-            raise DiskFull(f"{member.name}: {said} ({cause}): make room, then go on with --resume") from error
+        if full_disk(cause) or isinstance(cause, OutOfDiskError):
+            raise DiskFull(f"{member.name}: {cause}: make room, then go on with --resume") from error
         if isinstance(cause, NON_RETRYABLE):
             raise type(cause)(f"{member.name}: {cause}") from error
         limit, window_s = self._limits.max_restarts, self._limits.restart_window_s

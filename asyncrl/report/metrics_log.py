@@ -52,15 +52,14 @@ class MetricsLog:
         TensorBoard gets `actors/<actor>/<state>` instead of the seconds: the share of the time since the line before. Raises
         DiskFull.
         """
-        seconds: dict[str, float] = {}
-        shares: dict[str, float] = {}
-        gauges: dict[str, float] = {}
+        line: dict[str, float] = {}
+        scalars: dict[str, float] = {}
         for report in reports:
-            seconds |= {f"{report.name}/{state}_s": spent for state, spent in report.seconds.items()}
-            shares |= {f"actors/{report.name}/{state}": share for state, share in self._shares(report).items()}
-            gauges |= {f"{report.name}/{gauge}": value for gauge, value in report.gauges.items()}
-        self._write({"time": time, "kind": "actors", "step": step, **seconds, **gauges})
-        self._scalars(shares | {f"actors/{name}": value for name, value in gauges.items()}, step, time)
+            line |= {f"{report.name}/{state}_s": seconds for state, seconds in report.seconds.items()}
+            line |= {f"{report.name}/{gauge}": value for gauge, value in report.gauges.items()}
+            scalars |= {f"actors/{report.name}/{name}": value for name, value in (self._shares(report) | report.gauges).items()}
+        self._write({"time": time, "kind": "actors", "step": step, **line})
+        self._scalars(scalars, step, time)
 
     def close(self) -> None:
         """Idempotent. What could not be written was told when it was."""
