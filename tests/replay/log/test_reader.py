@@ -21,7 +21,7 @@ def test_rollouts_join_rows_verdicts_and_outcomes(
     fakes: SimpleNamespace, tmp_path: Path, loop: Any, segment_bytes: int
 ) -> None:
     plan = fakes.plan(max_lag=4, batch=1, min_valid=2)
-    spec = StoreSpec(segment_bytes=segment_bytes, keep_segments="all")
+    spec = StoreSpec(segment_bytes=segment_bytes)
     client = ReplayClient(loop.transport(ReplayStore(plan, tmp_path / "replay", spec)), "all", 1, run="demo")
     client.fence(0)
     trained, failed, pending = client.reserve(3, V, [], 1.0).tickets
