@@ -1,6 +1,6 @@
 """The run directory: the one module that owns its paths, atomic writes, manifests, its lock, and redaction of secrets.
 
-    runs/<name>/  recipe.json deployment.yaml metrics.jsonl  tensorboard/  data/  replay/ (Arrow segments, events)
+    runs/<name>/  recipe.json deployment.yaml metrics.jsonl  tensorboard/  data/  replay/ (rows, events)
                   checkpoints/step_000100/ (…, manifest.json)  exports/ (Hugging Face)  logs/
 
 No torch, no Ray, no Arrow: jobs, actors and tests may all import it.

@@ -9,6 +9,7 @@ One noun per hop (docs/architecture.md):
 import hashlib
 from typing import Literal
 
+import msgspec
 import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
@@ -57,6 +58,13 @@ class Prompt(Struct, frozen=True, kw_only=True):
     data_source: str
     ground_truth: str = "null"  # JSON, decoded by the reward; so is extra_info
     extra_info: str = "null"
+
+    def readable_truth(self) -> str:
+        """The ground truth for people and tables: a text as it is, anything else as JSON."""
+        return msgspec.json.decode(self.ground_truth, type=str) if self.has_text_truth() else self.ground_truth
+
+    def has_text_truth(self) -> bool:
+        return self.ground_truth.startswith('"')
 
 
 class Sampling(Struct, frozen=True, kw_only=True):
@@ -140,6 +148,8 @@ class Rollout(Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason
     worker: str
     times: dict[str, float]  # seconds since the epoch, at each hop's name ("reserved", "started", "finished")
+    text: str = ""  # of the response, and of the prompt, without special tokens
+    prompt_text: str = ""
     purpose: Purpose = "train"
     baseline: bool = False  # greedy, scored like the others and never trained
 
@@ -152,6 +162,7 @@ class Unscored(Struct, frozen=True, kw_only=True):
     attempt: int
     prompt: Prompt  # without `ids`, which are not sent
     response_ids: list[int]  # the stop token included
+    text: str  # what they say, without special tokens
     purpose: Purpose
     finish_reason: FinishReason
     turns: tuple[int, ...] = (0,)  # as in `Rollout`

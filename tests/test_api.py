@@ -1,9 +1,11 @@
 """A run from Python with everything switched on, on the tiny model under real Ray."""
 
+import re
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from asyncrl import RunResult, launch
@@ -19,6 +21,7 @@ from asyncrl.config import (
     ShapingSpec,
 )
 from asyncrl.replay import open as open_replay
+from asyncrl.replay.log import events as ev
 from asyncrl.report.summary import RunSummary
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
@@ -87,6 +90,17 @@ def test_a_run_with_everything_switched_on(everything, metrics_of):
     assert [line["eval/count"] for line in evals] == [32.0] * len(evals)
     workers = {row["worker"] for row in open_replay(everything.run_dir).rollouts().to_pylist()}
     assert workers <= {"generator-0", "generator-1"}  # one that is up late may find all work done
+
+
+def test_an_ended_run_leaves_every_rollout_in_files_of_parquet(everything, events_of):
+    rows = pq.read_table(
+        f"{everything.run_dir}/replay/rows", columns=["group", "rollout", "prompt", "response", "ground_truth"]
+    )
+    submitted = [(e.group, e.rollout) for e in events_of(everything.run_dir) if isinstance(e, ev.RolloutSubmitted)]
+    assert list(zip(rows["group"].to_pylist(), rows["rollout"].to_pylist(), strict=True)) == submitted
+    assert all(re.fullmatch(r"\d\d\+\d\d=", prompt) for prompt in rows["prompt"].to_pylist())
+    assert len(set(rows["response"].to_pylist())) > 10
+    assert set(rows["ground_truth"].to_pylist()) == {"7"}
 
 
 def test_actors_that_compute_nothing_have_no_torch(everything, torch_in):

@@ -22,6 +22,9 @@ from asyncrl.rundir import RunDir
 
 Check = Callable[[], str]  # a line of the plan; raises ConfigError or DataError
 
+# Of a token in the history: id and spelling; of a response also logprob and mask. What is compressed takes less.
+_PROMPT_BYTES, _RESPONSE_BYTES = 4 + 5, 4 + 5 + 4 + 1
+
 
 def check_run(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> list[str]:
     """The plan of a run as lines of text. Raises ConfigError or DataError naming every problem found.
@@ -58,6 +61,7 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
     yield "lengths", lambda: _lengths(recipe, deployment)
     yield "batches", lambda: _batches(recipe, deployment, run_dir)
     yield "staleness", lambda: _staleness(recipe, deployment)
+    yield "history", lambda: _history(recipe, deployment)
     yield "engine", lambda: engine_kind(deployment.generators.engine.kind).check(deployment)
     yield "placement", lambda: check_placement(deployment)
     yield "disk", lambda: check_space(recipe, deployment, run_dir)
@@ -191,4 +195,15 @@ def _staleness(recipe: Recipe, deployment: Deployment) -> str:
         f"{rule.on_stale if rule.max_lag else 'hold'}: no trained token is ever more than max_lag={rule.max_lag} updates old; "
         f"usually {ahead - 1} or less, as reserve_ahead={ahead} batches ({rule.most_outstanding} groups) are outstanding at "
         f"most{chosen}"
+    )
+
+
+def _history(recipe: Recipe, deployment: Deployment) -> str:
+    """When rollouts begin to be deleted."""
+    bound = deployment.store.keep_bytes
+    longest = _PROMPT_BYTES * recipe.data.max_prompt_length + _RESPONSE_BYTES * recipe.sampling.max_response_length
+    updates = bound // (longest * recipe.rollouts_per_group * recipe.learner.batch_groups)
+    return (
+        f"every rollout, until they take deploy.store.keep_bytes={bound} ({bound / (1 << 30):.1f} GiB), after some {updates:,} "
+        "updates of the longest responses; then the oldest are deleted, but for what a resume needs"
     )

@@ -88,6 +88,7 @@ def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") ->
     from asyncrl.generate.engines import EngineSite, engine_kind
     from asyncrl.generate.generator import Generator
     from asyncrl.models.loading import use_threads
+    from asyncrl.models.tokenizing import load_tokenizer
     from asyncrl.weights.subscriber import WeightSubscriber
 
     recipe, bus, limits, generators = plan.recipe, plan.deployment.bus, plan.deployment.limits, plan.deployment.generators
@@ -99,10 +100,12 @@ def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") ->
     weights = WeightSubscriber(
         lambda: peers.peek("bus"), name=name, transport=bus.transport, credit=bus.credit, deadline_s=_patience_s(plan)
     )
+    tokenizer = load_tokenizer(recipe.model)
     generator = Generator(
         engine,
         store,
         weights,
+        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         name=name,
         poll_s=limits.poll_s,
         group_size=recipe.rollouts_per_group,
@@ -113,15 +116,12 @@ def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") ->
 
 
 def _reward(name: str, plan: RunPlan, store: "ReplayClient") -> Built:
-    from asyncrl.models.tokenizing import load_tokenizer, tokenize_only
     from asyncrl.prompts.dataset import PromptFile
     from asyncrl.reward.pool import RewardPool
     from asyncrl.reward.shaping import shape
     from asyncrl.reward.worker import RewardWorker
 
     recipe, spec, rewards = plan.recipe, plan.recipe.reward, plan.deployment.rewards
-    tokenize_only(recipe.model)
-    tokenizer = load_tokenizer(recipe.model)
     used = ("train", "eval") if recipe.evaluation.files else ("train",)
     prompts = {purpose: PromptFile(plan.paths.data / f"{purpose}.arrow") for purpose in used}
     pool: RewardPool[Any] = RewardPool(
@@ -130,7 +130,6 @@ def _reward(name: str, plan: RunPlan, store: "ReplayClient") -> Built:
     worker = RewardWorker(
         store,
         pool,
-        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         name=name,
         record=lambda item: prompts[item.purpose].record(item.prompt.row),
         shape=lambda reward, ids: shape(reward, ids, spec.shaping, recipe.sampling.max_response_length),

@@ -235,8 +235,9 @@ class StoreSpec(Spec, frozen=True, kw_only=True):
     segment_bytes: int = 64 << 20  # a segment of the log is closed when it is larger
     # `segment` syncs to the disk what a checkpoint counts on, and each closed segment; `call` every acknowledged call.
     fsync: Literal["segment", "call"] = "segment"
-    # `checkpoint` deletes segments that no retained checkpoint needs, `all` keeps the whole history.
-    keep_segments: Literal["checkpoint", "all"] = "checkpoint"
+    # Every rollout is kept while the closed segments of rows take no more than this; past it the oldest are deleted, at each
+    # checkpoint. What a resume needs always stays, also with 0.
+    keep_bytes: int = 100 << 30
     place: PlaceSpec = PlaceSpec()  # of its actor
 
 

@@ -9,7 +9,7 @@ first error in any of them ends all, and `run` raises it.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -21,15 +21,17 @@ from asyncrl.report.timing import TimeInState
 from asyncrl.types import TOO_OLD, Generation, Report, Reserved, Rollout, Ticket, Version
 
 JOIN_S = 30.0  # how long a thread may take to notice the end, beyond its long poll
+_RESERVE_WAIT_S = 0.1  # long poll of one `reserve`; a swap waits for it, and a newer version is told only after it
 NOTICE_S = 0.5  # longest wait for weights: it can't be cut short, and so delays the end of every run
 
 
 class Generator:
     """Runs one engine for one store. Owns neither: whoever made them closes them.
 
+    decode: token ids to text, special tokens left out; called once per rollout and once per group, for its prompt.
     group_size: rollouts per training ticket, its baseline included; a ticket is asked for when that many slots are free.
     poll_s: the store hears from the generator at least this often, and the generator of cancellations, also while all slots are
-    taken. reserve_wait_s: long poll of one `reserve`; a swap waits for it, and a newer version is told only after it.
+    taken.
     health_timeout_s: an engine that has work and makes no step for so long is an error.
     """
 
@@ -38,16 +40,16 @@ class Generator:
         engine: Engine,
         store: GeneratorStore,
         weights: WeightSource,
+        decode: Callable[[Sequence[int]], str],
         *,
         name: str,
         poll_s: float,
         group_size: int,
-        reserve_wait_s: float = 0.1,
         health_timeout_s: float = 60.0,
     ) -> None:
-        self._engine, self._store, self._weights = engine, store, weights
+        self._engine, self._store, self._weights, self._decode = engine, store, weights, decode
         self._name, self._poll_s, self._group_size = name, poll_s, group_size
-        self._reserve_wait_s, self._health_timeout_s = reserve_wait_s, health_timeout_s
+        self._health_timeout_s = health_timeout_s
         self._time = TimeInState()
         # Guards everything below; notified at every change. Reentrant: a future may end inside `submit_group`.
         self._cond = threading.Condition()
@@ -172,7 +174,7 @@ class Generator:
                 k, held = self._tickets_wanted(), self._work.groups()
                 if k:
                     self._step(GeneratorEvent.RESERVE)
-            reserved = self._store.reserve(k, version, held, self._reserve_wait_s if k else 0.0)
+            reserved = self._store.reserve(k, version, held, _RESERVE_WAIT_S if k else 0.0)
             self._take(reserved, version, asked=k > 0)
 
     def _take(self, reserved: Reserved, version: Version, *, asked: bool) -> None:
@@ -201,7 +203,7 @@ class Generator:
             self._changed()
 
     def _begin(self, ticket: Ticket) -> None:
-        held = HeldGroup(ticket, started=time.time(), unsubmitted=len(ticket.rollouts))
+        held = HeldGroup(ticket, self._decode(ticket.prompt.ids), started=time.time(), unsubmitted=len(ticket.rollouts))
         with self._cond:
             self._work.begin(held)
             self._changed()
@@ -244,7 +246,7 @@ class Generator:
                 return None
             self._counters.add("rollouts")
             self._counters.add("tokens", len(generation.token_ids))
-        return request.as_rollout(generation, self._name)
+        return request.as_rollout(generation, self._decode(generation.token_ids), self._name)
 
     # --------------------------------------------------------------------------------------------- sync
 

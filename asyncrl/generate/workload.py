@@ -16,6 +16,7 @@ class HeldGroup:
     """One ticket being worked on."""
 
     ticket: Ticket
+    prompt_text: str
     started: float  # seconds since the epoch: work begins as soon as the ticket is reserved
     unsubmitted: int  # rollouts that the store does not have yet
 
@@ -42,8 +43,8 @@ class EndedRequest(NamedTuple):
     future: "Future[Generation]"
     finished: float  # seconds since the epoch
 
-    def as_rollout(self, generation: Generation, worker: str) -> Rollout:
-        """A single-turn rollout: every response token was chosen by the policy."""
+    def as_rollout(self, generation: Generation, text: str, worker: str) -> Rollout:
+        """A single-turn rollout: every response token was chosen by the policy. text: of the response."""
         held, ticket = self.held, self.held.ticket
         return Rollout(
             group=ticket.group,
@@ -59,6 +60,8 @@ class EndedRequest(NamedTuple):
             finish_reason=generation.finish_reason,
             worker=worker,
             times={"reserved": held.started, "started": held.started, "finished": self.finished},
+            text=text,
+            prompt_text=held.prompt_text,
             purpose=ticket.purpose,
             baseline=self.rollout == ticket.baseline,
         )

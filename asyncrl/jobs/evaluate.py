@@ -157,6 +157,7 @@ def _evaluate(
         with _engine(policy, generators, deployment.limits) as engine:
             generations = _generate(engine, requests, deployment.limits.health_timeout_s)
         texts = [tokenizer.decode(generation.token_ids, skip_special_tokens=True) for generation in generations]
+        prompt_texts = {prompt.row: tokenizer.decode(prompt.ids, skip_special_tokens=True) for prompt, _ in rows}
         verdicts = pool.map(
             [
                 Sample(prompt.data_source, text, prompt.ground_truth, prompt.extra_info, record, generation.token_ids)
@@ -169,6 +170,7 @@ def _evaluate(
             rollout=rollout,
             seed=request.seed,
             generation=generation,
+            prompt_text=prompt_texts[prompt.row],
             text=text,
             verdict=verdict,
         )

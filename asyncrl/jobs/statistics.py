@@ -124,7 +124,8 @@ class ScoredResponse(Struct, frozen=True, kw_only=True):
     rollout: int
     seed: int
     generation: Generation
-    text: str  # without special tokens
+    prompt_text: str  # both texts are without special tokens
+    text: str
     verdict: "Verdict"
 
     @property
@@ -188,7 +189,8 @@ def write_samples(path: Path, responses: Sequence[ScoredResponse]) -> None:
             "row": one.prompt.row,
             "rollout": one.rollout,
             "data_source": one.prompt.data_source,
-            "ground_truth": one.prompt.ground_truth,
+            "ground_truth": one.prompt.readable_truth(),
+            "prompt": one.prompt_text,
             "response": one.text,
             "answer": one.vote,
             "score": one.verdict.reward,

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import CheckpointError, Closed, ConfigError
@@ -194,7 +195,7 @@ class Batches:
                 self._context.record(ev.CheckpointRetained(oldest_retained))
         self._context.log.sync()
         trained = (g for c in ledger.commits.values() for g in c.groups)
-        self._context.log.truncate({g.id for g in [*ledger.outstanding(), *trained]})
+        self._context.log.truncate(r.row for g in chain(ledger.outstanding(), trained) for r in g.rollouts)
 
     def _check_empty_groups(self) -> None:
         """A reward that always raises, or rewards that never vary, would otherwise generate for ever. Each ready group

@@ -59,9 +59,11 @@ class ReplayStore:
         return await self._poll((verb, key.worker), key, run) if VERBS[verb].waits else self._do(key, run)
 
     async def close(self) -> None:
-        """Hands everything to the disk. Calls that still come, or wait, raise `Closed`."""
+        """Closes the log's segments. Calls that still come, or wait, raise `Closed`."""
         with self._lock:
             if not self._closed:
+                if self._core.context.broken is None:  # else rows may be in the tail that no event names
+                    self._log.seal()
                 self._log.close()
                 self._folder.close()
             self._closed = True

@@ -44,7 +44,7 @@ class RewardWorker:
     process is free, and leases are renewed at a third of their time. The main loop waits for the store (`wait:store`)
     or works (`busy`). `run` starts the pool and closes it.
 
-    decode: token ids to text, special tokens left out. record: the dataset row of a rollout as JSON, for TRL's functions.
+    record: the dataset row of a rollout as JSON, for TRL's functions.
     shape: what becomes of the reward of a training rollout, given its response's tokens, and named parts to add to the
     function's. Evaluation is scored as it is, without turn- and token-level rewards.
     """
@@ -53,7 +53,6 @@ class RewardWorker:
         self,
         store: RewardStore,
         pool: RewardPool[Tag],
-        decode: Callable[[list[int]], str],
         *,
         name: str,
         record: Callable[[Unscored], str] = lambda item: "{}",
@@ -63,7 +62,6 @@ class RewardWorker:
     ) -> None:
         self._store = store
         self._pool = pool
-        self._decode = decode
         self._name = name
         self._record = record
         self._shape = shape
@@ -130,9 +128,8 @@ class RewardWorker:
         self._pool.submit(((held, item), self._sample(item)) for item in lease.items)
 
     def _sample(self, item: Unscored) -> Sample:
-        prompt, text = item.prompt, self._decode(item.response_ids)
-        record = self._record(item)
-        return Sample(prompt.data_source, text, prompt.ground_truth, prompt.extra_info, record, item.response_ids, item.turns)
+        p, record = item.prompt, self._record(item)
+        return Sample(p.data_source, item.text, p.ground_truth, p.extra_info, record, item.response_ids, item.turns)
 
     def _deliver(self, verdicts: list[tuple[Tag, Verdict]]) -> None:
         by_lease: dict[ScoringLease, list[Score]] = {}

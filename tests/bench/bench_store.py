@@ -7,6 +7,8 @@ The ratio is to the plain work: encoding the same rows to Arrow IPC and writing 
 
 import argparse
 import asyncio
+import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,7 +41,14 @@ def rollout(ticket: Ticket, index: int, tokens: int) -> Rollout:
         finish_reason="stop",
         worker="generator-0",
         times={"reserved": 1.0, "started": 2.0, "finished": 3.0},
+        text=text(ticket.seeds[index], tokens),
+        prompt_text=text(ticket.group, 64),
     )
+
+
+def text(seed: int, tokens: int) -> str:
+    """Five letters a token, as hard to compress as hexadecimal digits."""
+    return random.Random(seed).randbytes(5 * tokens // 2).hex()
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -105,9 +114,11 @@ def bench(groups: int, n: int, tokens: int, folder: Path) -> dict[str, float]:
     seconds["lease unscored"], leases = timed(lease)
     seconds["score"], _ = timed(lambda: score(leases))
     seconds["lease, rows, commit"], _ = timed(train)
-    loop.run_until_complete(store.close())
+    shutil.copytree(folder, folder / "killed")
+    seconds["close"], _ = timed(lambda: loop.run_until_complete(store.close()))
     loop.close()
-    seconds["rebuild from log"], _ = timed(lambda: ReplayStore(plan, folder))
+    seconds["rebuild"], _ = timed(lambda: ReplayStore(plan, folder))
+    seconds["rebuild after a kill"], _ = timed(lambda: ReplayStore(plan, folder / "killed"))
     return seconds
 
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -20,12 +20,16 @@ WAIT_S = 10.0
 MakeTicket = Callable[..., Ticket]
 
 
+def spelt(ids: Sequence[int]) -> str:
+    return " ".join(map(str, ids))
+
+
 class Running:
     """A generator in a thread of its own."""
 
     def __init__(self, engine: Any, store: Any, weights: Any, **settings: Any) -> None:
-        settings = {"poll_s": 0.2, "group_size": 2, "reserve_wait_s": 0.02} | settings
-        self.generator = Generator(engine, store, weights, name="generator-0", **settings)
+        settings = {"poll_s": 0.2, "group_size": 2} | settings
+        self.generator = Generator(engine, store, weights, spelt, name="generator-0", **settings)
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -82,6 +86,7 @@ def test_the_baseline_of_a_group_is_greedy_and_says_so(
         fake_engine.answer(f"7/{index}/0")
     fake_store.wait(lambda: len(fake_store.rollouts) == 3)
     assert {r.rollout: r.baseline for r in fake_store.rollouts} == {0: False, 1: False, 2: True}
+    assert {(r.prompt_text, r.text) for r in fake_store.rollouts} == {("1 2 3", "5 6")}
 
 
 def test_a_group_is_held_until_all_its_rollouts_are_submitted(

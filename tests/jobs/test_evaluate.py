@@ -104,6 +104,8 @@ def test_one_json_line_and_every_sample_on_disk(model, data, reward, tmp_path, c
     assert report["estimates"]["by_source"]["other"]["score"] == {"mean": 0.5, "low": None, "high": None}
     rows = pq.read_table(out).to_pylist()
     assert [(row["row"], row["rollout"]) for row in rows] == [(i, r) for i in range(4) for r in range(2)]
+    assert all(f"{row['row']}+{row['row']}" in row["prompt"] for row in rows)
+    assert [row["ground_truth"] for row in rows][::2] == ["0", "2", "4", "6"]  # texts, not quoted
     assert report["mean_length"] == sum(row["response_length"] for row in rows) / 8
     assert all(1 <= row["response_length"] <= 5 for row in rows)
     assert {row["score"] for row in rows if row["row"] == 2} == {None}

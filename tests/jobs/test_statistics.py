@@ -125,9 +125,11 @@ def test_the_interval_covers_what_it_says():
 
 def answer(row, source, status, reward, length=1, response="", read=None):
     generation = Generation(id="", token_ids=[0] * length, logprobs=[], kept_logmass=None, spans=(), finish_reason="stop")
-    prompt = Prompt(row=row, ids=(1,), data_source=source)
+    prompt = Prompt(row=row, ids=(1,), data_source=source, ground_truth='"12"')
     verdict = Verdict(status, reward, answer=read)
-    return ScoredResponse(prompt=prompt, rollout=0, seed=0, generation=generation, text=response, verdict=verdict)
+    return ScoredResponse(
+        prompt=prompt, rollout=0, seed=0, generation=generation, prompt_text="6+6=", text=response, verdict=verdict
+    )
 
 
 def test_failures_count_as_zero_in_the_mean():
@@ -179,5 +181,6 @@ def test_figures_by_source_are_those_of_its_prompts_alone():
 def test_one_row_per_response(tmp_path):
     write_samples(tmp_path / "s.parquet", [answer(3, "a", "ok", 1.0, 4, "so 12", "12")])
     [row] = pq.read_table(tmp_path / "s.parquet").to_pylist()
+    assert (row["prompt"], row["ground_truth"]) == ("6+6=", "12")
     assert (row["row"], row["response"], row["answer"], row["score"], row["response_length"]) == (3, "so 12", "12", 1.0, 4)
     assert json.loads(row["parts"]) == {}

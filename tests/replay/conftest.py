@@ -3,7 +3,7 @@
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,7 +120,7 @@ class FakeLog:
         self.events.extend(events)
         self.calls.append(len(self.events))
 
-    def truncate(self, wanted: Collection[int]) -> None:
+    def truncate(self, needed: Iterable[int]) -> None:
         self.truncated_after = self.synced
 
 
@@ -270,6 +270,9 @@ class Loop:
             return asyncio.run_coroutine_threadsafe(store.call(verb, key, *args), self.loop).result(timeout_s)
 
         return call
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self.loop).result(10)
 
     def close(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)

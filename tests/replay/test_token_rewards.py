@@ -19,7 +19,7 @@ EARNED = [1 / 3, 0.0, -1e-17]
 
 def opened(fakes: SimpleNamespace, loop: Any, folder: Path, segment_bytes: int = 1 << 20) -> tuple[ReplayStore, ReplayClient]:
     plan = fakes.plan(max_lag=4, batch=1, n=2, min_valid=1, baseline=True)
-    store = ReplayStore(plan, folder, StoreSpec(segment_bytes=segment_bytes, keep_segments="all"))
+    store = ReplayStore(plan, folder, StoreSpec(segment_bytes=segment_bytes))
     return store, ReplayClient(loop.transport(store), "all", 1)
 
 

@@ -57,7 +57,9 @@ def rollout(group, answer, until=None):
     extra = json.dumps({"until": str(until)} if until else None)
     prompt = Prompt(row=group, ids=(1,), data_source="sums", ground_truth='"12"', extra_info=extra)
     ids = [int(digit) for digit in answer]
-    return Unscored(group=group, rollout=0, attempt=1, prompt=prompt, response_ids=ids, purpose="train", finish_reason="stop")
+    return Unscored(
+        group=group, rollout=0, attempt=1, prompt=prompt, response_ids=ids, text=answer, purpose="train", finish_reason="stop"
+    )
 
 
 @pytest.fixture
@@ -67,8 +69,7 @@ def worker(tmp_path):
 
     def make(store, processes=1, deadline_s=20.0, poll_s=5.0, **fields):
         pool = RewardPool(f"{path}:compute_score", processes=processes, deadline_s=deadline_s)
-        decode = lambda ids: "".join(map(str, ids))  # noqa: E731
-        return RewardWorker(store, pool, decode, name="reward-0", lease_size=8, poll_s=poll_s, **fields)
+        return RewardWorker(store, pool, name="reward-0", lease_size=8, poll_s=poll_s, **fields)
 
     return make
 
@@ -173,7 +174,7 @@ def test_a_function_that_cannot_be_loaded_fails_before_anything_is_leased(tmp_pa
     store = FakeStore([rollout(0, "12")])
     pool = RewardPool(str(tmp_path / "missing.py:compute_score"))
     with pytest.raises(ConfigError, match="no file"):
-        RewardWorker(store, pool, str, name="reward-0").run()
+        RewardWorker(store, pool, name="reward-0").run()
     assert store.asked == []
 
 
@@ -208,7 +209,7 @@ def test_token_rewards_travel_with_training_scores(tmp_path):
     turns = msgspec.structs.replace(rollout(0, "123"), turns=(0, 1))
     held_out = msgspec.structs.replace(rollout(1, "12"), purpose="eval")
     store = FakeStore([turns, held_out])
-    RewardWorker(store, RewardPool(f"{path}:f"), str, name="reward-0").run()
+    RewardWorker(store, RewardPool(f"{path}:f"), name="reward-0").run()
     earned = {score.group: (score.reward, score.token_rewards) for _, score in store.scores}
     assert earned == {0: (1.0, [1.5, 2.0, 3.5]), 1: (1.0, None)}
 
@@ -221,7 +222,7 @@ def test_a_function_of_trls_kind_sees_its_row_and_the_tokens(tmp_path):
     store = FakeStore([rollout(4, "12")])
     record = lambda item: json.dumps({"prompt": "6+6=", "level": 10 * item.prompt.row})  # noqa: E731
     pool = RewardPool(f"{path}:f")
-    RewardWorker(store, pool, lambda ids: "".join(map(str, ids)), name="reward-0", record=record).run()
+    RewardWorker(store, pool, name="reward-0", record=record).run()
     assert [score.reward for _, score in store.scores] == [4 + 40 + 3]
 
 

@@ -25,7 +25,6 @@ from asyncrl.config import (
     RewardsSpec,
     SamplingSpec,
     StalenessSpec,
-    StoreSpec,
 )
 from asyncrl.replay import open as open_replay
 from asyncrl.replay.log import events as ev
@@ -64,7 +63,6 @@ def deployment(generators: int = 2, **engine: Any) -> Deployment:
         generators=GeneratorsSpec(count=generators, engine=EngineSpec(slots=16, max_length=40, **engine)),
         rewards=RewardsSpec(processes=3, lease_size=8),
         limits=LimitsSpec(poll_s=0.5),
-        store=StoreSpec(keep_segments="all"),
     )
 
 

@@ -75,11 +75,16 @@ def test_stages_composed_by_hand(tiny_recipe, tmp_path, estimator, n):
     engine.start()
     weights = WeightSubscriber(lambda: buses[-1].address if buses else None)
     size = n + plan.baseline
-    generator = Generator(engine, ReplayClient(store, "generator", 1), weights, name="generator", poll_s=1.0, group_size=size)
-    pool = RewardPool(recipe.reward.function)
-    rewards = RewardWorker(
-        ReplayClient(store, "reward", 1), pool, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), name="reward"
+    generator = Generator(
+        engine,
+        ReplayClient(store, "generator", 1),
+        weights,
+        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        name="generator",
+        poll_s=1.0,
+        group_size=size,
     )
+    rewards = RewardWorker(ReplayClient(store, "reward", 1), RewardPool(recipe.reward.function), name="reward")
 
     workers = [threading.Thread(target=stage.run, name=stage.report().name) for stage in (generator, rewards)]
     for worker in workers:

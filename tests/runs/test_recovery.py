@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from msgspec.structs import replace
@@ -16,6 +17,7 @@ from asyncrl import Recipe, RunResult, Trainer, launch
 from asyncrl.config import CheckpointSpec, Deployment, LearnerSpec, LimitsSpec, StalenessSpec
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.replay.log import events as ev
+from asyncrl.replay.log.tail import record
 from asyncrl.report.summary import RunSummary
 from asyncrl.types import Version
 
@@ -55,6 +57,19 @@ def surviving_commits(events) -> list[ev.BatchCommitted]:
         elif isinstance(event, ev.BatchCommitted):
             lineage.append(event)
     return lineage
+
+
+def unsealed(events: Path) -> Path:
+    """The newest closed segment of the events as the tail that it was, a record per call; as if the run had been killed."""
+    (notes,), closed = events.glob("*.tail"), max(events.glob("*.parquet"))
+    table = pq.read_table(closed)
+    ends = [i for i, (a, b) in enumerate(pairwise([*table["time"].to_pylist(), None]), 1) if a != b]
+    calls = [table.slice(begin, end - begin).combine_chunks().to_batches() for begin, end in pairwise([0, *ends])]
+    tail = events / f"_{closed.stem}.tail"
+    notes.unlink()
+    closed.unlink()
+    tail.write_bytes(b"".join(map(record, [ev.EVENTS.serialize(), *(call.serialize() for (call,) in calls)])))
+    return tail
 
 
 def run(recipe, tmp_path, killer, deployment=None):
@@ -199,7 +214,7 @@ def test_resuming_asks_for_the_same_groups_and_a_new_run_sets_the_old_aside(led,
     assert again.steps == 11
     assert [e.committed for e in events_of(again.run_dir) if isinstance(e, ev.LearnerFenced)] == [0, 5, 2, 6, 6]
 
-    (tail,) = (folder / "tiny" / "replay").glob("events-*.tail")
+    tail = unsealed(folder / "tiny" / "replay" / "events")
     while surviving_commits(events_of(again.run_dir))[-1].version.update == 11:  # as if the power had failed
         os.truncate(tail, tail.stat().st_size - 100)
     caplog.clear()

@@ -68,7 +68,7 @@ def trained(tmp_path: Any) -> list[TrainRollout]:
     store = LocalTransport(ReplayStore(plan, tmp_path / "replay"))
     client = ReplayClient(store, "all", 1)
     client.fence(0)
-    worker = RewardWorker(ReplayClient(store, "reward", 1), RewardPool(terms), str, name="reward", poll_s=1.0)
+    worker = RewardWorker(ReplayClient(store, "reward", 1), RewardPool(terms), name="reward", poll_s=1.0)
     scoring = threading.Thread(target=worker.run)
     scoring.start()
     first, second = client.reserve(2, Version(1, 0), [], 5.0).tickets

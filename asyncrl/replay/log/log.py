@@ -3,9 +3,11 @@ them count. "Acknowledged" means handed to the operating system: it survives any
 also survives a power failure."""
 
 import fcntl
+import logging
 import threading
 import time
-from collections.abc import Collection, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +21,8 @@ from asyncrl.errors import DataError, Unavailable
 from asyncrl.replay.log.rows import ROWS
 from asyncrl.replay.log.segments import Segments
 
+log = logging.getLogger(__name__)
+
 
 class ReplayLog:
     """Opens or creates the log in `folder` and recovers what a kill left: `history` holds every acknowledged event.
@@ -31,7 +35,6 @@ class ReplayLog:
     def __init__(self, folder: Path, spec: StoreSpec = StoreSpec()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._spec = spec
-        self._groups: dict[int, frozenset[int]] = {}  # of closed row segments, by number
         self._events = Segments(folder, "events", ev.EVENTS, spec.fsync == "call", {})
         closed, calls = self._read_events(folder)
         self._rows = Segments(folder, "rows", ROWS, spec.fsync == "call", _noted("rows", [*closed, *calls]))
@@ -61,23 +64,34 @@ class ReplayLog:
         """Rows by number, in this order."""
         return self._rows.take(rows, columns)
 
-    def truncate(self, wanted: Collection[int]) -> int:
-        """Deletes closed row segments that hold no group of `wanted`, unless spec.keep_segments is `all`; how many.
-
-        What the log says up to then is on the disk before a file goes."""
-        if self._spec.keep_segments == "all":
-            return 0
-        unwanted = [s for s in self._rows.closed if self._groups_of(s).isdisjoint(wanted)]
+    def truncate(self, needed: Iterable[int]) -> int:
+        """While closed row segments hold more than spec.keep_bytes, deletes the oldest of those without a row of `needed`; how
+        many. What the log says up to then is on the disk before a file goes."""
+        over = sum(map(self._rows.size, self._rows.closed)) - self._spec.keep_bytes
+        unwanted, rows = [], sorted(needed) if over > 0 else []
+        for segment in self._rows.closed:
+            following = bisect_left(rows, segment.first)
+            if over > 0 and (following == len(rows) or rows[following] >= segment.first + segment.count):
+                unwanted.append(segment)
+                over -= self._rows.size(segment)
         if unwanted:
+            self._tell_deleting()
             self._append([ev.SegmentDropped(segment.number) for segment in unwanted])
             self.sync()
         for segment in unwanted:
             self._rows.drop(segment)
-            del self._groups[segment.number]
         return len(unwanted)
 
+    def seal(self) -> None:
+        """Turns the tails into closed segments, for tools that read nothing else. What still stands in the events' tail then
+        is of no use to them. Without room on the disk the tails stay as they are, and nothing is lost."""
+        try:
+            self._close_events()
+        except OSError as error:
+            log.warning("the end of the replay log stays in its tails, which asyncrl.replay.open reads: %s", error)
+
     def close(self) -> None:
-        """Closes the files. The tails stay as they are: the next opening closes them into segments."""
+        """Closes the files. A tail stays as it is: the next opening turns it into a segment."""
         for stream in (self._rows, self._events):
             stream.sync()
             stream.release()
@@ -92,14 +106,14 @@ class ReplayLog:
         closed: list[list[ev.Event]] = []
         noted = _noted("events", calls)
         for segment in reversed(self._events.closed):
-            where = f"{folder}/events-{segment.number:08d}.arrow"
+            where = f"{folder}/events/{segment.number:08d}.parquet"
             if noted.get(segment.number, segment).crc32 != segment.crc32:
                 raise DataError(f"{where} does not match its checksum: restore it from a copy")
-            read = [_decode(batch, where) for batch in self._events.reader(segment).read_all().to_batches()]
-            noted |= _noted("events", read)
-            closed = read + closed
+            read = _decode(self._events.read(segment, ["payload"]), where)
+            noted |= _noted("events", [read])
+            closed.insert(0, read)
         if gone := sorted(noted.keys() - {segment.number for segment in self._events.closed}):
-            raise DataError(f"{folder}/events-{gone[0]:08d}.arrow is missing, but a later event counts it: restore the file")
+            raise DataError(f"{folder}/events/{gone[0]:08d}.parquet is missing, but a later event counts it: restore the file")
         return closed, calls
 
     def _acknowledged(self, closed: list[list[ev.Event]], calls: list[list[ev.Event]]) -> list[ev.Event]:
@@ -121,6 +135,7 @@ class ReplayLog:
             self._append(unknown)
             self._events.sync()
         dropped = {e.number for e in self.history if isinstance(e, ev.SegmentDropped)}
+        self._told = bool(dropped)  # that parts of the history are deleted
         for segment in [s for s in self._rows.closed if s.number in dropped]:
             self._rows.drop(segment)
 
@@ -130,9 +145,7 @@ class ReplayLog:
         self._events.append(ev.to_batch(events, self._events.rows, time.time()))
 
     def _close_rows(self) -> None:
-        groups = frozenset(g for batch in self._rows.batches for g in batch.column("group").to_pylist())
         if segment := self._rows.close_segment():
-            self._groups[segment.number] = groups
             self._note(segment)
 
     def _close_events(self) -> None:
@@ -144,10 +157,14 @@ class ReplayLog:
         self._append([segment])
         self._events.sync()  # its checksum is of use only where it survives
 
-    def _groups_of(self, segment: ev.SegmentClosed) -> frozenset[int]:
-        if segment.number not in self._groups:
-            self._groups[segment.number] = frozenset(self._rows.reader(segment).read_all()["group"].to_pylist())
-        return self._groups[segment.number]
+    def _tell_deleting(self) -> None:
+        if not self._told:
+            self._told = True
+            log.warning(
+                "the replay log holds more than store.keep_bytes=%d of closed rows: from now on the oldest are deleted, but "
+                "for what a resume needs",
+                self._spec.keep_bytes,
+            )
 
 
 def locked(folder: Path, wait_s: float) -> BinaryIO:
@@ -180,9 +197,9 @@ def _last_row(calls: Iterable[list[ev.Event]]) -> int:
     return max(rows, default=-1)
 
 
-def _decode(batch: pa.RecordBatch, where: str) -> list[ev.Event]:
+def _decode(events: pa.RecordBatch | pa.Table, where: str) -> list[ev.Event]:
     try:
-        return [ev.decode(payload) for payload in batch.column("payload").to_pylist()]
+        return [ev.decode(payload) for payload in events.column("payload").to_pylist()]
     except msgspec.MsgspecError as error:
         raise DataError(
             f"{where} holds an event that can't be read ({error}): another version of asyncrl wrote it, or it is damaged"

@@ -1,8 +1,11 @@
 """Reads a run's replay log from outside, while the run goes on or after it: closed segments and open tails.
 
 table = asyncrl.replay.open("runs/arithmetic").rollouts()   # a pyarrow.Table; .to_pandas() where pandas is installed
+
+Closed segments are Parquet files in replay/rows/ and replay/events/, which other tools read by themselves.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,11 @@ import pyarrow as pa
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import DataError
 from asyncrl.replay.log.rows import ROWS
-from asyncrl.replay.log.segments import listing, read_closed
+from asyncrl.replay.log.segments import listing, open_closed, readable
 from asyncrl.replay.log.tail import read_tail
 
 _ATTEMPTS = 10  # a segment may be closed or deleted between listing and reading
+_KEYS = ["group", "rollout", "attempt"]
 _JOINED = pa.schema(
     [
         ("status", pa.string()),  # null: not scored yet
@@ -37,33 +41,43 @@ class ReplayReader:
 
     def events(self) -> pa.Table:
         """All events in order, typed columns; `payload` is the whole event as msgpack."""
-        return self._read("events", ev.EVENTS)
+        return self._read("events", ev.EVENTS, ev.EVENTS.names)
 
-    def rollouts(self) -> pa.Table:
+    def rollouts(self, columns: Sequence[str] | None = None) -> pa.Table:
         """One line per rollout that counts, baselines included: the row (rows.ROWS), its verdict, and what happened to its
-        group."""
-        events = self.events()  # before the rows: whatever they count is then on disk
-        joined = _walk(events)
-        rows = self._read("rows", ROWS)
-        keys = zip(*(rows.column(name).to_pylist() for name in ("group", "rollout", "attempt")), strict=True)
+        group. columns: only these, which reads a fraction where no tokens are among them."""
+        names = [*ROWS.names, *_JOINED.names] if columns is None else list(columns)
+        joined = _walk(self._read("events", ev.EVENTS, ["time", "payload"]))  # first: the rows that they count are then there
+        rows = self._read("rows", ROWS, [*_KEYS, *(n for n in names if n in ROWS.names and n not in _KEYS)])
+        keys = zip(*(rows.column(name).to_pylist() for name in _KEYS), strict=True)
         last = {key: i for i, key in enumerate(keys) if key in joined}  # a later row of a rollout also has its token rewards
         picked = [(i, joined[key]) for key, i in last.items()]
         table = rows.take(pa.array([i for i, _ in picked], pa.int64()))
         for field in _JOINED:
             table = table.append_column(field, pa.array([line.get(field.name) for _, line in picked], field.type))
-        return table
+        return table.select(names)
 
-    def _read(self, stem: str, schema: pa.Schema) -> pa.Table:
+    def _read(self, stem: str, schema: pa.Schema, columns: list[str]) -> pa.Table:
+        """These columns of all that is there. Raises `DataError`, also for a closed segment whose pages are damaged."""
+        wanted = pa.schema([schema.field(name) for name in columns])
         for _ in range(_ATTEMPTS):
             closed, tails = listing(self._folder, stem)
+            if listing(self._folder, stem) != (closed, tails):
+                continue  # a tail that was closed between two names of a listing could be missed as both
             try:
-                batches = [b for _, path in closed for b in read_closed(path, schema).read_all().to_batches()]
-                for _, path in tails:
-                    batches += read_tail(path, schema)
-                return pa.Table.from_batches(batches, schema)
+                # Tails first: they are small, and may be gone by the time that a long history is read.
+                ends = [batch.select(columns) for _, path in tails for batch in read_tail(path, schema)]
+                tables = [_read_closed(path, schema, columns) for _, path in closed]
             except FileNotFoundError:
                 continue  # closed or deleted meanwhile: list again
+            return pa.concat_tables([*(table.cast(wanted) for table in tables), pa.Table.from_batches(ends, wanted)])
         raise DataError(f"{self._folder} changed {_ATTEMPTS} times while it was read: try again")
+
+
+def _read_closed(path: Path, schema: pa.Schema, columns: list[str]) -> pa.Table:
+    file = open_closed(path, schema)
+    with readable(path):
+        return file.read(columns).select(columns)
 
 
 def _walk(events: pa.Table) -> dict[tuple[int, int, int], dict[str, Any]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 from msgspec import Struct
@@ -15,7 +16,7 @@ from msgspec import Struct
 from asyncrl.errors import DataError
 from asyncrl.types import Prompt, Rollout, TrainRollout, Unscored, UnscoredLease, Version
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 
 _INTS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
@@ -30,8 +31,11 @@ ROWS = pa.schema(
         ("purpose", pa.string()),
         ("row", pa.int64()),  # of the dataset
         ("data_source", pa.string()),
-        ("ground_truth", pa.string()),  # JSON
+        ("ground_truth", pa.string()),  # a text as it is, anything else as JSON
+        ("ground_truth_is_json", pa.bool_()),  # which of the two
         ("extra_info", pa.string()),  # JSON
+        ("prompt", pa.string()),  # texts without special tokens; the response is what the reward function sees
+        ("response", pa.string()),
         ("prompt_ids", _INTS),
         ("response_ids", _INTS),
         ("loss_mask", pa.list_(pa.int8())),  # 1: the policy chose the token
@@ -51,8 +55,11 @@ ROWS = pa.schema(
     metadata={"asyncrl.rows": SCHEMA_VERSION},
 )
 
-_PROMPT_COLUMNS = ["row", "data_source", "ground_truth", "extra_info"]
-UNSCORED_COLUMNS = ["group", "rollout", "attempt", "purpose", *_PROMPT_COLUMNS, "response_ids", "turns", "finish_reason"]
+_PROMPT_COLUMNS = ["row", "data_source", "extra_info"]
+UNSCORED_COLUMNS = [
+    "group", "rollout", "attempt", "purpose", *_PROMPT_COLUMNS, "ground_truth", "ground_truth_is_json", "response",
+    "response_ids", "turns", "finish_reason",
+]  # fmt: skip
 TRAIN_COLUMNS = [
     "group", "rollout", "attempt", "data_source", "prompt_ids", "response_ids", "loss_mask", "logprobs", "kept_logmass",
     "span_updates", "span_lengths", "finish_reason", "token_rewards",
@@ -157,6 +164,10 @@ def encode_rollouts(rollouts: Sequence[Rollout], run: str) -> bytes:
     chosen = [_chosen_updates(r) for r in rollouts]
     columns: dict[str, Sequence[Any]] = {
         "run": [run] * len(rollouts),
+        "ground_truth": [r.prompt.readable_truth() for r in rollouts],
+        "ground_truth_is_json": [not r.prompt.has_text_truth() for r in rollouts],
+        "prompt": [r.prompt_text for r in rollouts],
+        "response": [r.text for r in rollouts],
         "prompt_ids": [r.prompt.ids for r in rollouts],
         "span_incarnations": [[s.version.incarnation for s in r.spans] for r in rollouts],
         "span_updates": [[s.version.update for s in r.spans] for r in rollouts],
@@ -257,6 +268,9 @@ def decode_unscored(batch: pa.RecordBatch) -> tuple[Unscored, ...]:
     """Rows of UNSCORED_COLUMNS. Their prompts have no ids: rewards work on text and on the row of the dataset."""
     found = []
     for named in batch.to_pylist():
-        prompt = Prompt(ids=(), **{name: named.pop(name) for name in _PROMPT_COLUMNS})
-        found.append(Unscored(prompt=prompt, turns=tuple(named.pop("turns")), **named))
+        truth = named.pop("ground_truth")
+        if not named.pop("ground_truth_is_json"):
+            truth = msgspec.json.encode(truth).decode()
+        prompt = Prompt(ids=(), ground_truth=truth, **{name: named.pop(name) for name in _PROMPT_COLUMNS})
+        found.append(Unscored(prompt=prompt, text=named.pop("response"), turns=tuple(named.pop("turns")), **named))
     return tuple(found)

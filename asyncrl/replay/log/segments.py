@@ -1,6 +1,8 @@
-"""One append-only stream of Arrow record batches on disk: closed segments (Arrow IPC files) and an open tail (tail.py).
+"""One append-only stream of record batches on disk: closed segments, which are Parquet files, and an open tail (tail.py).
 
-    rows-00000000.arrow  rows-00000001.arrow  rows-00000002.tail
+    rows/00000000.parquet  rows/00000001.parquet  rows/_00000002.tail
+
+What reads a folder of Parquet files (pandas, pyarrow) passes over names that begin with `_`.
 
 An appended batch is handed to the operating system before `append` returns, so it survives any kill of the process; what
 `sync` was called for also survives a power failure. A batch that was cut while it was written is dropped when the stream is
@@ -16,45 +18,53 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from asyncrl.errors import DataError
 from asyncrl.replay.log.events import SegmentClosed
 from asyncrl.replay.log.tail import MARK, other_version, read_tail, record
 from asyncrl.rundir import sync
 
-_CHUNK_ROWS = 4096
+_CHUNK_BYTES = 4 << 20  # of a closed segment, in memory: one row is read with as much around it (a row group of Parquet)
 _JOIN_BATCHES = 128
+_OPEN_FILES = 8  # closed segments that are held open; the history may have thousands
 
 
-def read_closed(path: Path, schema: pa.Schema) -> pa.ipc.RecordBatchFileReader:
+def open_closed(path: Path, schema: pa.Schema) -> pq.ParquetFile:
     """A memory-mapped closed segment. Raises `DataError` if it can't be parsed or is of another schema."""
-    with _readable(path):
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    if not reader.schema.equals(schema, check_metadata=True):
+    with readable(path):
+        file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+    if not file.schema_arrow.equals(schema) or file.schema_arrow.metadata != schema.metadata:
         raise other_version(path)
-    return reader
+    return file
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """Around what reads a closed segment: damage is a `DataError` that names the file."""
     try:
         yield
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{path} is not a readable Arrow file ({error}): restore it from a copy, or resume elsewhere"
+            f"{path} is not a readable Parquet file ({error}): restore it from a copy, or resume elsewhere"
         ) from error
 
 
 def listing(folder: Path, stem: str) -> tuple[list[tuple[int, Path]], list[tuple[int, Path]]]:
-    """(closed, tails) of a stream as (number, path), in order. A tail whose segment is closed already is left out."""
-    found: dict[str, list[tuple[int, Path]]] = {"arrow": [], "tail": []}
-    for path in sorted(folder.glob(f"{stem}-*")):
-        if match := re.fullmatch(rf"{stem}-(\d+)\.(arrow|tail)", path.name):
+    """(closed, tails) of a stream as (number, path), in order. A tail whose segment is closed already is left out.
+
+    Raises `DataError` for files of a version whose streams had no folders of their own.
+    """
+    for old in folder.glob(f"{stem}-*"):
+        raise other_version(old)
+    found: dict[str, list[tuple[int, Path]]] = {"parquet": [], "tail": []}
+    for path in sorted((folder / stem).glob("*")):
+        if match := re.fullmatch(r"_?(\d+)\.(parquet|tail)", path.name):
             found[match[2]].append((int(match[1]), path))
-    closed = {number for number, _ in found["arrow"]}
-    return found["arrow"], [(number, path) for number, path in found["tail"] if number not in closed]
+    closed = {number for number, _ in found["parquet"]}
+    return found["parquet"], [(number, path) for number, path in found["tail"] if number not in closed]
 
 
 class Segments:
@@ -65,18 +75,19 @@ class Segments:
     """
 
     def __init__(self, folder: Path, stem: str, schema: pa.Schema, fsync_calls: bool, known: dict[int, SegmentClosed]) -> None:
-        self._folder = folder
+        self._folder = folder / stem
+        self._folder.mkdir(parents=True, exist_ok=True)
+        sync(folder)
         self._stem = stem
         self._schema = schema
         self._fsync_calls = fsync_calls
-        self._readers: dict[int, pa.ipc.RecordBatchFileReader] = {}
+        self._readers: dict[int, pq.ParquetFile] = {}  # the last used last
         self.closed: list[SegmentClosed] = []
         closed, tails = listing(folder, stem)
         seen = dict(known)
         for number, path in closed:
             if number not in seen:  # closed just before a kill: the event log does not know it yet
-                with _readable(path):
-                    count = read_closed(path, schema).read_all().num_rows
+                count = open_closed(path, schema).metadata.num_rows
                 seen[number] = SegmentClosed(stem, number, _end(seen), count, _crc32(path))
             self.closed.append(seen[number])
         self.tail_first = _end(seen)
@@ -86,7 +97,7 @@ class Segments:
         self._number = max([max(seen, default=-1) + 1, *(n for n, _ in tails)])
         self._file = -1
         self._unsynced = False
-        for leftover in [*folder.glob(f"{stem}-*.writing"), *(self._path("tail", n) for n, _ in closed)]:
+        for leftover in [*self._folder.glob("_*.writing"), *(self._path("tail", n) for n, _ in closed)]:
             leftover.unlink(missing_ok=True)
 
     def keep(self, rows: int) -> None:
@@ -128,11 +139,8 @@ class Segments:
         segment = None
         tail, count = self._path("tail"), self.rows - self.tail_first
         if count:
-            beside, final = self._path("writing"), self._path("arrow")
-            table = pa.Table.from_batches(self.batches, self._schema)
-            with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, self._schema) as writer:
-                for start in range(0, count, _CHUNK_ROWS):
-                    writer.write_table(table.slice(start, _CHUNK_ROWS).combine_chunks())
+            beside, final = self._path("writing"), self._path("parquet")
+            _write_closed(beside, pa.Table.from_batches(self.batches, self._schema))
             sync(beside)
             segment = SegmentClosed(self._stem, self._number, self.tail_first, count, _crc32(beside))
             os.rename(beside, final)
@@ -145,20 +153,16 @@ class Segments:
         self._hold([])
         return segment
 
-    def reader(self, segment: SegmentClosed) -> pa.ipc.RecordBatchFileReader:
-        """A closed segment, verified against its checksum when first used. Raises `DataError`."""
-        if segment.number not in self._readers:
-            path = self._path("arrow", segment.number)
-            if not path.exists():
-                raise DataError(f"{path} is missing, but the event log counts its {segment.count} rows: restore the file")
-            found = _crc32(path)
-            if found != segment.crc32:
-                raise DataError(
-                    f"{path} has checksum {found:08x}, the event log says {segment.crc32:08x}: the file is damaged; "
-                    "restore it from a copy; a newer checkpoint, if there is one, needs fewer of its rows"
-                )
-            self._readers[segment.number] = read_closed(path, self._schema)
-        return self._readers[segment.number]
+    def read(self, segment: SegmentClosed, columns: list[str], chunk: int | None = None) -> pa.Table:
+        """These columns of a closed segment, or of one of its chunks. Raises `DataError`."""
+        reader = self._reader(segment)
+        with readable(self._path("parquet", segment.number)):
+            table = reader.read(columns) if chunk is None else reader.read_row_group(chunk, columns)
+        return table.select(columns)  # Parquet keeps its own order
+
+    def size(self, segment: SegmentClosed) -> int:
+        """Bytes of a closed segment's file."""
+        return self._path("parquet", segment.number).stat().st_size
 
     def take(self, rows: Sequence[int], columns: list[str]) -> pa.RecordBatch:
         """The rows with these numbers, in this order. Raises `DataError` for one whose segment is gone."""
@@ -170,16 +174,16 @@ class Segments:
                 picked.append(self.batches[place].slice(row - self._starts[place], 1).select(columns))
                 continue
             segment = self._segment(row)
-            chunk, rest = divmod(row - segment.first, _CHUNK_ROWS)
+            chunk, rest = divmod(row - segment.first, self._reader(segment).metadata.row_group(0).num_rows)
             if (segment.number, chunk) not in chunks:
-                chunks[segment.number, chunk] = self.reader(segment).get_batch(chunk).select(columns)
+                (chunks[segment.number, chunk],) = self.read(segment, columns, chunk).combine_chunks().to_batches()
             picked.append(chunks[segment.number, chunk].slice(rest, 1))
         schema = pa.schema([self._schema.field(c) for c in columns])
         return pa.concat_batches(picked) if picked else pa.RecordBatch.from_pylist([], schema)
 
     def drop(self, segment: SegmentClosed) -> None:
         self._readers.pop(segment.number, None)
-        self._path("arrow", segment.number).unlink(missing_ok=True)
+        self._path("parquet", segment.number).unlink(missing_ok=True)
         self.closed.remove(segment)
 
     def release(self) -> None:
@@ -187,6 +191,25 @@ class Segments:
         if self._file >= 0:
             os.close(self._file)
             self._file, self._unsynced = -1, False
+
+    def _reader(self, segment: SegmentClosed) -> pq.ParquetFile:
+        """A closed segment, verified against its checksum when it is opened."""
+        reader = self._readers.pop(segment.number, None)
+        if reader is None:
+            path = self._path("parquet", segment.number)
+            if not path.exists():
+                raise DataError(f"{path} is missing, but the event log counts its {segment.count} rows: restore the file")
+            found = _crc32(path)
+            if found != segment.crc32:
+                raise DataError(
+                    f"{path} has checksum {found:08x}, the event log says {segment.crc32:08x}: the file is damaged; "
+                    "restore it from a copy; a newer checkpoint, if there is one, needs fewer of its rows"
+                )
+            reader = open_closed(path, self._schema)
+        self._readers[segment.number] = reader
+        if len(self._readers) > _OPEN_FILES:
+            del self._readers[next(iter(self._readers))]
+        return reader
 
     def _segment(self, row: int) -> SegmentClosed:
         place = bisect_right(self.closed, row, key=lambda s: s.first) - 1
@@ -214,12 +237,22 @@ class Segments:
             self._loose = 0
 
     def _path(self, suffix: str, number: int | None = None) -> Path:
-        return self._folder / f"{self._stem}-{self._number if number is None else number:08d}.{suffix}"
+        hidden = "" if suffix == "parquet" else "_"
+        return self._folder / f"{hidden}{self._number if number is None else number:08d}.{suffix}"
 
     def _write(self, data: bytes) -> None:
         view = memoryview(data)
         while len(view):
             view = view[os.write(self._file, view) :]
+
+
+def _write_closed(path: Path, table: pa.Table) -> None:
+    """zstd at its fastest, and dictionaries for texts alone: of numbers they would cost five times the rest."""
+    rows = max(1, _CHUNK_BYTES * table.num_rows // max(1, table.nbytes))
+    texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
+    with pq.ParquetWriter(path, table.schema, compression="zstd", use_dictionary=texts, write_page_checksum=True) as writer:
+        for first in range(0, table.num_rows, rows):
+            writer.write_table(table.slice(first, rows).combine_chunks(), row_group_size=rows)
 
 
 def _end(segments: dict[int, SegmentClosed]) -> int:

@@ -19,7 +19,6 @@ from asyncrl.errors import DataError
 log = logging.getLogger(__name__)
 _MAGIC = b"\x89tail\r\n\x1a"
 _HEADER = struct.Struct("<8sII")  # 16 bytes, as Arrow's messages are aligned to 8
-_ARROW_STREAM = b"\xff\xff\xff\xff"  # how a tail of asyncrl 0.1 begins
 
 
 def record(message: pa.Buffer | bytes) -> bytes:
@@ -36,8 +35,6 @@ def read_tail(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
     Raises `DataError` if that one is damaged, or the tail is of another schema, `FileNotFoundError` if it was closed meanwhile.
     """
     data = path.read_bytes()
-    if data.startswith(_ARROW_STREAM):
-        raise other_version(path)
     messages, end = _whole(data)
     if end < len(data):
         if data.find(MARK, end) >= 0:
@@ -56,7 +53,7 @@ def read_tail(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
 
 
 def other_version(path: Path) -> DataError:
-    return DataError(f"{path} has the schema of another version of asyncrl: read and resume the run with that version")
+    return DataError(f"{path} was written by another version of asyncrl: read and resume the run with that version")
 
 
 def _whole(data: bytes) -> tuple[list[pa.Buffer], int]:

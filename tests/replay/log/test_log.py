@@ -1,11 +1,16 @@
 """The log survives a cut at any byte, and says so when it is damaged."""
 
+import os
 import random
 import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,8 +20,11 @@ from asyncrl.errors import DataError, Unavailable
 from asyncrl.replay.ledger import Ledger
 from asyncrl.replay.log import events as ev
 from asyncrl.replay.log import rows as schema
+from asyncrl.replay.log import segments
 from asyncrl.replay.log.log import ReplayLog, locked
+from asyncrl.replay.log.reader import ReplayReader
 from asyncrl.replay.log.segments import Segments
+from asyncrl.replay.log.tail import record
 from asyncrl.types import Version
 
 
@@ -54,15 +62,13 @@ def test_a_reopened_log_holds_all_that_was_acknowledged(fakes: SimpleNamespace, 
     assert state(ReplayLog(tmp_path).history) == written  # and once more
 
 
-def test_closed_segments_are_plain_arrow_files(fakes: SimpleNamespace, tmp_path: Path) -> None:
+def test_closed_segments_are_plain_parquet_files(fakes: SimpleNamespace, tmp_path: Path) -> None:
     log = ReplayLog(tmp_path, StoreSpec(segment_bytes=5_000))
     for group in range(12):
         submit(log, fakes, group)
-    closed = sorted(tmp_path.glob("rows-*.arrow"))
-    assert len(closed) > 1
-    table = pa.concat_tables(pa.ipc.open_file(str(path)).read_all() for path in closed)
-    assert table.column("group").to_pylist()[:4] == [0, 0, 1, 1]
-    assert pa.ipc.open_file(str(sorted(tmp_path.glob("events-*.arrow"))[0])).read_all().column("kind")[0].as_py() == "reserved"
+    assert len(list((tmp_path / "rows").glob("*.parquet"))) > 1
+    assert pq.read_table(tmp_path / "rows").column("group").to_pylist()[:4] == [0, 0, 1, 1]
+    assert pq.read_table(tmp_path / "events").column("kind")[0].as_py() == "reserved"
 
 
 def test_rows_no_event_names_are_forgotten(fakes: SimpleNamespace, tmp_path: Path) -> None:
@@ -95,7 +101,7 @@ def test_tails_cut_at_any_byte_recover_to_an_acknowledged_prefix(
     source, events = written
     rng, folder = random.Random(seed), tmp_path_factory.mktemp("cut")
     shutil.copytree(source, folder, dirs_exist_ok=True)
-    for tail in [t for stem in ("rows", "events") if which in (stem, "both") for t in folder.glob(f"{stem}-*.tail")]:
+    for tail in [t for stem in ("rows", "events") if which in (stem, "both") for t in (folder / stem).glob("*.tail")]:
         data = tail.read_bytes()
         tail.write_bytes(data[: rng.randint(0, len(data))])
     log = ReplayLog(folder, StoreSpec(segment_bytes=12_000))
@@ -113,17 +119,66 @@ def test_tails_cut_at_any_byte_recover_to_an_acknowledged_prefix(
     shutil.rmtree(folder)
 
 
-def test_a_segment_closed_just_before_a_kill_is_found(fakes: SimpleNamespace, tmp_path: Path) -> None:
+class Killed(BaseException):
+    """Nothing may catch it, as nothing runs on after a kill."""
+
+
+@pytest.mark.parametrize("kill_at", range(12))
+def test_a_kill_while_segments_are_closed_leaves_every_row_once(
+    fakes: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
+) -> None:
+    log = ReplayLog(tmp_path)
+    written = [e for g in range(3) for e in submit(log, fakes, g)]
+    steps: list[str] = []
+
+    def step(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **named: Any) -> Any:
+            steps.append(name)
+            if len(steps) > kill_at:
+                if name == "write":
+                    Path(args[0]).write_bytes(b"PAR1 and half of it")
+                raise Killed
+            return real(*args, **named)
+
+        return run
+
+    monkeypatch.setattr(segments, "_write_closed", step("write", segments._write_closed))
+    monkeypatch.setattr(segments, "sync", step("sync", segments.sync))
+    monkeypatch.setattr(segments.os, "rename", step("rename", os.rename))
+    monkeypatch.setattr(Path, "unlink", step("unlink", Path.unlink))
+    with pytest.raises(Killed) if kill_at < 11 else nullcontext():
+        log.seal()
+    monkeypatch.undo()
+    whole = ["write", "sync", "rename", "sync", "unlink", "sync"]  # the last one is of the folder, with the events' new tail
+    assert steps == [*whole[:5], *whole][: kill_at + 1]
+
+    expected = [(g, i) for g in range(3) for i in range(2)]
+    read = ReplayReader(tmp_path)
+    assert state([ev.decode(p) for p in read.events().column("payload").to_pylist()]) == written
+    assert [tuple(row.values()) for row in read.rollouts(["group", "rollout"]).to_pylist()] == expected
+    log = ReplayLog(tmp_path)
+    assert state(log.history) == written
+    assert [tuple(row.values()) for row in log.take(range(6), ["group", "rollout"]).to_pylist()] == expected
+    assert [tuple(row.values()) for row in read.rollouts(["group", "rollout"]).to_pylist()] == expected
+    assert pq.read_table(tmp_path / "rows").num_rows == 6  # and for who reads only the closed ones
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".writing"]
+
+
+def test_a_tail_without_room_to_close_it_stays(
+    fakes: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*args: Any, **named: Any) -> None:
+        raise OSError(28, "No space left on device")
+
     log = ReplayLog(tmp_path)
     written = submit(log, fakes, 0)
-    log._rows.close_segment()  # killed before the event that notes it
-    (tmp_path / "rows-00000000.tail").write_bytes(b"left over")
-    (tmp_path / "rows-00000001.writing").write_bytes(b"half")
-    log = ReplayLog(tmp_path)
-    written += submit(log, fakes, 1)
+    monkeypatch.setattr(segments, "_write_closed", full)
+    log.seal()
+    log.close()
+    monkeypatch.undo()
+    assert "stays in its tails" in caplog.text
+    assert ReplayReader(tmp_path).rollouts().num_rows == 2
     assert state(ReplayLog(tmp_path).history) == written
-    assert log.take([1, 3], ["group"]).to_pylist() == [{"group": 0}, {"group": 1}]
-    assert not list(tmp_path.glob("*.writing"))
 
 
 @pytest.mark.parametrize("stem", ["rows", "events"])
@@ -131,45 +186,67 @@ def test_a_damaged_segment_is_named(fakes: SimpleNamespace, tmp_path: Path, stem
     log = ReplayLog(tmp_path, StoreSpec(segment_bytes=1))
     for group in range(3):
         submit(log, fakes, group)
-    path = tmp_path / f"{stem}-00000001.arrow"
+    path = tmp_path / stem / "00000001.parquet"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
     path.write_bytes(data)
-    with pytest.raises(DataError, match=f"{stem}-00000001"):
+    with pytest.raises(DataError, match=f"{stem}/00000001"):
         ReplayLog(tmp_path).take(range(6), ["group"])
 
 
-def test_a_log_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_a_log_of_another_version_is_refused(fakes: SimpleNamespace, tmp_path: Path) -> None:
     other = pa.record_batch({"group": [1]})
-    with pa.OSFile(str(tmp_path / "rows-00000000.tail"), "wb") as sink, pa.ipc.new_stream(sink, other.schema) as writer:
-        writer.write_batch(other)
-    with pytest.raises(DataError, match="has the schema of another version"):
-        ReplayLog(tmp_path)
+    (tmp_path / "schema/rows").mkdir(parents=True)
+    (tmp_path / "schema/rows/_00000000.tail").write_bytes(record(other.schema.serialize()) + record(other.serialize()))
+    (tmp_path / "names").mkdir()
+    (tmp_path / "names/rows-00000000.arrow").touch()  # how schema 2 was kept
+    (tmp_path / "closed/rows").mkdir(parents=True)
+    pq.write_table(pa.Table.from_batches([rows(fakes, 0)]).replace_schema_metadata({"asyncrl.rows": "2"}),
+                   tmp_path / "closed/rows/00000000.parquet")  # fmt: skip
+    for name in ("schema", "names", "closed"):
+        for reads in (ReplayLog, lambda folder: ReplayReader(folder).rollouts()):
+            with pytest.raises(
+                DataError, match=r"rows.00000000\.\w+ was written by another version|_00000000.tail was written"
+            ):
+                reads(tmp_path / name)
 
 
 def test_a_missing_segment_is_named(fakes: SimpleNamespace, tmp_path: Path) -> None:
     log = ReplayLog(tmp_path, StoreSpec(segment_bytes=1))
     for group in range(3):
         submit(log, fakes, group)
-    (tmp_path / "rows-00000001.arrow").unlink()
+    (tmp_path / "rows/00000001.parquet").unlink()
     with pytest.raises(DataError, match="deleted"):
         ReplayLog(tmp_path).take([2], ["group"])
 
 
-def test_truncation_keeps_segments_with_wanted_groups(fakes: SimpleNamespace, tmp_path: Path) -> None:
-    log = ReplayLog(tmp_path, StoreSpec(segment_bytes=1))  # a segment per call
-    written = [e for g in range(4) for e in submit(log, fakes, g)]
-    assert log.truncate({1, 3}) == 2
-    assert sorted(log._groups) == [s.number for s in log._rows.closed]  # and no others
-    assert log.take([2, 6], ["group"]).to_pylist() == [{"group": 1}, {"group": 3}]
-    with pytest.raises(DataError, match="row 0 of rows was deleted"):
-        log.take([0], ["group"])
-    log = ReplayLog(tmp_path)
+def test_nothing_is_deleted_within_the_bound_and_nothing_needed_past_it(
+    fakes: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def deleting() -> int:
+        return caplog.text.count("from now on the oldest are deleted")
+
+    log = ReplayLog(tmp_path, StoreSpec(segment_bytes=1))  # a segment per call; the default bound
+    written = [e for g in range(6) for e in submit(log, fakes, g)]
+    assert log.truncate([]) == 0
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "rows").glob("*.parquet"))]
+    log = ReplayLog(tmp_path, StoreSpec(segment_bytes=1, keep_bytes=sum(sizes)))
+    assert log.truncate([]) == 0
+    assert deleting() == 0
+    log = ReplayLog(tmp_path, StoreSpec(segment_bytes=1, keep_bytes=sum(sizes) - sizes[1] - 1))
+    assert log.truncate([0, 7]) == 2  # the oldest two but for the first, which is needed
+    assert deleting() == 1
+    assert log.take([0, 1, 6, 8], ["group"]).column("group").to_pylist() == [0, 0, 3, 4]
+    with pytest.raises(DataError, match="row 2 of rows was deleted"):
+        log.take([2], ["group"])
+
+    log = ReplayLog(tmp_path, StoreSpec(segment_bytes=1, keep_bytes=0))
     assert state(log.history) == written
-    assert log.take([2, 6], ["group"]).to_pylist() == [{"group": 1}, {"group": 3}]
-    assert log.append_rows(rows(fakes, 4)) == 8  # numbers go on
-    assert log.truncate(set()) == 2
-    assert ReplayLog(tmp_path).append_rows(rows(fakes, 4)) == 8
+    assert log.truncate([0, 7, 11, -1]) == 1  # rows 8 and 9
+    assert log.append_rows(rows(fakes, 6)) == 12  # numbers go on
+    assert log.truncate([]) == 3
+    assert ReplayLog(tmp_path).append_rows(rows(fakes, 7)) == 12
+    assert deleting() == 1, "it is said once"
 
 
 def test_every_call_can_be_synced(fakes: SimpleNamespace, tmp_path: Path) -> None:
@@ -194,11 +271,18 @@ def test_many_small_calls_are_joined_in_memory(fakes: SimpleNamespace, tmp_path:
     assert picked == {"group": [299, 0, 128, 127, 255], "rollout": [1, 0, 0, 1, 1]}
 
 
-def test_rows_are_found_across_the_chunks_of_a_closed_segment(tmp_path: Path) -> None:
+def test_rows_are_found_across_the_chunks_of_closed_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = pa.schema([("x", pa.int64())])
+    monkeypatch.setattr(segments, "_CHUNK_BYTES", 4096 * 8)
+    monkeypatch.setattr(segments, "_OPEN_FILES", 2)
     stream = Segments(tmp_path, "rows", numbers, False, {})
     for start in range(0, 9000, 1500):
         stream.append(pa.record_batch([pa.array(range(start, start + 1500))], schema=numbers))
     stream.close_segment()
-    stream.append(pa.record_batch([pa.array([9000])], schema=numbers))
-    assert stream.take([8999, 4096, 4095, 9000, 0], ["x"]).column("x").to_pylist() == [8999, 4096, 4095, 9000, 0]
+    for row in range(9000, 9003):
+        stream.append(pa.record_batch([pa.array([row])], schema=numbers))
+        stream.close_segment()
+    stream.append(pa.record_batch([pa.array([9003])], schema=numbers))
+    wanted = [8999, 9001, 4096, 9003, 4095, 9000, 0, 9002]
+    assert stream.take(wanted, ["x"]).column("x").to_pylist() == wanted
+    assert len(stream._readers) == 2  # however long the history is

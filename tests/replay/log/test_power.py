@@ -18,6 +18,7 @@ from asyncrl.replay.ledger import Ledger
 from asyncrl.replay.log import events as ev
 from asyncrl.replay.log import rows as schema
 from asyncrl.replay.log.log import ReplayLog
+from asyncrl.replay.log.reader import ReplayReader
 from asyncrl.replay.log.tail import MARK
 from asyncrl.types import Rollout, Score, Ticket, Version
 
@@ -43,10 +44,11 @@ class Disk:
             raise PowerFailure
         self.left -= 1
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if path != self.folder:
+        if not path.is_dir():
             self.bytes[path.stat().st_ino] = path.read_bytes()
             return
-        self.names = self._present()
+        elsewhere = {name: inode for name, inode in self.names.items() if (self.folder / name).parent != path}
+        self.names = elsewhere | {name: inode for name, inode in self._present().items() if (self.folder / name).parent == path}
         self._hold()
 
     def after_failure(self, rng: random.Random, folder: Path) -> None:
@@ -57,6 +59,7 @@ class Disk:
             if inode is not None:
                 held = self.held / str(inode)
                 data = (held if held.exists() else self.folder / name).read_bytes()
+                (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(torn(rng, data, len(self.bytes.get(inode, b""))))
 
     def _hold(self) -> None:
@@ -65,7 +68,8 @@ class Disk:
                 os.link(self.folder / name, self.held / str(inode))
 
     def _present(self) -> dict[str, int]:
-        return {path.name: path.stat().st_ino for path in self.folder.iterdir()}
+        files = (path for path in self.folder.rglob("*") if path.is_file())
+        return {str(path.relative_to(self.folder)): path.stat().st_ino for path in files}
 
 
 def torn(rng: random.Random, data: bytes, synced: int) -> bytes:
@@ -164,8 +168,8 @@ def state(events: list[Any]) -> list[Any]:
 
 SPECS = {  # and how many seeds
     "one tail": (StoreSpec(), 30),
-    "a few calls a segment": (StoreSpec(segment_bytes=8_000), 30),
-    "a segment a call": (StoreSpec(segment_bytes=1), 10),
+    "a few calls a segment": (StoreSpec(segment_bytes=8_000, keep_bytes=0), 30),
+    "a segment a call": (StoreSpec(segment_bytes=1, keep_bytes=60_000), 10),
     "every call synced": (StoreSpec(fsync="call", segment_bytes=20_000), 10),
 }
 
@@ -205,17 +209,32 @@ def test_what_the_log_says_is_on_the_disk_before_a_segment_is_deleted(
     folder, after = tmp_path / "log", tmp_path / "after"
     folder.mkdir()
     after.mkdir()
-    run = Run(fakes, StoreSpec(segment_bytes=1))
+    run = Run(fakes, StoreSpec(segment_bytes=1, keep_bytes=0))
     run.open(folder)
     run.update()
     disk = Disk(folder, monkeypatch)
     run.core.context.log._append([ev.CheckpointRetained(1)])
     assert run.core.context.log.truncate(set()) > 0
     for name, inode in disk.names.items():  # nothing but what was synced
+        (after / name).parent.mkdir(exist_ok=True)
         (after / name).write_bytes(disk.bytes[inode])
     monkeypatch.undo()
     assert ev.CheckpointRetained(1) in ReplayLog(after).history
     run.close()
+
+
+def test_checkpoints_delete_no_rollout(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    run = Run(fakes, StoreSpec(segment_bytes=8_000))
+    run.open(tmp_path)
+    for _ in range(12):
+        run.update()
+        run.save()  # of which two stay
+    run.close()
+    submitted = [(e.group, e.rollout) for e in run.events if isinstance(e, ev.RolloutSubmitted)]
+    assert len(list((tmp_path / "rows").glob("*.parquet"))) > 3
+    rows = ReplayReader(tmp_path).rollouts(["group", "rollout"]).to_pydict()
+    assert list(zip(rows["group"], rows["rollout"], strict=True)) == submitted
+    assert len(submitted) >= 24
 
 
 class Finished(NamedTuple):
@@ -228,12 +247,12 @@ class Finished(NamedTuple):
     def damaged(self, folder: Path, stem: str, data: bytes) -> Path:
         """A copy in which the tail of one stream holds `data`."""
         shutil.copytree(self.folder, folder)
-        path = folder / f"{stem}-00000000.tail"
+        path = folder / f"{stem}/_00000000.tail"
         path.write_bytes(data)
         return path
 
     def tail(self, stem: str) -> bytes:
-        return (self.folder / f"{stem}-00000000.tail").read_bytes()
+        return (self.folder / f"{stem}/_00000000.tail").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +264,7 @@ def finished(fakes: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -
         run.update()
         if update in (2, 4):
             run.bench.checkpointed(0)
-            synced = {stem: (folder / f"{stem}-00000000.tail").stat().st_size for stem in ("rows", "events")}
+            synced = {stem: (folder / f"{stem}/_00000000.tail").stat().st_size for stem in ("rows", "events")}
     run.close()
     return Finished(folder, run.events, synced)
 
@@ -269,7 +288,7 @@ def test_a_tail_that_ends_anywhere_leaves_the_newest_checkpoint_before_that(
         if zeros and cut < finished.synced[stem]:
             continue  # damage, below
         path = finished.damaged(tmp_path / str(number), stem, data[:cut] + bytes(zeros))
-        log = ReplayLog(path.parent)
+        log = ReplayLog(path.parents[1])
         history = state(log.history)
         assert history == finished.events[: len(history)]
         rows = [e for e in history if isinstance(e, ev.RolloutSubmitted)]
@@ -293,12 +312,12 @@ def test_damage_in_what_was_synced_is_named_and_can_be_given_up(
         wrong = data[:place] + damage(data[place : place + size]) + data[place + size :]
         path = finished.damaged(tmp_path / str(number), stem, wrong)
         with pytest.raises(DataError, match=r"is damaged at byte \d+ of \d+, .* restore it from a copy; or give up") as caught:
-            ReplayLog(path.parent)
+            ReplayLog(path.parents[1])
         found = re.search(r"`truncate -s (\d+) (.*)`", str(caught.value))
         assert found is not None
         assert (Path(found[2]), int(found[1]) < place + size) == (path, True)
         os.truncate(path, int(found[1]))
-        history = state(ReplayLog(path.parent).history)
+        history = state(ReplayLog(path.parents[1]).history)
         assert history == finished.events[: len(history)]
 
 
@@ -308,7 +327,7 @@ def test_damage_in_what_was_not_synced_is_dropped(finished: Finished, tmp_path: 
     for number in range(30):
         wrong = bytearray(data)
         wrong[rng.randrange(finished.synced[stem], len(data))] ^= 1
-        history = state(ReplayLog(finished.damaged(tmp_path / str(number), stem, bytes(wrong)).parent).history)
+        history = state(ReplayLog(finished.damaged(tmp_path / str(number), stem, bytes(wrong)).parents[1]).history)
         assert history == finished.events[: len(history)]
         assert resumable(history) == [0, 2, 4]
 
@@ -320,13 +339,13 @@ def test_a_closed_segment_is_not_read_where_a_bit_is_wrong(fakes: SimpleNamespac
     for _ in range(8):
         run.update()
     run.close()
-    path = folder / f"{stem}-00000000.arrow"
+    path = folder / stem / "00000000.parquet"
     data = path.read_bytes()
     for place in rng.sample(range(len(data)), 60):
         wrong = bytearray(data)
         wrong[place] ^= 1 << rng.randrange(8)
         path.write_bytes(wrong)
-        with pytest.raises(DataError, match=path.stem):
+        with pytest.raises(DataError, match=f"{stem}/00000000"):
             ReplayLog(folder).take([0], ["response_ids"])
 
 
@@ -336,7 +355,7 @@ def test_a_lost_row_costs_only_the_calls_from_the_first_that_names_it(fakes: Sim
     for _ in range(60):
         run.update()
     run.close()
-    tail = tmp_path / "rows-00000000.tail"
+    tail = tmp_path / "rows/_00000000.tail"
     os.truncate(tail, tail.stat().st_size - 1)
     history = state(ReplayLog(tmp_path).history)
     last = max(e.row for e in run.events if isinstance(e, ev.RolloutSubmitted))

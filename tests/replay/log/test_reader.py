@@ -10,6 +10,7 @@ import asyncrl.replay
 from asyncrl.config import StoreSpec
 from asyncrl.errors import DataError
 from asyncrl.replay.client import ReplayClient
+from asyncrl.replay.log import reader
 from asyncrl.replay.store import ReplayStore
 from asyncrl.types import Score, Version
 
@@ -21,7 +22,7 @@ def test_rollouts_join_rows_verdicts_and_outcomes(
     fakes: SimpleNamespace, tmp_path: Path, loop: Any, segment_bytes: int
 ) -> None:
     plan = fakes.plan(max_lag=4, batch=1, min_valid=2)
-    spec = StoreSpec(segment_bytes=segment_bytes, keep_segments="all")
+    spec = StoreSpec(segment_bytes=segment_bytes)
     client = ReplayClient(loop.transport(ReplayStore(plan, tmp_path / "replay", spec)), "all", 1, run="demo")
     client.fence(0)
     trained, failed, pending = client.reserve(3, V, [], 1.0).tickets
@@ -32,8 +33,8 @@ def test_rollouts_join_rows_verdicts_and_outcomes(
     client.score(0, scores)
     lease = client.lease_batch(0, 1.0)
     client.commit(lease.lease, Version(1, 1), {})
-    reader = asyncrl.replay.open(tmp_path)
-    table = reader.rollouts()
+    log = asyncrl.replay.open(tmp_path)
+    table = log.rollouts()
     columns = ("group", "rollout", "run", "status", "reward", "outcome", "trained_update")
     assert [tuple(row[c] for c in columns) for row in table.to_pylist()] == [
         (trained.group, 0, "demo", "ok", 1.0, "trained", 1),
@@ -45,10 +46,26 @@ def test_rollouts_join_rows_verdicts_and_outcomes(
     ]
     assert table["parts"].to_pylist()[4] == [("format", 1.0)]
     assert table["response_ids"].to_pylist()[0] == [5, 5, 0]
-    assert reader.events()["seq"].to_pylist() == list(range(reader.events().num_rows))
+    assert log.events()["seq"].to_pylist() == list(range(log.events().num_rows))
 
     client.fence(0)  # the restored learner has not trained it yet
-    assert reader.rollouts()["outcome"].to_pylist()[:2] == [None, None]
+    assert log.rollouts()["outcome"].to_pylist()[:2] == [None, None]
+
+
+def test_a_segment_that_is_closed_while_its_folder_is_listed_is_not_missed(
+    fakes: SimpleNamespace, tmp_path: Path, loop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = ReplayClient(loop.transport(ReplayStore(fakes.plan(), tmp_path / "replay")), "all", 1)
+    (ticket,) = client.reserve(1, Version(0, 0), [], 1.0).tickets
+    client.submit([fakes.rollout(ticket, i, Version(0, 0)) for i in ticket.rollouts])
+    real, missed = reader.listing, [True]
+
+    def listing(folder: Path, stem: str) -> Any:
+        """The first one passed where the segment was to be before it was there, and the tail when it was gone."""
+        return ([], []) if stem == "rows" and missed and missed.pop() else real(folder, stem)
+
+    monkeypatch.setattr(reader, "listing", listing)
+    assert asyncrl.replay.open(tmp_path).rollouts().num_rows == 2
 
 
 def test_a_run_that_has_just_begun_is_empty(fakes: SimpleNamespace, tmp_path: Path) -> None:

@@ -27,8 +27,12 @@ def rollouts(fakes: SimpleNamespace) -> list[Rollout]:
         turns=(0, 3),
         spans=spans,
         tokens=5,
+        text="ask, and say 42",
+        prompt_text="how much?",
+        prompt=replace(ticket.prompt, ground_truth='"42"'),
     )
-    return [tool, fakes.rollout(ticket, 1, Version(2, 9), kept_logmass=[-0.25, 0.0], tokens=2)]
+    other = replace(ticket.prompt, ground_truth="42")
+    return [tool, fakes.rollout(ticket, 1, Version(2, 9), kept_logmass=[-0.25, 0.0], tokens=2, prompt=other)]
 
 
 def test_train_rollouts_come_back_as_they_went(rollouts: list[Rollout]) -> None:
@@ -51,10 +55,17 @@ def test_train_rollouts_come_back_as_they_went(rollouts: list[Rollout]) -> None:
 
 def test_unscored_keeps_the_prompt_but_its_ids_and_the_stop_token(rollouts: list[Rollout]) -> None:
     batch = schema.from_ipc(schema.encode_rollouts(rollouts, "run")).select(schema.UNSCORED_COLUMNS)
-    a, _ = schema.decode_unscored(batch)
-    assert a.prompt == Prompt(row=100, ids=(), data_source="even")  # rewards need no prompt tokens
-    assert a.response_ids == [11, 12, 13, 14, 0]
+    a, b = schema.decode_unscored(batch)
+    assert a.prompt == Prompt(row=100, ids=(), data_source="even", ground_truth='"42"')  # rewards need no prompt tokens
+    assert b.prompt.ground_truth == "42"  # the number
+    assert (a.response_ids, a.text) == ([11, 12, 13, 14, 0], "ask, and say 42")
     assert (a.purpose, a.finish_reason, a.turns) == ("train", "stop", (0, 3))
+
+
+def test_rows_can_be_read_by_people(rollouts: list[Rollout]) -> None:
+    texts = ["prompt", "response", "ground_truth", "ground_truth_is_json"]
+    rows = schema.from_ipc(schema.encode_rollouts(rollouts, "run")).select(texts).to_pylist()
+    assert [tuple(row.values()) for row in rows] == [("how much?", "ask, and say 42", "42", False), ("", "", "42", True)]
 
 
 def test_rows_get_their_token_rewards_later(rollouts: list[Rollout]) -> None:
