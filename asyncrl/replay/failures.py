@@ -16,9 +16,9 @@ _VARIES = re.compile(r"""'[^']*'|"[^"]*"|\d+(?:\.\d+)?""")  # what differs betwe
 class FailureWatch:
     """Counts what the reward function failed on, and notices a function that is broken: all of its first scores are failures.
 
-    So many are the first: `sampling.max_first_failures`, or else a batch's worth. Once that many have failed or are under way,
-    nothing more is generated until one of them has a reward. With the first reward all this is over: a function that fails
-    later, as when a judge's service is down, ends a run only by `sampling.max_empty_batches`.
+    So many are the first: `sampling.max_first_failures`, or else a batch's worth; all there are, if the data ends before. Once
+    so many have failed or are under way, nothing more is generated until one of them has a reward. With the first reward all
+    this is over: one that fails later, as when a judge's service is down, ends a run only by `sampling.max_empty_batches`.
 
     Volatile: a resumed run, and a store that was restarted, watch their own first scores.
     """
@@ -61,13 +61,13 @@ class FailureWatch:
         """Whether only failures have come, and what is under way suffices to tell what that means."""
         if self._works or not self._failed:
             return False
-        under_way = sum(group.unscored for group in self._context.ledger.outstanding())
-        return self._failed.total() + under_way >= self._enough()
+        return self._failed.total() + self._under_way() >= self._enough()
 
     def _broken(self) -> str:
         """What is to be said of a reward function that is broken; empty, as long as it may not be."""
         failed = self._failed.total()
-        if self._works or not failed or failed < self._enough():
+        over = self._context.exhausted() and not self._under_way()
+        if self._works or not failed or (failed < self._enough() and not over):
             return ""
         errors = "; ".join(f"{count} × {error}" for count, error in self._most())
         several = f" ({errors})" if len(self._errors) > 1 else ""
@@ -75,6 +75,10 @@ class FailureWatch:
             f"{self._first}; none of the first {failed} samples has a reward{several}: there is nothing to train on; fix the "
             "function or, if so many may fail before the first that does not, raise sampling.max_first_failures"
         )
+
+    def _under_way(self) -> int:
+        """Samples that have no verdict yet."""
+        return sum(group.unscored for group in self._context.ledger.outstanding())
 
     def _enough(self) -> int:
         plan = self._context.plan

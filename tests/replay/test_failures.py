@@ -80,6 +80,15 @@ def test_slow_failures_end_the_run_after_a_minute(fakes: SimpleNamespace) -> Non
     assert "timeout: no score within reward.deadline_s=10; none of the first 16" in bench.report(0).failures.broken
 
 
+def test_data_that_end_before_are_all_there_is(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(batch=2, n=1, size=4, epochs=1, max_attempts=1))
+    bench.fence(0)
+    assert fail(bench, 3) == 3
+    assert bench.report(0).failures.broken == ""
+    assert fail(bench, 1) == 1
+    assert "none of the first 4 samples has a reward" in bench.report(0).failures.broken
+
+
 def test_the_setting_is_the_number(fakes: SimpleNamespace) -> None:
     plan = fakes.plan(batch=4, n=4, size=64)
     bench = fakes.Bench(replace(plan, sampling=replace(plan.sampling, max_first_failures=40)))
