@@ -35,7 +35,9 @@ def detach(command: Sequence[str], paths: RunDir) -> int:
     os.close(writer)
     with open(reader, "rb", buffering=0) as pipe:
         try:
-            while not select.select([pipe], [], [], LOOK_S)[0]:
+            poll = select.poll()
+            poll.register(pipe, select.POLLIN)
+            while not poll.poll(1000 * LOOK_S):
                 shown = _show(paths.driver_log, shown)
             ready = pipe.read(1)
         except KeyboardInterrupt:

@@ -16,7 +16,7 @@ RUN = """
 import os, sys, time
 from asyncrl.jobs.detach import tell_ready
 
-print("a result")
+print("a result", flush=True)
 print("it starts", file=sys.stderr, flush=True)
 {then}
 while not os.path.exists({gate!r}):
