@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ class Trainer:
             self.paths.require_checkpoint(resume_from if isinstance(resume_from, int) else None)
         self._deployment = deployment or Deployment()
         self._recipe = resolve_paths(recipe, self.paths)
-        self._summary = RunSummary(name=self.paths.path.name, total_steps=recipe.total_steps)
+        self._summary = RunSummary(name=self.paths.path.name, total_steps=recipe.total_steps, starting=True)
         self._observer = observe
         self._began = self._actors_due = time.monotonic()
         self._resources = contextlib.ExitStack()
@@ -74,7 +75,8 @@ class Trainer:
     def fit(self, steps: int | None = None) -> RunResult:
         """Trains `steps` further updates (None: up to the recipe's total_steps). Blocks; evaluation at the end included.
 
-        KeyboardInterrupt leaves it when the update under way is made and saved, and says where; a second one at once.
+        KeyboardInterrupt leaves it when the update under way is made and saved, and says where and, in a note, how to go on; a
+        second one at once.
         """
         total = self._recipe.total_steps
         until = total if steps is None else min(self._summary.committed + steps, total)
@@ -83,7 +85,7 @@ class Trainer:
         return self.result()
 
     def finish(self) -> RunResult:
-        """Ends the run cleanly: what is still outstanding is settled as evicted, and nobody is left waiting."""
+        """Ends the run cleanly: what is still outstanding is settled as unused, and nobody is left waiting."""
         with self._resumable():
             self._supervisor.finish()
         return self.result()
@@ -144,7 +146,9 @@ class Trainer:
             kept = f"update {made} is saved in {newest}"
             if self.paths.update_of(newest) < made:
                 kept = f"{newest} is the newest checkpoint; the updates since, up to {made}, will be made again from the log"
-            raise KeyboardInterrupt(f"{kept}; to go on: --resume (in Python: resume_from={str(self.paths.path)!r})") from None
+            interrupt = KeyboardInterrupt(kept)
+            interrupt.add_note(f"to go on: resume_from={str(self.paths.path)!r}")
+            raise interrupt from None
 
     def _start(self, resume_at: int | None, stop_token_ids: tuple[int, ...]) -> "Supervisor":
         # Here, as Ray takes a second to import, and a mistake is told before.
@@ -167,13 +171,17 @@ class Trainer:
         self._resources.callback(supervisor.close)
         found = self.paths.steps()
         supervisor.start()
+        self._summary.starting = False
         if found:
             self._tell_resumed(found)
         return supervisor
 
     def _tell_resumed(self, found: Sequence[Path]) -> None:
         """found: the checkpoints there were before."""
-        log.info("resumed from %s", self.paths.checkpoint(self._summary.committed).name)
+        groups = self._summary.reports["store"].gauges["store/reopened"]
+        again = math.ceil(groups / self._recipe.learner.batch_groups)
+        said = "resumed from %s: %d later batches are trained again first, from the log"
+        log.info(said, self.paths.checkpoint(self._summary.committed).name, again)
         for folder in found:
             if self.paths.update_of(folder) > self._summary.committed:
                 log.warning("%s was given up; logs/learner.log says why", folder.name)

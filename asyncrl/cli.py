@@ -1,7 +1,7 @@
 """`asyncrl {run,sft,eval,export,clean,doctor}`. Only the chosen job is imported, so that a mistake in a spec costs no torch.
 
-Exit status: 0 done; 1 the job failed; 2 what was asked for can't work (a spec, an argument, a data file); 130 Ctrl-C, SIGTERM;
-141 whoever read standard output has left (`| head -1`).
+Exit status: 0 done; 1 the job failed; 2 what was asked for can't work (a spec, an argument, a data file); 130 Ctrl-C, SIGTERM
+or SIGHUP; 141 whoever read standard output has left (`| head -1`).
 Standard output carries results only; logs, progress and errors go to standard error. LOG_LEVEL=DEBUG says more.
 """
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return 141  # 128 + SIGPIPE, as of any command in a pipe
     except AsyncRLError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
+        _say(f"error: {error}", error)
         logging.getLogger(__name__).debug("where it came from", exc_info=True)
         return 2 if isinstance(error, ConfigError | DataError) else 1
     except OSError as error:
@@ -62,8 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}: nothing more could be saved; free disk space, then go on with --resume", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
-        print(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", file=sys.stderr)
+        _say(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", interrupt)
         return 130
+
+
+def _say(message: str, error: BaseException) -> None:
+    """The message, and what the error notes on how to go on."""
+    print(redact("\n".join([message, *getattr(error, "__notes__", ())])), file=sys.stderr)
 
 
 def _reader_left() -> bool:

@@ -151,8 +151,8 @@ class SupervisorStore(Protocol):
     """What the supervisor asks of the store. None of these calls waits."""
 
     def finish(self) -> None:
-        """The last update is made: evicts what is outstanding. Evaluations that were asked for still run to their end, then
-        generators and reward workers are told that there will be no more."""
+        """The last update is made: what is outstanding is settled as unused. Evaluations that were asked for still run to their
+        end, then generators and reward workers are told that there will be no more."""
 
     def forget(self, worker: str, incarnation: int) -> None:
         """This incarnation of a worker is dead: its work is reassigned immediately, its late calls are refused. What its

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what ends a job in order: Ctrl-C, whoever stops it, a closed terminal
 REAP_S = 5.0  # in which the kernel has ended a killed process, unless it waits for a device
 
 

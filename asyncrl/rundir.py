@@ -47,6 +47,7 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.exports = self.path / "exports"
         self.logs = self.path / "logs"
+        self.driver_log = self.path / "driver.log"  # of detached runs; those of one name follow each other
 
     @property
     def run_id(self) -> str:

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 Purpose = Literal["train", "eval"]
 FinishReason = Literal["stop", "length", "abort"]
 Status = Literal["ok", "invalid", "timeout"]
-Outcome = Literal["trained", "filtered", "evicted", "failed"]
+Outcome = Literal["trained", "filtered", "evicted", "failed", "unused"]
 
 
 class Version(Struct, frozen=True, order=True, array_like=True):
@@ -263,14 +263,25 @@ class EvalResult(Struct, frozen=True, kw_only=True):
 
 
 class GroupCounts(Struct, frozen=True, kw_only=True):
-    """Training groups by outcome. reserved = trained + filtered + evicted + failed + pending, always."""
+    """Training groups by outcome. reserved = trained + filtered + evicted + failed + unused + pending, always."""
 
     reserved: int = 0
     trained: int = 0
     filtered: int = 0
     evicted: int = 0
     failed: int = 0
+    unused: int = 0  # in flight or ready when the run had made its last update
     pending: int = 0
+
+
+class RewardFailures(Struct, frozen=True, kw_only=True):
+    """Samples on which the reward function failed, since the store started."""
+
+    invalid: int = 0
+    timeout: int = 0
+    first: str = ""  # which function failed on which sample, and how
+    errors: dict[str, int] = {}  # the most frequent: the first of each kind, and how many there are
+    broken: str = ""  # why the run can't go on, if it has never worked
 
 
 class Record(Struct, frozen=True, kw_only=True):
@@ -293,6 +304,7 @@ class StoreReport(Struct, frozen=True, kw_only=True):
     activity: int  # rises with every accepted call that moved data
     gauges: dict[str, float]  # queue depths by name
     seconds: dict[str, float] = {}  # time per state, as in a `Report`
+    failures: RewardFailures = RewardFailures()
     given_up: tuple[str, ...] = ()  # a message for each prompt that workers died of, since the run's first start
 
 

@@ -97,3 +97,4 @@ def _set_aside(paths: RunDir) -> None:
     for path in [*used, paths.recipe, paths.deployment]:
         if path.exists():
             shutil.move(path, aside / path.name)
+    log.warning("%s held an earlier run, which is now in %s; --resume would have gone on with it", paths.path, aside)

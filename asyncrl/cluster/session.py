@@ -14,12 +14,13 @@ import ray
 
 from asyncrl.config import Deployment
 from asyncrl.errors import ConfigError, Unavailable
+from asyncrl.processes import ENDING
 from asyncrl.scratch import session_in_use
 
 
 @contextlib.contextmanager
 def heed_signals() -> Iterator[None]:
-    """Around Ray's start: Ctrl-C and SIGTERM end it as KeyboardInterrupt, when it is done at the latest; their handlers stay.
+    """Around Ray's start: signals of `ENDING` end it as KeyboardInterrupt, when it is done at the latest; their handlers stay.
 
     Ray puts two in its place: one exits with status 15 while Ray starts, the other prints a native stack and aborts, before
     anything is cleaned up. And what a handler raises is dropped, with a page about it, where Python happens to be in a hook of
@@ -45,13 +46,13 @@ def heed_signals() -> Iterator[None]:
         os.close(writer)
         with open(reader, "rb") as pipe:
             came = pipe.read() or b""
-    if {signal.SIGINT, signal.SIGTERM} & set(came):
+    if set(ENDING) & set(came):
         raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Ctrl-C and SIGTERM that come inside are handled, each of them, once it is over: what an interrupt would cut in two is
+    """Signals of `ENDING` that come inside are handled, each of them, once it is over: what an interrupt would cut in two is
     told whole, and no lock is left half taken. For the main thread; nothing else gets signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -61,7 +62,7 @@ def undisturbed() -> Iterator[None]:
         def note(number: int, frame: FrameType | None) -> None:
             later.callback(signal.raise_signal, number)
 
-        handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.signal(number, note) for number in ENDING}
         try:
             yield
         finally:
@@ -95,10 +96,21 @@ def _join_or_start(address: str, num_cpus: int | None) -> Path:
     """The folder of Ray's session."""
     own = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
     try:
-        with heed_signals():
+        with heed_signals(), deaf_to_hangups():
             context = ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
     except (OSError, RuntimeError) as error:
         if not address:
             raise
         raise Unavailable(f"no Ray cluster answers at {address!r}: {error}") from error
     return Path(context.address_info["session_dir"])
+
+
+@contextlib.contextmanager
+def deaf_to_hangups() -> Iterator[None]:
+    """Processes that are started inside, and what these start, never get a SIGHUP: a terminal that closes sends it to all of
+    them at once, and the run could not end in order. Ray does the same for Ctrl-C."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -172,14 +172,18 @@ class Supervisor:
                 reports.append(report)
         restarts = {member.name: member.restarts for member in self._members if member.restarts}
         pids = {member.name: member.pid for member in self._members if member.pid}
-        named = len(self._summary.given_up)
+        named, failing = len(self._summary.given_up), self._summary.failures.first
         self._summary.update(store, reports, restarts, pids)
+        if (first := self._summary.failures.first) and not failing:
+            log.warning("%s", redact(first))
         for message in self._summary.given_up[named:]:
             log.warning("%s", message)
             for member in self._members:
                 if member.role == "generator":
                     member.budget.forgive()
         self._observe(store.records if store is not None else ())
+        if self._summary.failures.broken:
+            raise ConfigError(self._summary.failures.broken)
         if store is not None:
             self._watch(store)
         return store

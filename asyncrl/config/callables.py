@@ -17,6 +17,8 @@ from typing import Any
 
 from asyncrl.errors import ConfigError
 
+_PACKAGE = str(Path(__file__).parents[1])  # asyncrl's own folder
+
 
 def load_callable(reference: str, what: str = "function") -> Callable[..., Any]:
     """Imports the module and returns the function. `what` is the field that named it, for the error.
@@ -136,9 +138,11 @@ def _module_from(path: Path) -> ModuleType:
     return module
 
 
-def describe(error: BaseException) -> str:
-    """Type, message and innermost frame of an error, in one line."""
-    frames = traceback.extract_tb(error.__traceback__)
+def describe(error: BaseException, module: str = "") -> str:
+    """Type, message and innermost frame of an error, in one line: one in `module` if there is any, else none of asyncrl's."""
+    frames: list[traceback.FrameSummary] = traceback.extract_tb(error.__traceback__)
+    file = getattr(sys.modules.get(module), "__file__", None)
+    frames = [f for f in frames if f.filename == file] or [f for f in frames if not f.filename.startswith(_PACKAGE)]
     where = f" ({frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
     return f"{type(error).__name__}: {error}"[:500] + where
 

@@ -276,7 +276,7 @@ class LimitsSpec(Spec, frozen=True, kw_only=True):
     # A run in which nothing moves for so long, not a token, a pack, a verdict or a piece of weights, is stopped, with a dump of
     # who waits for what. A server that starts and a sample that is scored have limits of their own, which may be longer.
     stall_timeout_s: float = 300.0
-    # For what the learner saves when it is asked to; at an interrupt (Ctrl-C, SIGTERM) the update under way included.
+    # For what the learner saves when it is asked to; at an interrupt (Ctrl-C, SIGTERM, SIGHUP) the update under way included.
     save_timeout_s: float = 600.0
     # For an SGLang server to take new weights; then it is replaced. Below stall_timeout_s.
     update_timeout_s: float = 180.0

@@ -139,6 +139,9 @@ class SamplingSpec(Spec, frozen=True, kw_only=True):
     max_attempts: int = 3
     # Which complete groups are trained: `all`, `varied` (rewards not all equal), or your own `keep(rewards) -> bool`.
     keep: str = "all"
+    # The run ends when the reward failed on all of so many first samples, by errors, passed deadlines or dead processes. null:
+    # a batch's worth, and at least 16; after a minute of failures 16.
+    max_first_failures: int | None = None
     # The run ends, with a message, when so many times learner.batch_groups groups in a row gave nothing to train on. null:
     # 32 times, and at least 1024 groups.
     max_empty_batches: int | None = None
@@ -151,6 +154,7 @@ class SamplingSpec(Spec, frozen=True, kw_only=True):
             ("top_k", lambda x: x >= 0, "< 0; 0 turns it off"),
             ("max_response_length", lambda x: x >= 1, "< 1: no token could be sampled"),
             ("max_attempts", lambda x: x >= 1, "< 1: no prompt could be tried"),
+            ("max_first_failures", lambda x: x >= 1, "< 1: the run would end before its first reward; use >= 1, or null"),
             ("max_empty_batches", lambda x: x >= 1, "< 1: the run would end before its first group; use >= 1, or null"),
         ]
         require_fields(self, "sampling.", rules)

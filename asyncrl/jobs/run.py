@@ -3,22 +3,28 @@
 import argparse
 import contextlib
 import os
+import shlex
 import signal
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 import msgspec
+from msgspec.structs import replace
 
 from asyncrl.api import launch
 from asyncrl.cluster.preflight import check_run
 from asyncrl.config.load import load_specs
 from asyncrl.config.paths import resolve_paths
-from asyncrl.errors import ConfigError
+from asyncrl.errors import AsyncRLError, ConfigError
+from asyncrl.jobs.detach import detach, tell_ready
 from asyncrl.models.tokenizing import tokenize_only
+from asyncrl.processes import ENDING
 from asyncrl.report.progress import Progress
-from asyncrl.rundir import resolve_run_dir
+from asyncrl.report.summary import RunResult, RunSummary
+from asyncrl.rundir import RAY_JOB_ENV, redact, resolve_run_dir
 
 
 def run_job(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +39,8 @@ def run_job(parser: argparse.ArgumentParser) -> None:
         help="go on from this run's newest checkpoint that is whole and in its log; `--resume 150`: from that of update 150",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+    parser.add_argument("--detach", action="store_true", help="go on without this terminal; returns when the run is up")
+    parser.add_argument("--ready", type=int, default=None, help=argparse.SUPPRESS)  # for `detach`
     parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="fields to change, e.g. learner.lr=1e-5")
     parser.set_defaults(job=_run)
 
@@ -48,20 +56,57 @@ def _run(args: argparse.Namespace) -> int:
             paths.require_checkpoint(None if resume is True else resume)
         print("\n".join(check_run(recipe, deployment, paths)))
         return 0
+    if args.detach:
+        if RAY_JOB_ENV in os.environ:
+            raise ConfigError("--detach in a Ray job, which ends with this command: use `ray job submit --no-wait` instead")
+        check_run(recipe, deployment, paths)
+        return detach([sys.executable, "-m", "asyncrl.cli", *_words(args, file, overrides, resume)], paths)
 
     # Ray tells of every death in a paragraph of guesses; the supervisor has a line. Read when ray is imported.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed")
     _at_interrupt(_end_in_order)
     if not recipe.prepare:  # which may compute
         tokenize_only(recipe.model)
+    watch = _Watch(args.ready)
     try:
         # A recipe's `prepare` prints, and so does Ray.
-        with contextlib.redirect_stdout(sys.stderr), contextlib.closing(Progress()) as progress:
-            result = launch(recipe, deployment, name=args.name, runs_dir=args.runs_dir, resume=resume, observe=progress.update)
+        with contextlib.redirect_stdout(sys.stderr), contextlib.closing(watch.progress):
+            result = launch(recipe, deployment, name=args.name, runs_dir=args.runs_dir, resume=resume, observe=watch)
+    except (AsyncRLError, KeyboardInterrupt) as error:
+        if (run := watch.progress.newest) is not None:  # before, there is nothing to go on with
+            error.__notes__ = [f"to go on: {shlex.join(['asyncrl', *_words(args, file, overrides, True)])}"]
+            if isinstance(error, AsyncRLError):
+                _tell(replace(run.result(str(paths.path), run.elapsed_s), error=redact(str(error))))
+        raise
     finally:
         _at_interrupt(signal.SIG_DFL)  # nothing is left to be ended in order
-    print(msgspec.json.encode(result).decode(), flush=True)
+    _tell(result)
     return 0
+
+
+def _words(args: argparse.Namespace, file: str, overrides: list[str], resume: bool | int) -> list[str]:
+    """What to write after `asyncrl` for the same run."""
+    options = {"--deploy": args.deploy, "--name": args.name, "--runs-dir": "" if args.runs_dir == "runs" else args.runs_dir}
+    words = ["run", file, *overrides, *(word for option, value in options.items() if value for word in (option, value))]
+    return words if resume is False else [*words, "--resume", *([] if resume is True else [str(resume)])]
+
+
+class _Watch:
+    """What the command does with a run's state: shows it and, where it was detached, tells by a pipe that the run is up."""
+
+    def __init__(self, ready: int | None) -> None:
+        self.progress = Progress()
+        self._ready = ready
+
+    def __call__(self, run: RunSummary) -> None:
+        self.progress.update(run)
+        if self._ready is not None and not run.starting:
+            tell_ready(self._ready)
+            self._ready = None
+
+
+def _tell(result: RunResult) -> None:
+    print(msgspec.json.encode(result).decode(), flush=True)
 
 
 def _resume(args: argparse.Namespace) -> tuple[str, list[str], bool | int]:
@@ -81,13 +126,16 @@ def _resume(args: argparse.Namespace) -> tuple[str, list[str], bool | int]:
 
 
 def _at_interrupt(what: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # a job that is stopped ends like one that is interrupted
-        signal.signal(number, what)
+    for number in ENDING:
+        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, what)
 
 
 def _end_in_order(number: int, frame: FrameType | None) -> None:
     """The first signal: a checkpoint, if anything is trained, then actor after actor."""
     _at_interrupt(_end_at_once)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes may send several: nobody asked twice
+    _leave_closed_terminal()
     print("interrupted: ending in order; once more ends at once", file=sys.stderr, flush=True)
     raise KeyboardInterrupt
 
@@ -95,5 +143,13 @@ def _end_in_order(number: int, frame: FrameType | None) -> None:
 def _end_at_once(number: int, frame: FrameType | None) -> None:
     """The second signal: no checkpoint, and actors are killed. A third one does not even do that: Ray's own end has to."""
     _at_interrupt(signal.SIG_DFL)
+    _leave_closed_terminal()
     print("interrupted again: ending at once", file=sys.stderr, flush=True)
     raise KeyboardInterrupt
+
+
+def _leave_closed_terminal() -> None:
+    """What is still said goes nowhere once the terminal is closed, instead of being an error that ends the run half-way."""
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

@@ -68,7 +68,9 @@ def _sft(args: argparse.Namespace) -> int:
     """Standard output gets one line of JSON at the end; everything else goes to standard error."""
     data = DemonstrationsSpec(files=tuple(args.data), heldout=tuple(args.heldout))
     spec = override(SFTSpec(model=ModelSpec(path=args.model), data=data, out=args.out), args.overrides)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that is stopped ends like one that is interrupted
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a job that is stopped ends like one that is interrupted
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
     began = time.monotonic()
     result = train(spec, resume=args.resume, force=args.force, observe=WarmStartLines())
     print(msgspec.json.encode(result).decode(), flush=True)

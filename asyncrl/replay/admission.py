@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import asyncrl.replay.log.events as ev
 from asyncrl.replay.ledger import StoreContext
@@ -184,11 +184,13 @@ class Holders:
 class Admission:
     """Hands out training tickets within the bound."""
 
-    def __init__(self, context: StoreContext, holders: Holders) -> None:
+    def __init__(self, context: StoreContext, holders: Holders, pauses: Callable[[], bool]) -> None:
+        """pauses: whether no new group is wanted for now."""
         self._context = context
         self._ledger = context.ledger
         self._rule = context.plan.rule
         self._holders = holders
+        self._pauses = pauses
         self.time = TimeInState("free", context.clock)  # what keeps callers with free slots from more work, if anything does
 
     def tickets(self, k: int, caller: Key, version: Version, held: Sequence[int]) -> list[Ticket]:
@@ -196,7 +198,11 @@ class Admission:
         tickets = self._reissues(k, caller, version, held)
         for _ in range(min(k - len(tickets), self._room(version))):
             retries = self._ledger.retries
-            if self._context.exhausted() or (retries and not self._holders.may_take(("train", retries[0][0]), caller)):
+            if (
+                self._context.exhausted()
+                or self._pauses()
+                or (retries and not self._holders.may_take(("train", retries[0][0]), caller))
+            ):
                 break
             tickets.append(self._reserve(caller, version))
         self.time.enter(self._limit(version) if len(tickets) < k else "free")
@@ -206,6 +212,8 @@ class Admission:
         """Why a caller at `version` gets no ticket now."""
         if self._context.exhausted():
             return "data"
+        if self._pauses():
+            return "first reward"
         newest = Version(self._ledger.incarnation, max(self._update(version), self._ledger.committed))
         if self._room(version) <= 0 < self._room(newest):
             return TOO_OLD

@@ -16,6 +16,7 @@ from asyncrl.interfaces import VERBS
 from asyncrl.replay.admission import Admission, Holders
 from asyncrl.replay.batches import Batches
 from asyncrl.replay.evaluations import Evaluations
+from asyncrl.replay.failures import FailureWatch
 from asyncrl.replay.ledger import Poll, StoreContext
 from asyncrl.replay.log.log import ReplayLog
 from asyncrl.replay.plan import StorePlan
@@ -41,9 +42,10 @@ class StoreCore:
         self.time = TimeInState("wait:calls")
         self.holders = Holders(self.context)
         self.evaluations = Evaluations(self.context, self.holders)
-        self.scoring = Scoring(self.context, self.holders, self.evaluations)
+        self.failures = FailureWatch(self.context)
+        self.scoring = Scoring(self.context, self.holders, self.evaluations, self.failures)
         self.batches = Batches(self.context, self.holders)
-        self._admission = Admission(self.context, self.holders)
+        self._admission = Admission(self.context, self.holders, self.failures.pauses)
         self._workers = dict(self.ledger.workers)  # newest incarnation of each
         self.verbs = {verb: self._handler(verb) for verb in VERBS}
 
@@ -116,6 +118,7 @@ class StoreCore:
             activity=self.context.activity,
             gauges=gauges,
             seconds=self.time.seconds(),
+            failures=self.failures.report(),
             given_up=tuple(ledger.given_up.values()),
         )
 

@@ -245,9 +245,9 @@ class Ledger:
         self._note("eval", result.version, e.time, metrics)
 
     def _ended(self, e: ev.Ended) -> None:
-        """What is outstanding is evicted. If the run is resumed for more updates, its prompts come first."""
+        """What is outstanding is not used. If the run is resumed for more updates, its prompts come first."""
         self.ended = True
-        self.outcomes["evicted"] += len(self.groups)
+        self.outcomes["unused"] += len(self.groups)
         self.retries.extendleft((g.position, g.retry) for _, g in sorted(self.groups.items(), reverse=True))
         for state in (self.groups, self.taken, self.ready, self.leases, self.reopened):
             state.clear()

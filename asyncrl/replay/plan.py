@@ -76,13 +76,14 @@ class StorePlan(Struct, frozen=True, kw_only=True):
 
     rule: Staleness
     source: Source
-    sampling: SamplingSpec  # read: n, min_valid, max_attempts, max_empty_batches
+    sampling: SamplingSpec  # read: n, min_valid, max_attempts, max_first_failures, max_empty_batches
     keep: Keep = keep_all  # which complete groups are worth training; what `sampling.keep` names
     # Whether each group has one greedy rollout more, which is scored and never trained. It counts in neither min_valid nor
     # keep; where it is not `ok`, the group is failed: without it the others' advantages would be of another kind.
     baseline: bool = False
     evaluation: Evaluation | None = None
     lease_s: float = 30.0  # silence after which a worker's work is reassigned
+    reward: str = "the reward"  # what scores, as errors name it
 
     def __post_init__(self) -> None:
         size, batch = len(self.source.prompts), self.rule.batch_groups

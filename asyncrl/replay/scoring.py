@@ -12,6 +12,7 @@ import asyncrl.replay.log.events as ev
 import asyncrl.replay.log.rows as schema
 from asyncrl.replay.admission import Holders
 from asyncrl.replay.evaluations import Evaluations
+from asyncrl.replay.failures import FailureWatch
 from asyncrl.replay.ledger import Poll, StoreContext
 from asyncrl.replay.state import Group
 from asyncrl.types import Key, Score
@@ -28,8 +29,9 @@ class RewardLease(Struct):
 class Scoring:
     """Volatile: the queue of unscored rollouts and their leases; both are rebuilt from the ledger."""
 
-    def __init__(self, context: StoreContext, holders: Holders, evaluations: Evaluations) -> None:
+    def __init__(self, context: StoreContext, holders: Holders, evaluations: Evaluations, watch: FailureWatch) -> None:
         self._context = context
+        self._watch = watch
         self._ledger = context.ledger
         self._holders = holders
         self._evaluations = evaluations
@@ -183,6 +185,7 @@ class Scoring:
         """Records verdicts that count. first_row: in the log, of the rollouts among them whose tokens earned something."""
         rows = count(first_row)
         for s in verdicts:
+            self._watch.note(self._ledger.get(s.group), s)
             event = ev.RolloutScored(s.group, s.rollout, s.attempt, s.status, s.reward, s.parts, s.error)
             if s.token_rewards:
                 event = replace(event, row=next(rows), token_sum=math.fsum(s.token_rewards))

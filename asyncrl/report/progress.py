@@ -1,5 +1,6 @@
 """What a person sees while a run or a warm start goes on: a live view on a terminal, else plain lines. On standard error."""
 
+import contextlib
 import math
 import os
 import re
@@ -91,11 +92,11 @@ def one_line(run: RunSummary, pace: Pace) -> str:
 def _facts(run: RunSummary, pace: Pace) -> list[tuple[str, str | Shares]]:
     """What there is to say of a run, each under its name; empty: nothing yet."""
     ends = [f"{score:.3f}" for score in run.scores]
-    groups = " + ".join(f"{getattr(run.counts, end)} {end}" for end in ("trained", "filtered", "evicted", "failed", "pending"))
+    outcomes = ("trained", "filtered", "evicted", "failed", *["unused"] * bool(run.counts.unused), "pending")
+    groups = " + ".join(f"{getattr(run.counts, outcome)} {outcome}" for outcome in outcomes)
     lags = sorted((int(match[1]), share) for name, share in run.metrics.items() if (match := _LAG.match(name)))
-    # Samples on which the reward function failed.
-    scoring = [report.gauges for report in run.reports.values() if report.role == "reward"]
-    unscored = {status: sum(gauges.get(status, 0.0) for gauges in scoring) for status in ("invalid", "timeout")}
+    unscored = {"invalid": run.failures.invalid, "timeout": run.failures.timeout}
+    errors = "; ".join(f"{count} × {_brief(error)}" for error, count in run.failures.errors.items())
     return [
         ("time", f"{clock(run.elapsed_s)} elapsed, {clock(pace.left_s)} left, {number(pace.samples_per_s)} samples/s"),
         ("reward", f"{run.metrics['reward/mean']:.3g}" if "reward/mean" in run.metrics else ""),
@@ -103,9 +104,17 @@ def _facts(run: RunSummary, pace: Pace) -> list[tuple[str, str | Shares]]:
         ("response", f"{run.metrics['response_length/mean']:.3g} tokens" if "response_length/mean" in run.metrics else ""),
         ("lag", {str(lag): share for lag, share in lags}),
         ("groups", f"{run.counts.reserved} = {groups}" if run.counts.reserved else ""),
-        ("unscored", " + ".join(f"{count:.0f} {status}" for status, count in unscored.items() if count)),
+        (
+            "unscored",
+            " + ".join(f"{count} {status}" for status, count in unscored.items() if count) + f" ({errors})" * bool(errors),
+        ),
         ("restarts", ", ".join(f"{name} ×{count}" for name, count in sorted(run.restarts.items()))),
     ]
+
+
+def _brief(error: str) -> str:
+    """Its beginning, and its end, which says where."""
+    return error if len(error) <= 100 else f"{error[:50]} … {error[-47:]}"
 
 
 class Progress:
@@ -115,7 +124,7 @@ class Progress:
         """live None: if the stream is a terminal that can move its cursor."""
         self._stream = sys.stderr if stream is None else stream
         self._pace = Pace()
-        self._newest: RunSummary | None = None
+        self.newest: RunSummary | None = None  # as `update` got it
         self._printed: tuple[float, int] | None = None  # seconds elapsed and step of the newest plain line
         self._live = None
         if live is None:
@@ -127,21 +136,25 @@ class Progress:
             self._live = Live(console=Console(file=self._stream, markup=False, highlight=False), auto_refresh=False)
 
     def update(self, run: RunSummary) -> None:
-        """Takes the run's newest state, and shows it if it is time to."""
-        self._newest = run
+        """Takes the run's newest state, and shows it if it is time to; nothing before the run is up: rates count from there."""
+        if run.starting:
+            return
+        self.newest = run
         self._pace.update(run)
         if self._live is not None:
-            self._live.start()  # once there is something to show
-            self._live.update(dashboard(run, self._pace), refresh=True)
+            with contextlib.suppress(OSError):
+                self._live.start()  # once there is something to show
+                self._live.update(dashboard(run, self._pace), refresh=True)
         elif self._due(run):
             self._print(run)
 
     def close(self) -> None:
         """Shows the last state once more, and gives the terminal back. Idempotent."""
         if self._live is not None:
-            self._live.stop()
-        elif self._newest is not None and self._printed != (self._newest.elapsed_s, self._newest.committed):
-            self._print(self._newest)
+            with contextlib.suppress(OSError):
+                self._live.stop()
+        elif self.newest is not None and self._printed != (self.newest.elapsed_s, self.newest.committed):
+            self._print(self.newest)
 
     def _due(self, run: RunSummary) -> bool:
         if self._printed is None:
@@ -152,7 +165,8 @@ class Progress:
 
     def _print(self, run: RunSummary) -> None:
         self._printed = run.elapsed_s, run.committed
-        print(one_line(run, self._pace), file=self._stream, flush=True)
+        with contextlib.suppress(OSError):  # the terminal is gone: that ends no run
+            print(one_line(run, self._pace), file=self._stream, flush=True)
 
 
 class WarmStartLines:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from msgspec import Struct
 
-from asyncrl.types import GroupCounts, Record, Report, StoreReport
+from asyncrl.types import GroupCounts, Record, Report, RewardFailures, StoreReport
 
 
 class RunResult(Struct, frozen=True, kw_only=True):
@@ -21,7 +21,11 @@ class RunResult(Struct, frozen=True, kw_only=True):
     filtered: int
     evicted: int
     failed: int
+    unused: int
     pending: int
+    invalid: int  # samples on which the reward failed since this start, and those on which it took too long
+    timeout: int
+    reward_errors: dict[str, int]  # the most frequent of these failures
     restarts: dict[str, int]
     max_trained_lag: int  # the largest lag of a trained token
     mean_trained_lag: float
@@ -32,6 +36,7 @@ class RunResult(Struct, frozen=True, kw_only=True):
     # Shares of the store's time. `reserve_ahead`, `max_lag`: generators with free slots got no more prompts because of it;
     # `stragglers`: a full batch was held back for groups that would else pass the bound.
     limited_by: dict[str, float]
+    error: str = ""  # what ended the run, if it failed
 
 
 @dataclass(kw_only=True)
@@ -43,6 +48,7 @@ class RunSummary:
 
     name: str
     total_steps: int
+    starting: bool = False  # until all is up and, in a resumed run, back at its checkpoint
     elapsed_s: float = 0.0
     committed: int = 0  # updates
     counts: GroupCounts = field(default_factory=GroupCounts)
@@ -51,6 +57,7 @@ class RunSummary:
     reports: dict[str, Report] = field(default_factory=dict)  # the newest of every actor; their seconds only grow
     restarts: dict[str, int] = field(default_factory=dict)  # of the actors that had any
     pids: dict[str, int] = field(default_factory=dict)  # of the actors that are up
+    failures: RewardFailures = field(default_factory=RewardFailures)
     given_up: tuple[str, ...] = ()  # a message for each prompt that generators died of, since the run's first start
 
     def update(
@@ -65,6 +72,7 @@ class RunSummary:
         for record in store.records:
             (self.evals if record.kind == "eval" else self.steps)[record.version.update] = record
         self.committed, self.counts, self.given_up = store.committed, store.counts, store.given_up
+        self.failures = store.failures
         # A learner that was restored to an earlier update has dropped what came after it.
         self.steps = {update: record for update, record in self.steps.items() if update <= self.committed}
         self.evals = {update: record for update, record in self.evals.items() if update <= self.committed}
@@ -105,7 +113,11 @@ class RunSummary:
             filtered=counts.filtered,
             evicted=counts.evicted,
             failed=counts.failed,
+            unused=counts.unused,
             pending=counts.pending,
+            invalid=self.failures.invalid,
+            timeout=self.failures.timeout,
+            reward_errors=self.failures.errors,
             restarts=self.restarts,
             max_trained_lag=int(max(lags, default=0)),
             mean_trained_lag=self._lag_sum() / max(1.0, self._sum("tokens/trained")),

@@ -98,7 +98,7 @@ def judge(function: Callable[..., Any], term: RewardTerm) -> Judge:
             value = ask(sample)
             return Verdict("ok") if value is None and of_trl else read_result(value, sample)
         except BaseException as error:  # sys.exit in a user's function must cost one sample, not the process
-            return Verdict("invalid", error=describe(error))
+            return Verdict("invalid", error=describe(error, function.__module__))
 
     return verdict
 

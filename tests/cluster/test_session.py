@@ -1,14 +1,17 @@
 """Signals that come while Ray starts, and whose session is whose. Ray itself is not needed for it."""
 
 import signal
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from asyncrl.cluster.session import heed_signals, ray_session, undisturbed
+from asyncrl.cluster.session import deaf_to_hangups, heed_signals, ray_session, undisturbed
 from asyncrl.config import Deployment
+from asyncrl.processes import ENDING
 from asyncrl.scratch import traces
 
 
@@ -28,15 +31,15 @@ def leave(number: int, frame: object) -> None:
 
 @pytest.fixture
 def own_handler():
-    """Of both signals; a shell has its jobs in the background ignore SIGINT."""
-    former = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Of all; a shell has its jobs in the background ignore SIGINT."""
+    former = {number: signal.signal(number, signal.default_int_handler) for number in ENDING}
     yield signal.default_int_handler
     for number, handler in former.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", ENDING)
 def test_an_interrupt_that_python_drops_is_raised_at_the_end(own_handler: object, number: signal.Signals) -> None:
     went_on = False
 
@@ -75,14 +78,14 @@ def test_other_signals_and_other_errors_pass() -> None:
         start()
 
 
-@pytest.mark.parametrize("numbers", [[], [signal.SIGINT], [signal.SIGTERM, signal.SIGINT]])
+@pytest.mark.parametrize("numbers", [[], [signal.SIGINT], [signal.SIGHUP, signal.SIGINT]])
 def test_signals_are_handled_once_it_is_over(own_handler: object, numbers: list[signal.Signals]) -> None:
     """Each by the handler that is there by then: a first one may have changed it."""
     done, handled = [], []
 
     def first(number: int, frame: object) -> None:
         handled.append("first")
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in ENDING:
             signal.signal(each, second)
         raise KeyboardInterrupt
 
@@ -90,7 +93,7 @@ def test_signals_are_handled_once_it_is_over(own_handler: object, numbers: list[
         handled.append("second")
         raise KeyboardInterrupt
 
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in ENDING:
         signal.signal(each, first)
     with pytest.raises(KeyboardInterrupt) if numbers else nullcontext(), undisturbed():
         for number in numbers:
@@ -117,3 +120,17 @@ def test_the_session_of_an_own_ray_is_in_use_until_it_is_shut_down_and_anothers_
         assert [trace.in_use for trace in traces(tmp_path, tmp_path)] == [True]
     assert seen == [True]
     assert [(trace.path, trace.in_use) for trace in traces(tmp_path, tmp_path)] == [(session, False)]
+
+
+def test_a_terminal_that_closes_ends_no_process_of_rays(own_handler: object) -> None:
+    """Those that are started meanwhile, and what these start, never get a SIGHUP; this process does."""
+    sleeping = "import subprocess, sys; print(flush=True); sys.exit(subprocess.run(['sh', '-c', 'kill -HUP $$']).returncode)"
+    with deaf_to_hangups():
+        process = subprocess.Popen([sys.executable, "-c", sleeping], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGHUP)
+    with process:
+        assert process.wait(30) == 0
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGHUP)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import nullcontext
 
 import pytest
 from ray.exceptions import OutOfDiskError, RayTaskError
@@ -23,7 +24,7 @@ from asyncrl.config import (
 )
 from asyncrl.errors import AsyncRLError, ConfigError, DiskFull, PlacementError, Unavailable
 from asyncrl.report.summary import RunSummary
-from asyncrl.types import GroupCounts, StoreReport
+from asyncrl.types import GroupCounts, RewardFailures, StoreReport
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
 
@@ -43,6 +44,23 @@ def test_a_prompt_that_was_given_up_is_named_once(local_ray, tiny_recipe, tmp_pa
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert told == ["the prompt in row 7", "the prompt in row 9"]
     assert generator.budget.failed("of something else") == ["of something else"], "explained deaths cost no restarts"
+
+
+def test_a_reward_that_fails_is_named_once_and_one_that_is_broken_ends_the_run(local_ray, tiny_recipe, tmp_path, caplog):
+    plan = RunPlan(recipe=tiny_recipe(), deployment=Deployment(), run_dir=str(tmp_path), started=1, loopback=True)
+    summary, seen = RunSummary(name="tiny", total_steps=5), []
+    supervisor = Supervisor(plan, summary, lambda records: seen.append(summary.failures.invalid))
+    first = "reward f failed on its first sample"
+    for invalid, broken in ((0, ""), (1, ""), (2, ""), (16, "it never works")):
+        failures = RewardFailures(invalid=invalid, first=first * (invalid > 0), broken=broken)
+        report = StoreReport(
+            records=(), committed=0, counts=GroupCounts(), evals_pending=0, activity=0, gauges={}, failures=failures
+        )
+        supervisor._store.poll_report = lambda timeout_s, report=report: report
+        with pytest.raises(ConfigError, match="it never works") if broken else nullcontext():
+            supervisor._tick()
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [first]
+    assert seen == [0, 1, 2, 16], "it is shown before it ends the run"
 
 
 def test_the_store_is_told_of_deaths_while_it_was_down_once_it_is_up(local_ray, tiny_recipe, tmp_path, monkeypatch):

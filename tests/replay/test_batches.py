@@ -307,7 +307,7 @@ class TestEnd:
         lease = bench.lease_batch(1, 0)
         bench.finish()
         counts = bench.core.ledger.counts()
-        assert (counts.evicted, counts.pending) == (2, 0)
+        assert (counts.evicted, counts.unused, counts.pending) == (0, 2, 0)
         assert bench.submit(flying, 0) == 0
         assert bench.lease_batch(1, 0).ended
         assert bench.reserve(1, 0, held=[flying.group]).cancelled == (flying.group,)

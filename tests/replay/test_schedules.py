@@ -241,7 +241,7 @@ class World:
         end = self.rng.choice([0, *self.bench.calls])
         core = StoreCore(self.bench.plan, self.fake_log(self.bench.log[:end]), self.bench.clock)
         c = core.ledger.counts()
-        assert c.reserved == c.trained + c.filtered + c.evicted + c.failed + c.pending
+        assert c.reserved == c.trained + c.filtered + c.evicted + c.failed + c.unused + c.pending
         assert core.verbs["fence"](Key("learner", 1, 1), core.ledger.committed).committed == core.ledger.committed
 
     # all
@@ -249,7 +249,7 @@ class World:
     def invariants(self) -> None:
         ledger, holders = self.bench.core.ledger, self.bench.core.holders
         c = ledger.counts()
-        assert c.reserved == c.trained + c.filtered + c.evicted + c.failed + c.pending
+        assert c.reserved == c.trained + c.filtered + c.evicted + c.failed + c.unused + c.pending
         assert len(ledger.groups) == c.pending
         if self.rule.holds:
             # As DESIGN says it: at most (j + 1)·B may be due after j more updates, for every j. None is overdue.

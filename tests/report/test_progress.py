@@ -1,14 +1,16 @@
 """What the view says, as text; when plain lines come; and that a terminal gets a live view on standard error."""
 
+import errno
 import io
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from asyncrl.report.progress import Pace, Progress, WarmStartLines, dashboard, one_line
 from asyncrl.report.summary import RunSummary
-from asyncrl.types import GroupCounts, Record, Report, Version
+from asyncrl.types import GroupCounts, Record, Report, RewardFailures, Version
 
 
 def record(update: int, **metrics: float) -> Record:
@@ -99,13 +101,47 @@ def test_a_name_is_no_markup() -> None:
 
 
 def test_failing_rewards_are_shown_once_there_are_any() -> None:
-    def scoring(invalid: float, timeout: float) -> RunSummary:
-        one = Report(name="reward-0", role="reward", seconds={}, gauges={"scored": 9.0, "invalid": invalid, "timeout": timeout})
-        return replace(NOW, reports={"reward-0": one, "reward-1": one})
+    def failing(**failures: Any) -> RunSummary:
+        return replace(NOW, failures=RewardFailures(**failures))
 
-    assert "unscored" not in one_line(scoring(0, 0), Pace()) + "".join(drawn(scoring(0, 0), Pace()))
-    assert " · unscored 6 invalid · " in one_line(scoring(3, 0), Pace())
-    assert "unscored  6 invalid + 2 timeout" in drawn(scoring(3, 1), Pace())
+    assert "unscored" not in one_line(NOW, Pace()) + "".join(drawn(NOW, Pace()))
+    once = failing(invalid=6, errors={"ValueError: no (a.py:3 in f)": 5, "KeyError: " + 40 * "long, " + "(a.py:4 in f)": 1})
+    end = ", long, long, long, long, long, (a.py:4 in f)"
+    shown = f"unscored 6 invalid (5 × ValueError: no (a.py:3 in f); 1 × KeyError: {'long, ' * 6}long"
+    assert f" · {shown} …" in one_line(once, Pace())
+    assert f"{end}) · " in one_line(once, Pace())
+    assert "unscored  6 invalid + 2 timeout (2 × late)" in drawn(failing(invalid=6, timeout=2, errors={"late": 2}), Pace())
+
+
+def test_what_a_run_did_not_use_is_shown_once_there_is_any() -> None:
+    assert "unused" not in one_line(NOW, Pace())
+    ended = replace(NOW, counts=GroupCounts(reserved=400, trained=320, failed=30, unused=50))
+    assert "400 = 320 trained + 0 filtered + 0 evicted + 30 failed + 50 unused + 0 pending" in one_line(ended, Pace())
+
+
+def test_a_run_that_is_resumed_is_shown_from_where_it_goes_on() -> None:
+    stream = io.StringIO()
+    progress = Progress(stream)
+    for elapsed, committed in ((0.0, 0), (1.0, 40)):  # what the log says before the learner has gone back to its checkpoint
+        progress.update(replace(NOW, elapsed_s=elapsed, committed=committed, starting=True))
+    old = {20: record(20, samples=1000.0)}
+    progress.update(replace(NOW, elapsed_s=5.0, committed=20, steps=old))
+    progress.update(replace(NOW, elapsed_s=25.0, committed=30, steps=old | {30: record(30, samples=500.0)}))
+    first, second = stream.getvalue().splitlines()
+    assert first.startswith("step 20/100 · time 0m 05s elapsed, – left, – samples/s")
+    assert second.startswith("step 30/100 · time 0m 25s elapsed, 2m 20s left, 25 samples/s")
+
+
+def test_a_terminal_that_is_gone_ends_no_run() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    for live in (False, True):
+        progress = Progress(Gone(), live=live)
+        progress.update(START)
+        progress.update(NOW)
+        progress.close()
 
 
 def test_before_the_first_step_there_are_no_figures_yet() -> None:

@@ -3,9 +3,10 @@
 import pytest
 
 from asyncrl.report.summary import RunResult, RunSummary
-from asyncrl.types import GroupCounts, Record, Report, StoreReport, Version
+from asyncrl.types import GroupCounts, Record, Report, RewardFailures, StoreReport, Version
 
-COUNTS = GroupCounts(reserved=6, trained=4, filtered=1, evicted=0, failed=0, pending=1)
+COUNTS = GroupCounts(reserved=8, trained=4, filtered=1, evicted=0, failed=0, unused=2, pending=1)
+FAILED = RewardFailures(invalid=3, timeout=1, first="f failed", errors={"ValueError: no": 3})
 
 
 def step(sequence: int, incarnation: int, update: int, samples: int = 8, **metrics: float) -> Record:
@@ -19,7 +20,9 @@ def score(sequence: int, update: int, value: float) -> Record:
 
 def told(run: RunSummary, *records: Record, committed: int | None = None, **gauges: float) -> None:
     committed = max(record.version.update for record in records) if committed is None else committed
-    store = StoreReport(records=records, committed=committed, counts=COUNTS, evals_pending=0, activity=0, gauges=gauges)
+    store = StoreReport(
+        records=records, committed=committed, counts=COUNTS, evals_pending=0, activity=0, gauges=gauges, failures=FAILED
+    )
     run.update(store, (), {}, {})
 
 
@@ -38,7 +41,8 @@ def test_sums_and_scores(run):
     assert (run.samples, run.committed, run.scores, run.counts) == (14, 2, [0.4, 0.9], COUNTS)
     ended = result(run)
     assert (ended.steps, ended.samples, ended.max_trained_lag, ended.first_score, ended.last_score) == (2, 14, 2, 0.4, 0.9)
-    assert (ended.trained, ended.filtered, ended.evicted, ended.failed, ended.pending) == (4, 1, 0, 0, 1)
+    assert (ended.trained, ended.filtered, ended.evicted, ended.failed, ended.unused, ended.pending) == (4, 1, 0, 0, 2, 1)
+    assert (ended.invalid, ended.timeout, ended.reward_errors) == (3, 1, {"ValueError: no": 3})
 
 
 def test_before_the_first_step_there_is_no_score(run):

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from asyncrl.config import RewardSpec, RewardTerm
+from asyncrl.config.callables import load_callable
 from asyncrl.errors import ConfigError
 from asyncrl.reward.functions import alone, is_trl, load_judge, load_terms, weighted
 from asyncrl.reward.functions import judge as judge_of
@@ -93,6 +94,16 @@ def test_whatever_is_raised_becomes_invalid_with_type_message_and_line(error):
     assert f"{type(error).__name__}: {error}" in verdict.error
     assert "test_functions.py" in verdict.error
     assert "in raises" in verdict.error
+
+
+def test_an_error_names_the_users_line_not_that_of_a_library_or_of_asyncrl(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("import json\n\ndef f(solution_str, ground_truth):\n    return json.loads(solution_str)\n")
+    of_a_library = judge(load_callable(f"{path}:f"))(Sample("", "no json", '""', "null")).error
+    assert of_a_library == f"JSONDecodeError: Expecting value: line 1 column 1 (char 0) ({path}:4 in f)"
+    unread = judge(load_callable(f"{path}:f"))(Sample("", "1", "no json", "null")).error  # ours, in reading the row
+    assert unread.startswith("DecodeError: JSON is malformed: ")
+    assert ".py" not in unread
 
 
 # What a user of verl brings along: a file in its calling convention, scored as its GSM8K reward does.

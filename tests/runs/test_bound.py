@@ -96,15 +96,16 @@ def assert_every_group_ended_once(result: RunResult, events: list[Any]) -> None:
     ends.update(group for e in events if isinstance(e, ev.BatchCommitted) for group in e.groups)
     (end,) = [i for i, e in enumerate(events) if isinstance(e, ev.Ended)]
     assert not any(isinstance(e, ev.GroupReserved | ev.GroupSettled | ev.BatchCommitted) for e in events[end:])
-    evicted_by_the_end = set(reserved) - set(ends)
+    unused = set(reserved) - set(ends)
     assert set(ends) <= set(reserved)
     assert set(ends.values()) == {1}
     settled = Counter(e.outcome for e in events if isinstance(e, ev.GroupSettled))
     assert result.pending == 0
     assert result.filtered == settled["filtered"]
     assert result.failed == settled["failed"]
-    assert result.evicted == settled["evicted"] + len(evicted_by_the_end)
-    assert len(reserved) == result.trained + result.filtered + result.evicted + result.failed
+    assert result.evicted == settled["evicted"]
+    assert result.unused == len(unused)
+    assert len(reserved) == result.trained + result.filtered + result.evicted + result.failed + result.unused
 
 
 def assert_bound(recipe: Recipe, rollouts: list[dict[str, Any]], metrics: dict[int, dict[str, float]]) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from asyncrl.generate.sglang.process import free_port
+from asyncrl.processes import ENDING
 from asyncrl.rundir import RunDir
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -250,17 +251,22 @@ def test_ctrl_c_saves_and_stops_everything_and_resume_goes_on_from_exactly_there
     saved = run.steps()[-1]
     last = RunDir.update_of(saved)
     assert steps(run) == list(range(1, last + 1)), "what was made, saved and told is the same"
-    assert (
-        running.stderr.rstrip()
-        .splitlines()[-1]
-        .startswith(f"interrupted: update {last} is saved in {saved}; to go on: --resume")
-    )
+    options = f"{ENDLESS[0]} {ENDLESS[1]} checkpoint.save_freq=1000 --name interrupted --resume"
+    assert running.stderr.rstrip().splitlines()[-2:] == [
+        f"interrupted: update {last} is saved in {saved}",
+        f"to go on: asyncrl run recipe.py deploy.limits.poll_s=0.5 {options}",
+    ]
 
     resumed = start(command, project, "interrupted", "--resume", *ENDLESS)
     resumed.until(lambda: len(steps(run)) >= last + 2)
+    assert f"resumed from {saved.name}: 0 later batches are trained again first" in resumed.stderr
+    assert f"step {last}/100000 · " in resumed.stderr
+    assert "step 0/100000" not in resumed.stderr
     interrupt(resumed)
     interrupt(resumed, signal.SIGTERM)  # and at once
     assert resumed.end(30) == 130
+    assert "interrupted again: ending at once" in resumed.stderr
+    assert resumed.stderr.rstrip().splitlines()[-1].startswith("to go on: asyncrl run recipe.py ")
     assert "Traceback" not in resumed.stderr
     wait_until(lambda: resumed.left() == [], 30)
     made = [(line["step"], line["incarnation"]) for line in metrics(run, "step")]
@@ -277,8 +283,13 @@ def slow(recipe, run_dir):
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("during", ["prepare", "ray", "actors"])
+@pytest.mark.parametrize(
+    ("during", "number"),
+    [
+        *(("prepare", number) for number in ENDING),
+        *((during, number) for during in ("ray", "actors") for number in (signal.SIGINT, signal.SIGTERM)),
+    ],
+)
 def test_an_interrupt_before_anything_is_trained(
     project: Path, command: Callable[..., Command], during: str, number: signal.Signals
 ) -> None:
@@ -316,7 +327,9 @@ def test_a_killed_driver_takes_everything_with_it_and_the_run_resumes_until_an_a
     (line,) = (line for line in resumed.stderr.splitlines() if "generator-0 is up" in line)
     os.kill(int(line.rpartition("pid ")[2].rstrip(")")), signal.SIGKILL)
     assert resumed.end(90) == 1
-    assert resumed.stdout == ""
+    failed = json.loads(resumed.stdout)
+    assert failed["error"].startswith("generator-0 failed 1 times")
+    assert failed["steps"] >= until
     error = resumed.stderr[resumed.stderr.index("error: ") :]
     assert error.startswith("error: generator-0 failed 1 times within limits.restart_window_s=3600 s, limits.max_restarts=0;")
     assert "\nthe process died" in error

@@ -100,7 +100,7 @@ def test_stages_composed_by_hand(tiny_recipe, tmp_path, estimator, n):
 
     assert report.counts.trained == STEPS * 4
     assert report.counts.pending == 0
-    assert report.counts.reserved == report.counts.trained + report.counts.evicted
+    assert report.counts.reserved == report.counts.trained + report.counts.unused
     assert max(record.metrics["staleness/lag_max"] for record in report.records) <= 2
     assert [record.metrics["samples"] for record in report.records] == [4.0 * n] * STEPS
     assert all(("reward/baseline" in record.metrics) == (estimator == "remax") for record in report.records)

@@ -36,7 +36,7 @@ def test_an_interrupted_fit_saves_goes_on_and_is_resumed_from_exactly_there(
     run = RunDir(tmp_path / "tiny")
     recipe = tiny_recipe(total_steps=100_000, checkpoint=CheckpointSpec(save_freq=1000, keep_last_n=9))
     with Trainer(recipe, deployment(), runs_dir=tmp_path, observe=CtrlC(2)) as trainer:
-        with pytest.raises(KeyboardInterrupt, match=r"update (\d+) is saved in .*step_0*\1; to go on: --resume"):
+        with pytest.raises(KeyboardInterrupt, match=r"update (\d+) is saved in .*step_0*\1\nto go on: resume_from=.*tiny"):
             trainer.fit()
         saved = trainer.result().steps
         assert saved >= 2

@@ -1,5 +1,6 @@
 """Actors are killed, hang, or are stopped: the run recovers or resumes; its log shows nothing lost or trained twice."""
 
+import logging
 import os
 import signal
 from collections import Counter
@@ -85,7 +86,7 @@ def assert_nothing_lost(events, result):
     assert max(trained.values()) == 1, "a group was trained twice"
     reserved = {e.group for e in events if isinstance(e, ev.GroupReserved) and e.purpose == "train"}
     assert result.pending == 0
-    assert len(reserved) == result.trained + result.filtered + result.evicted + result.failed
+    assert len(reserved) == result.trained + result.filtered + result.evicted + result.failed + result.unused
     assert len(trained) == result.trained
 
 
@@ -210,8 +211,10 @@ def test_resuming_asks_for_the_same_groups_and_a_new_run_sets_the_old_aside(led,
         ConfigError, match=r"no checkpoint of update 7; resume from one of step_000000, step_000002, step_000006, step_000009"
     ):
         launch(recipe, runs_dir=folder, resume=7)
+    caplog.set_level(logging.INFO, "asyncrl")
     again = launch(replace(recipe, total_steps=11), runs_dir=folder, resume=6)  # though it was finished
     assert again.steps == 11
+    assert "resumed from step_000006: 3 later batches are trained again first, from the log" in caplog.text
     assert [e.committed for e in events_of(again.run_dir) if isinstance(e, ev.LearnerFenced)] == [0, 5, 2, 6, 6]
 
     tail = unsealed(folder / "tiny" / "replay" / "events")
@@ -226,4 +229,6 @@ def test_resuming_asks_for_the_same_groups_and_a_new_run_sets_the_old_aside(led,
     assert_nothing_lost(events, after)
 
     assert launch(replace(recipe, total_steps=1), runs_dir=folder).steps == 1
-    assert (folder / "tiny" / "previous-1" / "checkpoints" / "step_000012").is_dir()
+    earlier = folder / "tiny" / "previous-1"
+    assert (earlier / "checkpoints" / "step_000012").is_dir()
+    assert f"{folder / 'tiny'} held an earlier run, which is now in {earlier}" in caplog.text

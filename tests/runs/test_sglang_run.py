@@ -109,4 +109,4 @@ def test_a_killed_scheduler_is_replaced_and_nothing_is_lost(run, events_of, gaug
     trained = [group for commit in commits for group in commit.groups]
     assert len(set(trained)) == len(trained) == result.trained
     reserved = {e.group for e in events if isinstance(e, ev.GroupReserved) and e.purpose == "train"}
-    assert len(reserved) == result.trained + result.filtered + result.evicted + result.failed
+    assert len(reserved) == result.trained + result.filtered + result.evicted + result.failed + result.unused

@@ -144,7 +144,7 @@ class Evaluated(Event, tag="evaluated", frozen=True):
 
 
 class Ended(Event, tag="ended", frozen=True):
-    """The run reached its last update. Whatever is outstanding is evicted."""
+    """The run reached its last update. Whatever is outstanding is not used."""
 
 
 class SegmentClosed(Event, tag="segment_closed", frozen=True):

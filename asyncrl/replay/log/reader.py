@@ -108,7 +108,7 @@ def _walk(events: pa.Table) -> dict[tuple[int, int, int], dict[str, Any]]:
                 del trained[group], outcomes[group]
             pending.update(undone)
         elif isinstance(event, ev.Ended):
-            outcomes.update(dict.fromkeys(pending, "evicted"))
+            outcomes.update(dict.fromkeys(pending, "unused"))
             pending.clear()
     for (group, _, _), line in lines.items():
         line["outcome"], line["trained_update"] = outcomes.get(group), trained.get(group)
