@@ -17,6 +17,7 @@ from asyncrl.cli import JOBS
 from asyncrl.config import Deployment, Recipe, SFTSpec
 from asyncrl.config.callables import check_callable
 from asyncrl.config.load import load_deployment, load_recipe, override
+from asyncrl.config.names import NAMES
 
 GENERATED = "docs/reference.md"
 HISTORY = "CHANGELOG.md"  # names what is no more
@@ -146,6 +147,23 @@ def test_fields_exist(pages):
             if name.partition(".")[0] in first and name not in leaves and not name.endswith(FILES):
                 unknown.append(f"{page}: {name}")
     assert unknown == []
+
+
+def test_the_names_of_verl_and_trl_are_those_that_overrides_are_answered_with(pages):
+    """Every row of NAMES is one of the table, and the other way round; each names fields that there are."""
+
+    def ticked(names: str) -> str:
+        return ", ".join(f"`{name}`" for name in names.split())
+
+    table = pages["docs/comparison.md"].partition("## Names")[2]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| `")]
+    plain = [(verl, trl, re.sub("`|,(?= `)", "", ours)) for verl, trl, ours in rows]
+    assert plain == [(ticked(verl), ticked(trl), ours) for verl, trl, ours in NAMES]
+    leaves = {path for root, prefix in ((Recipe, ""), (Deployment, "deploy.")) for path in _paths(root, prefix)}
+    for _, _, ours in rows:
+        named = re.findall(r"`([\w.]+)(?:=[^`]*)?`", ours)
+        assert [name for name in named if name not in leaves and "." in name] == []
+    assert len(rows) > 30
 
 
 def _paths(struct: type[msgspec.Struct], prefix: str = "") -> list[str]:
