@@ -21,8 +21,9 @@ def resolve_paths(recipe: Recipe, run_dir: RunDir, folder: str | Path | None = N
     """The same recipe with `{run}` replaced everywhere and local files made absolute. Idempotent.
 
     folder: the recipe file's; None for a recipe built in Python (the working directory alone). Files that exist in
-    neither place are taken to belong to the first, where the error about them will point. `path` and `tokenizer` of a
-    model stay Hugging Face ids unless such a folder exists or they look like a path (`./x`, `/x`, `~/x`).
+    neither place are taken to belong to the first whose folder exists, where the error about them will point. `path` and
+    `tokenizer` of a model stay Hugging Face ids unless such a folder exists or they look like a path (`./x`, `/x`, `~/x`,
+    `a/b/c`).
     """
     folders = tuple(dict.fromkeys(Path(base).resolve() for base in (folder, Path.cwd()) if base is not None))
     data = _replace(msgspec.to_builtins(recipe), str(run_dir.path.resolve()))
@@ -52,11 +53,13 @@ def _replace(value: Any, run: str) -> Any:
 
 def _file(name: str, folders: tuple[Path, ...]) -> str:
     candidates = [folder / Path(name).expanduser() for folder in folders]
-    return str(next((path for path in candidates if path.exists()), candidates[0]))
+    there = [path for path in candidates if path.exists()] or [path for path in candidates if path.parent.is_dir()]
+    return str((there or candidates)[0])
 
 
 def _model(name: str, folders: tuple[Path, ...]) -> str:
-    if name.startswith((".", "/", "~")) or (name and any((folder / name).is_dir() for folder in folders)):
+    pathlike = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if pathlike or (name and any((folder / name).is_dir() for folder in folders)):
         return _file(name, folders)
     return name
 
