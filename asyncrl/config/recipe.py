@@ -37,7 +37,11 @@ class DataSpec(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require(len(self.files) > 0, "data.files=(): there is nothing to train on; name at least one parquet or JSONL file")
-        require_fields(self, "data.", [("epochs", lambda x: x >= 1, "< 1: nothing would be trained; use null or >= 1")])
+        rules: list[Rule] = [
+            ("max_prompt_length", lambda x: x >= 1, "< 1: every prompt would be left out; use the longest that you train on"),
+            ("epochs", lambda x: x >= 1, "< 1: nothing would be trained; use null or >= 1"),
+        ]
+        require_fields(self, "data.", rules)
 
 
 class RewardTerm(Spec, frozen=True, kw_only=True):
@@ -49,6 +53,9 @@ class RewardTerm(Spec, frozen=True, kw_only=True):
     name: str = ""
     style: RewardStyle = "auto"  # as RewardSpec.style
     arguments: dict[str, str | int | float | bool] = {}  # passed by keyword with every call
+
+    def __post_init__(self) -> None:
+        require_fields(self, "reward.functions: ", [("weight", math.isfinite, "would make no sum; use a finite number")])
 
 
 class ShapingSpec(Spec, frozen=True, kw_only=True):
@@ -98,7 +105,7 @@ class RewardSpec(Spec, frozen=True, kw_only=True):
     deadline_s: float = 10.0
 
     def __post_init__(self) -> None:
-        require(self.deadline_s > 0, f"reward.deadline_s={self.deadline_s}: every sample would time out; use seconds > 0")
+        require_fields(self, "reward.", [("deadline_s", lambda x: x > 0, "<= 0: every sample would time out; use seconds > 0")])
         require(
             bool(self.function) != bool(self.functions),
             f"reward.function={self.function!r} and {len(self.functions)} reward.functions: it is not clear what scores; set "
@@ -147,6 +154,7 @@ class SamplingSpec(Spec, frozen=True, kw_only=True):
         rules: list[Rule] = [
             ("n", lambda x: x >= 1, "< 1: a group needs at least one rollout"),
             ("temperature", lambda x: x > 0, "<= 0: training needs a stochastic policy; use > 0"),
+            ("temperature", lambda x: x < math.inf, "would sample any token as often as any other; use a number"),
             ("top_p", lambda x: 0 < x <= 1, "is outside (0, 1]; 1 turns it off"),
             ("top_k", lambda x: x >= 0, "< 0; 0 turns it off"),
             ("max_response_length", lambda x: x >= 1, "< 1: no token could be sampled"),
@@ -194,7 +202,13 @@ class EvaluationSpec(Spec, frozen=True, kw_only=True):
     limit: int | None = None  # the first so many prompts only
 
     def __post_init__(self) -> None:
-        require_fields(self, "evaluation.", [("freq", lambda x: x >= 1, "< 1; to turn it off leave evaluation.files empty")])
+        rules: list[Rule] = [
+            ("freq", lambda x: x >= 1, "< 1; to turn it off leave evaluation.files empty"),
+            ("n", lambda x: x >= 1, "< 1: there would be no response to score; use at least 1"),
+            ("temperature", lambda x: x >= 0, "< 0: logits are divided by it; use > 0, or 0 for greedy decoding"),
+            ("limit", lambda x: x >= 1, "< 1; to turn it off leave evaluation.files empty, for all prompts use null"),
+        ]
+        require_fields(self, "evaluation.", rules)
 
 
 class CheckpointSpec(Spec, frozen=True, kw_only=True):
@@ -231,7 +245,11 @@ class Recipe(Spec, frozen=True, kw_only=True):
     checkpoint: CheckpointSpec = CheckpointSpec()  # how often, and how many are kept
 
     def __post_init__(self) -> None:
-        require(self.total_steps >= 1, f"total_steps={self.total_steps} < 1: nothing would be trained")
+        rules: list[Rule] = [
+            ("total_steps", lambda x: x >= 1, "< 1: nothing would be trained; use at least 1"),
+            ("seed", lambda x: 0 <= x < 1 << 63, "is outside [0, 2**63): torch takes no such seed; use a smaller one, >= 0"),
+        ]
+        require_fields(self, "", rules)
         buffer, longest = self.reward.shaping.overlong_buffer, self.sampling.max_response_length
         require(
             buffer <= longest,
