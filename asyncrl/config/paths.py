@@ -5,6 +5,7 @@ own folder first and then in the working directory. After `resolve_paths` every 
 other working directories (and on other nodes) read the same file.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,18 @@ def resolve_paths(recipe: Recipe, run_dir: RunDir, folder: str | Path | None = N
     for model in filter(None, (data["model"], data["critic"]["model"])):
         for key in ("path", "tokenizer"):
             model[key] = _model(model[key], folders)
+    return rename_functions(msgspec.convert(data, Recipe), lambda name: _callable(name, folders))
+
+
+def rename_functions(recipe: Recipe, rename: Callable[[str], str]) -> Recipe:
+    """The same recipe with what `rename` makes of the name of each function, built-in ones included."""
+    data = msgspec.to_builtins(recipe)
     for reward in (data["reward"], *data["reward"]["functions"]):
-        reward["function"] = _callable(reward["function"], folders)
-    data["sampling"]["keep"] = _callable(data["sampling"]["keep"], folders)
+        reward["function"] = rename(reward["function"])
+    data["sampling"]["keep"] = rename(data["sampling"]["keep"])
     for key in ("adv_estimator", "policy_loss"):
-        data["algorithm"][key] = _callable(data["algorithm"][key], folders)
-    data["prepare"] = _callable(data["prepare"], folders)
+        data["algorithm"][key] = rename(data["algorithm"][key])
+    data["prepare"] = rename(data["prepare"])
     return msgspec.convert(data, Recipe)
 
 

@@ -57,7 +57,15 @@ def _run(args: argparse.Namespace) -> int:
     try:
         # A recipe's `prepare` prints, and so does Ray.
         with contextlib.redirect_stdout(sys.stderr), contextlib.closing(Progress()) as progress:
-            result = launch(recipe, deployment, name=args.name, runs_dir=args.runs_dir, resume=resume, observe=progress.update)
+            result = launch(
+                recipe,
+                deployment,
+                name=args.name,
+                runs_dir=args.runs_dir,
+                resume=resume,
+                observe=progress.update,
+                progress=False,
+            )
     finally:
         _at_interrupt(signal.SIG_DFL)  # nothing is left to be ended in order
     print(msgspec.json.encode(result).decode(), flush=True)

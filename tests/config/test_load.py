@@ -50,6 +50,8 @@ def test_a_recipe_is_a_value_or_a_function_and_may_import_its_neighbours(tmp_pat
     assert load_recipe(path).total_steps == 7
     path.write_text(MINIMAL.replace('"m:f"', 'f"{__file__}:f"'))
     assert load_recipe(path).reward.function == f"{path}:f"
+    path.write_text("def score(*sample): ...\n" + MINIMAL.replace('"m:f"', "score"))  # the function itself
+    assert load_recipe(path).reward.function == f"{path}:score"
 
 
 @pytest.mark.parametrize(
