@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import csv
 import importlib
 import re
 import shlex
@@ -17,7 +18,7 @@ from asyncrl.cli import JOBS
 from asyncrl.config import Deployment, Recipe, SFTSpec
 from asyncrl.config.callables import check_callable
 from asyncrl.config.load import load_deployment, load_recipe, override
-from asyncrl.config.names import NAMES
+from asyncrl.config.names import TABLE
 
 GENERATED = "docs/reference.md"
 HISTORY = "CHANGELOG.md"  # names what is no more
@@ -150,15 +151,16 @@ def test_fields_exist(pages):
 
 
 def test_the_names_of_verl_and_trl_are_those_that_overrides_are_answered_with(pages):
-    """Every row of NAMES is one of the table, and the other way round; each names fields that there are."""
+    """Every row of names.csv is one of the page's table, and the other way round; each names fields that there are."""
 
     def ticked(names: str) -> str:
         return ", ".join(f"`{name}`" for name in names.split())
 
-    table = pages["docs/comparison.md"].partition("## Names")[2]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| `")]
+    table = pages["docs/comparison.md"].partition("| verl | TRL | asyncrl |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     plain = [(verl, trl, re.sub("`|,(?= `)", "", ours)) for verl, trl, ours in rows]
-    assert plain == [(ticked(verl), ticked(trl), ours) for verl, trl, ours in NAMES]
+    with TABLE.open() as file:
+        assert plain == [(ticked(verl), ticked(trl), ours) for verl, trl, ours in list(csv.reader(file))[1:]]
     leaves = {path for root, prefix in ((Recipe, ""), (Deployment, "deploy.")) for path in _paths(root, prefix)}
     for _, _, ours in rows:
         named = re.findall(r"`([\w.]+)(?:=[^`]*)?`", ours)
