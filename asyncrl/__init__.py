@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 from asyncrl.config import Deployment, Recipe
 
 if TYPE_CHECKING:
-    from asyncrl.api import RunResult, Trainer, launch
+    from asyncrl.api import Callbacks, RunResult, Trainer, launch
 
 __version__ = "0.1.0"
-__all__ = ["Deployment", "Recipe", "RunResult", "Trainer", "launch"]
+__all__ = ["Callbacks", "Deployment", "Recipe", "RunResult", "Trainer", "launch"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"Trainer", "launch", "RunResult"}:
+    if name in {"Callbacks", "Trainer", "launch", "RunResult"}:
         from asyncrl import api
 
         return getattr(api, name)

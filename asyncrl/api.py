@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 
 from asyncrl.cluster.plan import RunPlan, next_start
 from asyncrl.cluster.preflight import check_run
-from asyncrl.cluster.preparation import prepare_run
+from asyncrl.cluster.preparation import prepare_run, save_functions
 from asyncrl.config import Deployment, Recipe
 from asyncrl.config.paths import resolve_paths
 from asyncrl.errors import ConfigError, DiskFull
+from asyncrl.report.callbacks import CallbackQueue, Callbacks
 from asyncrl.report.metrics_log import MetricsLog
+from asyncrl.report.progress import Progress
 from asyncrl.report.summary import RunResult, RunSummary
-from asyncrl.rundir import resolve_run_dir
+from asyncrl.rundir import log_shown, resolve_run_dir
 from asyncrl.types import Record
 
 if TYPE_CHECKING:
@@ -35,7 +37,9 @@ class Trainer:
     resume_from: this run's directory (its newest checkpoint that is whole and in its log), or one of its checkpoints, as a
     folder or by its update count.
     Without it a run directory that holds an earlier run is set aside as `previous-N`, and only its `data` stays.
-    observe: called about twice a second with the run's summary, always the same object.
+    observe: called about twice a second with the run's summary, always the same object. callbacks: what else is to be told,
+    and when. progress: whether `fit` shows how it goes on: a live view on a terminal or in a notebook, else a line every few
+    seconds, on standard error. The log goes there too, from INFO or LOG_LEVEL on, unless the program has set up logging itself.
 
     Raises ConfigError or DataError before any actor starts; what can be checked is checked before Ray is imported.
     """
@@ -49,6 +53,8 @@ class Trainer:
         runs_dir: str | Path = "runs",
         resume_from: str | Path | int | None = None,
         observe: Observer | None = None,
+        callbacks: Callbacks | None = None,
+        progress: bool = True,
     ) -> None:
         self.paths = resolve_run_dir(name or recipe.name, runs_dir)
         if resume_from is not None:
@@ -57,13 +63,18 @@ class Trainer:
         self._recipe = resolve_paths(recipe, self.paths)
         self._summary = RunSummary(name=self.paths.path.name, total_steps=recipe.total_steps, starting=True)
         self._observer = observe
+        self._show_progress = progress
+        self._progress: Progress | None = None  # while `fit` goes on
         self._began = self._actors_due = time.monotonic()
         self._resources = contextlib.ExitStack()
         try:
+            self._resources.enter_context(log_shown())
             check_run(self._recipe, self._deployment, self.paths)
             self._resources.enter_context(self.paths.lock())
             resume_at = None if resume_from is None else self._update_of(resume_from)
+            self._recipe = save_functions(self._recipe, self.paths)
             stop_token_ids = prepare_run(self._recipe, self._deployment, self.paths, resuming=resume_from is not None)
+            self._callbacks = CallbackQueue(callbacks or Callbacks(), self.paths)
             self._metrics = MetricsLog(self.paths.metrics, self.paths.tensorboard)
             self._resources.callback(self._metrics.close)
             self._resources.callback(self._write_last)
@@ -76,11 +87,11 @@ class Trainer:
         """Trains `steps` further updates (None: up to the recipe's total_steps). Blocks; evaluation at the end included.
 
         KeyboardInterrupt leaves it when the update under way is made and saved, and says where and, in a note, how to go on; a
-        second one at once.
+        second one at once. What a callback raises leaves it in the same way.
         """
         total = self._recipe.total_steps
         until = total if steps is None else min(self._summary.committed + steps, total)
-        with self._resumable():
+        with self._shown(), self._resumable():
             self._supervisor.train(until)
         return self.result()
 
@@ -135,20 +146,43 @@ class Trainer:
 
     @contextlib.contextmanager
     def _resumable(self) -> Iterator[None]:
-        """An interrupt inside is raised when a checkpoint is written, and says from where the run can be resumed."""
+        """An interrupt inside, or what a callback raises, is raised when a checkpoint is written, and says from where the run
+        can be resumed."""
         try:
             yield
         except KeyboardInterrupt:
-            limit_s = self._deployment.limits.save_timeout_s
-            log.warning("interrupted: saving, once the update under way is made; limits.save_timeout_s=%g", limit_s)
-            self._supervisor.halt()
-            made, newest = self._summary.committed, self.paths.steps()[-1]
-            kept = f"update {made} is saved in {newest}"
-            if self.paths.update_of(newest) < made:
-                kept = f"{newest} is the newest checkpoint; the updates since, up to {made}, will be made again from the log"
-            interrupt = KeyboardInterrupt(kept)
-            interrupt.add_note(f"to go on: resume_from={str(self.paths.path)!r}")
+            interrupt = KeyboardInterrupt(self._halt("interrupted"))
+            interrupt.add_note(self._way_on)
             raise interrupt from None
+        except Exception as error:
+            if error is self._callbacks.failure:
+                error.add_note(f"{self._halt('a callback raised an error')}\n{self._way_on}")
+            raise
+
+    @property
+    def _way_on(self) -> str:
+        return f"to go on: resume_from={str(self.paths.path)!r}"
+
+    def _halt(self, why: str) -> str:
+        """Ends the learner's work with a checkpoint, and says which."""
+        limit_s = self._deployment.limits.save_timeout_s
+        log.warning("%s: saving, once the update under way is made; limits.save_timeout_s=%g", why, limit_s)
+        self._supervisor.halt()
+        made, newest = self._summary.committed, self.paths.steps()[-1]
+        if self.paths.update_of(newest) < made:
+            return f"{newest} is the newest checkpoint; the updates since, up to {made}, will be made again from the log"
+        return f"update {made} is saved in {newest}"
+
+    @contextlib.contextmanager
+    def _shown(self) -> Iterator[None]:
+        if not self._show_progress:
+            yield
+            return
+        with contextlib.closing(Progress()) as self._progress:
+            try:
+                yield
+            finally:
+                self._progress = None
 
     def _start(self, resume_at: int | None, stop_token_ids: tuple[int, ...]) -> "Supervisor":
         # Here, as Ray takes a second to import, and a mistake is told before.
@@ -165,9 +199,10 @@ class Trainer:
             loopback=loopback,
             resume_at=resume_at,
             stop_token_ids=stop_token_ids,
+            log_level=logging.getLogger("asyncrl").getEffectiveLevel(),
         )
         plan.mark_start()
-        supervisor = Supervisor(plan, self._summary, self._observe)
+        supervisor = Supervisor(plan, self._summary, self._observe, self._callbacks.run)
         self._resources.callback(supervisor.close)
         found = self.paths.steps()
         supervisor.start()
@@ -190,8 +225,9 @@ class Trainer:
         """Called by the supervisor after each round: keeps the figures in metrics.jsonl, and shows the run's state."""
         now = time.monotonic()
         self._summary.elapsed_s = now - self._began
-        for record in records:
-            self._metrics.append(record)
+        self._callbacks.note(self._summary.counts, [record for record in records if self._metrics.append(record)])
+        if self._progress is not None:
+            self._progress.update(self._summary)
         if now >= self._actors_due:
             self._write_actors()
             self._actors_due = now + ACTORS_EVERY_S
@@ -215,15 +251,26 @@ def launch(
     runs_dir: str | Path = "runs",
     resume: bool | int = False,
     observe: Observer | None = None,
+    callbacks: Callbacks | None = None,
+    progress: bool = True,
 ) -> RunResult:
     """Runs a recipe to its total_steps and returns what it came to. Raises what went wrong first.
 
     resume: True goes on from the run's newest checkpoint that is whole and in its log; a number, from the checkpoint after so
-    many updates.
+    many updates. observe, callbacks, progress: as of a `Trainer`.
     """
     resume_from: Path | int | None = None if resume is False else resume
     if resume is True:
         resume_from = resolve_run_dir(name or recipe.name, runs_dir).path
-    with Trainer(recipe, deployment, name=name, runs_dir=runs_dir, resume_from=resume_from, observe=observe) as trainer:
+    with Trainer(
+        recipe,
+        deployment,
+        name=name,
+        runs_dir=runs_dir,
+        resume_from=resume_from,
+        observe=observe,
+        callbacks=callbacks,
+        progress=progress,
+    ) as trainer:
         trainer.fit()
         return trainer.finish()

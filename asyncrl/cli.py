@@ -12,12 +12,11 @@ import os
 import select
 import sys
 from collections.abc import Sequence
-from typing import TextIO
 
 from asyncrl import __version__
 from asyncrl.disk import full_disk
 from asyncrl.errors import AsyncRLError, ConfigError, DataError
-from asyncrl.rundir import redact, set_up_logging
+from asyncrl.rundir import StandardError, redact, set_up_logging
 
 # Each function takes a parser, adds its job's arguments, and sets the default `job`: from arguments to exit status.
 JOBS = {
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status; argparse itself exits with 0 (help) or 2 (usage)."""
     chosen, rest = _choose(sys.argv[1:] if argv is None else list(argv))
     try:
-        set_up_logging(_Stderr())
+        set_up_logging(StandardError())
         for library in ("huggingface_hub", "transformers"):
             logging.getLogger(library).propagate = False  # they print their warnings themselves: once is enough
         if not sys.stderr.isatty():  # progress bars of the hub and of transformers are for terminals
@@ -94,14 +93,6 @@ def _choose(argv: list[str]) -> tuple[str, list[str]]:
     parser.add_argument("--version", action="version", version=f"asyncrl {__version__}")
     parser.add_argument("job", choices=JOBS, metavar="JOB", help=", ".join(JOBS))
     return parser.parse_args(argv[:1]).job, argv[1:]
-
-
-class _Stderr(logging.StreamHandler[TextIO]):
-    """Writes to whatever sys.stderr is at the moment, so that log lines go above the live view instead of through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
 
 
 if __name__ == "__main__":

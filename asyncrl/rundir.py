@@ -1,6 +1,6 @@
 """The run directory: the one module that owns its paths, atomic writes, manifests, its lock, and redaction of secrets.
 
-    runs/<name>/  recipe.json deployment.yaml metrics.jsonl  tensorboard/  data/  replay/ (rows, events)
+    runs/<name>/  recipe.json deployment.yaml metrics.jsonl  tensorboard/  data/  functions/  replay/ (rows, events)
                   checkpoints/step_000100/ (…, manifest.json)  exports/ (Hugging Face)  logs/
 
 No torch, no Ray, no Arrow: jobs, actors and tests may all import it.
@@ -16,10 +16,11 @@ import os
 import re
 import shutil
 import socket
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import msgspec
 
@@ -43,6 +44,7 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.data = self.path / "data"
+        self.functions = self.path / "functions"
         self.replay = self.path / "replay"
         self.checkpoints = self.path / "checkpoints"
         self.exports = self.path / "exports"
@@ -162,9 +164,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         sync(path.parent)
 
 
-def write_atomic(path: str | Path, content: bytes | str) -> None:
-    """Writes `content` to `path`, whole or not at all."""
+def write_atomic(path: str | Path, content: bytes | str, mode: int = 0o666) -> None:
+    """Writes `content` to `path`, whole or not at all. mode: of the file, less the umask."""
     with atomic_file(path) as beside:
+        beside.touch(mode)
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
@@ -279,13 +282,49 @@ def set_up_logging(handler: logging.Handler) -> None:
 
     Raises ConfigError for a level that does not exist.
     """
+    level = _level()
+    handler.setFormatter(_Redacting(_FORM, "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=level or logging.WARNING, force=True)
+    logging.getLogger("asyncrl").setLevel(level or logging.INFO)
+
+
+class StandardError(logging.StreamHandler[TextIO]):
+    """Writes to whatever sys.stderr is at the moment, so that log lines go above a live view instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+@contextlib.contextmanager
+def log_shown() -> Iterator[None]:
+    """Meanwhile asyncrl's log goes to standard error, secrets masked, from the level of the logger `asyncrl` on, or LOG_LEVEL,
+    or INFO. A program that has set up logging itself gets what it asked for there."""
+    logger = logging.getLogger("asyncrl")
+    if logger.hasHandlers():
+        yield
+        return
+    handler, before = StandardError(), logger.level
+    handler.setFormatter(_Redacting(_FORM, "%H:%M:%S"))
+    logger.setLevel(before or _level() or logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+_FORM = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def _level() -> str:
+    """What LOG_LEVEL says, or nothing. Raises ConfigError for a level that does not exist."""
     level = os.environ.get("LOG_LEVEL", "")
     known = logging.getLevelNamesMapping()
     if level and level.upper() not in known:
         raise ConfigError(f"LOG_LEVEL={level!r} is no level; use one of {', '.join(known)}")
-    handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
-    logging.basicConfig(handlers=[handler], level=level.upper() or logging.WARNING, force=True)
-    logging.getLogger("asyncrl").setLevel(level.upper() or logging.INFO)
+    return level.upper()
 
 
 class _Redacting(logging.Formatter):

@@ -1,5 +1,6 @@
 """A run from Python with everything switched on, on the tiny model under real Ray."""
 
+import json
 import re
 from collections import defaultdict
 from contextlib import suppress
@@ -8,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from asyncrl import RunResult, launch
+from asyncrl import Callbacks, RunResult, launch
 from asyncrl.config import (
     AlgorithmSpec,
     BusSpec,
@@ -18,18 +19,18 @@ from asyncrl.config import (
     LearnerSpec,
     RewardSpec,
     RewardTerm,
+    SamplingSpec,
     ShapingSpec,
 )
 from asyncrl.replay import open as open_replay
 from asyncrl.replay.log import events as ev
+from asyncrl.report.callbacks import SavedCheckpoint
 from asyncrl.report.summary import RunSummary
+from asyncrl.types import GroupCounts, Record
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
 
 REWARDS = """
-def sevens(data_source, solution_str, ground_truth, extra_info=None):
-    return solution_str.count(ground_truth) / 6
-
 def brief(prompts, completions, answer, **columns):
     # TRL's convention; it does not apply to half of the rows
     assert prompts[0] and answer[0] == columns["ground_truth"][0]
@@ -55,9 +56,23 @@ def torch_in() -> TorchIn:
 
 
 @pytest.fixture(scope="module")
-def everything(local_ray, torch_in, tiny_recipe_in, tmp_path_factory) -> RunResult:
+def told() -> list:
+    """What the callbacks of `everything` got, in order."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def everything(local_ray, torch_in, told, tiny_recipe_in, tmp_path_factory) -> RunResult:
     """Two generators over TCP, minibatches, epochs, KL to the reference, entropy bonus, evaluation of several samples, weighted
-    rewards with shaping."""
+    rewards with shaping; functions that are given themselves, and callbacks."""
+    letters = 6
+
+    def sevens(data_source, solution_str, ground_truth, extra_info=None):
+        return solution_str.count(ground_truth) / letters  # a closure: no other process finds it by name
+
+    def pushed(logp_t, old_t, advantages_t, sequence_t):
+        return -(logp_t - old_t).exp() * advantages_t, {}
+
     folder = tmp_path_factory.mktemp("everything")
     rewards = folder / "rewards.py"
     rewards.write_text(REWARDS)
@@ -66,18 +81,22 @@ def everything(local_ray, torch_in, tiny_recipe_in, tmp_path_factory) -> RunResu
         folder,
         total_steps=12,
         learner=LearnerSpec(batch_groups=4, mini_batch_groups=2, ppo_epochs=2, lr=1e-3, lr_schedule="cosine", warmup_steps=2),
-        algorithm=AlgorithmSpec(kl_coef=0.05, entropy_coef=0.01, clip_ratio_high=0.28, loss_agg="seq-mean-token-mean"),
+        algorithm=AlgorithmSpec(
+            kl_coef=0.05, entropy_coef=0.01, loss_agg="seq-mean-token-mean", policy_loss=pushed, correction="none"
+        ),
+        sampling=SamplingSpec(n=4, max_response_length=6, keep=lambda rewards: len(rewards) == 4),
         evaluation=EvaluationSpec(files=(data,), freq=4, n=2, temperature=1.0, limit=16),
         reward=RewardSpec(
             functions=(
-                RewardTerm(function=f"{rewards}:sevens", name="7", weight=2),
+                RewardTerm(function=sevens, name="7", weight=2),
                 RewardTerm(function=f"{rewards}:brief", weight=0.5),
             ),
             shaping=ShapingSpec(overlong_buffer=3, overlong_penalty=0.5, clip=(-0.25, 1.5)),
         ),
     )
     deployment = Deployment(generators=GeneratorsSpec(count=2), bus=BusSpec(transport="tcp", bucket_bytes=4096))
-    return launch(recipe, deployment, runs_dir=folder, observe=torch_in)
+    callbacks = Callbacks(on_rollouts=told.append, on_update=told.append, on_eval=told.append, on_checkpoint=told.append)
+    return launch(recipe, deployment, runs_dir=folder, observe=torch_in, callbacks=callbacks)
 
 
 def test_a_run_with_everything_switched_on(everything, metrics_of):
@@ -101,6 +120,25 @@ def test_an_ended_run_leaves_every_rollout_in_files_of_parquet(everything, event
     assert all(re.fullmatch(r"\d\d\+\d\d=", prompt) for prompt in rows["prompt"].to_pylist())
     assert len(set(rows["response"].to_pylist())) > 10
     assert set(rows["ground_truth"].to_pylist()) == {"7"}
+
+
+def test_callbacks_are_told_of_everything_once_and_in_order(everything, told, metrics_of):
+    records = [one for one in told if isinstance(one, Record)]
+    lines = [line for line in metrics_of(everything.run_dir) if line["kind"] != "actors"]
+    assert [(one.sequence, one.kind, one.version.update) for one in records] == [
+        (line["sequence"], line["kind"], line["step"]) for line in lines
+    ]
+    assert [one.update for one in told if isinstance(one, SavedCheckpoint)] == [0, 3, 6, 9, 12]
+    trained = [one.trained for one in told if isinstance(one, GroupCounts)]
+    assert trained == sorted(trained)
+    assert trained[-1] == 48
+
+
+def test_functions_that_were_given_themselves_lie_in_the_run(everything):
+    recipe = json.loads((Path(everything.run_dir) / "recipe.json").read_text())
+    saved = sorted(path.name.partition("-")[0] for path in (Path(everything.run_dir) / "functions").iterdir())
+    assert saved == ["lambda", "pushed", "sevens"]
+    assert recipe["reward"]["functions"][0]["function"].startswith(f"{everything.run_dir}/functions/sevens-")
 
 
 def test_actors_that_compute_nothing_have_no_torch(everything, torch_in):

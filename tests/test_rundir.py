@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -201,3 +202,33 @@ def test_a_struct_is_redacted_as_builtins() -> None:
     )
     assert redact(recipe)["model"]["path"] == f"https://{MASK}@hub/x"
     assert redact(recipe)["learner"]["lr"] == recipe.learner.lr
+
+
+PROGRAM = """
+import logging, os
+from asyncrl.rundir import log_shown
+{setup}
+log = logging.getLogger("asyncrl.part")
+with log_shown():
+    log.debug("debug")
+    log.info("info hf_0123456789abcdefXYZ")
+    log.warning("warning")
+log.info("after")
+"""
+
+
+@pytest.mark.parametrize(
+    ("setup", "level", "said"),
+    [
+        ("", "", ["INFO asyncrl.part: info [redacted]", "WARNING asyncrl.part: warning"]),
+        ("", "warning", ["WARNING asyncrl.part: warning"]),
+        ("", "DEBUG", ["DEBUG asyncrl.part: debug", "INFO asyncrl.part: info [redacted]", "WARNING asyncrl.part: warning"]),
+        ("logging.getLogger('asyncrl').setLevel('ERROR')", "DEBUG", []),
+        ("logging.basicConfig(format='own %(levelname)s')", "DEBUG", ["own WARNING"]),  # the program's own way
+    ],
+)
+def test_a_program_shows_the_log_at_the_level_that_it_asks_for(setup: str, level: str, said: list[str]) -> None:
+    environ = {**os.environ, "LOG_LEVEL": level}
+    command = [sys.executable, "-c", PROGRAM.format(setup=setup)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=True)
+    assert [re.sub(r"^[\d:]+ ", "", line) for line in done.stderr.splitlines()] == said

@@ -20,6 +20,8 @@ def _log_to(plan: RunPlan, name: str) -> None:
     """This process's log goes to `logs/<name>.log` of the run directory, which must be the one that the driver sees."""
     plan.check_reach()
     set_up_logging(logging.FileHandler(plan.paths.logs / f"{name}.log"))
+    logger = logging.getLogger("asyncrl")
+    logger.setLevel(min(logger.level, plan.log_level))
 
 
 class StageActor:

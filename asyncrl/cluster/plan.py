@@ -1,5 +1,6 @@
 """Everything the actors of one run are built from: data, handed to each of them whole."""
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ class RunPlan(Struct, frozen=True, kw_only=True):
     loopback: bool  # everything runs on this machine, and its sockets bind to 127.0.0.1
     resume_at: int | None = None  # the checkpoint (updates) to start from; None: the newest complete one
     stop_token_ids: tuple[int, ...] = ()
+    log_level: int = logging.INFO  # of the driver: actors log from there on, or as LOG_LEVEL says, whichever tells more
 
     @property
     def paths(self) -> RunDir:

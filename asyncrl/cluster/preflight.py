@@ -3,7 +3,7 @@
 No torch, no Ray: well under two seconds. All problems are reported at once, not one per attempt.
 """
 
-import os
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -17,6 +17,7 @@ from asyncrl.disk import existing
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.generate.engines import engine_kind
 from asyncrl.models.architectures import named, not_causal, read_config
+from asyncrl.models.hub import require_model
 from asyncrl.prompts.reading import check_columns, read_rows
 from asyncrl.rundir import RunDir
 
@@ -68,9 +69,14 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
 
 
 def _run_dir(run_dir: RunDir) -> str:
-    folder = existing(run_dir.path)
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"run directory {run_dir.path}: {folder} is not a writable folder; choose another with --runs-dir")
+    for folder in (existing(run_dir.path), *run_dir.path.glob("*/")):
+        try:
+            tempfile.TemporaryFile(dir=folder).close()  # permissions alone don't tell: of root, or of a read-only file system
+        except OSError as error:
+            raise ConfigError(
+                f"run directory {run_dir.path}: {folder} is not a writable folder ({error.strerror}): nothing could be "
+                "saved; choose another with --runs-dir"
+            ) from error
     return str(run_dir.path)
 
 
@@ -81,13 +87,9 @@ def _made(path: str, recipe: Recipe, run_dir: RunDir) -> bool:
 def _model(field: str, model: ModelSpec, recipe: Recipe, run_dir: RunDir) -> str:
     if _made(model.path, recipe, run_dir):
         return f"{model.path} (made by prepare)"
-    path = Path(model.path)
-    if not path.is_absolute():
-        return f"{path} (Hugging Face)"
-    if not (path / "config.json").is_file():
-        missing = "has no config.json" if path.is_dir() else "does not exist"
-        raise ConfigError(f"{field}.path={model.path!r} {missing}: no model could be loaded; name a Hugging Face folder or id")
-    return model.path
+    if model.tokenizer and not _made(model.tokenizer, recipe, run_dir):
+        require_model(model.tokenizer, f"{field}.tokenizer", "tokenizer_config.json", "tokenizer.json", "config.json")
+    return require_model(model.path, f"{field}.path")
 
 
 def _causal(field: str, model: ModelSpec, recipe: Recipe, run_dir: RunDir) -> str:
@@ -175,7 +177,7 @@ def _batches(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
             rows = sum(1 for _ in islice(read_rows(recipe.data), batch))
         except DataError:
             rows = batch  # the check of the data file tells of it
-        if rows < batch:
+        if 0 < rows < batch:
             raise ConfigError(
                 f"{', '.join(recipe.data.files)}: {rows} rows < learner.batch_groups={batch}: an epoch cannot fill a batch, so "
                 f"one prompt would be in a batch twice; add data, or set learner.batch_groups={rows} or less"

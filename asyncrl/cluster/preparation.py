@@ -1,8 +1,10 @@
 """What the driver makes of a run directory before any actor starts: data, prompts, and the specs as they are run."""
 
+import hashlib
 import logging
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import msgspec
@@ -10,7 +12,8 @@ import yaml
 from msgspec.structs import replace
 
 from asyncrl.config import DataSpec, Deployment, EvaluationSpec, Recipe
-from asyncrl.config.callables import load_callable
+from asyncrl.config.callables import GIVEN, PYTHON, UNSAVED, SavedFunction, describe, load_callable
+from asyncrl.config.paths import rename_functions
 from asyncrl.errors import ConfigError
 from asyncrl.rundir import RunDir, redact, write_atomic
 
@@ -36,6 +39,36 @@ def prepare_run(recipe: Recipe, deployment: Deployment, paths: RunDir, *, resumi
     write_atomic(paths.recipe, msgspec.json.format(msgspec.json.encode(redact(as_run)), indent=2))
     write_atomic(paths.deployment, yaml.safe_dump(redact(deployment), sort_keys=False))
     return stop_token_ids
+
+
+def save_functions(recipe: Recipe, paths: RunDir) -> Recipe:
+    """Writes functions that were given themselves into the run directory, by value and for this user's eyes, and names their
+    files in their place: actors find them there, and so does whoever resumes or evaluates the run.
+
+    Raises ConfigError for what can't be pickled.
+    """
+
+    def saved(reference: str) -> str:
+        if not reference.startswith(UNSAVED) or reference not in GIVEN:
+            return reference
+        from ray import cloudpickle  # here, as Ray takes a second to import
+
+        program, name = getattr(sys.modules["__main__"], "__file__", None), reference.rpartition(":")[2]
+        folder = Path(program).absolute().parent if program else Path.cwd()
+        try:
+            pickled = cloudpickle.dumps(GIVEN[reference])
+        except Exception as error:
+            raise ConfigError(
+                f"the function {name!r} can't be sent to other processes: {describe(error)}; make in it what it uses, or name "
+                "one in a file: path/to/file.py:name"
+            ) from error
+        content = msgspec.msgpack.encode(SavedFunction(PYTHON, str(folder), pickled))
+        path = paths.functions / f"{name}-{hashlib.blake2b(content, digest_size=6).hexdigest()}.pkl"
+        write_atomic(path, content, mode=0o600)
+        GIVEN[f"{path}:{name}"] = GIVEN[reference]  # in this process it stays what was given
+        return f"{path}:{name}"
+
+    return rename_functions(recipe, saved)
 
 
 def _prepare_prompts(recipe: Recipe, paths: RunDir, resuming: bool) -> tuple[int, ...]:

@@ -37,11 +37,19 @@ NON_RETRYABLE = (ConfigError, DataError, CheckpointError, NonFinite)  # the next
 class Supervisor:
     """Owns the members of one run. `start`, then `train` as often as wanted, then `close`."""
 
-    def __init__(self, plan: RunPlan, summary: RunSummary, observe: Callable[[Sequence[Record]], None]) -> None:
-        """summary: kept up to date in every round, before `observe` is called with the records that came in it."""
+    def __init__(
+        self,
+        plan: RunPlan,
+        summary: RunSummary,
+        observe: Callable[[Sequence[Record]], None],
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        """summary: kept up to date in every round, before `observe` is called with the records that came in it. between: called
+        between two rounds of `train` and `finish`; what it raises ends them."""
         self._plan = plan
         self._summary = summary
         self._observe = observe
+        self._between = between
         self._limits = plan.deployment.limits
         self._clock = AwakeClock(time.monotonic, STEP_S)
         self._store, self._learner, *_ = self._members = self._make_members()
@@ -76,7 +84,9 @@ class Supervisor:
         # A learner that dies while the last evaluation runs comes back, and asks for it again.
         while self._learner.phase != "idle" or self._fresh_report().evals_pending:
             self._tick()
+            self._between()
         self._until = None
+        self._between()
 
     def halt(self) -> None:
         """Ends a `train` that was interrupted. Blocks until the learner has made and saved the update under way, for
@@ -104,7 +114,9 @@ class Supervisor:
                 told = self._store.restart_count
                 call_store(self._store.handle, "finish")
             self._tick()
+            self._between()
         self._fresh_report()
+        self._between()
 
     def ask_learner(self, method: str, *arguments: Any) -> Any:
         """Calls a method of the idle learner, e.g. `save_checkpoint`. Raises Unavailable if it dies, or takes longer than

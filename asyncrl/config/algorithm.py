@@ -10,6 +10,7 @@ from typing import Any, Literal
 from msgspec import structs
 
 from asyncrl.config.base import Rule, Spec, require, require_fields, require_unset
+from asyncrl.config.callables import Function, name_functions
 from asyncrl.errors import ConfigError
 
 UNGROUPED = ("reinforce_plus_plus", "remax", "gae")  # estimators that learn from a group of one
@@ -72,7 +73,7 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
 
     # How rewards become advantages: a built-in estimator, or the user's own, `file.py:name`: `f(rewards_s, groups_s) ->
     # advantages_s`, see algorithms/advantages.py.
-    adv_estimator: str = "grpo"
+    adv_estimator: Function = "grpo"
     # Rewards to mean 0 and standard deviation 1: of the batch, or of all rollouts trained so far (`running`). Turn- and
     # token-level rewards, and a KL penalty in the reward, are not: they then weigh against a reward of standard deviation 1.
     reward_normalization: Literal["none", "batch", "running"] = "none"
@@ -85,7 +86,7 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     # sequence_t) -> (loss_t, {figure: values_t})`, see algorithms/losses.py. `dpo` and `kto` learn from how rewards rank a
     # group's rollouts, against the reference, which they load whatever kl_coef is; they take no estimator, correction or mask,
     # and loss_agg is for KL and entropy only.
-    policy_loss: str = "ppo"
+    policy_loss: Function = "ppo"
     # The policy that the ratio is taken to, and that clips go around: that at the start of the update, or that which sampled.
     ratio_to: Literal["proximal", "behaviour"] = "proximal"
     correction: CorrectionName = "decoupled"  # weights that bring the behaviour policy to the proximal one
@@ -125,6 +126,7 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
     kto_undesirable_weight: float = 1.0  # λ_U of kto
 
     def __post_init__(self) -> None:
+        name_functions(self, "adv_estimator policy_loss")
         _require_known("adv_estimator", self.adv_estimator, ESTIMATOR_NAMES)
         _require_known("policy_loss", self.policy_loss, LOSS_NAMES)
         require_fields(self, "algorithm.", _RULES)

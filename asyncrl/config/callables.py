@@ -1,23 +1,83 @@
-"""A user's function by name: `package.module:name`, `package.module.name` or `path/to/file.py:name`. No torch."""
+"""A user's function by name: `package.module:name`, `package.module.name` or `path/to/file.py:name`. No torch.
+
+A function that is given itself gets such a name (`reference_to`), so that specs are data. One that no other process could find
+(of `__main__`, of a notebook, a lambda, a closure) is known by a name of this process alone, until the run saves it by value.
+"""
 
 import ast
 import difflib
 import hashlib
 import importlib
 import importlib.util
+import pickle
+import re
 import symtable
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from asyncrl.errors import ConfigError
 
 _PACKAGE = str(Path(__file__).parents[1])  # asyncrl's own folder
+if TYPE_CHECKING:
+    Function = Any  # a name, or the function itself
+else:
+    Function = str  # by then it has a name
+
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+UNSAVED = "given-"  # begins a name that holds in this process only
+GIVEN: dict[str, Callable[..., Any]] = {}  # what was given itself in this process, by each name that it has got
+
+
+class SavedFunction(msgspec.Struct, frozen=True):
+    """A function by value: the content of a file that ends with `.pkl`."""
+
+    python: str  # the version that wrote it: no other reads its bytecode
+    folder: str  # where the program that it comes from finds its neighbours
+    pickled: bytes
+
+
+# ----------------------------------------------------------------------------------- functions given themselves
+
+
+def name_functions(spec: msgspec.Struct, fields: str) -> None:
+    """Puts names in the place of functions that were given themselves, in a spec that is being made."""
+    for field in fields.split():
+        if callable(function := getattr(spec, field)):
+            msgspec.structs.force_setattr(spec, field, reference_to(function))
+
+
+def reference_to(function: Callable[..., Any]) -> str:
+    """A name of the function: one that every process finds, if it has one; else one in GIVEN, of this process alone."""
+    module, name = sys.modules.get(getattr(function, "__module__", None) or ""), getattr(function, "__qualname__", "")
+    if module is not None and module.__name__ != "__main__" and _bound(module, name) is function:
+        file = getattr(module, "__file__", None) or ""
+        dotted = _find_module(module.__name__) if "." in module.__name__ or not file.endswith(".py") else None
+        if place := module.__name__ if dotted else file:
+            return f"{place}:{name}"
+    label = re.sub(r"\W", "", name.rpartition(".")[2]) or type(function).__name__
+    new = f"{UNSAVED}{len(GIVEN) + 1}:{label}"
+    reference = next((reference for reference, known in GIVEN.items() if known is function), new)
+    GIVEN[reference] = function
+    return reference
+
+
+def _bound(module: ModuleType, name: str) -> Any:
+    try:
+        return attrgetter(name)(module)
+    except AttributeError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------ functions by name
 
 
 def load_callable(reference: str, what: str = "function") -> Callable[..., Any]:
@@ -26,14 +86,18 @@ def load_callable(reference: str, what: str = "function") -> Callable[..., Any]:
     A file's folder (for a module: the working directory) joins the end of sys.path, so that it can import its
     neighbours. Raises ConfigError: no such file, module or name (with the nearest), or the import itself failed.
     """
+    if reference in GIVEN:
+        return GIVEN[reference]
     with _named(reference, what):
         where, name = _split(reference)
         place = _find(where)
-        folder = place.parent if isinstance(place, Path) else Path.cwd()
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
+        _find_neighbours_in(place.parent if isinstance(place, Path) else Path.cwd())
         try:
+            if isinstance(place, Path) and place.suffix == ".pkl":
+                return _unpickled(place)
             module = _module_from(place) if isinstance(place, Path) else importlib.import_module(where)
+        except ConfigError:
+            raise
         except (Exception, SystemExit) as error:
             raise ConfigError(f" could not be imported: {describe(error)}") from error
         found: Any = module
@@ -51,6 +115,8 @@ def check_callable(reference: str, what: str = "function") -> None:
 
     Passes what source can't tell: compiled modules, names that a star import or a module-level __getattr__ may bring.
     """
+    if reference in GIVEN:
+        return
     with _named(reference, what):
         where, name = _split(reference)
         place = _find(where)
@@ -90,6 +156,10 @@ def _split(reference: str) -> tuple[str, str]:
 
 
 def _find(where: str) -> Path | ModuleSpec:
+    if where.startswith(UNSAVED):
+        raise ConfigError(
+            ": only the process that was given this function knows it, until a run saves it; name it as path/to/file.py:name"
+        )
     if not is_file(where):
         if (spec := _find_module(where)) is None:
             raise ConfigError(
@@ -119,6 +189,23 @@ def _find_module(dotted: str) -> ModuleSpec | None:
             return None
         path = list(spec.submodule_search_locations or ())
     return spec
+
+
+def _find_neighbours_in(folder: str | Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _unpickled(path: Path) -> Callable[..., Any]:
+    saved = msgspec.msgpack.decode(path.read_bytes(), type=SavedFunction)
+    if saved.python != PYTHON:
+        raise ConfigError(
+            f": saved by Python {saved.python}, whose bytecode Python {PYTHON} can't run; give the function again, or "
+            "name one in a file: path/to/file.py:name"
+        )
+    _find_neighbours_in(saved.folder)
+    function: Callable[..., Any] = pickle.loads(saved.pickled)
+    return function
 
 
 def _module_from(path: Path) -> ModuleType:

@@ -1,6 +1,7 @@
 """The deployment: where a recipe runs. Every default lives here, once; deploy/local.yaml spells them out."""
 
 import ipaddress
+import math
 from collections.abc import Iterable
 from typing import Literal
 from urllib.parse import urlsplit
@@ -15,6 +16,14 @@ class PlaceSpec(Spec, frozen=True, kw_only=True):
     gpus: float = 0.0  # 0: it computes on the CPU
     threads: int = 1  # of torch
     resources: dict[str, float] = {}  # Ray's custom resources, by name
+
+    def __post_init__(self) -> None:
+        rules: list[Rule] = [
+            ("cpus gpus", lambda x: x >= 0, "< 0: there is nothing less than none; use 0 to reserve none"),
+            ("threads", lambda x: x >= 1, "< 1: nothing could be computed; use at least 1"),
+            ("resources", lambda x: all(0 <= n < math.inf for n in x.values()), "asks for less than none; use amounts >= 0"),
+        ]
+        require_fields(self, "place.", rules)
 
 
 # How new weights enter while requests run; docs/sglang.md says what each of them promises.
@@ -156,6 +165,11 @@ class EngineSpec(Spec, frozen=True, kw_only=True):
     sglang: SGLangSpec = SGLangSpec()
 
     def __post_init__(self) -> None:
+        rules: list[Rule] = [
+            ("slots", lambda x: x >= 1, "< 1: no request could be decoded; use at least sampling.n"),
+            ("max_length", lambda x: x >= 2, "< 2 tokens: a prompt and a response need one each; raise it"),
+        ]
+        require_fields(self, "engine.", rules)
         if self.kind != "sglang":
             require(
                 self.sglang == SGLangSpec(),
@@ -219,7 +233,8 @@ class RewardsSpec(Spec, frozen=True, kw_only=True):
     place: PlaceSpec = PlaceSpec()  # of each actor
 
     def __post_init__(self) -> None:
-        require_fields(self, "rewards.", [("count processes", lambda x: x >= 1, "< 1: nothing would be scored; use >= 1")])
+        rule: Rule = ("count processes lease_size", lambda x: x >= 1, "< 1: nothing would be scored; use >= 1")
+        require_fields(self, "rewards.", [rule])
 
 
 class LearnerPlaceSpec(Spec, frozen=True, kw_only=True):
@@ -239,6 +254,10 @@ class StoreSpec(Spec, frozen=True, kw_only=True):
     # checkpoint. What a resume needs always stays, also with 0.
     keep_bytes: int = 100 << 30
     place: PlaceSpec = PlaceSpec()  # of its actor
+
+    def __post_init__(self) -> None:
+        rule: Rule = ("segment_bytes", lambda x: x >= 1, "< 1: each call would close a segment; some MiB are fast enough")
+        require_fields(self, "store.", [rule])
 
 
 class BusSpec(Spec, frozen=True, kw_only=True):
@@ -282,6 +301,15 @@ class LimitsSpec(Spec, frozen=True, kw_only=True):
     update_timeout_s: float = 180.0
     stop_timeout_s: float = 15.0  # for actors to end by themselves, before they are killed
 
+    def __post_init__(self) -> None:
+        waits = "restart_window_s lease_s poll_s start_timeout_s health_timeout_s stall_timeout_s save_timeout_s"
+        rules: list[Rule] = [
+            ("max_restarts", lambda x: x >= 0, "< 0; use 0 to end the run with the first actor that dies"),
+            (f"{waits} update_timeout_s", lambda x: x > 0, "<= 0 s: it would be over before it began; use seconds > 0"),
+            ("stop_timeout_s", lambda x: x >= 0, "< 0 s; use 0 to kill actors at once"),
+        ]
+        require_fields(self, "limits.", rules)
+
 
 class Deployment(Spec, frozen=True, kw_only=True):
     """Where a recipe runs."""
@@ -294,3 +322,6 @@ class Deployment(Spec, frozen=True, kw_only=True):
     store: StoreSpec = StoreSpec()  # the replay store
     bus: BusSpec = BusSpec()  # the weight bus
     limits: LimitsSpec = LimitsSpec()  # timeouts and restarts
+
+    def __post_init__(self) -> None:
+        require_fields(self, "", [("num_cpus", lambda x: x >= 0, "< 0; use null for those that this process may use")])

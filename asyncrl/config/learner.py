@@ -1,5 +1,6 @@
 """The parts of a recipe that say which models learn, and how they are optimized. No torch."""
 
+import math
 from typing import Literal
 
 from asyncrl.config.base import Rule, Spec, require, require_fields, require_unset
@@ -29,7 +30,15 @@ class OptimizerSpec(Spec, frozen=True, kw_only=True):
 
 
 OPTIMIZER_RULES: tuple[Rule, ...] = (
+    ("lr weight_decay", lambda x: x != math.inf, "would make every weight infinite; use a number"),
     ("warmup_steps min_lr_ratio weight_decay max_grad_norm", lambda x: x >= 0, "< 0; use 0 to turn it off"),
+    ("min_lr_ratio", lambda x: x <= 1, "> 1: the rate would rise to its end; it is a share of lr, in [0, 1]"),
+    (
+        "betas",
+        lambda x: all(0 <= beta < 1 for beta in x),
+        "is outside [0, 1): moments would grow for ever; use shares",
+    ),
+    ("eps", lambda x: x >= 0, "< 0: a step could be divided by 0; use a small number, for example 1e-8"),
 )
 
 
@@ -54,8 +63,11 @@ class LearnerSpec(OptimizerSpec, frozen=True, kw_only=True):
 
 _LEARNER_RULES: tuple[Rule, ...] = (
     *OPTIMIZER_RULES,
-    ("ppo_epochs", lambda x: x >= 1, "< 1: nothing would be trained"),
-    ("lr", lambda x: x >= 0, "< 0: the policy would be driven away from reward"),
+    ("batch_groups", lambda x: x >= 1, "< 1: an update would train nothing; use at least one group"),
+    ("ppo_epochs", lambda x: x >= 1, "< 1: nothing would be trained; use at least 1"),
+    ("max_tokens_per_pack", lambda x: x >= 1, "< 1: no token would fit into a forward pass; use some thousand"),
+    ("max_refused_steps", lambda x: x >= 1, "< 1: the run would stop before its first step; use at least 1"),
+    ("lr", lambda x: x >= 0, "< 0: the policy would be driven away from reward; use >= 0"),
 )
 
 

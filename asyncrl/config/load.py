@@ -21,6 +21,7 @@ from asyncrl import config
 from asyncrl.config.base import Spec
 from asyncrl.config.deployment import Deployment
 from asyncrl.config.explain import expected, explain, is_struct, names, nearest
+from asyncrl.config.names import elsewhere
 from asyncrl.config.recipe import Recipe
 from asyncrl.errors import AsyncRLError, ConfigError
 
@@ -68,9 +69,8 @@ def load_recipe(path: str | Path) -> Recipe:
         return msgspec.convert(msgspec.to_builtins(made), Recipe)
     except msgspec.ValidationError as error:
         where, what = explain(error, Recipe, msgspec.to_builtins(made))
-        words = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.keyword)]
-        lines = [word.value.lineno for word in words if word.arg == where.rpartition(".")[2]]
-        raise ConfigError(f"recipe {path}{f', line {lines[0]}' if len(lines) == 1 else ''}: {what}") from error
+        line = _line_of(where, source)
+        raise ConfigError(f"recipe {path}{f', line {line}' if line else ''}: {what}") from error
 
 
 def _execute(path: Path, source: str) -> Any:
@@ -86,6 +86,13 @@ def _execute(path: Path, source: str) -> Any:
     return module.recipe
 
 
+def _line_of(field: str, source: str) -> int | None:
+    """Where a field's value is given as a keyword argument; None if that is in no place, or in several."""
+    words = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.keyword)]
+    lines = [word.value.lineno for word in words if word.arg == field.rpartition(".")[2]]
+    return lines[0] if len(lines) == 1 else None
+
+
 def _raised(path: Path, source: str, error: Exception) -> str:
     """One line for whatever a recipe raised: its last own line, and the nearest argument name after a typo."""
     frames = list(traceback.walk_tb(error.__traceback__))
@@ -98,13 +105,15 @@ def _raised(path: Path, source: str, error: Exception) -> str:
         try:
             msgspec.convert(msgspec.to_builtins(made), type(made))
         except msgspec.ValidationError as cause:
-            text = explain(cause, type(made), msgspec.to_builtins(made))[1]
+            where, text = explain(cause, type(made), msgspec.to_builtins(made))
+            line = _line_of(where, source) or line
     if (typo := _UNKNOWN_KEYWORD.search(text)) and line is not None:
         for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
             words = [word for word in call.keywords if word.arg == typo[1]]
             struct = getattr(config, ast.unparse(call.func).rpartition(".")[2], None)
             if words and isinstance(struct, type) and issubclass(struct, msgspec.Struct):
-                line, text = words[0].value.lineno, f"{struct.__name__} has no field {typo[1]!r}" + nearest(typo[1], struct)
+                line, text = words[0].value.lineno, f"{struct.__name__} has no field {typo[1]!r}"
+                text += elsewhere(typo[1]) or nearest(typo[1], struct)
     return f"recipe {path}{f', line {line}' if line else ''}: {text}"
 
 
@@ -144,8 +153,9 @@ def _field_type(spec: type[msgspec.Struct], path: str, text: str) -> Any:
             raise ConfigError(f"override {text!r}: {parent} is {expected(kind)} and has no field {name!r}")
         fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
         if name not in fields:
-            elsewhere = spec is Recipe and depth == 0 and name in Deployment.__struct_fields__
-            hint = f"; it is the deployment's: write {_DEPLOY}{path}=…" if elsewhere else nearest(name, kind, spec)
+            hint = (elsewhere(path) if spec is Recipe else "") or nearest(name, kind, spec)
+            if spec is Recipe and depth == 0 and name in Deployment.__struct_fields__:
+                hint = f"; it is the deployment's: write {_DEPLOY}{path}=…"
             raise ConfigError(f"override {text!r}: {parent or spec.__name__} has no field {name!r}{hint}")
         kind = fields[name]
     if is_struct(kind):

@@ -5,6 +5,7 @@ own folder first and then in the working directory. After `resolve_paths` every 
 other working directories (and on other nodes) read the same file.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ def resolve_paths(recipe: Recipe, run_dir: RunDir, folder: str | Path | None = N
     """The same recipe with `{run}` replaced everywhere and local files made absolute. Idempotent.
 
     folder: the recipe file's; None for a recipe built in Python (the working directory alone). Files that exist in
-    neither place are taken to belong to the first, where the error about them will point. `path` and `tokenizer` of a
-    model stay Hugging Face ids unless such a folder exists or they look like a path (`./x`, `/x`, `~/x`).
+    neither place are taken to belong to the first whose folder exists, where the error about them will point. `path` and
+    `tokenizer` of a model stay Hugging Face ids unless such a folder exists or they look like a path (`./x`, `/x`, `~/x`,
+    `a/b/c`).
     """
     folders = tuple(dict.fromkeys(Path(base).resolve() for base in (folder, Path.cwd()) if base is not None))
     data = _replace(msgspec.to_builtins(recipe), str(run_dir.path.resolve()))
@@ -31,12 +33,18 @@ def resolve_paths(recipe: Recipe, run_dir: RunDir, folder: str | Path | None = N
     for model in filter(None, (data["model"], data["critic"]["model"])):
         for key in ("path", "tokenizer"):
             model[key] = _model(model[key], folders)
+    return rename_functions(msgspec.convert(data, Recipe), lambda name: _callable(name, folders))
+
+
+def rename_functions(recipe: Recipe, rename: Callable[[str], str]) -> Recipe:
+    """The same recipe with what `rename` makes of the name of each function, built-in ones included."""
+    data = msgspec.to_builtins(recipe)
     for reward in (data["reward"], *data["reward"]["functions"]):
-        reward["function"] = _callable(reward["function"], folders)
-    data["sampling"]["keep"] = _callable(data["sampling"]["keep"], folders)
+        reward["function"] = rename(reward["function"])
+    data["sampling"]["keep"] = rename(data["sampling"]["keep"])
     for key in ("adv_estimator", "policy_loss"):
-        data["algorithm"][key] = _callable(data["algorithm"][key], folders)
-    data["prepare"] = _callable(data["prepare"], folders)
+        data["algorithm"][key] = rename(data["algorithm"][key])
+    data["prepare"] = rename(data["prepare"])
     return msgspec.convert(data, Recipe)
 
 
@@ -52,11 +60,13 @@ def _replace(value: Any, run: str) -> Any:
 
 def _file(name: str, folders: tuple[Path, ...]) -> str:
     candidates = [folder / Path(name).expanduser() for folder in folders]
-    return str(next((path for path in candidates if path.exists()), candidates[0]))
+    there = [path for path in candidates if path.exists()] or [path for path in candidates if path.parent.is_dir()]
+    return str((there or candidates)[0])
 
 
 def _model(name: str, folders: tuple[Path, ...]) -> str:
-    if name.startswith((".", "/", "~")) or (name and any((folder / name).is_dir() for folder in folders)):
+    pathlike = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if pathlike or (name and any((folder / name).is_dir() for folder in folders)):
         return _file(name, folders)
     return name
 

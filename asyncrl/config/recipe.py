@@ -1,7 +1,8 @@
 """The recipe: what to learn. Like the deployment (deployment.py) it is data, validated when made.
 
 Every default lives once, here or in algorithm.py and learner.py. Paths may hold `{run}`: the run directory. Callables are
-`package.module:name` or `path/to/file.py:name`. No torch here: a wrong spec must fail in well under two seconds.
+`package.module:name` or `path/to/file.py:name`; a function that is given itself gets such a name. No torch here: a wrong spec
+must fail in well under two seconds.
 """
 
 import math
@@ -11,6 +12,7 @@ from msgspec.structs import asdict, replace
 
 from asyncrl.config.algorithm import AlgorithmSpec
 from asyncrl.config.base import Rule, Spec, require, require_fields
+from asyncrl.config.callables import Function, name_functions
 from asyncrl.config.learner import CriticSpec, LearnerSpec, ModelSpec
 from asyncrl.errors import ConfigError
 from asyncrl.staleness import OnStale, SelectorName, Staleness
@@ -37,18 +39,26 @@ class DataSpec(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require(len(self.files) > 0, "data.files=(): there is nothing to train on; name at least one parquet or JSONL file")
-        require_fields(self, "data.", [("epochs", lambda x: x >= 1, "< 1: nothing would be trained; use null or >= 1")])
+        rules: list[Rule] = [
+            ("max_prompt_length", lambda x: x >= 1, "< 1: every prompt would be left out; use the longest that you train on"),
+            ("epochs", lambda x: x >= 1, "< 1: nothing would be trained; use null or >= 1"),
+        ]
+        require_fields(self, "data.", rules)
 
 
 class RewardTerm(Spec, frozen=True, kw_only=True):
     """One of several rewards, whose weighted sum is the reward."""
 
-    function: str  # as RewardSpec.function
+    function: Function  # as RewardSpec.function
     weight: float = 1.0  # times its value enters the sum
     # Its unweighted value is logged as `reward/<name>`. Empty: the function's own name.
     name: str = ""
     style: RewardStyle = "auto"  # as RewardSpec.style
     arguments: dict[str, str | int | float | bool] = {}  # passed by keyword with every call
+
+    def __post_init__(self) -> None:
+        name_functions(self, "function")
+        require_fields(self, "reward.functions: ", [("weight", math.isfinite, "would make no sum; use a finite number")])
 
 
 class ShapingSpec(Spec, frozen=True, kw_only=True):
@@ -88,7 +98,7 @@ class RewardSpec(Spec, frozen=True, kw_only=True):
     # verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`, a float or a dict with `score` and, for
     # turn- and token-level rewards, `turn_rewards` or `token_rewards`; or TRL's `f(prompts, completions, **columns) ->
     # list[float | None]`, called with lists of one.
-    function: str = ""
+    function: Function = ""
     # Several instead: the reward is their weighted sum.
     functions: tuple[RewardTerm, ...] = ()
     # The convention of `function`; `auto` tells it by the names of the parameters.
@@ -98,7 +108,8 @@ class RewardSpec(Spec, frozen=True, kw_only=True):
     deadline_s: float = 10.0
 
     def __post_init__(self) -> None:
-        require(self.deadline_s > 0, f"reward.deadline_s={self.deadline_s}: every sample would time out; use seconds > 0")
+        name_functions(self, "function")
+        require_fields(self, "reward.", [("deadline_s", lambda x: x > 0, "<= 0: every sample would time out; use seconds > 0")])
         require(
             bool(self.function) != bool(self.functions),
             f"reward.function={self.function!r} and {len(self.functions)} reward.functions: it is not clear what scores; set "
@@ -138,7 +149,7 @@ class SamplingSpec(Spec, frozen=True, kw_only=True):
     # How often one prompt may be tried: after failures, and again after deaths of generators that worked on it.
     max_attempts: int = 3
     # Which complete groups are trained: `all`, `varied` (rewards not all equal), or your own `keep(rewards) -> bool`.
-    keep: str = "all"
+    keep: Function = "all"
     # The run ends when the reward failed on all of so many first samples, by errors, passed deadlines or dead processes. null:
     # a batch's worth, and at least 16; after a minute of failures 16.
     max_first_failures: int | None = None
@@ -147,9 +158,11 @@ class SamplingSpec(Spec, frozen=True, kw_only=True):
     max_empty_batches: int | None = None
 
     def __post_init__(self) -> None:
+        name_functions(self, "keep")
         rules: list[Rule] = [
             ("n", lambda x: x >= 1, "< 1: a group needs at least one rollout"),
             ("temperature", lambda x: x > 0, "<= 0: training needs a stochastic policy; use > 0"),
+            ("temperature", lambda x: x < math.inf, "would sample any token as often as any other; use a number"),
             ("top_p", lambda x: 0 < x <= 1, "is outside (0, 1]; 1 turns it off"),
             ("top_k", lambda x: x >= 0, "< 0; 0 turns it off"),
             ("max_response_length", lambda x: x >= 1, "< 1: no token could be sampled"),
@@ -198,7 +211,13 @@ class EvaluationSpec(Spec, frozen=True, kw_only=True):
     limit: int | None = None  # the first so many prompts only
 
     def __post_init__(self) -> None:
-        require_fields(self, "evaluation.", [("freq", lambda x: x >= 1, "< 1; to turn it off leave evaluation.files empty")])
+        rules: list[Rule] = [
+            ("freq", lambda x: x >= 1, "< 1; to turn it off leave evaluation.files empty"),
+            ("n", lambda x: x >= 1, "< 1: there would be no response to score; use at least 1"),
+            ("temperature", lambda x: x >= 0, "< 0: logits are divided by it; use > 0, or 0 for greedy decoding"),
+            ("limit", lambda x: x >= 1, "< 1; to turn it off leave evaluation.files empty, for all prompts use null"),
+        ]
+        require_fields(self, "evaluation.", rules)
 
 
 class CheckpointSpec(Spec, frozen=True, kw_only=True):
@@ -225,7 +244,7 @@ class Recipe(Spec, frozen=True, kw_only=True):
     total_steps: int  # updates
     seed: int = 0  # of the order of prompts, of sampling and of whatever `prepare` makes
     # Optional `prepare(recipe, run_dir)`, called before any actor starts: it makes data and models.
-    prepare: str = ""
+    prepare: Function = ""
     sampling: SamplingSpec = SamplingSpec()  # how groups of rollouts are made
     staleness: StalenessSpec = StalenessSpec()  # how old their tokens may be
     algorithm: AlgorithmSpec = AlgorithmSpec()  # estimator, loss, corrections and KL
@@ -235,7 +254,12 @@ class Recipe(Spec, frozen=True, kw_only=True):
     checkpoint: CheckpointSpec = CheckpointSpec()  # how often, and how many are kept
 
     def __post_init__(self) -> None:
-        require(self.total_steps >= 1, f"total_steps={self.total_steps} < 1: nothing would be trained")
+        name_functions(self, "prepare")
+        rules: list[Rule] = [
+            ("total_steps", lambda x: x >= 1, "< 1: nothing would be trained; use at least 1"),
+            ("seed", lambda x: 0 <= x < 1 << 63, "is outside [0, 2**63): torch takes no such seed; use a smaller one, >= 0"),
+        ]
+        require_fields(self, "", rules)
         buffer, longest = self.reward.shaping.overlong_buffer, self.sampling.max_response_length
         require(
             buffer <= longest,

@@ -59,6 +59,7 @@ _RULES: tuple[Rule, ...] = (
     *OPTIMIZER_RULES,
     ("batch epochs steps max_tokens_per_pack", lambda x: x >= 1, "< 1: nothing would be trained; use at least 1"),
     ("lr", lambda x: x > 0, "<= 0: nothing would be learned; use a rate > 0, for example 1e-5"),
+    ("seed", lambda x: 0 <= x < 1 << 63, "is outside [0, 2**63): torch takes no such seed; use a smaller one, >= 0"),
     ("eval_freq", lambda x: x >= 1, "< 1; to turn it off leave data.heldout empty"),
     ("save_freq", lambda x: x >= 1, "< 1; use null for no checkpoints at all"),
 )

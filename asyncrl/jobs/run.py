@@ -71,7 +71,15 @@ def _run(args: argparse.Namespace) -> int:
     try:
         # A recipe's `prepare` prints, and so does Ray.
         with contextlib.redirect_stdout(sys.stderr), contextlib.closing(watch.progress):
-            result = launch(recipe, deployment, name=args.name, runs_dir=args.runs_dir, resume=resume, observe=watch)
+            result = launch(
+                recipe,
+                deployment,
+                name=args.name,
+                runs_dir=args.runs_dir,
+                resume=resume,
+                observe=watch,
+                progress=False,
+            )
     except (AsyncRLError, KeyboardInterrupt) as error:
         if (run := watch.progress.newest) is not None:  # before, there is nothing to go on with
             error.__notes__ = [f"to go on: {shlex.join(['asyncrl', *_words(args, file, overrides, True)])}"]

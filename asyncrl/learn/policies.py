@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from asyncrl.config import ModelSpec, Recipe
 from asyncrl.errors import CheckpointError, ConfigError
+from asyncrl.models.hub import require_model
 from asyncrl.rundir import MANIFEST, RunDir, verify_manifest
 from asyncrl.types import Version
 
@@ -49,8 +50,8 @@ def locate(name: str, tokenizer: str = "", dtype: str = "") -> Policy:
                 f"run {path} has no checkpoint yet: there is nothing to load; wait for its first, or name a model"
             )
         return _checkpoint(*newest_complete(folders), tokenizer, dtype)
-    if name.startswith((".", "/", "~")) and not path.exists():
-        raise ConfigError(f"{name} does not exist: no model could be loaded; name a Hugging Face folder or id, or runs/NAME")
+    if not path.exists():
+        require_model(name, "model")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(
             f"{path} is no model, checkpoint or run: it has neither config.json, {MANIFEST} nor checkpoints/; "

@@ -7,8 +7,9 @@ import re
 import sys
 import time
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
+from asyncrl.report.notebook import CellView, in_notebook
 from asyncrl.report.summary import RunSummary
 
 if TYPE_CHECKING:  # rich takes a while to import, and only a terminal needs it
@@ -121,15 +122,15 @@ class Progress:
     """Shows a run as it goes on. `update` never waits for the terminal longer than a write does."""
 
     def __init__(self, stream: TextIO | None = None, live: bool | None = None) -> None:
-        """live None: if the stream is a terminal that can move its cursor."""
+        """live None: if the stream is a terminal that can move its cursor, or, with none given, in a notebook's cell."""
         self._stream = sys.stderr if stream is None else stream
         self._pace = Pace()
         self.newest: RunSummary | None = None  # as `update` got it
         self._printed: tuple[float, int] | None = None  # seconds elapsed and step of the newest plain line
-        self._live = None
+        self._live: Any = CellView() if stream is None and live is None and in_notebook() else None
         if live is None:
             live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        if live:
+        if live and self._live is None:
             from rich.console import Console
             from rich.live import Live
 

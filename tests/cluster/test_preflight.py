@@ -228,6 +228,12 @@ def test_an_epoch_that_cannot_fill_a_batch(recipe: Recipe, run: RunDir, epochs: 
         check_run(recipe, Deployment(), run)
 
 
+def test_a_file_without_rows_is_one_problem(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"^[^\n]*train\.jsonl holds no rows[^\n]*$"):  # and no batch of 0 is advised
+        check_run(recipe, Deployment(), run)
+
+
 def test_another_engine_and_estimator_lift_their_bounds(recipe: Recipe, run: RunDir) -> None:
     long = replace(recipe, sampling=SamplingSpec(n=4, max_response_length=3072))
     deployment = Deployment(generators=GeneratorsSpec(engine=EngineSpec(max_length=4096)))
@@ -249,5 +255,15 @@ def test_an_engine_that_cannot_be_started_is_told_with_the_rest(recipe: Recipe, 
 
 def test_a_run_directory_that_cannot_be_made(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"run directory .*file/r: .*file is not a writable folder; .* --runs-dir"):
+    with pytest.raises(ConfigError, match=r"run directory .*file/r: .*file is not a writable folder \(.*; choose .*--runs-dir"):
         check_run(recipe, Deployment(), RunDir(tmp_path / "file/r"))
+    with pytest.raises(ConfigError, match=r"run directory /proc/runs/r: /proc is not a writable folder"):  # even for root
+        check_run(recipe, Deployment(), RunDir("/proc/runs/r"))
+
+
+def test_a_run_directory_whose_folders_are_not_ours(recipe: Recipe, run: RunDir) -> None:
+    run.path.mkdir(parents=True)
+    (run.path / "replay").symlink_to("/proc")
+    with pytest.raises(ConfigError, match=r"runs/r/replay is not a writable folder"):
+        check_run(recipe, Deployment(), run)
+    assert [path.name for path in run.path.iterdir()] == ["replay"], "the check left something"

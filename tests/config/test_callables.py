@@ -1,8 +1,14 @@
+import math
+import os
 import sys
+from functools import partial
+from json import JSONDecoder
 
+import msgspec
 import pytest
 
-from asyncrl.config.callables import check_callable, load_callable
+from asyncrl.config import AlgorithmSpec, RewardSpec, RewardTerm, SamplingSpec
+from asyncrl.config.callables import GIVEN, check_callable, load_callable, reference_to
 from asyncrl.errors import ConfigError
 
 SOURCE = """
@@ -114,3 +120,70 @@ def test_checking_passes_what_source_cannot_tell(tmp_path):
     path.write_text("from os.path import *\n")
     check_callable(f"{path}:basename")
     check_callable("math:sqrt")  # compiled
+
+
+# ------------------------------------------------------------------------------- functions given themselves
+
+
+def in_a_module(x):
+    return 2 * x
+
+
+class Adder:
+    def __init__(self, more):
+        self.more = more
+
+    def __call__(self, x):
+        return x + self.more
+
+    def twice(self, x):
+        return x + 2 * self.more
+
+
+def test_a_function_that_any_process_finds_is_named_by_its_place(file):
+    grade = load_callable(f"{file}:grade")
+    assert reference_to(grade) == f"{file}:grade"
+    assert reference_to(load_callable(f"{file}:Judge.verdict")) == f"{file}:Judge.verdict"
+    assert reference_to(os.path.basename) == f"{os.path.__file__}:basename"
+    assert reference_to(math.sqrt) == "math:sqrt"
+    assert reference_to(JSONDecoder) == "json.decoder:JSONDecoder"
+    assert load_callable(reference_to(in_a_module)) is not None
+    assert reference_to(in_a_module) not in GIVEN
+
+
+@pytest.mark.parametrize(
+    ("make", "label", "result"),
+    [
+        (lambda: lambda x: x + 3, "lambda", 8),
+        (lambda: partial(max, 7), "partial", 7),
+        (lambda: Adder(4), "Adder", 9),
+        (lambda: Adder(4).twice, "twice", 13),
+    ],
+)
+def test_any_other_is_known_to_this_process_alone(make, label, result):
+    function = make()
+    reference = reference_to(function)
+    assert reference.endswith(f":{label}")
+    assert reference_to(function) == reference
+    assert reference_to(make()) != reference, "another one of that name"
+    check_callable(reference)
+    assert load_callable(reference)(5) == result
+
+
+def test_a_spec_takes_functions_themselves_and_stays_data():
+    def centered(rewards_s, groups_s): ...
+
+    terms = RewardSpec(functions=(RewardTerm(function=lambda **sample: 1.0, name="one"), RewardTerm(function=in_a_module)))
+    assert [term.name for term in terms.terms()] == ["one", "in_a_module"]
+    assert SamplingSpec(keep=max).keep == "builtins:max"
+    for spec in (terms, SamplingSpec(keep=lambda rewards: True), AlgorithmSpec(adv_estimator=centered, policy_loss=max)):
+        assert msgspec.json.decode(msgspec.json.encode(spec), type=type(spec)) == spec
+    with pytest.raises(ConfigError, match="the name 'lambda' is taken"):
+        RewardSpec(functions=(RewardTerm(function=lambda: 1), RewardTerm(function=lambda: 2)))
+
+
+def test_a_name_of_another_process_says_whose_it_is():
+    with pytest.raises(
+        ConfigError, match=r"reward\.function='given-77:f': only the process that was given this function knows"
+    ):
+        load_callable("given-77:f", "reward.function")

@@ -50,6 +50,8 @@ def test_a_recipe_is_a_value_or_a_function_and_may_import_its_neighbours(tmp_pat
     assert load_recipe(path).total_steps == 7
     path.write_text(MINIMAL.replace('"m:f"', 'f"{__file__}:f"'))
     assert load_recipe(path).reward.function == f"{path}:f"
+    path.write_text("def score(*sample): ...\n" + MINIMAL.replace('"m:f"', "score"))  # the function itself
+    assert load_recipe(path).reward.function == f"{path}:score"
 
 
 @pytest.mark.parametrize(
@@ -57,8 +59,13 @@ def test_a_recipe_is_a_value_or_a_function_and_may_import_its_neighbours(tmp_pat
     [
         ("total_steps=3,", "total_steps=3,,", r"recipe\.py, line 10: invalid syntax: total_steps=3,,"),
         ("batch_groups=8", "batch_group=8", r"line 8: LearnerSpec has no field 'batch_group'; did you mean 'batch_groups'\?"),
-        ("batch_groups=8", "learning_rate=8", r"line 8: LearnerSpec has no field 'learning_rate'\. Valid: lr, betas, "),
-        ("batch_groups=8", "batch_groups='8'", r"line 2: learner\.batch_groups='8' must be int"),
+        ("batch_groups=8", "rate=8", r"line 8: LearnerSpec has no field 'rate'\. Valid: lr, betas, "),
+        (
+            "batch_groups=8",
+            "learning_rate=8",
+            r"line 8: LearnerSpec has no field 'learning_rate'; TRL .* is learner\.lr",
+        ),
+        ("batch_groups=8", "batch_groups='8'", r"line 8: batch_groups='8' must be int"),
         ("total_steps=3", "seed='8', total_steps=3", r"line 10: seed='8' must be int"),
         ("batch_groups=8", "lr_schedule='cosin'", r"line 8: learner\.lr_schedule='cosin' must be one of 'constant', 'cosine'"),
         ("batch_groups=8", "ppo_epochs=0", r"recipe\.py, line 7: learner\.ppo_epochs=0 < 1"),
@@ -158,6 +165,12 @@ def test_overrides_are_checked_together(recipe: Recipe) -> None:
             r"'deploy\.generators\.cuont=2': generators has no field 'cuont'; did you mean 'count'\?",
         ),
         ("deploy.generators.count=0", r"generators\.count=0 < 1"),
+        ("actor_rollout_ref.rollout.n=8", r"no field 'actor_rollout_ref'; verl calls it that: here it is sampling\.n$"),
+        ("+data.train_batch_size=8", r"verl calls it that: here it is learner\.batch_groups \(prompts, not rollouts\)$"),
+        ("data.train_batch_size=8", r"data has no field 'train_batch_size'; verl calls it that: here it is learner\.batch_g"),
+        ("num_generations=8", r"Recipe has no field 'num_generations'; TRL calls it that: here it is sampling\.n$"),
+        ("output_dir=x", r"TRL calls it that: here it is --runs-dir$"),
+        ("trainer.save_frequency=3", r"Recipe has no field 'trainer'\. Valid: name, model"),
     ],
 )
 def test_a_wrong_override_names_the_nearest_right_one(recipe_file: Path, text: str, message: str) -> None:

@@ -37,6 +37,7 @@ def recipe() -> Recipe:
 
 def test_the_run_directory_and_the_recipes_folder(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
     resolved = resolve_paths(recipe, RunDir("runs/a b"), tmp_path / "recipes")
     assert resolved.model.path == f"{tmp_path}/runs/a b/data/model"
     assert resolved.model.tokenizer == "Qwen/Qwen3-0.6B"  # a hub id stays one

@@ -1,9 +1,10 @@
 """What a spec refuses when it is made: value, bound, consequence, fix; and that its defaults are a valid spec."""
 
+import math
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, get_args, get_origin
 
 import msgspec
 import pytest
@@ -25,6 +26,7 @@ from asyncrl.config import (
     RewardsSpec,
     RewardTerm,
     SamplingSpec,
+    SFTSpec,
     SGLangSpec,
     ShapingSpec,
     StalenessSpec,
@@ -50,7 +52,7 @@ def recipe(**fields: Any) -> Recipe:
     [
         (lambda: DataSpec(files=()), r"data\.files=\(\)"),
         (lambda: DataSpec(files=("f",), epochs=0), r"data\.epochs=0 < 1"),
-        (lambda: RewardSpec(function="m:f", deadline_s=0), r"reward\.deadline_s=0: every sample would time out"),
+        (lambda: RewardSpec(function="m:f", deadline_s=0), r"reward\.deadline_s=0 <= 0: every sample would time out"),
         (lambda: RewardSpec(), r"reward\.function='' and 0 reward\.functions: it is not clear what scores"),
         (lambda: RewardSpec(function="m:f", functions=(RewardTerm(function="m:g"),)), r"reward\.function='m:f' and 1 reward"),
         (
@@ -104,11 +106,19 @@ def recipe(**fields: Any) -> Recipe:
             r"critic_warmup=5 >= total_steps=5: the policy would never move",
         ),
         (lambda: EvaluationSpec(freq=0), r"evaluation\.freq=0 < 1"),
+        (lambda: EvaluationSpec(limit=0), r"evaluation\.limit=0 < 1; .* for all prompts use null"),
+        (lambda: LearnerSpec(batch_groups=0), r"learner\.batch_groups=0 < 1: an update would train nothing; use at least one"),
+        (lambda: LearnerSpec(lr=math.inf), r"learner\.lr=inf"),
+        (lambda: LearnerSpec(betas=(0.9, 1.0)), r"learner\.betas=\(0\.9, 1\.0\) is outside \[0, 1\)"),
+        (lambda: SamplingSpec(temperature=math.inf), r"sampling\.temperature=inf"),
+        (lambda: EngineSpec(slots=0), r"engine\.slots=0 < 1: no request could be decoded"),
+        (lambda: recipe(seed=1 << 63), r"seed=9223372036854775808 is outside \[0, 2\*\*63\)"),
         (lambda: CheckpointSpec(keep_last_n=0), r"checkpoint\.keep_last_n=0 < 1: there would be nothing to resume from"),
         (lambda: GeneratorsSpec(count=0), r"generators\.count=0 < 1: nobody would generate"),
         (lambda: BusSpec(credit=0), r"bus\.credit=0 < 1: no bucket would ever be asked for"),
         (lambda: BusSpec(bucket_bytes=0), r"bus\.bucket_bytes=0 is outside 1 to 67108864"),
         (lambda: BusSpec(bucket_bytes=(64 << 20) + 1), r"bus\.bucket_bytes=67108865 is outside 1 to 67108864"),
+        (lambda: RewardTerm(function="m:f", weight=math.nan), r"reward\.functions: weight=nan would make no sum"),
         (lambda: RewardsSpec(processes=0), r"rewards\.processes=0 < 1"),
         (lambda: recipe(total_steps=0), r"total_steps=0 < 1"),
         (
@@ -126,6 +136,35 @@ def recipe(**fields: Any) -> Recipe:
 def test_an_impossible_spec_is_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+FREE = {"RewardTerm.weight", "AlgorithmSpec.entropy_coef"}  # may be anything
+NEEDED = {"name": "r", "model": ModelSpec(path="m"), "data": DataSpec(files=("f",)), "reward": RewardSpec(function="m:f")}
+NEEDED |= {"total_steps": 9, "files": ("f",), "path": "m", "function": "m:f", "out": "o"}
+
+
+def numbers() -> Iterator[Any]:
+    """Every field of a recipe, a deployment and a warm start that holds a number or several, in whichever struct."""
+    left: list[Any] = [Recipe, Deployment, SFTSpec]
+    for struct in left:
+        for field in msgspec.structs.fields(struct):
+            kinds = {field.type, *get_args(field.type)}
+            left += [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and kind not in left]
+            if (number := kinds & {int, float}) and f"{struct.__name__}.{field.name}" not in FREE:
+                many = {tuple: lambda x: (x, x), dict: lambda x: {"a": x}}.get(get_origin(field.type), lambda x: x)
+                values = [many(-1)] + [many(math.nan)] * (float in number)
+                yield from (
+                    pytest.param(struct, field.name, value, id=f"{struct.__name__}.{field.name}={value}") for value in values
+                )
+
+
+@pytest.mark.parametrize(("struct", "name", "value"), list(numbers()))
+def test_no_number_is_nonsense(struct: type[msgspec.Struct], name: str, value: object) -> None:
+    """-1 and nan are refused, with the field's name, wherever they mean nothing."""
+    fields = {key: item for key, item in NEEDED.items() if key in struct.__struct_fields__}
+    checked: Any = (lambda **made: recipe(staleness=StalenessSpec(**made))) if struct is StalenessSpec else struct
+    with pytest.raises(ConfigError, match=rf"{name}="):
+        checked(**fields | {name: value})
 
 
 def test_specs_are_data_and_frozen() -> None:

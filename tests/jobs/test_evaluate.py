@@ -97,8 +97,9 @@ def test_one_json_line_and_every_sample_on_disk(model, data, reward, tmp_path, c
     assert (report["invalid"], report["timeout"]) == (2, 0)
     figures = report["estimates"]["overall"]
     assert list(figures) == ["score", "pass@1", "pass@2", "maj@1", "maj@2"]
-    # Per prompt 0.5, 0.5, 0, 0.5: s² = 0.0625, standard error 0.125
-    assert figures["score"] == pytest.approx({"mean": 0.375, "low": 0.1300045, "high": 0.6199955})
+    # Per prompt 0.5, 0.5, 0, 0.5: s² = 0.0625, standard error 0.125, so 0.375 · 0.625 / 0.125² = 15 draws; z² / 15 = 0.2560973
+    # (0.375 + 0.2560973 / 2 ± √(0.375 · 0.625 · 0.2560973 + 0.2560973² / 4)) / 1.2560973
+    assert figures["score"] == pytest.approx({"mean": 0.375, "low": 0.1804067, "high": 0.6205642})
     assert figures["pass@2"]["mean"] == 0.0  # half a point is no pass
     assert figures["maj@2"]["mean"] == pytest.approx(0.375)
     assert report["estimates"]["by_source"]["other"]["score"] == {"mean": 0.5, "low": None, "high": None}

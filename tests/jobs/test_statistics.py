@@ -96,28 +96,57 @@ def test_many_votes_stay_exact():
 
 
 def test_the_interval_by_hand():
-    # mean 0.5; s² = 4 × 0.25 / 3; standard error √(1/12) = 0.288675
+    # mean 0.5; s² = 4 × 0.25 / 3; standard error √(1/12), so 0.25 · 12 = 3 draws; z² / 3 = 1.280486
+    # √(0.25 · 1.280486 + 1.280486² / 4) / 2.280486 = 0.374666
     found = estimate([0.0, 1.0, 0.0, 1.0])
-    assert found.mean == 0.5
-    assert (found.low, found.high) == pytest.approx((0.5 - 1.959964 * math.sqrt(1 / 12), 0.5 + 1.959964 * math.sqrt(1 / 12)))
+    assert (found.mean, found.low, found.high) == pytest.approx((0.5, 0.125334, 0.874666), abs=1e-6)
+
+
+def test_scores_beyond_shares_have_the_normal_interval():
+    # mean 0; s² = 4 / 3; standard error √(1/3)
+    found = estimate([-1.0, 1.0, -1.0, 1.0])
+    assert (found.mean, found.low, found.high) == pytest.approx(
+        (0.0, -1.959964 * math.sqrt(1 / 3), 1.959964 * math.sqrt(1 / 3))
+    )
 
 
 def test_the_interval_at_its_edges():
     assert estimate([0.75]) == Estimate(mean=0.75, low=None, high=None)
-    assert estimate([1.0, 1.0]) == Estimate(mean=1.0, low=1.0, high=1.0)
+    # Two draws: (z²/4 ± z²/4) / (1 + z²/2) from the end; before, an interval of no width.
+    assert estimate([1.0, 1.0]).low == pytest.approx(2 / (2 + 3.841459))
+    assert estimate([1.0, 1.0]).high == 1.0
+    assert estimate([0.0, 0.0]).high == pytest.approx(1 - 2 / (2 + 3.841459))
+    one_in_ten = estimate([0.0] * 9 + [1.0])  # before: from -0.096
+    assert 0 < one_in_ten.low < 0.1 < one_in_ten.high < 0.5
 
 
-def test_the_interval_covers_what_it_says():
-    """200 evaluations of 100 prompts with 4 responses each: the true mean of 0.5 lies inside in about 95% of them."""
+@given(st.lists(st.floats(0, 1) | st.sampled_from([0.0, 1.0]), min_size=2, max_size=20))
+def test_bounds_of_shares_are_shares_and_hold_the_mean(values):
+    found = estimate(values)
+    assert 0 <= found.low <= found.mean <= found.high <= 1
+
+
+@pytest.mark.parametrize(
+    ("hard", "prompts", "responses", "covered"),
+    [
+        ((1.0, 1.0), 100, 4, 0.9575),  # the normal interval: 0.955
+        ((9.7, 0.3), 50, 4, 0.945),  # 0.935
+        ((9.7, 0.3), 20, 1, 0.9775),  # 0.445: where all prompts agree it has no width
+        ((0.5, 9.5), 30, 4, 0.9525),  # 0.915
+        ((1.0, 1.0), 10, 4, 0.9425),  # 0.9325
+    ],
+)
+def test_the_interval_covers_what_it_says(hard, prompts, responses, covered):
+    """400 evaluations: how often the true mean lies inside. The easiness of prompts is drawn from Beta(hard), and responses to
+    one prompt share it: they are a cluster."""
     import random
 
-    source = random.Random(0)
-    covered = 0
-    for _ in range(200):
-        easiness = [source.random() for _ in range(100)]  # clusters: responses to one prompt share its easiness
-        found = estimate([sum(source.random() < p for _ in range(4)) / 4 for p in easiness])
-        covered += found.low <= 0.5 <= found.high
-    assert 0.91 <= covered / 200 <= 0.99
+    source, inside, mean = random.Random(0), 0, hard[0] / sum(hard)
+    for _ in range(400):
+        easiness = [source.betavariate(*hard) for _ in range(prompts)]
+        found = estimate([sum(source.random() < p for _ in range(responses)) / responses for p in easiness])
+        inside += found.low <= mean <= found.high
+    assert inside / 400 == pytest.approx(covered)
 
 
 # --------------------------------------------------------------------------------------------- samples

@@ -104,6 +104,21 @@ def test_a_malformed_line_is_named(jsonl, line, words):
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(("encoding", "line", "byte", "found"), [("latin-1", 2, 13, "0xe9"), ("utf-16", 1, 1, "0xff")])
+def test_a_file_in_another_encoding_is_named_with_line_byte_and_fix(tmp_path, encoding, line, byte, found):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes('{"prompt": "a"}\n{"prompt": "é"}\n'.encode(encoding))
+    with pytest.raises(DataError, match=rf"{path}, line {line}, byte {byte} is {found}, which is not UTF-8.*`iconv -f latin1"):
+        list(read_rows(spec(path, answer_key="", source_key="")))
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes('{"prompt": "é"}\n'.encode("utf-8-sig"))
+    [row] = read_rows(spec(path, answer_key="", source_key=""))
+    assert row.prompt == "é"
+
+
 def test_a_missing_parquet_column_names_row_and_all_columns_found(gsm8k):
     with pytest.raises(DataError) as caught:
         list(read_rows(spec(gsm8k, prompt_key="question")))

@@ -2,6 +2,8 @@
 
 import errno
 import io
+import sys
+import types
 from dataclasses import replace
 from typing import Any
 
@@ -216,3 +218,27 @@ def test_lines_of_a_warm_start_come_every_few_seconds() -> None:
         "step 1/4 · loss 1 · held-out 2",
         "step 4/4 · loss 0.25 · held-out 2 → 1.5",
     ]
+
+
+def test_in_a_notebook_one_output_is_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """IPython is no dependency: this stands for the one that runs the notebook."""
+    drawn: list[str] = []
+
+    class Output:
+        def update(self, view: object) -> None:
+            drawn.append("anew")
+
+    def display(view: object, *, display_id: bool) -> Output:
+        assert "text/html" in view._repr_mimebundle_([], [])  # type: ignore[attr-defined]
+        drawn.append("first")
+        return Output()
+
+    module = types.ModuleType("IPython.display")
+    module.display = display  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    monkeypatch.setattr("asyncrl.report.progress.in_notebook", lambda: True)
+    progress = Progress()
+    for run in (START, NOW, NOW):
+        progress.update(run)
+    progress.close()
+    assert drawn == ["first", "anew", "anew"]

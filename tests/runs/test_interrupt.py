@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 import pytest
 
-from asyncrl import Trainer
+from asyncrl import Callbacks, Trainer
 from asyncrl.config import CheckpointSpec, Deployment, LimitsSpec
 from asyncrl.replay.log import events as ev
 from asyncrl.report.summary import RunSummary
 from asyncrl.rundir import RunDir
+from asyncrl.types import Record
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
@@ -26,6 +27,17 @@ class CtrlC:
             signal.raise_signal(signal.SIGINT)
 
 
+class Picky:
+    """A callback that fails once, at an update that it is told to."""
+
+    at = -1
+
+    def __call__(self, update: Record) -> None:
+        if update.version.update == self.at:
+            self.at = -1
+            raise ValueError("not this update")
+
+
 def deployment(**limits: float) -> Deployment:
     return Deployment(limits=LimitsSpec(poll_s=0.5, stop_timeout_s=3.0, **limits))
 
@@ -35,13 +47,20 @@ def test_an_interrupted_fit_saves_goes_on_and_is_resumed_from_exactly_there(
 ) -> None:
     run = RunDir(tmp_path / "tiny")
     recipe = tiny_recipe(total_steps=100_000, checkpoint=CheckpointSpec(save_freq=1000, keep_last_n=9))
-    with Trainer(recipe, deployment(), runs_dir=tmp_path, observe=CtrlC(2)) as trainer:
+    picky = Picky()
+    with Trainer(recipe, deployment(), runs_dir=tmp_path, observe=CtrlC(2), callbacks=Callbacks(on_update=picky)) as trainer:
         with pytest.raises(KeyboardInterrupt, match=r"update (\d+) is saved in .*step_0*\1\nto go on: resume_from=.*tiny"):
             trainer.fit()
         saved = trainer.result().steps
         assert saved >= 2
         assert [folder.name for folder in run.steps()] == ["step_000000", f"step_{saved:06d}"]
         assert trainer.fit(2).steps == saved + 2, "the learner was left of no use"
+        picky.at = saved + 3
+        with pytest.raises(ValueError, match="not this update") as caught:  # a callback's error ends it in the same order
+            trainer.fit()
+        saved = trainer.result().steps
+        assert caught.value.__notes__[0].startswith(f"update {saved} is saved in {run.checkpoint(saved)}\nto go on: ")
+        assert trainer.fit(2).steps == saved + 2
     assert [line["step"] for line in metrics_of(run.path, "step")] == list(range(1, saved + 3))
 
     with (

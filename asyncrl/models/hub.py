@@ -1,0 +1,61 @@
+"""Whether a model that is named exists, found out before anything is loaded, in seconds. No torch, no transformers."""
+
+import contextlib
+import difflib
+import os
+from pathlib import Path
+
+from asyncrl.errors import ConfigError
+
+ANSWER_S = 5.0  # for the hub to connect, and again to answer; loaders try for about a minute
+
+
+def require_model(name: str, field: str, *files: str, endpoint: str | None = None) -> str:
+    """Proves that `name` is a folder that holds one of `files` (none named: config.json), or a Hugging Face id that is in the
+    local cache or on the hub. Returns what to say of it. field: what named it, for the error. endpoint: the hub's address.
+
+    Blocks for some ANSWER_S at most, if the hub has to be asked. Raises ConfigError with the nearest folder that there is.
+    """
+    files = files or ("config.json",)
+    folder = Path(name).expanduser()
+    if any((folder / file).is_file() for file in files):
+        return name
+    if folder.is_absolute() or folder.exists():
+        problem = f"has no {files[0]}" if folder.is_dir() else f"does not exist{_nearest(folder)}"
+    elif problem := _missing_on_hub(name, files[0], endpoint):
+        problem = f"is no folder here{_nearest(folder)}, and {problem}"
+    else:
+        return f"{name} (Hugging Face)"
+    raise ConfigError(f"{field}={name!r} {problem}: nothing could be loaded; name a Hugging Face folder or id")
+
+
+def _missing_on_hub(name: str, file: str, endpoint: str | None) -> str:
+    """Why a Hugging Face id can't be loaded; empty if it can, or if the hub is in trouble, which loading will tell of."""
+    from huggingface_hub import HfApi, errors, try_to_load_from_cache
+
+    try:
+        if not isinstance(try_to_load_from_cache(name, file), str):
+            HfApi(endpoint=endpoint).model_info(name, timeout=ANSWER_S)
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        return "Hugging Face has no model of that name that you may read"
+    except errors.HfHubHTTPError:
+        return ""
+    except Exception as error:  # of the HTTP library, or that this machine is to stay offline
+        return f"Hugging Face, whose cache here does not hold it, can't be asked ({type(error).__name__}: {error})"
+    return ""
+
+
+def _nearest(path: Path) -> str:
+    """` (did you mean …?)`: the folder that `path` is a misspelling of, if there is one; else what lies where it would."""
+    found, here = Path("/"), Path.cwd()
+    for part in path.absolute().parts[1:]:
+        if not (found / part).is_dir():
+            beside: list[str] = []
+            with contextlib.suppress(OSError):
+                beside = sorted(entry.name for entry in os.scandir(found) if entry.is_dir())
+            near = difflib.get_close_matches(part, beside, n=1)
+            if not near:
+                return f" ({found.name}/ holds {', '.join(beside[:8])})" if beside and found != here else ""
+            part = near[0]
+        found /= part
+    return f" (did you mean {f'./{found.relative_to(here)}' if found.is_relative_to(here) else found}?)"
