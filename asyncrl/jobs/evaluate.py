@@ -189,7 +189,8 @@ def _engine(policy: Policy, generators: GeneratorsSpec, limits: LimitsSpec) -> I
         spec = policy.spec
         model, tokenizer = load(policy)
         if policy.checkpoint is not None:  # an engine loads Hugging Face folders only
-            spec = msgspec.structs.replace(spec, path=f"{scratch.path}/model")
+            dtype = str(model.dtype).removeprefix("torch.")
+            spec = msgspec.structs.replace(spec, path=f"{scratch.path}/model", dtype=dtype)
             export(model, tokenizer, Path(spec.path))
         site = EngineSite(generators=generators, model=spec, limits=limits, name="eval", logs=scratch.path)
         engine = engine_kind(generators.engine.kind).build(site)

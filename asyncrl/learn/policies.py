@@ -1,8 +1,7 @@
-"""What a person may name as a model: a Hugging Face id or folder, a checkpoint, or a run (then its newest checkpoint)."""
+"""What a person may name as a model: a Hugging Face id or folder, a checkpoint of asyncrl or verl, or a run (its newest)."""
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from msgspec import Struct
 from asyncrl.config import ModelSpec, Recipe
 from asyncrl.errors import CheckpointError, ConfigError
 from asyncrl.models.hub import require_model
+from asyncrl.models.shards import ShardedWeights, shard_files, shards_folder
 from asyncrl.rundir import MANIFEST, RunDir, verify_manifest
 from asyncrl.types import Version
 
@@ -28,12 +28,14 @@ class Policy(Struct, frozen=True, kw_only=True):
 
     spec: ModelSpec
     checkpoint: Path | None = None  # None for a Hugging Face model
+    shards: tuple[Path, ...] = ()  # of a checkpoint of verl's: a file per rank. `spec.dtype` may be "" then: as they hold it
     recipe: Recipe | None = None  # of the run that the checkpoint lies in, if it still does
 
 
 def locate(name: str, tokenizer: str = "", dtype: str = "") -> Policy:
     """Finds out what `name` is, and verifies a checkpoint's checksums. No torch.
 
+    Of verl's shards only the listing is checked: `load` reads them once, whatever is done with them.
     tokenizer, dtype: override what the run or the checkpoint says (float32 for a Hugging Face model).
     Raises ConfigError: an empty run, a checkpoint without a tokenizer; CheckpointError: none is whole.
     """
@@ -43,6 +45,9 @@ def locate(name: str, tokenizer: str = "", dtype: str = "") -> Policy:
         raise ConfigError(f"no checkpoint {path}; beside it are: {found}")
     if path.name.startswith("step_") or (path / MANIFEST).is_file():
         return _checkpoint(path, verify_manifest(path), tokenizer, dtype)
+    if (folder := shards_folder(path)) is not None:
+        verl = ModelSpec(path=str(folder / "huggingface"), tokenizer=tokenizer, dtype=dtype)  # type: ignore[arg-type]
+        return Policy(spec=verl, checkpoint=folder, shards=tuple(shard_files(folder)))
     if (path / "checkpoints").is_dir() or (path / "recipe.json").is_file():
         folders = RunDir(path).steps()
         if not folders:
@@ -54,8 +59,8 @@ def locate(name: str, tokenizer: str = "", dtype: str = "") -> Policy:
         require_model(name, "model")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(
-            f"{path} is no model, checkpoint or run: it has neither config.json, {MANIFEST} nor checkpoints/; "
-            "name a Hugging Face folder or id, runs/NAME, or runs/NAME/checkpoints/step_N"
+            f"{path} is no model, checkpoint or run: it has neither config.json, {MANIFEST}, checkpoints/ nor verl's "
+            "model_world_size_W_rank_R.pt; name a Hugging Face folder or id, runs/NAME, or runs/NAME/checkpoints/step_N"
         )
     spec = ModelSpec(path=str(path) if path.is_dir() else name, tokenizer=tokenizer, dtype=dtype or "float32")  # type: ignore[arg-type]
     return Policy(spec=spec)
@@ -63,7 +68,7 @@ def locate(name: str, tokenizer: str = "", dtype: str = "") -> Policy:
 
 def load(policy: Policy, device: str = "cpu") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The model in eval mode and its tokenizer. Raises ConfigError or CheckpointError naming what could not be loaded."""
-    from asyncrl.models.loading import load_model, load_weights, with_attention
+    from asyncrl.models.loading import adopt_weights, empty_model, load_model
     from asyncrl.models.tokenizing import load_tokenizer
 
     tokenizer = load_tokenizer(policy.spec)
@@ -71,20 +76,13 @@ def load(policy: Policy, device: str = "cpu") -> "tuple[PreTrainedModel, PreTrai
         return load_model(policy.spec, device), tokenizer
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    folder, trust = Path(policy.spec.path), policy.spec.trust_remote_code
-    dtype = getattr(torch, policy.spec.dtype)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-        model = with_attention(partial(AutoModelForCausalLM.from_config, config, dtype=dtype, trust_remote_code=trust))
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: no causal LM can be made from its configuration: {error}") from error
     # A checkpoint holds the names of the model in memory, which from_pretrained would try to convert, or leave out.
-    load_weights(model, load_file(folder / "model.safetensors"))
-    return model.to(device).eval(), tokenizer
+    path, dtype = Path(policy.spec.path), policy.spec.dtype
+    model = empty_model(policy.spec)
+    weights = ShardedWeights(policy.shards) if policy.shards else load_file(path / "model.safetensors")
+    adopt_weights(model, weights, getattr(torch, dtype) if dtype else None)
+    return model.to(device), tokenizer
 
 
 def newest_complete(folders: Sequence[Path], refusal: Refusal = lambda version: "") -> tuple[Path, dict[str, Any]]:

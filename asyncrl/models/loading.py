@@ -1,15 +1,18 @@
 """Hugging Face models in, weights by name, Hugging Face folders out."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
 from asyncrl.config import ModelSpec
 from asyncrl.errors import CheckpointError, ConfigError
 from asyncrl.models.architectures import needs_eager, not_causal
+from asyncrl.models.shards import same_bits
 
 
 def use_threads(count: int) -> None:
@@ -85,7 +88,79 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) ->
         tensor.copy_(weights[name])
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a folder that AutoModelForCausalLM and AutoTokenizer load, chat template included."""
-    model.save_pretrained(folder)
+def empty_model(spec: ModelSpec) -> PreTrainedModel:
+    """The causal LM that a folder's configuration describes, in eval mode; its weights are whatever the memory held.
+
+    Raises CheckpointError naming the folder.
+    """
+    folder, trust = Path(spec.path), spec.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        with no_init_weights():
+            model = with_attention(partial(AutoModelForCausalLM.from_config, config, trust_remote_code=trust))
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: no causal LM can be made from its configuration: {error}") from error
+    model.tie_weights()
+    return model.eval()
+
+
+@torch.no_grad()
+def adopt_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
+    """Gives the model copies of these weights, one tensor at a time, each in its own dtype, or floating ones cast to `dtype`.
+
+    Casting leaves out what transformers keeps in float32 in any model (a router's bias in GLM and DeepSeek). `weights` may also
+    hold the further names of tied tensors. Raises CheckpointError if they belong to another model, or if tensors that the
+    model ties differ.
+    """
+    own, named = named_weights(model), model.state_dict(keep_vars=True)
+    if missing := (own.keys() - weights.keys()) | (weights.keys() - named.keys()):
+        hint = "; merge the LoRA adapter with peft first" if any("lora_" in name for name in missing) else ""
+        raise CheckpointError(
+            f"weights do not belong to this model: {len(missing)} names differ, e.g. {sorted(missing)[:3]}{hint}"
+        )
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    for name in sorted(weights, key=lambda name: name not in own):  # tied names last: what they are tied to is there then
+        tensor = weights[name]
+        if tensor.shape != named[name].shape:
+            raise CheckpointError(f"weight {name}: shape {tuple(tensor.shape)}, this model has {tuple(named[name].shape)}")
+        casts = dtype and tensor.is_floating_point() and not any(part in name for part in kept)
+        cast = tensor.to(dtype) if casts else tensor
+        if name in own:
+            named[name].data = cast.clone() if cast is tensor else cast
+        elif not same_bits(named[name], cast):
+            raise CheckpointError(
+                f"weight {name} is tied to another one in this model, from which it differs: say otherwise in "
+                "its config.json (tie_word_embeddings)"
+            )
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, shard_bytes: int = 5 * 10**9) -> None:
+    """Writes a folder that AutoModelForCausalLM and AutoTokenizer load, chat template included.
+
+    shard_bytes: of weights in one safetensors file, at most; a larger tensor has a file of its own.
+    """
+    model.save_pretrained(folder, max_shard_size=shard_bytes)
     tokenizer.save_pretrained(folder)
+
+
+def fingerprints(model: torch.nn.Module) -> dict[str, tuple[torch.Size, torch.dtype, str]]:
+    """Shape, dtype and a hash of the bits of every tensor that `named_weights` names."""
+    found = {}
+    for name, tensor in named_weights(model).items():
+        content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        found[name] = (tensor.shape, tensor.dtype, hashlib.blake2b(content).hexdigest())
+    return found
+
+
+def verify_export(folder: Path, expected: Mapping[str, tuple[torch.Size, torch.dtype, str]], trust_remote_code: bool) -> None:
+    """Loads an exported folder as its users will. Raises CheckpointError unless it has exactly the `fingerprints` expected."""
+    found = fingerprints(AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code))
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            was, now = (", ".join(map(str, of[name][:2])) if name in of else "absent" for of in (expected, found))
+            raise CheckpointError(
+                f"weight {name} ({was}) comes back otherwise ({now}) from the folder written, which was given up; where the "
+                "dtypes differ, ask for one with --dtype"
+            )

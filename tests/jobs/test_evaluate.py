@@ -1,5 +1,6 @@
 import argparse
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -185,6 +186,17 @@ def test_a_run_is_evaluated_at_its_newest_checkpoint_with_its_recipe(model, data
     assert [row["ground_truth"] for row in rows] == ["0", "1", "2", "3"]
     assert [row["response"] for row in rows] == pq.read_table(tmp_path / "of_model.parquet").column("response").to_pylist()
     assert json.loads(capsys.readouterr().out.splitlines()[0])["model"] == str(run.path)
+
+
+def test_verls_shards_are_a_model_too(model, data, reward, tmp_path, capsys):
+    shutil.copytree(model, tmp_path / "actor" / "huggingface")
+    weights = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    torch.save(weights, tmp_path / "actor" / "model_world_size_1_rank_0.pt")
+    given = ("--data", data, "--reward", reward, "--n", 2, "--temperature", 1.0, "--max-response-length", 5)
+    for name in (model, tmp_path):
+        evaluate(name, *given)
+    of_model, of_shards = map(json.loads, capsys.readouterr().out.splitlines())
+    assert of_shards == {**of_model, "model": str(tmp_path)}
 
 
 def test_a_run_brings_its_rewards_and_its_held_out_files(model, data, reward, tmp_path, capsys):

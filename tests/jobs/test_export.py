@@ -75,7 +75,9 @@ def logits(model):
 def test_the_newest_checkpoint_becomes_a_hugging_face_folder(run, model, tmp_path, capsys):
     out = tmp_path / "exports" / "hf"
     assert export(run.path, out) == 0
-    assert capsys.readouterr().out == f"{out}\n"
+    said = capsys.readouterr()
+    assert said.out == f"{out}\n"
+    assert "left out, being no part of the policy: optimizer" in said.err
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out).eval()), logits(model))
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer("3 14")["input_ids"] == [3, 14]

@@ -16,7 +16,7 @@ from transformers import (
 
 from asyncrl.config import ModelSpec
 from asyncrl.errors import CheckpointError, ConfigError
-from asyncrl.models.loading import load_model, load_weights, named_weights
+from asyncrl.models.loading import adopt_weights, load_model, load_weights, named_weights
 
 SMALL = {
     "vocab_size": 8,
@@ -110,3 +110,23 @@ def test_an_encoder_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match=r"model\.path='.*' is no causal language model: .* tokens see those behind them"):
         load_model(ModelSpec(path=str(tmp_path)))
+
+
+def test_adopted_weights_keep_their_dtypes_or_are_cast_but_for_what_stays_in_float32() -> None:
+    source = tied_model().bfloat16()
+    source.register_buffer("scale", torch.rand(3))
+    source.register_buffer("steps", torch.arange(2))
+    before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    for dtype in (None, torch.bfloat16, torch.float32):
+        target = tied_model()
+        target.register_buffer("scale", torch.zeros(3))
+        target.register_buffer("steps", torch.zeros(2))
+        target._keep_in_fp32_modules_strict = {"scale"}
+        adopt_weights(target, before, dtype)
+        found = named_weights(target)
+        assert (found["scale"].dtype, found["steps"].dtype) == (torch.float32, torch.int64)
+        assert {t.dtype for name, t in found.items() if "weight" in name} == {dtype or torch.bfloat16}
+        assert all(torch.equal(tensor, before[name].to(tensor.dtype)) for name, tensor in found.items())
+        assert target.lm_head.weight is target.model.embed_tokens.weight
+        found["model.norm.weight"].zero_()
+        assert before["model.norm.weight"].any()  # copies
