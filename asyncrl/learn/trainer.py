@@ -9,7 +9,6 @@ Deterministic: the same model, rollouts and count give the same bits, on the sam
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -28,7 +27,6 @@ from asyncrl.learn.metrics import correction_metrics, gap_metrics, rollout_metri
 from asyncrl.learn.optimizer import Optimization, step
 from asyncrl.learn.preference_step import prefer, preference_metrics
 from asyncrl.learn.update import Minibatch, RefusedSteps, Update
-from asyncrl.models.logprobs import entropy, sampled_logprobs
 from asyncrl.models.packed import Pack, PackedModel
 from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
@@ -127,9 +125,11 @@ class PolicyTrainer:
         update.recomputed = (several and needs_proximal(spec)) or asked
         with update.timed("timing_s/old_log_prob"), torch.no_grad():
             for pack in packs if update.recomputed else ():
-                _, update.proximal_n[pack.flat_t], values_t = self._forward(pack)
-                if values_t is not None:
-                    update.values_n[pack.flat_t] = values_t
+                if self._head is None:
+                    update.proximal_n[pack.flat_t] = self._policy.logprobs(pack)
+                else:
+                    made = self._policy.forward(pack)
+                    update.proximal_n[pack.flat_t], update.values_n[pack.flat_t] = made.logp_t, self._head.of(made.hidden_th)
             if self._reference is not None:
                 update.reference_n = self._reference.score(packs, torch.empty_like(update.proximal_n))
         if spec.normalize_weights:
@@ -137,15 +137,6 @@ class PolicyTrainer:
             update.weight_mean = mean_weight(spec, update.proximal_n, batch.behaviour_n, batch.sequence_n, batch.counts_s)
         if self.critic is not None and self._head is None:
             self.critic.score(update, packs)
-
-    def _forward(self, pack: Pack) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The policy's logits [T, V] and logprobs [T], and the values [T] of a head on it."""
-        if self._head is None:
-            logits_tv, values_t = self._policy.logits(pack), None
-        else:
-            logits_tv, hidden_th = self._policy.logits_and_hidden(pack)
-            values_t = self._head.of(hidden_th)
-        return logits_tv, sampled_logprobs(logits_tv, pack.target_ids_t, self._policy.temperature), values_t
 
     def _estimate(self, update: Update) -> None:
         """Makes the batch's advantages, and returns for a critic. (A preference loss makes its own, step by step.)"""
@@ -205,15 +196,13 @@ class PolicyTrainer:
         )
         totals: dict[str, Tensor] = {}
         for pack in packs:
-            logits_tv, logp_t, values_t = self._forward(pack)
-            with nullcontext() if spec.entropy_coef else torch.no_grad():
-                entropy_t = entropy(logits_tv, self._policy.temperature)
+            logp_t, entropy_t, hidden_th = self._policy.forward(pack, entropy_grad=bool(spec.entropy_coef))
             if not update.recomputed and not update.actor.tried:
                 update.proximal_n[pack.flat_t] = logp_t.detach()
             columns = columns_n.take(pack.flat_t)
             loss, sums, counted = objective(spec, columns, logp_t, entropy_t, self._kl.coef, update.weight_mean)
-            if self.critic is not None and values_t is not None:
-                value_loss, value_sums = self.critic.loss(update, members, pack, values_t)
+            if self.critic is not None and self._head is not None:
+                value_loss, value_sums = self.critic.loss(update, members, pack, self._head.of(hidden_th))
                 loss, sums = loss + self.critic.value_coef * value_loss, {**sums, **value_sums}
             loss.backward()
             update.remember(pack, counted)

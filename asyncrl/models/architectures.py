@@ -13,13 +13,14 @@ from typing import Any
 from asyncrl.errors import ConfigError
 
 REMEDY = "use deploy.generators.engine.kind=sglang, if SGLang serves it, or another model"
-# Tokens see each other only through transformers' attention interface, which is told of every window.
+# Tokens see each other only through transformers' attention interface, which is told of every window; and logits are what
+# models.logprobs.Head makes of the last hidden states.
 _PACKED = """
     afmoe apertus arcee aria_text bitnet cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3 dots1 ernie4_5 ernie4_5_moe
     exaone4 exaone_moe flex_olmo gemma gemma3 gemma3_text gemma3n_text gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt-sw3
     gpt2 gpt_neox granite granitemoe granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax
-    jais2 jetmoe laguna llama longcat_flash mellum minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder
-    nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3 qwen2 qwen3 qwen3_moe seed_oss smollm3 solar_open starcoder2
+    jais2 jetmoe laguna llama longcat_flash mellum minimax_m2 ministral ministral3 mistral mixtral nanochat
+    olmo olmo2 olmo3 olmoe opt persimmon phi phi3 qwen2 qwen3 qwen3_moe seed_oss smollm3 solar_open starcoder2
     youtu
 """
 PACKED = frozenset(_PACKED.split())

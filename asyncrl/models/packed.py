@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from asyncrl.errors import ConfigError
 from asyncrl.models.architectures import PACKED, follows_length, needs_eager
-from asyncrl.models.logprobs import sampled_logprobs
+from asyncrl.models.logprobs import Head, entropy, sampled_logprobs
 
 log = logging.getLogger(__name__)
 ATTENTION = "asyncrl_packed"
@@ -59,6 +59,14 @@ class Pack(NamedTuple):
     select_t: torch.Tensor
     target_ids_t: torch.Tensor
     flat_t: torch.Tensor
+
+
+class Forward(NamedTuple):
+    """What a pass makes for a pack's scored tokens: log-probabilities and entropies [T] in nats, last hidden states [T, H]."""
+
+    logp_t: torch.Tensor
+    entropy_t: torch.Tensor
+    hidden_th: torch.Tensor
 
 
 def input_length(sequence: TokenSequence) -> int:
@@ -154,7 +162,20 @@ class PackedModel:
 
     def logprobs(self, pack: Pack) -> torch.Tensor:
         """Log-probabilities [T] of the pack's scored tokens, with gradient."""
-        return sampled_logprobs(self.logits(pack), pack.target_ids_t, self.temperature)
+        if self.flat:
+            return Head.of(self.model).logprobs(self.hidden(pack), pack.target_ids_t, self.temperature)
+        return sampled_logprobs(self._by_rows(pack)[0], pack.target_ids_t, self.temperature)
+
+    def forward(self, pack: Pack, *, entropy_grad: bool = False) -> Forward:
+        """One pass over a pack, with gradient; the entropies have one only if it is asked for."""
+        if self.flat:
+            hidden_th = self.hidden(pack)
+            logp_t, entropy_t = Head.of(self.model).scores(hidden_th, pack.target_ids_t, self.temperature)
+            return Forward(logp_t, entropy_t if entropy_grad else entropy_t.detach(), hidden_th)
+        logits_tv, hidden_th = self._by_rows(pack)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_grad):
+            entropy_t = entropy(logits_tv, self.temperature)
+        return Forward(sampled_logprobs(logits_tv, pack.target_ids_t, self.temperature), entropy_t, hidden_th)
 
     @torch.no_grad()
     def score(self, packs: Sequence[Pack], out_n: torch.Tensor) -> torch.Tensor:
@@ -163,42 +184,41 @@ class PackedModel:
             out_n[pack.flat_t] = self.logprobs(pack)
         return out_n
 
-    def logits(self, pack: Pack) -> torch.Tensor:
-        """Logits [T, V] that predict the pack's scored tokens; no other logits are computed."""
-        self.packs += 1
+    def hidden(self, pack: Pack) -> torch.Tensor:
+        """The last hidden states [T, H] that predict the pack's scored tokens: what the output layer reads."""
         if not self.flat:
-            return self._logits_by_rows(pack)
+            return self._by_rows(pack)[1]
+        self.packs += 1
         # the 4-D mask tells Hugging Face that masking is taken care of; packed_attention never reads it
         done = torch.zeros(1, 1, 1, 1, dtype=self.model.dtype, device=pack.input_ids_u.device)
-        output = self.model(
+        output = self.model.base_model(
             input_ids=pack.input_ids_u[None],
             position_ids=pack.position_ids_u[None],
             attention_mask=done,
             use_cache=False,
-            logits_to_keep=pack.select_t,
             packed_layout=pack,
         )
-        return output.logits[0]
+        return output.last_hidden_state[0, pack.select_t]
 
-    def logits_and_hidden(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [T, V], and what the output layer made them of: the last hidden states [T, H]."""
+    def _by_rows(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [T, V] and hidden states [T, H] of any causal LM: one forward per run, as equal-length rows.
+
+        Exact, without padding, but more calls, and logits for every token.
+        """
+        self.packs += 1
+        ids_by_run = pack.input_ids_u[pack.expand_s].split([count * length for count, length in pack.runs])
+        logits: list[torch.Tensor] = []
         read: list[torch.Tensor] = []
-        output = self.model.get_output_embeddings()
-        hook = output.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].flatten(0, -2)))
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, inputs: read.append(inputs[0].flatten(0, -2))
+        )
         try:
-            logits_tv = self.logits(pack)
+            for run, ids in zip(pack.runs, ids_by_run, strict=True):
+                logits.append(self.model(input_ids=ids.unflatten(0, run), use_cache=False).logits.flatten(0, 1))
         finally:
             hook.remove()
-        return logits_tv, read[0] if self.flat else torch.cat(read)[pack.collect_u[pack.select_t]]
-
-    def _logits_by_rows(self, pack: Pack) -> torch.Tensor:
-        """For any other causal LM: one forward per run, as equal-length rows. Exact, without padding, but more calls."""
-        ids_by_run = pack.input_ids_u[pack.expand_s].split([count * length for count, length in pack.runs])
-        rows = [
-            self.model(input_ids=ids.unflatten(0, run), use_cache=False).logits.flatten(0, 1)
-            for run, ids in zip(pack.runs, ids_by_run, strict=True)
-        ]
-        return torch.cat(rows)[pack.collect_u[pack.select_t]]
+        chosen_t = pack.collect_u[pack.select_t]
+        return torch.cat(logits)[chosen_t], torch.cat(read)[chosen_t]
 
 
 def _packable(model: PreTrainedModel) -> bool:

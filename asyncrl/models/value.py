@@ -23,10 +23,7 @@ class OwnValues:
     """A causal LM made into a value model: its output layer becomes the head. Takes the model over; `module` is all of it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        config = model.config.get_text_config(decoder=True)
-        config.tie_word_embeddings = False
-        if getattr(config, "final_logit_softcapping", None):
-            config.final_logit_softcapping = None  # it would bound values like logits
+        model.config.get_text_config(decoder=True).tie_word_embeddings = False
         model.set_output_embeddings(value_head(model).to(model.dtype))
         self.module: torch.nn.Module = model
         self._packed = PackedModel(model)
@@ -38,7 +35,8 @@ class OwnValues:
 
     def __call__(self, pack: Pack) -> torch.Tensor:
         """V [T] before each scored token of the pack, float32, with gradient."""
-        return self._packed.logits(pack)[:, 0].float()
+        head: torch.nn.Module = self._packed.model.get_output_embeddings()  # itself: what is done with logits is not for values
+        return head(self._packed.hidden(pack))[:, 0].float()
 
 
 class SharedValues:
@@ -56,7 +54,7 @@ class SharedValues:
     def __call__(self, pack: Pack) -> torch.Tensor:
         """As with OwnValues, but the gradient stops at the policy's hidden states."""
         with torch.no_grad():
-            _, hidden_th = self._packed.logits_and_hidden(pack)
+            hidden_th = self._packed.hidden(pack)
         return self.of(hidden_th)
 
     def of(self, hidden_th: torch.Tensor) -> torch.Tensor:

@@ -319,7 +319,7 @@ def test_every_pack_of_an_update_is_progress(make_learner) -> None:
     parts = {"max_tokens_per_pack": 9, "mini_batch_groups": 1, "ppo_epochs": 2}
     learner, _, _, trainer = make_learner([lease(1, 0)], learner=parts)
     seen = []
-    trainer.model.register_forward_hook(lambda *_: seen.append(learner.report().progress))
+    trainer.model.base_model.register_forward_hook(lambda *_: seen.append(learner.report().progress))
     learner.run(1)
     assert len(seen) >= 8
     assert seen == sorted(set(seen)), "a pack went by unnoticed"

@@ -267,6 +267,6 @@ def test_packs_of_every_model_are_counted(backbone: str, make_trainer, make_mode
     trainer = make_trainer(learner=SEVERAL_STEPS, algorithm=algorithm, reference=reference, critic={"backbone": backbone})
     own = [trainer.critic.module] if backbone == "own" else []
     for model in (trainer.model, reference, *own):
-        model.register_forward_hook(lambda *_: calls.append(1))
+        model.base_model.register_forward_hook(lambda *_: calls.append(1))
     trainer.update(make_rollouts(), 1)
     assert trainer.packs == len(calls) >= 8

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from asyncrl.models.logprobs import entropy, sampled_logprobs
+from asyncrl.models.logprobs import Head, entropy, sampled_logprobs
 
 
 def test_logprobs_by_hand() -> None:
@@ -36,3 +36,70 @@ def test_gradient_is_one_hot_minus_softmax() -> None:
     sampled_logprobs(logits, torch.tensor([2]), 2.0).sum().backward()
     expected = (torch.tensor([[0.0, 0.0, 1.0]]) - (logits.detach() / 2).softmax(-1)) / 2
     torch.testing.assert_close(logits.grad, expected)
+
+
+def make_head(vocabulary: int, width: int, dtype: torch.dtype, *, bias: bool = False, **tail: float) -> Head:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(vocabulary, width, generator=generator).to(dtype).requires_grad_()
+    made = torch.randn(vocabulary, generator=generator).to(dtype).requires_grad_() if bias else None
+    return Head(weight, made, **tail)
+
+
+TAILS = [{}, {"softcap": 3.0}, {"divisor": 8.0}, {"softcap": 2.0, "divisor": 0.25}]
+
+
+@pytest.mark.parametrize("tail", TAILS, ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 7, 100, None])
+@pytest.mark.parametrize("bias", [False, True])
+def test_scores_in_chunks_are_those_of_all_logits_at_once(tail: dict[str, float], rows: int | None, bias: bool) -> None:
+    head = make_head(50, 8, torch.float64, bias=bias, **tail)
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(11, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    ids = torch.randint(0, 50, (11,), generator=generator)
+    leaves = [hidden, head.weight, *([head.bias] if bias else [])]
+    weights = torch.randn(2, 11, dtype=torch.float64, generator=generator)
+
+    logits = hidden @ head.weight.T + (head.bias if bias else 0)
+    if "softcap" in tail:
+        logits = tail["softcap"] * torch.tanh(logits / tail["softcap"])
+    log_p = (logits / tail.get("divisor", 1.0) / 0.7).log_softmax(-1)
+    expected = (log_p[torch.arange(11), ids], -(log_p.exp() * log_p).sum(-1))
+
+    found = head.scores(hidden, ids, 0.7, rows)
+    for ours, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, plain)
+    for chosen in ([0], [1], [0, 1]):  # gradients of log-probabilities alone, of entropies alone, of both
+        ours = torch.autograd.grad(sum(found[i] @ weights[i] for i in chosen), leaves, retain_graph=True)
+        plain = torch.autograd.grad(sum(expected[i] @ weights[i] for i in chosen), leaves, retain_graph=True)
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_the_models_dtype_chunks_keep_the_bits_and_lose_nothing_in_their_gradients(dtype: torch.dtype) -> None:
+    head = make_head(300, 16, dtype)
+    hidden = torch.randn(64, 16, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+    ids = torch.arange(64)
+    logits = torch.nn.functional.linear(hidden, head.weight)
+    plain = (sampled_logprobs(logits, ids, 1.3), entropy(logits, 1.3))
+    found = head.scores(hidden, ids, 1.3, rows=10)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, plain, strict=True))
+
+    exact = [leaf.detach().double().requires_grad_() for leaf in (hidden, head.weight)]
+    exact_logits = exact[0] @ exact[1].T
+    sampled_logprobs(exact_logits, ids, 1.3).sum().backward()
+    for scored in (found, plain):
+        grads = torch.autograd.grad(scored[0].sum(), (hidden, head.weight))
+        for grad, leaf in zip(grads, exact, strict=True):
+            gap = (grad.double() - leaf.grad).abs().max() / leaf.grad.abs().max()
+            assert gap < (1e-6 if dtype is torch.float32 else 1e-2)
+
+
+def test_what_has_no_gradient_gets_none() -> None:
+    head = Head(torch.randn(5, 4), torch.zeros(5))
+    hidden = torch.randn(3, 4, requires_grad=True)
+    logp, _ = head.scores(hidden, torch.tensor([0, 1, 2]), 1.0)
+    logp.sum().backward()
+    assert hidden.grad is not None
+    assert head.weight.grad is None
+    with torch.no_grad():
+        assert not head.scores(hidden, torch.tensor([0, 1, 2]), 1.0)[0].requires_grad

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from asyncrl.models.logprobs import Head
 from asyncrl.models.packed import PackedModel, TokenSequence, make_pack
 
 PACKED = ["qwen3, tied", "llama", "mistral, sliding window 5", "gpt2, tied"]
@@ -35,7 +36,8 @@ def alone(model: PreTrainedModel, sequences: list[TokenSequence]) -> torch.Tenso
 def packed(model: PackedModel, sequences: list[TokenSequence], packs: list[list[int]]) -> torch.Tensor:
     parts = [make_pack(sequences, members) for members in packs]
     order = torch.cat([pack.flat_t for pack in parts])
-    return torch.cat([model.logits(pack) for pack in parts])[order.argsort()]
+    head = Head.of(model.model)
+    return torch.cat([head.logits(model.hidden(pack)) for pack in parts])[order.argsort()]
 
 
 @pytest.mark.parametrize("name", PACKED + BY_ROWS)

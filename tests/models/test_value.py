@@ -53,9 +53,10 @@ def test_an_own_model_packed_equals_its_decoder_and_head_alone(name: str, make) 
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_head_on_the_policy_reads_the_same_hidden_states_and_leaves_its_logits(name: str, make) -> None:
+def test_a_head_on_the_policy_reads_the_same_hidden_states_and_leaves_its_logprobs(name: str, make) -> None:
     policy = make(name)
-    expected_logits = [PackedModel(policy).logits(make_pack(SEQUENCES, [1, 3])), make_pack(SEQUENCES, [1, 3])]
+    pack = make_pack(SEQUENCES, [1, 3])
+    logprobs = PackedModel(policy).logprobs(pack)
     shared = SharedValues(policy)
     randomized(shared.module)
     expected = shared.module(hidden_alone(policy))[:, 0]
@@ -63,9 +64,9 @@ def test_a_head_on_the_policy_reads_the_same_hidden_states_and_leaves_its_logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     found.sum().backward()
     assert all(p.grad is None for p in policy.parameters())  # by itself it trains the head alone
-    logits, hidden = PackedModel(policy).logits_and_hidden(expected_logits[1])
-    assert logits.equal(expected_logits[0])
-    shared.of(hidden).sum().backward()
+    made = PackedModel(policy).forward(pack)
+    assert made.logp_t.equal(logprobs)
+    shared.of(made.hidden_th).sum().backward()
     assert sum(p.grad is not None for p in policy.parameters()) >= 8  # in the policy's pass, the backbone too
 
 
