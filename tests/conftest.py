@@ -66,7 +66,7 @@ class Hold:
 
 
 # A test is `quick` unless it stands in tests/runs, is marked so, or uses a fixture that starts a Ray, a server or a training.
-HEAVY_MARKS = ("ray", "server", "gpu")
+HEAVY_MARKS = ("ray", "server", "gpu", "slow")
 HEAVY_FIXTURES = {"local_ray", "sglang_on_cpu", "arithmetic_data"}
 HEAVY_PROGRAMS = ("gcs_server", "raylet", "sglang-cpu-server", "sglang.launch_server")
 

@@ -256,8 +256,11 @@ class StoreSpec(Spec, frozen=True, kw_only=True):
     place: PlaceSpec = PlaceSpec()  # of its actor
 
     def __post_init__(self) -> None:
-        rule: Rule = ("segment_bytes", lambda x: x >= 1, "< 1: each call would close a segment; some MiB are fast enough")
-        require_fields(self, "store.", [rule])
+        rules: list[Rule] = [
+            ("segment_bytes", lambda x: x >= 1, "< 1: each call would close a segment; some MiB are fast enough"),
+            ("keep_bytes", lambda x: x >= 0, "< 0: no number of bytes; 0 keeps what a resume needs"),
+        ]
+        require_fields(self, "store.", rules)
 
 
 class BusSpec(Spec, frozen=True, kw_only=True):

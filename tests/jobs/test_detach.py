@@ -11,7 +11,7 @@ import pytest
 from asyncrl.jobs.detach import detach
 from asyncrl.rundir import RunDir
 
-# `--ready FD` is the end of its command line; it stays until a file is there.
+# `--ready FD` is the end of its command line; it stays until a file is there, a minute at most.
 RUN = """
 import os, sys, time
 from asyncrl.jobs.detach import tell_ready
@@ -19,7 +19,8 @@ from asyncrl.jobs.detach import tell_ready
 print("a result", flush=True)
 print("it starts", file=sys.stderr, flush=True)
 {then}
-while not os.path.exists({gate!r}):
+until = time.monotonic() + 60
+while not os.path.exists({gate!r}) and time.monotonic() < until:
     time.sleep(0.01)
 print("it ended in session", os.getsid(0), flush=True)
 """

@@ -17,6 +17,8 @@ from asyncrl.errors import CheckpointError, ConfigError
 from asyncrl.jobs.export import export_job
 from asyncrl.models.loading import fingerprints
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("verl_shards.py")
 CASES = ["fsdp2", "fsdp2-uneven", "fsdp2-replicated", "fsdp1", "fsdp1-replicated", "one-rank"]
 

@@ -11,6 +11,8 @@ from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.reward.pool import RewardPool
 from asyncrl.reward.results import Sample, Verdict
 
+pytestmark = pytest.mark.slow
+
 
 def sample(do, value=None):
     return Sample("test", do, json.dumps(value), "null")

@@ -16,6 +16,8 @@ from asyncrl.weights import messages
 from asyncrl.weights.messages import GetBucket, Hello
 from asyncrl.weights.sockets import Address
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 LEARNER = """
 import json, resource, sys
@@ -24,6 +26,7 @@ if len(sys.argv) > 1:
 import msgspec, torch
 from asyncrl.types import Version
 from asyncrl.weights.publisher import WeightPublisher
+
 publisher = WeightPublisher(1, transport="tcp", bucket_bytes=1 << 20)
 print(msgspec.json.encode(publisher.address).decode(), flush=True)
 for line in sys.stdin:

@@ -16,6 +16,8 @@ from asyncrl.generate.sglang.distributed import Distributed
 from asyncrl.generate.sglang.transfer import StagedWeights
 from asyncrl.types import Version
 
+pytestmark = pytest.mark.slow
+
 WAIT_S = 20.0
 ONE = Version(1, 1)
 

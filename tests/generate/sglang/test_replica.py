@@ -19,6 +19,8 @@ from asyncrl.generate.sglang.segments import RequestRow
 from asyncrl.generate.sglang.wire import Chunk, Facts, Finish, Labelled, Meta, ServerLoad
 from asyncrl.types import Generation, GenerationRequest, Sampling, Span, SwapReport, Version
 
+pytestmark = pytest.mark.slow
+
 WAIT_S = 10.0
 TOKEN_S = 0.002  # per token
 V1, V2 = Version(1, 1), Version(1, 2)
