@@ -53,7 +53,7 @@ def existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
-def readable(size_bytes: float) -> str:
+def as_size(size_bytes: float) -> str:
     """As `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB"):
         if size_bytes < 1024:
@@ -63,8 +63,8 @@ def readable(size_bytes: float) -> str:
 
 
 def _no_room(path: Path, needed_bytes: int, said: str = "") -> DiskFull:
-    needed = f"{readable(needed_bytes)} are needed" if needed_bytes else "more is needed"
+    needed = f"{as_size(needed_bytes)} are needed" if needed_bytes else "more is needed"
     return DiskFull(
-        f"no room for {path}{said}: {needed}, {readable(free_bytes(path))} are free. What was saved and acknowledged before is "
+        f"no room for {path}{said}: {needed}, {as_size(free_bytes(path))} are free. What was saved and acknowledged before is "
         "whole: make room (`asyncrl clean` lists what dead runs left), then go on, a run with --resume"
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from asyncrl.disk import free_bytes, full_disk, naming_full_disk, readable, require_space
+from asyncrl.disk import as_size, free_bytes, full_disk, naming_full_disk, require_space
 from asyncrl.errors import DataError, DiskFull
 
 FULL = Path("/dev/full")  # only for what opens it: who replaces a file would replace the device
@@ -65,4 +65,4 @@ def test_room_is_asked_for_where_a_folder_will_lie(tmp_path: Path) -> None:
 
 
 def test_sizes_are_readable() -> None:
-    assert [readable(size) for size in (0, 1023, 1536, 5 << 20, 3 << 30)] == ["0 B", "1023 B", "1.5 KiB", "5.0 MiB", "3.0 GiB"]
+    assert [as_size(size) for size in (0, 1023, 1536, 5 << 20, 3 << 30)] == ["0 B", "1023 B", "1.5 KiB", "5.0 MiB", "3.0 GiB"]

@@ -10,10 +10,10 @@ from itertools import islice
 from pathlib import Path
 
 from asyncrl.cluster.resources import check_placement
-from asyncrl.cluster.space import check_space
+from asyncrl.cluster.space import check_space, update_bytes
 from asyncrl.config import ESTIMATOR_NAMES, LOSS_NAMES, SETTINGS, UNGROUPED, Deployment, ModelSpec, Recipe
 from asyncrl.config.callables import check_callable
-from asyncrl.disk import existing
+from asyncrl.disk import as_size, existing
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.generate.engines import engine_kind
 from asyncrl.models.architectures import named, not_causal, read_config
@@ -22,9 +22,6 @@ from asyncrl.prompts.reading import check_columns, read_rows
 from asyncrl.rundir import RunDir
 
 Check = Callable[[], str]  # a line of the plan; raises ConfigError or DataError
-
-# Of a token in the history: id and spelling; of a response also logprob and mask. What is compressed takes less.
-_PROMPT_BYTES, _RESPONSE_BYTES = 4 + 5, 4 + 5 + 4 + 1
 
 
 def check_run(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> list[str]:
@@ -203,9 +200,8 @@ def _staleness(recipe: Recipe, deployment: Deployment) -> str:
 def _history(recipe: Recipe, deployment: Deployment) -> str:
     """When rollouts begin to be deleted."""
     bound = deployment.store.keep_bytes
-    longest = _PROMPT_BYTES * recipe.data.max_prompt_length + _RESPONSE_BYTES * recipe.sampling.max_response_length
-    updates = bound // (longest * recipe.rollouts_per_group * recipe.learner.batch_groups)
+    updates = bound // update_bytes(recipe)
     return (
-        f"every rollout, until they take deploy.store.keep_bytes={bound} ({bound / (1 << 30):.1f} GiB), after some {updates:,} "
+        f"every rollout, until they take deploy.store.keep_bytes={bound} ({as_size(bound)}), after some {updates:,} "
         "updates of the longest responses; then the oldest are deleted, but for what a resume needs"
     )

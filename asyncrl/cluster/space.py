@@ -8,14 +8,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from asyncrl.config import Deployment, ModelSpec, Recipe
-from asyncrl.disk import free_bytes, readable
+from asyncrl.disk import as_size, free_bytes
 from asyncrl.errors import ConfigError
 from asyncrl.rundir import RunDir
 
 log = logging.getLogger(__name__)
 _ADAM = 3  # the weights and their two moments
 _ROLLOUT_BYTES = 1024  # of a rollout's row and events, besides its tokens
-_PROMPT_TOKEN_BYTES, _RESPONSE_TOKEN_BYTES = 8, 16  # ids and text; of the response also its mask and logprobs
+_PROMPT_TOKEN_BYTES, _RESPONSE_TOKEN_BYTES = 4 + 5, 4 + 5 + 4 + 1  # id and spelling; of a response also logprob and mask
 
 
 def check_space(recipe: Recipe, deployment: Deployment, run_dir: RunDir, free: Callable[[Path], int] = free_bytes) -> str:
@@ -25,18 +25,19 @@ def check_space(recipe: Recipe, deployment: Deployment, run_dir: RunDir, free: C
     models = [recipe.model]
     if recipe.algorithm.needs_critic and recipe.critic.backbone == "own":
         models.append(recipe.critic.model or recipe.model)
-    checkpoint, log_bytes = sum(_checkpoint_bytes(model) for model in models), _log_bytes(recipe)
+    checkpoint = sum(_checkpoint_bytes(model) for model in models)
+    log_bytes = min(recipe.total_steps * update_bytes(recipe), deployment.store.keep_bytes + deployment.store.segment_bytes)
     there = len(run_dir.steps())
     more = max(1, recipe.checkpoint.keep_last_n + 1 - there)  # the next is written before the oldest goes
     needed, least, have = more * checkpoint + log_bytes, checkpoint + deployment.store.segment_bytes, free(run_dir.path)
-    parts = f"{more} checkpoints of {readable(checkpoint)}" if checkpoint else "checkpoints of a size not known yet"
+    parts = f"{more} checkpoints of {as_size(checkpoint)}" if checkpoint else "checkpoints of a size not known yet"
     if have < least:
         raise ConfigError(
-            f"{readable(have)} are free for {run_dir.path} < {readable(least)}, which one checkpoint ({readable(checkpoint)}) "
+            f"{as_size(have)} are free for {run_dir.path} < {as_size(least)}, which one checkpoint ({as_size(checkpoint)}) "
             f"and one segment of the log (store.segment_bytes={deployment.store.segment_bytes}) take: the run could not go on "
             "for long; make room (`asyncrl clean` lists what dead runs left), or put --runs-dir on another disk"
         )
-    plan = f"{readable(have)} free; {parts}, and up to {readable(log_bytes)} of log if every response is as long as it may be"
+    plan = f"{as_size(have)} free; {parts}, and up to {as_size(log_bytes)} of log if every response is as long as it may be"
     if have < needed:
         log.warning("the disk of %s may fill before the run ends: %s", run_dir.path, plan)
     return plan
@@ -56,7 +57,8 @@ def _checkpoint_bytes(model: ModelSpec) -> int:
     return _ADAM * parameters * (4 if model.dtype == "float32" else 2)
 
 
-def _log_bytes(recipe: Recipe) -> int:
+def update_bytes(recipe: Recipe) -> int:
+    """What an update of the longest prompts and responses leaves in the log; compressed it takes less."""
     prompt, response = recipe.data.max_prompt_length, recipe.sampling.max_response_length
-    rollouts = recipe.total_steps * recipe.learner.batch_groups * recipe.rollouts_per_group
-    return rollouts * (_ROLLOUT_BYTES + prompt * _PROMPT_TOKEN_BYTES + response * _RESPONSE_TOKEN_BYTES)
+    rollout = _ROLLOUT_BYTES + prompt * _PROMPT_TOKEN_BYTES + response * _RESPONSE_TOKEN_BYTES
+    return recipe.learner.batch_groups * recipe.rollouts_per_group * rollout

@@ -2,7 +2,7 @@
 
 import argparse
 
-from asyncrl.disk import readable
+from asyncrl.disk import as_size
 from asyncrl.scratch import remove, traces
 
 
@@ -19,8 +19,8 @@ def _clean(args: argparse.Namespace) -> int:
     kept = [trace for trace in left if args.yes and not remove(trace)]
     for trace in found:
         state = "in use" if trace.in_use or trace in kept else "removed" if args.yes else "left"
-        print(f"{state:<8} {readable(trace.size_bytes):>10}  {trace.what:<23} {trace.path}")
-    size = readable(sum(trace.size_bytes for trace in left))
+        print(f"{state:<8} {as_size(trace.size_bytes):>10}  {trace.what:<23} {trace.path}")
+    size = as_size(sum(trace.size_bytes for trace in left))
     said = f"{len(left)} left by dead runs, {size}; {len(found) - len(left)} in use by living ones"
     if left:
         said += f"; {len(left) - len(kept)} removed" if args.yes else "; `asyncrl clean --yes` removes what is left"

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from asyncrl.cluster.resources import count_gpus
 from asyncrl.config.deployment import ENGINES
-from asyncrl.disk import free_bytes, readable
+from asyncrl.disk import as_size, free_bytes
 from asyncrl.generate.engines import engine_kind
 from asyncrl.report.findings import Finding, MachineCheck
 from asyncrl.scratch import SHM, Trace, traces
@@ -125,7 +125,7 @@ def devices() -> Finding:
     import torch
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    here = f"{len(os.sched_getaffinity(0))} CPU cores, {readable(memory)} memory"
+    here = f"{len(os.sched_getaffinity(0))} CPU cores, {as_size(memory)} memory"
     present = count_gpus()
     if present and not torch.cuda.is_available():
         why, fix = "torch finds no working driver", "nvidia-smi"
@@ -133,7 +133,7 @@ def devices() -> Finding:
             why, fix = "torch is a CPU build", reinstall("torch")
         return Finding(status="broken", detail=f"{here}; {present} GPUs, but {why}", fix=fix, required=False)
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    listing = ", ".join(f"{gpu.name} {readable(gpu.total_memory)}" for gpu in gpus) or "no GPU"
+    listing = ", ".join(f"{gpu.name} {as_size(gpu.total_memory)}" for gpu in gpus) or "no GPU"
     return Finding(detail=f"{here}; {listing}")
 
 
@@ -185,13 +185,13 @@ def shared_memory(folder: Path = SHM, least_bytes: int = MIN_SHM_BYTES) -> Findi
         return Finding(status="missing", detail=f"no {folder}", fix=fix)
     space = os.statvfs(folder)
     size, free = space.f_frsize * space.f_blocks, space.f_frsize * space.f_bavail
-    detail = f"{folder} {readable(size)}, {readable(free)} free"
+    detail = f"{folder} {as_size(size)}, {as_size(free)} free"
     with tempfile.TemporaryFile(dir=folder) as file:
         file.truncate(1 << 20)
         with mmap.mmap(file.fileno(), 1 << 20) as pages:
             pages[-1:] = b"x"
     if free < least_bytes:
-        detail += f": below {readable(least_bytes)}, larger models will not fit"
+        detail += f": below {as_size(least_bytes)}, larger models will not fit"
         return Finding(status="broken", detail=detail, fix=fix, required=False)
     return Finding(detail=f"{detail}, writable")
 
@@ -199,9 +199,9 @@ def shared_memory(folder: Path = SHM, least_bytes: int = MIN_SHM_BYTES) -> Findi
 def disk(folders: Iterable[Path] = (Path("runs"), Path(tempfile.gettempdir())), least_bytes: int = MIN_DISK_BYTES) -> Finding:
     """Where runs are kept unless --runs-dir says otherwise, and where Ray keeps its sessions."""
     free = {folder.absolute(): free_bytes(folder) for folder in folders}
-    detail = ", ".join(f"{readable(space)} free for {folder}" for folder, space in free.items())
+    detail = ", ".join(f"{as_size(space)} free for {folder}" for folder, space in free.items())
     if min(free.values()) < least_bytes:
-        detail += f": below {readable(least_bytes)}, little can be saved"
+        detail += f": below {as_size(least_bytes)}, little can be saved"
         return Finding(status="broken", detail=detail, fix="make room, or choose another --runs-dir", required=False)
     return Finding(detail=detail)
 
@@ -214,7 +214,7 @@ def leftovers(found: Sequence[Trace] | None = None) -> Finding:
     if not left:
         return Finding(detail=f"none; {living}")
     counts = Counter(trace.what for trace in left)
-    size, kinds = readable(sum(trace.size_bytes for trace in left)), ", ".join(f"{what} ({counts[what]})" for what in counts)
+    size, kinds = as_size(sum(trace.size_bytes for trace in left)), ", ".join(f"{what} ({counts[what]})" for what in counts)
     return Finding(detail=f"dead runs left {size}: {kinds}; `asyncrl clean` lists and removes it; {living}")
 
 

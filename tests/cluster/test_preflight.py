@@ -73,7 +73,7 @@ def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
         # 64 slots hold two batches of 32 rollouts; two more are ready and in training.
         "staleness   hold: no trained token is ever more than max_lag=9 updates old; usually 3 or less, as reserve_ahead=4 "
         "batches (32 groups) are outstanding at most, for 64 slots",
-        "history     every rollout, until they take deploy.store.keep_bytes=107374182400 (100.0 GiB), after some 142,469 "
+        "history     every rollout, until they take deploy.store.keep_bytes=107374182400 (100.0 GiB), after some 136,533 "
         "updates of the longest responses; then the oldest are deleted, but for what a resume needs",
         "engine      torch: embedded, in_flight updates",
         "placement   4 actors on this machine ask for 0 of 2 CPUs",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from asyncrl.disk import readable
+from asyncrl.disk import as_size
 from asyncrl.errors import CheckpointError, DiskFull, Fenced
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.rundir import RunDir, verify_manifest
@@ -103,7 +103,7 @@ def test_a_full_disk_is_named_the_half_written_goes_and_older_ones_stay(run_dir:
     trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 5)
     save(checkpoints, trainer, 5)
     size = sum(parameter.nbytes for parameter in trainer.model.parameters())  # no moments yet
-    saving, room = torch.save, rf"no room for .*step_000010.*: {re.escape(readable(size))} are needed, .* are free"
+    saving, room = torch.save, rf"no room for .*step_000010.*: {re.escape(as_size(size))} are needed, .* are free"
 
     def on_a_full_disk(value: object, file: object) -> None:
         with open("/dev/full", "wb", buffering=0) as full:
