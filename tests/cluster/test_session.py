@@ -110,6 +110,7 @@ def test_the_session_of_an_own_ray_is_in_use_until_it_is_shut_down_and_anothers_
     session.mkdir(parents=True)
     seen: list[bool] = []
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # by another test
     monkeypatch.setattr("ray.init", lambda **options: SimpleNamespace(address_info={"session_dir": str(session)}))
     monkeypatch.setattr("ray.shutdown", lambda: seen.extend(trace.in_use for trace in traces(tmp_path, tmp_path)))
     with ray_session(Deployment(ray_address="10.0.0.1:6379")) as here:
