@@ -186,6 +186,8 @@ def atomic_folder(path: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
         try:
             yield beside
             for file in beside.rglob("*"):
+                if file.is_file():  # whoever may read the folder; safetensors makes files for its user alone
+                    file.chmod(beside.stat().st_mode & 0o666)
                 sync(file)
             sync(beside)
             old = path.parent / f".{path.name}.old-{os.getpid()}"

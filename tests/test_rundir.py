@@ -56,6 +56,18 @@ def test_write_atomic_keeps_the_old_file_when_the_new_one_fails(tmp_path: Path) 
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["f"]
 
 
+def test_whoever_may_read_an_atomic_folder_may_read_its_files(tmp_path: Path) -> None:
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        former = os.umask(umask)
+        try:
+            with atomic_folder(tmp_path / "folder") as folder:
+                (folder / "deeper").mkdir()
+                (folder / "deeper" / "model.safetensors").touch(mode=0o600)
+        finally:
+            os.umask(former)
+        assert (tmp_path / "folder/deeper/model.safetensors").stat().st_mode & 0o777 == mode
+
+
 def test_atomic_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "step_000001"
 
