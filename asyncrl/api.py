@@ -161,7 +161,7 @@ class Trainer:
 
     @property
     def _way_on(self) -> str:
-        return f"to go on: resume_from={str(self.paths.path)!r}"
+        return f"to go on: Trainer(…, resume_from={str(self.paths.path)!r}), or launch(…, resume=True)"
 
     def _halt(self, why: str) -> str:
         """Ends the learner's work with a checkpoint, and says which."""

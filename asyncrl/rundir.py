@@ -115,9 +115,10 @@ class RunDir:
                     f"run directory {self.path} is in use ({holder}): two runs would overwrite each other; "
                     "stop that process, or choose another --name"
                 ) from error
-            file.truncate(0)
-            file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            with naming_full_disk(self.path):
+                file.truncate(0)
+                file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
             for folder in filter(Path.is_dir, (self.path, self.data, self.checkpoints, self.exports)):
                 _sweep(folder)
             try:

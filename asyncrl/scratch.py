@@ -19,7 +19,7 @@ from pathlib import Path
 from msgspec import Struct
 
 SHM = Path("/dev/shm")
-_MARK = "asyncrl"  # a file in sessions of Ray that asyncrl started
+_MARK = "asyncrl"  # a file in what asyncrl made, or had Ray make: a name alone proves nothing
 
 
 class ScratchFolder:
@@ -28,6 +28,7 @@ class ScratchFolder:
     def __init__(self) -> None:
         hidden = Path(tempfile.mkdtemp(prefix=".asyncrl-"))  # until it is locked
         lock = _lock(hidden)
+        (hidden / _MARK).touch()
         self.path = hidden.rename(hidden.with_name(hidden.name[1:]))
         self.close = weakref.finalize(self, _discard, self.path, lock)  # idempotent
 
@@ -59,7 +60,7 @@ def traces(temporary: Path | None = None, shm: Path = SHM) -> list[Trace]:
     """
     folder = temporary or Path(tempfile.gettempdir())
     ray = temporary or Path(os.environ.get("RAY_TMPDIR", folder))
-    found = [(path, "temporary folder", stat.S_ISDIR) for path in folder.glob("asyncrl-*")]
+    found = [(mark.parent, "temporary folder", stat.S_ISDIR) for mark in folder.glob(f"asyncrl-*/{_MARK}")]
     found += [(mark.parent, "session of Ray", stat.S_ISDIR) for mark in ray.glob(f"ray/session_*/{_MARK}")]
     found += [(path, "SGLang's shared memory", stat.S_ISREG) for path in shm.glob("sglang_loads_*")]
     seen = []

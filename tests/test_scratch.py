@@ -96,8 +96,10 @@ def test_nothing_else_is_touched(machine: Machine, monkeypatch: pytest.MonkeyPat
     os.mkfifo(machine.temporary / "asyncrl-pipe")
     (machine.shm / "sglang_loads_folder").mkdir()
     (machine.temporary / "ray" / "session_of_others").mkdir(parents=True)
+    (machine.temporary / "asyncrl-runs").mkdir()  # of a user, who may have runs in it
     assert machine.states() == {}
     (machine.temporary / "asyncrl-ours").mkdir()
+    (machine.temporary / "asyncrl-ours" / "asyncrl").touch()
     assert len(machine.states()) == 1
     monkeypatch.setattr(os, "getuid", lambda: os.stat("/").st_uid + 1)
     assert machine.states() == {}

@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from asyncrl.algorithms.rewards import Outcomes, centered_in_groups, whitened
+from asyncrl.algorithms.rewards import TIE, Outcomes, centered_in_groups, whitened
 from asyncrl.config import AlgorithmSpec
 from asyncrl.config.callables import load_callable
 from asyncrl.errors import ConfigError
@@ -75,7 +75,8 @@ def gpg(rewards_s: Tensor, groups_s: Tensor) -> Tensor:
         rewards_s.new_zeros(len(count_g)).scatter_reduce(0, index_s, rewards_s, kind, include_self=False)
         for kind in ("amax", "amin")
     )
-    varied_s = (most_g > least_g)[index_s]
+    size_g = rewards_s.new_zeros(len(count_g)).index_add(0, index_s, rewards_s.abs())
+    varied_s = (most_g - least_g > TIE * size_g)[index_s]
     return centered_s * varied_s * len(rewards_s) / varied_s.sum().clamp(min=1)
 
 

@@ -12,10 +12,8 @@ from typing import Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from asyncrl.algorithms.rewards import Outcomes, centered_in_groups
+from asyncrl.algorithms.rewards import TIE, Outcomes, centered_in_groups
 from asyncrl.config import AlgorithmSpec
-
-TIE = 1e-12  # of the sum of a group's |rewards|: so near its mean a reward, in float64, differs by rounding alone
 
 Figures = dict[str, Tensor]
 

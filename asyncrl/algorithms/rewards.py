@@ -5,6 +5,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
+TIE = 1e-12  # of the sum of a group's |rewards|: so near its mean a reward, in float64, differs by rounding alone
+
 WHITEN_EPS = 1e-8
 
 

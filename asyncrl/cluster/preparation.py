@@ -5,14 +5,17 @@ import logging
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import msgspec
 import yaml
 from msgspec.structs import replace
 
 from asyncrl.config import DataSpec, Deployment, EvaluationSpec, Recipe
-from asyncrl.config.callables import GIVEN, PYTHON, UNSAVED, SavedFunction, describe, load_callable
+from asyncrl.config.callables import GIVEN, PYTHON, RECIPE_MODULE, UNSAVED, SavedFunction, describe, load_callable
 from asyncrl.config.paths import rename_functions
 from asyncrl.errors import ConfigError
 from asyncrl.rundir import RunDir, redact, write_atomic
@@ -51,12 +54,10 @@ def save_functions(recipe: Recipe, paths: RunDir) -> Recipe:
     def saved(reference: str) -> str:
         if not reference.startswith(UNSAVED) or reference not in GIVEN:
             return reference
-        from ray import cloudpickle  # here, as Ray takes a second to import
-
-        program, name = getattr(sys.modules["__main__"], "__file__", None), reference.rpartition(":")[2]
+        program, name = getattr(_program(), "__file__", None), reference.rpartition(":")[2]
         folder = Path(program).absolute().parent if program else Path.cwd()
         try:
-            pickled = cloudpickle.dumps(GIVEN[reference])
+            pickled = _by_value(GIVEN[reference])
         except Exception as error:
             raise ConfigError(
                 f"the function {name!r} can't be sent to other processes: {describe(error)}; make in it what it uses, or name "
@@ -69,6 +70,24 @@ def save_functions(recipe: Recipe, paths: RunDir) -> Recipe:
         return f"{path}:{name}"
 
     return rename_functions(recipe, saved)
+
+
+def _program() -> ModuleType:
+    """What functions that are given themselves come from: the recipe's file, or else the main program."""
+    return sys.modules.get(RECIPE_MODULE) or sys.modules["__main__"]
+
+
+def _by_value(function: Callable[..., Any]) -> bytes:
+    """The function with all that it uses of its program."""
+    from ray import cloudpickle  # here, as Ray takes a second to import
+
+    if (program := _program()).__name__ == "__main__":  # which cloudpickle takes along by itself
+        return cloudpickle.dumps(function)
+    cloudpickle.register_pickle_by_value(program)
+    try:
+        return cloudpickle.dumps(function)
+    finally:
+        cloudpickle.unregister_pickle_by_value(program)
 
 
 def _prepare_prompts(recipe: Recipe, paths: RunDir, resuming: bool) -> tuple[int, ...]:

@@ -26,7 +26,9 @@ def check_space(recipe: Recipe, deployment: Deployment, run_dir: RunDir, free: C
     if recipe.algorithm.needs_critic and recipe.critic.backbone == "own":
         models.append(recipe.critic.model or recipe.model)
     checkpoint = sum(_checkpoint_bytes(model) for model in models)
-    log_bytes = min(recipe.total_steps * update_bytes(recipe), deployment.store.keep_bytes + deployment.store.segment_bytes)
+    spec, store = recipe.checkpoint, deployment.store
+    kept = max(store.keep_bytes, spec.save_freq * (spec.keep_last_n + 1) * update_bytes(recipe))  # what a resume needs stays
+    log_bytes = min(recipe.total_steps * update_bytes(recipe), kept + store.segment_bytes)
     there = len(run_dir.steps())
     more = max(1, recipe.checkpoint.keep_last_n + 1 - there)  # the next is written before the oldest goes
     needed, least, have = more * checkpoint + log_bytes, checkpoint + deployment.store.segment_bytes, free(run_dir.path)

@@ -120,7 +120,8 @@ class Supervisor:
 
     def ask_learner(self, method: str, *arguments: Any) -> Any:
         """Calls a method of the idle learner, e.g. `save_checkpoint`. Raises Unavailable if it dies, or takes longer than
-        `limits.save_timeout_s`."""
+        `limits.save_timeout_s`; ConfigError while it trains."""
+        self._require_idle(method)
         try:
             return ray.get(self._learner.handle.ask.remote(method, *arguments), timeout=self._limits.save_timeout_s)
         except (RayActorError, GetTimeoutError) as error:
@@ -128,6 +129,7 @@ class Supervisor:
 
     def restart_learner(self, checkpoint: int | None) -> None:
         """Replaces the idle learner by one that starts from `checkpoint` (None: the newest); later commits are reopened."""
+        self._require_idle("load_checkpoint")
         self._plan = msgspec.structs.replace(self._plan, resume_at=checkpoint)
         if (stopped := self._learner.stop()) is not None:
             ray.wait([stopped], timeout=self._limits.stop_timeout_s)
@@ -136,6 +138,12 @@ class Supervisor:
         while self._learner.phase != "idle":
             self._tick()
         self._fresh_report()
+
+    def _require_idle(self, method: str) -> None:
+        if self._learner.phase != "idle":
+            raise ConfigError(
+                f"{method} while the learner is {self._learner.phase}: call it between two `fit`s, not in a callback"
+            )
 
     def close(self) -> None:
         """Stops every actor: asks first, kills what has not ended after `stop_timeout_s`, or all when it is interrupted. Never

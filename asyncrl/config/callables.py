@@ -33,6 +33,7 @@ else:
     Function = str  # by then it has a name
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+RECIPE_MODULE = "asyncrl_recipe"  # what a recipe's file is while it is read; no other process has it
 UNSAVED = "given-"  # begins a name that holds in this process only
 GIVEN: dict[str, Callable[..., Any]] = {}  # what was given itself in this process, by each name that it has got
 

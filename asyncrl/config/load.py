@@ -19,6 +19,7 @@ import yaml
 
 from asyncrl import config
 from asyncrl.config.base import Spec
+from asyncrl.config.callables import RECIPE_MODULE
 from asyncrl.config.deployment import Deployment
 from asyncrl.config.explain import expected, explain, is_struct, names, nearest
 from asyncrl.config.names import elsewhere
@@ -77,7 +78,7 @@ def _execute(path: Path, source: str) -> Any:
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    module = ModuleType("asyncrl_recipe")
+    module = ModuleType(RECIPE_MODULE)
     module.__file__ = str(path.resolve())
     sys.modules[module.__name__] = module  # structs and dataclasses look their module up
     exec(compile(source, str(path), "exec"), module.__dict__)

@@ -5,6 +5,7 @@ own folder first and then in the working directory. After `resolve_paths` every 
 other working directories (and on other nodes) read the same file.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import msgspec
 
 from asyncrl.config.callables import is_file
 from asyncrl.config.recipe import Recipe
+from asyncrl.errors import ConfigError
 from asyncrl.rundir import RunDir
 
 PLACEHOLDER = "{run}"
@@ -28,12 +30,25 @@ def resolve_paths(recipe: Recipe, run_dir: RunDir, folder: str | Path | None = N
     """
     folders = tuple(dict.fromkeys(Path(base).resolve() for base in (folder, Path.cwd()) if base is not None))
     data = _replace(msgspec.to_builtins(recipe), str(run_dir.path.resolve()))
+    _require_finite("", data)
     for section in ("data", "evaluation"):
         data[section]["files"] = [_file(name, folders) for name in data[section]["files"]]
     for model in filter(None, (data["model"], data["critic"]["model"])):
         for key in ("path", "tokenizer"):
             model[key] = _model(model[key], folders)
     return rename_functions(msgspec.convert(data, Recipe), lambda name: _callable(name, folders))
+
+
+def _require_finite(where: str, value: Any) -> None:
+    """Raises ConfigError for an infinite number, which the run's recipe.json could not hold."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            _require_finite(f"{where}.{key}" if where else key, one)
+    elif isinstance(value, list):
+        for one in value:
+            _require_finite(where, one)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} holds {value}: only finite numbers can be saved with a run; use a large one, as 1e9")
 
 
 def rename_functions(recipe: Recipe, rename: Callable[[str], str]) -> Recipe:

@@ -51,9 +51,9 @@ def _run(args: argparse.Namespace) -> int:
     recipe, deployment = load_specs(file, args.deploy, overrides)
     paths = resolve_run_dir(args.name or recipe.name, args.runs_dir)
     recipe = resolve_paths(recipe, paths, Path(file).parent)
+    if resume is not False:
+        paths.require_checkpoint(None if resume is True else resume)
     if args.dry_run:
-        if resume is not False:
-            paths.require_checkpoint(None if resume is True else resume)
         print("\n".join(check_run(recipe, deployment, paths)))
         return 0
     if args.detach:

@@ -74,6 +74,8 @@ def not_causal(config: Mapping[str, Any]) -> str:
         return "it is an encoder with a decoder"
     if config.get("model_type") in _ENCODERS.split() and not config.get("is_decoder"):
         return "it is an encoder: its tokens see those behind them"
+    if _text(config).get("use_bidirectional_attention") in (True, "all"):
+        return "its tokens see those behind them (use_bidirectional_attention)"
     if config.get("model_type") == "doge":
         return "with transformers' SDPA its tokens see those behind them"
     return ""

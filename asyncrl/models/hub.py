@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from asyncrl.errors import ConfigError
@@ -22,19 +23,19 @@ def require_model(name: str, field: str, *files: str, endpoint: str | None = Non
         return name
     if folder.is_absolute() or folder.exists():
         problem = f"has no {files[0]}" if folder.is_dir() else f"does not exist{_nearest(folder)}"
-    elif problem := _missing_on_hub(name, files[0], endpoint):
+    elif problem := _missing_on_hub(name, files, endpoint):
         problem = f"is no folder here{_nearest(folder)}, and {problem}"
     else:
         return f"{name} (Hugging Face)"
     raise ConfigError(f"{field}={name!r} {problem}: nothing could be loaded; name a Hugging Face folder or id")
 
 
-def _missing_on_hub(name: str, file: str, endpoint: str | None) -> str:
+def _missing_on_hub(name: str, files: Sequence[str], endpoint: str | None) -> str:
     """Why a Hugging Face id can't be loaded; empty if it can, or if the hub is in trouble, which loading will tell of."""
     from huggingface_hub import HfApi, errors, try_to_load_from_cache
 
     try:
-        if not isinstance(try_to_load_from_cache(name, file), str):
+        if not any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
             HfApi(endpoint=endpoint).model_info(name, timeout=ANSWER_S)
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         return "Hugging Face has no model of that name that you may read"

@@ -7,6 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+# What is done with logits, by `model_type`: a configuration may hold such a field though its model reads none.
+_DIVIDED = {"granite", "granitemoe", "granitemoeshared"}  # by `logits_scaling`
+_FACTORS = {"cohere": "logit_scale", "cohere2": "logit_scale", "cohere2_moe": "logit_scale", "hyperclovax": "logits_scaling"}
+_CAPPED = {"gemma3_text", "gemma3n_text", "gemma4_text", "nanochat"}  # at `final_logit_softcapping`
+
+FEWEST_ROWS = 256  # of a chunk: each adds to a gradient as large as the weights
 CHUNK_LOGITS = 2**24  # logits that are worked on at a time: 64 MiB in float32, and as much for each step of the work
 
 Scores = tuple[Tensor, Tensor]  # log-probabilities of the tokens, entropies of the distributions [T], in nats
@@ -43,9 +49,11 @@ class Head(NamedTuple):
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Head":
         """The output layer of a causal LM, and what its configuration says is done with the logits. No copies."""
-        layer, config = model.get_output_embeddings(), model.config.get_text_config(decoder=True)
-        divisor = getattr(config, "logits_scaling", None) or 1 / (getattr(config, "logit_scale", None) or 1.0)
-        softcap = getattr(config, "final_logit_softcapping", None)
+        layer, kind, config = model.get_output_embeddings(), model.config.model_type, model.config
+        divisor = 1 / getattr(config, _FACTORS[kind]) if kind in _FACTORS else 1.0
+        if kind in _DIVIDED:
+            divisor = config.logits_scaling
+        softcap = config.final_logit_softcapping if kind in _CAPPED else None
         return cls(layer.weight, getattr(layer, "bias", None), softcap, divisor)
 
     def logits(self, hidden_th: Tensor) -> Tensor:
@@ -64,12 +72,12 @@ class Head(NamedTuple):
         """What `sampled_logprobs` and `entropy` make of these logits, to the bit, of `rows` rows at a time.
 
         The backward pass makes the logits again, chunk by chunk, and sums the chunks' gradients of the weights in float32:
-        equal but for rounding. rows: by default as many as have CHUNK_LOGITS logits.
+        equal but for rounding. rows: by default as many as have CHUNK_LOGITS logits, at least FEWEST_ROWS.
         """
         return self._apply(hidden_th, ids_t, temperature, rows, True)
 
     def _apply(self, hidden_th: Tensor, ids_t: Tensor, temperature: float, rows: int | None, entropies: bool) -> Scores:
-        how = _How(self, temperature, rows or max(1, CHUNK_LOGITS // len(self.weight)), entropies)
+        how = _How(self, temperature, rows or max(FEWEST_ROWS, CHUNK_LOGITS // len(self.weight)), entropies)
         logp_t, entropy_t = _Scored.apply(hidden_th, self.weight, self.bias, ids_t, how)
         return logp_t, entropy_t
 
@@ -109,7 +117,7 @@ class _Scored(torch.autograd.Function):
         head, temperature, rows, _ = ctx.how
         dtype, wide = head.weight.dtype, torch.promote_types(head.weight.dtype, torch.float32)
         hidden_grad_th = torch.empty_like(hidden_th)
-        weight_grad_vh = torch.zeros_like(head.weight, dtype=wide)
+        weight_grad_vh = torch.zeros_like(head.weight, dtype=wide) if ctx.needs_input_grad[1] else None
         bias_grad_v = None if head.bias is None else torch.zeros_like(head.bias, dtype=wide)
         for start in range(0, len(ids_t), rows):
             part = slice(start, start + rows)
@@ -117,13 +125,16 @@ class _Scored(torch.autograd.Function):
             grad_cv = _logits_grad(logits_cv, ids_t[part], temperature, *(g if g is None else g[part] for g in grads))
             grad_cv = (grad_cv * head.slope(logits_cv)).to(dtype)
             hidden_grad_th[part] = grad_cv @ head.weight
-            if dtype == wide:
+            if weight_grad_vh is None:
+                pass
+            elif dtype == wide:
                 weight_grad_vh.addmm_(grad_cv.T, hidden_th[part])
             else:
                 weight_grad_vh += grad_cv.T @ hidden_th[part]
             if bias_grad_v is not None:
                 bias_grad_v += grad_cv.sum(0)
-        return hidden_grad_th, weight_grad_vh.to(dtype), None if bias_grad_v is None else bias_grad_v.to(dtype), None, None
+        weight_grad_vh = None if weight_grad_vh is None else weight_grad_vh.to(dtype)
+        return hidden_grad_th, weight_grad_vh, None if bias_grad_v is None else bias_grad_v.to(dtype), None, None
 
 
 def _logits_grad(

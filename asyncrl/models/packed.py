@@ -203,22 +203,30 @@ class PackedModel:
     def _by_rows(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [T, V] and hidden states [T, H] of any causal LM: one forward per run, as equal-length rows.
 
-        Exact, without padding, but more calls, and logits for every token.
+        Exact, without padding, but more calls. The output layer gets only what predicts scored tokens.
         """
         self.packs += 1
-        ids_by_run = pack.input_ids_u[pack.expand_s].split([count * length for count, length in pack.runs])
+        chosen_t = pack.collect_u[pack.select_t]  # ascending, and so run by run
+        rows = chosen_t[:0]  # of the run under way
         logits: list[torch.Tensor] = []
         read: list[torch.Tensor] = []
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, inputs: read.append(inputs[0].flatten(0, -2))
-        )
+
+        def choose(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            read.append(inputs[0].flatten(0, -2)[rows])
+            return (read[-1][None],)
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(choose)
+        start, ids_s = 0, pack.input_ids_u[pack.expand_s]
         try:
-            for run, ids in zip(pack.runs, ids_by_run, strict=True):
-                logits.append(self.model(input_ids=ids.unflatten(0, run), use_cache=False).logits.flatten(0, 1))
+            for count, length in pack.runs:
+                end = start + count * length
+                rows = chosen_t[(chosen_t >= start) & (chosen_t < end)] - start
+                ids = ids_s[start:end].unflatten(0, (count, length))
+                logits.append(self.model(input_ids=ids, use_cache=False).logits[0])
+                start = end
         finally:
             hook.remove()
-        chosen_t = pack.collect_u[pack.select_t]
-        return torch.cat(logits)[chosen_t], torch.cat(read)[chosen_t]
+        return torch.cat(logits), torch.cat(read)
 
 
 def _packable(model: PreTrainedModel) -> bool:

@@ -1,7 +1,7 @@
 """Batches for the learner: leased, committed, fenced, replayed after a restore."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
 import asyncrl.replay.log.events as ev
@@ -50,8 +50,10 @@ class Batches:
     """A batch lease ends only by its commit or by a newer incarnation of the learner. A learner that prefetches leases
     batches for consecutive updates ahead of its commits; replayed batches come first."""
 
-    def __init__(self, context: StoreContext, holders: Holders) -> None:
+    def __init__(self, context: StoreContext, holders: Holders, check: Callable[[], None]) -> None:
+        """check: raises what a learner that waits for a batch is to be told."""
         self._context = context
+        self._check = check
         self._ledger = context.ledger
         self._plan = context.plan
         self._holders = holders
@@ -111,6 +113,7 @@ class Batches:
             )
         if update in ledger.reopened:
             return self._grant(update, ledger.reopened[update], replayed=True)
+        self._check()
         self._check_empty_groups()
         for group in stale(rule, ledger, update):
             retry = rule.drops and self._context.may_retry(group.retry)

@@ -44,7 +44,7 @@ class StoreCore:
         self.evaluations = Evaluations(self.context, self.holders)
         self.failures = FailureWatch(self.context)
         self.scoring = Scoring(self.context, self.holders, self.evaluations, self.failures)
-        self.batches = Batches(self.context, self.holders)
+        self.batches = Batches(self.context, self.holders, self.failures.check)
         self._admission = Admission(self.context, self.holders, self.failures.pauses)
         self._workers = dict(self.ledger.workers)  # newest incarnation of each
         self.verbs = {verb: self._handler(verb) for verb in VERBS}

@@ -1,14 +1,17 @@
 """Rewards that fail: how often, how, and whether the reward function works at all."""
 
+import math
 import re
 from collections import Counter
 
+from asyncrl.errors import ConfigError
 from asyncrl.replay.admission import prompt_of
 from asyncrl.replay.ledger import StoreContext
 from asyncrl.replay.state import Group
 from asyncrl.types import RewardFailures, Score, Status
 
 _FEW, _PATIENCE_S = 16, 60.0  # after a minute of nothing but failures so many suffice: each may have cost a deadline
+_ALONE_S = 10.0  # a supervisor ends a run long before; who leads the stages by hand is told then
 _KINDS, _SHOWN = 64, 3  # of errors: told apart at the most, and reported
 _VARIES = re.compile(r"""'[^']*'|"[^"]*"|\d+(?:\.\d+)?""")  # what differs between two errors of a kind
 
@@ -28,6 +31,7 @@ class FailureWatch:
         self._works = False  # a sample had a reward
         self._failed: Counter[Status] = Counter()
         self._since = 0.0  # when the first failed, on the clock of the context
+        self._broken_at = math.inf  # when it was noticed
         self._first = ""
         self._errors: dict[str, tuple[int, str]] = {}  # by kind: how many, and the first of them
 
@@ -63,10 +67,17 @@ class FailureWatch:
             return False
         return self._failed.total() + self._under_way() >= self._enough()
 
+    def check(self) -> None:
+        """Raises ConfigError if the function is broken and nobody has ended the run for it: the learner would wait for ever."""
+        if broken := self._broken():
+            self._broken_at = min(self._broken_at, self._context.clock())
+            if self._context.clock() - self._broken_at >= _ALONE_S:
+                raise ConfigError(broken)
+
     def _broken(self) -> str:
         """What is to be said of a reward function that is broken; empty, as long as it may not be."""
         failed = self._failed.total()
-        over = self._context.exhausted() and not self._under_way()
+        over = self._context.exhausted() and not self._under_way() and not self._worked_before()  # all there is to score
         if self._works or not failed or (failed < self._enough() and not over):
             return ""
         errors = "; ".join(f"{count} × {error}" for count, error in self._most())
@@ -75,6 +86,11 @@ class FailureWatch:
             f"{self._first}; none of the first {failed} samples has a reward{several}: there is nothing to train on; fix the "
             "function or, if so many may fail before the first that does not, raise sampling.max_first_failures"
         )
+
+    def _worked_before(self) -> bool:
+        """Whether there are rewards that a store before this one took."""
+        ledger = self._context.ledger
+        return bool(ledger.ready or ledger.taken or ledger.outcomes["trained"] or ledger.outcomes["filtered"])
 
     def _under_way(self) -> int:
         """Samples that have no verdict yet."""

@@ -61,13 +61,16 @@ class ReplayStore:
     async def close(self) -> None:
         """Closes the log's segments. Calls that still come, or wait, raise `Closed`."""
         with self._lock:
-            if not self._closed:
+            if self._closed:
+                return
+            try:
                 if self._core.context.broken is None:  # else rows may be in the tail that no event names
                     self._log.seal()
                 self._log.close()
+            finally:
                 self._folder.close()
-            self._closed = True
-            self._wake()
+                self._closed = True
+                self._wake()
 
     def _do(self, key: Key, action: Callable[[], T]) -> T:
         """Runs one step of the core. Wakes everybody who waits if it changed something."""
@@ -185,7 +188,9 @@ class LocalTransport:
             raise Unavailable(f"store: no reply to {verb} within {timeout_s:g} s") from None
 
     def close(self) -> None:
-        asyncio.run_coroutine_threadsafe(self._store.close(), self._loop).result(60.0)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        try:
+            asyncio.run_coroutine_threadsafe(self._store.close(), self._loop).result(60.0)
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()

@@ -19,8 +19,9 @@ from asyncrl.errors import ConfigError
 
 Result = dict[str, Any]
 
-_FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
-_FRACTION = re.compile(r"\\[dt]?frac\s*{\s*(\d+)\s*}\s*{\s*(\d+)\s*}")
+_FENCED = re.compile(r"```(?:json)?[^\S\n]*\n(.*?)```", re.DOTALL)
+_FRACTION = re.compile(r"(\d{0,20})\s{0,2}\\[dt]?frac\s*{\s*(-?[\d,]{1,20})\s*}\s*{\s*([\d,]{1,20})\s*}")
+_DIGITS = 1000  # of a number at the most: longer ones are nonsense
 _CURRENCY = re.compile(r"(?<!\d)\\?[$€£]\s?(?=[-.\d])")
 # A minus (not the dash of 3-7), digits in one piece or in groups by commas, decimals; an exponent, or a denominator.
 _NUMBER = re.compile(
@@ -110,13 +111,21 @@ math.warm_up = _math_verify  # type: ignore[attr-defined]
 json_schema.warm_up = _jsonschema  # type: ignore[attr-defined]
 
 
+def _ratio(fraction: re.Match[str]) -> str:
+    """A fraction of LaTeX, or a mixed number, as a ratio of two numbers."""
+    whole, top, bottom = (part.replace(",", "") for part in fraction.groups())
+    if not (top.strip("-") and bottom):
+        return fraction[0]
+    return f"{int(whole) * int(bottom) + int(top)}/{bottom}" if whole else f"{top}/{bottom}"
+
+
 def _final_number(text: str) -> Fraction | None:
     """As `gsm8k` says; None where there is none, or what can't be one (a denominator of 0, thousands of digits)."""
-    text = re.sub("[\u2212\u2013\ufe63\uff0d]", "-", text).replace("{,}", ",").replace("\\,", ",")
-    text = _CURRENCY.sub("", _FRACTION.sub(r"\1/\2", text))
+    text = re.sub("[\u2212\u2013\ufe63\uff0d]", "-", text).replace("{,}", ",").replace("\\,", ",").replace("\\!", "")
+    text = _CURRENCY.sub("", _FRACTION.sub(_ratio, text))
     marked = (_NUMBER.search(part) for part in reversed(text.split("####")[1:]))
     found = next(filter(None, marked), None) or next(reversed(list(_NUMBER.finditer(text))), None)
-    if found is None:
+    if found is None or len(found[0]) > _DIGITS:
         return None
     numerator, _, denominator = found[0].replace(",", "").partition("/")
     try:

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from asyncrl.cluster.preparation import prepare_run, save_functions
 from asyncrl.config import AlgorithmSpec, Deployment, EvaluationSpec, RewardSpec, SamplingSpec
 from asyncrl.config.callables import PYTHON, SavedFunction, load_callable
+from asyncrl.config.load import load_recipe
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.reward.pool import RewardPool
 from asyncrl.reward.results import Sample
@@ -91,6 +92,44 @@ def test_a_function_of_a_main_program_scores_in_other_processes_and_after_its_en
     sample = Sample("s", "7", '"7"', "null", "{}", [])
     with RewardPool[int](made) as pool:
         assert [verdict.reward for verdict in pool.map([sample])] == [1.25]
+
+
+RECIPE = """
+import functools
+from asyncrl import Recipe
+from asyncrl.config import DataSpec, ModelSpec, RewardSpec
+from beside import HALF
+
+def half(said):
+    return HALF * float(said == "7")
+
+def score(data_source, solution_str, ground_truth, extra_info=None, *, times):
+    return times * half(solution_str)
+
+recipe = Recipe(
+    name="r",
+    model=ModelSpec(path="m"),
+    data=DataSpec(files=("f",)),
+    reward=RewardSpec(function=functools.partial(score, times=5.0)),
+    total_steps=1,
+)
+"""
+
+
+def test_what_a_recipe_makes_of_its_functions_takes_them_along(tmp_path, monkeypatch):
+    """No other process has the recipe's file as a module."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    file = tmp_path / "recipes" / "recipe.py"
+    file.parent.mkdir()
+    file.write_text(RECIPE)
+    (file.parent / "beside.py").write_text("HALF = 0.5")
+    try:
+        recipe = save_functions(load_recipe(file), RunDir(tmp_path / "run"))
+    finally:
+        sys.modules.pop("asyncrl_recipe", None)
+        sys.modules.pop("beside", None)
+    with RewardPool[int](recipe.reward.function) as pool:
+        assert [verdict.reward for verdict in pool.map([Sample("s", "7", '"7"', "null", "{}", [])])] == [2.5]
 
 
 def test_functions_are_saved_once_and_stay_what_was_given(tiny_recipe, tmp_path):

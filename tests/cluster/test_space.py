@@ -20,6 +20,7 @@ from asyncrl.config import (
     Recipe,
     RewardSpec,
     SamplingSpec,
+    StoreSpec,
 )
 from asyncrl.errors import ConfigError
 from asyncrl.rundir import RunDir
@@ -66,6 +67,13 @@ def test_the_plan_has_what_the_run_writes(recipe: Recipe, run: RunDir, caplog: p
     for update in (50, 100):  # a run that is resumed
         run.create().checkpoint(update).mkdir()
     assert "; 1 checkpoints of 12.0 MiB" in told(recipe, run, 118)
+
+
+def test_what_a_resume_needs_stays_beyond_the_bound_of_the_history(recipe: Recipe, run: RunDir) -> None:
+    store = Deployment(store=StoreSpec(keep_bytes=0))
+    often = check_space(replace(recipe, checkpoint=CheckpointSpec(save_freq=10, keep_last_n=2)), store, run)
+    assert "up to 66.4 MiB of log" in often  # 30 updates of 82 KiB, and a segment
+    assert "up to 82.0 MiB of log" in check_space(replace(recipe, checkpoint=CheckpointSpec(save_freq=500)), store, run)
 
 
 def test_no_room_for_a_checkpoint_and_a_segment_is_an_error(recipe: Recipe, run: RunDir) -> None:

@@ -1,9 +1,11 @@
 """Which file a recipe's text names."""
 
+import math
 from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from asyncrl.config import (
     AlgorithmSpec,
@@ -17,6 +19,7 @@ from asyncrl.config import (
     SamplingSpec,
 )
 from asyncrl.config.paths import resolve_paths
+from asyncrl.errors import ConfigError
 from asyncrl.rundir import RunDir
 
 
@@ -33,6 +36,13 @@ def recipe() -> Recipe:
         prepare="package.module:prepare",
         total_steps=1,
     )
+
+
+def test_a_number_without_end_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    """The run's recipe.json would hold null in its place, and the run could not be resumed."""
+    endless = replace(recipe, algorithm=AlgorithmSpec(masks=("icepop",), icepop_bounds=(0.5, math.inf)))
+    with pytest.raises(ConfigError, match=r"algorithm\.icepop_bounds holds inf: only finite numbers"):
+        resolve_paths(endless, RunDir(tmp_path / "run"))
 
 
 def test_the_run_directory_and_the_recipes_folder(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

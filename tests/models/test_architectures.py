@@ -37,6 +37,13 @@ def test_positions_that_follow_the_length(rope: dict, follows: bool) -> None:
     assert follows_length(rope) == follows
 
 
+@pytest.mark.parametrize("where", [{}, {"text_config": {}}], ids=["text alone", "wrapped"])
+def test_attention_in_both_directions_is_no_causal_model(where: dict) -> None:
+    text = {"model_type": "gemma3_text", "use_bidirectional_attention": True}
+    assert "use_bidirectional_attention" in not_causal({"text_config": text} if where else text)
+    assert not not_causal(text | {"use_bidirectional_attention": False})
+
+
 def test_an_encoder_made_a_decoder_is_one_and_served_elsewhere() -> None:
     config = {"model_type": "bert", "is_decoder": True}
     assert not not_causal(config)

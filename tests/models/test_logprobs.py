@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, HyperCLOVAXConfig, LlamaConfig
 
 from asyncrl.models.logprobs import Head, entropy, sampled_logprobs
 
@@ -103,3 +104,28 @@ def test_what_has_no_gradient_gets_none() -> None:
     assert head.weight.grad is None
     with torch.no_grad():
         assert not head.scores(hidden, torch.tensor([0, 1, 2]), 1.0)[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "scale"),
+    [
+        (GraniteConfig, {"logits_scaling": 8.0}, 1 / 8),
+        (HyperCLOVAXConfig, {"logits_scaling": 4.0}, 4.0),
+        (CohereConfig, {"logit_scale": 0.25}, 0.25),
+        (
+            LlamaConfig,
+            {"logits_scaling": 8.0, "logit_scale": 3.0, "final_logit_softcapping": 2.0},
+            1.0,
+        ),  # reads none
+    ],
+)
+def test_a_head_does_with_logits_what_its_model_does(kind: type, fields: dict[str, float], scale: float) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(kind(**sizes, **fields)).eval()
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids).last_hidden_state[0]
+        torch.testing.assert_close(Head.of(model).logits(hidden), model(input_ids=ids).logits[0])
+        plain = torch.nn.functional.linear(hidden, model.get_output_embeddings().weight)
+        torch.testing.assert_close(Head.of(model).logits(hidden), plain * scale)

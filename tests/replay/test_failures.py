@@ -3,8 +3,10 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from msgspec.structs import replace
 
+from asyncrl.errors import ConfigError
 from asyncrl.types import Score, Ticket, Version
 
 
@@ -87,6 +89,31 @@ def test_data_that_end_before_are_all_there_is(fakes: SimpleNamespace) -> None:
     assert bench.report(0).failures.broken == ""
     assert fail(bench, 1) == 1
     assert "none of the first 4 samples has a reward" in bench.report(0).failures.broken
+
+
+def test_rewards_of_before_a_restart_prove_that_the_function_works(fakes: SimpleNamespace) -> None:
+    """At the end of the data the first score of a new store may be the last of all."""
+    bench = fakes.Bench(fakes.plan(size=2, epochs=1, batch=2, n=2))
+    incarnation = bench.fence(0).incarnation
+    first, second = bench.reserve(2, 0).tickets
+    for ticket in (first, second):
+        bench.submit(ticket, 0)
+    bench.scored(0, [fakes.score(first, 0, 1.0), fakes.score(first, 1, 1.0), fakes.score(second, 0, 1.0)])
+    bench.core = bench.build()
+    bench.scored(0, [failed(second, 1, "no")])
+    assert bench.report(0).failures.broken == ""
+    assert bench.lease_batch(incarnation, 0).groups
+
+
+def test_who_leads_the_stages_by_hand_is_told_by_the_learner(fakes: SimpleNamespace) -> None:
+    """Nothing more is generated, and no supervisor looks at the report."""
+    bench = fakes.Bench(fakes.plan(batch=5, n=4, size=64, lease_s=1000.0))
+    incarnation = bench.fence(0).incarnation
+    assert fail(bench, 5) == 5
+    assert bench.lease_batch(incarnation, 0).groups == ()
+    bench.clock.now += 10.0
+    with pytest.raises(ConfigError, match="none of the first 20 samples has a reward"):
+        bench.lease_batch(incarnation, 0)
 
 
 def test_the_setting_is_the_number(fakes: SimpleNamespace) -> None:

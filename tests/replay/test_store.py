@@ -382,10 +382,41 @@ def test_a_full_disk_is_told_to_everybody_as_what_no_restart_mends_and_nothing_d
         for call in (generator("reserve", 1, V, (), 1.0), ask(store, "report", 0)):
             with pytest.raises(DiskFull, match=told):
                 await call
-        killed(store)
+        with pytest.raises(OSError, match="No space left"):
+            await store.close()
+        with pytest.raises(Closed):
+            await generator("reserve", 1, V, (), 1.0)
         with pytest.raises(DiskFull, match=told):  # a restarted one would meet the same
             make(fakes, tmp_path)
         monkeypatch.undo()
+        again = make(fakes, tmp_path)
+        assert (await ask(again, "report", 0)).counts.reserved == 2
+        await Caller(again)("submit", rows(fakes, ticket))
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_room_that_is_there_again_when_the_store_closes_makes_no_damage_of_a_torn_record(
+    fakes: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the save that filled the disk was given up: what was synced last is marked, right behind what was whole."""
+
+    async def scenario() -> None:
+        store, write = make(fakes, tmp_path), os.write
+        generator, (ticket, _) = Caller(store), (await Caller(store)("reserve", 2, V, (), 1.0)).tickets
+        generator.sequence = 1
+        torn = iter([lambda fd, data: write(fd, data[:100])])
+
+        def full(descriptor: int, data: memoryview) -> int:
+            for once in torn:
+                return once(descriptor, data)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(DiskFull):
+            await generator("submit", rows(fakes, ticket))
+        monkeypatch.undo()
+        await store.close()
         again = make(fakes, tmp_path)
         assert (await ask(again, "report", 0)).counts.reserved == 2
         await Caller(again)("submit", rows(fakes, ticket))

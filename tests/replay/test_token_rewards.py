@@ -43,6 +43,7 @@ def test_token_rewards_reach_the_learner_and_survive_a_restart(
     assert plain(client.rows(lease.groups)) == expected
 
     lines = ReplayReader(tmp_path).rollouts()
+    lines = lines.sort_by("rollout")
     assert lines["rollout"].to_pylist() == [0, 1, 2]  # one line each, though two rows of 0 and 2 are in the log
     assert lines["baseline"].to_pylist() == [False, False, True]
     assert lines["token_rewards"].to_pylist() == [EARNED, None, [0.25, 0.0, 0.25]]

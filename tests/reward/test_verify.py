@@ -43,6 +43,10 @@ def score(function, response, truth, **arguments):
         ("#### 41\n#### done", "41", 1.0, "41"),  # a mark that no number follows is none
         ("#### 3, no: #### 4", "3", 0.0, "4"),
         ("####", "72", 0.0, None),
+        (r"#### 2\frac{1}{2}", "2.5", 1.0, "5/2"),
+        (r"#### \frac{-1,000}{2}", "-500", 1.0, "-500"),
+        (r"#### 10,\!000", "10000", 1.0, "10000"),
+        ("#### " + "9" * 4000 + "e999", "72", 0.0, None),  # no number that anybody means
         ("the answer is 72.", "72", 1.0, "72"),
         (r"\boxed{5}, and $6$, so 72 apples", "72", 1.0, "72"),  # the last number, whatever is set apart before it
         ("from 3-7", "7", 1.0, "7"),

@@ -7,6 +7,7 @@ import pytest
 
 from asyncrl import Callbacks, Trainer
 from asyncrl.config import CheckpointSpec, Deployment, LimitsSpec
+from asyncrl.errors import ConfigError
 from asyncrl.replay.log import events as ev
 from asyncrl.report.summary import RunSummary
 from asyncrl.rundir import RunDir
@@ -28,13 +29,17 @@ class CtrlC:
 
 
 class Picky:
-    """A callback that fails once, at an update that it is told to."""
+    """A callback that fails once, at an update that it is told to; before, it asks for what can't be done while one trains."""
 
     at = -1
+    trainer: Trainer
 
     def __call__(self, update: Record) -> None:
         if update.version.update == self.at:
             self.at = -1
+            for ask in (self.trainer.save_checkpoint, lambda: self.trainer.load_checkpoint(0)):
+                with pytest.raises(ConfigError, match="call it between two `fit`s, not in a callback"):
+                    ask()
             raise ValueError("not this update")
 
 
@@ -49,13 +54,15 @@ def test_an_interrupted_fit_saves_goes_on_and_is_resumed_from_exactly_there(
     recipe = tiny_recipe(total_steps=100_000, checkpoint=CheckpointSpec(save_freq=1000, keep_last_n=9))
     picky = Picky()
     with Trainer(recipe, deployment(), runs_dir=tmp_path, observe=CtrlC(2), callbacks=Callbacks(on_update=picky)) as trainer:
-        with pytest.raises(KeyboardInterrupt, match=r"update (\d+) is saved in .*step_0*\1\nto go on: resume_from=.*tiny"):
+        with pytest.raises(
+            KeyboardInterrupt, match=r"update (\d+) is saved in .*step_0*\1\nto go on: Trainer\(…, resume_from=.*tiny"
+        ):
             trainer.fit()
         saved = trainer.result().steps
         assert saved >= 2
         assert [folder.name for folder in run.steps()] == ["step_000000", f"step_{saved:06d}"]
         assert trainer.fit(2).steps == saved + 2, "the learner was left of no use"
-        picky.at = saved + 3
+        picky.at, picky.trainer = saved + 3, trainer
         with pytest.raises(ValueError, match="not this update") as caught:  # a callback's error ends it in the same order
             trainer.fit()
         saved = trainer.result().steps

@@ -5,6 +5,7 @@ whatever the layer.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -19,11 +20,20 @@ MASKED = {"full_attention", *_FIRST_SEEN}
 def layer_kinds(text: PreTrainedConfig) -> set[str]:
     """The kinds of attention in the layers of a decoder, by transformers' names."""
     every = "sliding_attention" if _window(text) else "full_attention"
-    return set(getattr(text, "layer_types", None) or (every,))
+    return set(_read(text, "layer_types") or (every,))
 
 
 def _window(text: PreTrainedConfig) -> int | None:
-    return getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
+    size: int | None = _read(text, "sliding_window") or _read(text, "attention_chunk_size")
+    return size
+
+
+def _read(text: PreTrainedConfig, field: str) -> Any:
+    """A field that the model reads: transformers keeps whatever else stands in a config.json, too."""
+    kind = type(text)
+    if kind.__module__.startswith("transformers.") and not hasattr(kind(), field):
+        return None
+    return getattr(text, field, None)
 
 
 class DecodeMasks:

@@ -92,9 +92,11 @@ class ReplayLog:
 
     def close(self) -> None:
         """Closes the files. A tail stays as it is: the next opening turns it into a segment."""
-        for stream in (self._rows, self._events):
-            stream.sync()
-            stream.release()
+        try:
+            self.sync()
+        finally:
+            for stream in (self._rows, self._events):
+                stream.release()
 
     # ---------------------------------------------------------------------------------------- recover
 

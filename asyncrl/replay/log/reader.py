@@ -51,10 +51,11 @@ class ReplayReader:
         rows = self._read("rows", ROWS, [*_KEYS, *(n for n in names if n in ROWS.names and n not in _KEYS)])
         keys = zip(*(rows.column(name).to_pylist() for name in _KEYS), strict=True)
         last = {key: i for i, key in enumerate(keys) if key in joined}  # a later row of a rollout also has its token rewards
-        picked = [(i, joined[key]) for key, i in last.items()]
-        table = rows.take(pa.array([i for i, _ in picked], pa.int64()))
+        lines = {i: joined[key] for key, i in last.items()}
+        # Not `take`, which joins the texts of all of it to one array, and fails where these have more than 2 GiB.
+        table = rows.filter(pa.array([i in lines for i in range(len(rows))], pa.bool_()))
         for field in _JOINED:
-            table = table.append_column(field, pa.array([line.get(field.name) for _, line in picked], field.type))
+            table = table.append_column(field, pa.array([lines[i].get(field.name) for i in sorted(lines)], field.type))
         return table.select(names)
 
     def _read(self, stem: str, schema: pa.Schema, columns: list[str]) -> pa.Table:

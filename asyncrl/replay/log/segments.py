@@ -140,8 +140,12 @@ class Segments:
         tail, count = self._path("tail"), self.rows - self.tail_first
         if count:
             beside, final = self._path("writing"), self._path("parquet")
-            _write_closed(beside, pa.Table.from_batches(self.batches, self._schema))
-            sync(beside)
+            try:
+                _write_closed(beside, pa.Table.from_batches(self.batches, self._schema))
+                sync(beside)
+            except OSError:
+                beside.unlink(missing_ok=True)
+                raise
             segment = SegmentClosed(self._stem, self._number, self.tail_first, count, _crc32(beside))
             os.rename(beside, final)
             sync(self._folder)
@@ -241,9 +245,15 @@ class Segments:
         return self._folder / f"{hidden}{self._number if number is None else number:08d}.{suffix}"
 
     def _write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while len(view):
-            view = view[os.write(self._file, view) :]
+        """All of it, or nothing: what is torn would be damage as soon as something follows it."""
+        end, view = os.lseek(self._file, 0, os.SEEK_CUR), memoryview(data)
+        try:
+            while len(view):
+                view = view[os.write(self._file, view) :]
+        except OSError:
+            os.ftruncate(self._file, end)
+            os.lseek(self._file, end, os.SEEK_SET)
+            raise
 
 
 def _write_closed(path: Path, table: pa.Table) -> None:
