@@ -186,14 +186,24 @@ def sglang_on_cpu() -> None:
 
 
 @pytest.fixture(scope="session")
-def arithmetic() -> ModuleType:
+def script() -> Callable[[Path], ModuleType]:
+    """script(path): the module that a file makes which no package holds."""
+
+    def load(path: Path) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def arithmetic(script: Callable[[Path], ModuleType]) -> ModuleType:
     """The module recipes/arithmetic.py."""
-    spec = importlib.util.spec_from_file_location("arithmetic_recipe", ROOT / "recipes" / "arithmetic.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(ROOT / "recipes" / "arithmetic.py")
 
 
 @pytest.fixture(scope="session")

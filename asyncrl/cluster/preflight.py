@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from asyncrl.cluster.resources import check_placement
 from asyncrl.cluster.space import check_space, update_bytes
@@ -50,7 +51,7 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
     yield "run", lambda: _run_dir(run_dir)
     yield "model", lambda: _policy(recipe, deployment, run_dir)
     if critic := recipe.critic.model:
-        yield "critic.model", lambda: _causal("critic.model", critic, recipe, run_dir)
+        yield "critic.model", lambda: _causal("critic.model", critic, recipe, run_dir)[0]
     for label, files in (("data", recipe.data.files), ("evaluation", recipe.evaluation.files)):
         for file in files:
             yield label, partial(_data_file, file, recipe, run_dir)
@@ -89,16 +90,17 @@ def _model(field: str, model: ModelSpec, recipe: Recipe, run_dir: RunDir) -> str
     return require_model(model.path, f"{field}.path")
 
 
-def _causal(field: str, model: ModelSpec, recipe: Recipe, run_dir: RunDir) -> str:
-    line = _model(field, model, recipe, run_dir)
-    if problem := not_causal(read_config(model.path)):
+def _causal(field: str, model: ModelSpec, recipe: Recipe, run_dir: RunDir) -> tuple[str, dict[str, Any]]:
+    """The line of a model, and its config.json as far as it is known."""
+    line, config = _model(field, model, recipe, run_dir), read_config(model.path)
+    if problem := not_causal(config):
         raise ConfigError(f"{field}.path={model.path!r} is no causal language model: {problem}; name one that is")
-    return line
+    return line, config
 
 
 def _policy(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
-    line = _causal("model", recipe.model, recipe, run_dir)
-    config, kind = read_config(recipe.model.path), deployment.generators.engine.kind
+    line, config = _causal("model", recipe.model, recipe, run_dir)
+    kind = deployment.generators.engine.kind
     if problem := engine_kind(kind).not_served(config):
         raise ConfigError(
             f"model.path={recipe.model.path!r} ({named(config)}) can't be served by generators.engine.kind={kind!r}: {problem}"

@@ -11,6 +11,11 @@ from asyncrl.errors import ConfigError
 # Names of fields, what must hold of each of their values, and what is said after `field=value` where it does not.
 Rule = tuple[str, Callable[[Any], bool], str]
 
+SEED_RULE: Rule = (
+    "seed",
+    lambda x: 0 <= x < 1 << 63,
+    "is outside [0, 2**63): torch takes no such seed; use a smaller one, >= 0",
+)
 _fields = cache(structs.fields)  # of a type; looking them up takes longer than all checks
 
 

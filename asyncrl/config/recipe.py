@@ -11,7 +11,7 @@ from typing import Literal
 from msgspec.structs import asdict, replace
 
 from asyncrl.config.algorithm import AlgorithmSpec
-from asyncrl.config.base import Rule, Spec, require, require_fields
+from asyncrl.config.base import SEED_RULE, Rule, Spec, require, require_fields
 from asyncrl.config.callables import Function, name_functions
 from asyncrl.config.learner import CriticSpec, LearnerSpec, ModelSpec
 from asyncrl.errors import ConfigError
@@ -257,7 +257,7 @@ class Recipe(Spec, frozen=True, kw_only=True):
         name_functions(self, "prepare")
         rules: list[Rule] = [
             ("total_steps", lambda x: x >= 1, "< 1: nothing would be trained; use at least 1"),
-            ("seed", lambda x: 0 <= x < 1 << 63, "is outside [0, 2**63): torch takes no such seed; use a smaller one, >= 0"),
+            SEED_RULE,
         ]
         require_fields(self, "", rules)
         buffer, longest = self.reward.shaping.overlong_buffer, self.sampling.max_response_length

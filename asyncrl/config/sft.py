@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from asyncrl.config.base import Rule, Spec, require, require_fields
+from asyncrl.config.base import SEED_RULE, Rule, Spec, require, require_fields
 from asyncrl.config.learner import OPTIMIZER_RULES, ModelSpec, OptimizerSpec
 
 
@@ -59,7 +59,7 @@ _RULES: tuple[Rule, ...] = (
     *OPTIMIZER_RULES,
     ("batch epochs steps max_tokens_per_pack", lambda x: x >= 1, "< 1: nothing would be trained; use at least 1"),
     ("lr", lambda x: x > 0, "<= 0: nothing would be learned; use a rate > 0, for example 1e-5"),
-    ("seed", lambda x: 0 <= x < 1 << 63, "is outside [0, 2**63): torch takes no such seed; use a smaller one, >= 0"),
+    SEED_RULE,
     ("eval_freq", lambda x: x >= 1, "< 1; to turn it off leave data.heldout empty"),
     ("save_freq", lambda x: x >= 1, "< 1; use null for no checkpoints at all"),
 )

@@ -51,7 +51,7 @@ def _run(args: argparse.Namespace) -> int:
     recipe, deployment = load_specs(file, args.deploy, overrides)
     paths = resolve_run_dir(args.name or recipe.name, args.runs_dir)
     recipe = resolve_paths(recipe, paths, Path(file).parent)
-    if resume is not False:
+    if resume is not False and (args.dry_run or args.detach):  # else `launch` asks for it
         paths.require_checkpoint(None if resume is True else resume)
     if args.dry_run:
         print("\n".join(check_run(recipe, deployment, paths)))

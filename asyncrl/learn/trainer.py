@@ -124,12 +124,12 @@ class PolicyTrainer:
         asked |= self._head is not None
         update.recomputed = (several and needs_proximal(spec)) or asked
         with update.timed("timing_s/old_log_prob"), torch.no_grad():
-            for pack in packs if update.recomputed else ():
-                if self._head is None:
-                    update.proximal_n[pack.flat_t] = self._policy.logprobs(pack)
-                else:
+            if self._head is not None:  # always `recomputed`: its values come of the same pass
+                for pack in packs:
                     made = self._policy.forward(pack)
                     update.proximal_n[pack.flat_t], update.values_n[pack.flat_t] = made.logp_t, self._head.of(made.hidden_th)
+            elif update.recomputed:
+                self._policy.score(packs, update.proximal_n)
             if self._reference is not None:
                 update.reference_n = self._reference.score(packs, torch.empty_like(update.proximal_n))
         if spec.normalize_weights:

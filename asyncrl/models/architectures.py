@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.errors import ConfigError
+from asyncrl.models.hub import cached_file
 
 REMEDY = "use deploy.generators.engine.kind=sglang, if SGLang serves it, or another model"
 # Tokens see each other only through transformers' attention interface, which is told of every window; and logits are what
@@ -45,17 +46,10 @@ def read_config(name: str) -> dict[str, Any]:
 
     Raises ConfigError if it is no JSON.
     """
-    file = Path(name) / "config.json"
-    if not file.is_file():
-        from huggingface_hub import try_to_load_from_cache
-
-        try:
-            cached = try_to_load_from_cache(name, "config.json")
-        except ValueError:  # no id
-            cached = None
-        if not isinstance(cached, str):
-            return {}
-        file = Path(cached)
+    own = Path(name) / "config.json"
+    file = own if own.is_file() else cached_file(name, own.name)
+    if file is None:
+        return {}
     try:
         config: dict[str, Any] = json.loads(file.read_bytes())
     except ValueError as error:

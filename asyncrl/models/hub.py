@@ -30,12 +30,23 @@ def require_model(name: str, field: str, *files: str, endpoint: str | None = Non
     raise ConfigError(f"{field}={name!r} {problem}: nothing could be loaded; name a Hugging Face folder or id")
 
 
-def _missing_on_hub(name: str, files: Sequence[str], endpoint: str | None) -> str:
-    """Why a Hugging Face id can't be loaded; empty if it can, or if the hub is in trouble, which loading will tell of."""
-    from huggingface_hub import HfApi, errors, try_to_load_from_cache
+def cached_file(name: str, file: str) -> Path | None:
+    """Where a file of a Hugging Face id lies in the cache here; None if it does not, or `name` is no id. Asks no hub."""
+    from huggingface_hub import try_to_load_from_cache
 
     try:
-        if not any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+        found = try_to_load_from_cache(name, file)
+    except ValueError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _missing_on_hub(name: str, files: Sequence[str], endpoint: str | None) -> str:
+    """Why a Hugging Face id can't be loaded; empty if it can, or if the hub is in trouble, which loading will tell of."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        if not any(cached_file(name, file) for file in files):
             HfApi(endpoint=endpoint).model_info(name, timeout=ANSWER_S)
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         return "Hugging Face has no model of that name that you may read"

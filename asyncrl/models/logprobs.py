@@ -117,24 +117,24 @@ class _Scored(torch.autograd.Function):
         head, temperature, rows, _ = ctx.how
         dtype, wide = head.weight.dtype, torch.promote_types(head.weight.dtype, torch.float32)
         hidden_grad_th = torch.empty_like(hidden_th)
-        weight_grad_vh = torch.zeros_like(head.weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        bias_grad_v = None if head.bias is None else torch.zeros_like(head.bias, dtype=wide)
+        weight_grad_vh, bias_grad_v = (
+            torch.zeros_like(part, dtype=wide) if part is not None and needed else None
+            for part, needed in zip((head.weight, head.bias), ctx.needs_input_grad[1:3], strict=True)
+        )
         for start in range(0, len(ids_t), rows):
             part = slice(start, start + rows)
             logits_cv = head.logits(hidden_th[part])
             grad_cv = _logits_grad(logits_cv, ids_t[part], temperature, *(g if g is None else g[part] for g in grads))
             grad_cv = (grad_cv * head.slope(logits_cv)).to(dtype)
             hidden_grad_th[part] = grad_cv @ head.weight
-            if weight_grad_vh is None:
-                pass
-            elif dtype == wide:
-                weight_grad_vh.addmm_(grad_cv.T, hidden_th[part])
-            else:
+            if weight_grad_vh is not None and dtype == wide:
+                weight_grad_vh.addmm_(grad_cv.T, hidden_th[part])  # without a second tensor of that size
+            elif weight_grad_vh is not None:
                 weight_grad_vh += grad_cv.T @ hidden_th[part]
             if bias_grad_v is not None:
                 bias_grad_v += grad_cv.sum(0)
-        weight_grad_vh = None if weight_grad_vh is None else weight_grad_vh.to(dtype)
-        return hidden_grad_th, weight_grad_vh, None if bias_grad_v is None else bias_grad_v.to(dtype), None, None
+        of_head = (None if grad is None else grad.to(dtype) for grad in (weight_grad_vh, bias_grad_v))
+        return hidden_grad_th, *of_head, None, None
 
 
 def _logits_grad(

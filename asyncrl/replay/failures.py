@@ -76,9 +76,11 @@ class FailureWatch:
 
     def _broken(self) -> str:
         """What is to be said of a reward function that is broken; empty, as long as it may not be."""
+        if self._works or not self._failed:  # most often, and asked at every change of the store
+            return ""
         failed = self._failed.total()
         over = self._context.exhausted() and not self._under_way() and not self._worked_before()  # all there is to score
-        if self._works or not failed or (failed < self._enough() and not over):
+        if failed < self._enough() and not over:
             return ""
         errors = "; ".join(f"{count} × {error}" for count, error in self._most())
         several = f" ({errors})" if len(self._errors) > 1 else ""

@@ -1,6 +1,6 @@
 """docs/architectures.md is what docs/architectures.py finds out today: a few lines of it here, all of them by its command."""
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -25,13 +25,8 @@ QUICK = [
 
 
 @pytest.fixture(scope="module")
-def architectures(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("asyncrl_docs_architectures", root / "docs" / "architectures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def architectures(root: Path, script: Callable[[Path], ModuleType]) -> ModuleType:
+    return script(root / "docs" / "architectures.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """docs/reference.md is what docs/reference.py makes of the structs today."""
 
-import importlib.util
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -10,13 +11,8 @@ from asyncrl.config import CriticSpec, LearnerSpec, SFTSpec
 
 
 @pytest.fixture(scope="module")
-def reference(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("asyncrl_docs_reference", root / "docs" / "reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def reference(root: Path, script: Callable[[Path], ModuleType]) -> ModuleType:
+    return script(root / "docs" / "reference.py")
 
 
 def test_the_page_is_up_to_date(reference):

@@ -1,7 +1,6 @@
 """`asyncrl merge` on shards by real FSDP1 and FSDP2, whole and broken."""
 
 import argparse
-import importlib.util
 import json
 import pickle
 import shutil
@@ -199,8 +198,5 @@ def test_what_transformers_would_load_otherwise_is_not_called_done(actor):
     assert {dtype for _, dtype, _ in bits(out).values()} == {torch.float32}
 
 
-def test_cases_are_those_of_the_script():
-    spec = importlib.util.spec_from_file_location("verl_shards", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert list(module.CASES) == CASES
+def test_cases_are_those_of_the_script(script):
+    assert list(script(SCRIPT).CASES) == CASES

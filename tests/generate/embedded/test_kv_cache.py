@@ -105,7 +105,10 @@ def test_masked_single_token_attention_equals_sdpa(make_model: MakeModel) -> Non
         (lambda: BloomForCausalLM(BloomConfig(vocab_size=24, hidden_size=32, n_layer=1, n_head=4)), "different positions"),
         (lambda: FalconForCausalLM(FalconConfig(**FALCON, alibi=True)), "different positions"),
         (lambda: MambaForCausalLM(MambaConfig(vocab_size=24, hidden_size=32, num_hidden_layers=1)), "recurrent state"),
-        (lambda: LlamaForCausalLM(LlamaConfig(**SMALL, layer_types=["full_attention", "conv"])), r"layers of kind \['.*'conv'"),
+        (
+            lambda: LlamaForCausalLM(LlamaConfig(**SMALL, layer_types=["full_attention", "conv"])),
+            "layers of kind .*LinearAttention",
+        ),
         (lambda: LlamaForCausalLM._from_config(LlamaConfig(**SMALL), attn_implementation="flex_attention"), "'flex_attention'"),
         (lambda: Gemma2ForCausalLM._from_config(Gemma2Config(**SMALL), attn_implementation="sdpa"), "'sdpa'.* with 'eager'"),
     ],
