@@ -4,9 +4,13 @@ import functools
 import gc
 import importlib.util
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
+import runpy
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -175,6 +179,58 @@ def descriptors() -> Callable[[], int]:
         return sum(not kind.startswith(("socket:", "anon_inode:")) for kind in kinds)
 
     return count
+
+
+@pytest.fixture(scope="session")
+def gang(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """gang(layout, function, *arguments): what function(ranks, *arguments) returns on every rank of a group of processes over
+    gloo, in order. A rank's error ends all of them, and is raised with its traceback. Start-up: 4 s once, then 0.1 s each."""
+    from ray import cloudpickle
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["asyncrl.models.packed", "asyncrl.models.ranks", "ray.cloudpickle", "torch.distributed.fsdp"]
+    )
+
+    def run(layout: Any, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> list[Any]:
+        module = sys.modules.get(function.__module__)
+        if module is not None and not function.__module__.startswith("asyncrl"):
+            cloudpickle.register_pickle_by_value(module)  # a test file is no module that another process could import
+        job = cloudpickle.dumps((layout, function, arguments))
+        store = str(tmp_path_factory.mktemp("gang") / "store")
+        pipes = [context.Pipe(duplex=False) for _ in range(layout.ranks)]
+        told = [{"connection": writer, "store": store, "rank": rank, "job": job} for rank, (_, writer) in enumerate(pipes)]
+        processes = [context.Process(target=runpy.run_path, args=(str(ROOT / "tests" / "rank.py"), of)) for of in told]
+        for process in processes:
+            process.start()
+        for _, writer in pipes:
+            writer.close()
+        try:
+            return _results(cloudpickle.loads, [reader for reader, _ in pipes], timeout_s)
+        finally:
+            for process in processes:
+                process.join(5)
+                process.kill()
+
+    return run
+
+
+def _results(loads: Callable[[bytes], Any], readers: list[Any], timeout_s: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout_s
+    while len(results) < len(readers):
+        ready = multiprocessing.connection.wait(
+            [r for i, r in enumerate(readers) if i not in results], deadline - time.monotonic()
+        )
+        assert ready, f"ranks {sorted(set(range(len(readers))) - results.keys())} have not ended after {timeout_s:g} s"
+        for reader in ready:
+            rank = readers.index(reader)
+            try:
+                results[rank], error = loads(reader.recv_bytes())
+            except EOFError:
+                error = "it died"
+            assert not error, f"rank {rank}: {error}"
+    return [results[rank] for rank in range(len(readers))]
 
 
 @pytest.fixture(scope="session")

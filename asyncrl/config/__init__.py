@@ -6,6 +6,7 @@ Of the modules' names only those listed here are public. The list is explicit, a
 from asyncrl.config.algorithm import *
 from asyncrl.config.deployment import *
 from asyncrl.config.learner import *
+from asyncrl.config.parallel import *
 from asyncrl.config.recipe import *
 from asyncrl.config.sft import *
 
@@ -28,13 +29,17 @@ __all__ = [
     "EngineSpec",
     "EvaluationSpec",
     "GeneratorsSpec",
+    "Layout",
     "LearnerPlaceSpec",
     "LearnerSpec",
     "LimitsSpec",
+    "LoraSpec",
     "MaskName",
     "ModelSpec",
     "OptimizerSpec",
+    "ParallelSpec",
     "PlaceSpec",
+    "PrecisionSpec",
     "Recipe",
     "RewardSpec",
     "RewardStyle",

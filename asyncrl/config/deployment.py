@@ -7,6 +7,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from asyncrl.config.base import Rule, Spec, require, require_fields
+from asyncrl.config.parallel import ParallelSpec, chosen
 
 
 class PlaceSpec(Spec, frozen=True, kw_only=True):
@@ -240,8 +241,13 @@ class RewardsSpec(Spec, frozen=True, kw_only=True):
 class LearnerPlaceSpec(Spec, frozen=True, kw_only=True):
     """Where the learner runs."""
 
-    ranks: Literal[1] = 1  # processes that train together
+    ranks: int = 1  # processes that train together
     place: PlaceSpec = PlaceSpec()  # of each
+    parallel: ParallelSpec = ParallelSpec()  # how they divide the model and its work
+
+    def __post_init__(self) -> None:
+        require_fields(self, "learner.", [("ranks", lambda x: x >= 1, "< 1: nobody would train; use at least 1")])
+        chosen(self.parallel, self.ranks)
 
 
 class StoreSpec(Spec, frozen=True, kw_only=True):

@@ -42,6 +42,33 @@ OPTIMIZER_RULES: tuple[Rule, ...] = (
 )
 
 
+class PrecisionSpec(Spec, frozen=True, kw_only=True):
+    """What is computed in which dtype. Master weights, gradients and optimizer have `model.dtype`, whatever is said here."""
+
+    # Of the forward and backward passes; the weights are cast for them. auto: bfloat16 on GPUs, float32 on CPUs.
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    # In which gradients are summed over ranks.
+    reduce: Literal["float32", "bfloat16"] = "float32"
+    # Whether matrix products in float32 may round their factors to 10 bits of mantissa (TensorFloat-32, on GPUs).
+    tf32: bool = False
+
+
+class LoraSpec(Spec, frozen=True, kw_only=True):
+    """Low-rank adapters (Hu et al. 2021, by peft) that are trained in place of the model's own weights."""
+
+    rank: int = 16  # of each adapter
+    alpha: float = 32.0  # adapters count alpha ÷ rank
+    target_modules: tuple[str, ...] = ("all-linear",)  # names of layers, as peft knows them
+
+    def __post_init__(self) -> None:
+        rules: list[Rule] = [
+            ("rank", lambda x: x >= 1, "< 1: nothing could be learned; use 8 or more"),
+            ("alpha", lambda x: x > 0, "<= 0: adapters would not count; use about twice the rank"),
+            ("target_modules", lambda x: len(x) > 0, "names no layer: nothing would be learned; use all-linear"),
+        ]
+        require_fields(self, "learner.lora.", rules)
+
+
 class LearnerSpec(OptimizerSpec, frozen=True, kw_only=True):
     """How the policy is trained on a batch."""
 
@@ -50,6 +77,8 @@ class LearnerSpec(OptimizerSpec, frozen=True, kw_only=True):
     ppo_epochs: int = 1  # passes over each batch
     max_tokens_per_pack: int = 16384  # tokens in one forward pass (on CPU at most 2,048, which is faster)
     max_refused_steps: int = 3  # non-finite steps in a row before the run stops
+    precision: PrecisionSpec = PrecisionSpec()  # also of a critic and a reference
+    lora: LoraSpec | None = None  # adapters to train; null: the whole model
 
     def __post_init__(self) -> None:
         require_fields(self, "learner.", _LEARNER_RULES)
