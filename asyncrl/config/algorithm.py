@@ -255,6 +255,11 @@ def _require_sound(spec: AlgorithmSpec) -> None:
         "sampling.max_response_length",
     )
     require(
+        spec.gamma > 0 or not spec.bootstrap_truncated,
+        "algorithm.bootstrap_truncated=true with gamma=0: it would be ignored, for what comes after the cut counts gamma times; "
+        "use gamma > 0, or false",
+    )
+    require(
         not (spec.wants_baseline and spec.reward_normalization != "none"),
         f"algorithm.reward_normalization={spec.reward_normalization!r} with adv_estimator='remax': rewards would be compared "
         "with a greedy rollout's on another scale; use 'none'",

@@ -4,6 +4,7 @@ import contextlib
 import os
 import select
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ def detach(command: Sequence[str], paths: RunDir) -> int:
     """Starts `command` and waits until it tells that it is up; then says on standard output where it is, and returns 0.
 
     Until then what it prints, all of which goes to `driver.log` in the run directory, is shown here as well. Returns its exit
-    status if it ends before; an interrupt ends it too. To `command` is added `--ready FD`, the pipe for `tell_ready`.
+    status if it ends before; an interrupt or SIGTERM ends it too. To `command` is added `--ready FD`, the pipe for `tell_ready`.
     """
     paths.create(paths.path)
     reader, writer = os.pipe()
@@ -33,6 +34,7 @@ def detach(command: Sequence[str], paths: RunDir) -> int:
             pass_fds=(writer,),
         )
     os.close(writer)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with open(reader, "rb", buffering=0) as pipe:
         try:
             poll = select.poll()

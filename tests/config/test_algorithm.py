@@ -109,6 +109,7 @@ from asyncrl.errors import ConfigError
             {"policy_loss": "dpo", "adv_estimator": "rloo"},
             r"adv_estimator='rloo' with policy_loss='dpo': .* leave it out",
         ),
+        ({"adv_estimator": "gae", "bootstrap_truncated": True, "gamma": 0.0}, r"bootstrap_truncated=true with gamma=0"),
         ({"policy_loss": "dpo", "reward_normalization": "batch"}, r"reward_normalization='batch' with policy_loss='dpo'"),
         ({"policy_loss": "dpo", "correction": "tis"}, r"correction='tis' with policy_loss='dpo': .* leave it out"),
         ({"policy_loss": "kto", "masks": ("icepop",)}, r"masks=\('icepop',\) with policy_loss='kto'"),

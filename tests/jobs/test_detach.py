@@ -63,14 +63,15 @@ def test_what_fails_at_the_start_is_told_with_its_exit_status(
     assert run.driver_log.read_text().startswith("of an earlier start\na result\n")
 
 
-def test_an_interrupt_before_it_is_up_ends_it(run: RunDir, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_before_it_is_up_ends_it(run: RunDir, tmp_path: Path, number: signal.Signals) -> None:
     script = "import signal, sys; from asyncrl.jobs.detach import detach; from asyncrl.rundir import RunDir\n"
     script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     script += f"detach({program(tmp_path, '')!r}, RunDir({str(run.path)!r}))"
     waiting = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
     assert waiting.stderr is not None
     assert waiting.stderr.readline() == b"a result\n"
-    waiting.send_signal(signal.SIGINT)
+    waiting.send_signal(number)
     _, rest = waiting.communicate(timeout=60)
     assert waiting.returncode == -signal.SIGINT
     assert b"KeyboardInterrupt" in rest
