@@ -256,7 +256,7 @@ def _require_sound(spec: AlgorithmSpec) -> None:
     )
     require(
         spec.gamma > 0 or not spec.bootstrap_truncated,
-        "algorithm.bootstrap_truncated=true with gamma=0: it would be ignored, for what comes after the cut counts gamma times; "
+        "algorithm.bootstrap_truncated=true with gamma=0: it would be ignored: what follows the cut counts gamma times; "
         "use gamma > 0, or false",
     )
     require(

@@ -19,7 +19,7 @@ def detach(command: Sequence[str], paths: RunDir) -> int:
     """Starts `command` and waits until it tells that it is up; then says on standard output where it is, and returns 0.
 
     Until then what it prints, all of which goes to `driver.log` in the run directory, is shown here as well. Returns its exit
-    status if it ends before; an interrupt or SIGTERM ends it too. To `command` is added `--ready FD`, the pipe for `tell_ready`.
+    status if it ends before; SIGINT or SIGTERM ends it too. To `command` is added `--ready FD`, the pipe for `tell_ready`.
     """
     paths.create(paths.path)
     reader, writer = os.pipe()
