@@ -4,10 +4,13 @@
             └ packs are dealt ┘   │    └ split every matrix, and compute the same tokens
                                   └ share the tokens of each pack
 
-Weights are sharded over shard × sp. What belongs to tokens, columns and totals, is summed over all but tp.
+Weights are sharded over shard × sp. After a forward pass all ranks of a share know all columns of its pack: with sp, each
+scores a part of it, and `whole` puts these together, so that a loss may couple all tokens of a sequence. What belongs to a
+whole batch, columns and totals, one rank of each share tells all others: they then hold the same bits, and decide alike.
 """
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,7 +46,7 @@ class Ranks:
         self.fsdp_mesh: DeviceMesh | None = None
         self.tp_mesh: DeviceMesh | None = None
         self.sp_group: dist.ProcessGroup | None = None
-        self._tokens: dist.ProcessGroup | None = None
+        self._tells = self.index % (layout.sp * layout.tp) == 0  # for its share
         if not self.grouped:
             return
         copies, sharded = layout.replicate, layout.shard * layout.sp
@@ -51,9 +54,6 @@ class Ranks:
         self.fsdp_mesh = mesh["copy", "fsdp"] if copies > 1 else mesh["fsdp"]
         if layout.tp > 1:
             self.tp_mesh = mesh["tp"]
-        if copies * sharded > 1:
-            by_tokens = init_device_mesh(device, (copies * sharded, layout.tp), mesh_dim_names=("tokens", "tp"))
-            self._tokens = by_tokens["tokens"].get_group()
         if layout.sp > 1:
             by_place = init_device_mesh(device, (self.dealt, layout.sp, layout.tp), mesh_dim_names=("share", "sp", "tp"))
             self.sp_group = by_place["sp"].get_group()
@@ -64,16 +64,39 @@ class Ranks:
         return self.index == 0
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sums a tensor over the ranks that compute different tokens, in place. All of them must call it."""
-        if self._tokens is not None:
-            dist.all_reduce(tensor, group=self._tokens)
+        """Sums a tensor over the shares, in place. All ranks must call it, and get the same bits."""
+        if self.grouped:
+            dist.all_reduce(tensor if self._tells else tensor.zero_())
         return tensor
 
     def merge_(self, column: torch.Tensor) -> torch.Tensor:
-        """Fills a column [N] in place from the ranks that know each value; where none does (NaN) it stays so."""
-        if self._tokens is not None:
+        """Fills a column [N] in place, each value from the share that knows it; where none does (NaN) it stays so."""
+        if self.grouped:
             known = column.isfinite()
-            parts = torch.stack((torch.where(known, column, 0), known.to(column.dtype)))
-            dist.all_reduce(parts, group=self._tokens)
+            parts = self.sum_(torch.stack((torch.where(known, column, 0), known.to(column.dtype))))
             column.copy_(torch.where(parts[1] > 0, parts[0], torch.nan))
         return column
+
+    def whole(self, part: torch.Tensor, where: torch.Tensor, size: int) -> torch.Tensor:
+        """What the ranks of a share made of their parts of a pack, put together: [size, …] on each of them.
+
+        part [t, …]: this rank's, whose rows belong at where [t]. All ranks of the share must call it. Each makes the whole loss
+        of it: the gradient of its own part is all that comes back, and no rank waits for another in the backward pass.
+        """
+        return part if self.sp_group is None else _Whole.apply(part, where, size, self.sp_group)
+
+
+class _Whole(torch.autograd.Function):
+    """Ranks.whole."""
+
+    @staticmethod
+    def forward(ctx: Any, part: torch.Tensor, where: torch.Tensor, size: int, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.save_for_backward(where)
+        whole = part.new_zeros(size, *part.shape[1:]).index_copy_(0, where, part)
+        dist.all_reduce(whole, group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (where,) = ctx.saved_tensors
+        return grad[where], None, None, None

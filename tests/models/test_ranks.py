@@ -14,26 +14,26 @@ def place(ranks: Ranks) -> tuple[object, ...]:
 
 
 def sums(ranks: Ranks) -> list[float]:
-    """Of a column that each rank of tokens knows one value of, but for the last, which nobody does; and of the indices."""
-    column = torch.full((5,), math.nan)
-    column[ranks.share * ranks.layout.sp + ranks.place] = float(ranks.index)
+    """Of a column that each share knows one value of, but for the last, which nobody does; and of the indices."""
+    column = torch.full((3,), math.nan)
+    column[ranks.share] = float(ranks.index)
     return [*ranks.merge_(column).tolist(), ranks.sum_(torch.tensor(float(ranks.index))).item()]
 
 
 @pytest.mark.parametrize(
     ("layout", "places", "summed"),
     [
-        (Layout(shard=2), [(0, 0, 0, (2,), None), (1, 1, 0, (2,), None)], [[0, 1, None, None, None, 1]] * 2),
-        (Layout(sp=2), [(0, 0, 0, (2,), None), (1, 0, 1, (2,), None)], [[0, 1, None, None, None, 1]] * 2),
+        (Layout(shard=2), [(0, 0, 0, (2,), None), (1, 1, 0, (2,), None)], [[0, 1, None, 1]] * 2),
+        (Layout(sp=2), [(0, 0, 0, (2,), None), (1, 0, 1, (2,), None)], [[0, None, None, 0]] * 2),
         (
             Layout(shard=2, tp=2),
             [(0, 0, 0, (2,), [0, 1]), (1, 0, 0, (2,), [0, 1]), (2, 1, 0, (2,), [2, 3]), (3, 1, 0, (2,), [2, 3])],
-            [[0, 2, None, None, None, 2], [1, 3, None, None, None, 4]] * 2,
+            [[0, 2, None, 2]] * 4,
         ),
         (
             Layout(replicate=2, sp=2),
             [(0, 0, 0, (2, 2), None), (1, 0, 1, (2, 2), None), (2, 1, 0, (2, 2), None), (3, 1, 1, (2, 2), None)],
-            [[0, 1, 2, 3, None, 6]] * 4,
+            [[0, 2, None, 2]] * 4,
         ),
     ],
 )
@@ -43,12 +43,28 @@ def test_shares_and_sums(gang, layout, places, summed):
     assert [[None if math.isnan(x) else x for x in of_rank] for of_rank in found] == summed
 
 
+def square(ranks: Ranks) -> tuple[list[float], list[float]]:
+    """Of a pack of three, of which the first rank of a share made the middle and the last and the other one the first: all of
+    it, and the gradient of each rank's own part of (Σ x)²."""
+    where = torch.tensor([[2, 1], [0]][ranks.place])
+    part = (where * 10.0 + ranks.share).requires_grad_()
+    whole = ranks.whole(part, where, 3)
+    whole.sum().square().backward()
+    return whole.tolist(), part.grad.tolist()
+
+
+def test_parts_of_a_pack_make_the_whole_and_get_their_own_gradient(gang):
+    first, second = [0.0, 10.0, 20.0], [1.0, 11.0, 21.0]
+    assert gang(Layout(shard=2, sp=2), square) == [(first, [60, 60]), (first, [60]), (second, [66, 66]), (second, [66])]
+
+
 def test_the_only_rank_has_no_group():
     ranks = Ranks()
     column = torch.tensor([1.0, math.nan])
     assert (ranks.index, ranks.share, ranks.dealt, ranks.fsdp_mesh, ranks.first) == (0, 0, 1, None, True)
     assert ranks.sum_(column) is column
     assert ranks.merge_(column) is column
+    assert ranks.whole(column, torch.arange(2), 2) is column
 
 
 def fail(ranks: Ranks) -> None:
