@@ -12,6 +12,7 @@ from transformers.initialization import no_init_weights
 from asyncrl.config import ModelSpec
 from asyncrl.errors import CheckpointError, ConfigError
 from asyncrl.models.architectures import needs_eager, not_causal
+from asyncrl.models.pieces import named_tensors
 from asyncrl.models.shards import same_bits
 
 
@@ -65,15 +66,7 @@ def context(spec: ModelSpec) -> tuple[int, int | None]:
 
 def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by name, detached, without copies; of tied tensors only the first name."""
-    seen: set[tuple[object, ...]] = set()
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        memory = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and memory in seen:  # empty tensors all have the address 0, and are no ties
-            continue
-        seen.add(memory)
-        weights[name] = tensor.detach()
-    return weights
+    return {name: tensor.detach() for name, tensor in named_tensors(model).items()}
 
 
 @torch.no_grad()
