@@ -1,14 +1,16 @@
 """asyncrl from Python: `launch(recipe, deployment)` for a whole run, `Trainer` for one that is led step by step."""
 
 import contextlib
+import inspect
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from asyncrl.cluster.objects import recipe_of
 from asyncrl.cluster.plan import RunPlan, next_start
 from asyncrl.cluster.preflight import check_run
 from asyncrl.cluster.preparation import prepare_run, save_functions
@@ -83,6 +85,28 @@ class Trainer:
             self._resources.close()
             raise
 
+    @classmethod
+    def from_objects(
+        cls, model: Any, tokenizer: Any, dataset: Any, reward: Any, *, eval_dataset: Any = None, **settings: Any
+    ) -> "Trainer":
+        """A run of what a program has at hand. It is otherwise the same: the objects are written into the run's `data/objects`,
+        from where actors load them and the run can be resumed, also by its `recipe.json` alone.
+
+        model: a PreTrainedModel of transformers, a Hugging Face id, a folder, or a ModelSpec.
+        tokenizer: one of transformers, an id or a folder; None for the own one of a model that is named.
+        dataset, eval_dataset: a list of dicts, `datasets.Dataset`, DataFrame, pyarrow Table, or files; with the columns that
+        `data` names, of which one in which only TRL's functions are to look needs none but `prompt`.
+        reward: a function by verl's convention or TRL's, its name, a RewardTerm, several of these, or a RewardSpec.
+        settings: the other fields of a `Recipe` (`total_steps`, `learner`, `sampling`, …; as specs or mappings, `data` without
+        its files) and the keywords of `Trainer`.
+
+        Raises ConfigError or DataError for what is of no known kind, before any actor starts.
+        """
+        own = inspect.signature(cls).parameters
+        run = {key: settings.pop(key) for key in list(settings) if key in own and key != "name"}
+        paths = resolve_run_dir(settings.get("name", "run"), run.get("runs_dir", "runs"))
+        return cls(recipe_of(paths.data / "objects", model, tokenizer, dataset, reward, eval_dataset, settings), **run)
+
     def fit(self, steps: int | None = None) -> RunResult:
         """Trains `steps` further updates (None: up to the recipe's total_steps). Blocks; evaluation at the end included.
 
@@ -105,6 +129,28 @@ class Trainer:
         """How the run stands."""
         return self._summary.result(str(self.paths.path), time.monotonic() - self._began)
 
+    def evaluate(self) -> dict[str, float]:
+        """Scores the present weights on the held-out prompts, between two `fit`s, and returns the metrics. Blocks until every
+        response has its verdict. Weights that were evaluated already are not evaluated again.
+
+        Raises ConfigError without evaluation.files, and after `finish`.
+        """
+        if not self._recipe.evaluation.files:
+            raise ConfigError("evaluate without evaluation.files (from_objects: eval_dataset): there are no held-out prompts")
+        with self._shown(), self._resumable():
+            self._supervisor.evaluate()
+        return dict(self._summary.evals[self.global_step].metrics)
+
+    @property
+    def global_step(self) -> int:
+        """Updates made and committed."""
+        return self._summary.committed
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The policy's, in the newest update that this Trainer has seen; None before the first."""
+        return self._summary.metrics.get("actor/lr")
+
     def save_checkpoint(self) -> Path:
         """Writes a checkpoint of the updates so far, between two `fit`s, and returns its folder."""
         return Path(self._supervisor.ask_learner("save_checkpoint"))
@@ -114,8 +160,8 @@ class Trainer:
         their batches are trained again first."""
         self._supervisor.restart_learner(self._update_of(checkpoint))
 
-    def export(self, folder: str | Path) -> Path:
-        """Writes the policy as a Hugging Face folder; with its tokenizer and chat template."""
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes the policy as a Hugging Face folder, whole or not at all; with its tokenizer and chat template."""
         self._supervisor.ask_learner("export", str(Path(folder).absolute()))
         return Path(folder)
 

@@ -6,10 +6,13 @@ from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import pyarrow.parquet as pq
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from asyncrl import Callbacks, RunResult, launch
+from asyncrl import Callbacks, Recipe, RunResult, Trainer, launch
 from asyncrl.config import (
     AlgorithmSpec,
     BusSpec,
@@ -22,6 +25,7 @@ from asyncrl.config import (
     SamplingSpec,
     ShapingSpec,
 )
+from asyncrl.errors import ConfigError
 from asyncrl.replay import open as open_replay
 from asyncrl.replay.log import events as ev
 from asyncrl.report.callbacks import SavedCheckpoint
@@ -168,3 +172,59 @@ def test_several_weighted_rewards_are_logged_by_name_and_shaped(everything, metr
     assert clipped
     for line in lines:
         assert line["reward/mean"] == pytest.approx(sum(rewards[line["step"]]) / 16)
+
+
+# ------------------------------------------------------------------------------------------------ from objects
+
+
+@pytest.fixture(scope="module")
+def from_objects(local_ray, tiny_model, tmp_path_factory) -> dict:
+    """A run of objects, two updates, evaluated between; then gone on with by its recipe.json alone, in the same program."""
+    folder, six = tmp_path_factory.mktemp("objects"), 6.0
+
+    def sevens(prompts, completions, **columns):  # TRL's, and a closure
+        return [completion.count("7") / six for completion in completions]
+
+    rows = [{"prompt": f"{i:02d}+{7 * i % 100:02d}="} for i in range(16)]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    settings = {
+        "sampling": SamplingSpec(n=4, max_response_length=6),
+        "staleness": {"max_lag": 1},
+        "learner": {"batch_groups": 4, "lr": 1e-3},
+        "data": {"max_prompt_length": 8},
+    }
+    found: dict = {"start": model}
+    with Trainer.from_objects(
+        model, tokenizer, rows, sevens, eval_dataset=rows[:8], total_steps=4, runs_dir=folder, **settings
+    ) as trainer:
+        found["rate"] = [trainer.learning_rate]
+        trainer.fit(1)
+        found["first"] = trainer.evaluate()
+        trainer.fit(1)
+        found["evals"] = [trainer.evaluate(), trainer.evaluate()]
+        found["rate"].append(trainer.learning_rate)
+        found["steps"] = [trainer.global_step]
+        found["exported"] = trainer.save_pretrained(folder / "out")
+        trainer.save_checkpoint()
+    recipe = msgspec.json.decode((folder / "run" / "recipe.json").read_bytes(), type=Recipe)
+    with Trainer(recipe, name="run", runs_dir=folder, resume_from=folder / "run") as trainer:
+        found["steps"].append(trainer.global_step)
+        trainer.fit()
+        found["steps"].append(trainer.global_step)
+        trainer.finish()
+        with pytest.raises(ConfigError, match="evaluate after `finish`"):
+            trainer.evaluate()
+    return found
+
+
+def test_a_run_of_objects_trains_evaluates_and_goes_on_from_its_files(from_objects, metrics_of):
+    assert from_objects["steps"] == [2, 2, 4]
+    assert from_objects["rate"] == [None, 1e-3]
+    exported = AutoModelForCausalLM.from_pretrained(from_objects["exported"]).state_dict()
+    assert not any(torch.equal(tensor, exported[name]) for name, tensor in from_objects["start"].state_dict().items())
+    lines = metrics_of(from_objects["exported"].parent / "run", "eval")
+    assert [line["step"] for line in lines] == [0, 1, 2, 4]  # the second `evaluate` of the same weights made none
+    scores = [line["eval/score"] for line in lines]
+    assert from_objects["first"]["eval/score"] == scores[1]
+    assert [metrics["eval/score"] for metrics in from_objects["evals"]] == [scores[2]] * 2
+    assert from_objects["first"]["eval/count"] == 8

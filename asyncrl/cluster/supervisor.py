@@ -88,6 +88,16 @@ class Supervisor:
         self._until = None
         self._between()
 
+    def evaluate(self) -> None:
+        """Has the idle learner's weights evaluated, unless they were, and waits until that has come in."""
+        if self._finishing:
+            raise ConfigError("evaluate after `finish`: nobody generates any more; call it before")
+        self.ask_learner("evaluate")
+        while self._fresh_report().evals_pending:
+            self._tick()
+            self._between()
+        self._between()
+
     def halt(self) -> None:
         """Ends a `train` that was interrupted. Blocks until the learner has made and saved the update under way, for
         `limits.save_timeout_s` at most. Interrupted once more it gives that up, and `close` will wait for nobody either."""

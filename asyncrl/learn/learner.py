@@ -174,6 +174,12 @@ class Learner:
             self.start()
         return str(self._save())
 
+    def evaluate(self) -> None:
+        """Requests an evaluation of the current version, between runs, unless it has had one."""
+        if not self._started:
+            self.start()
+        self._evaluate()
+
     def export(self, folder: str) -> None:
         """Writes the current policy as a Hugging Face folder, tokenizer included."""
         with atomic_folder(folder) as beside:
@@ -235,9 +241,11 @@ class Learner:
         """Checkpoints this version, and requests its evaluation, where it is its turn or the last; neither twice."""
         if self._saved != self._version and (last or self.committed % self._save_freq == 0):
             self._save()
-        if self._eval_freq is None or self._evaluated == self._version:
-            return
-        if last or self.committed % self._eval_freq == 0:
+        if self._eval_freq is not None and (last or self.committed % self._eval_freq == 0):
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        if self._evaluated != self._version:
             with self._time.span("wait:store"):
                 self._store.request_eval(self._version)
             self._evaluated = self._version

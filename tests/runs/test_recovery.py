@@ -152,15 +152,15 @@ def led(local_ray, tiny_recipe_in, tmp_path_factory) -> Led:
         assert first.fit(2).steps == 2
         checkpoint = first.save_checkpoint()
         assert checkpoint.name == "step_000002"
-        first.export(folder / "at-2")
+        first.save_pretrained(folder / "at-2")
         result = first.fit(3)
         assert (result.steps, result.samples) == (5, 5 * 16)
-        first.export(folder / "at-5")
+        first.save_pretrained(folder / "at-5")
     pids: dict[str, int] = {}
     with Trainer(recipe, runs_dir=folder, resume_from=folder / "tiny", observe=lambda run: pids.update(run.pids)) as second:
         assert second.fit(1).steps == 6
         second.load_checkpoint(checkpoint)
-        second.export(folder / "again-2")
+        second.save_pretrained(folder / "again-2")
         result = second.fit(4)
         assert (result.steps, result.samples) == (6, 6 * 16)
         os.kill(pids["learner"], signal.SIGKILL)

@@ -88,8 +88,10 @@ class SlotLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         return 0 if self._plan.prefill else self._plan.length - 1
 
-    def get_max_cache_shape(self) -> int:
+    def get_max_length(self) -> int:
         return self._max_length
+
+    get_max_cache_shape = get_max_length  # its name up to transformers 5.12
 
 
 class SlotCache(Cache):
