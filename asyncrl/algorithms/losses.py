@@ -182,6 +182,9 @@ def policy_loss(spec: AlgorithmSpec) -> PolicyLoss:
     function = load_callable(spec.policy_loss, "algorithm.policy_loss")
 
     def checked(logp_t: Tensor, old_t: Tensor, advantages_t: Tensor, sequence_t: Tensor) -> Loss:
+        if not len(logp_t):  # a rank's dummy pack: not every function can do without a token
+            _, figures = checked(*(column_t.new_zeros(1) for column_t in (logp_t, old_t, advantages_t, sequence_t)))
+            return logp_t, {name: values_t[:0] for name, values_t in figures.items()}
         found = function(logp_t, old_t, advantages_t, sequence_t)
         if not (isinstance(found, tuple) and len(found) == 2 and getattr(found[0], "shape", None) == logp_t.shape):
             raise ConfigError(

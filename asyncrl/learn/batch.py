@@ -10,10 +10,12 @@ import torch
 
 from asyncrl.algorithms.rewards import Outcomes, credited
 from asyncrl.models.packed import Pack, TokenSequence, input_length, make_pack
+from asyncrl.models.ranks import Ranks
 from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
 
 CPU_PACK_TOKENS = 2048  # beyond it a CPU only loses its caches (measured: 16,384 is a third slower)
+ATTENDED = 24_576  # L tokens that attend to each other cost as much as L²/ATTENDED more tokens: 12 × a hidden size of 2,048
 
 
 class TrainBatch(NamedTuple):
@@ -28,6 +30,12 @@ class TrainBatch(NamedTuple):
     behaviour_n: torch.Tensor  # [N] float32, full-softmax logprobs of the policy that sampled
     lag_n: torch.Tensor  # [N] int64, versions
     outcomes: Outcomes  # the rewards, of all rollouts; stays on the CPU
+
+    def tokens_of(self, members: Sequence[int]) -> torch.Tensor:
+        """Which of the N tokens belong to the sequences with the given indices [M] int64."""
+        chosen_s = torch.zeros_like(self.counts_s, dtype=torch.bool)
+        chosen_s[members] = True
+        return chosen_s[self.sequence_n].nonzero()[:, 0]
 
     def to(self, device: torch.device) -> "TrainBatch":
         columns = ("counts_s", "sequence_n", "behaviour_n", "lag_n")
@@ -103,18 +111,55 @@ def minibatches(groups: np.ndarray, mini_batch_groups: int | None) -> list[list[
     return parts
 
 
-def make_packs(sequences: Sequence[TokenSequence], members: Sequence[int], max_tokens: int, device: torch.device) -> list[Pack]:
-    """The sequences with the given indices in packs of at most max_tokens, or what a CPU's caches like, on the device."""
+def make_packs(
+    sequences: Sequence[TokenSequence], members: Sequence[int], max_tokens: int, device: torch.device, ranks: Ranks
+) -> list[Pack]:
+    """This share's packs of the sequences with the given indices, of at most max_tokens, or what a CPU's caches like.
+
+    Every share gets as many; one that has fewer gets dummies, which score nothing. No rank waits: all compute the same deal.
+    """
     bound = min(max_tokens, CPU_PACK_TOKENS) if device.type == "cpu" else max_tokens
-    return [make_pack(sequences, pack, device) for pack in split_into_packs(sequences, members, bound)]
+    mine = deal(sequences, members, bound, ranks.dealt)[ranks.share]
+    return [make_pack(sequences, pack, device) if pack else dummy_pack(device) for pack in mine]
 
 
-def split_into_packs(sequences: Sequence[TokenSequence], members: Sequence[int], max_tokens: int) -> list[list[int]]:
+def dummy_pack(device: torch.device) -> Pack:
+    """Two tokens of which none is scored, for a rank that has no pack when others have: a pass is what all ranks make."""
+    two, none = torch.arange(2, device=device), torch.arange(0, device=device)
+    return Pack(two, two, two, two, ((1, 2),), none, none, none)
+
+
+def deal(sequences: Sequence[TokenSequence], members: Sequence[int], max_tokens: int, shares: int) -> list[list[list[int]]]:
+    """Divides `members` into packs and these into shares, equally many for each; a share's last may be empty.
+
+    The k-th packs of all shares are computed together, and the dearest of them is waited for. So packs are dealt by cost, a
+    round at a time: those of a round cost about as much. The dearest come first.
+    """
+    packs = split_into_packs(sequences, members, max_tokens, shares)
+    if shares == 1:
+        return [packs]
+    packs.sort(key=lambda pack: pack_cost(sequences, pack), reverse=True)
+    packs += [[]] * (-len(packs) % shares)
+    return [packs[share::shares] for share in range(shares)]
+
+
+def pack_cost(sequences: Sequence[TokenSequence], pack: Sequence[int]) -> float:
+    """What a pack costs, in computed tokens: those that it has, and for attention L²/ATTENDED of each sequence's length L."""
+    lengths = [input_length(sequences[i]) for i in pack]
+    own = sum(length - sequences[i].shared for i, length in zip(pack, lengths, strict=True))
+    prefixes = {sequences[i].prefix(): sequences[i].shared for i in pack}
+    return own + sum(prefixes.values()) + sum(length**2 for length in lengths) / ATTENDED
+
+
+def split_into_packs(
+    sequences: Sequence[TokenSequence], members: Sequence[int], max_tokens: int, shares: int = 1
+) -> list[list[int]]:
     """Divides `members` (indices of `sequences`) into as few packs of at most `max_tokens` computed tokens, evenly filled.
 
     Sequences with the same shared prefix are neighbours, so that it is computed once; then those of like length, because
     attention is batched by length. A sequence can't be cut: one longer than max_tokens is a pack of its own. For several
-    ranks, deal whole groups first and split each rank's share.
+    shares there are as many more packs as they can be dealt, if that makes the fullest smaller: a prompt is then computed
+    twice where its rollouts, kept together, would make the others wait for longer.
     """
     lengths = {i: input_length(sequences[i]) for i in members}
     prefixes = {i: sequences[i].prefix() for i in members}
@@ -123,9 +168,9 @@ def split_into_packs(sequences: Sequence[TokenSequence], members: Sequence[int],
         longest[prefixes[i]] = max(longest.get(prefixes[i], 0), lengths[i])
     order = sorted(members, key=lambda i: (longest[prefixes[i]], prefixes[i], lengths[i], i))
     costs = [(prefixes[i], lengths[i], lengths[i] - sequences[i].shared) for i in order]
-    fewest = len(_fill(costs, max_tokens))
+    most = -(-len(_fill(costs, max_tokens)) // shares) * shares
     # The smallest bound that needs no further pack: the fullest pack is then as small as possible.
-    bound = bisect_left(range(max_tokens), True, lo=1, key=lambda tokens: len(_fill(costs, tokens)) <= fewest)
+    bound = bisect_left(range(max_tokens), True, lo=1, key=lambda tokens: len(_fill(costs, tokens)) <= most)
     return [[order[k] for k in pack] for pack in _fill(costs, bound)]
 
 

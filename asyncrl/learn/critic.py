@@ -16,7 +16,7 @@ from asyncrl.algorithms.losses import clipped_value_loss, explained_variance
 from asyncrl.config import CriticSpec
 from asyncrl.learn.batch import make_packs
 from asyncrl.learn.optimizer import Optimization, step
-from asyncrl.learn.update import Minibatch, RefusedSteps, Update
+from asyncrl.learn.update import Minibatch, RefusedSteps, Sums, Update
 from asyncrl.models.packed import Pack, TokenSequence
 from asyncrl.models.value import OwnValues, SharedValues
 
@@ -31,6 +31,7 @@ class Critic:
         self.optimizer = self.optimization.adamw
         self.value_coef = spec.value_coef
         self._values = values
+        self._ranks = values.ranks
         self._spec = spec
         self._refused = refused
 
@@ -48,6 +49,7 @@ class Critic:
         with update.timed("timing_s/values"), torch.no_grad():
             for pack in packs:
                 update.values_n[pack.flat_t] = self._values(pack)
+            self._ranks.merge_(update.values_n)
 
     def after_cut(self, update: Update, max_tokens: int) -> Tensor:
         """V [S] float64 on the CPU after the last token of each of the batch's rollouts that were cut by length, 0 of others.
@@ -59,10 +61,11 @@ class Critic:
         cut = [sequence for sequence, was_cut in zip(batch.sequences, batch.cut, strict=True) if was_cut]
         # A token more, which is scored and so not read: before it is after the last.
         ends = [TokenSequence(np.append(s.ids, 0), np.array([len(s.ids)]), s.shared) for s in cut]
-        values_s = torch.empty(len(ends), dtype=torch.float64)
+        values_e = torch.full((len(ends),), torch.nan, dtype=torch.float64, device=update.values_n.device)
         with update.timed("timing_s/values"), torch.no_grad():
-            for pack in make_packs(ends, range(len(ends)), max_tokens, update.values_n.device):
-                values_s[pack.flat_t.cpu()] = self._values(pack).double().cpu()
+            for pack in make_packs(ends, range(len(ends)), max_tokens, values_e.device, self._ranks):
+                values_e[pack.flat_t] = self._values(pack).double()
+            values_s = self._ranks.merge_(values_e).cpu()
         members_s = batch.outcomes.sequence_n.unique_consecutive()  # the batch's sequences are rollouts with a trained token
         return torch.zeros_like(batch.outcomes.rewards_s).index_put((members_s[torch.from_numpy(batch.cut)],), values_s)
 
@@ -81,13 +84,12 @@ class Critic:
         return loss, {"vf_loss": loss.detach(), "vf_clipped": clipped_t.sum(), "vf_tokens": values_t.new_tensor(len(values_t))}
 
     def _step(self, update: Update, members: Sequence[int], packs: Sequence[Pack]) -> None:
-        totals: dict[str, Tensor] = {}
+        totals = Sums()
         for pack in packs:
             loss, sums = self.loss(update, members, pack, self._values(pack))
             loss.backward()
-            for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + value.double()
-        figures = {name: value.item() for name, value in totals.items()}
+            totals.add(sums)
+        figures = totals.over(self._ranks)
         (norm,), cause = step(figures["vf_loss"], self.optimization)
         self._refused.settle(update, members, cause and f"critic: {cause}", figures, {update.critic: norm})
 

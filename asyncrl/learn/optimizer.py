@@ -4,6 +4,7 @@ import logging
 import math
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from asyncrl.config import OptimizerSpec
 
@@ -24,7 +25,10 @@ def learning_rate(spec: OptimizerSpec, committed: int, total_steps: int) -> floa
 
 
 class Optimization:
-    """Trains the parameters of `module` as `spec` says. setting: the name of its lr. adamw: what a checkpoint holds."""
+    """Trains the parameters of `module` as `spec` says. setting: the name of its lr. adamw: what a checkpoint holds.
+
+    A module that several ranks share must be sharded before: the optimizer holds the parameters that it finds.
+    """
 
     def __init__(self, module: torch.nn.Module, spec: OptimizerSpec, total_steps: int, setting: str) -> None:
         dtype = next(module.parameters()).dtype
@@ -51,8 +55,9 @@ class Optimization:
         return rate
 
     def clip(self) -> float:
-        """Clips the gradient; returns the norm that it had."""
-        return torch.nn.utils.clip_grad_norm_(self._module.parameters(), self._spec.max_grad_norm or math.inf).item()
+        """Clips the gradient; returns the norm that it had. Of a sharded module that of all ranks, which all must ask for."""
+        norm = torch.nn.utils.clip_grad_norm_(self._module.parameters(), self._spec.max_grad_norm or math.inf)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def step(loss: float, *optimizations: Optimization) -> tuple[list[float], str]:

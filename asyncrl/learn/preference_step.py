@@ -27,7 +27,7 @@ def prefer(
     sequence_n, outcomes = update.batch.sequence_n, update.batch.outcomes
     logp_n = update.proximal_n  # which are those before the first step
     if update.actor.tried:
-        logp_n = policy.score(packs, torch.empty_like(logp_n))
+        logp_n = policy.score(packs, torch.full_like(logp_n, torch.nan))
     ratio_s = torch.zeros_like(coefficient_s).index_add(0, sequence_n, logp_n - update.reference_n)
     h_m = (spec.preference_beta * ratio_s[members]).requires_grad_()
     members_m = outcomes.sequence_n.unique_consecutive()[list(members)]  # the batch's sequences are rollouts with a token

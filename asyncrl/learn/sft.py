@@ -12,6 +12,7 @@ from asyncrl.errors import ConfigError, NonFinite
 from asyncrl.learn.batch import make_packs
 from asyncrl.learn.optimizer import Optimization, step
 from asyncrl.models.packed import PackedModel, TokenSequence
+from asyncrl.models.ranks import Ranks
 
 OnStep = Callable[[int, dict[str, float]], None]
 
@@ -20,17 +21,26 @@ class SupervisedTrainer:
     """Owns the policy and its optimizer. The loss is the mean over a batch's scored tokens, however they are packed.
 
     total_steps: over which the schedule runs. max_tokens_per_pack: of one forward pass. Deterministic, on the same number of
-    threads.
+    threads. ranks: over which `model` is sharded already; all of them must make the same calls.
     """
 
-    def __init__(self, model: PreTrainedModel, spec: OptimizerSpec, total_steps: int, *, max_tokens_per_pack: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        spec: OptimizerSpec,
+        total_steps: int,
+        *,
+        max_tokens_per_pack: int,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.model = model
         self._optimization = Optimization(model, spec, total_steps, "lr")
         self.optimizer = self._optimization.adamw
         self.state: dict[str, float] = {}  # figures for the checkpoint
         self.critic = None
         self.total_steps = total_steps
-        self._packed = PackedModel(model)
+        self._packed = PackedModel(model, ranks=ranks)
+        self._ranks = self._packed.ranks
         self._max_tokens = max_tokens_per_pack
 
     def step(self, examples: Sequence[TokenSequence], done: int) -> dict[str, float]:
@@ -41,7 +51,7 @@ class SupervisedTrainer:
         for share in self._losses(examples, tokens):
             share.backward()
             total = total + share.detach().cpu()
-        loss = total.item()
+        loss = self._ranks.sum_(total.double()).item()
         (norm,), refused = step(loss, self._optimization)
         if refused:
             raise NonFinite(
@@ -54,11 +64,12 @@ class SupervisedTrainer:
     def loss(self, examples: Sequence[TokenSequence]) -> float:
         """Mean over all scored tokens of the examples."""
         tokens = sum(len(sequence.scored) for sequence in examples)
-        return sum(share.item() for share in self._losses(examples, tokens))
+        total = sum(share.item() for share in self._losses(examples, tokens))
+        return self._ranks.sum_(torch.tensor(total, dtype=torch.float64)).item()
 
     def _losses(self, examples: Sequence[TokenSequence], tokens: int) -> Iterator[torch.Tensor]:
-        """Each pack's share of the mean loss."""
-        for pack in make_packs(examples, range(len(examples)), self._max_tokens, self.model.device):
+        """What each pack of this rank's share adds to the mean loss."""
+        for pack in make_packs(examples, range(len(examples)), self._max_tokens, self.model.device, self._ranks):
             yield -self._packed.logprobs(pack).sum() / tokens
 
 

@@ -26,8 +26,8 @@ from asyncrl.learn.kl_control import KLControl
 from asyncrl.learn.metrics import correction_metrics, gap_metrics, rollout_metrics, staleness_metrics
 from asyncrl.learn.optimizer import Optimization, step
 from asyncrl.learn.preference_step import prefer, preference_metrics
-from asyncrl.learn.update import Minibatch, RefusedSteps, Update
-from asyncrl.models.packed import Pack, PackedModel
+from asyncrl.learn.update import Minibatch, RefusedSteps, Sums, Update
+from asyncrl.models.packed import PackedModel
 from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
 
@@ -65,6 +65,7 @@ class PolicyTrainer:
         self._optimization = Optimization(policy.model, learner, total_steps, "learner.lr")
         self.optimizer = self._optimization.adamw
         self._policy = policy
+        self._ranks = ranks = policy.ranks
         self._reference = reference if algorithm.needs_reference else None
         self._learner = learner
         self._algorithm = algorithm
@@ -72,7 +73,7 @@ class PolicyTrainer:
         self._kl = KLControl(algorithm)
         self.state = self._kl.state  # figures for the checkpoint: the KL coefficient, where it adapts; moments of the rewards
         self._normalizer = RewardNormalizer(algorithm.reward_normalization, self.state)
-        self._refused = RefusedSteps(refused_dir, learner.max_refused_steps)
+        self._refused = RefusedSteps(refused_dir, learner.max_refused_steps, ranks.first)
 
     @property
     def packs(self) -> int:
@@ -92,12 +93,13 @@ class PolicyTrainer:
         batch = make_batch(rollouts, self._rule, committed)
         update = Update(batch.to(self.model.device), committed + 1)
         steps = [
-            (members, make_packs(batch.sequences, members, self._learner.max_tokens_per_pack, self.model.device))
+            (members, make_packs(batch.sequences, members, self._learner.max_tokens_per_pack, self.model.device, self._ranks))
             for members in minibatches(batch.groups, self._learner.mini_batch_groups)
         ]
         self._score(update, steps)
         self._estimate(update)
         self._train(update, steps)
+        update.merge(self._ranks)
         update.timings["timing_s/update"] = time.perf_counter() - started
         return {
             **rollout_metrics(rollouts),
@@ -128,10 +130,12 @@ class PolicyTrainer:
                 for pack in packs:
                     made = self._policy.forward(pack)
                     update.proximal_n[pack.flat_t], update.values_n[pack.flat_t] = made.logp_t, self._head.of(made.hidden_th)
+                self._ranks.merge_(update.proximal_n)
+                self._ranks.merge_(update.values_n)
             elif update.recomputed:
                 self._policy.score(packs, update.proximal_n)
             if self._reference is not None:
-                update.reference_n = self._reference.score(packs, torch.empty_like(update.proximal_n))
+                update.reference_n = self._reference.score(packs, torch.full_like(update.proximal_n, math.nan))
         if spec.normalize_weights:
             batch = update.batch
             update.weight_mean = mean_weight(spec, update.proximal_n, batch.behaviour_n, batch.sequence_n, batch.counts_s)
@@ -166,12 +170,12 @@ class PolicyTrainer:
 
     def _step(self, update: Update, minibatch: Minibatch) -> None:
         """One optimizer step over a minibatch (a shared critic's with it), or none if anything in it is not finite."""
-        members, packs = minibatch
+        members, _ = minibatch
         joint = {update.actor: self._optimization}
         if self.critic is not None and self._head is not None:
             joint[update.critic] = self.critic.optimization
         sums, norms, cause = {}, [math.nan] * len(joint), "a behaviour logprob is not finite"
-        if all(update.batch.behaviour_n[pack.flat_t].isfinite().all() for pack in packs):
+        if update.batch.behaviour_n[update.batch.tokens_of(members)].isfinite().all():
             with update.timed("timing_s/forward_backward"):
                 sums = self._backward(update, minibatch)
             with update.timed("timing_s/optimizer"):
@@ -192,9 +196,9 @@ class PolicyTrainer:
             sequence_t=batch.sequence_n,
             lag_t=batch.lag_n,
             reference_t=update.reference_n if spec.kl_coef > 0 and spec.kl_in == "loss" else None,
-            kept_t=self._keep(update, packs, spec.m2po_bound) if "m2po" in spec.masks else None,
+            kept_t=self._keep(update, members, spec.m2po_bound) if "m2po" in spec.masks else None,
         )
-        totals: dict[str, Tensor] = {}
+        totals = Sums()
         for pack in packs:
             logp_t, entropy_t, hidden_th = self._policy.forward(pack, entropy_grad=bool(spec.entropy_coef))
             if not update.recomputed and not update.actor.tried:
@@ -206,9 +210,8 @@ class PolicyTrainer:
                 loss, sums = loss + self.critic.value_coef * value_loss, {**sums, **value_sums}
             loss.backward()
             update.remember(pack, counted)
-            for name, value in {**sums, "loss": loss.detach()}.items():
-                totals[name] = totals.get(name, 0.0) + value.double()
-        return {name: value.item() for name, value in totals.items()} | preferred
+            totals.add({**sums, "loss": loss.detach()})
+        return totals.over(self._ranks) | preferred
 
     def _coefficients(self, update: Update, members: Sequence[int]) -> Tensor:
         """What a token of each sequence weighs in this minibatch's loss [S]; 0 for sequences of other minibatches."""
@@ -217,9 +220,9 @@ class PolicyTrainer:
         return coefficient_s
 
     @staticmethod
-    def _keep(update: Update, packs: Sequence[Pack], bound: float) -> Tensor:
+    def _keep(update: Update, members: Sequence[int], bound: float) -> Tensor:
         """What m2po leaves of a minibatch [N] bool; False outside of it."""
-        flat_m = torch.cat([pack.flat_t for pack in packs])
+        flat_m = update.batch.tokens_of(members)
         kept_n = torch.zeros_like(update.counted.masked_t)
         kept_n[flat_m] = m2po(update.proximal_n[flat_m] - update.batch.behaviour_n[flat_m], bound)
         return kept_n

@@ -14,8 +14,25 @@ from asyncrl.algorithms.objective import TokenWeights
 from asyncrl.errors import NonFinite
 from asyncrl.learn.batch import TrainBatch
 from asyncrl.models.packed import Pack
+from asyncrl.models.ranks import Ranks
 
-Minibatch = tuple[Sequence[int], Sequence[Pack]]  # members (indices of the batch's sequences), their packs
+Minibatch = tuple[Sequence[int], Sequence[Pack]]  # members (indices of the batch's sequences), this share's packs of them
+
+
+class Sums:
+    """Sums by name, float64, over the tokens of one step: of this share's packs, then of all shares' as well."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, torch.Tensor] = {}
+
+    def add(self, sums: Mapping[str, torch.Tensor]) -> None:
+        """Adds those of a pack, which have the same names for every pack of every share."""
+        for name, value in sums.items():
+            self._by_name[name] = self._by_name.get(name, 0.0) + value.double()
+
+    def over(self, ranks: Ranks) -> dict[str, float]:
+        """The same on every rank; all must call it."""
+        return dict(zip(self._by_name, ranks.sum_(torch.stack([*self._by_name.values()])).tolist(), strict=True))
 
 
 class Steps:
@@ -62,6 +79,13 @@ class Update:
         for column_n, column_t in zip(self.counted, counted, strict=True):
             column_n[pack.flat_t] = column_t
 
+    def merge(self, ranks: Ranks) -> None:
+        """Fills what the steps have made with what those of other shares made. All ranks must call it."""
+        if not self.recomputed:
+            ranks.merge_(self.proximal_n)
+        weights_n, *flags = self.counted
+        self.counted = TokenWeights(ranks.merge_(weights_n), *(ranks.sum_(flag_n.byte()).bool() for flag_n in flags))
+
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Counts the block's time to a metric."""
@@ -71,11 +95,15 @@ class Update:
 
 
 class RefusedSteps:
-    """The guard against non-finite steps: keeps the batches of refused ones, and stops the run after `limit` in a row."""
+    """The guard against non-finite steps: keeps the batches of refused ones, and stops the run after `limit` in a row.
 
-    def __init__(self, folder: Path, limit: int) -> None:
+    Every rank has one, and all are told the same; one of them `keeps` the batches.
+    """
+
+    def __init__(self, folder: Path, limit: int, keeps: bool = True) -> None:
         self._folder = folder  # where batches go, one .npz each, without pickle
         self._limit = limit
+        self._keeps = keeps
         self._in_a_row = 0
 
     def settle(
@@ -95,7 +123,8 @@ class RefusedSteps:
         for steps in norms:
             steps.refused += 1
         path = self._folder / f"update_{update.number:06d}_refused_{self._in_a_row}.npz"
-        _save(path, update, members, cause)
+        if self._keeps:
+            _save(path, update, members, cause)
         if self._in_a_row >= self._limit:
             raise NonFinite(
                 f"{cause} in update {update.number}: {self._in_a_row} optimizer steps refused in a row "

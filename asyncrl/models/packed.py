@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from asyncrl.errors import ConfigError
 from asyncrl.models.architectures import PACKED, follows_length, needs_eager
 from asyncrl.models.logprobs import Head, entropy, sampled_logprobs
+from asyncrl.models.ranks import Ranks
 
 log = logging.getLogger(__name__)
 ATTENTION = "asyncrl_packed"
@@ -150,7 +151,8 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 class PackedModel:
     """A causal LM that scores packs. Outside packs the model behaves as with SDPA attention; its weights stay its own."""
 
-    def __init__(self, model: PreTrainedModel, temperature: float = 1.0) -> None:
+    def __init__(self, model: PreTrainedModel, temperature: float = 1.0, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks()
         self.model = model.eval()  # dropout would make the learner another policy than the generators'
         self.temperature = temperature  # of the sampling: logprobs are taken at it
         self.packs = 0  # that it was given so far
@@ -179,10 +181,10 @@ class PackedModel:
 
     @torch.no_grad()
     def score(self, packs: Sequence[Pack], out_n: torch.Tensor) -> torch.Tensor:
-        """Fills and returns out_n [N], the logprobs of all packs' tokens in the order of their sequences."""
+        """Fills and returns out_n [N], NaN so far: the logprobs of the tokens of these and of the other shares' packs."""
         for pack in packs:
             out_n[pack.flat_t] = self.logprobs(pack)
-        return out_n
+        return self.ranks.merge_(out_n)
 
     def hidden(self, pack: Pack) -> torch.Tensor:
         """The last hidden states [T, H] that predict the pack's scored tokens: what the output layer reads."""

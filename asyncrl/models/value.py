@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from asyncrl.models.packed import Pack, PackedModel
+from asyncrl.models.ranks import Ranks
 
 
 def value_head(model: PreTrainedModel) -> torch.nn.Linear:
@@ -22,11 +23,12 @@ def value_head(model: PreTrainedModel) -> torch.nn.Linear:
 class OwnValues:
     """A causal LM made into a value model: its output layer becomes the head. Takes the model over; `module` is all of it."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, ranks: Ranks | None = None) -> None:
         model.config.get_text_config(decoder=True).tie_word_embeddings = False
         model.set_output_embeddings(value_head(model).to(model.dtype))
         self.module: torch.nn.Module = model
-        self._packed = PackedModel(model)
+        self._packed = PackedModel(model, ranks=ranks)
+        self.ranks = self._packed.ranks
 
     @property
     def packs(self) -> int:
@@ -42,9 +44,10 @@ class OwnValues:
 class SharedValues:
     """A head on the policy's last hidden states. `module` is the head alone."""
 
-    def __init__(self, policy: PreTrainedModel) -> None:
+    def __init__(self, policy: PreTrainedModel, ranks: Ranks | None = None) -> None:
         self.module: torch.nn.Module = value_head(policy)
-        self._packed = PackedModel(policy)
+        self._packed = PackedModel(policy, ranks=ranks)
+        self.ranks = self._packed.ranks
 
     @property
     def packs(self) -> int:

@@ -448,3 +448,14 @@ def test_the_users_own(tmp_path: Path) -> None:
     assert figures["good"].tolist() == [1, 0, 0]
     with pytest.raises(ConfigError, match=r"own\.py:summed' did not return \(loss_t, figures\) with one loss for each of 3"):
         policy_loss(AlgorithmSpec(policy_loss=f"{tmp_path}/own.py:summed"))(*COLUMNS)
+
+
+def test_the_users_own_never_sees_a_pack_without_a_token(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "def longest(logp_t, old_t, advantages_t, sequence_t):\n"
+        "    return -advantages_t * logp_t / (sequence_t.max() + 1), {'last': sequence_t.double()}\n"
+    )
+    logp_t, *columns = (column_t[:0] for column_t in COLUMNS)
+    loss, figures = policy_loss(AlgorithmSpec(policy_loss=f"{tmp_path}/own.py:longest"))(logp_t.requires_grad_(), *columns)
+    assert loss.shape == figures["last"].shape == (0,)
+    loss.sum().backward()  # a rank without a pack makes its backward pass, too

@@ -1,13 +1,27 @@
+import itertools
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncrl.algorithms.advantages import advantages
 from asyncrl.config import AlgorithmSpec
-from asyncrl.learn.batch import TrainBatch, make_batch, minibatches, split_into_packs
+from asyncrl.learn.batch import (
+    ATTENDED,
+    TrainBatch,
+    deal,
+    dummy_pack,
+    make_batch,
+    make_packs,
+    minibatches,
+    pack_cost,
+    split_into_packs,
+)
 from asyncrl.learn.metrics import rollout_metrics
-from asyncrl.models.packed import TokenSequence, make_pack
+from asyncrl.models.packed import PackedModel, TokenSequence, make_pack
+from asyncrl.models.ranks import Ranks
 from asyncrl.staleness import Staleness
 
 BOUND = Staleness(max_lag=2, batch_groups=2)
@@ -144,3 +158,76 @@ def test_every_sequence_once_and_within_the_bound(lengths: list[int], bound: int
     for pack in packs:
         tokens = len(make_pack(sequences, pack).input_ids_u)
         assert tokens <= max(bound, max(lengths[i] for i in pack) if len(pack) == 1 else 0)
+
+
+# --------------------------------------------------------------------------------------------- dealing
+
+
+def in_groups(groups: list[tuple[int, list[int]]]) -> list[TokenSequence]:
+    """For each group of (shared tokens of its prompt, own tokens of each rollout), its sequences."""
+    return [
+        TokenSequence(np.concatenate((np.full(shared, number), np.arange(own + 1))), np.array([shared + own]), shared)
+        for number, (shared, owns) in enumerate(groups)
+        for own in owns
+    ]
+
+
+def cost_of(share: list[list[int]], sequences: list[TokenSequence]) -> float:
+    return sum(pack_cost(sequences, pack) for pack in share)
+
+
+def test_the_cost_of_a_pack_by_hand() -> None:
+    """A prompt of 8 counts once for two rollouts of 2 and 3 tokens, which attend over 10 and 11."""
+    sequences = in_groups([(8, [2, 3]), (0, [5])])
+    assert pack_cost(sequences, [0, 1, 2]) == 8 + 2 + 3 + 5 + (100 + 121 + 25) / ATTENDED
+    assert pack_cost(sequences, []) == 0.0
+
+
+def test_a_group_is_divided_only_where_the_dearest_share_gets_cheaper() -> None:
+    sequences = in_groups([(4, [3, 3])] * 3)  # 10 tokens each; together 30, and 4 more where one is cut in two
+    assert [sorted(map(sorted, share)) for share in deal(sequences, range(4), 99, 2)] == [[[0, 1]], [[2, 3]]]
+    shares = deal(sequences, range(6), 99, 2)
+    assert [len(make_pack(sequences, share[0]).input_ids_u) for share in shares] == [17, 17]  # not 20 and 10
+    assert deal(in_groups([(9, [1])]), range(1), 99, 3) == [[[0]], [[]], [[]]]
+
+
+def test_packs_that_are_computed_together_cost_about_as_much() -> None:
+    """Four sequences of 600 cost less than one of 2,400 in attention; each share gets a long one, then short ones."""
+    sequences = [plain(n) for n in (600, 2400, 600, 600, 600, 2400, 600, 600, 600, 600)]
+    assert deal(sequences, range(10), 2400, 2) == [[[1], [0, 2, 3, 4]], [[5], [6, 7, 8, 9]]]
+
+
+GROUPS = st.lists(st.tuples(st.integers(0, 12), st.lists(st.integers(1, 40), min_size=1, max_size=5)), max_size=12)
+
+
+@given(GROUPS, st.integers(5, 80), st.integers(1, 5))
+def test_a_deal_is_whole_even_and_balanced(groups: list[tuple[int, list[int]]], bound: int, shares: int) -> None:
+    sequences = in_groups(groups)
+    dealt = deal(sequences, range(len(sequences)), bound, shares)
+    assert len(dealt) == shares
+    assert len({len(share) for share in dealt}) == 1  # as many packs for every share
+    assert sorted(i for share in dealt for pack in share for i in pack) == list(range(len(sequences)))
+    assert dealt[0] if sequences else not any(dealt)
+    for share in dealt:
+        for pack in filter(None, share):
+            assert len(pack) == 1 or len(make_pack(sequences, pack).input_ids_u) <= bound
+    if shares > 1:
+        rounds = [[pack_cost(sequences, pack) for pack in at_once] for at_once in zip(*dealt, strict=True)]
+        assert all(min(first) >= max(second) for first, second in itertools.pairwise(rounds))
+        dearest = max((cost for costs in rounds for cost in costs), default=0.0)
+        totals = [cost_of(share, sequences) for share in dealt]
+        assert max(totals) - min(totals) <= dearest + 1e-9
+
+
+def test_a_dummy_pack_scores_nothing_and_gives_no_gradient(make_model) -> None:
+    model = PackedModel(make_model())
+    made = model.forward(dummy_pack(torch.device("cpu")))
+    assert made.logp_t.shape == (0,)
+    made.logp_t.sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.model.parameters())
+
+
+def test_one_share_has_all_packs_as_they_were_split() -> None:
+    sequences = [plain(n) for n in (4, 1, 3, 2, 2)]
+    packs = make_packs(sequences, range(5), 7, torch.device("cpu"), Ranks())
+    assert [pack.flat_t.tolist() for pack in packs] == [[1, 3, 4], [2, 0]]
