@@ -327,6 +327,7 @@ class Report(Struct, frozen=True, kw_only=True):
     # Rises with whatever it gets done, however small (a token, a pack, a verdict, a piece of weights), and while something is
     # under way that has a limit of its own (a server that starts, a sample that is scored). If nobody's does, the run is stuck.
     progress: int = 0
+    doing: str = ""  # of a rank among several: what it works on, for how long, and what it waits for there
 
 
 def derive_seed(*parts: int) -> int:

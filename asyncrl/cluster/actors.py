@@ -34,16 +34,19 @@ class StageActor:
         self._peers = Peers()
         self._stage: Any = None
         self._closers: tuple[Callable[[], None], ...] = ()
+        self._started = threading.Event()
         self._running = threading.Lock()
 
     def connect(self, peer: str, restart_count: int, value: Any) -> None:
         """Tells where a peer is now."""
         self._peers.put(peer, restart_count, value)
 
-    def start(self) -> tuple[int, Any]:
+    def start(self, *arguments: Any) -> tuple[int, Any]:
         """Builds the stage: loads models, reaches peers. Returns its pid, and what its peers need to know of it."""
         _log_to(self._plan, self._name)
-        self._stage, address, self._closers = wiring.build(self._role, self._name, self._restart_count, self._plan, self._peers)
+        known = self._role, self._name, self._restart_count, self._plan, self._peers
+        self._stage, address, self._closers = wiring.build(*known, *arguments)
+        self._started.set()
         return os.getpid(), address
 
     def run(self, *arguments: Any) -> None:
@@ -51,7 +54,8 @@ class StageActor:
             self._stage.run(*arguments)
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """Calls a method of the stage, between runs."""
+        """Calls a method of the stage: of a learner's between runs, of one of its ranks' once it is there."""
+        self._started.wait()
         return getattr(self._stage, method)(*arguments)
 
     def report(self) -> Report:

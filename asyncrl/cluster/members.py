@@ -1,5 +1,9 @@
-"""One actor slot under supervision: spawned, watched, replaced when it dies, until its restarts are used up."""
+"""One actor slot under supervision: spawned, watched, replaced when it dies, until its restarts are used up.
 
+Slots that can't do without each other are a gang: they start together, and where one fails all are replaced.
+"""
+
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import ray
@@ -19,9 +23,18 @@ Phase = Literal["starting", "idle", "running", "ended"]
 
 
 class Member:
-    """A named slot, and the actor that fills it now. clock: seconds, as the supervisor counts them."""
+    """A named slot, and the actor that fills it now. clock: seconds, as the supervisor counts them.
 
-    def __init__(self, role: str, name: str, place: PlaceSpec, limits: LimitsSpec, clock: Clock) -> None:
+    leads: the other slots of its gang. What concerns the gang, starts and restarts, is this one's; each of them knows it as
+    its `lead`, which of any other slot is itself.
+    """
+
+    def __init__(
+        self, role: str, name: str, place: PlaceSpec, limits: LimitsSpec, clock: Clock, leads: "Sequence[Member]" = ()
+    ) -> None:
+        self.lead, self.gang = self, (self, *leads)
+        for member in leads:
+            member.lead = self
         self.role, self.name, self.place = role, name, place
         self.restart_count = -1  # numbers the actors that filled it, replaced ones too
         self.restarts = 0  # counts those of them that failed
@@ -42,22 +55,28 @@ class Member:
         return self.role == "store"
 
     def spawn(self, plan: RunPlan, known: dict[str, tuple[int, Any]]) -> None:
-        """Creates the actor and begins `start`. `known` are the peers announced so far."""
+        """Creates the actors of the gang that it leads, and begins their `start`. `known` are the peers announced so far."""
         timeout_s = plan.deployment.limits.start_timeout_s
         if self._placement is None:
-            self._placement = beside_driver() if self.is_store else reserve(self.name, self.place, timeout_s)
+            self._placement = beside_driver() if self.is_store else reserve(self.name, self.place, timeout_s, len(self.gang))
+        for member, options in zip(self.gang, self._placement.options, strict=True):
+            member._create(plan, known, options)
+        followers = [member.handle for member in self.gang[1:]]
+        for member in self.gang:
+            arguments = (followers,) if member is self and followers else ()
+            member.task, member.deadline = member.handle.start.remote(*arguments), self._clock() + timeout_s
+
+    def _create(self, plan: RunPlan, known: dict[str, tuple[int, Any]], options: dict[str, Any]) -> None:
         self.restart_count += 1
         self.phase, self.asked = "starting", None
         if self.is_store:
             actor = ray.remote(concurrency_groups={verb.caller: 1000 for verb in VERBS.values()})(StoreActor)
-            self.handle = actor.options(**self._placement.options).remote(plan)
-        else:
-            actor = ray.remote(max_concurrency=8)(StageActor)
-            arguments = self.role, self.name, self.restart_count, plan, self.place.threads
-            self.handle = actor.options(**self._placement.options).remote(*arguments)
-            for peer, (restart_count, value) in known.items():
-                self.connect(peer, restart_count, value)
-        self.task, self.deadline = self.handle.start.remote(), self._clock() + timeout_s
+            self.handle = actor.options(**options).remote(plan)
+            return
+        actor = ray.remote(max_concurrency=8)(StageActor)
+        self.handle = actor.options(**options).remote(self.role, self.name, self.restart_count, plan, self.place.threads)
+        for peer, (restart_count, value) in known.items():
+            self.connect(peer, restart_count, value)
 
     def connect(self, peer: str, restart_count: int, value: Any) -> None:
         """Tells the actor where a peer is now; the store asks nobody."""
@@ -101,10 +120,11 @@ class Member:
         return self.handle.stop.remote() if self.handle is not None and self.phase != "ended" else None
 
     def kill(self) -> None:
-        """Ends the process, however it stands."""
-        if self.handle is not None:
-            ray.kill(self.handle, no_restart=True)
-        self.phase, self.task = "ended", None
+        """Ends the processes of the gang that it leads, however they stand."""
+        for member in self.gang:
+            if member.handle is not None:
+                ray.kill(member.handle, no_restart=True)
+            member.phase, member.task = "ended", None
 
     def release(self) -> None:
         self.kill()

@@ -19,9 +19,9 @@ def demand(place: PlaceSpec) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Placement:
-    """A reserved place, to be handed to `actor.options(**placement.options)`. `release` gives it back."""
+    """Reserved places, each to be handed to `actor.options(**options)`. `release` gives them back."""
 
-    options: dict[str, Any]
+    options: tuple[dict[str, Any], ...]  # of each actor
     group: PlacementGroup | None = None
 
     def release(self) -> None:
@@ -29,40 +29,37 @@ class Placement:
             remove_placement_group(self.group)
 
 
-def reserve(name: str, place: PlaceSpec, timeout_s: float) -> Placement:
-    """Reserves a placement group for one actor; waits `timeout_s` for the cluster to have room.
+def reserve(name: str, place: PlaceSpec, timeout_s: float, count: int = 1) -> Placement:
+    """Reserves a placement group for `count` actors, on few nodes; waits `timeout_s` for the cluster to have room.
 
     Raises PlacementError with the resources demanded against those available.
     """
     wanted = demand(place)
     if not wanted:
-        return Placement({"num_cpus": 0})
-    total = ray.cluster_resources()
-    group = placement_group([wanted], strategy="STRICT_PACK", name=name)
-    fits = all(total.get(resource, 0.0) >= amount for resource, amount in wanted.items())
-    if not fits or not group.wait(timeout_s):
-        available = ray.available_resources()
+        return Placement(({"num_cpus": 0},) * count)
+    group = placement_group([wanted] * count, strategy="PACK", name=name)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(int(node.get(kind, 0.0) / amount + 1e-9) for kind, amount in wanted.items()) for node in nodes)
+    if room < count or not group.wait(timeout_s):
+        total, free = ray.cluster_resources(), ray.available_resources()
         remove_placement_group(group)
+        each = f" by each of {count} ranks" if count > 1 else ""
         rows = [
-            f"  {resource:12} demanded {amount:g}, available {available.get(resource, 0.0):g} of {total.get(resource, 0.0):g}"
-            for resource, amount in wanted.items()
+            f"  {kind:12} demanded {amount:g}{each}, available {free.get(kind, 0.0):g} of {total.get(kind, 0.0):g}"
+            for kind, amount in wanted.items()
         ]
+        whole = f"each rank needs one node that has all of it, and free nodes have room for {room}" if each else ""
         raise PlacementError(
             f"{name} fits nowhere in the cluster:\n"
             + "\n".join(rows)
-            + "\none node must have all of it; lower its `place` in the deployment, or add such a node"
+            + f"\n{whole or 'one node must have all of it'}; lower its `place` in the deployment, or add such a node"
         )
-    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
-    options = {
-        "num_cpus": wanted.pop("CPU", 0),
-        "num_gpus": wanted.pop("GPU", 0),
-        "resources": wanted,
-        "scheduling_strategy": strategy,
-    }
-    return Placement(options, group)
+    options = {"num_cpus": wanted.pop("CPU", 0), "num_gpus": wanted.pop("GPU", 0), "resources": wanted}
+    at = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index) for index in range(count)]
+    return Placement(tuple({**options, "scheduling_strategy": strategy} for strategy in at), group)
 
 
 def beside_driver() -> Placement:
     """The driver's own node, always: a restarted store must reach the disk that its log lies on."""
     node = ray.get_runtime_context().get_node_id()
-    return Placement({"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)})
+    return Placement(({"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)},))

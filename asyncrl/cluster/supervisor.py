@@ -6,7 +6,6 @@ so a death is noticed the moment it happens and a restart never waits for anothe
 
 import json
 import logging
-import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,22 +15,22 @@ import msgspec
 import ray
 from ray.exceptions import GetTimeoutError, OutOfDiskError, RayActorError, RayError, RayTaskError
 
+from asyncrl.cluster.causes import NON_RETRYABLE, brief, first_failure
 from asyncrl.cluster.members import Member
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.session import undisturbed
 from asyncrl.cluster.transport import call_store
 from asyncrl.cluster.watchdog import StallWatch
 from asyncrl.disk import full_disk
-from asyncrl.errors import ActorFailed, AsyncRLError, CheckpointError, ConfigError, DataError, DiskFull, NonFinite, Unavailable
+from asyncrl.errors import ActorFailed, AsyncRLError, ConfigError, DiskFull, Unavailable
 from asyncrl.report.summary import RunSummary
 from asyncrl.report.timing import AwakeClock
 from asyncrl.rundir import redact, write_atomic
-from asyncrl.types import Record, StoreReport
+from asyncrl.types import Record, Report, StoreReport
 
 log = logging.getLogger(__name__)
 TICK_S = 0.5
 STEP_S = 2.0  # several rounds: a round that takes longer was held up, or the driver stopped
-NON_RETRYABLE = (ConfigError, DataError, CheckpointError, NonFinite)  # the next try would meet the same
 
 
 class Supervisor:
@@ -59,19 +58,23 @@ class Supervisor:
         self._finishing = False
         self._stop_timeout_s = self._limits.stop_timeout_s
         self._stall = StallWatch(self._limits.stall_timeout_s, self._clock)
+        self._gang_stall = StallWatch(self._limits.stall_timeout_s, self._clock)
 
     def _make_members(self) -> list[Member]:
-        deployment = self._plan.deployment
-        generators, rewards = deployment.generators, deployment.rewards
-        slots = [("store", "store", deployment.store.place), ("learner", "learner", deployment.learner.place)]
-        slots += [("generator", f"generator-{i}", generators.place) for i in range(generators.count)]
+        deployment, watch = self._plan.deployment, (self._limits, self._clock)
+        generators, rewards, learner = deployment.generators, deployment.rewards, deployment.learner
+        slots = [("generator", f"generator-{i}", generators.place) for i in range(generators.count)]
         slots += [("reward", f"reward-{i}", rewards.place) for i in range(rewards.count)]
-        return [Member(*slot, self._limits, self._clock) for slot in slots]
+        ranks = [Member("rank", name, learner.place, *watch) for name in learner.names[1:]]
+        lead = Member("learner", learner.names[0], learner.place, *watch, ranks)
+        store = Member("store", "store", deployment.store.place, *watch)
+        return [store, *lead.gang, *(Member(*slot, *watch) for slot in slots)]
 
     def start(self) -> None:
         """Creates every actor and waits until the learner and the store are up. Raises the first non-retryable error."""
         for member in self._members:
-            member.spawn(self._plan, self._known)
+            if member.lead is member:
+                member.spawn(self._plan, self._known)
         while self._learner.phase == "starting" or self._store.phase == "starting":
             self._tick()
         self._fresh_report()
@@ -132,10 +135,13 @@ class Supervisor:
         """Calls a method of the idle learner, e.g. `save_checkpoint`. Raises Unavailable if it dies, or takes longer than
         `limits.save_timeout_s`; ConfigError while it trains."""
         self._require_idle(method)
+        asked = self._learner.handle.ask.remote(method, *arguments)
+        others = [rank.task for rank in self._learner.gang[1:] if rank.task is not None]  # if one ends, nobody may answer
+        ended, _ = ray.wait([asked, *others], timeout=self._limits.save_timeout_s)
         try:
-            return ray.get(self._learner.handle.ask.remote(method, *arguments), timeout=self._limits.save_timeout_s)
+            return ray.get(ended[0] if ended else asked, timeout=0)
         except (RayActorError, GetTimeoutError) as error:
-            raise Unavailable(f"learner: no answer to {method}: {_brief(error)}") from error
+            raise Unavailable(f"learner: no answer to {method}: {brief(error)}") from error
 
     def restart_learner(self, checkpoint: int | None) -> None:
         """Replaces the idle learner by one that starts from `checkpoint` (None: the newest); later commits are reopened."""
@@ -158,9 +164,9 @@ class Supervisor:
     def close(self) -> None:
         """Stops every actor: asks first, kills what has not ended after `stop_timeout_s`, or all when it is interrupted. Never
         raises for a dead one."""
-        stopping = [member for member in self._members if member is not self._store]
+        last = [self._store, *self._learner.gang[1:]]  # the others settle their last calls with them
         try:
-            for group in (stopping, [self._store]):  # the store last: the others settle their last calls with it
+            for group in ([member for member in self._members if member not in last], last):
                 refs = [ref for member in group if (ref := member.stop()) is not None]
                 refs += [member.task for member in group if member.phase == "running" and member.task is not None]
                 if refs:
@@ -186,7 +192,8 @@ class Supervisor:
         """What ended, what is reported and what is due, without waiting for anything."""
         ready, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=0)
         for ref in ready:  # all of them, before anybody's deadline is looked at: nobody may have ticked for a while
-            self._settle(tasks[ref])
+            if tasks[ref].task is ref:  # else it was replaced just now, with its gang
+                self._settle(tasks[ref])
         store, reports = None, []
         for member in self._members:
             if member.phase == "starting" and self._clock() > member.deadline:
@@ -214,6 +221,7 @@ class Supervisor:
         self._observe(store.records if store is not None else ())
         if self._summary.failures.broken:
             raise ConfigError(self._summary.failures.broken)
+        self._watch_gang()
         if store is not None:
             self._watch(store)
         return store
@@ -255,16 +263,20 @@ class Supervisor:
             member.connect(peer, restart_count, value)
 
     def _failed(self, member: Member, error: Exception) -> None:
-        """Restarts the member; past max_restarts, raises with its first error of those that count. At the end of a run only the
-        store is needed."""
+        """Restarts the member with its gang; past max_restarts, raises with the first error of those that count.
+
+        At the end of a run only the store is needed.
+        """
+        lead = member.lead
         if self._finishing and member is not self._store:
-            log.warning("%s died at the end of the run, and is not needed any more: %s", member.name, _brief(error))
-            member.kill()
+            log.warning("%s died at the end of the run, and is not needed any more: %s", member.name, brief(error))
+            lead.kill()
             return
+        member, error = first_failure(member, error)
         cause = error.cause if isinstance(error, RayTaskError) else error
-        text = redact(_brief(error))
-        counted = member.budget.failed(text)
-        if not member.restarts:
+        text = redact(brief(error)) + self._standing(lead)
+        counted = lead.budget.failed(text)
+        if not lead.restarts:
             with suppress(DiskFull):
                 write_atomic(self._plan.paths.logs / f"{member.name}.error", text + "\n")
         if isinstance(cause, DiskFull):
@@ -276,16 +288,29 @@ class Supervisor:
         limit, window_s = self._limits.max_restarts, self._limits.restart_window_s
         if len(counted) > limit:
             raise ActorFailed(
-                f"{member.name} failed {len(counted)} times within limits.restart_window_s={window_s:g} s, "
+                f"{lead.name} failed {len(counted)} times within limits.restart_window_s={window_s:g} s, "
                 f"limits.max_restarts={limit}; the first error:\n{counted[0]}"
             ) from error
-        member.restarts += 1
+        lead.restarts += 1
         log.warning("%s died and is restarted: %s", member.name, text.strip().splitlines()[-1] if text.strip() else error)
-        member.kill()
-        if member is not self._store:
-            self._dead.append((member.name, self._plan.incarnation(member.restart_count)))
+        lead.kill()
+        if lead is not self._store:
+            self._dead.append((lead.name, self._plan.incarnation(lead.restart_count)))
             self._tell_deaths()
-        member.spawn(self._plan, self._known)
+        lead.spawn(self._plan, self._known)
+
+    def _heard(self, lead: Member) -> dict[str, Report]:
+        """The newest reports of the gang's members."""
+        return {member.name: report for member in lead.gang if (report := self._summary.reports.get(member.name))}
+
+    def _standing(self, lead: Member) -> str:
+        """What the ranks of a gang, if it is one, were doing when they were last heard."""
+        if len(lead.gang) == 1:
+            return ""
+        doing = ", ".join(f"{name} {report.doing or 'between two calls'}" for name, report in self._heard(lead).items())
+        return (
+            f"; all ranks start anew. After update {self._summary.committed} they were last heard at: {doing or 'nothing yet'}"
+        )
 
     def _tell_deaths(self) -> None:
         """The store is told of every death once; of those while it was down itself, when it is up again."""
@@ -301,6 +326,14 @@ class Supervisor:
         while (report := self._tick(until_told=True)) is None or report.records:
             pass  # a report holds some hundred records at a time
         return report
+
+    def _watch_gang(self) -> None:
+        """Fails the learner's ranks if they are at something and none has moved for `stall_timeout_s`."""
+        ranks = self._heard(self._learner)
+        at_work = len(ranks) > 1 and self._learner.phase != "starting" and any(report.doing for report in ranks.values())
+        if self._gang_stall.stalled(None, ranks, excused=not at_work):
+            limit_s = self._limits.stall_timeout_s
+            self._failed(self._learner, Unavailable(f"no rank of it has moved for limits.stall_timeout_s={limit_s:g} s"))
 
     def _watch(self, report: StoreReport) -> None:
         """Aborts a run in which nothing has moved for `stall_timeout_s`, leaving a dump of who waits for what."""
@@ -327,11 +360,3 @@ class Supervisor:
             except RayError as error:
                 dump[name] = f"no answer: {error}"
         return dump
-
-
-def _brief(error: Exception) -> str:
-    """A died process in one line (Ray's text holds a page of guesses); anything else as it is, traceback and all."""
-    if not isinstance(error, RayActorError) or error.actor_init_failed:
-        return str(error)
-    detail = re.search(r"(exit type: \w+|killed by|exit code|SIG[A-Z]+)[^.]*", str(error))
-    return f"the process died ({detail.group(0) if detail else type(error).__name__})"

@@ -2,6 +2,8 @@
 
 import threading
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -61,6 +63,18 @@ class Peers:
 def call_store(handle: Any, verb: str, *arguments: Any, key: Key = SUPERVISOR) -> Any:
     """Asks the store actor; returns Ray's reference to the reply."""
     return handle.call.options(concurrency_group=VERBS[verb].caller).remote(verb, key, *arguments)
+
+
+class RankCall:
+    """How a learner's first rank asks the others (learn/parallel/gang.py). Arguments are put into Ray's object store once, and
+    read by all ranks of a node where they lie. Waits as long as a rank that lives needs; the supervisor watches these."""
+
+    def __init__(self, followers: Sequence[Any]) -> None:
+        self._followers = followers
+
+    def __call__(self, verb: str, *arguments: Any) -> Callable[[], Any]:
+        shared = [ray.put(argument) for argument in arguments]
+        return partial(ray.get, [follower.ask.remote("serve", verb, *shared) for follower in self._followers])
 
 
 class RayCall:

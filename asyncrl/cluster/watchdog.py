@@ -10,7 +10,7 @@ Clock = Callable[[], float]  # seconds, monotonic
 
 
 class StallWatch:
-    """Notices a run in which nothing has moved for `limit_s`: neither the store nor any actor's `progress`."""
+    """Notices that nothing has moved for `limit_s`: neither the store nor any actor's `progress`; in a gang no rank's."""
 
     def __init__(self, limit_s: float, clock: Clock) -> None:
         self._limit_s, self._clock = limit_s, clock
@@ -18,18 +18,22 @@ class StallWatch:
         self._state: object = None  # of all that moves, as of then
         self._seconds: dict[str, Mapping[str, float]] = {}  # each actor's time by state, as of then
 
-    def stalled(self, store: StoreReport, actors: Mapping[str, Report], *, excused: bool) -> str:
+    def stalled(self, store: StoreReport | None, actors: Mapping[str, Report], *, excused: bool) -> str:
         """If nothing has moved for the limit, what each actor was doing all the time; else empty.
 
-        excused: nothing has to move now, for something starts that has a limit of its own, or nothing was asked for.
+        store: None where it does not matter. excused: nothing has to move now, for something starts that has a limit of its
+        own, or nothing was asked for.
         """
-        state = (store.committed, store.counts, store.activity, {name: report.progress for name, report in actors.items()})
+        state = (
+            store and (store.committed, store.counts, store.activity),
+            {name: report.progress for name, report in actors.items()},
+        )
         if excused or state != self._state:
             self._moved_at, self._state = self._clock(), state
             self._seconds = {name: report.seconds for name, report in actors.items()}
         if self._clock() - self._moved_at <= self._limit_s:
             return ""
-        return ", ".join(f"{name} {self._longest(report)}" for name, report in sorted(actors.items()))
+        return ", ".join(f"{name} {report.doing or self._longest(report)}" for name, report in sorted(actors.items()))
 
     def _longest(self, report: Report) -> str:
         before = self._seconds.get(report.name, {})

@@ -1,17 +1,19 @@
 """From specs to stages. The one place that knows every stage's constructor; each function runs inside its actor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 
 from asyncrl.cluster.plan import RunPlan
-from asyncrl.cluster.transport import Peers, RayCall
+from asyncrl.cluster.transport import Peers, RankCall, RayCall
 from asyncrl.config.callables import load_callable
+from asyncrl.config.parallel import chosen
 from asyncrl.interfaces import Stage
 from asyncrl.types import Sampling
 
 if TYPE_CHECKING:
+    from asyncrl.learn.parallel.rank import Rank
     from asyncrl.replay.client import ReplayClient
     from asyncrl.replay.store import ReplayStore
 
@@ -64,15 +66,18 @@ def build_store(plan: RunPlan) -> "ReplayStore":
 # ------------------------------------------------------------------------------------------------------- the stages
 
 
-def build(role: str, name: str, restart_count: int, plan: RunPlan, peers: Peers) -> Built:
-    """Builds a stage of `role` in the calling process. restart_count: rises with every restart of this actor."""
+def build(role: str, name: str, restart_count: int, plan: RunPlan, peers: Peers, followers: Sequence[Any] = ()) -> Built:
+    """Builds a stage of `role` in the calling process. restart_count: rises with every restart of this actor. followers: the
+    actors of a learner's other ranks."""
+    if role == "rank":
+        return _follower(name, plan)
     from asyncrl.replay.client import ReplayClient
 
     incarnation = plan.incarnation(restart_count)
     store = ReplayClient(RayCall(peers), name, incarnation, run=plan.paths.run_id, retry_s=_patience_s(plan))
     if role == "reward":
         return _reward(name, plan, store)
-    return _generator(name, plan, peers, store) if role == "generator" else _learner(plan, store)
+    return _generator(name, plan, peers, store) if role == "generator" else _learner(plan, store, followers)
 
 
 def _patience_s(plan: RunPlan) -> float:
@@ -140,19 +145,22 @@ def _reward(name: str, plan: RunPlan, store: "ReplayClient") -> Built:
     return Built(worker, None, (store.close,))
 
 
-def _learner(plan: RunPlan, store: "ReplayClient") -> Built:
-    from asyncrl.learn.build import policy_trainer
+def _learner(plan: RunPlan, store: "ReplayClient", followers: Sequence[Any]) -> Built:
     from asyncrl.learn.checkpoint import Checkpoints
     from asyncrl.learn.learner import Learner
-    from asyncrl.models.loading import use_threads
-    from asyncrl.models.tokenizing import load_tokenizer
+    from asyncrl.learn.parallel.gang import Gang
+    from asyncrl.models.ranks import open_rendezvous
     from asyncrl.weights.publisher import WeightPublisher
 
-    recipe, bus, place = plan.recipe, plan.deployment.bus, plan.deployment.learner.place
-    use_threads(place.threads)
-    trainer = policy_trainer(recipe, device="cuda" if place.gpus else "cpu", refused_dir=plan.paths.logs / "refused")
+    recipe, bus, host = plan.recipe, plan.deployment.bus, _host(plan)
+    if followers:
+        ask, rendezvous = RankCall(followers), open_rendezvous(host)
+        built = ask("build", host, rendezvous.port)
+        ranks: Rank | Gang = Gang(_rank(plan, "learner", rendezvous), ask)
+        built()
+    else:
+        ranks = _rank(plan, "learner")
     publishers: list[WeightPublisher] = []
-    host = _host(plan)
 
     def open_bus(incarnation: int) -> WeightPublisher:
         publisher = WeightPublisher(incarnation, host=host, transport=bus.transport, bucket_bytes=bus.bucket_bytes)
@@ -160,17 +168,50 @@ def _learner(plan: RunPlan, store: "ReplayClient") -> Built:
         return publisher
 
     learner = Learner(
-        trainer,
+        ranks,
         store,
         open_bus,
         Checkpoints(plan.paths, recipe.checkpoint.keep_last_n),
-        tokenizer=load_tokenizer(recipe.model),
         save_freq=recipe.checkpoint.save_freq,
         eval_freq=recipe.evaluation.freq if recipe.evaluation.files else None,
         poll_s=plan.deployment.limits.poll_s,
     )
     learner.start(plan.resume_at)
     return Built(learner, publishers[-1].address, (store.close, learner.close))
+
+
+def _follower(name: str, plan: RunPlan) -> Built:
+    from asyncrl.learn.parallel.gang import Follower
+    from asyncrl.models.ranks import reach_rendezvous
+
+    timeout_s = plan.deployment.limits.start_timeout_s
+    follower = Follower(name, lambda host, port: _rank(plan, name, reach_rendezvous(host, port, timeout_s)))
+    return Built(follower, None, ())
+
+
+def _rank(plan: RunPlan, name: str, rendezvous: Any = None) -> "Rank":
+    """What this process trains: all, or the part of rank `name` in the group that meets at the rendezvous. Waits there for the
+    others."""
+    from asyncrl.learn.build import policy_trainer
+    from asyncrl.learn.checkpoint import Checkpoints
+    from asyncrl.learn.parallel.rank import Rank
+    from asyncrl.models.loading import use_threads
+    from asyncrl.models.ranks import Ranks, join, talk_over
+    from asyncrl.models.tokenizing import load_tokenizer
+
+    recipe, learner, limits = plan.recipe, plan.deployment.learner, plan.deployment.limits
+    device = "cuda" if learner.place.gpus else "cpu"
+    use_threads(learner.place.threads)
+    ranks = Ranks()
+    if rendezvous is not None:
+        talk_over(_host(plan))
+        layout = chosen(learner.parallel, learner.ranks)
+        # Who waits longer than this is not heard any more: the watch over stalled runs goes first.
+        timeout_s = 2 * max(limits.stall_timeout_s, limits.save_timeout_s)
+        ranks = join(rendezvous, learner.names.index(name), layout, device=device, timeout_s=timeout_s)
+    trainer = policy_trainer(recipe, device=device, refused_dir=plan.paths.logs / "refused")
+    checkpoints = Checkpoints(plan.paths, recipe.checkpoint.keep_last_n)
+    return Rank(trainer, checkpoints, load_tokenizer(recipe.model), ranks)
 
 
 def _sampling(plan: RunPlan, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Sampling:

@@ -247,7 +247,17 @@ class LearnerPlaceSpec(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require_fields(self, "learner.", [("ranks", lambda x: x >= 1, "< 1: nobody would train; use at least 1")])
+        require(
+            self.ranks == 1 or self.place.gpus in (0, 1),
+            f"learner.place.gpus={self.place.gpus:g} with learner.ranks={self.ranks}: a rank computes on one GPU, of its own; "
+            "set learner.place.gpus=1, and learner.ranks to the number of GPUs",
+        )
         chosen(self.parallel, self.ranks)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What its ranks are called; the first one leads."""
+        return ("learner", *(f"learner-{index}" for index in range(1, self.ranks)))
 
 
 class StoreSpec(Spec, frozen=True, kw_only=True):

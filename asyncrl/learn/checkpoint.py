@@ -73,25 +73,39 @@ class Checkpoints:
         return path
 
     def restore(self, trainer: Checkpointed, at: int | None = None, refusal: Refusal = lambda version: "") -> int | None:
-        """Loads the newest checkpoint that is whole and not refused, random states included; returns its update count.
+        """Loads what `choose` chooses, and returns its update count; None in a run that has no checkpoint yet."""
+        update = self.choose(at, refusal)
+        if update is not None:
+            self.load(trainer, update)
+        return update
+
+    def choose(self, at: int | None = None, refusal: Refusal = lambda version: "") -> int | None:
+        """The update count of the newest checkpoint that is whole and not refused.
 
         at: takes the checkpoint after so many updates instead. refusal: why one of this version can't be gone on from, or "".
-        Of the figures saved, those that the trainer has are overwritten in place, and others ignored. So is a critic where it
-        has none; one that it has must be in the checkpoint.
         None in a run that has none yet. Checkpoints that can't be used are skipped with a warning; nothing is deleted. Raises
         CheckpointError, which says why, if none can be used, or not the one of update `at`.
         """
         folders = self._run_dir.steps()
         if at is None and not folders:
             return None
-        wanted, extra = newest_complete(folders, refusal) if at is None else self._only(at, folders, refusal)
+        wanted, _ = newest_complete(folders, refusal) if at is None else self._only(at, folders, refusal)
+        return self._run_dir.update_of(wanted)
+
+    def load(self, trainer: Checkpointed, update: int) -> None:
+        """Loads the checkpoint of an update, one that `choose` chose, random states included.
+
+        Of the figures saved, those that the trainer has are overwritten in place, and others ignored. So is a critic where it
+        has none; one that it has must be in the checkpoint.
+        """
+        wanted = self._run_dir.checkpoint(update)
+        _, extra = read_manifest(wanted)
         load_weights(trainer.model, load_file(wanted / "policy" / "model.safetensors"))
         trainer.optimizer.load_state_dict(_load(wanted / "optimizer.pt"))
         if trainer.critic is not None:
             _load_critic(trainer.critic, wanted / "critic")
         _set_rng_state(_load(wanted / "rng.pt"))
         trainer.state |= {name: value for name, value in extra.get("state", {}).items() if name in trainer.state}
-        return int(extra["update"])
 
     def discard_after(self, update: int) -> None:
         """Deletes the checkpoints of later updates: the run goes on from `update`, and they belong to what was given up."""

@@ -21,15 +21,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
 from asyncrl.errors import CheckpointError, Closed
 from asyncrl.interfaces import LearnerStore, WeightSink
 from asyncrl.learn.checkpoint import Checkpoints
-from asyncrl.learn.trainer import PolicyTrainer
-from asyncrl.models.loading import export, named_weights
+from asyncrl.learn.parallel.gang import Gang
+from asyncrl.learn.parallel.rank import Rank
 from asyncrl.report.timing import TimeInState
-from asyncrl.rundir import atomic_folder
 from asyncrl.types import BatchLease, Report, TrainRollout, Version
 
 log = logging.getLogger(__name__)
@@ -44,8 +41,9 @@ class LeasedBatch(NamedTuple):
 
 
 class Learner:
-    """One learner, the only rank. (Later ranks do `trainer.update` together; this loop stays rank 0's alone.)
+    """The one who leads the training: it alone talks to the store and the weight bus.
 
+    ranks: who trains: the only rank, or the view that the first of several has of all. checkpoints: as the ranks have them.
     open_bus: makes the sending end of the weight bus for an incarnation, once the store has given one.
     save_freq: updates between checkpoints. eval_freq: updates between held-out evaluations; None: never. poll_s: the
     longest wait of one call, which bounds how late `stop` is noticed.
@@ -53,22 +51,20 @@ class Learner:
 
     def __init__(
         self,
-        trainer: PolicyTrainer,
+        ranks: Rank | Gang,
         store: LearnerStore,
         open_bus: Callable[[int], WeightSink],
         checkpoints: Checkpoints,
         *,
-        tokenizer: PreTrainedTokenizerBase,
         save_freq: int,
         eval_freq: int | None,
         poll_s: float,
     ) -> None:
-        self._trainer = trainer
+        self._ranks = ranks
         self._store = store
         self._open_bus = open_bus
         self._bus: WeightSink | None = None
         self._checkpoints = checkpoints
-        self._tokenizer = tokenizer
         self._save_freq = save_freq
         self._eval_freq = eval_freq
         self._poll_s = poll_s
@@ -89,7 +85,9 @@ class Learner:
         In a new run this is version 0 of the starting weights, saved as step_000000. `run` calls it if nobody has.
         """
         with self._timed("sync", "timing_s/restore"):
-            restored = self._checkpoints.restore(self._trainer, at, self._store.lineage().refusal)
+            restored = self._checkpoints.choose(at, self._store.lineage().refusal)
+            if restored is not None:
+                self._ranks.load(restored)
             committed = restored or 0
             fence = self._store.fence(committed)
         if fence.committed != committed:
@@ -165,8 +163,14 @@ class Learner:
         bus = self._bus
         gauges = {} if bus is None else {f"bus/{name}": value for name, value in bus.gauges().items()}
         gauges["update"] = float(self.committed)
-        progress = self._trainer.packs + self._ended_blocks
-        return Report(name="learner", role="learner", seconds=self._time.seconds(), gauges=gauges, progress=progress)
+        return Report(
+            name="learner",
+            role="learner",
+            seconds=self._time.seconds(),
+            gauges=gauges,
+            progress=self._ranks.pulse.progress + self._ended_blocks,
+            doing=self._ranks.pulse.doing,
+        )
 
     def save_checkpoint(self) -> str:
         """Saves the current version, between runs, and returns the folder."""
@@ -182,8 +186,7 @@ class Learner:
 
     def export(self, folder: str) -> None:
         """Writes the current policy as a Hugging Face folder, tokenizer included."""
-        with atomic_folder(folder) as beside:
-            export(self._trainer.model, self._tokenizer, beside)
+        self._ranks.export(folder)
 
     def _batches(self, until: int) -> Generator[LeasedBatch, None, None]:
         """The batches to train from now up to update `until`, which lies ahead; fewer at the end of the data, `stop` or `halt`.
@@ -223,7 +226,7 @@ class Learner:
         version, (lease, rollouts, rows_s) = self._version, batch
         self._started = False  # until the commit is in, these weights have no name: a failure starts from the checkpoint
         with self._timed("busy", "timing_s/step"):
-            metrics = self._trainer.update(rollouts, version.update)
+            metrics = self._ranks.update(rollouts, version.update)
         metrics |= self._timings
         self._timings.clear()
         metrics["timing_s/rows"] = rows_s  # in the helper, during the update before
@@ -253,11 +256,11 @@ class Learner:
     def _publish(self) -> None:
         with self._timed("sync", "timing_s/publish"):
             assert self._bus is not None, "published before start"
-            self._bus.publish(self._version, named_weights(self._trainer.model))
+            self._bus.publish(self._version, self._ranks.weights())
 
     def _save(self) -> Path:
         with self._timed("sync", "timing_s/checkpoint"):
-            path = self._checkpoints.save(self._trainer, self._version)
+            path = self._ranks.save(self._version)
             self._saved = self._version
             self._retain()
         return path

@@ -9,6 +9,10 @@ scores a part of it, and `whole` puts these together, so that a loss may couple 
 whole batch, columns and totals, one rank of each share tells all others: they then hold the same bits, and decide alike.
 """
 
+import contextlib
+import fcntl
+import os
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -18,10 +22,32 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from asyncrl.config import Layout
 
+_SIOCGIFADDR = 0x8915  # Linux: the address of an interface
+
 
 def open_rendezvous(host: str) -> dist.TCPStore:
-    """Where the ranks of a group find each other, on a free port of `host`. Rank 0 opens it, and keeps it."""
-    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    """Where the ranks of a group find each other, on a free port of `host` alone. Rank 0 opens it, and keeps it."""
+    with socket.create_server((host, 0)) as server:  # by itself TCPStore would listen on every address of the node
+        port = server.getsockname()[1]
+        return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=server.detach())
+
+
+def reach_rendezvous(host: str, port: int, timeout_s: float) -> dist.TCPStore:
+    """The same, as the other ranks see it. Waits for it no longer than that."""
+    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+
+
+def talk_over(host: str) -> None:
+    """Has this process's collectives use the network interface with this IPv4 address, unless the environment names others.
+
+    By itself gloo takes what the node's name resolves to, which may be an interface that no other node reaches.
+    """
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):  # it has no address
+            found = fcntl.ioctl(probe, _SIOCGIFADDR, name.encode().ljust(256, b"\0"))[20:24]
+            if socket.inet_ntoa(found) == host:
+                for backend in ("GLOO", "NCCL"):
+                    os.environ.setdefault(f"{backend}_SOCKET_IFNAME", name)
 
 
 def join(store: dist.Store, rank: int, layout: Layout, *, device: str, timeout_s: float) -> "Ranks":

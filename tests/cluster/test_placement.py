@@ -21,14 +21,14 @@ def test_demand(place, expected):
 @pytest.mark.ray
 def test_a_helper_reserves_nothing(local_ray):
     placement = reserve("reward-0", PlaceSpec(), timeout_s=1.0)
-    assert (placement.options, placement.group) == ({"num_cpus": 0}, None)
+    assert (placement.options, placement.group) == (({"num_cpus": 0},), None)
 
 
 @pytest.mark.ray
 def test_a_group_is_reserved_and_given_back(local_ray):
     for _ in range(3):  # the local Ray has two CPUs: without release the second round would not fit
         placement = reserve("learner", PlaceSpec(cpus=2), timeout_s=30.0)
-        assert placement.options["num_cpus"] == 2
+        assert placement.options[0]["num_cpus"] == 2
         placement.release()
 
 

@@ -9,6 +9,7 @@ import torch
 from asyncrl.errors import CheckpointError, Closed, Fenced, NonFinite, Unavailable
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.learner import Learner
+from asyncrl.learn.parallel.rank import Rank
 from asyncrl.rundir import RunDir
 from asyncrl.types import BatchLease, Fence, Lineage, Version
 
@@ -31,12 +32,12 @@ def make_learner(make_trainer, make_store, make_bus, tmp_path: Path):
     def make(leases, *, save_freq: int = 2, eval_freq: int | None = 2, fence: Fence | None = None, keep_last_n: int = 2, **of):
         calls: list = []
         store, bus, trainer = make_store(leases, calls, fence), make_bus(calls), make_trainer(max_lag=9, **of)
+        checkpoints = Checkpoints(RunDir(tmp_path / "run"), keep_last_n)
         learner = Learner(
-            trainer,
+            Rank(trainer, checkpoints, Tokenizer()),
             store,
             lambda incarnation: bus,
-            Checkpoints(RunDir(tmp_path / "run"), keep_last_n),
-            tokenizer=Tokenizer(),
+            checkpoints,
             save_freq=save_freq,
             eval_freq=eval_freq,
             poll_s=0.1,
