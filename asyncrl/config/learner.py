@@ -65,6 +65,11 @@ class LoraSpec(Spec, frozen=True, kw_only=True):
             ("rank", lambda x: x >= 1, "< 1: nothing could be learned; use 8 or more"),
             ("alpha", lambda x: x > 0, "<= 0: adapters would not count; use about twice the rank"),
             ("target_modules", lambda x: len(x) > 0, "names no layer: nothing would be learned; use all-linear"),
+            (
+                "target_modules",
+                lambda x: len(x) == 1 or "all-linear" not in x,
+                "names all layers, and some; use all-linear alone",
+            ),
         ]
         require_fields(self, "learner.lora.", rules)
 

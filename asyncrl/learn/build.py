@@ -10,6 +10,7 @@ from asyncrl.learn.critic import Critic
 from asyncrl.learn.trainer import PolicyTrainer
 from asyncrl.learn.update import RefusedSteps
 from asyncrl.models.loading import load_model
+from asyncrl.models.lora import WithoutAdapters, add_adapters
 from asyncrl.models.packed import PackedModel
 from asyncrl.models.value import OwnValues, SharedValues
 
@@ -17,6 +18,8 @@ from asyncrl.models.value import OwnValues, SharedValues
 def policy_trainer(recipe: Recipe, *, device: str, refused_dir: Path) -> PolicyTrainer:
     """The policy; where needed its frozen reference; with GAE the critic. refused_dir: for batches of refused steps."""
     policy, temperature = load_model(recipe.model, device), recipe.sampling.temperature
+    if recipe.learner.lora is not None:
+        add_adapters(policy, recipe.learner.lora, recipe.seed)
     return PolicyTrainer(
         PackedModel(policy, temperature),
         recipe.learner,
@@ -24,9 +27,16 @@ def policy_trainer(recipe: Recipe, *, device: str, refused_dir: Path) -> PolicyT
         recipe.staleness_rule(),
         total_steps=recipe.total_steps,
         refused_dir=refused_dir,
-        reference=PackedModel(load_model(recipe.model, device), temperature) if recipe.algorithm.needs_reference else None,
+        reference=_reference(recipe, policy, device) if recipe.algorithm.needs_reference else None,
         critic=_critic(recipe, policy, device, refused_dir / "critic") if recipe.algorithm.needs_critic else None,
     )
+
+
+def _reference(recipe: Recipe, policy: PreTrainedModel, device: str) -> PackedModel:
+    """A copy of the starting policy; under adapters it is there already."""
+    if recipe.learner.lora is not None:
+        return WithoutAdapters(policy, recipe.sampling.temperature)
+    return PackedModel(load_model(recipe.model, device), recipe.sampling.temperature)
 
 
 def _critic(recipe: Recipe, policy: PreTrainedModel, device: str, refused_dir: Path) -> Critic:

@@ -25,13 +25,14 @@ def learning_rate(spec: OptimizerSpec, committed: int, total_steps: int) -> floa
 
 
 class Optimization:
-    """Trains the parameters of `module` as `spec` says. setting: the name of its lr. adamw: what a checkpoint holds.
+    """Trains what is not frozen of `module`, as `spec` says. setting: the name of its lr. adamw: what a checkpoint holds.
 
     A module that several ranks share must be sharded before: the optimizer holds the parameters that it finds.
     """
 
     def __init__(self, module: torch.nn.Module, spec: OptimizerSpec, total_steps: int, setting: str) -> None:
-        dtype = next(module.parameters()).dtype
+        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        dtype = self._parameters[0].dtype
         if dtype != torch.float32:
             log.warning(
                 "model.dtype=%s rounds away every optimizer step below 1/512 of a weight: %s=%g may train nothing; "
@@ -41,9 +42,8 @@ class Optimization:
                 spec.lr,
             )
         self.adamw = torch.optim.AdamW(
-            module.parameters(), lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True
+            self._parameters, lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True
         )
-        self._module = module
         self._spec = spec
         self._total_steps = total_steps
 
@@ -56,7 +56,7 @@ class Optimization:
 
     def clip(self) -> float:
         """Clips the gradient; returns the norm that it had. Of a sharded module that of all ranks, which all must ask for."""
-        norm = torch.nn.utils.clip_grad_norm_(self._module.parameters(), self._spec.max_grad_norm or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._spec.max_grad_norm or math.inf)
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 

@@ -4,7 +4,7 @@ What FSDP and tensor parallelism spread over ranks are DTensors; a rank holds on
 one. Anything else every rank holds whole. A checkpoint, and a version on the bus, are the pieces of all ranks but for copies.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,11 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
     copy: bool = False  # an earlier rank holds the same, and writes it
+    added: Callable[[], torch.Tensor] | None = None  # makes what adapters add to it
+
+    def read(self) -> torch.Tensor:
+        """What stands there: `local`, or a new tensor like it for each call, adapters included. Asks no other rank."""
+        return self.local if self.added is None else (self.local + self.added()).to(self.local.dtype)
 
 
 def named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -5,14 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from asyncrl.config import AlgorithmSpec, CriticSpec, DataSpec, LearnerSpec, ModelSpec, Recipe, RewardSpec
+from asyncrl.config import AlgorithmSpec, CriticSpec, DataSpec, LearnerSpec, LoraSpec, ModelSpec, Recipe, RewardSpec
 from asyncrl.errors import ConfigError
 from asyncrl.learn.build import policy_trainer
+from asyncrl.models.loading import named_weights
+from asyncrl.models.shards import same_bits
 
 
 @pytest.fixture
 def make(tmp_path: Path, make_model):
-    def build(critic: CriticSpec | None, vocabulary: int = 16, **algorithm: object):
+    def build(critic: CriticSpec | None, vocabulary: int = 16, learner: LearnerSpec = LearnerSpec(batch_groups=4), **algorithm):
         make_model().save_pretrained(tmp_path / "policy")
         other = make_model(seed=1)
         other.resize_token_embeddings(vocabulary)
@@ -23,7 +25,7 @@ def make(tmp_path: Path, make_model):
             data=DataSpec(files=("f",)),
             reward=RewardSpec(function="m:f"),
             algorithm=AlgorithmSpec(**({} if critic is None else {"adv_estimator": "gae"}), **algorithm),
-            learner=LearnerSpec(batch_groups=4),
+            learner=learner,
             critic=critic or CriticSpec(),
             total_steps=9,
         )
@@ -57,3 +59,24 @@ def test_a_critic_that_cannot_read_every_token_is_refused(make, tmp_path: Path) 
     critic = CriticSpec(model=ModelSpec(path=str(tmp_path / "other")))
     with pytest.raises(ConfigError, match=r"critic\.model\.path='.*other' knows 12 tokens, the policy 16"):
         make(critic, vocabulary=12)
+
+
+def test_with_lora_adapters_alone_learn_and_the_reference_is_what_they_were_added_to(make, make_model, make_rollouts) -> None:
+    lora = LearnerSpec(batch_groups=4, lr=1e-2, lora=LoraSpec(rank=2))
+    trainer, whole = make(CriticSpec(), learner=lora, kl_coef=0.1), make(CriticSpec(), kl_coef=0.1)
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    learned = [names[parameter] for parameter in trainer.optimizer.param_groups[0]["params"]]
+    assert len(learned) == 2 * 7 * 2  # A and B of seven matrices in each of two layers
+    assert all(".lora_" in name for name in learned)
+    assert len(trainer.critic.optimizer.param_groups[0]["params"]) == len(whole.critic.optimizer.param_groups[0]["params"])
+
+    first, expected = trainer.update(make_rollouts(), 0), whole.update(make_rollouts(), 0)
+    assert first["actor/kl_loss"] == expected["actor/kl_loss"] == 0.0
+    second = trainer.update(make_rollouts(), 1)
+    assert second["actor/kl_loss"] > 1e-6  # the policy moves away from its reference
+    weights, before = named_weights(trainer.model), named_weights(make_model())
+    assert all(same_bits(weights[name], before[name]) for name in weights.keys() & before.keys())
+    assert sum(".base_layer." in name for name in weights) == 14
+    for name, tensor in before.items():
+        inside = f"{name.removesuffix('.weight')}.base_layer.weight"
+        assert same_bits(weights[inside if inside in weights else name], tensor)

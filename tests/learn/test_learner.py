@@ -3,13 +3,19 @@
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from asyncrl.config import LoraSpec
 from asyncrl.errors import CheckpointError, Closed, Fenced, NonFinite, Unavailable
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.learner import Learner
 from asyncrl.learn.parallel.rank import Rank
+from asyncrl.models.loading import load_weights, named_weights
+from asyncrl.models.lora import add_adapters
+from asyncrl.models.packed import PackedModel, TokenSequence, make_pack
+from asyncrl.models.shards import same_bits
 from asyncrl.rundir import RunDir
 from asyncrl.types import BatchLease, Fence, Lineage, Version
 
@@ -102,6 +108,29 @@ def test_what_is_published_is_what_was_trained(make_learner) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(bus.published["3.2"][name], trainer.model.get_parameter(name))
     assert not torch.equal(bus.published["3.1"][name], bus.published["3.2"][name])
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-2])
+def test_with_adapters_every_version_published_is_the_policy_as_it_is_then(make_learner, make_model, lr: float) -> None:
+    model, plain, base = make_model(), make_model(), named_weights(make_model())
+    add_adapters(model, LoraSpec(rank=2), seed=0)
+    learner, _, bus, trainer = make_learner([lease(i, i) for i in range(20)], model=model, learner={"lr": lr}, save_freq=99)
+    pack = make_pack([TokenSequence(np.arange(16) * 3 % 16, np.arange(1, 16))], [0])
+    publish, gaps = bus.publish, []
+
+    def note(version, weights):
+        publish(version, weights)
+        assert list(weights) == list(base)
+        load_weights(plain, weights)
+        engine, own = (PackedModel(of).score([pack], torch.empty(15)) for of in (plain, trainer.model))
+        gaps.append((engine - own).abs().max().item())
+
+    bus.publish = note
+    learner.run(20)
+    assert max(gaps) <= 5e-5
+    assert len(gaps) == 21
+    unmoved = [all(same_bits(weights[name], base[name]) for name in base) for weights in bus.published.values()]
+    assert unmoved == [True] + [lr == 0] * 20
 
 
 def test_metrics_are_committed_with_the_batch(make_learner) -> None:

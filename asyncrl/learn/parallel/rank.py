@@ -9,7 +9,8 @@ from asyncrl.interfaces import Tensors
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.parallel.pulse import Pulse
 from asyncrl.learn.trainer import PolicyTrainer
-from asyncrl.models.loading import export, named_weights
+from asyncrl.models.loading import export
+from asyncrl.models.lora import merged_pieces
 from asyncrl.models.ranks import Ranks
 from asyncrl.rundir import atomic_folder
 from asyncrl.types import TrainRollout, Version
@@ -43,7 +44,7 @@ class Rank:
 
     def weights(self) -> Tensors:
         """The policy's weights by name, whole, to be published; none on ranks other than the first."""
-        return named_weights(self._trainer.model) if self._ranks.first else {}
+        return {piece.name: piece.read() for piece in merged_pieces(self._trainer.model, self._ranks)} if self._ranks.first else {}
 
     def export(self, folder: str) -> None:
         """Writes the current policy as a Hugging Face folder, tokenizer included."""

@@ -1,0 +1,143 @@
+"""Low-rank adapters (Hu et al. 2021; by peft) in a causal LM, which are trained in place of its weights.
+
+    W x  becomes  W x + (alpha ÷ rank) B A x       W frozen; A random, B zero: at the start nothing has changed
+
+The model stays the same object, with adapters inside. Engines and folders get it as if it had none: W + (alpha ÷ rank) B A
+under the name of W, made anew from W each time. (To merge into W, and take back out, would drift it, rounding by rounding.)
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from asyncrl.config import LoraSpec
+from asyncrl.errors import ConfigError
+from asyncrl.models.packed import Pack, PackedModel
+from asyncrl.models.pieces import Piece, module_pieces
+from asyncrl.models.ranks import Ranks
+
+_ADAPTER = "default"  # as peft names the only one
+_FIELD = "learner.lora.target_modules"
+
+
+def add_adapters(model: PreTrainedModel, spec: LoraSpec, seed: int) -> None:
+    """Freezes the model and adds adapters in place, in float32. The same seed gives the same ones.
+
+    Raises ConfigError: there is no peft; a module that the model has not, or that can't have an adapter.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError(
+            f"learner.lora needs peft ({error}): pip install 'asyncrl[lora]', or train the whole model"
+        ) from error
+    named = spec.target_modules != ("all-linear",)
+    if named:
+        _require_adaptable(model, spec.target_modules)
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=0.0,  # or the learner would be another policy than the generators'
+        target_modules=list(spec.target_modules) if named else "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):  # adapters are made on the CPU, and moved
+        torch.manual_seed(seed)
+        try:
+            get_peft_model(model, config, _ADAPTER)  # what it returns wraps the model, which goes on as it is
+        except ValueError as error:
+            raise ConfigError(f"{_FIELD}={list(spec.target_modules)}: {error}") from error
+
+
+def _require_adaptable(model: PreTrainedModel, targets: Sequence[str]) -> None:
+    """Refuses names that peft would pass over in silence, and the layers that are read without calling them."""
+    modules = dict(model.named_modules())
+    ends = {model.get_input_embeddings(): "the embedding", model.get_output_embeddings(): "the output layer"}
+    for target in targets:
+        chosen = [module for name, module in modules.items() if f".{name}".endswith(f".{target}")]
+        if not chosen:
+            known = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+            raise ConfigError(
+                f"{_FIELD}: {target!r} is no module of this model, and would get no adapter; its linear layers are "
+                f"{', '.join(sorted(known))}"
+            )
+        if found := [ends[module] for module in chosen if module in ends]:
+            raise ConfigError(f"{_FIELD}: {target!r} is {found[0]}, whose adapter would not be trained; leave it out")
+
+
+def adapted(model: torch.nn.Module) -> dict[str, Any]:
+    """The layers that have an adapter, by name; none in a model without."""
+    if not hasattr(model, "peft_config"):
+        return {}
+    return {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
+
+
+@torch.no_grad()
+def merged_pieces(model: torch.nn.Module, ranks: Ranks) -> list[Piece]:
+    """`module_pieces` of the model as if it had no adapters: what they add is made where a piece is read, one at a time.
+
+    Where ranks share the weights all of them must call it: they gather the adapters (and nothing as large as a weight).
+    """
+    layers, merged = adapted(model), []
+    for piece in module_pieces(model, ranks):
+        layer, inside, rest = piece.name.partition(".base_layer.")
+        if inside and rest == "weight":
+            piece = piece._replace(added=partial(_product, piece, *_factors(layers[layer])))
+        if ".lora_" not in piece.name:
+            merged.append(piece._replace(name=f"{layer}.{rest}" if inside else piece.name))
+    return merged
+
+
+def _factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What makes (alpha ÷ rank) B A in the weight's own orientation, whole on every rank: [rows, rank] and [rank, columns]."""
+    a, b = _whole(layer.lora_A[_ADAPTER].weight), _whole(layer.lora_B[_ADAPTER].weight)
+    b = b * layer.scaling[_ADAPTER]
+    return (a.T, b.T) if layer.fan_in_fan_out else (b, a)
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.detach() if not isinstance(parameter, DTensor) else parameter.detach().full_tensor()
+
+
+def _product(piece: Piece, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """The part of the product that belongs to a piece."""
+    (top, left), (height, width) = piece.offsets, piece.local.shape
+    return rows[top : top + height] @ columns[:, left : left + width]
+
+
+def merge_adapters(model: PreTrainedModel) -> None:
+    """Makes it an ordinary model again, whose weights hold what adapters added, and can all be trained. One rank only."""
+    merged = {piece.name: piece for piece in merged_pieces(model, Ranks())}
+    for name, layer in adapted(model).items():
+        layer.base_layer.weight.data = merged[f"{name}.weight"].read()
+        model.set_submodule(name, layer.base_layer)
+    del model.peft_config
+    model.requires_grad_(True)
+
+
+class WithoutAdapters(PackedModel):
+    """The model as it was before its adapters learned anything, without a copy of the weights. Only `score` may be asked."""
+
+    def score(self, packs: Sequence[Pack], out_n: torch.Tensor) -> torch.Tensor:
+        """As PackedModel's, with all adapters switched off meanwhile."""
+        with _switched_off(self.model):
+            return super().score(packs, out_n)
+
+
+@contextmanager
+def _switched_off(model: torch.nn.Module) -> Iterator[None]:
+    layers = adapted(model).values()
+    for layer in layers:
+        layer.enable_adapters(False)
+        for name, parameter in layer.named_parameters():  # which peft froze too: FSDP would keep them so
+            parameter.requires_grad_(name.startswith("lora_"))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
