@@ -101,7 +101,7 @@ def _factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.detach() if not isinstance(parameter, DTensor) else parameter.detach().full_tensor()
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
 def _product(piece: Piece, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
