@@ -77,37 +77,33 @@ def adapted(model: torch.nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
 
 
-@torch.no_grad()
 def merged_pieces(model: torch.nn.Module, ranks: Ranks) -> list[Piece]:
     """`module_pieces` of the model as if it had no adapters: what they add is made where a piece is read, one at a time.
 
-    Where ranks share the weights all of them must call it: they gather the adapters (and nothing as large as a weight).
+    Where ranks share weights all of them must read all pieces, in their order: to read one gathers that layer's adapter (and
+    nothing as large as a weight).
     """
     layers, merged = adapted(model), []
     for piece in module_pieces(model, ranks):
         layer, inside, rest = piece.name.partition(".base_layer.")
         if inside and rest == "weight":
-            piece = piece._replace(added=partial(_product, piece, *_factors(layers[layer])))
+            piece = piece._replace(added=partial(_added, layers[layer], piece))
         if ".lora_" not in piece.name:
             merged.append(piece._replace(name=f"{layer}.{rest}" if inside else piece.name))
     return merged
 
 
-def _factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What makes (alpha ÷ rank) B A in the weight's own orientation, whole on every rank: [rows, rank] and [rank, columns]."""
-    a, b = _whole(layer.lora_A[_ADAPTER].weight), _whole(layer.lora_B[_ADAPTER].weight)
-    b = b * layer.scaling[_ADAPTER]
-    return (a.T, b.T) if layer.fan_in_fan_out else (b, a)
+@torch.no_grad()
+def _added(layer: Any, piece: Piece) -> torch.Tensor:
+    """The part of (alpha ÷ rank) B A that belongs to a piece of W."""
+    a, b = _whole(layer.lora_A[_ADAPTER].weight), _whole(layer.lora_B[_ADAPTER].weight) * layer.scaling[_ADAPTER]
+    rows, columns = (a.T, b.T) if layer.fan_in_fan_out else (b, a)  # as GPT-2 has its weights
+    (top, left), (height, width) = piece.offsets, piece.local.shape
+    return rows[top : top + height] @ columns[:, left : left + width]
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
-
-
-def _product(piece: Piece, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """The part of the product that belongs to a piece."""
-    (top, left), (height, width) = piece.offsets, piece.local.shape
-    return rows[top : top + height] @ columns[:, left : left + width]
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def merge_adapters(model: PreTrainedModel) -> None:

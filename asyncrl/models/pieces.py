@@ -28,7 +28,7 @@ class Piece(NamedTuple):
     added: Callable[[], torch.Tensor] | None = None  # makes what adapters add to it
 
     def read(self) -> torch.Tensor:
-        """What stands there: `local`, or a new tensor like it for each call, adapters included. Asks no other rank."""
+        """What stands there: `local`; with adapters a new tensor like it (models.lora.merged_pieces says who must read)."""
         return self.local if self.added is None else (self.local + self.added()).to(self.local.dtype)
 
 
