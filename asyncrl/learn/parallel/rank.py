@@ -44,7 +44,8 @@ class Rank:
 
     def weights(self) -> Tensors:
         """The policy's weights by name, whole, to be published; none on ranks other than the first."""
-        return {piece.name: piece.read() for piece in merged_pieces(self._trainer.model, self._ranks)} if self._ranks.first else {}
+        pieces = merged_pieces(self._trainer.model, self._ranks) if self._ranks.first else []
+        return {piece.name: piece.read() for piece in pieces}
 
     def export(self, folder: str) -> None:
         """Writes the current policy as a Hugging Face folder, tokenizer included."""
