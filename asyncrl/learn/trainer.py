@@ -129,7 +129,8 @@ class PolicyTrainer:
             if self._head is not None:  # always `recomputed`: its values come of the same pass
                 for pack in packs:
                     made = self._policy.forward(pack)
-                    update.proximal_n[pack.flat_t], update.values_n[pack.flat_t] = made.logp_t, self._head.of(made.hidden_th)
+                    update.proximal_n[pack.flat_t] = made.logp_t
+                    update.values_n[pack.flat_t] = self._head.of(made.hidden_th, pack)
                 self._ranks.merge_(update.proximal_n)
                 self._ranks.merge_(update.values_n)
             elif update.recomputed:
@@ -206,7 +207,7 @@ class PolicyTrainer:
             columns = columns_n.take(pack.flat_t)
             loss, sums, counted = objective(spec, columns, logp_t, entropy_t, self._kl.coef, update.weight_mean)
             if self.critic is not None and self._head is not None:
-                value_loss, value_sums = self.critic.loss(update, members, pack, self._head.of(hidden_th))
+                value_loss, value_sums = self.critic.loss(update, members, pack, self._head.of(hidden_th, pack))
                 loss, sums = loss + self.critic.value_coef * value_loss, {**sums, **value_sums}
             loss.backward()
             update.remember(pack, counted)

@@ -8,12 +8,16 @@ sequences, and as fast for ten thousand responses of ten tokens as for ten of te
 """
 
 import logging
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -22,9 +26,11 @@ from asyncrl.errors import ConfigError
 from asyncrl.models.architectures import PACKED, follows_length, needs_eager
 from asyncrl.models.logprobs import Head, entropy, sampled_logprobs
 from asyncrl.models.ranks import Ranks
+from asyncrl.models.ulysses import to_heads, to_tokens
 
 log = logging.getLogger(__name__)
 ATTENTION = "asyncrl_packed"
+Made = TypeVar("Made")
 
 
 class TokenSequence(NamedTuple):
@@ -62,8 +68,19 @@ class Pack(NamedTuple):
     flat_t: torch.Tensor
 
 
+class _Rows(NamedTuple):
+    """Of scored tokens: logits, what the output layer itself made [T, V], hidden states [T, H]."""
+
+    logits_tv: torch.Tensor
+    output_tv: torch.Tensor
+    hidden_th: torch.Tensor
+
+
 class Forward(NamedTuple):
-    """What a pass makes for a pack's scored tokens: log-probabilities and entropies [T] in nats, last hidden states [T, H]."""
+    """What a pass makes for a pack's scored tokens: log-probabilities and entropies [T] in nats, last hidden states [T, H].
+
+    Where several ranks share a pack's tokens, each has the hidden states of its part alone.
+    """
 
     logp_t: torch.Tensor
     entropy_t: torch.Tensor
@@ -104,6 +121,29 @@ def make_pack(sequences: Sequence[TokenSequence], members: Sequence[int], device
     return Pack(runs=tuple((count, length) for length, count in runs.items()), **tensors)
 
 
+def part_of(pack: Pack, place: int, count: int) -> Pack:
+    """The part of a pack that the rank at `place` computes of the `count` that share its tokens, in the layout of the whole.
+
+    Its tokens are a slice of U, all as long: up to count - 1 tokens are added, one more sequence. Scored are those that it
+    predicts; flat_t: where they stand among the T of the whole pack.
+    """
+    used, laid_out, own = len(pack.input_ids_u), len(pack.expand_s), -(-len(pack.input_ids_u) // count)
+    if more := own * count - used:
+        new = torch.arange(more, device=pack.input_ids_u.device)
+        added = {"input_ids_u": new * 0, "position_ids_u": new, "expand_s": used + new, "collect_u": laid_out + new}
+        longer = {name: torch.cat((getattr(pack, name), column)) for name, column in added.items()}
+        pack = pack._replace(runs=(*pack.runs, (1, more)), **longer)
+    mine = slice(place * own, (place + 1) * own)
+    (where_t,) = ((pack.select_t >= mine.start) & (pack.select_t < mine.stop)).nonzero(as_tuple=True)
+    return pack._replace(
+        input_ids_u=pack.input_ids_u[mine],
+        position_ids_u=pack.position_ids_u[mine],
+        select_t=pack.select_t[where_t] - mine.start,
+        target_ids_t=pack.target_ids_t[where_t],
+        flat_t=where_t,
+    )
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -111,15 +151,21 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     packed_layout: Pack | None = None,
+    packed_group: ProcessGroup | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention within each sequence of a pack: query [1, H, U, D] to [1, U, H, D]. Without `packed_layout`, plain SDPA."""
+    """Attention within each sequence of a pack: query [1, H, U, D] to [1, U, H, D]. Without `packed_layout`, plain SDPA.
+
+    packed_group: ranks that have a slice of U each.
+    """
     if packed_layout is None:
         if attention_mask is not None and attention_mask.numel() == 1 and query.shape[2] > 1:
             raise ConfigError(f"{type(module).__name__} does not hand `packed_layout` to its attention: it can't train packed")
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if packed_group is not None:
+        query, key, value = to_heads(query, key, value, packed_group)
     window = kwargs.get("sliding_window")
-    shares = len(packed_layout.expand_s) > len(packed_layout.input_ids_u)
+    shares = len(packed_layout.expand_s) > query.shape[2]
     sizes = [count * length for count, length in packed_layout.runs]
     # split, not slices: its backward is one concatenation instead of a full-size zero tensor per run
     split = [
@@ -136,7 +182,8 @@ def packed_attention(
             q, k, v, attn_mask=band, is_causal=band is None, scale=kwargs.get("scaling"), enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return _expand(torch.cat(outputs), packed_layout.collect_u if shares else None)[None], None
+    output = _expand(torch.cat(outputs), packed_layout.collect_u if shares else None)
+    return (output if packed_group is None else to_tokens(output, packed_group))[None], None
 
 
 def _expand(rows: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
@@ -149,35 +196,55 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 class PackedModel:
-    """A causal LM that scores packs. Outside packs the model behaves as with SDPA attention; its weights stay its own."""
+    """A causal LM that scores packs. Outside packs the model behaves as with SDPA attention; its weights stay its own.
+
+    ranks: that `shard` has divided the model among. All must make the same calls, each with the packs of its share.
+    """
 
     def __init__(self, model: PreTrainedModel, temperature: float = 1.0, ranks: Ranks | None = None) -> None:
-        self.ranks = ranks or Ranks()
         self.model = model.eval()  # dropout would make the learner another policy than the generators'
         self.temperature = temperature  # of the sampling: logprobs are taken at it
         self.packs = 0  # that it was given so far
-        self.flat = _packable(model)  # else one forward per run of equal lengths: exact for every causal LM, but slower
+        self.flat = packable(model)  # else one forward per run of equal lengths: exact for every causal LM, but slower
+        self.ranks = ranks or Ranks()
         if self.flat:
             model.set_attn_implementation(ATTENTION)
         else:
             log.info("%s is scored by rows of equal length, which is exact, but slower than packed", type(model).__name__)
+        self._sharded = isinstance(model, FSDPModule)
+        if self._sharded:
+            model.asyncrl_run = _call
+            register_fsdp_forward_method(model, "asyncrl_run")
+
+    @property
+    def device(self) -> torch.device:
+        """Where packs must be. (Of a model that is offloaded, not where its weights are.)"""
+        weight = next(self.model.parameters())
+        return torch.device(weight.device_mesh.device_type) if isinstance(weight, DTensor) else weight.device
 
     def logprobs(self, pack: Pack) -> torch.Tensor:
         """Log-probabilities [T] of the pack's scored tokens, with gradient."""
-        if self.flat:
-            return Head.of(self.model).logprobs(self.hidden(pack), pack.target_ids_t, self.temperature)
-        return sampled_logprobs(self._by_rows(pack)[0], pack.target_ids_t, self.temperature)
+        return self.join(self._run(self._logprobs, pack), pack)
 
     def forward(self, pack: Pack, *, entropy_grad: bool = False) -> Forward:
         """One pass over a pack, with gradient; the entropies have one only if it is asked for."""
-        if self.flat:
-            hidden_th = self.hidden(pack)
-            logp_t, entropy_t = Head.of(self.model).scores(hidden_th, pack.target_ids_t, self.temperature)
-            return Forward(logp_t, entropy_t if entropy_grad else entropy_t.detach(), hidden_th)
-        logits_tv, hidden_th = self._by_rows(pack)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_grad):
-            entropy_t = entropy(logits_tv, self.temperature)
-        return Forward(sampled_logprobs(logits_tv, pack.target_ids_t, self.temperature), entropy_t, hidden_th)
+        logp_t, entropy_t, hidden_th = self._run(partial(self._forward, entropy_grad=entropy_grad), pack)
+        return Forward(self.join(logp_t, pack), self.join(entropy_t, pack), hidden_th)
+
+    def hidden(self, pack: Pack) -> torch.Tensor:
+        """The last hidden states [T, H] that predict the pack's scored tokens: what the output layer reads."""
+        return self._run(lambda part: self._hidden(part) if self.flat else self._by_rows(part).hidden_th, pack)
+
+    def outputs(self, pack: Pack) -> torch.Tensor:
+        """What the output layer itself makes of the hidden states [T, V]: nothing is done with it that is done with logits."""
+        layer = self.model.get_output_embeddings()
+        return self._run(lambda part: layer(self._hidden(part)) if self.flat else self._by_rows(part).output_tv, pack)
+
+    def join(self, made_t: torch.Tensor, pack: Pack) -> torch.Tensor:
+        """What the ranks that share a pack's tokens made of `hidden` or `outputs` [t, …], put together [T, …]."""
+        if self.ranks.sp_group is None:
+            return made_t
+        return self.ranks.whole(made_t, self._part(pack).flat_t, len(pack.flat_t))
 
     @torch.no_grad()
     def score(self, packs: Sequence[Pack], out_n: torch.Tensor) -> torch.Tensor:
@@ -186,11 +253,38 @@ class PackedModel:
             out_n[pack.flat_t] = self.logprobs(pack)
         return self.ranks.merge_(out_n)
 
-    def hidden(self, pack: Pack) -> torch.Tensor:
-        """The last hidden states [T, H] that predict the pack's scored tokens: what the output layer reads."""
-        if not self.flat:
-            return self._by_rows(pack)[1]
+    def _part(self, pack: Pack) -> Pack:
+        return part_of(pack, self.ranks.place, self.ranks.layout.sp) if self.ranks.sp_group is not None else pack
+
+    def _run(self, compute: Callable[[Pack], Made], pack: Pack) -> Made:
+        """compute(this rank's part of the pack), which reads the weights, as a forward pass, for which FSDP gathers them."""
         self.packs += 1
+        part = self._part(pack)
+        if not self._sharded:
+            return compute(part)
+        made = self.model.asyncrl_run(compute, part)
+        if not torch.is_grad_enabled():  # else the backward pass does it: between passes weights are the sharded ones
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        return made
+
+    def _logprobs(self, pack: Pack) -> torch.Tensor:
+        if self.flat:
+            return Head.of(self.model).logprobs(self._hidden(pack), pack.target_ids_t, self.temperature)
+        return sampled_logprobs(self._by_rows(pack).logits_tv, pack.target_ids_t, self.temperature)
+
+    def _forward(self, pack: Pack, entropy_grad: bool) -> Forward:
+        if self.flat:
+            hidden_th = self._hidden(pack)
+            logp_t, entropy_t = Head.of(self.model).scores(hidden_th, pack.target_ids_t, self.temperature)
+            return Forward(logp_t, entropy_t if entropy_grad else entropy_t.detach(), hidden_th)
+        logits_tv, _, hidden_th = self._by_rows(pack)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_grad):
+            entropy_t = entropy(logits_tv, self.temperature)
+        return Forward(sampled_logprobs(logits_tv, pack.target_ids_t, self.temperature), entropy_t, hidden_th)
+
+    def _hidden(self, pack: Pack) -> torch.Tensor:
         # the 4-D mask tells Hugging Face that masking is taken care of; packed_attention never reads it
         done = torch.zeros(1, 1, 1, 1, dtype=self.model.dtype, device=pack.input_ids_u.device)
         output = self.model.base_model(
@@ -199,39 +293,53 @@ class PackedModel:
             attention_mask=done,
             use_cache=False,
             packed_layout=pack,
+            packed_group=self.ranks.sp_group,
         )
         return output.last_hidden_state[0, pack.select_t]
 
-    def _by_rows(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [T, V] and hidden states [T, H] of any causal LM: one forward per run, as equal-length rows.
+    def _by_rows(self, pack: Pack) -> _Rows:
+        """Of any causal LM: one forward per run, as equal-length rows.
 
         Exact, without padding, but more calls. The output layer gets only what predicts scored tokens.
         """
-        self.packs += 1
         chosen_t = pack.collect_u[pack.select_t]  # ascending, and so run by run
         rows = chosen_t[:0]  # of the run under way
-        logits: list[torch.Tensor] = []
-        read: list[torch.Tensor] = []
+        made: list[_Rows] = []
+        read, output = chosen_t, chosen_t  # by the output layer, in that run
 
         def choose(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-            read.append(inputs[0].flatten(0, -2)[rows])
-            return (read[-1][None],)
+            nonlocal read
+            read = inputs[0].flatten(0, -2)[rows]
+            return (read[None],)
 
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(choose)
+        def keep(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], made: torch.Tensor) -> None:
+            nonlocal output
+            output = made[0]
+
+        layer = self.model.get_output_embeddings()
+        hooks = layer.register_forward_pre_hook(choose, prepend=True), layer.register_forward_hook(keep)
         start, ids_s = 0, pack.input_ids_u[pack.expand_s]
         try:
             for count, length in pack.runs:
                 end = start + count * length
                 rows = chosen_t[(chosen_t >= start) & (chosen_t < end)] - start
                 ids = ids_s[start:end].unflatten(0, (count, length))
-                logits.append(self.model(input_ids=ids, use_cache=False).logits[0])
+                # not by calling the model: to FSDP all runs are one forward pass
+                logits = self.model.forward(input_ids=ids, use_cache=False).logits[0]
+                made.append(_Rows(logits, output, read))
                 start = end
         finally:
-            hook.remove()
-        return torch.cat(logits), torch.cat(read)
+            for hook in hooks:
+                hook.remove()
+        return _Rows(*map(torch.cat, zip(*made, strict=True)))
 
 
-def _packable(model: PreTrainedModel) -> bool:
+def packable(model: PreTrainedModel) -> bool:
     """Whether this is an architecture, in transformers' own code, of which `packed_attention` is known to be all attention."""
-    config, own = model.config.to_dict(), type(model).__module__.startswith("transformers.models.")
+    kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))  # that FSDP derived its own from
+    config, own = model.config.to_dict(), kind.__module__.startswith("transformers.models.")
     return own and config["model_type"] in PACKED and not needs_eager(config) and not follows_length(config)
+
+
+def _call(compute: Callable[[Pack], Made], pack: Pack) -> Made:
+    return compute(pack)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from asyncrl.models.packed import Pack, PackedModel
 from asyncrl.models.ranks import Ranks
+from asyncrl.models.sharding import shard_head
 
 
 def value_head(model: PreTrainedModel) -> torch.nn.Linear:
@@ -20,13 +21,22 @@ def value_head(model: PreTrainedModel) -> torch.nn.Linear:
     return head
 
 
-class OwnValues:
-    """A causal LM made into a value model: its output layer becomes the head. Takes the model over; `module` is all of it."""
-
-    def __init__(self, model: PreTrainedModel, ranks: Ranks | None = None) -> None:
+def value_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Makes a causal LM into a value model, in place, if it is none yet: its output layer becomes the head."""
+    if model.get_output_embeddings().weight.shape[0] != 1:
         model.config.get_text_config(decoder=True).tie_word_embeddings = False
         model.set_output_embeddings(value_head(model).to(model.dtype))
-        self.module: torch.nn.Module = model
+    return model
+
+
+class OwnValues:
+    """A causal LM made into a value model. Takes the model over; `module` is all of it.
+
+    ranks: that `shard` has divided it among; it must have been made a `value_model` before.
+    """
+
+    def __init__(self, model: PreTrainedModel, ranks: Ranks | None = None) -> None:
+        self.module: torch.nn.Module = value_model(model)
         self._packed = PackedModel(model, ranks=ranks)
         self.ranks = self._packed.ranks
 
@@ -37,17 +47,17 @@ class OwnValues:
 
     def __call__(self, pack: Pack) -> torch.Tensor:
         """V [T] before each scored token of the pack, float32, with gradient."""
-        head: torch.nn.Module = self._packed.model.get_output_embeddings()  # itself: what is done with logits is not for values
-        return head(self._packed.hidden(pack))[:, 0].float()
+        return self._packed.join(self._packed.outputs(pack)[:, 0].float(), pack)
 
 
 class SharedValues:
-    """A head on the policy's last hidden states. `module` is the head alone."""
+    """A head on the policy's last hidden states. `module` is the head alone, which is divided among the policy's ranks here."""
 
     def __init__(self, policy: PreTrainedModel, ranks: Ranks | None = None) -> None:
         self.module: torch.nn.Module = value_head(policy)
         self._packed = PackedModel(policy, ranks=ranks)
         self.ranks = self._packed.ranks
+        shard_head(self.module, self.ranks)
 
     @property
     def packs(self) -> int:
@@ -58,8 +68,8 @@ class SharedValues:
         """As with OwnValues, but the gradient stops at the policy's hidden states."""
         with torch.no_grad():
             hidden_th = self._packed.hidden(pack)
-        return self.of(hidden_th)
+        return self.of(hidden_th, pack)
 
-    def of(self, hidden_th: torch.Tensor) -> torch.Tensor:
-        """V [T] of hidden states [T, H], float32; the gradient goes on into them."""
-        return self.module(hidden_th.float())[:, 0]
+    def of(self, hidden_th: torch.Tensor, pack: Pack) -> torch.Tensor:
+        """V [T] of the hidden states that a pass over the pack made, float32; the gradient goes on into them."""
+        return self._packed.join(self.module(hidden_th.float())[:, 0], pack)

@@ -66,7 +66,7 @@ def test_a_head_on_the_policy_reads_the_same_hidden_states_and_leaves_its_logpro
     assert all(p.grad is None for p in policy.parameters())  # by itself it trains the head alone
     made = PackedModel(policy).forward(pack)
     assert made.logp_t.equal(logprobs)
-    shared.of(made.hidden_th).sum().backward()
+    shared.of(made.hidden_th, pack).sum().backward()
     assert sum(p.grad is not None for p in policy.parameters()) >= 8  # in the policy's pass, the backbone too
 
 
