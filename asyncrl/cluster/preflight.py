@@ -57,6 +57,7 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
             yield label, partial(_data_file, file, recipe, run_dir)
     yield "reward", lambda: _callables(recipe)
     yield "algorithm", lambda: _algorithm(recipe)
+    yield "sampling", lambda: _sampling(recipe)
     yield "lengths", lambda: _lengths(recipe, deployment)
     yield "batches", lambda: _batches(recipe, deployment, run_dir)
     yield "staleness", lambda: _staleness(recipe, deployment)
@@ -86,13 +87,18 @@ def _model(field: str, model: ModelSpec, recipe: Recipe, run_dir: RunDir) -> str
     if _made(model.path, recipe, run_dir):
         return f"{model.path} (made by prepare)"
     if model.tokenizer and not _made(model.tokenizer, recipe, run_dir):
-        require_model(model.tokenizer, f"{field}.tokenizer", "tokenizer_config.json", "tokenizer.json", "config.json")
-    return require_model(model.path, f"{field}.path")
+        files = ("tokenizer_config.json", "tokenizer.json", "config.json")
+        require_model(model.tokenizer, f"{field}.tokenizer", *files, revision=model.tokenizer_revision)
+    return require_model(model.path, f"{field}.path", revision=model.revision)
 
 
 def _causal(field: str, model: ModelSpec, recipe: Recipe, run_dir: RunDir) -> tuple[str, dict[str, Any]]:
     """The line of a model, and its config.json as far as it is known."""
-    line, config = _model(field, model, recipe, run_dir), read_config(model.path)
+    line, config = _model(field, model, recipe, run_dir), read_config(model.path, model.revision)
+    if model.builder:
+        check_callable(model.builder, f"{field}.builder")
+        return f"{line}, made by {model.builder}", config
+    config |= model.override_config
     if problem := not_causal(config):
         raise ConfigError(f"{field}.path={model.path!r} is no causal language model: {problem}; name one that is")
     return line, config
@@ -101,7 +107,7 @@ def _causal(field: str, model: ModelSpec, recipe: Recipe, run_dir: RunDir) -> tu
 def _policy(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
     line, config = _causal("model", recipe.model, recipe, run_dir)
     kind = deployment.generators.engine.kind
-    if problem := engine_kind(kind).not_served(config):
+    if problem := engine_kind(kind).not_served(recipe.model, config):
         raise ConfigError(
             f"model.path={recipe.model.path!r} ({named(config)}) can't be served by generators.engine.kind={kind!r}: {problem}"
         )
@@ -144,6 +150,18 @@ def _algorithm(recipe: Recipe) -> str:
             settings = ", ".join(f"{field}={value}" for field in fields if (value := spec.setting(field)) is not None)
             told.append(f"{choice}={name}" + (f" ({settings})" if settings else ""))
     return "; ".join(told)
+
+
+def _sampling(recipe: Recipe) -> str:
+    """What is sampled with; and what the model's folder recommends, where that differs: the recipe alone decides."""
+    spec = recipe.sampling
+    said = f"n={spec.n}, temperature={spec.temperature:g}, top_p={spec.top_p:g}, top_k={spec.top_k}"
+    recommended = read_config(recipe.model.path, recipe.model.revision, "generation_config.json")
+    names = [name for name in ("temperature", "top_p", "top_k") if recommended.get(name, own := getattr(spec, name)) != own]
+    if not names:
+        return said
+    others = ", ".join(f"{name}={recommended[name]:g}" for name in names)
+    return f"{said}; generation_config.json of the model says {others}, which is not used: a recipe says what is trained on"
 
 
 def _lengths(recipe: Recipe, deployment: Deployment) -> str:

@@ -1,9 +1,10 @@
 """The parts of a recipe that say which models learn, and how they are optimized. No torch."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from asyncrl.config.base import Rule, Spec, require, require_fields, require_unset
+from asyncrl.config.callables import Function, name_functions
 from asyncrl.errors import ConfigError
 
 
@@ -11,9 +12,29 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     """A causal language model and its tokenizer."""
 
     path: str  # Hugging Face id, or a folder
-    tokenizer: str = ""  # likewise; empty: the model's own
+    revision: str = ""  # of an id: branch, tag or commit
+    tokenizer: str = ""  # likewise an id or a folder; empty: the model's own
+    tokenizer_revision: str = ""  # of that id
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights that are trained
     trust_remote_code: bool = False  # whether code that comes with the model may run
+    # Fields of its configuration to change, as its class knows them: {"attention_dropout": 0.1}, also nested.
+    override_config: dict[str, Any] = {}
+    # Your own `make(spec) -> PreTrainedModel`, called wherever the model is loaded, in place of AutoModelForCausalLM: in the
+    # learner, for a reference and in the torch engine. Configuration, stop tokens and tokenizer are still those of `path`.
+    builder: Function = ""
+
+    def __post_init__(self) -> None:
+        name_functions(self, "builder")
+        if self.builder and self.override_config:
+            raise ConfigError(
+                f"model.override_config={self.override_config} with a builder, which makes its own configuration: it would be "
+                "ignored; change the configuration in the builder"
+            )
+        if self.tokenizer_revision and not self.tokenizer:
+            raise ConfigError(
+                f"model.tokenizer_revision={self.tokenizer_revision!r} without a tokenizer would be ignored: the model's own "
+                "is of `revision`; name both, or set revision"
+            )
 
 
 class OptimizerSpec(Spec, frozen=True, kw_only=True):

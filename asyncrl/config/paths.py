@@ -56,6 +56,8 @@ def rename_functions(recipe: Recipe, rename: Callable[[str], str]) -> Recipe:
     data = msgspec.to_builtins(recipe)
     for reward in (data["reward"], *data["reward"]["functions"]):
         reward["function"] = rename(reward["function"])
+    for model in filter(None, (data["model"], data["critic"]["model"])):
+        model["builder"] = rename(model["builder"])
     data["sampling"]["keep"] = rename(data["sampling"]["keep"])
     for key in ("adv_estimator", "policy_loss"):
         data["algorithm"][key] = rename(data["algorithm"][key])

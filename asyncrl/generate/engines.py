@@ -30,8 +30,8 @@ class EngineKind(Protocol):
     def check(self, deployment: Deployment) -> str:
         """One sentence of the plan of a run. Raises ConfigError if this machine is to run the engine and can't."""
 
-    def not_served(self, config: Mapping[str, Any]) -> str:
-        """Why the engine can't serve a model with this config.json, and what to do; empty if nothing is known against it."""
+    def not_served(self, model: ModelSpec, config: Mapping[str, Any]) -> str:
+        """Why the engine can't serve a model, with this config.json, and what to do; empty if nothing is known against it."""
 
     def machine_checks(self) -> list[MachineCheck]:
         """The engine's rows of `asyncrl doctor`."""

@@ -100,7 +100,10 @@ def _eval(args: argparse.Namespace) -> int:
     check_columns(data.files, data)
 
     deployment = load_deployment(args.deploy, args.overrides)
-    engine_kind(deployment.generators.engine.kind).check(deployment)
+    kind = engine_kind(deployment.generators.engine.kind)
+    kind.check(deployment)
+    if problem := kind.not_served(policy.spec, {}):
+        raise ConfigError(f"{args.model} can't be served by this engine: {problem}")
 
     responses = _evaluate(args, policy, data, terms, deployment)
     if args.out is not None:
@@ -188,7 +191,7 @@ def _engine(policy: Policy, generators: GeneratorsSpec, limits: LimitsSpec) -> I
     with contextlib.closing(ScratchFolder()) as scratch:
         spec = policy.spec
         model, tokenizer = load(policy)
-        if policy.checkpoint is not None:  # an engine loads Hugging Face folders only
+        if policy.checkpoint is not None and not spec.builder:  # an engine loads Hugging Face folders only
             dtype = str(model.dtype).removeprefix("torch.")
             spec = msgspec.structs.replace(spec, path=f"{scratch.path}/model", dtype=dtype)
             export(model, tokenizer, Path(spec.path))

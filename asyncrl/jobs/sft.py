@@ -87,8 +87,16 @@ def train(spec: SFTSpec, *, resume: bool = False, force: bool = False, observe: 
     out = Path(spec.out).expanduser().absolute()
     require_free(out, force)
     policy = locate(spec.model.path, spec.model.tokenizer, spec.model.dtype)
-    trusted = policy.spec.trust_remote_code or spec.model.trust_remote_code
-    policy = msgspec.structs.replace(policy, spec=msgspec.structs.replace(policy.spec, trust_remote_code=trusted))
+    given, found = spec.model, policy.spec
+    model = msgspec.structs.replace(
+        found,
+        trust_remote_code=found.trust_remote_code or given.trust_remote_code,
+        builder=given.builder or found.builder,
+        revision=given.revision or found.revision,
+        override_config=given.override_config,
+        tokenizer_revision=given.tokenizer_revision or found.tokenizer_revision,
+    )
+    policy = msgspec.structs.replace(policy, spec=model)
     check_demonstrations((*spec.data.files, *spec.data.heldout), spec.data)
     work = RunDir(out.with_name(f"{out.name}.sft"))
     if resume:

@@ -78,7 +78,7 @@ def load(policy: Policy, device: str = "cpu") -> "tuple[PreTrainedModel, PreTrai
     from safetensors.torch import load_file
 
     # A checkpoint holds the names of the model in memory, which from_pretrained would try to convert, or leave out.
-    path, dtype = Path(policy.spec.path), policy.spec.dtype
+    path, dtype = policy.checkpoint / "policy", policy.spec.dtype
     model = empty_model(policy.spec)
     weights = ShardedWeights(policy.shards) if policy.shards else load_file(path / "model.safetensors")
     adopt_weights(model, weights, getattr(torch, dtype) if dtype else None)
@@ -110,12 +110,16 @@ def _checkpoint(folder: Path, manifest: dict[str, Any], tokenizer: str, dtype: s
             f"checkpoint {folder} lies in no run directory, so its recipe, which names the tokenizer, is unknown; "
             "add --tokenizer FOLDER_OR_ID"
         )
-    of_run = recipe.model if recipe else None
+    of_run = recipe.model if recipe else ModelSpec(path="")
     spec = ModelSpec(
-        path=str(folder / "policy"),
-        tokenizer=tokenizer or (of_run.tokenizer or of_run.path if of_run else ""),
+        # A builder makes the model as it made the run's: it reads again what it read then.
+        path=of_run.path if of_run.builder else str(folder / "policy"),
+        revision=of_run.revision if of_run.builder else "",
+        tokenizer=tokenizer or of_run.tokenizer or of_run.path,
+        tokenizer_revision="" if tokenizer else of_run.tokenizer_revision if of_run.tokenizer else of_run.revision,
         dtype=dtype or manifest["model"]["dtype"],  # type: ignore[arg-type]
-        trust_remote_code=of_run is not None and of_run.trust_remote_code,
+        trust_remote_code=of_run.trust_remote_code,
+        builder=of_run.builder,
     )
     return Policy(spec=spec, checkpoint=folder, recipe=recipe)
 

@@ -41,13 +41,13 @@ _NOT_SERVED = {
 }
 
 
-def read_config(name: str) -> dict[str, Any]:
+def read_config(name: str, revision: str = "", file_name: str = "config.json") -> dict[str, Any]:
     """The config.json of a folder, or of a Hugging Face id from the cache here; empty where there is none. Asks no hub.
 
     Raises ConfigError if it is no JSON.
     """
-    own = Path(name) / "config.json"
-    file = own if own.is_file() else cached_file(name, own.name)
+    own = Path(name) / file_name
+    file = own if own.is_file() else cached_file(name, file_name, revision)
     if file is None:
         return {}
     try:

@@ -11,9 +11,10 @@ from asyncrl.errors import ConfigError
 ANSWER_S = 5.0  # for the hub to connect, and again to answer; loaders try for about a minute
 
 
-def require_model(name: str, field: str, *files: str, endpoint: str | None = None) -> str:
+def require_model(name: str, field: str, *files: str, revision: str = "", endpoint: str | None = None) -> str:
     """Proves that `name` is a folder that holds one of `files` (none named: config.json), or a Hugging Face id that is in the
-    local cache or on the hub. Returns what to say of it. field: what named it, for the error. endpoint: the hub's address.
+    local cache or on the hub. Returns what to say of it. field: what named it, for the error. revision: of an id. endpoint: the
+    hub's address.
 
     Blocks for some ANSWER_S at most, if the hub has to be asked. Raises ConfigError with the nearest folder that there is.
     """
@@ -23,33 +24,35 @@ def require_model(name: str, field: str, *files: str, endpoint: str | None = Non
         return name
     if folder.is_absolute() or folder.exists():
         problem = f"has no {files[0]}" if folder.is_dir() else f"does not exist{_nearest(folder)}"
-    elif problem := _missing_on_hub(name, files, endpoint):
+    elif problem := _missing_on_hub(name, files, revision, endpoint):
         problem = f"is no folder here{_nearest(folder)}, and {problem}"
     else:
-        return f"{name} (Hugging Face)"
+        return f"{name} (Hugging Face{f', revision {revision}' if revision else ''})"
     raise ConfigError(f"{field}={name!r} {problem}: nothing could be loaded; name a Hugging Face folder or id")
 
 
-def cached_file(name: str, file: str) -> Path | None:
+def cached_file(name: str, file: str, revision: str = "") -> Path | None:
     """Where a file of a Hugging Face id lies in the cache here; None if it does not, or `name` is no id. Asks no hub."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(name, file)
+        found = try_to_load_from_cache(name, file, revision=revision or None)
     except ValueError:
         return None
     return Path(found) if isinstance(found, str) else None
 
 
-def _missing_on_hub(name: str, files: Sequence[str], endpoint: str | None) -> str:
+def _missing_on_hub(name: str, files: Sequence[str], revision: str, endpoint: str | None) -> str:
     """Why a Hugging Face id can't be loaded; empty if it can, or if the hub is in trouble, which loading will tell of."""
     from huggingface_hub import HfApi, errors
 
     try:
-        if not any(cached_file(name, file) for file in files):
-            HfApi(endpoint=endpoint).model_info(name, timeout=ANSWER_S)
+        if not any(cached_file(name, file, revision) for file in files):
+            HfApi(endpoint=endpoint).model_info(name, revision=revision or None, timeout=ANSWER_S)
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         return "Hugging Face has no model of that name that you may read"
+    except errors.RevisionNotFoundError:
+        return f"Hugging Face has no revision {revision!r} of it"
     except errors.HfHubHTTPError:
         return ""
     except Exception as error:  # of the HTTP library, or that this machine is to stay offline

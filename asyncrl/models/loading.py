@@ -4,14 +4,17 @@ import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from asyncrl.config import ModelSpec
+from asyncrl.config.callables import describe, load_callable
 from asyncrl.errors import CheckpointError, ConfigError
 from asyncrl.models.architectures import needs_eager, not_causal
+from asyncrl.models.configuring import load_config
 from asyncrl.models.pieces import named_tensors
 from asyncrl.models.shards import same_bits
 
@@ -22,23 +25,58 @@ def use_threads(count: int) -> None:
 
 
 def load_model(spec: ModelSpec, device: str = "cpu", field: str = "model") -> PreTrainedModel:
-    """A causal LM from a Hugging Face id or folder, in eval mode, with the attention that `with_attention` chooses.
+    """A causal LM from a Hugging Face id or folder, in eval mode, with the attention that `with_attention` chooses; or what
+    `spec.builder` makes.
 
-    Raises ConfigError naming the path. field: what `spec` is called in the recipe.
+    Raises ConfigError naming the path, also if weights are not in its files. field: what `spec` is called in the recipe.
     """
-    make = partial(
-        AutoModelForCausalLM.from_pretrained,
-        spec.path,
-        dtype=getattr(torch, spec.dtype),
-        trust_remote_code=spec.trust_remote_code,
-    )
+    if spec.builder:
+        return _built(spec, field).to(device).eval()
+    loaded: dict[str, Any] = {}
+    changed = {"config": load_config(spec, field)} if spec.override_config else {}
+
+    def make(attn_implementation: str) -> PreTrainedModel:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            spec.path,
+            dtype=getattr(torch, spec.dtype),
+            trust_remote_code=spec.trust_remote_code,
+            revision=spec.revision or "main",
+            output_loading_info=True,
+            attn_implementation=attn_implementation,
+            **changed,
+        )
+        loaded.update(info)
+        return model
+
     try:
         model = with_attention(make)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        if not (changed or isinstance(error, OSError | ValueError)):
+            raise
         raise ConfigError(f"{field}.path={spec.path!r}: no causal LM could be loaded: {error}") from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise ConfigError(
+            f"{field}.path={spec.path!r}: {len(missing)} weights, e.g. {missing[:3]}, are not in its files and would "
+            "be random; name a causal language model, and leave its sizes as they are"
+        )
     if problem := not_causal(model.config.to_dict()):
         raise ConfigError(f"{field}.path={spec.path!r} is no causal language model: {problem}; name one that is")
     return model.to(device).eval()
+
+
+def _built(spec: ModelSpec, field: str) -> PreTrainedModel:
+    """What the user's builder makes of the spec. Raises ConfigError if it fails, or makes something else."""
+    named = f"{field}.builder={spec.builder!r}"
+    build = load_callable(spec.builder, f"{field}.builder")
+    try:
+        model = build(spec)
+    except Exception as error:
+        raise ConfigError(f"{named} failed: {describe(error)}") from error
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(f"{named} returned a {type(model).__name__}; return a PreTrainedModel of transformers")
+    if model.dtype != getattr(torch, spec.dtype):
+        raise ConfigError(f"{named} returned a model in {model.dtype}, and model.dtype={spec.dtype!r}; make it in spec.dtype")
+    return model
 
 
 def with_attention(make: Callable[..., PreTrainedModel]) -> PreTrainedModel:
@@ -57,10 +95,7 @@ def with_attention(make: Callable[..., PreTrainedModel]) -> PreTrainedModel:
 
 def context(spec: ModelSpec) -> tuple[int, int | None]:
     """Size of the vocabulary, and how many positions the model knows (None: no bound), without loading its weights."""
-    try:
-        config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code).get_text_config(decoder=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={spec.path!r}: no configuration could be loaded: {error}") from error
+    config = load_config(spec).get_text_config(decoder=True)
     return config.vocab_size, getattr(config, "max_position_embeddings", None)
 
 
@@ -82,18 +117,21 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) ->
 
 
 def empty_model(spec: ModelSpec) -> PreTrainedModel:
-    """The causal LM that a folder's configuration describes, in eval mode; its weights are whatever the memory held.
+    """The causal LM that a folder's configuration describes, in eval mode; its weights are whatever the memory held. Of a
+    builder: what it makes.
 
-    Raises CheckpointError naming the folder.
+    Raises CheckpointError naming the folder; ConfigError if the builder fails.
     """
+    if spec.builder:
+        return _built(spec, "model").eval()
     folder, trust = Path(spec.path), spec.trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        config = load_config(spec)
         with no_init_weights():
             model = with_attention(partial(AutoModelForCausalLM.from_config, config, trust_remote_code=trust))
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{folder}: no causal LM can be made from its configuration: {error}") from error
     model.tie_weights()
     return model.eval()
@@ -149,7 +187,11 @@ def fingerprints(model: torch.nn.Module) -> dict[str, tuple[torch.Size, torch.dt
 
 def verify_export(folder: Path, expected: Mapping[str, tuple[torch.Size, torch.dtype, str]], trust_remote_code: bool) -> None:
     """Loads an exported folder as its users will. Raises CheckpointError unless it has exactly the `fingerprints` expected."""
-    found = fingerprints(AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"what was written can't be loaded by transformers, and was given up: {error}") from error
+    found = fingerprints(model)
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):
             was, now = (", ".join(map(str, of[name][:2])) if name in of else "absent" for of in (expected, found))

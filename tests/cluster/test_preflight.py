@@ -68,6 +68,7 @@ def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
         f"reward      {tmp_path}/rewards.py:score, at most 10 s a sample",
         "algorithm   adv_estimator=grpo; policy_loss=ppo (clip_ratio=0.2, clip_ratio_high=0.2); "
         "correction=decoupled (behaviour_cap=5.0, normalize_weights=False); loss_agg=token-mean",
+        "sampling    n=4, temperature=1, top_p=1, top_k=0",
         "lengths     1024 prompt + 1024 response tokens of 2048",
         "batches     5 updates × 8 groups × 4 rollouts",
         # 64 slots hold two batches of 32 rollouts; two more are ready and in training.
@@ -99,6 +100,26 @@ def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
 def test_the_plan_shows_what_was_left_to_the_loss(fields: dict, line: str, recipe: Recipe, run: RunDir) -> None:
     plan = check_run(replace(recipe, algorithm=AlgorithmSpec(**fields)), Deployment(num_cpus=2), run)
     assert f"algorithm   {line}" in plan
+
+
+def test_sampling_that_the_models_folder_recommends_is_named_and_not_used(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
+    said = {"temperature": 0.6, "top_p": 0.95, "top_k": 0, "eos_token_id": [1, 2]}
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(said))
+    plan = check_run(recipe, Deployment(num_cpus=2), run)
+    assert (
+        "sampling    n=4, temperature=1, top_p=1, top_k=0; generation_config.json of the model says temperature=0.6, "
+        "top_p=0.95, which is not used: a recipe says what is trained on" in plan
+    )
+
+
+def test_a_builder_is_looked_for_and_no_server_can_call_it(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
+    built = replace(recipe, model=replace(recipe.model, builder=f"{tmp_path}/rewards.py:keep"))
+    assert f"model       {tmp_path}/model, made by {tmp_path}/rewards.py:keep" in check_run(built, Deployment(num_cpus=2), run)
+    with pytest.raises(ConfigError, match=r"model\.builder='.*nobody': .* has no 'nobody'"):
+        check_run(replace(built, model=replace(built.model, builder=f"{tmp_path}/rewards.py:nobody")), Deployment(), run)
+    deployment = Deployment(num_cpus=2, generators=GeneratorsSpec(engine=EngineSpec(kind="sglang")))
+    with pytest.raises(ConfigError, match=r"its servers load a folder, and can't call model\.builder=.*save_pretrained"):
+        check_run(built, deployment, run)
 
 
 def test_what_prepare_makes_need_not_exist_yet(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:

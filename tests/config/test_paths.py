@@ -90,3 +90,12 @@ def test_a_critics_model_is_found_like_the_policys(recipe: Recipe, tmp_path: Pat
     recipe = msgspec.structs.replace(recipe, algorithm=AlgorithmSpec(adv_estimator="gae"), critic=critic)
     resolved = resolve_paths(recipe, RunDir(tmp_path / "run"), tmp_path).critic.model
     assert resolved == ModelSpec(path=f"{tmp_path}/critic")
+
+
+def test_builders_are_found_beside_the_recipe(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").touch()
+    built = ModelSpec(path="m", builder="mine.py:make")
+    gae = AlgorithmSpec(adv_estimator="gae")
+    both = replace(recipe, model=built, algorithm=gae, critic=CriticSpec(model=built))
+    found = resolve_paths(both, RunDir(tmp_path / "run"), tmp_path)
+    assert (found.model.builder, found.critic.model.builder) == (f"{tmp_path}/mine.py:make",) * 2

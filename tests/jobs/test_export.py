@@ -12,7 +12,7 @@ from asyncrl.config import DataSpec, ModelSpec, Recipe, RewardSpec
 from asyncrl.errors import CheckpointError, ConfigError
 from asyncrl.jobs.export import export_job
 from asyncrl.learn.checkpoint import Checkpoints
-from asyncrl.learn.policies import locate
+from asyncrl.learn.policies import load, locate
 from asyncrl.rundir import RunDir
 from asyncrl.types import Version
 
@@ -138,3 +138,25 @@ def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps({}))
     with pytest.raises(ConfigError, match="has no checkpoint yet"):
         locate(str(tmp_path))
+
+
+def test_a_checkpoint_of_a_builders_model_is_built_again_from_what_it_read(run, model, tmp_path):
+    builder, base = tmp_path / "mine.py", tmp_path / "base"
+    model.save_pretrained(base)
+    builder.write_text(
+        "from transformers import AutoModelForCausalLM\n"
+        "def make(spec):\n"
+        f"    assert spec.path == {str(base)!r}\n"
+        "    return AutoModelForCausalLM.from_pretrained(spec.path)\n"
+    )
+    recipe = msgspec.json.decode(run.recipe.read_bytes(), type=Recipe)
+    built = msgspec.structs.replace(recipe.model, builder=f"{builder}:make", revision="v1", dtype="bfloat16")
+    run.recipe.write_bytes(msgspec.json.encode(msgspec.structs.replace(recipe, model=built)))
+    spec = locate(str(run.path)).spec
+    assert (spec.path, spec.revision, spec.tokenizer_revision, spec.dtype) == (str(base), "v1", "v1", "float32")
+    export(run.checkpoint(0), tmp_path / "out")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor * 1.5, model.state_dict()[name]) for name, tensor in back.items())
+    assert all(
+        torch.equal(tensor, model.state_dict()[name]) for name, tensor in load(locate(str(run.path)))[0].state_dict().items()
+    )

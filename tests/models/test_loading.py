@@ -1,22 +1,40 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
     Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     GptOssConfig,
     LlamaConfig,
     PreTrainedConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
 )
 
 from asyncrl.config import ModelSpec
 from asyncrl.errors import CheckpointError, ConfigError
-from asyncrl.models.loading import adopt_weights, load_model, load_weights, named_weights
+from asyncrl.models.configuring import load_config
+from asyncrl.models.loading import (
+    adopt_weights,
+    context,
+    empty_model,
+    load_model,
+    load_weights,
+    named_weights,
+    verify_export,
+)
+from asyncrl.models.tokenizing import stop_token_ids
 
 SMALL = {
     "vocab_size": 8,
@@ -88,7 +106,8 @@ def test_a_saved_folder_loads_and_a_missing_one_names_its_path(tmp_path: Path) -
         (LlamaConfig(**SMALL), "sdpa"),
         (GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1), "eager"),  # refuses SDPA: it has sinks
         (Gemma2Config(**SMALL, attn_logit_softcapping=2.0), "eager"),  # SDPA would leave out the caps
-        (Gemma2Config(**SMALL, attn_logit_softcapping=None), "sdpa"),
+        # transformers 5.23 has given up SDPA for all of Gemma 2
+        (Gemma2Config(**SMALL, attn_logit_softcapping=None), "sdpa" if Gemma2ForCausalLM._supports_sdpa else "eager"),
     ],
 )
 def test_attention_is_eager_where_sdpa_is_refused_or_another_model(
@@ -130,3 +149,109 @@ def test_adopted_weights_keep_their_dtypes_or_are_cast_but_for_what_stays_in_flo
         assert target.lm_head.weight is target.model.embed_tokens.weight
         found["model.norm.weight"].zero_()
         assert before["model.norm.weight"].any()  # copies
+
+
+# ------------------------------------------------------------------------------------------ what a recipe says of a model
+
+
+def test_fields_of_the_configuration_are_changed_also_nested_and_by_their_other_names(tmp_path: Path) -> None:
+    Qwen3ForCausalLM(Qwen3Config(**SMALL)).save_pretrained(tmp_path / "qwen3")
+    changed = {"attention_dropout": 0.25, "rope_parameters": {"rope_theta": 5e5}, "eos_token_id": [3, 5]}
+    spec = ModelSpec(path=str(tmp_path / "qwen3"), override_config=changed)
+    model, plain = load_model(spec), load_model(ModelSpec(path=spec.path))
+    assert (model.config.attention_dropout, plain.config.attention_dropout) == (0.25, 0.0)
+    assert model.config.rope_parameters == {"rope_theta": 5e5, "rope_type": "default"}
+    assert not torch.equal(model.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
+    assert stop_token_ids(SimpleNamespace(eos_token_id=7), spec) == (3, 5, 7)
+    assert context(ModelSpec(path=spec.path, override_config={"max_position_embeddings": 99})) == (8, 99)
+    assert torch.equal(model.lm_head.weight, plain.lm_head.weight)
+    model.config.save_pretrained(tmp_path / "saved")  # as a checkpoint has it
+    assert empty_model(ModelSpec(path=str(tmp_path / "saved"))).config.attention_dropout == 0.25
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path / "gpt2")
+    text = Gemma3TextConfig(**SMALL)
+    both = Gemma3Config(text_config=text)
+    both.save_pretrained(tmp_path / "gemma3")
+    named = ModelSpec(path=str(tmp_path / "gpt2"), override_config={"max_position_embeddings": 16})
+    assert load_config(named).n_positions == 16
+    nested = ModelSpec(path=str(tmp_path / "gemma3"), override_config={"text_config": {"sliding_window": 7}})
+    assert load_config(nested).text_config.sliding_window == 7
+    assert load_config(nested).text_config.hidden_size == 16
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"attention_droput": 0.1},
+            r"Qwen3Config has no field 'attention_droput'.*'attention_dropout'",
+        ),
+        ({"attention_dropout": "much"}, r"override_config\.attention_dropout='much' is refused by Qwen3Config"),
+        ({"dtype": "bfloat16"}, "that is model.dtype"),
+        ({"to_dict": 1}, "has no field 'to_dict'"),
+        ({"hidden_size": 32}, "no causal LM could be loaded"),
+        ({"num_hidden_layers": 3}, "no causal LM could be loaded: list index"),
+        (
+            {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3},
+            r"\d+ weights, e\.g\. \['model\.layers\.2\..* are not in its files and would be random",
+        ),
+    ],
+)
+def test_changes_that_the_configuration_or_the_weights_do_not_know_are_refused(
+    tmp_path: Path, changed: dict, said: str
+) -> None:
+    Qwen3ForCausalLM(Qwen3Config(**SMALL)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        load_model(ModelSpec(path=str(tmp_path), override_config=changed))
+
+
+def test_a_classifier_is_no_language_model_with_a_random_head(tmp_path: Path) -> None:
+    Qwen3ForSequenceClassification(Qwen3Config(**SMALL, tie_word_embeddings=False)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"1 weights, e\.g\. \['lm_head\.weight'\], are not in its files"):
+        load_model(ModelSpec(path=str(tmp_path)))
+
+
+BUILDER = """
+import torch
+from transformers import AutoModelForCausalLM
+
+def make(spec):
+    model = AutoModelForCausalLM.from_pretrained(spec.path, dtype=getattr(torch, spec.dtype))
+    model.lm_head.register_parameter("bias", torch.nn.Parameter(torch.full((8,), 0.5, dtype=model.dtype)))
+    return model
+
+def wrong(spec):
+    return make(spec).half()
+
+def nothing(spec):
+    return spec
+
+def broken(spec):
+    raise KeyError("weights")
+"""
+
+
+def test_a_builder_makes_the_model_wherever_it_is_loaded(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(BUILDER)
+    Qwen3ForCausalLM(Qwen3Config(**SMALL, tie_word_embeddings=False)).save_pretrained(tmp_path / "m")
+    spec = ModelSpec(path=str(tmp_path / "m"), builder=f"{file}:make", dtype="bfloat16")
+    for model in (load_model(spec), empty_model(spec)):
+        assert not model.training
+        assert model.dtype == torch.bfloat16
+        assert torch.equal(named_weights(model)["lm_head.bias"], torch.full((8,), 0.5, dtype=torch.bfloat16))
+    for name, said in (
+        ("wrong", "returned a model in torch.float16"),
+        ("nothing", "returned a ModelSpec"),
+        ("broken", r"failed: KeyError: 'weights' \(.*mine\.py"),
+    ):
+        with pytest.raises(ConfigError, match=rf"critic\.builder='.*{name}' {said}"):
+            load_model(replace(spec, builder=f"{file}:{name}"), field="critic")
+    with pytest.raises(ConfigError, match="with a builder, which makes its own configuration"):
+        ModelSpec(path="m", builder="a:b", override_config={"x": 1})
+
+
+def test_what_was_written_and_can_not_be_loaded_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
+    with pytest.raises(CheckpointError, match="can't be loaded by transformers, and was given up"):
+        verify_export(tmp_path, {}, trust_remote_code=False)

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from asyncrl.config import Deployment
+from asyncrl.config import Deployment, ModelSpec
 from asyncrl.generate.engines import EngineSite
 from asyncrl.models.architectures import not_served
 from asyncrl.report.findings import Finding, MachineCheck
@@ -19,8 +19,8 @@ class TorchKind:
     def check(self, deployment: Deployment) -> str:
         return f"torch: embedded, {deployment.generators.engine.update_mode} updates"
 
-    def not_served(self, config: Mapping[str, Any]) -> str:
-        return not_served(config)
+    def not_served(self, model: ModelSpec, config: Mapping[str, Any]) -> str:
+        return "" if model.builder else not_served(config)
 
     def machine_checks(self) -> list[MachineCheck]:
         def look() -> Finding:

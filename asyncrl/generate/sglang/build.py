@@ -1,5 +1,6 @@
 """From an engine's spec to an SGLangEngine: what each server is started with, or where it is, and how its weights get in."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,8 @@ def launch_command(
     arguments: dict[str, str | int | float | bool] = {
         "model-path": model.path,
         "trust-remote-code": model.trust_remote_code,
+        "revision": model.revision or False,
+        "json-model-override-args": json.dumps(model.override_config) if model.override_config else False,
         "dtype": sglang.dtype or model.dtype,
         "host": "127.0.0.1",
         "context-length": max_length + HEADROOM,

@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from asyncrl.config import Deployment, SGLangSpec
+from asyncrl.config import Deployment, ModelSpec, SGLangSpec
 from asyncrl.config.base import require
 from asyncrl.errors import ConfigError
 from asyncrl.generate.engines import EngineSite
@@ -74,8 +74,13 @@ class SGLangKind(NamedTuple):
         version = self.installed("sglang")
         return f"sglang {version} is here without its CUDA kernels" if version else ""
 
-    def not_served(self, config: Mapping[str, Any]) -> str:
-        return ""  # its servers tell, when they start
+    def not_served(self, model: ModelSpec, config: Mapping[str, Any]) -> str:
+        if not model.builder:
+            return ""  # its servers tell, when they start
+        return (
+            f"its servers load a folder, and can't call model.builder={model.builder!r}; save what it makes with "
+            "save_pretrained, and name that folder in model.path"
+        )
 
     def machine_checks(self) -> list[MachineCheck]:
         return [("sglang (GPU)", self._gpu, ""), ("sglang (CPU)", self._cpu, "")]

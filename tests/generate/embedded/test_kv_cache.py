@@ -110,7 +110,11 @@ def test_masked_single_token_attention_equals_sdpa(make_model: MakeModel) -> Non
             "layers of kind .*LinearAttention",
         ),
         (lambda: LlamaForCausalLM._from_config(LlamaConfig(**SMALL), attn_implementation="flex_attention"), "'flex_attention'"),
-        (lambda: Gemma2ForCausalLM._from_config(Gemma2Config(**SMALL), attn_implementation="sdpa"), "'sdpa'.* with 'eager'"),
+        pytest.param(
+            lambda: Gemma2ForCausalLM._from_config(Gemma2Config(**SMALL), attn_implementation="sdpa"),
+            "'sdpa'.* with 'eager'",
+            marks=pytest.mark.skipif(not Gemma2ForCausalLM._supports_sdpa, reason="transformers refuses it itself since 5.23"),
+        ),
     ],
 )
 def test_models_that_it_would_serve_wrongly_are_refused(model: Callable[[], PreTrainedModel], word: str) -> None:

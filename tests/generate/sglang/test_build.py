@@ -60,6 +60,13 @@ def test_a_server_is_started_with_what_asyncrl_relies_on() -> None:
     assert start.env == {"OMP_NUM_THREADS": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
 
 
+def test_a_server_loads_the_revision_and_the_configuration_of_the_recipe() -> None:
+    model = ModelSpec(path="a/b", revision="v2", override_config={"rope_parameters": {"factor": 2.0}})
+    start = launch_command(EngineSpec(kind="sglang"), model, PlaceSpec(), 0, 512, log=Path("log"))
+    found = flags(start.command)
+    assert (found["--revision"], found["--json-model-override-args"]) == ("v2", '{"rope_parameters": {"factor": 2.0}}')
+
+
 def test_servers_of_one_generator_take_gpus_one_after_the_other() -> None:
     assert [flags(launched(index, gpus=6, tp_size=2).command)["--base-gpu-id"] for index in range(3)] == ["0", "2", "4"]
     assert "--base-gpu-id" not in flags(launched(1).command)  # on a CPU, it would be a NUMA node
