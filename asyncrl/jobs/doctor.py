@@ -230,7 +230,7 @@ def optional(name: str, use: str, fix: str) -> Finding:
 
 
 def requirement(name: str) -> str:
-    """asyncrl's own requirement of a package, e.g. `torch==2.13.0`; empty if it has none or is not installed."""
+    """asyncrl's own requirement of a package, e.g. `torch<2.14,>=2.13`; empty if it has none or is not installed."""
     try:
         requires = metadata.requires("asyncrl") or []
     except metadata.PackageNotFoundError:

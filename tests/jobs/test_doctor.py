@@ -90,7 +90,15 @@ def test_a_disk_with_little_room_is_told(tmp_path: Path) -> None:
     assert f"free for {tmp_path}/runs: below 1073741824.0 GiB" in little.detail
 
 
-def test_a_check_that_raises_is_a_finding_with_the_pinned_fix() -> None:
+@pytest.fixture
+def required(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What asyncrl requires, whatever was installed."""
+    requires = ["torch<2.14,>=2.13", 'pytest>=8; extra == "test"']
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: requires)
+
+
+@pytest.mark.usefixtures("required")
+def test_a_check_that_raises_is_a_finding_with_the_required_fix() -> None:
     def missing() -> Finding:
         raise ModuleNotFoundError("No module named 'torch'")
 
@@ -101,18 +109,19 @@ def test_a_check_that_raises_is_a_finding_with_the_pinned_fix() -> None:
         name="collectives",
         status="missing",
         detail="ModuleNotFoundError: No module named 'torch'",
-        fix="pip install --force-reinstall 'torch==2.13.0'",
+        fix="pip install --force-reinstall 'torch<2.14,>=2.13'",
     )
     assert doctor.guarded("torch", broken, "torch").status == "broken"
     assert doctor.guarded("torch", broken, "torch").detail == "OSError: libcudart.so: cannot open"
 
 
+@pytest.mark.usefixtures("required")
 def test_versions_are_compared_with_what_asyncrl_asks_for() -> None:
-    assert doctor.requirement("torch") == "torch==2.13.0"
+    assert doctor.requirement("torch") == "torch<2.14,>=2.13"
     assert doctor.requirement("pytest") == ""  # of an extra
     assert doctor.versioned("torch", "2.13.0+cpu").status == "ok"
     old = doctor.versioned("torch", "2.4.0")
-    assert (old.status, old.fix) == ("broken", "pip install 'torch==2.13.0'")
+    assert (old.status, old.fix) == ("broken", "pip install 'torch<2.14,>=2.13'")
 
 
 def test_shared_memory(tmp_path: Path) -> None:
