@@ -92,7 +92,7 @@ class LoraSpec(Spec, frozen=True, kw_only=True):
                 "names all layers, and some; use all-linear alone",
             ),
         ]
-        require_fields(self, "learner.lora.", rules)
+        require_fields(self, "lora.", rules)
 
 
 class LearnerSpec(OptimizerSpec, frozen=True, kw_only=True):

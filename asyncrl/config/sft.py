@@ -3,7 +3,7 @@
 from typing import Literal
 
 from asyncrl.config.base import SEED_RULE, Rule, Spec, require, require_fields
-from asyncrl.config.learner import OPTIMIZER_RULES, ModelSpec, OptimizerSpec
+from asyncrl.config.learner import OPTIMIZER_RULES, LoraSpec, ModelSpec, OptimizerSpec
 
 
 class DemonstrationsSpec(Spec, frozen=True, kw_only=True):
@@ -32,7 +32,8 @@ class SFTSpec(OptimizerSpec, frozen=True, kw_only=True):
     batch: int = 64  # examples per step
     epochs: int | None = None  # how long, in passes over the data; the last batch of the last one is filled up
     steps: int | None = None  # how long, in steps; with neither it is one epoch
-    seed: int = 0  # of the order of examples
+    seed: int = 0  # of the order of examples, and of adapters
+    lora: LoraSpec | None = None  # adapters to train, and to merge in the end; null: the whole model
     lr: float = 1e-5  # learning rate, at its highest
     lr_schedule: Literal["constant", "cosine"] = "cosine"  # as the learner's
     min_lr_ratio: float = 0.1  # as the learner's

@@ -140,11 +140,14 @@ def _train(spec: SFTSpec, policy: Policy, work: RunDir, out: Path, observe: "Obs
     from asyncrl.learn.sft import SupervisedTrainer, fit
     from asyncrl.learn.sft_run import Journal
     from asyncrl.models.loading import export
+    from asyncrl.models.lora import add_adapters, merge_adapters
 
     device = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load(policy, device)
     examples, too_long = _read(spec.data.files, spec, policy, model, tokenizer)
     heldout = _read(spec.data.heldout, spec, policy, model, tokenizer)[0] if spec.data.heldout else []
+    if spec.lora is not None:
+        add_adapters(model, spec.lora, policy.spec, spec.seed)
     trainer = SupervisedTrainer(model, spec, spec.total_steps(len(examples)), max_tokens_per_pack=spec.max_tokens_per_pack)
     learned, total = sum(len(example.scored) for example in examples), trainer.total_steps
     said = "%d examples (%d too long) with %d tokens to learn; %d steps on %s"
@@ -152,6 +155,8 @@ def _train(spec: SFTSpec, policy: Policy, work: RunDir, out: Path, observe: "Obs
     with closing(Journal(spec, work, trainer, examples, heldout, observe)) as journal:
         done = journal.start()
         fit(trainer, examples, batch=min(spec.batch, len(examples)), seed=spec.seed, done=done, on_step=journal.step)
+    if spec.lora is not None:
+        merge_adapters(model)
     with atomic_folder(out) as beside:
         export(model, tokenizer, beside)
     return SFTResult(

@@ -19,7 +19,7 @@ def policy_trainer(recipe: Recipe, *, device: str, refused_dir: Path) -> PolicyT
     """The policy; where needed its frozen reference; with GAE the critic. refused_dir: for batches of refused steps."""
     policy, temperature = load_model(recipe.model, device), recipe.sampling.temperature
     if recipe.learner.lora is not None:
-        add_adapters(policy, recipe.learner.lora, recipe.seed)
+        add_adapters(policy, recipe.learner.lora, recipe.model, recipe.seed)
     return PolicyTrainer(
         PackedModel(policy, temperature),
         recipe.learner,

@@ -180,7 +180,7 @@ def fingerprints(model: torch.nn.Module) -> dict[str, tuple[torch.Size, torch.dt
     """Shape, dtype and a hash of the bits of every tensor that `named_weights` names."""
     found = {}
     for name, tensor in named_weights(model).items():
-        content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         found[name] = (tensor.shape, tensor.dtype, hashlib.blake2b(content).hexdigest())
     return found
 

@@ -6,29 +6,46 @@ The model stays the same object, with adapters inside. Engines and folders get i
 under the name of W, made anew from W each time. (To merge into W, and take back out, would drift it, rounding by rounding.)
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from msgspec import Struct
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from asyncrl.config import LoraSpec
+from asyncrl.config import LoraSpec, ModelSpec
 from asyncrl.errors import ConfigError
+from asyncrl.models.loading import fingerprints
 from asyncrl.models.packed import Pack, PackedModel
 from asyncrl.models.pieces import Piece, module_pieces
 from asyncrl.models.ranks import Ranks
 
 _ADAPTER = "default"  # as peft names the only one
-_FIELD = "learner.lora.target_modules"
+_FIELD = "lora.target_modules"
 
 
-def add_adapters(model: PreTrainedModel, spec: LoraSpec, seed: int) -> None:
-    """Freezes the model and adds adapters in place, in float32. The same seed gives the same ones.
+class Adapters(Struct, frozen=True, kw_only=True):
+    """What a model's adapters are, and were added to: their weights alone say nothing without."""
 
-    Raises ConfigError: there is no peft; a module that the model has not, or that can't have an adapter.
+    lora: LoraSpec
+    base: ModelSpec
+    fingerprint: str  # of the base's weights
+
+    @staticmethod
+    def of(model: torch.nn.Module) -> "Adapters | None":
+        """Those of a model; None if it has none."""
+        return getattr(model, "adapters", None)
+
+
+def add_adapters(model: PreTrainedModel, spec: LoraSpec, base: ModelSpec, seed: int) -> None:
+    """Freezes a model, which `base` names, and adds adapters in place, in float32. The same seed gives the same ones.
+
+    Not of a model that is sharded already. Raises ConfigError: there is no peft; a module that the model has not, or that can't
+    have an adapter.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -46,12 +63,14 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec, seed: int) -> None:
         target_modules=list(spec.target_modules) if named else "all-linear",
         task_type="CAUSAL_LM",
     )
+    content = repr(sorted(fingerprints(model).items())).encode()
     with torch.random.fork_rng(devices=[]):  # adapters are made on the CPU, and moved
         torch.manual_seed(seed)
         try:
             get_peft_model(model, config, _ADAPTER)  # what it returns wraps the model, which goes on as it is
         except ValueError as error:
             raise ConfigError(f"{_FIELD}={list(spec.target_modules)}: {error}") from error
+    model.adapters = Adapters(lora=spec, base=base, fingerprint=hashlib.blake2b(content, digest_size=16).hexdigest())
 
 
 def _require_adaptable(model: PreTrainedModel, targets: Sequence[str]) -> None:
@@ -71,10 +90,14 @@ def _require_adaptable(model: PreTrainedModel, targets: Sequence[str]) -> None:
 
 
 def adapted(model: torch.nn.Module) -> dict[str, Any]:
-    """The layers that have an adapter, by name; none in a model without."""
-    if not hasattr(model, "peft_config"):
-        return {}
-    return {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    """The layers that have an adapter, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def learned_pieces(module: torch.nn.Module, ranks: Ranks) -> list[Piece]:
+    """What a checkpoint holds of a module: `module_pieces`; of a model with adapters, these alone."""
+    pieces = module_pieces(module, ranks)
+    return pieces if Adapters.of(module) is None else [piece for piece in pieces if ".lora_" in piece.name]
 
 
 def merged_pieces(model: torch.nn.Module, ranks: Ranks) -> list[Piece]:
@@ -112,7 +135,7 @@ def merge_adapters(model: PreTrainedModel) -> None:
     for name, layer in adapted(model).items():
         layer.base_layer.weight.data = merged[f"{name}.weight"].read()
         model.set_submodule(name, layer.base_layer)
-    del model.peft_config
+    del model.peft_config, model.adapters
     model.requires_grad_(True)
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncrl.cli import main
-from asyncrl.config import DemonstrationsSpec, ModelSpec, OptimizerSpec, SFTSpec
+from asyncrl.config import DemonstrationsSpec, LoraSpec, ModelSpec, OptimizerSpec, SFTSpec
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.jobs.sft import train
 from asyncrl.learn.sft import SupervisedTrainer, fit
@@ -96,14 +96,29 @@ class Killed(Exception):
     pass
 
 
+def killed_at(last):
+    def observe(step, total, metrics):
+        if step == last:
+            raise Killed
+
+    return observe
+
+
+def test_with_lora_adapters_learn_resume_and_end_in_an_ordinary_folder(make_spec, demonstrations, tiny_model, tmp_path):
+    fields = {"heldout": (str(demonstrations),), "lora": LoraSpec(rank=4), "lr": 3e-2}
+    whole = train(make_spec("whole", **fields))
+    assert whole.last_heldout_loss < 0.8 * whole.first_heldout_loss
+    with pytest.raises(Killed):
+        train(make_spec("parted", **fields), observe=killed_at(5))
+    train(make_spec("parted", **fields), resume=True)
+    assert weights(tmp_path / "parted") == weights(tmp_path / "whole")
+    made, base = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "whole", tiny_model))
+    assert list(made) == list(base)
+    moved = {name for name in made if not torch.equal(made[name], base[name])}
+    assert moved == {name for name in base if name.endswith("proj.weight")}
+
+
 def test_what_was_interrupted_resumes_to_the_bit(make_spec, demonstrations, tmp_path):
-    def killed_at(last):
-        def observe(step, total, metrics):
-            if step == last:
-                raise Killed
-
-        return observe
-
     heldout = (str(demonstrations),)
     whole = train(make_spec("whole", heldout))
     spec, work = make_spec("parted", heldout), tmp_path / "parted.sft"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from asyncrl.config import LoraSpec
+from asyncrl.config import LoraSpec, ModelSpec
 from asyncrl.errors import CheckpointError, Closed, Fenced, NonFinite, Unavailable
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.learner import Learner
@@ -113,7 +113,7 @@ def test_what_is_published_is_what_was_trained(make_learner) -> None:
 @pytest.mark.parametrize("lr", [0.0, 1e-2])
 def test_with_adapters_every_version_published_is_the_policy_as_it_is_then(make_learner, make_model, lr: float) -> None:
     model, plain, base = make_model(), make_model(), named_weights(make_model())
-    add_adapters(model, LoraSpec(rank=2), seed=0)
+    add_adapters(model, LoraSpec(rank=2), ModelSpec(path="base"), seed=0)
     learner, _, bus, trainer = make_learner([lease(i, i) for i in range(20)], model=model, learner={"lr": lr}, save_freq=99)
     pack = make_pack([TokenSequence(np.arange(16) * 3 % 16, np.arange(1, 16))], [0])
     publish, gaps = bus.publish, []

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
-from asyncrl.config import Layout, LoraSpec
+from asyncrl.config import Layout, LoraSpec, ModelSpec
 from asyncrl.errors import ConfigError
 from asyncrl.models.loading import load_weights, named_weights
 from asyncrl.models.lora import WithoutAdapters, add_adapters, merge_adapters, merged_pieces
@@ -23,7 +23,7 @@ ARCHITECTURES = ["qwen3, tied", "gpt2, tied", "gemma2, by rows, soft caps", "qwe
 
 def trained(model: PreTrainedModel, spec: LoraSpec = LoraSpec(rank=4, alpha=6.0)) -> PreTrainedModel:
     """Adapters whose B is no longer zero."""
-    add_adapters(model, spec, seed=1)
+    add_adapters(model, spec, ModelSpec(path="base"), seed=1)
     torch.manual_seed(2)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -70,7 +70,7 @@ def test_gradients_are_those_of_peft_and_transformers(make: Callable[[str], PreT
 def test_what_is_published_is_the_model_with_what_adapters_add(make: Callable[[str], PreTrainedModel], name: str) -> None:
     plain, model = make(name), make(name)
     before = {name: tensor.clone() for name, tensor in named_weights(plain).items()}
-    add_adapters(model, LoraSpec(), seed=0)
+    add_adapters(model, LoraSpec(), ModelSpec(path="base"), seed=0)
     at_start = read(model)
     assert list(at_start) == list(before)
     assert all(same_bits(at_start[name], before[name]) for name in before)
@@ -117,7 +117,7 @@ def test_equal_seeds_make_equal_adapters_and_leave_the_random_state(make: Callab
     torch.manual_seed(5)
     expected = torch.get_rng_state()
     for model, seed in ((one, 3), (same, 3), (other, 4)):
-        add_adapters(model, LoraSpec(), seed)
+        add_adapters(model, LoraSpec(), ModelSpec(path="base"), seed)
         assert torch.get_rng_state().equal(expected)
     name = "model.layers.1.mlp.up_proj.lora_A.default.weight"
     assert one.get_parameter(name).equal(same.get_parameter(name))
@@ -136,12 +136,12 @@ def test_equal_seeds_make_equal_adapters_and_leave_the_random_state(make: Callab
 )
 def test_layers_that_can_not_have_an_adapter_are_refused(make, name: str, targets: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        add_adapters(make(name), LoraSpec(target_modules=targets), seed=0)
+        add_adapters(make(name), LoraSpec(target_modules=targets), ModelSpec(path="base"), seed=0)
 
 
 def test_only_the_named_layers_get_adapters(make: Callable[[str], PreTrainedModel]) -> None:
     model = make("llama")
-    add_adapters(model, LoraSpec(rank=2, target_modules=("q_proj", "layers.1.mlp.up_proj")), seed=0)
+    add_adapters(model, LoraSpec(rank=2, target_modules=("q_proj", "layers.1.mlp.up_proj")), ModelSpec(path="base"), seed=0)
     learned = {name.partition(".lora_")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert learned == {f"model.layers.{i}.self_attn.q_proj" for i in range(2)} | {"model.layers.1.mlp.up_proj"}
 
@@ -149,7 +149,7 @@ def test_only_the_named_layers_get_adapters(make: Callable[[str], PreTrainedMode
 def test_without_peft_the_extra_is_named(make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"pip install 'asyncrl\[lora\]'"):
-        add_adapters(make("llama"), LoraSpec(), seed=0)
+        add_adapters(make("llama"), LoraSpec(), ModelSpec(path="base"), seed=0)
 
 
 def sharded(ranks: Ranks, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
