@@ -142,7 +142,7 @@ def _commented(cls: type) -> dict[str, str]:
 
 def _inner_structs(kind: Any) -> Iterator[tuple[type[msgspec.Struct], str]]:
     """The structs in a type, and what marks that they stand in a list or a map."""
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+    if isinstance(kind, type) and isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         yield kind, ""
     mark = "[]" if get_origin(kind) in (list, tuple, dict) else ""
     for part in get_args(kind):
@@ -163,9 +163,9 @@ def _type(kind: Any) -> str:
         return f"map of {_type(inner[0])} to {_type(inner[1])}"
     if kind is NoneType:
         return "null"
-    if issubclass(kind, msgspec.Struct):
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return f"[{kind.__name__}](#{kind.__name__.lower()})"
-    return {"str": "text", "bool": "true or false"}.get(kind.__name__, kind.__name__)
+    return {"Any": "any value", "str": "text", "bool": "true or false"}.get(kind.__name__, kind.__name__)
 
 
 def _default(field: msgspec.structs.FieldInfo) -> str | None:

@@ -2,6 +2,7 @@
 
 import ipaddress
 import math
+import os.path
 from collections.abc import Iterable
 from typing import Literal
 from urllib.parse import urlsplit
@@ -46,6 +47,9 @@ NOT_FOR_ARGS = {
 }
 
 
+_LAUNCH = ("python", "-m", "sglang.launch_server")
+
+
 def argument_name(argument: str) -> str:
     """Of `--dp_size=2`, `dp-size` and the like: the name as SGLang's own parser knows it, or the beginning of it."""
     return argument.partition("=")[0].removeprefix("--").replace("_", "-")
@@ -70,8 +74,11 @@ class SGLangSpec(Spec, frozen=True, kw_only=True):
     api_key_file: str = ""
     # Servers that each generator launches. Most deployments raise generators.count instead.
     servers: int = 1
+    # The Python of an environment that SGLang has to itself, with the torch and transformers that it pins: an absolute path on
+    # the generator's node. It runs `-m sglang.launch_server`, without asyncrl's PYTHONPATH. Empty: asyncrl's environment.
+    python: str = ""
     # What starts a server; asyncrl adds the arguments.
-    command: tuple[str, ...] = ("python", "-m", "sglang.launch_server")
+    command: tuple[str, ...] = _LAUNCH
     # Added to a server's environment.
     env: dict[str, str] = {}
     # Any other argument of SGLang's server by its command line name, e.g. {"attention-backend": "fa3"}; true is a bare flag.
@@ -106,7 +113,23 @@ class SGLangSpec(Spec, frozen=True, kw_only=True):
         require_fields(self, "engine.sglang.", rules)
         _check_arguments("args", self.args)
         _check_arguments("command", (word for word in self.command if word.startswith("--")))
+        self._check_python()
         self._check_urls()
+
+    @property
+    def launcher(self) -> tuple[str, ...]:
+        """What starts a server."""
+        return (os.path.expanduser(self.python), *_LAUNCH[1:]) if self.python else self.command
+
+    def _check_python(self) -> None:
+        require(
+            not self.python or os.path.isabs(os.path.expanduser(self.python)),
+            f"engine.sglang.python={self.python!r} is relative, and actors work in another folder; write the whole path",
+        )
+        require(
+            not self.python or (self.command == _LAUNCH and not self.urls),
+            f"engine.sglang.python={self.python!r} with a command or urls of your own would be ignored; leave one of them out",
+        )
 
     def _check_urls(self) -> None:
         key = self.api_key_file

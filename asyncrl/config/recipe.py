@@ -245,6 +245,7 @@ class Recipe(Spec, frozen=True, kw_only=True):
     seed: int = 0  # of the order of prompts, of sampling and of whatever `prepare` makes
     # Optional `prepare(recipe, run_dir)`, called before any actor starts: it makes data and models.
     prepare: Function = ""
+    arguments: dict[str, str | int | float | bool] = {}  # settings of your own, for `prepare`
     sampling: SamplingSpec = SamplingSpec()  # how groups of rollouts are made
     staleness: StalenessSpec = StalenessSpec()  # how old their tokens may be
     algorithm: AlgorithmSpec = AlgorithmSpec()  # estimator, loss, corrections and KL

@@ -1,5 +1,6 @@
 """The kinds of engines: what the plan of a run says of them, and what the doctor says of this machine."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -7,10 +8,11 @@ from typing import get_args
 import pytest
 from transformers import PreTrainedModel
 
-from asyncrl.config import Deployment, EngineSpec, GeneratorsSpec, LimitsSpec, ModelSpec, SGLangSpec
+from asyncrl.config import Deployment, EngineSpec, GeneratorsSpec, LimitsSpec, ModelSpec, PlaceSpec, SGLangSpec
 from asyncrl.config.deployment import ENGINES, EngineName
 from asyncrl.errors import ConfigError
 from asyncrl.generate.engines import EngineKind, EngineSite, engine_kind
+from asyncrl.generate.sglang.build import launch_command
 from asyncrl.generate.sglang.sglang_kind import SGLangKind
 from asyncrl.report.findings import Finding
 from asyncrl.types import GenerationRequest
@@ -78,6 +80,41 @@ def test_the_default_command_needs_sglang_and_its_kernels() -> None:
         SGLangKind({}, {**both, "sglang-kernel": ""}.__getitem__).check(spec)
     # Whoever writes the command out knows what python it is.
     assert SGLangKind({}, lambda _: "").check(deployment(SGLangSpec(command=("python", "-m", "my.launcher"))))
+
+
+def test_a_python_of_another_environment_starts_the_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrapper in its place: with a path of its own, on which lies another version, and without ours."""
+    packages, python = tmp_path / "packages", tmp_path / "bin" / "python"
+    (packages / "sglang-9.9.dist-info").mkdir(parents=True)
+    (packages / "sglang-9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 9.9\n")
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\n[ -n "$PYTHONPATH" ] && exit 7\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
+    monkeypatch.setenv("PYTHONPATH", "/of/asyncrl")
+    spec = SGLangSpec(python=str(python))
+    with pytest.raises(ConfigError, match=rf"sglang\.python='{python}' could not start a server: .*Permission denied"):
+        SGLangKind({}, lambda _: "").check(deployment(spec))
+    python.chmod(0o755)
+    plan = SGLangKind({}, lambda _: "").check(deployment(spec))
+    assert plan.endswith(f"by `{python} -m sglang.launch_server`; drain updates; its environment has sglang 9.9")
+    start = launch_command(EngineSpec(kind="sglang", sglang=spec), ModelSpec(path="m"), PlaceSpec(), 0, 64, log=tmp_path / "l")
+    assert start.command[:3] == (str(python), "-m", "sglang.launch_server")
+    assert start.env["PYTHONPATH"] == ""
+    (packages / "sglang-9.9.dist-info" / "METADATA").unlink()
+    (packages / "sglang-9.9.dist-info").rmdir()
+    empty = python.with_name("empty")
+    empty.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
+    empty.chmod(0o755)
+    with pytest.raises(ConfigError, match=r"No package metadata was found for sglang; name the Python of an environment"):
+        SGLangKind({}, lambda _: "").check(deployment(SGLangSpec(python=str(empty))))
+    on_a_cluster = SGLangKind({}).check(deployment(SGLangSpec(python="/no/such"), ray_address="10.0.0.1:6379"))
+    assert on_a_cluster.endswith("the generators' nodes of the Ray at 10.0.0.1:6379 must have it")
+    for wrong, said in (
+        ({"python": "bin/python"}, "is relative"),
+        ({"python": "/p", "command": ("s",)}, "with a command or urls of your own would be ignored"),
+        ({"python": "/p", "urls": ("http://127.0.0.1:1",)}, "with a command or urls"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            SGLangSpec(**wrong)
 
 
 @pytest.mark.parametrize(("address", "environ"), [("10.0.0.1:6379", {}), ("", {"RAY_ADDRESS": "10.0.0.1:6379"})])

@@ -11,7 +11,7 @@ from asyncrl.errors import ConfigError
 from asyncrl.generate.engines import EngineSite
 from asyncrl.generate.sglang.engine import SGLangEngine
 from asyncrl.generate.sglang.keys import RunningServer, running_servers
-from asyncrl.generate.sglang.process import require_command
+from asyncrl.generate.sglang.process import OWN_PACKAGES, require_command
 from asyncrl.generate.sglang.server import LaunchCommand, SGLangServer
 from asyncrl.generate.sglang.transfer import SharedMemory, Transfer
 from asyncrl.models.loading import context
@@ -26,7 +26,7 @@ def sglang_engine(site: EngineSite) -> SGLangEngine:
     """
     spec, place = site.generators.engine, site.generators.place
     if not spec.sglang.urls:
-        require_command(spec.sglang.command)
+        require_command(spec.sglang.launcher)
     vocabulary, positions = context(site.model)
     max_length = min(spec.max_length, positions or spec.max_length)
     where: list[LaunchCommand | RunningServer] = [*running_servers(spec.sglang)] or [
@@ -69,8 +69,9 @@ def launch_command(
         if value is not False:
             flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     # More threads than cores to themselves wait for each other in spin loops; and HEADROOM may pass the model's positions.
-    env = {"OMP_NUM_THREADS": str(place.threads), "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1", **sglang.env}
-    return LaunchCommand((*sglang.command, *flags), env, log)
+    env = {"OMP_NUM_THREADS": str(place.threads), "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    env |= {**(OWN_PACKAGES if sglang.python else {}), **sglang.env}
+    return LaunchCommand((*sglang.launcher, *flags), env, log)
 
 
 def _transfer(sglang: SGLangSpec, *, host: str, gpus: float) -> Callable[[int], Transfer]:

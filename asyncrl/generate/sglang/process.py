@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from asyncrl.errors import ConfigError
 from asyncrl.processes import OwnedProcess, under_guard
 
+OWN_PACKAGES = {"PYTHONPATH": ""}  # in the environment of a Python of another environment
 LOG_TAIL = 15  # lines of its log that an error about a server shows
 
 
@@ -82,11 +84,30 @@ def find_program(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
+def sglang_of(python: str) -> str:
+    """The version of SGLang in the environment of another Python, which is started for that; some 0.1 s.
+
+    Raises ConfigError if there is no such Python on this machine, or no SGLang in its environment.
+    """
+    ask = "from importlib.metadata import version; print(version('sglang'))"
+    try:
+        command, environment = [python, "-c", ask], {**os.environ, **OWN_PACKAGES}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except subprocess.CalledProcessError as error:
+        problem = (error.stderr.strip().splitlines() or [f"it ended with status {error.returncode}"])[-1]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    raise ConfigError(
+        f"engine.sglang.python={python!r} could not start a server: {problem}; name the Python of an environment with SGLang: "
+        "python -m venv DIR && DIR/bin/pip install sglang, then DIR/bin/python"
+    )
+
+
 def require_command(command: Sequence[str]) -> None:
     """Raises ConfigError unless the program that starts a server can be found on this machine."""
     if find_program(command[0]) is None:
         raise ConfigError(
-            f"engine.sglang.command: {command[0]!r} is not on PATH, nor beside {sys.executable}, so no SGLang server could "
+            f"engine.sglang: the program {command[0]!r} is not on PATH, nor beside {sys.executable}, so no SGLang server could "
             "be started; on a CPU run deploy/sglang-cpu/install, with GPUs pip install 'asyncrl[sglang]' and leave the command "
             "out"
         )

@@ -12,7 +12,7 @@ from asyncrl.config.base import require
 from asyncrl.errors import ConfigError
 from asyncrl.generate.engines import EngineSite
 from asyncrl.generate.sglang.keys import read_key
-from asyncrl.generate.sglang.process import find_program, require_command
+from asyncrl.generate.sglang.process import find_program, require_command, sglang_of
 from asyncrl.report.findings import Finding, MachineCheck
 
 if TYPE_CHECKING:
@@ -57,10 +57,12 @@ class SGLangKind(NamedTuple):
                 read_key(sglang.api_key_file)
             key = f"with the key in {sglang.api_key_file}" if sglang.api_key_file else "without a key"
             return f"sglang: attached to {', '.join(sglang.urls)}, {key}; {updates}"
-        program = " ".join(sglang.command)
+        program = " ".join(sglang.launcher)
         plan = f"sglang: {count} × {sglang.servers} servers, tensor parallel {sglang.tp_size}, by `{program}`; {updates}"
         if address:
             return f"{plan}; the generators' nodes of the Ray at {address} must have it"
+        if sglang.python:
+            return f"{plan}; its environment has sglang {sglang_of(sglang.launcher[0])}"
         require_command(sglang.command)
         if sglang.command == SGLangSpec().command and not (self.installed("sglang") and self.installed(KERNELS)):
             raise ConfigError(
