@@ -11,7 +11,7 @@ Afterwards the optimizer may be built, and PackedModel. All ranks must call it, 
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import cast
 
@@ -135,7 +135,10 @@ def _divide(model: PreTrainedModel, styles: Sequence[tuple[nn.Module, ParallelSt
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     tied = output.weight is embedding.weight
     for module, style in styles:
+        learns = [parameter.requires_grad for parameter in module.parameters()]
         parallelize_module(module, mesh, style)
+        for parameter, does in zip(module.parameters(), learns, strict=True):
+            parameter.requires_grad_(does)  # torch makes parameters anew, which would all learn
     if tied:
         output.weight = embedding.weight
 
@@ -152,8 +155,10 @@ def _styles(model: PreTrainedModel, tp: int) -> list[tuple[nn.Module, ParallelSt
     beside = {pattern.rpartition(".")[0] for pattern, style in plan.items() if style == "colwise"}
     styles: list[tuple[nn.Module, ParallelStyle]] = []
     for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            continue  # what is inside is divided
         pattern, own = re.sub(r"\d+", "*", name), dict(module.named_parameters(recurse=False))
-        planned = plan.get(pattern)
+        planned = _planned(plan, pattern)
         if module in ends:
             divides = module.weight.shape[0] % tp == 0  # a value head has one output
             end = _STYLES["rowwise_split_input" if module is ends[0] else "colwise_gather_output"]
@@ -169,6 +174,17 @@ def _styles(model: PreTrainedModel, tp: int) -> list[tuple[nn.Module, ParallelSt
                 raise _undivided(model, tp, f"{name} has a weight of {tuple(module.weight.shape)}, which tp does not divide")
             styles.append((module, _STYLES[planned]()))
     return styles
+
+
+_ADAPTED = re.compile(r"(.*)\.(base_layer|lora_A\.default|lora_B\.default)")  # as models.lora has made a layer
+
+
+def _planned(plan: Mapping[str, str], pattern: str) -> str | None:
+    """What the plan says of a module. Of an adapter, A reads what its layer reads, and B makes what that makes."""
+    if (found := _ADAPTED.fullmatch(pattern)) is None:
+        return plan.get(pattern)
+    style, whole = plan.get(found[1]), {"colwise": "lora_A.default", "rowwise": "lora_B.default"}
+    return None if style is None or whole.get(style) == found[2] else style
 
 
 def _undivided(model: PreTrainedModel, tp: int, why: str) -> ConfigError:

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from asyncrl.config import Layout, LoraSpec, ModelSpec
+from asyncrl.config import Layout, LoraSpec, ModelSpec, PrecisionSpec
 from asyncrl.errors import ConfigError
 from asyncrl.models.loading import load_weights, named_weights
 from asyncrl.models.lora import WithoutAdapters, add_adapters, merge_adapters, merged_pieces
 from asyncrl.models.packed import PackedModel, TokenSequence, make_pack
 from asyncrl.models.ranks import Ranks
+from asyncrl.models.sharding import shard
 from asyncrl.models.shards import same_bits
 
 ARCHITECTURES = ["qwen3, tied", "gpt2, tied", "gemma2, by rows, soft caps", "qwen2_moe, by rows, sliding window 5"]
@@ -152,31 +153,42 @@ def test_without_peft_the_extra_is_named(make, monkeypatch: pytest.MonkeyPatch) 
         add_adapters(make("llama"), LoraSpec(), ModelSpec(path="base"), seed=0)
 
 
-def sharded(ranks: Ranks, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Blocks of what is published, by name, and whole gradients of a loss that is summed over ranks."""
-    layers = getattr(model, "transformer", model.base_model)
-    for layer in getattr(layers, "h", None) or layers.layers:
-        fully_shard(layer, mesh=ranks.fsdp_mesh)
-    fully_shard(model, mesh=ranks.fsdp_mesh)
+def learned(ranks: Ranks, model: PreTrainedModel) -> tuple[dict, dict[str, torch.Tensor], torch.Tensor]:
+    """Of what is published, the block of this rank and where it begins, by name; whole gradients; scores without adapters."""
+    shard(model, ranks, PrecisionSpec())
     blocks = {piece.name: (piece.read().clone(), piece.offsets) for piece in merged_pieces(model, ranks)}
-    ids = torch.from_numpy(sequences()[ranks.index].ids)[None]
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()  # FSDP takes the mean over ranks
-    return blocks, {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.requires_grad}
+    shares = [range(4)] if ranks.dealt == 1 else [range(2), range(2, 4)]
+    pack = make_pack(sequences(), shares[ranks.share])
+    scored = WithoutAdapters(model, ranks=ranks).score(
+        [pack], torch.full((sum(len(s.scored) for s in sequences()),), torch.nan)
+    )
+    PackedModel(model, ranks=ranks).logprobs(pack).sum().backward()
+    gradient = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(".lora_" in name for name in gradient)
+    assert all((parameter.grad is not None) == (name in gradient) for name, parameter in model.named_parameters())
+    return blocks, {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradient.items()}, scored
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2, tied"])
-def test_two_ranks_publish_and_learn_what_one_does(gang, make, name: str) -> None:
-    whole = trained(make(name))
-    (first, gradient), (second, _) = gang(Layout(shard=2), sharded, trained(make(name)))
-    expected = read(whole)
-    assert list(first) == list(second) == list(expected)
-    for of_rank in (first, second):
-        for tensor_name, (block, offsets) in of_rank.items():
-            place = tuple(slice(at, at + size) for at, size in zip(offsets, block.shape, strict=True))
-            torch.testing.assert_close(block, expected[tensor_name][place], rtol=2e-6, atol=1e-7)
-    for sequence in sequences()[:2]:
-        ids = torch.from_numpy(sequence.ids)[None]
-        (whole(input_ids=ids, labels=ids, use_cache=False).loss / 2).backward()
-    for parameter_name, parameter in whole.named_parameters():
-        if parameter.requires_grad:
-            assert (gradient[parameter_name] - parameter.grad).abs().max() <= 2e-6 * parameter.grad.abs().max()
+def learned_by_all(ranks: Ranks, models: list[PreTrainedModel]) -> list[tuple]:
+    return [learned(ranks, model) for model in models]
+
+
+@pytest.mark.parametrize(
+    ("layout", "names"),
+    [
+        (Layout(shard=2), ["qwen3, tied", "gpt2, tied", "qwen2_moe, by rows, sliding window 5"]),
+        (Layout(shard=2, tp=2), ["qwen3, tied"]),
+        (Layout(sp=2, offload=True, checkpoint_activations=True), ["llama"]),
+    ],
+)
+def test_ranks_publish_learn_and_score_what_one_does(gang, make, layout: Layout, names: list[str]) -> None:
+    alone = [learned(Ranks(), trained(make(name))) for name in names]
+    for of_rank in gang(layout, learned_by_all, [trained(make(name)) for name in names]):
+        for (blocks, gradient, scored), (whole, whole_gradient, whole_scored) in zip(of_rank, alone, strict=True):
+            torch.testing.assert_close(scored, whole_scored, rtol=2e-6, atol=2e-6)
+            assert list(blocks) == list(whole)
+            for name, (block, offsets) in blocks.items():
+                place = tuple(slice(at, at + size) for at, size in zip(offsets, block.shape, strict=True))
+                torch.testing.assert_close(block, whole[name][0][place], rtol=2e-6, atol=1e-7)
+            for name, expected in whole_gradient.items():
+                assert (gradient[name] - expected).abs().max() <= 2e-6 * expected.abs().max(), name
