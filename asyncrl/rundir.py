@@ -19,8 +19,9 @@ import socket
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypedDict
 
 import msgspec
 
@@ -120,7 +121,7 @@ class RunDir:
                 file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
                 file.flush()
             for folder in filter(Path.is_dir, (self.path, self.data, self.checkpoints, self.exports)):
-                _sweep(folder)
+                sweep(folder)
             try:
                 yield
             finally:
@@ -202,7 +203,7 @@ def atomic_folder(path: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
             raise
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Removes what killed writers left. A folder moved aside whose successor never arrived goes back to its place."""
     for entry in folder.iterdir():
         match = _LEFTOVER.match(entry.name)
@@ -217,7 +218,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """A fresh name in the same folder, hidden, that `_sweep` knows. (mkstemp's files would be private to their owner.)"""
+    """A fresh name in the same folder, hidden, that `sweep` knows. (mkstemp's files would be private to their owner.)"""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.parent / f".{path.name}.tmp-{uuid.uuid4().hex}"
 
@@ -240,15 +241,26 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(folder: str | Path, extra: Mapping[str, Any]) -> None:
-    """Writes `manifest.json` last: every file under `folder` with its bytes and SHA-256, and `extra` (JSON values)."""
-    folder = Path(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    listing = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
-    write_atomic(folder / MANIFEST, json.dumps({"schema": 1, "files": listing, "extra": dict(extra)}, indent=2) + "\n")
+class FileSum(TypedDict):
+    """What a manifest says of a file."""
+
+    bytes: int
+    sha256: str
 
 
-def read_manifest(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def file_sum(path: Path) -> FileSum:
+    """Of a file that this process wrote: when it returns, the file is on the disk."""
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def write_manifest(folder: str | Path, extra: Mapping[str, Any], files: Mapping[str, FileSum]) -> None:
+    """Writes `manifest.json`, last: the files under `folder` with their sums, and `extra` (JSON values)."""
+    content = {"schema": 1, "files": dict(sorted(files.items())), "extra": dict(extra)}
+    write_atomic(Path(folder) / MANIFEST, json.dumps(content, indent=2) + "\n")
+
+
+def read_manifest(folder: str | Path) -> tuple[dict[str, FileSum], dict[str, Any]]:
     """What a manifest says of its files, which are not looked at, and `extra`. Raises CheckpointError if it can't be read."""
     folder = Path(folder)
     try:
@@ -260,21 +272,28 @@ def read_manifest(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise CheckpointError(f"{folder / MANIFEST} is damaged ({error}); use an older checkpoint") from error
 
 
-def verify_manifest(folder: str | Path) -> dict[str, Any]:
-    """Checks every file named by the manifest and returns `extra`. Raises CheckpointError naming file, bytes or hash."""
+def verify_manifest(folder: str | Path, sums: bool = True) -> dict[str, Any]:
+    """Checks every file named by the manifest and returns `extra`. Raises CheckpointError naming file, bytes or hash.
+
+    sums: reads them all, several at once; else only their sizes are looked at.
+    """
     folder = Path(folder)
     files, extra = read_manifest(folder)
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing, but the manifest lists it; use an older checkpoint")
-        if (size := path.stat().st_size) != expected["bytes"]:
-            raise CheckpointError(f"{path} has {size} bytes, its manifest says {expected['bytes']}; use an older checkpoint")
-        if (found := sha256(path)) != expected["sha256"]:
-            raise CheckpointError(
-                f"{path} has SHA-256 {found[:12]}…, its manifest says {expected['sha256'][:12]}…; use an older checkpoint"
-            )
+    with ThreadPoolExecutor() as readers:
+        for problem in readers.map(lambda name: _damage(folder / name, files[name], sums), files):
+            if problem:
+                raise CheckpointError(f"{problem}; use an older checkpoint")
     return extra
+
+
+def _damage(path: Path, expected: FileSum, sums: bool) -> str:
+    if not path.is_file():
+        return f"{path} is missing, but the manifest lists it"
+    if (size := path.stat().st_size) != expected["bytes"]:
+        return f"{path} has {size} bytes, its manifest says {expected['bytes']}"
+    if sums and (found := sha256(path)) != expected["sha256"]:
+        return f"{path} has SHA-256 {found[:12]}…, its manifest says {expected['sha256'][:12]}…"
+    return ""
 
 
 # --------------------------------------------------------------------------------------- logs and their secrets

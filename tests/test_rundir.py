@@ -15,6 +15,7 @@ from asyncrl.rundir import (
     MASK,
     RunDir,
     atomic_folder,
+    file_sum,
     redact,
     resolve_run_dir,
     sha256,
@@ -129,7 +130,7 @@ with RunDir({str(tmp_path)!r}).lock():
 def test_manifest_round_trip(tmp_path: Path) -> None:
     (tmp_path / "policy").mkdir()
     (tmp_path / "policy/a.bin").write_bytes(b"abc")
-    write_manifest(tmp_path, {"update": 7})
+    write_manifest(tmp_path, {"update": 7}, {"policy/a.bin": file_sum(tmp_path / "policy/a.bin")})
     assert verify_manifest(tmp_path) == {"update": 7}
     listed = json.loads((tmp_path / "manifest.json").read_text())["files"]
     # SHA-256 of "abc" is the standard's own test vector.
@@ -151,7 +152,7 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
 )
 def test_a_damaged_folder_is_named(tmp_path: Path, damage, message: str) -> None:
     (tmp_path / "a.bin").write_bytes(b"abc")
-    write_manifest(tmp_path, {})
+    write_manifest(tmp_path, {}, {"a.bin": file_sum(tmp_path / "a.bin")})
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         verify_manifest(tmp_path)

@@ -146,7 +146,6 @@ def _reward(name: str, plan: RunPlan, store: "ReplayClient") -> Built:
 
 
 def _learner(plan: RunPlan, store: "ReplayClient", followers: Sequence[Any]) -> Built:
-    from asyncrl.learn.checkpoint import Checkpoints
     from asyncrl.learn.learner import Learner
     from asyncrl.learn.parallel.gang import Gang
     from asyncrl.models.ranks import open_rendezvous
@@ -156,10 +155,11 @@ def _learner(plan: RunPlan, store: "ReplayClient", followers: Sequence[Any]) -> 
     if followers:
         ask, rendezvous = RankCall(followers), open_rendezvous(host)
         built = ask("build", host, rendezvous.port)
-        ranks: Rank | Gang = Gang(_rank(plan, "learner", rendezvous), ask)
+        rank = _rank(plan, "learner", rendezvous)
+        ranks: Rank | Gang = Gang(rank, ask)
         built()
     else:
-        ranks = _rank(plan, "learner")
+        ranks = rank = _rank(plan, "learner")
     publishers: list[WeightPublisher] = []
 
     def open_bus(incarnation: int) -> WeightPublisher:
@@ -171,7 +171,7 @@ def _learner(plan: RunPlan, store: "ReplayClient", followers: Sequence[Any]) -> 
         ranks,
         store,
         open_bus,
-        Checkpoints(plan.paths, recipe.checkpoint.keep_last_n),
+        rank.checkpoints,
         save_freq=recipe.checkpoint.save_freq,
         eval_freq=recipe.evaluation.freq if recipe.evaluation.files else None,
         poll_s=plan.deployment.limits.poll_s,
@@ -210,7 +210,7 @@ def _rank(plan: RunPlan, name: str, rendezvous: Any = None) -> "Rank":
         timeout_s = 2 * max(limits.stall_timeout_s, limits.save_timeout_s)
         ranks = join(rendezvous, learner.names.index(name), layout, device=device, timeout_s=timeout_s)
     trainer = policy_trainer(recipe, device=device, refused_dir=plan.paths.logs / "refused")
-    checkpoints = Checkpoints(plan.paths, recipe.checkpoint.keep_last_n)
+    checkpoints = Checkpoints(plan.paths, recipe.checkpoint.keep_last_n, recipe.checkpoint.keep_every, ranks)
     return Rank(trainer, checkpoints, load_tokenizer(recipe.model), ranks)
 
 

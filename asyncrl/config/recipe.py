@@ -224,12 +224,19 @@ class CheckpointSpec(Spec, frozen=True, kw_only=True):
     """When checkpoints are written. step_000000 is written at the start."""
 
     save_freq: int = 50  # updates between two checkpoints
-    keep_last_n: int = 2  # complete ones that are kept
+    keep_last_n: int = 2  # complete ones that are kept, and can be gone on from
+    # Those of updates that are multiples of it stay for ever, to be evaluated and exported, as those do that are saved by hand.
+    keep_every: int | None = None
 
     def __post_init__(self) -> None:
         rules: list[Rule] = [
             ("save_freq", lambda x: x >= 1, "< 1: a killed learner could not be restored"),
             ("keep_last_n", lambda x: x >= 1, "< 1: there would be nothing to resume from"),
+            (
+                "keep_every",
+                lambda x: x >= 1 and x % self.save_freq == 0,
+                f"is no multiple of checkpoint.save_freq={self.save_freq}: there would be no checkpoint to keep; use one",
+            ),
         ]
         require_fields(self, "checkpoint.", rules)
 

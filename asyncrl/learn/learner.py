@@ -65,6 +65,7 @@ class Learner:
         self._open_bus = open_bus
         self._bus: WeightSink | None = None
         self._checkpoints = checkpoints
+        checkpoints.on_whole = self._retain
         self._save_freq = save_freq
         self._eval_freq = eval_freq
         self._poll_s = poll_s
@@ -101,10 +102,11 @@ class Learner:
         log.info("start at version %s, %d batches to retrain from the log", self._version, fence.reopened)
         if restored is None:
             self._save()
+            self._checkpoints.wait()  # nothing is published that could be lost
         else:
             self._saved = self._version
             self._checkpoints.discard_after(committed)  # not before the fence: until then they are another learner's
-            self._retain()
+            self._retain(self._version)
         self._publish()
         self._save_and_evaluate()
         return self._version
@@ -124,6 +126,7 @@ class Learner:
                 while self.committed < until and not self._ending():
                     with self._timed("wait:store", "timing_s/wait_batch"):
                         batch = next(batches, None)
+                    self._checkpoints.check()
                     if batch is None:
                         break
                     self._train(batch)
@@ -131,6 +134,8 @@ class Learner:
                 self._save_and_evaluate(last=True)
             elif self._halting.is_set() and self._saved != self._version:
                 self._save()
+            with self._timed("sync", "timing_s/checkpoint"):
+                self._checkpoints.wait()
         except Closed:
             log.info("the store has closed; ending at update %d", self.committed)
         finally:
@@ -159,7 +164,11 @@ class Learner:
             self._bus = None
 
     def report(self) -> Report:
-        """Time per state of the main loop, and what the weight bus says of itself. Progress is packs, and everything timed."""
+        """Time per state of the main loop, and what the weight bus says of itself. Progress is packs, and everything timed.
+
+        Raises what went wrong with a checkpoint in the background, whatever the main loop waits for.
+        """
+        self._checkpoints.check()
         bus = self._bus
         gauges = {} if bus is None else {f"bus/{name}": value for name, value in bus.gauges().items()}
         gauges["update"] = float(self.committed)
@@ -173,10 +182,12 @@ class Learner:
         )
 
     def save_checkpoint(self) -> str:
-        """Saves the current version, between runs, and returns the folder."""
+        """Saves the current version, between runs, for ever; returns the folder when it is whole."""
         if not self._started:
             self.start()
-        return str(self._save())
+        path = self._save(by_hand=True)
+        self._checkpoints.wait()
+        return str(path)
 
     def evaluate(self) -> None:
         """Requests an evaluation of the current version, between runs, unless it has had one."""
@@ -258,16 +269,16 @@ class Learner:
             assert self._bus is not None, "published before start"
             self._bus.publish(self._version, self._ranks.weights())
 
-    def _save(self) -> Path:
+    def _save(self, by_hand: bool = False) -> Path:
+        """Begins to write a checkpoint of this version. It counts when it is whole; what fails then ends the run."""
         with self._timed("sync", "timing_s/checkpoint"):
-            path = self._ranks.save(self._version)
+            path = self._ranks.save(self._version, by_hand)
             self._saved = self._version
-            self._retain()
         return path
 
-    def _retain(self) -> None:
-        """Makes the checkpoint of this version count, then deletes those that are no longer kept."""
-        oldest = self._checkpoints.oldest_kept(self.committed)
+    def _retain(self, version: Version) -> None:
+        """Makes the checkpoint of a version count, then deletes those that are no longer kept."""
+        oldest = self._checkpoints.oldest_kept(version.update)
         self._store.checkpointed(oldest)  # first: it syncs the log, and a learner that was fenced deletes nothing
         self._checkpoints.prune(oldest)
 

@@ -12,6 +12,7 @@ from asyncrl.config import ModelSpec, Recipe
 from asyncrl.errors import CheckpointError, ConfigError
 from asyncrl.models.hub import require_model
 from asyncrl.models.shards import ShardedWeights, shard_files, shards_folder
+from asyncrl.models.stored import StoredTensors
 from asyncrl.rundir import MANIFEST, RunDir, verify_manifest
 from asyncrl.types import Version
 
@@ -75,12 +76,11 @@ def load(policy: Policy, device: str = "cpu") -> "tuple[PreTrainedModel, PreTrai
     if policy.checkpoint is None:
         return load_model(policy.spec, device), tokenizer
     import torch
-    from safetensors.torch import load_file
 
     # A checkpoint holds the names of the model in memory, which from_pretrained would try to convert, or leave out.
     path, dtype = policy.checkpoint / "policy", policy.spec.dtype
     model = empty_model(policy.spec)
-    weights = ShardedWeights(policy.shards) if policy.shards else load_file(path / "model.safetensors")
+    weights = ShardedWeights(policy.shards) if policy.shards else StoredTensors(path)
     adopt_weights(model, weights, getattr(torch, dtype) if dtype else None)
     return model.to(device), tokenizer
 

@@ -34,6 +34,7 @@ class Journal:
         self._heldout = heldout
         self._observe = observe
         self._checkpoints = Checkpoints(work, keep_last_n=1)
+        self._checkpoints.on_whole = lambda version: self._checkpoints.prune(version.update)
         self._metrics = MetricsLog(work.metrics, work.tensorboard)
         trainer.state |= {"examples": float(_digest(examples)), "first_heldout": math.nan}
         self.loss = self.last_heldout = math.nan  # of the newest batch; of held-out examples
@@ -60,16 +61,18 @@ class Journal:
         """Takes the figures of a step; measures and saves where it is time to."""
         last = step == self._trainer.total_steps
         self.loss = figures["loss"]
+        self._checkpoints.check()
         metrics = {f"train/{name}": value for name, value in figures.items()}
         if self._heldout and (last or step % self._spec.eval_freq == 0):
             metrics["heldout/loss"] = self.last_heldout = self._trainer.loss(self._heldout)
         self._write(step, metrics)
         if self._spec.save_freq and step % self._spec.save_freq == 0 and not last:
             self._checkpoints.save(self._trainer, Version(0, step))
-            self._checkpoints.prune(self._checkpoints.oldest_kept(step))
 
     def close(self) -> None:
+        """Waits for the checkpoint under way."""
         self._metrics.close()
+        self._checkpoints.wait()
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         # a sequence number starts at 1, and step 0 may have a line too

@@ -4,14 +4,16 @@ What FSDP and tensor parallelism spread over ranks are DTensors; a rank holds on
 one. Anything else every rank holds whole. A checkpoint, and a version on the bus, are the pieces of all ranks but for copies.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from asyncrl.errors import CheckpointError
 from asyncrl.models.ranks import Ranks
+from asyncrl.models.stored import StoredTensors
 
 
 class Piece(NamedTuple):
@@ -63,6 +65,37 @@ def adamw_pieces(optimizer: torch.optim.AdamW, module: torch.nn.Module, ranks: R
 def written(pieces: Iterable[Piece]) -> list[Piece]:
     """Those that this rank writes, where every element is to be written by one rank: neither empty blocks nor copies."""
     return [piece for piece in pieces if not piece.copy and (piece.local.numel() or 0 in piece.shape)]
+
+
+@torch.no_grad()
+def read_pieces(pieces: Sequence[Piece], stored: StoredTensors, what: str) -> None:
+    """Fills this rank's parts with what overlaps them in the files, whatever ranks wrote those. `pieces`: copies included.
+
+    Raises CheckpointError if names or shapes are of another model. what: that they should belong to.
+    """
+    if differing := {piece.name for piece in pieces} ^ stored.keys():
+        raise CheckpointError(
+            f"{stored.folder} does not belong to this {what}: {len(differing)} names differ, e.g. {sorted(differing)[:3]}"
+        )
+    for piece in pieces:
+        if piece.shape != stored.shapes[piece.name]:
+            found = stored.shapes[piece.name]
+            raise CheckpointError(f"{piece.name} in {stored.folder}: shape {found}, this {what} has {piece.shape}")
+    for piece in pieces:
+        stored.read_into(piece.local, piece.name, piece.offsets)
+
+
+def read_adamw(optimizer: torch.optim.AdamW, module: torch.nn.Module, stored: StoredTensors, ranks: Ranks) -> None:
+    """The same for an optimizer's state; parameters that had no step when it was saved have none then."""
+    optimizer.state.clear()
+    names = {tensor: name for name, tensor in named_tensors(module).items()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if f"{names[parameter]}.step" in stored:
+                step = torch.zeros((), device=parameter.device if group["fused"] else None)
+                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = {"step": step, **moments}
+    read_pieces(adamw_pieces(optimizer, module, ranks), stored, "optimizer")
 
 
 def _piece(name: str, tensor: torch.Tensor, ranks: Ranks) -> Piece:

@@ -54,17 +54,18 @@ def join(store: dist.Store, rank: int, layout: Layout, *, device: str, timeout_s
     """Joins the group as `rank`. Waits for all others, and so does every collective, for `timeout_s` at most."""
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=layout.ranks, timeout=timedelta(seconds=timeout_s))
-    return Ranks(layout, device)
+    return Ranks(layout, device, store.clone())  # type: ignore[attr-defined]
 
 
 class Ranks:
     """This rank of the process group; `Ranks()` is the only one, without a group: then nothing here communicates."""
 
-    def __init__(self, layout: Layout | None = None, device: str = "cpu") -> None:
-        """layout: of the process group that this process has joined."""
+    def __init__(self, layout: Layout | None = None, device: str = "cpu", store: dist.Store | None = None) -> None:
+        """layout: of the process group that this process has joined, by `store`."""
         self.grouped = layout is not None
         self.layout = layout = layout or Layout()
         self.index = dist.get_rank() if self.grouped else 0
+        self._store = store
         self.dealt = layout.replicate * layout.shard  # shares into which packs are dealt
         self.share = self.index // (layout.sp * layout.tp)  # which of them is this rank's
         self.place = self.index // layout.tp % layout.sp  # of this rank among those that share its packs' tokens
@@ -110,6 +111,17 @@ class Ranks:
         of it: the gradient of its own part is all that comes back, and no rank waits for another in the backward pass.
         """
         return part if self.sp_group is None else _Whole.apply(part, where, size, self.sp_group)
+
+    def tell(self, about: str, said: str) -> None:
+        """Tells all other ranks something, from any thread, beside whatever they compute; waits for nobody."""
+        if self._store is not None:
+            self._store.set(f"{about}/{self.index}", said)
+
+    def heard(self, about: str, index: int, timeout_s: float) -> str:
+        """What rank `index` tells about something. Waits until it does; raises torch's DistError after `timeout_s`."""
+        assert self._store is not None, "the only rank waits for nobody"
+        self._store.wait([key := f"{about}/{index}"], timedelta(seconds=timeout_s))
+        return self._store.get(key).decode()
 
 
 class _Whole(torch.autograd.Function):

@@ -173,6 +173,7 @@ def test_minibatches_epochs_a_reference_and_a_restore(tmp_path: Path, dtype: Dty
     assert figures["actor/kl_loss"] > 0  # the later steps have left the reference
     checkpoints = Checkpoints(RunDir(tmp_path / "run"), keep_last_n=1)
     checkpoints.save(trainer, V1)
+    checkpoints.wait()
     other = make_trainer(make_model(1, dtype), tmp_path, reference=make_model(0, dtype), mini_batch_groups=2, ppo_epochs=2)
     assert checkpoints.restore(other) == 1
     assert next(other.model.parameters()).device.type == DEVICE

@@ -178,7 +178,9 @@ def test_a_run_is_evaluated_at_its_newest_checkpoint_with_its_recipe(model, data
     policy = AutoModelForCausalLM.from_pretrained(model)
     optimizer = torch.optim.AdamW(policy.parameters())
     trainer = SimpleNamespace(model=policy, optimizer=optimizer, state={}, critic=None)
-    Checkpoints(run, keep_last_n=1).save(trainer, Version(0, 0))
+    checkpoints = Checkpoints(run, keep_last_n=1)
+    checkpoints.save(trainer, Version(0, 0))
+    checkpoints.wait()
     out = tmp_path / "of_run.parquet"
     evaluate(run.path, "--data", data, "--reward", reward, "--out", out)
     evaluate(model, "--data", data, "--reward", reward, "--max-response-length", 3, "--out", tmp_path / "of_model.parquet")
@@ -217,7 +219,9 @@ def test_a_run_brings_its_rewards_and_its_held_out_files(model, data, reward, tm
     policy = AutoModelForCausalLM.from_pretrained(model)
     optimizer = torch.optim.AdamW(policy.parameters())
     trainer = SimpleNamespace(model=policy, optimizer=optimizer, state={}, critic=None)
-    Checkpoints(run, keep_last_n=1).save(trainer, Version(0, 0))
+    checkpoints = Checkpoints(run, keep_last_n=1)
+    checkpoints.save(trainer, Version(0, 0))
+    checkpoints.wait()
     evaluate(run.path, "--out", tmp_path / "samples.parquet")
     assert json.loads(capsys.readouterr().out)["data"] == [str(data)]
     rows = pq.read_table(tmp_path / "samples.parquet").to_pylist()

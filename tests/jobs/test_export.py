@@ -53,10 +53,12 @@ def run(tmp_path, model):
     checkpoints, optimizer = Checkpoints(run_dir, keep_last_n=3), torch.optim.AdamW(model.parameters())
     trainer = SimpleNamespace(model=model, optimizer=optimizer, state={}, critic=None)
     checkpoints.save(trainer, Version(0, 0))
+    checkpoints.wait()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
     checkpoints.save(trainer, Version(0, 1))
+    checkpoints.wait()
     return run_dir
 
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
 from asyncrl.disk import as_size
 from asyncrl.errors import CheckpointError, DiskFull, Fenced
+from asyncrl.learn import snapshot
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.rundir import RunDir, verify_manifest
 from asyncrl.types import Lineage, Version
@@ -23,7 +25,14 @@ def run_dir(tmp_path: Path) -> RunDir:
 
 
 def save(checkpoints: Checkpoints, trainer, update: int, incarnation: int = 1) -> Path:
-    return checkpoints.save(trainer, Version(incarnation, update))
+    folder = checkpoints.save(trainer, Version(incarnation, update))
+    checkpoints.wait()
+    return folder
+
+
+def restore_at(checkpoints: Checkpoints, trainer, *of) -> int:
+    checkpoints.load(trainer, update := checkpoints.choose(*of))
+    return update
 
 
 def state(trainer) -> list[torch.Tensor]:
@@ -74,27 +83,30 @@ def test_keep_last_n_and_the_oldest_retained(run_dir: RunDir, make_trainer) -> N
     assert [folder.name for folder in run_dir.steps()] == ["step_000005", "step_000010"]
 
 
-def test_a_damaged_checkpoint_is_skipped_and_said(run_dir: RunDir, make_trainer, caplog) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_said(run_dir: RunDir, make_trainer, make_rollouts, caplog) -> None:
     trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 5)
+    trainer.update(make_rollouts(), 0)
     for update in (0, 5, 10):
         save(checkpoints, trainer, update)
     (run_dir.checkpoint(10) / "manifest.json").unlink()
-    torn = run_dir.checkpoint(5) / "optimizer.pt"
+    torn = run_dir.checkpoint(5) / "optimizer/policy/adamw.safetensors"
     torn.write_bytes(torn.read_bytes()[:-1])
     with caplog.at_level(logging.WARNING):
         assert checkpoints.restore(trainer) == 0
     assert "step_000010 has no manifest.json" in caplog.text
-    assert "optimizer.pt has" in caplog.text
+    assert "adamw.safetensors has" in caplog.text
     assert len(run_dir.steps()) == 3  # nothing is deleted before the fence
-    with pytest.raises(CheckpointError, match=r"optimizer\.pt has \d+ bytes(.|\n)*has step_000000, step_000005, step_000010"):
-        checkpoints.restore(trainer, at=5)
+    with pytest.raises(
+        CheckpointError, match=r"adamw\.safetensors has \d+ bytes(.|\n)*has step_000000, step_000005, step_000010"
+    ):
+        checkpoints.choose(5)
 
 
 def test_a_save_that_fails_half_way_leaves_no_trace(run_dir: RunDir, make_trainer, make_model, monkeypatch) -> None:
     trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 5)
     save(checkpoints, trainer, 5)
-    monkeypatch.setattr(torch, "save", lambda *arguments: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(snapshot, "save_file", lambda *arguments: (_ for _ in ()).throw(OSError("broken")))
+    with pytest.raises(OSError, match="broken"):
         save(checkpoints, trainer, 10)
     assert [entry.name for entry in run_dir.checkpoints.iterdir()] == ["step_000005"]
 
@@ -103,13 +115,15 @@ def test_a_full_disk_is_named_the_half_written_goes_and_older_ones_stay(run_dir:
     trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 5)
     save(checkpoints, trainer, 5)
     size = sum(parameter.nbytes for parameter in trainer.model.parameters())  # no moments yet
-    saving, room = torch.save, rf"no room for .*step_000010.*: {re.escape(as_size(size))} are needed, .* are free"
+    room = rf"no room for .*step_000010.*: {re.escape(as_size(size))} are needed, .* are free"
 
-    def on_a_full_disk(value: object, file: object) -> None:
-        with open("/dev/full", "wb", buffering=0) as full:
-            saving(value, full)
+    def on_a_full_disk(tensors: object, path: Path, metadata: object) -> None:
+        Path("/dev/full").write_bytes(safetensors.torch.save(tensors, metadata))
 
-    for seam, fails in (("asyncrl.disk.free_bytes", lambda path: size - 1), ("torch.save", on_a_full_disk)):
+    for seam, fails in (
+        ("asyncrl.disk.free_bytes", lambda path: size - 1),
+        ("asyncrl.learn.snapshot.save_file", on_a_full_disk),
+    ):
         with monkeypatch.context() as patched:
             patched.setattr(seam, fails)
             with pytest.raises(DiskFull, match=room):
@@ -123,8 +137,8 @@ def test_restore_at_an_update_gives_up_what_came_after(run_dir: RunDir, make_tra
     for update in (0, 5, 10):
         save(checkpoints, trainer, update)
     with pytest.raises(CheckpointError, match=r"step_000007 does not exist; the run has step_000000, step_000005, step_000010"):
-        checkpoints.restore(trainer, at=7)
-    assert checkpoints.restore(trainer, at=5) == 5
+        checkpoints.choose(7)
+    assert restore_at(checkpoints, trainer, 5) == 5
     assert len(run_dir.steps()) == 3
     checkpoints.discard_after(5)
     assert [folder.name for folder in run_dir.steps()] == ["step_000000", "step_000005"]
@@ -133,7 +147,7 @@ def test_restore_at_an_update_gives_up_what_came_after(run_dir: RunDir, make_tra
 def test_nothing_to_restore_and_nothing_whole(run_dir: RunDir, make_trainer) -> None:
     trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 5)
     assert checkpoints.restore(trainer) is None
-    (save(checkpoints, trainer, 0) / "rng.pt").unlink()
+    (save(checkpoints, trainer, 0) / "rng/rng.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no checkpoint of .* can be used"):
         checkpoints.restore(trainer)
 
@@ -145,11 +159,11 @@ def test_a_checkpoint_that_the_log_does_not_reach_is_not_restored(run_dir: RunDi
     # The second learner was fenced at update 8, and nobody knows the third.
     history = Lineage(oldest=5, newest={1: 8, 2: 8})
     with caplog.at_level(logging.WARNING):
-        assert checkpoints.restore(trainer, refusal=history.refusal) == 5
+        assert checkpoints.choose(refusal=history.refusal) == 5
     assert "step_000015 can't be resumed from: the replay log knows no incarnation 3" in caplog.text
     assert "step_000010 can't be resumed from: it is ahead of the replay log, which holds 8 updates" in caplog.text
     with pytest.raises(CheckpointError, match=r"goes back to update 5: rows .* deleted(.|\n)*the run has step_000000, s"):
-        checkpoints.restore(trainer, at=0, refusal=history.refusal)
+        checkpoints.choose(0, history.refusal)
 
 
 def test_a_learner_that_was_fenced_does_not_replace_its_successors_checkpoint(run_dir: RunDir, make_trainer) -> None:
@@ -172,7 +186,7 @@ def test_an_adaptive_kl_coefficient_survives(run_dir: RunDir, make_trainer, make
     whole, checkpoints = trainer(), Checkpoints(run_dir, 2)
     for committed in range(4):
         if committed == 2:
-            checkpoints.save(whole, Version(1, 2))
+            save(checkpoints, whole, 2)
             saved = whole.state["kl_coef"]
         whole.update(make_rollouts(seed=committed), committed)
     second = trainer()
@@ -187,7 +201,7 @@ def test_an_adaptive_kl_coefficient_survives(run_dir: RunDir, make_trainer, make
 def test_a_state_of_another_recipe_is_left_alone(run_dir: RunDir, make_trainer) -> None:
     trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 2)
     trainer.state["kl_coef"] = 0.7
-    checkpoints.save(trainer, Version(1, 0))
+    save(checkpoints, trainer, 0)
     fixed, adaptive, other = {}, {"kl_coef": 0.1}, {"else": 1.0}
     for figures in (fixed, adaptive, other):
         trainer.state = figures

@@ -274,6 +274,7 @@ def test_continuing_equals_never_having_stopped(backbone: str, make_trainer, mak
     for committed in range(4):
         if committed == 2:
             folder = checkpoints.save(whole, Version(1, 2))
+            checkpoints.wait()
             saved = state(whole)
         metrics = whole.update(make_rollouts(seed=committed), committed)
     second = trainer(5)
@@ -295,9 +296,11 @@ def test_a_checkpoint_without_a_critic_is_refused_where_one_is_needed(make_train
     checkpoints = Checkpoints(RunDir(tmp_path / "run").create(), 2)
     plain, critical = make_trainer(), make_trainer(algorithm=GAE, critic={})
     checkpoints.save(plain, Version(1, 0))
+    checkpoints.wait()
     with pytest.raises(CheckpointError, match=r"step_000000 holds no critic, but the recipe has one: .* start a new run"):
         checkpoints.restore(critical)
     checkpoints.save(critical, Version(1, 1))
+    checkpoints.wait()
     assert checkpoints.restore(plain) == 1  # one that is not needed is left alone
     other = make_trainer(algorithm=GAE, critic=CRITICS["shared"])
     with pytest.raises(CheckpointError, match="weights do not belong to this model"):

@@ -250,6 +250,7 @@ def test_running_moments_survive_a_checkpoint_to_the_bit(make_trainer, make_roll
     going.update(make_rollouts(seed=1), 0)
     checkpoints = Checkpoints(RunDir(tmp_path / "run"), 1)
     checkpoints.save(going, Version(1, 1))
+    checkpoints.wait()
     resumed.update(make_rollouts(seed=5), 0)  # what a restore must overwrite
     assert checkpoints.restore(resumed) == 1
     for trainer in (going, resumed):

@@ -38,8 +38,8 @@ class Gang:
         metrics: dict[str, float] = self._all("update", rollouts, committed)
         return metrics
 
-    def save(self, version: Version) -> Path:
-        path: Path = self._all("save", version)
+    def save(self, version: Version, by_hand: bool = False) -> Path:
+        path: Path = self._all("save", version, by_hand)
         return path
 
     def load(self, update: int) -> None:

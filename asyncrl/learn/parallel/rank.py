@@ -24,7 +24,7 @@ class Rank:
     ) -> None:
         """ranks: where this process stands; None: it is the only one."""
         self._trainer = trainer
-        self._checkpoints = checkpoints
+        self.checkpoints = checkpoints
         self._tokenizer = tokenizer
         self._ranks = ranks or Ranks()
         self.pulse = Pulse(lambda: trainer.packs)
@@ -34,13 +34,13 @@ class Rank:
         NonFinite, then on all."""
         return self._trainer.update(rollouts, committed)
 
-    def save(self, version: Version) -> Path:
-        """Writes the checkpoint of this version, and returns its folder."""
-        return self._checkpoints.save(self._trainer, version) if self._ranks.first else Path()
+    def save(self, version: Version, by_hand: bool = False) -> Path:
+        """Begins to write this rank's part of a checkpoint of this version; returns its folder, as `Checkpoints.save` does."""
+        return self.checkpoints.save(self._trainer, version, by_hand)
 
     def load(self, update: int) -> None:
         """Takes weights, optimizer and random states from the checkpoint of an update, which `Checkpoints.choose` chose."""
-        self._checkpoints.load(self._trainer, update)
+        self.checkpoints.load(self._trainer, update)
 
     def weights(self) -> Tensors:
         """The policy's weights by name, whole, to be published; none on ranks other than the first."""

@@ -1,0 +1,147 @@
+"""What one rank saves of a trainer, and loads again: its pieces of weights and optimizer, its random state.
+
+Nothing in the files is code: they are safetensors and JSON. Any number of ranks, in any layout, reads what any other wrote.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from asyncrl.errors import CheckpointError
+from asyncrl.learn.critic import Critic
+from asyncrl.models.pieces import Piece, adamw_pieces, module_pieces, read_adamw, read_pieces, written
+from asyncrl.models.ranks import Ranks
+from asyncrl.models.stored import StoredTensors
+from asyncrl.rundir import FileSum, file_sum
+
+Content = tuple[dict[str, torch.Tensor], dict[str, str]]  # of a safetensors file: tensors by name, and metadata
+
+
+class Checkpointed(Protocol):
+    """What a checkpoint holds of a trainer."""
+
+    model: PreTrainedModel
+    optimizer: torch.optim.AdamW
+    state: dict[str, float]  # its own figures, equal on all ranks
+
+    @property
+    def critic(self) -> Critic | None: ...
+
+
+class Trained(NamedTuple):
+    """What is trained by an optimizer of its own: `policy` or `critic`."""
+
+    name: str
+    module: torch.nn.Module
+    adamw: torch.optim.AdamW
+
+
+def trained(trainer: Checkpointed) -> Iterator[Trained]:
+    """The policy; the critic, if there is one."""
+    yield Trained("policy", trainer.model, trainer.optimizer)
+    if trainer.critic is not None:
+        yield Trained("critic", trainer.critic.module, trainer.critic.optimizer)
+
+
+class Snapshot:
+    """A copy, in the host's memory, of what this rank saves: made by the thread that trains, written by another."""
+
+    def __init__(self, trainer: Checkpointed, update: int, ranks: Ranks) -> None:
+        self._tensors = {f"rng/{_file('rng', ranks)}": _random_state()}  # and metadata, by file
+        for name, module, adamw in trained(trainer):
+            self._tensors[f"{name}/{_file('model', ranks)}"] = _copies(module_pieces(module, ranks))
+            self._tensors[f"optimizer/{name}/{_file('adamw', ranks)}"] = _copies(adamw_pieces(adamw, module, ranks))
+        self._texts = _texts(trainer, update, ranks) if ranks.first else {}
+
+    def write(self, folder: Path) -> dict[str, FileSum]:
+        """Writes this rank's files into a folder that all ranks write to. They are on the disk then; returns their sums."""
+        files = {name: content for name, content in self._tensors.items() if content[0]}
+        for name in (*files, *self._texts):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        for name, (tensors, metadata) in files.items():
+            save_file(tensors, folder / name, metadata)
+        for name, text in self._texts.items():
+            (folder / name).write_text(text)
+        return {name: file_sum(folder / name) for name in (*files, *self._texts)}
+
+
+def restore(trainer: Checkpointed, folder: Path, ranks: Ranks) -> None:
+    """Loads this rank's parts of a checkpoint, random state included. No rank waits for another.
+
+    Of the figures saved, those that the trainer has are overwritten in place, and others ignored. So is a critic where it has
+    none; one that it has must be in the checkpoint. Raises CheckpointError if it is of another model, or parts are missing.
+    """
+    rates = json.loads((folder / "scheduler/scheduler.json").read_text())["lr"]
+    for name, module, adamw in trained(trainer):
+        if name not in rates:
+            raise CheckpointError(
+                f"{folder} holds no {name}, but the recipe has one: untrained values would mislead a trained policy; resume "
+                "with the run's own algorithm.adv_estimator, or export the policy and start a new run from it"
+            )
+        read_pieces(module_pieces(module, ranks), StoredTensors(folder / name), name)
+        read_adamw(adamw, module, StoredTensors(folder / "optimizer" / name), ranks)
+        for group in adamw.param_groups:
+            group["lr"] = rates[name]
+    figures = json.loads((folder / "training_state.json").read_text())["figures"]
+    trainer.state |= {name: value for name, value in figures.items() if name in trainer.state}
+    states = sorted((folder / "rng").iterdir())  # more ranks than there were begin with states that others have, too
+    _set_random_state(states[ranks.index % len(states)])
+
+
+def _texts(trainer: Checkpointed, update: int, ranks: Ranks) -> dict[str, str]:
+    """Content of the files that hold no tensor, by name."""
+    model, rates = trainer.model, {name: adamw.param_groups[0]["lr"] for name, _, adamw in trained(trainer)}
+    values = {
+        "scheduler/scheduler.json": {"update": update, "lr": rates},
+        "training_state.json": {"update": update, "ranks": ranks.layout.ranks, "figures": trainer.state},
+    }
+    texts = {name: json.dumps(value, indent=2) + "\n" for name, value in values.items()}
+    texts["policy/config.json"] = model.config.to_json_string()
+    if model.generation_config is not None:
+        texts["policy/generation_config.json"] = model.generation_config.to_json_string()
+    return texts
+
+
+def _file(stem: str, ranks: Ranks) -> str:
+    count = ranks.layout.ranks
+    return f"{stem}.safetensors" if count == 1 else f"{stem}_rank_{ranks.index:05d}_of_{count:05d}.safetensors"
+
+
+def _copies(pieces: Sequence[Piece]) -> Content:
+    """Those that this rank writes, by name, and where they stand in their wholes, if they are none."""
+    own = written(pieces)
+    parts = {piece.name: (piece.shape, piece.offsets) for piece in own if piece.local.shape != piece.shape}
+    tensors = {piece.name: torch.empty(piece.local.shape, dtype=piece.local.dtype).copy_(piece.local) for piece in own}
+    return tensors, {"format": "pt"} | ({"pieces": json.dumps(parts)} if parts else {})
+
+
+def _random_state() -> Content:
+    name, keys, *of_numpy = np.random.get_state(legacy=True)
+    version, internal, gauss_next = random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    tensors = {f"cuda.{device}": state for device, state in enumerate(cuda)}
+    tensors |= {"torch": torch.get_rng_state(), "python": torch.tensor(internal)}
+    tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    return tensors, {"others": json.dumps({"python": [version, gauss_next], "numpy": [name, *of_numpy]})}
+
+
+def _set_random_state(file: Path) -> None:
+    tensors = load_file(file)
+    with safe_open(file, framework="numpy") as header:
+        others = json.loads(header.metadata()["others"])
+    torch.set_rng_state(tensors["torch"])
+    cuda = [tensors[name] for name in sorted(tensors) if name.startswith("cuda.")]
+    if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)
+    name, *of_numpy = others["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), *of_numpy))
+    version, gauss_next = others["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss_next))

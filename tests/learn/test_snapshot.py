@@ -1,0 +1,195 @@
+"""What ranks save and load together, over real process groups: from any layout to any other."""
+
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import GenerationConfig, PretrainedConfig
+
+from asyncrl.config import Layout
+from asyncrl.errors import DiskFull
+from asyncrl.learn import checkpoint, snapshot
+from asyncrl.learn.checkpoint import Checkpoints
+from asyncrl.models.pieces import adamw_pieces, module_pieces, written
+from asyncrl.models.ranks import Ranks
+from asyncrl.rundir import RunDir, verify_manifest
+from asyncrl.types import Version
+
+LAYOUTS = {
+    "one": Layout(),
+    "fsdp 2": Layout(shard=2),
+    "tp 2": Layout(tp=2),
+    "fsdp 3": Layout(shard=3),
+    "hsdp 2 x 2": Layout(replicate=2, shard=2),
+    "fsdp 2 x tp 2": Layout(shard=2, tp=2),
+}
+
+
+class Model(torch.nn.Module):
+    """Tied, with a buffer and a parameter that has no gradient; nothing in it divides evenly over two and three ranks."""
+
+    config = PretrainedConfig()
+    generation_config = GenerationConfig()
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(7, 10)
+        self.up = torch.nn.Linear(10, 14)
+        self.down = torch.nn.Linear(14, 10)
+        self.head = torch.nn.Linear(10, 7, bias=False)
+        self.head.weight = self.embed.weight
+        self.idle = torch.nn.Parameter(torch.zeros(3))
+        self.register_buffer("scale", torch.full((1,), 0.5))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(ids)
+        return self.head(hidden + self.down(torch.relu(self.up(hidden))) * self.scale)
+
+
+def made(ranks: Ranks, seed: int = 0) -> SimpleNamespace:
+    torch.manual_seed(seed)
+    model = Model()
+    if ranks.tp_mesh is not None:
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel(output_layouts=Replicate())}
+        parallelize_module(model, ranks.tp_mesh, plan)
+    if ranks.fsdp_mesh is not None:
+        fully_shard(model, mesh=ranks.fsdp_mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, foreach=False)
+    return SimpleNamespace(model=model, optimizer=optimizer, state={"figure": 0.0}, critic=None)
+
+
+def train(trainer: SimpleNamespace, steps: range) -> None:
+    """All ranks see the same batch, so that the mean of their gradients is the only rank's."""
+    for step in steps:
+        ids = torch.randint(0, 7, (4, 5), generator=torch.Generator().manual_seed(step))
+        loss = torch.nn.functional.cross_entropy(trainer.model(ids).flatten(0, 1), ids.roll(1, 1).flatten())
+        trainer.optimizer.zero_grad()
+        loss.backward()
+        trainer.optimizer.step()
+        trainer.state["figure"] += 1
+
+
+def parts(trainer: SimpleNamespace, ranks: Ranks) -> list[tuple]:
+    pieces = [*module_pieces(trainer.model, ranks), *adamw_pieces(trainer.optimizer, trainer.model, ranks)]
+    return [(piece.name, piece.local.clone(), piece.shape, piece.offsets) for piece in written(pieces)]
+
+
+def whole(of_ranks: list[list[tuple]]) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, local, shape, offsets in (part for of_rank in of_ranks for part in of_rank):
+        block = tensors.setdefault(name, torch.full(shape, torch.nan))
+        for dim, (start, length) in enumerate(zip(offsets, local.shape, strict=True)):
+            block = block.narrow(dim, start, length)
+        block.copy_(local)
+    return tensors
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def go_on(ranks: Ranks, root: Path, sources: list[str], own: str):
+    """What is saved by this layout; then by source what was loaded, what five steps made of it, and random numbers drawn."""
+    found = {}
+    if own:
+        trainer, checkpoints = made(ranks), Checkpoints(RunDir(root / own), 2, ranks=ranks)
+        train(trainer, range(3))
+        torch.manual_seed(100 + ranks.index)
+        checkpoints.save(trainer, Version(1, 3))
+        drawn, before = torch.rand(1).item(), parts(trainer, ranks)
+        train(trainer, range(3, 8))  # while it is written
+        checkpoints.wait()
+        found["saved"] = before, parts(trainer, ranks), drawn
+        ranks.sum_(torch.zeros(1))  # the first rank's is whole
+    for source in sources:
+        trainer, checkpoints = made(ranks, seed=9), Checkpoints(RunDir(root / source), 2, ranks=ranks)
+        checkpoints.load(trainer, 3)
+        drawn = torch.rand(1).item()
+        loaded = parts(trainer, ranks)
+        assert trainer.state == {"figure": 3.0}
+        train(trainer, range(3, 8))
+        found[source] = loaded, parts(trainer, ranks), drawn
+    return found
+
+
+def test_every_layout_goes_on_from_every_other(gang, tmp_path: Path) -> None:
+    own: dict[str, tuple] = {}
+    for name in (*LAYOUTS, "one", "fsdp 2"):  # the last two load what all have saved
+        first = name not in own
+        arguments = tmp_path, [*own, name] if first else list(own), name if first else ""
+        of_ranks = [go_on(Ranks(), *arguments)] if name == "one" else gang(LAYOUTS[name], go_on, *arguments)
+        results = {key: tuple(whole([r[key][i] for r in of_ranks]) for i in (0, 1)) for key in of_ranks[0]}
+        draws = {key: [r[key][2] for r in of_ranks] for key in of_ranks[0]}
+        if first:
+            own[name] = results.pop("saved")
+            assert verify_manifest(RunDir(tmp_path / name).checkpoint(3))["update"] == 3
+            assert draws["saved"] == draws[name]
+            assert equal(results[name][1], own[name][1]), name  # the same layout, to the bit
+        for source, (loaded, trained) in results.items():
+            assert equal(loaded, own[source][0]), f"{source} -> {name}"
+            for tensor, value in own["one"][1].items():
+                scale = value.abs().max().clamp(min=1e-3)
+                assert ((trained[tensor] - value).abs().max() / scale).item() <= 2e-6, f"{source} -> {name}: {tensor}"
+    assert "idle.exp_avg" not in own["one"][0]
+    files = sorted(path.name for path in (RunDir(tmp_path / "fsdp 3").checkpoint(3) / "policy").iterdir())
+    assert files[2:] == [f"model_rank_0000{rank}_of_00003.safetensors" for rank in range(3)]
+
+
+def save_and_die(ranks: Ranks, root: Path, victim: int) -> None:
+    trainer, checkpoints = made(ranks), Checkpoints(RunDir(root), 5, ranks=ranks)
+    checkpoint._WRITE_TIMEOUT_S = 1.0
+    train(trainer, range(1))
+    checkpoints.save(trainer, Version(1, 1))
+    checkpoints.wait()
+    if ranks.index == victim:
+        writing, files = snapshot.save_file, []
+
+        def kill_in_the_middle(*arguments) -> None:
+            files.append(arguments)
+            if len(files) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            writing(*arguments)
+
+        snapshot.save_file = kill_in_the_middle
+    checkpoints.save(trainer, Version(1, 2))
+    checkpoints.wait()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_in_the_middle_of_a_save_leaves_the_one_before(gang, tmp_path: Path, victim: int) -> None:
+    run_dir = RunDir(tmp_path)
+    with pytest.raises(AssertionError, match=f"rank {victim}: it died|wait timeout"):
+        gang(Layout(shard=2), save_and_die, tmp_path, victim)
+    assert [folder.name for folder in run_dir.steps()] == ["step_000001"]
+    checkpoints = Checkpoints(run_dir, 5)
+    assert checkpoints.choose() == 1
+    checkpoints.discard_after(1)
+    assert [entry.name for entry in run_dir.checkpoints.iterdir()] == ["step_000001"]
+    checkpoints.load(trainer := made(Ranks()), 1)
+    assert trainer.state == {"figure": 1.0}
+
+
+def save_on_a_full_disk(ranks: Ranks, root: Path) -> str:
+    trainer, checkpoints = made(ranks), Checkpoints(RunDir(root), 5, ranks=ranks)
+    if ranks.index == 1:
+
+        def full(*arguments) -> None:
+            Path("/dev/full").write_bytes(b"no room")
+
+        snapshot.save_file = full
+    checkpoints.save(trainer, Version(1, 1))
+    with pytest.raises((DiskFull, OSError), match="No space left on device") as raised:
+        checkpoints.wait()
+    return raised.type.__name__
+
+
+def test_a_full_disk_of_one_rank_is_named_by_the_first(gang, tmp_path: Path) -> None:
+    assert gang(Layout(shard=2), save_on_a_full_disk, tmp_path) == ["DiskFull", "OSError"]
+    assert list(RunDir(tmp_path).checkpoints.iterdir()) == []
