@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from asyncrl.cluster.objects import recipe_of
 from asyncrl.cluster.plan import RunPlan, next_start
-from asyncrl.cluster.preflight import check_run
+from asyncrl.cluster.preflight import check_resumed, check_run
 from asyncrl.cluster.preparation import prepare_run, save_functions
 from asyncrl.config import Deployment, Recipe
 from asyncrl.config.paths import resolve_paths
@@ -74,6 +74,8 @@ class Trainer:
             check_run(self._recipe, self._deployment, self.paths)
             self._resources.enter_context(self.paths.lock())
             resume_at = None if resume_from is None else self._update_of(resume_from)
+            if resume_from is not None:
+                check_resumed(self._recipe, self.paths, resume_at)
             self._recipe = save_functions(self._recipe, self.paths)
             stop_token_ids = prepare_run(self._recipe, self._deployment, self.paths, resuming=resume_from is not None)
             self._callbacks = CallbackQueue(callbacks or Callbacks(), self.paths)

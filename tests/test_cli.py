@@ -13,6 +13,7 @@ import pytest
 
 from asyncrl import cli
 from asyncrl.errors import ActorFailed, ConfigError, DataError, DiskFull
+from asyncrl.rundir import write_manifest
 
 RECIPE = """
 from asyncrl.config import *
@@ -194,7 +195,10 @@ def test_the_checkpoint_to_resume_from_may_be_named(
 ) -> None:
     monkeypatch.chdir(folder)
     for update in (50, 100):
-        (folder / f"runs/sums/checkpoints/step_{update:06d}").mkdir(parents=True)
+        step = folder / f"runs/sums/checkpoints/step_{update:06d}"
+        (step / "policy").mkdir(parents=True)
+        (step / "training_state.json").write_text("{}")
+        write_manifest(step, {"update": update, "incarnation": 1}, {})
     assert cli.main(["run", "--dry-run", *arguments]) == status
     assert said in capsys.readouterr().err
 

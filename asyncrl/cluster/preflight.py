@@ -17,7 +17,8 @@ from asyncrl.config.callables import check_callable
 from asyncrl.disk import as_size, existing
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.generate.engines import engine_kind
-from asyncrl.models.architectures import named, not_causal, read_config
+from asyncrl.learn.policies import newest_complete, require_resumable
+from asyncrl.models.architectures import differing_shapes, named, not_causal, read_config
 from asyncrl.models.hub import require_model
 from asyncrl.prompts.reading import check_columns, read_rows
 from asyncrl.rundir import RunDir
@@ -44,6 +45,22 @@ def check_run(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> list[s
         listing = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, start=1))
         raise ConfigError(f"{len(problems)} problems:\n{listing}")
     return plan
+
+
+def check_resumed(recipe: Recipe, run_dir: RunDir, at: int | None = None) -> None:
+    """Looks at the checkpoint that a run is to go on from: that of update `at`, or the newest whose files are all there. What
+    is in them is compared with their sums where they are loaded.
+
+    Raises ConfigError if there is none, or it is of another model; CheckpointError if files, or parts of tensors, are missing.
+    """
+    run_dir.require_checkpoint(at)
+    folder, _ = newest_complete(run_dir.steps() if at is None else [run_dir.checkpoint(at)], sums=False)
+    require_resumable(folder, *(["critic"] if recipe.algorithm.needs_critic else []))
+    if differing := differing_shapes(read_config(recipe.model.path), read_config(str(folder / "policy"))):
+        raise ConfigError(
+            f"model.path={recipe.model.path!r} has {', '.join(differing)} as in {folder}: its weights fit nowhere; resume with "
+            "the run's own model, or start a new run under another --name"
+        )
 
 
 def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator[tuple[str, Check]]:

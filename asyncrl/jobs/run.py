@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from asyncrl.api import launch
-from asyncrl.cluster.preflight import check_run
+from asyncrl.cluster.preflight import check_resumed, check_run
 from asyncrl.config.load import load_specs
 from asyncrl.config.paths import resolve_paths
 from asyncrl.errors import AsyncRLError, ConfigError
@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace) -> int:
     paths = resolve_run_dir(args.name or recipe.name, args.runs_dir)
     recipe = resolve_paths(recipe, paths, Path(file).parent)
     if resume is not False and (args.dry_run or args.detach):  # else `launch` asks for it
-        paths.require_checkpoint(None if resume is True else resume)
+        check_resumed(recipe, paths, None if resume is True else resume)
     if args.dry_run:
         print("\n".join(check_run(recipe, deployment, paths)))
         return 0

@@ -85,15 +85,18 @@ def load(policy: Policy, device: str = "cpu") -> "tuple[PreTrainedModel, PreTrai
     return model.to(device), tokenizer
 
 
-def newest_complete(folders: Sequence[Path], refusal: Refusal = lambda version: "") -> tuple[Path, dict[str, Any]]:
+def newest_complete(
+    folders: Sequence[Path], refusal: Refusal = lambda version: "", sums: bool = True
+) -> tuple[Path, dict[str, Any]]:
     """The last of a run's checkpoints that is whole and not refused, and its manifest; warns of those skipped.
 
-    refusal: why a checkpoint of this version can't be used; empty if it can. Raises CheckpointError if none can.
+    refusal: why a checkpoint of this version can't be used; empty if it can. sums: whether checksums are compared. Raises
+    CheckpointError if none can.
     """
     problems = []
     for folder in reversed(folders):
         try:
-            extra = verify_manifest(folder)
+            extra = verify_manifest(folder, sums)
             if problem := refusal(Version(extra["incarnation"], extra["update"])):
                 raise CheckpointError(f"{folder} can't be resumed from: {problem}")
             return folder, extra
@@ -101,6 +104,26 @@ def newest_complete(folders: Sequence[Path], refusal: Refusal = lambda version: 
             log.warning("skipping %s: %s", folder, error)
             problems.append(str(error))
     raise CheckpointError(f"no checkpoint of {folders[0].parent.parent} can be used:\n  " + "\n  ".join(problems))
+
+
+def require_resumable(folder: Path, *kinds: str) -> None:
+    """Raises CheckpointError for a checkpoint that training can't go on from, as far as its files' headers tell. No torch.
+
+    kinds: of what it must hold besides the policy: "critic".
+    """
+    if not (folder / "training_state.json").is_file():
+        raise CheckpointError(
+            f"{folder} was written by an earlier version of asyncrl, whose optimizer can't be gone on with; `asyncrl export` "
+            "it, and start a new run from that folder (model.path)"
+        )
+    for kind in ("policy", *kinds):
+        if not (folder / kind).is_dir():
+            raise CheckpointError(
+                f"{folder} holds no {kind}, but the recipe has one: untrained values would mislead a trained policy; resume "
+                "with the run's own algorithm.adv_estimator, or export the policy and start a new run from it"
+            )
+        StoredTensors(folder / kind)
+        StoredTensors(folder / "optimizer" / kind)
 
 
 def _checkpoint(folder: Path, manifest: dict[str, Any], tokenizer: str, dtype: str) -> Policy:

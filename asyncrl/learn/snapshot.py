@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from asyncrl.errors import CheckpointError
 from asyncrl.learn.critic import Critic
+from asyncrl.learn.policies import require_resumable
 from asyncrl.models.pieces import Piece, adamw_pieces, module_pieces, read_adamw, read_pieces, written
 from asyncrl.models.ranks import Ranks
 from asyncrl.models.stored import StoredTensors
@@ -79,13 +79,9 @@ def restore(trainer: Checkpointed, folder: Path, ranks: Ranks) -> None:
     Of the figures saved, those that the trainer has are overwritten in place, and others ignored. So is a critic where it has
     none; one that it has must be in the checkpoint. Raises CheckpointError if it is of another model, or parts are missing.
     """
+    require_resumable(folder, *(name for name, _, _ in trained(trainer)))
     rates = json.loads((folder / "scheduler/scheduler.json").read_text())["lr"]
     for name, module, adamw in trained(trainer):
-        if name not in rates:
-            raise CheckpointError(
-                f"{folder} holds no {name}, but the recipe has one: untrained values would mislead a trained policy; resume "
-                "with the run's own algorithm.adv_estimator, or export the policy and start a new run from it"
-            )
         read_pieces(module_pieces(module, ranks), StoredTensors(folder / name), name)
         read_adamw(adamw, module, StoredTensors(folder / "optimizer" / name), ranks)
         for group in adamw.param_groups:

@@ -6,6 +6,7 @@ configuration of the model that they have.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,9 @@ _NOT_SERVED = {
     **dict.fromkeys(("bloom", "ctrl", "gpt_neo", "mpt", "openai-gpt"), "its rows can't stand at different positions"),
     **dict.fromkeys(("deepseek_v32", "deepseek_v4", "glm_moe_dsa"), "an index of its own chooses what a token sees"),
 }
+
+# Of a configuration: vocab_size, num_hidden_layers, num_key_value_heads, head_dim, n_embd, num_experts, q_lora_rank, …
+_SHAPES = re.compile(r"(^|_)(model_type|size|layers?|heads?|dim|embd|experts|rank)$")
 
 
 def read_config(name: str, revision: str = "", file_name: str = "config.json") -> dict[str, Any]:
@@ -97,6 +101,16 @@ def follows_length(config: Mapping[str, Any]) -> bool:
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, Mapping))]  # one, or one for each kind of layer
     return any(kind.get("rope_type", kind.get("type")) in ("dynamic", "longrope", "su") for kind in kinds)
+
+
+def differing_shapes(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What two configurations say differently of kind and shapes: weights of one then fit no model of the other."""
+    one, other = _text(one), _text(other)
+    return sorted(
+        f"{name}={one[name]!r}, not {other[name]!r}"
+        for name in one.keys() & other.keys()
+        if _SHAPES.search(name) and one[name] != other[name]
+    )
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:

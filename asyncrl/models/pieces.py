@@ -74,9 +74,8 @@ def read_pieces(pieces: Sequence[Piece], stored: StoredTensors, what: str) -> No
     Raises CheckpointError if names or shapes are of another model. what: that they should belong to.
     """
     if differing := {piece.name for piece in pieces} ^ stored.keys():
-        raise CheckpointError(
-            f"{stored.folder} does not belong to this {what}: {len(differing)} names differ, e.g. {sorted(differing)[:3]}"
-        )
+        examples = f"{len(differing)} names differ, e.g. {sorted(differing)[:3]}"
+        raise CheckpointError(f"tensors in {stored.folder} do not belong to this {what}: {examples}")
     for piece in pieces:
         if piece.shape != stored.shapes[piece.name]:
             found = stored.shapes[piece.name]

@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
+from safetensors.numpy import save_file
 
-from asyncrl.cluster.preflight import check_run
+from asyncrl.cluster.preflight import check_resumed, check_run
 from asyncrl.config import (
     AlgorithmSpec,
     CriticSpec,
@@ -24,8 +26,8 @@ from asyncrl.config import (
     StalenessSpec,
 )
 from asyncrl.config.paths import resolve_paths
-from asyncrl.errors import ConfigError, DataError
-from asyncrl.rundir import RunDir
+from asyncrl.errors import CheckpointError, ConfigError, DataError
+from asyncrl.rundir import RunDir, file_sum, write_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -288,3 +290,74 @@ def test_a_run_directory_whose_folders_are_not_ours(recipe: Recipe, run: RunDir)
     with pytest.raises(ConfigError, match=r"runs/r/replay is not a writable folder"):
         check_run(recipe, Deployment(), run)
     assert [path.name for path in run.path.iterdir()] == ["replay"], "the check left something"
+
+
+SMALL = {"model_type": "qwen3", "hidden_size": 4, "num_hidden_layers": 1, "eos_token_id": 1}
+
+
+@pytest.fixture
+def checkpoint(recipe: Recipe, run: RunDir) -> Path:
+    """One of the recipe's model, by two ranks."""
+    Path(recipe.model.path, "config.json").write_text(json.dumps(SMALL))
+    folder = run.create().checkpoint(3)
+    for name in ("policy/config.json", "training_state.json", "optimizer/policy/none"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(SMALL | {"eos_token_id": 2}))
+    for rank in (0, 1):
+        pieces = json.dumps({"w": ((4, 2), (2 * rank, 0))})
+        save_file({"w": np.zeros((2, 2), np.float32)}, folder / f"policy/rank_{rank}.safetensors", {"pieces": pieces})
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    write_manifest(folder, {"update": 3, "incarnation": 1}, {str(f.relative_to(folder)): file_sum(f) for f in files})
+    return folder
+
+
+def test_a_checkpoint_that_can_be_gone_on_from(recipe: Recipe, run: RunDir, checkpoint: Path, monkeypatch) -> None:
+    monkeypatch.setattr("asyncrl.rundir.sha256", lambda path: pytest.fail("the driver reads no weights"))
+    check_resumed(recipe, run)
+    check_resumed(recipe, run, 3)
+    with pytest.raises(ConfigError, match="no checkpoint of update 2; resume from one of step_000003"):
+        check_resumed(recipe, run, 2)
+
+
+def other_model(recipe: Recipe, folder: Path) -> None:
+    Path(recipe.model.path, "config.json").write_text(json.dumps(SMALL | {"hidden_size": 8, "num_hidden_layers": 2}))
+
+
+def missing_rank(recipe: Recipe, folder: Path) -> None:
+    (folder / "policy/rank_1.safetensors").unlink()
+
+
+def unlisted_rank(recipe: Recipe, folder: Path) -> None:
+    missing_rank(recipe, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["policy/rank_1.safetensors"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def earlier_version(recipe: Recipe, folder: Path) -> None:
+    (folder / "training_state.json").unlink()
+    write_manifest(folder, {"update": 3, "incarnation": 1}, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            other_model,
+            ConfigError,
+            r"has hidden_size=8, not 4, num_hidden_layers=2, not 1 as in .*step_000003: its w",
+        ),
+        (missing_rank, CheckpointError, r"policy/rank_1\.safetensors is missing, but the manifest lists it"),
+        (unlisted_rank, CheckpointError, r"w in .*policy: 4 of 8 elements are missing: only rank_0\.safetensors have"),
+        (earlier_version, CheckpointError, "step_000003 was written by an earlier version of asyncrl"),
+    ],
+)
+def test_what_can_not_be_gone_on_from_is_named(recipe: Recipe, run: RunDir, checkpoint: Path, change, error, message) -> None:
+    change(recipe, checkpoint)
+    with pytest.raises(error, match=message):
+        check_resumed(recipe, run)
+
+
+def test_a_run_with_a_critic_needs_a_checkpoint_with_one(recipe: Recipe, run: RunDir, checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="step_000003 holds no critic, but the recipe has one"):
+        check_resumed(replace(recipe, algorithm=AlgorithmSpec(adv_estimator="gae")), run)

@@ -52,6 +52,9 @@ def run(tmp_path, model):
     run_dir.recipe.write_bytes(msgspec.json.encode(recipe))
     checkpoints, optimizer = Checkpoints(run_dir, keep_last_n=3), torch.optim.AdamW(model.parameters())
     trainer = SimpleNamespace(model=model, optimizer=optimizer, state={}, critic=None)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
     checkpoints.save(trainer, Version(0, 0))
     checkpoints.wait()
     with torch.no_grad():

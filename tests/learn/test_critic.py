@@ -285,7 +285,7 @@ def test_continuing_equals_never_having_stopped(backbone: str, make_trainer, mak
         again = second.update(make_rollouts(seed=committed), committed)
     assert_equal(state(whole), state(second))
     assert again["critic/lr"] == metrics["critic/lr"] != 1e-2
-    assert sorted(path.name for path in (folder / "critic").iterdir()) == ["model.safetensors", "optimizer.pt"]
+    assert sorted(path.name for path in (folder / "critic").iterdir()) == ["model.safetensors"]
     assert (
         load_file(folder / "critic" / "model.safetensors")["weight" if backbone == "shared" else "lm_head.weight"].shape[0] == 1
     )
@@ -303,5 +303,5 @@ def test_a_checkpoint_without_a_critic_is_refused_where_one_is_needed(make_train
     checkpoints.wait()
     assert checkpoints.restore(plain) == 1  # one that is not needed is left alone
     other = make_trainer(algorithm=GAE, critic=CRITICS["shared"])
-    with pytest.raises(CheckpointError, match="weights do not belong to this model"):
+    with pytest.raises(CheckpointError, match=r"tensors in .*critic do not belong to this critic"):
         checkpoints.restore(other)
