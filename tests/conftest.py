@@ -188,8 +188,8 @@ def gang(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     from ray import cloudpickle
 
     context = multiprocessing.get_context("forkserver")
-    used = ["asyncrl.learn.checkpoint", "asyncrl.models.packed", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
-    context.set_forkserver_preload(["ray.cloudpickle", *used])
+    used = [f"transformers.models.{name}.modeling_{name}" for name in ("qwen3", "llama")]
+    context.set_forkserver_preload(["ray.cloudpickle", "asyncrl.learn.checkpoint", "asyncrl.models.value", *used])
 
     def run(layout: Any, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> list[Any]:
         module = sys.modules.get(function.__module__)

@@ -1,35 +1,26 @@
 """Packed forward pass: sequences of any length in one row, no padding, no token-by-token mask, shared prompts once.
 
 Everything but attention works token by token, so a pack is one row of tokens, in which the prompt that the rollouts of a
-group have in common stands once. Attention lays the sequences out in full and runs once per *run*, the neighbours of
-equal length, as a [count, heads, length, dim] batch with the plain causal kernel. That is exact, linear in the number of
-sequences, and as fast for ten thousand responses of ten tokens as for ten of ten thousand.
-(Hugging Face's own detection of packs by restarting position ids builds a dense mask with SDPA: quadratic.)
+group have in common stands once. Attention lays the sequences out in full (models.attention).
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
-from asyncrl.errors import ConfigError
 from asyncrl.models.architectures import PACKED, follows_length, needs_eager
+from asyncrl.models.attention import ATTENTION, PackedLayout
 from asyncrl.models.logprobs import Head, entropy, sampled_logprobs
 from asyncrl.models.ranks import Ranks
-from asyncrl.models.ulysses import to_heads, to_tokens
 
 log = logging.getLogger(__name__)
-ATTENTION = "asyncrl_packed"
 Made = TypeVar("Made")
 
 
@@ -144,57 +135,6 @@ def part_of(pack: Pack, place: int, count: int) -> Pack:
     )
 
 
-def packed_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    packed_layout: Pack | None = None,
-    packed_group: ProcessGroup | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention within each sequence of a pack: query [1, H, U, D] to [1, U, H, D]. Without `packed_layout`, plain SDPA.
-
-    packed_group: ranks that have a slice of U each.
-    """
-    if packed_layout is None:
-        if attention_mask is not None and attention_mask.numel() == 1 and query.shape[2] > 1:
-            raise ConfigError(f"{type(module).__name__} does not hand `packed_layout` to its attention: it can't train packed")
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if packed_group is not None:
-        query, key, value = to_heads(query, key, value, packed_group)
-    window = kwargs.get("sliding_window")
-    shares = len(packed_layout.expand_s) > query.shape[2]
-    sizes = [count * length for count, length in packed_layout.runs]
-    # split, not slices: its backward is one concatenation instead of a full-size zero tensor per run
-    split = [
-        _expand(tensor[0].transpose(0, 1), packed_layout.expand_s if shares else None).split(sizes)
-        for tensor in (query, key, value)
-    ]
-    outputs = []
-    for (count, length), *parts in zip(packed_layout.runs, *split, strict=True):
-        q, k, v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in parts)
-        band = None
-        if window is not None and length > window:
-            band = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=band, is_causal=band is None, scale=kwargs.get("scaling"), enable_gqa=q.shape[1] != k.shape[1]
-        )
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    output = _expand(torch.cat(outputs), packed_layout.collect_u if shares else None)
-    return (output if packed_group is None else to_tokens(output, packed_group))[None], None
-
-
-def _expand(rows: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """rows[index] of [rows, H, D], with the backward pass of an embedding: fast, and in a fixed order where rows repeat."""
-    return rows if index is None else F.embedding(index, rows.flatten(1)).unflatten(1, rows.shape[1:])
-
-
-AttentionInterface.register(ATTENTION, packed_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
 class PackedModel:
     """A causal LM that scores packs. Outside packs the model behaves as with SDPA attention; its weights stay its own.
 
@@ -292,8 +232,7 @@ class PackedModel:
             position_ids=pack.position_ids_u[None],
             attention_mask=done,
             use_cache=False,
-            packed_layout=pack,
-            packed_group=self.ranks.sp_group,
+            packed_layout=PackedLayout.of(pack.expand_s, pack.collect_u, pack.runs, self.ranks.sp_group),
         )
         return output.last_hidden_state[0, pack.select_t]
 
