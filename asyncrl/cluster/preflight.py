@@ -12,7 +12,7 @@ from typing import Any
 
 from asyncrl.cluster.resources import check_placement
 from asyncrl.cluster.space import check_space, update_bytes
-from asyncrl.config import ESTIMATOR_NAMES, LOSS_NAMES, SETTINGS, UNGROUPED, Deployment, ModelSpec, Recipe
+from asyncrl.config import ESTIMATOR_NAMES, LOSS_NAMES, SETTINGS, UNGROUPED, Deployment, ModelSpec, Recipe, run_dtypes
 from asyncrl.config.callables import check_callable
 from asyncrl.disk import as_size, existing
 from asyncrl.errors import ConfigError, DataError
@@ -79,6 +79,7 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
     yield "batches", lambda: _batches(recipe, deployment, run_dir)
     yield "staleness", lambda: _staleness(recipe, deployment)
     yield "history", lambda: _history(recipe, deployment)
+    yield "dtypes", lambda: _dtypes(recipe, deployment)
     yield "engine", lambda: engine_kind(deployment.generators.engine.kind).check(deployment)
     yield "placement", lambda: check_placement(deployment)
     yield "disk", lambda: check_space(recipe, deployment, run_dir)
@@ -231,6 +232,15 @@ def _staleness(recipe: Recipe, deployment: Deployment) -> str:
         f"{rule.on_stale if rule.max_lag else 'hold'}: no trained token is ever more than max_lag={rule.max_lag} updates old; "
         f"usually {ahead - 1} or less, as reserve_ahead={ahead} batches ({rule.most_outstanding} groups) are outstanding at "
         f"most{chosen}"
+    )
+
+
+def _dtypes(recipe: Recipe, deployment: Deployment) -> str:
+    dtypes = run_dtypes(recipe, deployment)
+    gap = "" if dtypes.compute == dtypes.engine == dtypes.bus else "; log-probabilities of engine and learner differ by that"
+    return (
+        f"the learner keeps weights in {recipe.model.dtype} and computes in {dtypes.compute}; they travel in {dtypes.bus}, and "
+        f"the engine computes in {dtypes.engine}{gap}"
     )
 
 

@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
+from msgspec.structs import replace
 
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import Peers, RankCall, RayCall
+from asyncrl.config import run_dtypes
 from asyncrl.config.callables import load_callable
 from asyncrl.config.parallel import chosen
 from asyncrl.interfaces import Stage
@@ -100,7 +102,12 @@ def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") ->
     recipe, bus, limits, generators = plan.recipe, plan.deployment.bus, plan.deployment.limits, plan.deployment.generators
     use_threads(generators.place.threads)
     site = EngineSite(
-        generators=generators, model=recipe.model, limits=limits, name=name, logs=plan.paths.logs, host=_host(plan)
+        generators=generators,
+        model=replace(recipe.model, dtype=run_dtypes(recipe, plan.deployment).engine),
+        limits=limits,
+        name=name,
+        logs=plan.paths.logs,
+        host=_host(plan),
     )
     engine = engine_kind(generators.engine.kind).build(site)
     weights = WeightSubscriber(

@@ -5,6 +5,7 @@ Of the modules' names only those listed here are public. The list is explicit, a
 
 from asyncrl.config.algorithm import *
 from asyncrl.config.deployment import *
+from asyncrl.config.dtypes import *
 from asyncrl.config.learner import *
 from asyncrl.config.parallel import *
 from asyncrl.config.recipe import *
@@ -26,6 +27,7 @@ __all__ = [
     "DataSpec",
     "DemonstrationsSpec",
     "Deployment",
+    "Dtypes",
     "EngineSpec",
     "EvaluationSpec",
     "GeneratorsSpec",
@@ -48,8 +50,10 @@ __all__ = [
     "SFTSpec",
     "SGLangSpec",
     "SamplingSpec",
+    "ServedDtype",
     "ShapingSpec",
     "StalenessSpec",
     "StoreSpec",
     "UpdateMode",
+    "run_dtypes",
 ]

@@ -28,6 +28,10 @@ class PlaceSpec(Spec, frozen=True, kw_only=True):
         require_fields(self, "place.", rules)
 
 
+# `auto` and what an engine can compute in.
+ServedDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
 # How new weights enter while requests run; docs/sglang.md says what each of them promises.
 UpdateMode = Literal["in_flight", "keep_kv", "drain", "restart"]
 
@@ -86,8 +90,6 @@ class SGLangSpec(Spec, frozen=True, kw_only=True):
     args: dict[str, str | int | float | bool] = {}
     # GPUs of one server.
     tp_size: int = 1
-    # Of weights and KV cache; null leaves it to the model.
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     # Share of a GPU's memory for weights and KV cache, in (0, 1); null leaves it to SGLang.
     mem_fraction: float | None = None
     # Whether prompts with a common beginning share its KV cache (SGLang's radix cache). An `in_flight` update then interrupts
@@ -183,6 +185,9 @@ class EngineSpec(Spec, frozen=True, kw_only=True):
     # What happens to in-flight requests on a weight update. `in_flight`: they go on, their KV cache recomputed; `keep_kv`: they
     # go on with the old one; `drain`: the update waits for them; `restart`: they are regenerated from the prompt.
     update_mode: UpdateMode = "in_flight"
+    # Of weights and KV cache. auto: what the learner computes in, or else log-probabilities would differ by the rounding:
+    # bfloat16 if its `precision.compute` is that, or auto and it has GPUs, or `model.dtype` is bfloat16; else float32.
+    dtype: ServedDtype = "auto"
     # One group at a time, rows constant, so that a run repeats to the bit (torch only).
     deterministic: bool = False
     # Settings of kind `sglang`.
@@ -306,6 +311,9 @@ class BusSpec(Spec, frozen=True, kw_only=True):
     """How weights travel from the learner to the generators."""
 
     transport: Literal["auto", "tcp"] = "auto"  # `auto`: shared memory within a node, TCP between nodes
+    # To which the learner casts its weights, once, before they travel. auto: the engines'. What isn't floating, or is kept in
+    # float32 by the model, stays as it is.
+    dtype: ServedDtype = "auto"
     bucket_bytes: int = 4 << 20  # sent and checked as one; at most 64 MiB
     # Buckets that a receiver asks for ahead. Of those on their way at most 64 MiB count for one receiver, 256 MiB for all.
     credit: int = 4

@@ -17,7 +17,7 @@ class EngineSite(Struct, frozen=True, kw_only=True):
     """For which generator an engine is built, and where it stands."""
 
     generators: GeneratorsSpec
-    model: ModelSpec
+    model: ModelSpec  # its dtype is the one that the engine serves in
     limits: LimitsSpec = LimitsSpec()
     name: str  # of the generator; logs are called after it
     logs: Path  # folder

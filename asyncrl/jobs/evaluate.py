@@ -195,6 +195,8 @@ def _engine(policy: Policy, generators: GeneratorsSpec, limits: LimitsSpec) -> I
             dtype = str(model.dtype).removeprefix("torch.")
             spec = msgspec.structs.replace(spec, path=f"{scratch.path}/model", dtype=dtype)
             export(model, tokenizer, Path(spec.path))
+        if (served := generators.engine.dtype) != "auto":
+            spec = msgspec.structs.replace(spec, dtype=served)
         site = EngineSite(generators=generators, model=spec, limits=limits, name="eval", logs=scratch.path)
         engine = engine_kind(generators.engine.kind).build(site)
         try:

@@ -78,6 +78,8 @@ def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
         "batches (32 groups) are outstanding at most, for 64 slots",
         "history     every rollout, until they take deploy.store.keep_bytes=107374182400 (100.0 GiB), after some 136,533 "
         "updates of the longest responses; then the oldest are deleted, but for what a resume needs",
+        "dtypes      the learner keeps weights in float32 and computes in float32; they travel in float32, and the engine "
+        "computes in float32",
         "engine      torch: embedded, in_flight updates",
         "placement   4 actors on this machine ask for 0 of 2 CPUs",
     ]

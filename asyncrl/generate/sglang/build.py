@@ -48,7 +48,7 @@ def launch_command(
         "trust-remote-code": model.trust_remote_code,
         "revision": model.revision or False,
         "json-model-override-args": json.dumps(model.override_config) if model.override_config else False,
-        "dtype": sglang.dtype or model.dtype,
+        "dtype": model.dtype,
         "host": "127.0.0.1",
         "context-length": max_length + HEADROOM,
         "max-running-requests": spec.slots,

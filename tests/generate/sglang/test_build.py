@@ -105,10 +105,10 @@ def test_any_other_argument_goes_through_and_wins() -> None:
     assert "--incremental-streaming-output" not in found
 
 
-def test_what_the_deployment_says_of_dtype_memory_threads_and_environment() -> None:
-    start = launched(dtype="float16", mem_fraction=0.7, threads=4, env={"A": "b"}, command=("my-server", "--extra"))
+def test_what_the_deployment_says_of_memory_threads_and_environment() -> None:
+    start = launched(mem_fraction=0.7, threads=4, env={"A": "b"}, command=("my-server", "--extra"))
     assert start.command[:2] == ("my-server", "--extra")
-    assert (flags(start.command)["--dtype"], flags(start.command)["--mem-fraction-static"]) == ("float16", "0.7")
+    assert flags(start.command)["--mem-fraction-static"] == "0.7"
     assert (start.env["OMP_NUM_THREADS"], start.env["A"]) == ("4", "b")
     assert launched(env={"OMP_NUM_THREADS": "2"}, threads=4).env["OMP_NUM_THREADS"] == "2"
 
