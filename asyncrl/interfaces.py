@@ -63,7 +63,11 @@ class Engine(Protocol):
         """
 
     def update_weights(self, version: Version, tensors: Tensors) -> SwapReport:
-        """Blocks until the engine has swapped, at a decode step boundary. Later tokens carry `version`."""
+        """Blocks until the engine has swapped, at a decode step boundary. Later tokens carry `version`.
+
+        tensors: whole, by name, on the CPU; read only. They may be memory of another process that is mapped, of which an
+        engine that is divided (tensor parallel) reads in each of its processes the slices that it needs, and copies nothing.
+        """
 
     def pause(self) -> None:
         """Blocks until no step runs; requests stay queued or unfinished."""
@@ -190,8 +194,12 @@ VERBS = {
 class WeightSink(Protocol):
     """The learner's end of the weight bus."""
 
-    def publish(self, version: Version, tensors: Tensors) -> None:
-        """Blocks until staged (copied), not until delivered. Tensors may be on any device."""
+    def publish(self, version: Version, weights: Tensors | Callable[[str], Any]) -> None:
+        """Blocks until staged (copied), not until delivered.
+
+        weights: tensors, on any device; or what stages them itself, such as `models.staging.Staging.staged`, whose parts lie
+        in several processes. If that raises, there is no such version.
+        """
 
     def gauges(self) -> dict[str, float]:
         """Figures for the learner's report: bytes sent, receivers, what was dropped."""

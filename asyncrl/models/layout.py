@@ -4,8 +4,10 @@ Tensors lie one after another in C order, tied ones once. safetensors, whose hea
 for the same bytes, and checks a header only together with a whole file: here it is checked before any memory is taken.
 """
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import torch
 from msgspec import Struct
@@ -13,6 +15,7 @@ from msgspec import Struct
 from asyncrl.interfaces import Tensors
 
 ALIGN = 64  # bytes: a view of any dtype may start there
+PART_BYTES = 16 << 20
 
 # Whole-byte element types. Quantized types carry scales outside their bytes; sub-byte types have no addressable element.
 _NAMES = """
@@ -49,19 +52,27 @@ def lay_out(tensors: Tensors) -> tuple[TensorSpec, ...]:
 
     Raises ValueError for an element type that has no whole-byte representation.
     """
+    return lay_out_all(
+        (name, tensor.dtype, tensor.shape, (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()))
+        for name, tensor in tensors.items()
+    )
+
+
+def lay_out_all(entries: Iterable[tuple[str, torch.dtype, Sequence[int], Hashable]]) -> tuple[TensorSpec, ...]:
+    """Lays out what has these names, dtypes and shapes; what has the same identity, which comes last, is laid out once.
+
+    Raises ValueError for an element type that has no whole-byte representation.
+    """
     specs: list[TensorSpec] = []
-    placed: dict[tuple[object, ...], int] = {}
+    placed: dict[Hashable, int] = {}
     total = 0
-    for name, tensor in tensors.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
+    for name, element, shape, identity in entries:
+        dtype = str(element).removeprefix("torch.")
         if dtype not in DTYPES:
             raise ValueError(f"weight {name}: dtype {dtype} can't be sent as plain bytes; send one of {', '.join(DTYPES)}")
-        shape = tuple(tensor.shape)
-        offset = 0
-        if tensor.numel():
-            identity = (tensor.data_ptr(), tensor.device, dtype, shape, tensor.stride())
-            offset = placed.setdefault(identity, -(-total // ALIGN) * ALIGN)
-        specs.append(TensorSpec(name, dtype, shape, offset))
+        empty = 0 in shape
+        offset = 0 if empty else placed.setdefault(identity, -(-total // ALIGN) * ALIGN)
+        specs.append(TensorSpec(name, dtype, tuple(shape), offset))
         total = max(total, specs[-1].end)
     return tuple(specs)
 
@@ -71,11 +82,26 @@ def total_bytes(specs: Sequence[TensorSpec]) -> int:
     return max((spec.end for spec in specs), default=0)
 
 
-def pieces(specs: Sequence[TensorSpec], tensors: Tensors) -> Iterator[tuple[int, memoryview]]:
-    """Offset and bytes of every tensor that has bytes, copied to the CPU one by one; of tied ones only the first."""
-    end = 0
-    for spec in specs:
-        if spec.end > end:
-            end = spec.end
-            data = tensors[spec.name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            yield spec.offset, memoryview(data.numpy())
+def parts(spec: TensorSpec, block: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """A block of a tensor cut along its first dimension, so that few MiB are cast at a time; before each, its first row."""
+    block = block.reshape(block.shape or (1,))
+    row_bytes = math.prod(block.shape[1:]) * DTYPES[spec.dtype].itemsize
+    rows = max(1, PART_BYTES // row_bytes)
+    return zip(range(0, len(block), rows), block.split(rows), strict=True)
+
+
+def cast(spec: TensorSpec, part: torch.Tensor) -> torch.Tensor:
+    """The same on the CPU, contiguous, in the spec's dtype; no copy where it is that already."""
+    return part.to(DTYPES[spec.dtype]).cpu().contiguous()
+
+
+def runs(spec: TensorSpec, part: torch.Tensor, offsets: Sequence[int]) -> Iterator[tuple[int, memoryview]]:
+    """Where the bytes of a part go that stands in the whole, of the spec's shape, from `offsets` on. part: from `cast`."""
+    strides = [math.prod(spec.shape[dim + 1 :]) * part.itemsize for dim in range(len(spec.shape))]
+    start = spec.offset + sum(map(operator.mul, offsets, strides))
+    # What it has of the whole's last dimensions lies together there, too, up to the last one of which it has not all.
+    cut = max((dim for dim, whole in enumerate(spec.shape) if part.shape[dim] != whole), default=0)
+    data = memoryview(part.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # as in models/memory.py
+    length = len(data) // math.prod(part.shape[:cut])
+    for number, index in enumerate(itertools.product(*map(range, part.shape[:cut]))):
+        yield start + sum(map(operator.mul, index, strides)), data[number * length : (number + 1) * length]

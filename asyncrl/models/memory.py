@@ -13,7 +13,7 @@ import os
 import secrets
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from msgspec import Struct
 
 from asyncrl.errors import ConfigError
 from asyncrl.interfaces import Tensors
-from asyncrl.models.layout import ALIGN, TensorSpec, lay_out, pieces, total_bytes
+from asyncrl.models.layout import ALIGN, TensorSpec, cast, lay_out, parts, runs, total_bytes
 
 HEAD_BYTES = ALIGN  # before the tensors: the token, and room, so that they stay aligned
 _TOKEN_BYTES = 16
@@ -110,17 +110,28 @@ class WeightMemory:
     @classmethod
     def open(cls, place: Place, nbytes: int) -> "WeightMemory | None":
         """Opens another process's sealed memory; returns None if it isn't there for us (gone, or another user's)."""
+        return cls._open(place, nbytes, os.O_RDONLY, seals=_SEALS)
+
+    @classmethod
+    def join(cls, place: Place, nbytes: int) -> "WeightMemory | None":
+        """Opens memory that is not sealed yet, to `write` there too; None if it isn't there for us. Its maker seals it."""
+        return cls._open(place, nbytes, os.O_RDWR, seals=0)
+
+    @classmethod
+    def _open(cls, place: Place, nbytes: int, mode: int, seals: int) -> "WeightMemory | None":
         try:
             # The path may by now lead to anything: a pipe must not block us, nor a terminal become ours.
-            fd = os.open(place.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            fd = os.open(place.path, mode | os.O_NONBLOCK | os.O_NOCTTY)
         except (OSError, ValueError):  # a path with a zero in it is a ValueError
             return None
         try:
-            sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS  # the kernel may add others
+            as_expected = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == seals  # the kernel may add others
         except OSError:  # a file of another kind
-            sealed = False
-        if sealed and os.fstat(fd).st_size == HEAD_BYTES + nbytes and os.pread(fd, _TOKEN_BYTES, 0) == place.token:
-            return cls(fd, nbytes, sealed=True)
+            as_expected = False
+        found = os.fstat(fd)
+        ours = found.st_uid == os.geteuid() and found.st_size == HEAD_BYTES + nbytes
+        if as_expected and ours and os.pread(fd, _TOKEN_BYTES, 0) == place.token:
+            return cls(fd, nbytes, sealed=bool(seals))
         os.close(fd)
         return None
 
@@ -141,6 +152,16 @@ class WeightMemory:
         while data:
             written = os.pwrite(self._fd, data, HEAD_BYTES + offset)
             data, offset = data[written:], offset + written
+
+    def put(self, spec: TensorSpec, block: torch.Tensor, offsets: Sequence[int]) -> None:
+        """Writes a block of a tensor, in which it stands from `offsets` on, cast to the spec's dtype. It must not be empty."""
+        for row, part in parts(spec, block):
+            self.put_part(spec, cast(spec, part), offsets, row)
+
+    def put_part(self, spec: TensorSpec, part: torch.Tensor, offsets: Sequence[int], row: int) -> None:
+        """Writes what `cast` made of a part, which begins at this row of a block."""
+        for offset, data in runs(spec, part, (offsets[0] + row, *offsets[1:]) if offsets else ()):
+            self.write(offset, data)
 
     def seal(self) -> None:
         """Makes the memory immutable for every process, and so fit to be opened by others. Only before it is mapped."""
@@ -183,7 +204,10 @@ class FlatTensors(dict[str, torch.Tensor]):
         """
         specs = lay_out(tensors)
         memory = WeightMemory.create(total_bytes(specs), what)
-        for offset, data in pieces(specs, tensors):
-            memory.write(offset, data)
+        end = 0
+        for spec in specs:
+            if spec.end > end:  # of tied ones the first
+                end = spec.end
+                memory.put(spec, tensors[spec.name].detach(), (0,) * len(spec.shape))
         memory.seal()
         return cls(specs, memory)

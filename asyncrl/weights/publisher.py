@@ -1,12 +1,13 @@
-"""The learner's end of the weight bus: copies a version, makes it visible when it is whole, and lets receivers pull it.
+"""The learner's end of the weight bus: stages a version, makes it visible when it is whole, and lets receivers pull it.
 
-publish()                 caller's thread: copy ──► sealed memory    returns as soon as the copy is made
+publish()                 caller's thread: stage ──► sealed memory   returns as soon as all bytes are there
 I/O thread                checksums ──► visible ──► hint to every receiver;  answers pulls all the while
 """
 
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from typing import Literal
 
 from msgspec.structs import replace
@@ -47,7 +48,7 @@ class WeightPublisher:
             )
         self._incarnation, self._transport, self._bucket_bytes = incarnation, transport, bucket_bytes
         self._changed = threading.Condition()
-        self._staged: Live | None = None  # copied, its checksums still being made
+        self._staged: Live | None = None  # its bytes are there, its checksums still being made
         self._newest: Version | None = None
         self._closing = False
         self._failure: BaseException | None = None
@@ -63,12 +64,13 @@ class WeightPublisher:
         """What subscribers need to find and open this publisher. A secret."""
         return self._socket.address
 
-    def publish(self, version: Version, tensors: Tensors) -> None:
-        """Copies the tensors, then returns; they may change again at once. The version becomes visible soon after.
+    def publish(self, version: Version, weights: Tensors | Callable[[str], FlatTensors]) -> None:
+        """Stages the weights, then returns; they may change again at once. The version becomes visible soon after.
 
+        weights: tensors, which are copied; or what lays them into sealed memory, given a name for them (`Staging.staged`).
         Waits for the checksums of the version before, if these are still being made; for no receiver.
         Raises ConfigError (not enough memory), ValueError (version out of order, dtype that can't be sent), Closed,
-        Unavailable (the I/O thread failed).
+        Unavailable (the I/O thread failed), and what staging them raises; then there is no such version.
         """
         begin = time.monotonic()
         with self._changed:
@@ -77,7 +79,7 @@ class WeightPublisher:
                 raise Unavailable(f"weight publisher: weights {self._newest} lack checksums after {CHECKSUMS_TIMEOUT_S:g} s")
             self._check_running()
             self._serving.make_room()
-        staged = self._stage(version, tensors)
+        staged = self._stage(version, weights)
         with self._changed:
             self._check_running()
             self._newest, self._staged = version, staged
@@ -114,17 +116,18 @@ class WeightPublisher:
         if self._newest is not None and version <= self._newest:
             raise ValueError(f"weights {version} after {self._newest}: receivers would never take them; versions must rise")
 
-    def _stage(self, version: Version, tensors: Tensors) -> Live:
-        copied = FlatTensors.copy_of(tensors, f"weights {version}")
+    def _stage(self, version: Version, weights: Tensors | Callable[[str], FlatTensors]) -> Live:
+        what = f"weights {version}"
+        staged = weights(what) if callable(weights) else FlatTensors.copy_of(weights, what)
         manifest = Manifest(
             version=version,
-            tensors=copied.specs,
-            total_bytes=copied.memory.nbytes,
+            tensors=staged.specs,
+            total_bytes=staged.memory.nbytes,
             bucket_bytes=self._bucket_bytes,
             checksums=(),
-            place=copied.memory.place if self._transport == "auto" else None,
+            place=staged.memory.place if self._transport == "auto" else None,
         )
-        return Live(manifest=manifest, memory=copied.memory)
+        return Live(manifest=manifest, memory=staged.memory)
 
     def _run(self) -> None:
         """The I/O thread: serves, and makes the checksums of the version that waits for them."""

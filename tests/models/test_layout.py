@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 
 import msgspec
 import pytest
@@ -6,13 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl.models.layout import DTYPES, TensorSpec, lay_out, pieces, total_bytes
+from asyncrl.models import layout
+from asyncrl.models.layout import DTYPES, TensorSpec, cast, lay_out, parts, runs, total_bytes
 
 
 def flat(specs: tuple[TensorSpec, ...], tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     data = torch.zeros(total_bytes(specs), dtype=torch.uint8)
-    for offset, piece in pieces(specs, tensors):
-        data[offset : offset + len(piece)] = torch.frombuffer(piece, dtype=torch.uint8)
+    for spec in specs:
+        for offset, run in runs(spec, cast(spec, tensors[spec.name].detach()), (0,) * len(spec.shape)) if spec.nbytes else ():
+            data[offset : offset + len(run)] = torch.frombuffer(run, dtype=torch.uint8)
     return data
 
 
@@ -62,6 +65,31 @@ def test_layout_by_hand() -> None:
         TensorSpec("e", "float32", (0, 2), 0),
     )
     assert total_bytes(specs) == 72
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=3), max_size=3), st.sampled_from(["float32", "bfloat16"]))
+def test_blocks_of_a_tensor_cut_anyhow_make_it_up(sizes: list[list[int]], dtype: str) -> None:
+    """sizes: of the blocks along each dimension."""
+    whole = torch.randn([sum(of) for of in sizes])
+    spec = TensorSpec("w", dtype, tuple(whole.shape), 64)
+    data = torch.zeros(spec.end, dtype=torch.uint8)
+    starts = [list(itertools.accumulate(of, initial=0)) for of in sizes]
+    for index in itertools.product(*(range(len(of)) for of in sizes)):
+        offsets = [start[at] for start, at in zip(starts, index, strict=True)]
+        block = whole[tuple(slice(start[at], start[at + 1]) for start, at in zip(starts, index, strict=True))]
+        for offset, run in runs(spec, cast(spec, block), offsets):
+            data[offset : offset + len(run)] = torch.frombuffer(run, dtype=torch.uint8)
+    assert torch.equal(spec.view(data), whole.to(DTYPES[dtype]))
+
+
+def test_parts_are_cut_between_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "PART_BYTES", 20)  # two rows of 10 bytes in the spec's dtype
+    spec, block = TensorSpec("w", "bfloat16", (9, 5), 0), torch.randn(7, 5)
+    found = list(parts(spec, block))
+    assert [(row, len(part)) for row, part in found] == [(0, 2), (2, 2), (4, 2), (6, 1)]
+    assert torch.equal(torch.cat([part for _, part in found]), block)
+    assert [(row, part.shape) for row, part in parts(TensorSpec("s", "float32", (), 0), torch.tensor(1.0))] == [(0, (1,))]
 
 
 def test_tied_tensors_travel_once_and_arrive_tied() -> None:

@@ -71,6 +71,21 @@ def test_sealed_memory_is_changed_by_nobody() -> None:
     os.close(fd)
 
 
+def test_others_may_write_until_it_is_sealed() -> None:
+    made = WeightMemory.create(3, "weights")
+    joined = WeightMemory.join(made.place, 3)
+    assert joined is not None
+    assert WeightMemory.join(replace(made.place, token=b"0" * 16), 3) is None
+    assert WeightMemory.join(made.place, 4) is None
+    joined.write(1, memoryview(b"bc"))
+    made.write(0, memoryview(b"a"))
+    made.seal()  # which a writable map anywhere would forbid
+    with pytest.raises(PermissionError):
+        joined.write(0, memoryview(b"x"))
+    assert WeightMemory.join(made.place, 3) is None
+    assert bytes(made.bytes) == b"abc"
+
+
 def test_what_is_not_this_memory_is_not_opened(tmp_path: Path) -> None:
     made = sealed()
     path = tmp_path / "file"
