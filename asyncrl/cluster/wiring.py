@@ -218,7 +218,7 @@ def _rank(plan: RunPlan, name: str, rendezvous: Any = None) -> "Rank":
         ranks = join(rendezvous, learner.names.index(name), layout, device=device, timeout_s=timeout_s)
     trainer = policy_trainer(recipe, device=device, refused_dir=plan.paths.logs / "refused")
     checkpoints = Checkpoints(plan.paths, recipe.checkpoint.keep_last_n, recipe.checkpoint.keep_every, ranks)
-    return Rank(trainer, checkpoints, load_tokenizer(recipe.model), ranks)
+    return Rank(trainer, checkpoints, load_tokenizer(recipe.model), ranks, run_dtypes(recipe, plan.deployment).bus)
 
 
 def _sampling(plan: RunPlan, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Sampling:

@@ -267,7 +267,7 @@ class Learner:
     def _publish(self) -> None:
         with self._timed("sync", "timing_s/publish"):
             assert self._bus is not None, "published before start"
-            self._bus.publish(self._version, self._ranks.weights())
+            self._bus.publish(self._version, self._ranks.staged)
 
     def _save(self, by_hand: bool = False) -> Path:
         """Begins to write a checkpoint of this version. It counts when it is whole; what fails then ends the run."""

@@ -118,9 +118,9 @@ class FakeBus:
         self.calls = calls
         self.published: dict[str, dict[str, torch.Tensor]] = {}
 
-    def publish(self, version: Version, tensors: Mapping[str, torch.Tensor]) -> None:
+    def publish(self, version: Version, stage: Callable[[str], FlatTensors]) -> None:
         self.calls.append(("publish", str(version)))
-        self.published[str(version)] = {name: tensor.clone() for name, tensor in tensors.items()}
+        self.published[str(version)] = {name: tensor.clone() for name, tensor in stage(f"weights {version}").items()}
 
     def gauges(self) -> dict[str, float]:
         return {"receivers": 2.0}

@@ -8,13 +8,14 @@ waiting: whoever started the ranks has to end all of them, and build them anew (
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from asyncrl.errors import Unavailable
-from asyncrl.interfaces import Tensors
 from asyncrl.learn.parallel.rank import Rank
+from asyncrl.models.memory import FlatTensors
 from asyncrl.report.timing import TimeInState
 from asyncrl.types import Report, TrainRollout, Version
 
@@ -45,9 +46,8 @@ class Gang:
     def load(self, update: int) -> None:
         self._all("load", update)
 
-    def weights(self) -> Tensors:
-        tensors: Tensors = self._all("weights")
-        return tensors
+    def staged(self, what: str) -> FlatTensors:
+        return self._rank.staged(what, partial(self._all, "write"))
 
     def export(self, folder: str) -> None:
         self._all("export", folder)

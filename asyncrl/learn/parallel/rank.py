@@ -1,17 +1,19 @@
 """What every process of the learner's group serves. Each verb is called on all ranks at once, in the same order, by `Gang`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from asyncrl.interfaces import Tensors
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.parallel.pulse import Pulse
 from asyncrl.learn.trainer import PolicyTrainer
+from asyncrl.models.layout import DTYPES
 from asyncrl.models.loading import export
 from asyncrl.models.lora import merged_pieces
+from asyncrl.models.memory import FlatTensors, Place
 from asyncrl.models.ranks import Ranks
+from asyncrl.models.staging import Staging
 from asyncrl.rundir import atomic_folder
 from asyncrl.types import TrainRollout, Version
 
@@ -20,13 +22,20 @@ class Rank:
     """This process's part of the training: its share of every update, of every checkpoint, and of what is published."""
 
     def __init__(
-        self, trainer: PolicyTrainer, checkpoints: Checkpoints, tokenizer: PreTrainedTokenizerBase, ranks: Ranks | None = None
+        self,
+        trainer: PolicyTrainer,
+        checkpoints: Checkpoints,
+        tokenizer: PreTrainedTokenizerBase,
+        ranks: Ranks | None = None,
+        bus_dtype: str = "",
     ) -> None:
-        """ranks: where this process stands; None: it is the only one."""
+        """ranks: where this process stands; None: it is the only one. bus_dtype: in which weights travel; "": their own."""
         self._trainer = trainer
         self.checkpoints = checkpoints
         self._tokenizer = tokenizer
         self._ranks = ranks or Ranks()
+        dtype = DTYPES[bus_dtype] if bus_dtype else None
+        self._staging = Staging(trainer.model, self._ranks, dtype=dtype, pieces=merged_pieces)
         self.pulse = Pulse(lambda: trainer.packs)
 
     def update(self, rollouts: Sequence[TrainRollout], committed: int) -> dict[str, float]:
@@ -42,10 +51,13 @@ class Rank:
         """Takes weights, optimizer and random states from the checkpoint of an update, which `Checkpoints.choose` chose."""
         self.checkpoints.load(self._trainer, update)
 
-    def weights(self) -> Tensors:
-        """The policy's weights by name, whole, to be published; none on ranks other than the first."""
-        pieces = merged_pieces(self._trainer.model, self._ranks) if self._ranks.first else []
-        return {piece.name: piece.read() for piece in pieces}
+    def staged(self, what: str, write: Callable[[Place], object] | None = None) -> FlatTensors:
+        """The policy's weights, adapters included, whole and sealed, to be published. write: `write` of all ranks."""
+        return self._staging.staged(what, write)
+
+    def write(self, place: Place) -> None:
+        """Writes this rank's part of the weights that are being staged."""
+        self._staging.write(place)
 
     def export(self, folder: str) -> None:
         """Writes the current policy as a Hugging Face folder, tokenizer included."""
