@@ -13,6 +13,7 @@ from asyncrl.config import AlgorithmSpec, CriticSpec, LearnerSpec
 from asyncrl.learn.critic import Critic
 from asyncrl.learn.trainer import PolicyTrainer
 from asyncrl.learn.update import RefusedSteps
+from asyncrl.models.memory import FlatTensors
 from asyncrl.models.packed import PackedModel
 from asyncrl.models.value import OwnValues, SharedValues
 from asyncrl.staleness import Staleness
