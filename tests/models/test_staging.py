@@ -99,7 +99,7 @@ def adapters(ranks: Ranks) -> int:
     """How many tensors are not those of one rank, where two on different nodes both add what adapters say."""
     whole, divided = tiny(tied=True), tiny(tied=True)
     for model in (whole, divided):
-        add_adapters(model, LoraSpec(rank=2), seed=0)
+        add_adapters(model, LoraSpec(rank=2), seed=0, base="")
         torch.manual_seed(1)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

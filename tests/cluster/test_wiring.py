@@ -1,0 +1,29 @@
+"""From specs to stages: what of two specs comes together in one of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from asyncrl.cluster import wiring
+from asyncrl.cluster.plan import RunPlan
+from asyncrl.config import Deployment, LearnerSpec, PrecisionSpec
+
+
+def test_weights_travel_and_are_served_in_what_the_learner_computes_in(
+    tmp_path: Path, tiny_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites: list[Any] = []
+
+    class Kind:
+        def build(self, site: Any) -> Any:
+            sites.append(site)
+            raise InterruptedError("an engine is not wanted")
+
+    monkeypatch.setattr("asyncrl.generate.engines.engine_kind", lambda name: Kind())
+    recipe = tiny_recipe(learner=LearnerSpec(precision=PrecisionSpec(compute="bfloat16")))
+    plan = RunPlan(recipe=recipe, deployment=Deployment(), run_dir=str(tmp_path), started=1, loopback=True)
+    with pytest.raises(InterruptedError):
+        wiring.build("generator", "generator-0", 0, plan, None)
+    assert sites[0].model == replace(recipe.model, dtype="bfloat16")
