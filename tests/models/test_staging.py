@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from asyncrl.config import Layout, LoraSpec, PrecisionSpec
+from asyncrl.config import Layout, LoraSpec, ModelSpec, PrecisionSpec
 from asyncrl.errors import Unavailable
 from asyncrl.generate.embedded.engine import TorchEngine
 from asyncrl.models.lora import add_adapters, merged_pieces
@@ -99,7 +99,7 @@ def adapters(ranks: Ranks) -> int:
     """How many tensors are not those of one rank, where two on different nodes both add what adapters say."""
     whole, divided = tiny(tied=True), tiny(tied=True)
     for model in (whole, divided):
-        add_adapters(model, LoraSpec(rank=2), seed=0, base="")
+        add_adapters(model, LoraSpec(rank=2), ModelSpec(path="base"), seed=0)
         torch.manual_seed(1)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
