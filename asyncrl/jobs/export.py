@@ -24,6 +24,9 @@ def export_job(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="", choices=["", "float32", "bfloat16"], help="of the weights (default: the checkpoint's)"
     )
     parser.add_argument("--shard-gb", type=float, default=5.0, help="size of one file of weights, at most (default: 5)")
+    parser.add_argument(
+        "--adapter", action="store_true", help="the LoRA adapter alone, as a folder of peft's (default: merged)"
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT if it holds something")
     parser.set_defaults(job=_export)
 
@@ -38,22 +41,39 @@ def _export(args: argparse.Namespace) -> int:
         raise ConfigError(f"--shard-gb {args.shard_gb}: no file could hold a tensor; give a size above 0")
     require_free(out, args.force)
     policy = locate(args.source, args.tokenizer, args.dtype)
-
-    from asyncrl.learn.policies import load
-    from asyncrl.models.loading import export, fingerprints, verify_export
-
-    model, tokenizer = load(policy)
-    expected = fingerprints(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(out) as beside:
-        export(model, tokenizer, beside, int(args.shard_gb * 1e9) or 1)
-        del model
-        verify_export(beside, expected, policy.spec.trust_remote_code)
+        (_write_adapter if args.adapter else _write_model)(args, policy, beside)
     print(f"exported {policy.checkpoint or policy.spec.path}", file=sys.stderr)
     if left := _left(policy):
         print(f"left out, being no part of the policy: {', '.join(left)}", file=sys.stderr)
     print(out)
     return 0
+
+
+def _write_model(args: argparse.Namespace, policy: Policy, folder: Path) -> None:
+    from asyncrl.learn.policies import load
+    from asyncrl.models.loading import export, fingerprints, verify_export
+
+    model, tokenizer = load(policy)
+    expected = fingerprints(model)
+    export(model, tokenizer, folder, int(args.shard_gb * 1e9) or 1)
+    del model
+    verify_export(folder, expected, policy.spec.trust_remote_code)
+
+
+def _write_adapter(args: argparse.Namespace, policy: Policy, folder: Path) -> None:
+    from asyncrl.models.lora import export_adapters, load_adapted, stored_adapters, verify_adapters
+    from asyncrl.models.tokenizing import load_tokenizer
+
+    if policy.checkpoint is None or stored_adapters(policy.checkpoint / "policy") is None:
+        raise ConfigError(f"--adapter: {args.source} has no adapter, for it was not trained with learner.lora; leave it out")
+    if args.dtype:
+        raise ConfigError(f"--dtype {args.dtype} with --adapter: adapters stay in float32, it would be ignored; leave it out")
+    model = load_adapted(policy.checkpoint / "policy")
+    export_adapters(model, folder)
+    load_tokenizer(policy.spec).save_pretrained(folder)
+    verify_adapters(model, folder)
 
 
 def _left(policy: Policy) -> list[str]:

@@ -1,6 +1,6 @@
 """Checkpoints of a run: written in the background by all ranks together, whole or absent, found by verifying.
 
-step_000100/  policy/ critic/        weights, and the policy's configuration
+step_000100/  policy/ critic/        weights (or adapters alone), and the policy's configuration
               optimizer/{policy,critic}/  scheduler/  rng/ (a file per rank)
               training_state.json    the trainer's own figures
               manifest.json          version, model, and the sums of all files
@@ -188,7 +188,8 @@ class Checkpoints:
 def _size_bytes(trainer: Checkpointed) -> int:
     """Of the tensors of a checkpoint, those of all ranks: weights and what the optimizers hold by now."""
     moments = [value for _, _, adamw in trained(trainer) for state in adamw.state.values() for value in state.values()]
-    return sum(tensor.nbytes for tensor in [*(p for _, module, _ in trained(trainer) for p in module.parameters()), *moments])
+    weights = [p for _, module, _ in trained(trainer) for p in module.parameters() if p.requires_grad]
+    return sum(tensor.nbytes for tensor in [*weights, *moments])
 
 
 def _extra(folder: Path) -> dict[str, Any]:

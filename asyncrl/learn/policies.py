@@ -1,7 +1,7 @@
 """What a person may name as a model: a Hugging Face id or folder, a checkpoint of asyncrl or verl, or a run (its newest)."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +68,12 @@ def locate(name: str, tokenizer: str = "", dtype: str = "") -> Policy:
 
 
 def load(policy: Policy, device: str = "cpu") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The model in eval mode and its tokenizer. Raises ConfigError or CheckpointError naming what could not be loaded."""
-    from asyncrl.models.loading import adopt_weights, empty_model, load_model
+    """The model in eval mode, adapters merged, and its tokenizer.
+
+    Raises ConfigError or CheckpointError naming what could not be loaded.
+    """
+    from asyncrl.models.loading import adopt_weights, empty_model, load_model, named_weights
+    from asyncrl.models.lora import load_adapted, merge_adapters, stored_adapters
     from asyncrl.models.tokenizing import load_tokenizer
 
     tokenizer = load_tokenizer(policy.spec)
@@ -77,10 +81,18 @@ def load(policy: Policy, device: str = "cpu") -> "tuple[PreTrainedModel, PreTrai
         return load_model(policy.spec, device), tokenizer
     import torch
 
-    # A checkpoint holds the names of the model in memory, which from_pretrained would try to convert, or leave out.
     path, dtype = policy.checkpoint / "policy", policy.spec.dtype
+    weights: Mapping[str, torch.Tensor]
+    if stored_adapters(path) is not None:
+        merged = load_adapted(path)
+        merge_adapters(merged)
+        if merged.dtype == getattr(torch, dtype):
+            return merged.to(device), tokenizer
+        weights = named_weights(merged)
+    else:
+        weights = ShardedWeights(policy.shards) if policy.shards else StoredTensors(path)
+    # A checkpoint holds the names of the model in memory, which from_pretrained would try to convert, or leave out.
     model = empty_model(policy.spec)
-    weights = ShardedWeights(policy.shards) if policy.shards else StoredTensors(path)
     adopt_weights(model, weights, getattr(torch, dtype) if dtype else None)
     return model.to(device), tokenizer
 

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from asyncrl.learn.critic import Critic
 from asyncrl.learn.policies import require_resumable
-from asyncrl.models.pieces import Piece, adamw_pieces, module_pieces, read_adamw, read_pieces, written
+from asyncrl.models.lora import adapter_texts, learned_pieces, require_adapters
+from asyncrl.models.pieces import Piece, adamw_pieces, read_adamw, read_pieces, written
 from asyncrl.models.ranks import Ranks
 from asyncrl.models.stored import StoredTensors
 from asyncrl.rundir import FileSum, file_sum
@@ -57,7 +58,7 @@ class Snapshot:
     def __init__(self, trainer: Checkpointed, update: int, ranks: Ranks) -> None:
         self._tensors = {f"rng/{_file('rng', ranks)}": _random_state()}  # and metadata, by file
         for name, module, adamw in trained(trainer):
-            self._tensors[f"{name}/{_file('model', ranks)}"] = _copies(module_pieces(module, ranks))
+            self._tensors[f"{name}/{_file('model', ranks)}"] = _copies(learned_pieces(module, ranks))
             self._tensors[f"optimizer/{name}/{_file('adamw', ranks)}"] = _copies(adamw_pieces(adamw, module, ranks))
         self._texts = _texts(trainer, update, ranks) if ranks.first else {}
 
@@ -82,7 +83,8 @@ def restore(trainer: Checkpointed, folder: Path, ranks: Ranks) -> None:
     require_resumable(folder, *(name for name, _, _ in trained(trainer)))
     rates = json.loads((folder / "scheduler/scheduler.json").read_text())["lr"]
     for name, module, adamw in trained(trainer):
-        read_pieces(module_pieces(module, ranks), StoredTensors(folder / name), name)
+        require_adapters(module, folder / name)
+        read_pieces(learned_pieces(module, ranks), StoredTensors(folder / name), name)
         read_adamw(adamw, module, StoredTensors(folder / "optimizer" / name), ranks)
         for group in adamw.param_groups:
             group["lr"] = rates[name]
@@ -103,7 +105,7 @@ def _texts(trainer: Checkpointed, update: int, ranks: Ranks) -> dict[str, str]:
     texts["policy/config.json"] = model.config.to_json_string()
     if model.generation_config is not None:
         texts["policy/generation_config.json"] = model.generation_config.to_json_string()
-    return texts
+    return texts | {f"policy/{name}": text for name, text in adapter_texts(model).items()}
 
 
 def _file(stem: str, ranks: Ranks) -> str:

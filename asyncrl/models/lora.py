@@ -10,21 +10,28 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from msgspec import Struct
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from asyncrl.config import LoraSpec, ModelSpec
-from asyncrl.errors import ConfigError
-from asyncrl.models.loading import fingerprints
+from asyncrl.errors import CheckpointError, ConfigError
+from asyncrl.models.loading import fingerprints, load_model, named_weights
 from asyncrl.models.packed import Pack, PackedModel
-from asyncrl.models.pieces import Piece, module_pieces
+from asyncrl.models.pieces import Piece, module_pieces, read_pieces
 from asyncrl.models.ranks import Ranks
+from asyncrl.models.shards import same_bits
+from asyncrl.models.stored import StoredTensors
 
 _ADAPTER = "default"  # as peft names the only one
+_PREFIX = "base_model.model."  # peft's, in files
+_FILE = "adapters.json"
 _FIELD = "lora.target_modules"
 
 
@@ -127,6 +134,68 @@ def _added(layer: Any, piece: Piece) -> torch.Tensor:
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+# ------------------------------------------------------------------------------------------------ in files
+
+
+def adapter_texts(model: torch.nn.Module) -> dict[str, str]:
+    """What a checkpoint says of a model's adapters, by file, beside what `learned_pieces` names."""
+    own = Adapters.of(model)
+    return {} if own is None else {_FILE: msgspec.json.format(msgspec.json.encode(own)).decode() + "\n"}
+
+
+def stored_adapters(folder: Path) -> Adapters | None:
+    """What the policy's folder in a checkpoint says of adapters; None if it has whole weights."""
+    file = folder / _FILE
+    return msgspec.json.decode(file.read_bytes(), type=Adapters) if file.is_file() else None
+
+
+def require_adapters(model: torch.nn.Module, folder: Path) -> None:
+    """Raises CheckpointError unless the weights in a checkpoint can be gone on with: whole ones by a model without adapters,
+    adapters by one with the same, on the same base."""
+    own, found = Adapters.of(model), stored_adapters(folder)
+    if (own and own.lora) != (found and found.lora):
+        raise CheckpointError(
+            f"{folder} is of a run with lora={found and found.lora}, not {own and own.lora}: its weights would be another "
+            "policy's; resume as it began, or export it and start a new run from that"
+        )
+    if own and found and own.fingerprint != found.fingerprint:
+        raise CheckpointError(
+            f"{folder} has adapters of {found.base.path!r} ({found.base.dtype}) as it was then; the weights of "
+            f"{own.base.path!r} ({own.base.dtype}) are others now: together they would be a policy that nobody trained; put "
+            "the old ones back"
+        )
+
+
+def load_adapted(folder: Path) -> PreTrainedModel:
+    """The base that a checkpoint's adapters were added to, with these. Raises ConfigError or CheckpointError."""
+    found = stored_adapters(folder)
+    assert found is not None, f"{folder} has whole weights"
+    model = load_model(found.base, field="the adapters' base")
+    add_adapters(model, found.lora, found.base, seed=0)
+    require_adapters(model, folder)
+    read_pieces(learned_pieces(model, Ranks()), StoredTensors(folder), "policy")
+    return model
+
+
+def export_adapters(model: PreTrainedModel, folder: Path) -> None:
+    """Writes the adapters alone, as a folder that `peft.PeftModel.from_pretrained` adds to the base."""
+    model.peft_config[_ADAPTER].save_pretrained(folder)
+    tensors = {f"{_PREFIX}{piece.name.replace(f'.{_ADAPTER}.', '.')}": piece.local for piece in learned_pieces(model, Ranks())}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def verify_adapters(model: PreTrainedModel, folder: Path) -> None:
+    """Loads what `export_adapters` wrote as its users will. Raises CheckpointError unless it is the same model."""
+    from peft import PeftModel
+
+    own = Adapters.of(model)
+    assert own is not None, "exported without adapters"
+    loaded = named_weights(PeftModel.from_pretrained(load_model(own.base), folder))
+    differ = [name for name, tensor in named_weights(model).items() if not same_bits(tensor, loaded[f"{_PREFIX}{name}"])]
+    if differ:
+        raise CheckpointError(f"weights {differ[:3]} come back otherwise from the folder written, which was given up")
 
 
 def merge_adapters(model: PreTrainedModel) -> None:

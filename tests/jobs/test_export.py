@@ -1,18 +1,21 @@
 import argparse
 import json
+import shutil
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
+from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from asyncrl.config import DataSpec, ModelSpec, Recipe, RewardSpec
+from asyncrl.config import DataSpec, LoraSpec, ModelSpec, Recipe, RewardSpec
 from asyncrl.errors import CheckpointError, ConfigError
 from asyncrl.jobs.export import export_job
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.policies import load, locate
+from asyncrl.models.lora import add_adapters
 from asyncrl.rundir import RunDir
 from asyncrl.types import Version
 
@@ -164,3 +167,57 @@ def test_a_checkpoint_of_a_builders_model_is_built_again_from_what_it_read(run, 
     assert all(torch.equal(tensor * 1.5, model.state_dict()[name]) for name, tensor in back.items())
     newest, _ = load(locate(str(run.path)))
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in newest.state_dict().items())
+
+
+@pytest.fixture
+def adapted(run, model):
+    """The run with a newest checkpoint, 2, of adapters on what its `model.path` holds."""
+    base = run.path.parent / "base"
+    model.save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    add_adapters(model, LoraSpec(rank=3), ModelSpec(path=str(base)), seed=0)
+    torch.manual_seed(3)
+    learned = [torch.nn.init.normal_(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    trainer = SimpleNamespace(model=model, optimizer=torch.optim.AdamW(learned), state={}, critic=None)
+    checkpoints = Checkpoints(run, keep_last_n=3)
+    checkpoints.save(trainer, Version(0, 2))
+    checkpoints.wait()
+    return model
+
+
+def test_adapters_are_exported_merged_and_evaluated_so(run, adapted, tmp_path):
+    export(run.path, tmp_path / "hf")
+    merged, base = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("hf", "base"))
+    assert list(merged.state_dict()) == list(base.state_dict())
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-5, atol=5e-5)
+    assert not torch.allclose(logits(merged), logits(base), atol=0.1)
+    assert torch.equal(logits(load(locate(str(run.path)))[0]), logits(merged))
+    export(run.path, tmp_path / "half", "--dtype", "bfloat16")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
+    assert all(torch.equal(p, merged.get_parameter(name).bfloat16()) for name, p in half.named_parameters())
+
+
+def test_an_adapter_alone_is_one_of_pefts(run, adapted, tmp_path):
+    export(run.path, tmp_path / "adapter", "--adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(adapted))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"]) == (str(tmp_path / "base"), 3)
+    assert AutoTokenizer.from_pretrained(tmp_path / "adapter").chat_template
+
+
+def test_adapters_without_their_base_and_what_has_none_are_refused(run, adapted, model, tmp_path):
+    with pytest.raises(ConfigError, match="--dtype bfloat16 with --adapter: adapters stay in float32"):
+        export(run.path, tmp_path / "out", "--adapter", "--dtype", "bfloat16")
+    with pytest.raises(ConfigError, match=r"--adapter: .* has no adapter, for it was not trained with learner\.lora"):
+        export(run.checkpoint(1), tmp_path / "out", "--adapter")
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(CheckpointError, match=r"has adapters of '.*base' \(float32\) as it was then"):
+        export(run.path, tmp_path / "out")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(ConfigError, match=r"base"):
+        export(run.path, tmp_path / "out", "--adapter")
+    assert not (tmp_path / "out").exists()

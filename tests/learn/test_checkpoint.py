@@ -9,10 +9,12 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
+from asyncrl.config import LoraSpec, ModelSpec
 from asyncrl.disk import as_size
 from asyncrl.errors import CheckpointError, DiskFull, Fenced
 from asyncrl.learn import snapshot
 from asyncrl.learn.checkpoint import Checkpoints
+from asyncrl.models.lora import add_adapters
 from asyncrl.rundir import RunDir, verify_manifest
 from asyncrl.types import Lineage, Version
 
@@ -55,6 +57,45 @@ def test_continuing_equals_never_having_stopped(run_dir: RunDir, make_trainer, m
     for committed in (2, 3):
         second.update(batches[committed], committed)
     assert all(torch.equal(a, b) for a, b in zip(state(whole), state(second), strict=True))
+
+
+def adapted(make_model, seed: int = 0, base: int = 0, **lora):
+    model = make_model(seed=base)
+    add_adapters(model, LoraSpec(**{"rank": 2, **lora}), ModelSpec(path="base"), seed)
+    return model
+
+
+def test_adapters_alone_are_saved_and_gone_on_with_to_the_bit(run_dir, make_trainer, make_model, make_rollouts) -> None:
+    whole, first = (make_trainer(max_lag=9, model=adapted(make_model)) for _ in range(2))
+    for committed in range(3):
+        whole.update(make_rollouts(seed=committed), committed)
+    for committed in range(2):
+        first.update(make_rollouts(seed=committed), committed)
+    folder = save(Checkpoints(run_dir, 2), first, 2)
+    saved = safetensors.torch.load_file(folder / "policy" / "model.safetensors")
+    assert saved.keys() == {name for name, parameter in first.model.named_parameters() if parameter.requires_grad}
+    second = make_trainer(max_lag=9, model=adapted(make_model, seed=5))
+    assert Checkpoints(run_dir, 2).restore(second) == 2
+    second.update(make_rollouts(seed=2), 2)
+    assert all(torch.equal(a, b) for a, b in zip(state(whole), state(second), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha": 8.0}, r"is of a run with lora=LoraSpec\(rank=2, alpha=32\.0, .*, not LoraSpec\(rank=2, alpha=8\.0"),
+        (
+            {"base": 1},
+            r"policy has adapters of 'base' \(float32\) as it was then; the weights of 'base' \(float32\) are others",
+        ),
+        (None, r"is of a run with lora=LoraSpec\(.*, not None: its weights would be another policy's"),
+    ],
+)
+def test_adapters_are_gone_on_with_as_they_were_and_on_their_own_base(run_dir, make_trainer, make_model, changes, message):
+    save(Checkpoints(run_dir, 2), make_trainer(model=adapted(make_model)), 0)
+    other = make_model() if changes is None else adapted(make_model, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoints(run_dir, 2).restore(make_trainer(model=other))
 
 
 def test_random_states_return(run_dir: RunDir, make_trainer) -> None:

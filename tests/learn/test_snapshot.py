@@ -5,22 +5,28 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
-from asyncrl.config import Layout
+from asyncrl.config import Layout, LoraSpec, ModelSpec, OptimizerSpec, PrecisionSpec
 from asyncrl.errors import DiskFull
 from asyncrl.learn import checkpoint, snapshot
 from asyncrl.learn.checkpoint import Checkpoints
+from asyncrl.learn.sft import SupervisedTrainer
+from asyncrl.models.lora import add_adapters
+from asyncrl.models.packed import TokenSequence
 from asyncrl.models.pieces import adamw_pieces, module_pieces, written
 from asyncrl.models.ranks import Ranks
+from asyncrl.models.sharding import shard
 from asyncrl.rundir import RunDir, verify_manifest
 from asyncrl.types import Version
 
+SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 LAYOUTS = {
     "one": Layout(),
     "fsdp 2": Layout(shard=2),
@@ -193,3 +199,41 @@ def save_on_a_full_disk(ranks: Ranks, root: Path) -> str:
 def test_a_full_disk_of_one_rank_is_named_by_the_first(gang, tmp_path: Path) -> None:
     assert gang(Layout(shard=2), save_on_a_full_disk, tmp_path) == ["DiskFull", "OSError"]
     assert list(RunDir(tmp_path).checkpoints.iterdir()) == []
+
+
+def go_on_with_adapters(ranks: Ranks, root: Path, load: bool) -> dict[str, torch.Tensor]:
+    """Two steps and a save, or what was saved and two further steps: the adapters, whole."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    add_adapters(model, LoraSpec(rank=4), ModelSpec(path="base"), seed=int(load))
+    shard(model, ranks, PrecisionSpec())
+    trainer = SupervisedTrainer(model, OptimizerSpec(lr=1e-2, eps=1e-3), 9, max_tokens_per_pack=16, ranks=ranks)
+    checkpoints = Checkpoints(RunDir(root), 2, ranks=ranks)
+    if load:
+        checkpoints.load(trainer, 2)
+    rng = np.random.default_rng(0)
+    batches = [[TokenSequence(rng.integers(0, 32, 9), np.arange(3, 9)) for _ in range(4)] for _ in range(4)]
+    for done in (2, 3) if load else (0, 1):
+        trainer.step(batches[done], done)
+    if not load:
+        checkpoints.save(trainer, Version(1, 2))
+        trainer.step(batches[2], 2)
+        trainer.step(batches[3], 3)
+        checkpoints.wait()
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p.detach() for name, p in learned(model)}
+
+
+def learned(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def test_adapters_of_two_ranks_go_on_on_one_and_under_tensor_parallelism(gang, tmp_path: Path) -> None:
+    expected = go_on_with_adapters(Ranks(), tmp_path / "one", False)
+    found = gang(Layout(shard=2), go_on_with_adapters, tmp_path / "two", False)
+    assert len(list((RunDir(tmp_path / "two").checkpoint(2) / "policy").glob("model_rank_*"))) == 2
+    found += [go_on_with_adapters(Ranks(), tmp_path / "two", True)]
+    found += gang(Layout(tp=2), go_on_with_adapters, tmp_path / "two", True)
+    for adapters in found:
+        assert adapters.keys() == expected.keys()
+        for name, value in expected.items():
+            assert (adapters[name] - value).abs().max() <= 2e-6 * value.abs().max(), name
