@@ -69,7 +69,7 @@ class SupervisedTrainer:
 
     def _losses(self, examples: Sequence[TokenSequence], tokens: int) -> Iterator[torch.Tensor]:
         """What each pack of this rank's share adds to the mean loss."""
-        for pack in make_packs(examples, range(len(examples)), self._max_tokens, self.model.device, self._ranks):
+        for pack in make_packs(examples, range(len(examples)), self._max_tokens, self._packed.device, self._ranks):
             yield -self._packed.logprobs(pack).sum() / tokens
 
 

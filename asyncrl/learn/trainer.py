@@ -91,9 +91,9 @@ class PolicyTrainer:
         if self.critic is not None:
             self.critic.optimization.schedule(committed)
         batch = make_batch(rollouts, self._rule, committed)
-        update = Update(batch.to(self.model.device), committed + 1)
+        update = Update(batch.to(self._policy.device), committed + 1)
         steps = [
-            (members, make_packs(batch.sequences, members, self._learner.max_tokens_per_pack, self.model.device, self._ranks))
+            (members, make_packs(batch.sequences, members, self._learner.max_tokens_per_pack, self._policy.device, self._ranks))
             for members in minibatches(batch.groups, self._learner.mini_batch_groups)
         ]
         self._score(update, steps)

@@ -10,6 +10,7 @@ Afterwards the optimizer may be built, and PackedModel. All ranks must call it, 
 """
 
 import itertools
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -24,11 +25,15 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.utils import is_liger_kernel_available
 
 from asyncrl.config import PrecisionSpec
 from asyncrl.errors import ConfigError
 from asyncrl.models.packed import packable
 from asyncrl.models.ranks import Ranks
+
+log = logging.getLogger(__name__)
 
 
 def compute_dtype(precision: PrecisionSpec, master: torch.dtype, device: str) -> torch.dtype:
@@ -48,6 +53,9 @@ def shard(model: PreTrainedModel, ranks: Ranks, precision: PrecisionSpec, device
     styles = _styles(model, layout.tp) if layout.tp > 1 else []
     torch.backends.cuda.matmul.allow_tf32 = precision.tf32  # of the process; an own critic's and a reference's are the same
     layers = _layers(model)
+    if device == "cuda" and layout.tp == 1 and is_liger_kernel_available():  # its kernels know no DTensor
+        apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})  # Head has its own
+        log.info("%s runs Liger's kernels, which are installed", type(model).__name__)
     if ranks.tp_mesh is not None:
         _divide(model, styles, ranks.tp_mesh)
     if layout.checkpoint_activations:

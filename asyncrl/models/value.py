@@ -54,9 +54,9 @@ class SharedValues:
     """A head on the policy's last hidden states. `module` is the head alone, which is divided among the policy's ranks here."""
 
     def __init__(self, policy: PreTrainedModel, ranks: Ranks | None = None) -> None:
-        self.module: torch.nn.Module = value_head(policy)
         self._packed = PackedModel(policy, ranks=ranks)
         self.ranks = self._packed.ranks
+        self.module: torch.nn.Module = value_head(policy).to(self._packed.device)
         shard_head(self.module, self.ranks)
 
     @property
