@@ -165,7 +165,7 @@ def _styles(model: PreTrainedModel, tp: int) -> list[tuple[nn.Module, ParallelSt
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
             continue  # what is inside is divided
-        pattern, own = re.sub(r"\d+", "*", name), dict(module.named_parameters(recurse=False))
+        pattern, own = re.sub(r"(?<=\.)\d+(?=\.)", "*", name), dict(module.named_parameters(recurse=False))
         planned = _planned(plan, pattern)
         if module in ends:
             divides = module.weight.shape[0] % tp == 0  # a value head has one output
