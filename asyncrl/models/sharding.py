@@ -109,9 +109,13 @@ def _alone(device: str) -> DeviceMesh:
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers: what transformers, too, keeps whole when it divides a model."""
+    """The decoder layers: what transformers, too, keeps whole when it divides a model. (It also names parts of them.)"""
     kinds = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in kinds]
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if type(module).__name__ in kinds and not any(name.startswith(f"{other}.") for other in layers):
+            layers[name] = module
+    return list(layers.values())
 
 
 class _Whole(ParallelStyle):

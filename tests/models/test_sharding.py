@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import (
+    AriaTextConfig,
+    AriaTextForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -29,7 +31,7 @@ from asyncrl.config import Layout, PrecisionSpec
 from asyncrl.errors import ConfigError
 from asyncrl.models.packed import Pack, PackedModel, TokenSequence, make_pack
 from asyncrl.models.ranks import Ranks
-from asyncrl.models.sharding import compute_dtype, shard
+from asyncrl.models.sharding import _layers, compute_dtype, shard
 from asyncrl.models.value import OwnValues, SharedValues, value_model
 
 SIZES = {
@@ -231,6 +233,12 @@ def test_what_ranks_cant_divide_is_refused(name: str, changes: dict[str, Any], l
     model = make(name, **changes)
     with pytest.raises(ConfigError, match=rf"learner.parallel.*{told}"):
         shard(model, ranks, PrecisionSpec())
+
+
+def test_parts_of_layers_are_no_layers() -> None:
+    model = AriaTextForCausalLM(AriaTextConfig(moe_num_experts=2, moe_topk=1, moe_num_shared_experts=1, **SIZES))
+    assert "AriaGroupedExpertsGemm" in model._no_split_modules
+    assert _layers(model) == list(model.model.layers)
 
 
 def test_the_dtype_of_the_compute() -> None:
