@@ -63,17 +63,16 @@ def _write_model(args: argparse.Namespace, policy: Policy, folder: Path) -> None
 
 
 def _write_adapter(args: argparse.Namespace, policy: Policy, folder: Path) -> None:
-    from asyncrl.models.lora import export_adapters, load_adapted, stored_adapters, verify_adapters
+    from asyncrl.models.lora import export_adapters, load_adapted, stored_adapters
     from asyncrl.models.tokenizing import load_tokenizer
 
-    if policy.checkpoint is None or stored_adapters(policy.checkpoint / "policy") is None:
+    adapters = stored_adapters(policy.checkpoint / "policy") if policy.checkpoint is not None else None
+    if policy.checkpoint is None or adapters is None:
         raise ConfigError(f"--adapter: {args.source} has no adapter, for it was not trained with learner.lora; leave it out")
     if args.dtype:
         raise ConfigError(f"--dtype {args.dtype} with --adapter: adapters stay in float32, it would be ignored; leave it out")
-    model = load_adapted(policy.checkpoint / "policy")
-    export_adapters(model, folder)
+    export_adapters(load_adapted(policy.checkpoint / "policy"), adapters.base, folder)
     load_tokenizer(policy.spec).save_pretrained(folder)
-    verify_adapters(model, folder)
 
 
 def _left(policy: Policy) -> list[str]:

@@ -7,8 +7,7 @@ under the name of W, made anew from W each time. (To merge into W, and take back
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,17 +56,14 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec, base: ModelSpec, seed: 
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ConfigError(
-            f"learner.lora needs peft ({error}): pip install 'asyncrl[lora]', or train the whole model"
-        ) from error
-    named = spec.target_modules != ("all-linear",)
-    if named:
-        _require_adaptable(model, spec.target_modules)
+        raise ConfigError(f"lora needs peft ({error}): pip install 'asyncrl[lora]', or train the whole model") from error
+    named = None if spec.target_modules == ("all-linear",) else list(spec.target_modules)
+    _require_adaptable(model, named or [])
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
         lora_dropout=0.0,  # or the learner would be another policy than the generators'
-        target_modules=list(spec.target_modules) if named else "all-linear",
+        target_modules=named or "all-linear",
         task_type="CAUSAL_LM",
     )
     content = repr(sorted(fingerprints(model).items())).encode()
@@ -76,7 +72,7 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec, base: ModelSpec, seed: 
         try:
             get_peft_model(model, config, _ADAPTER)  # what it returns wraps the model, which goes on as it is
         except ValueError as error:
-            raise ConfigError(f"{_FIELD}={list(spec.target_modules)}: {error}") from error
+            raise ConfigError(f"{_FIELD}={named or 'all-linear'}: {error}") from error
     model.adapters = Adapters(lora=spec, base=base, fingerprint=hashlib.blake2b(content, digest_size=16).hexdigest())
 
 
@@ -96,7 +92,7 @@ def _require_adaptable(model: PreTrainedModel, targets: Sequence[str]) -> None:
             raise ConfigError(f"{_FIELD}: {target!r} is {found[0]}, whose adapter would not be trained; leave it out")
 
 
-def adapted(model: torch.nn.Module) -> dict[str, Any]:
+def adapted_layers(model: torch.nn.Module) -> dict[str, Any]:
     """The layers that have an adapter, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
@@ -113,7 +109,7 @@ def merged_pieces(model: torch.nn.Module, ranks: Ranks) -> list[Piece]:
     Where ranks share weights all of them must read all pieces, in their order: to read one gathers that layer's adapter (and
     nothing as large as a weight).
     """
-    layers, merged = adapted(model), []
+    layers, merged = adapted_layers(model), []
     for piece in module_pieces(model, ranks):
         layer, inside, rest = piece.name.partition(".base_layer.")
         if inside and rest == "weight":
@@ -179,29 +175,25 @@ def load_adapted(folder: Path) -> PreTrainedModel:
     return model
 
 
-def export_adapters(model: PreTrainedModel, folder: Path) -> None:
-    """Writes the adapters alone, as a folder that `peft.PeftModel.from_pretrained` adds to the base."""
+def export_adapters(model: PreTrainedModel, base: ModelSpec, folder: Path) -> None:
+    """Writes the adapters alone, as a folder that `peft.PeftModel.from_pretrained` adds to the base; and has it do that.
+
+    Raises CheckpointError unless the same model comes back.
+    """
+    from peft import PeftModel
+
     model.peft_config[_ADAPTER].save_pretrained(folder)
     tensors = {f"{_PREFIX}{piece.name.replace(f'.{_ADAPTER}.', '.')}": piece.local for piece in learned_pieces(model, Ranks())}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def verify_adapters(model: PreTrainedModel, folder: Path) -> None:
-    """Loads what `export_adapters` wrote as its users will. Raises CheckpointError unless it is the same model."""
-    from peft import PeftModel
-
-    own = Adapters.of(model)
-    assert own is not None, "exported without adapters"
-    loaded = named_weights(PeftModel.from_pretrained(load_model(own.base), folder))
-    differ = [name for name, tensor in named_weights(model).items() if not same_bits(tensor, loaded[f"{_PREFIX}{name}"])]
-    if differ:
+    loaded = named_weights(PeftModel.from_pretrained(load_model(base), folder))
+    if differ := [name for name, own in named_weights(model).items() if not same_bits(own, loaded[f"{_PREFIX}{name}"])]:
         raise CheckpointError(f"weights {differ[:3]} come back otherwise from the folder written, which was given up")
 
 
 def merge_adapters(model: PreTrainedModel) -> None:
     """Makes it an ordinary model again, whose weights hold what adapters added, and can all be trained. One rank only."""
     merged = {piece.name: piece for piece in merged_pieces(model, Ranks())}
-    for name, layer in adapted(model).items():
+    for name, layer in adapted_layers(model).items():
         layer.base_layer.weight.data = merged[f"{name}.weight"].read()
         model.set_submodule(name, layer.base_layer)
     del model.peft_config, model.adapters
@@ -213,19 +205,13 @@ class WithoutAdapters(PackedModel):
 
     def score(self, packs: Sequence[Pack], out_n: torch.Tensor) -> torch.Tensor:
         """As PackedModel's, with all adapters switched off meanwhile."""
-        with _switched_off(self.model):
-            return super().score(packs, out_n)
-
-
-@contextmanager
-def _switched_off(model: torch.nn.Module) -> Iterator[None]:
-    layers = adapted(model).values()
-    for layer in layers:
-        layer.enable_adapters(False)
-        for name, parameter in layer.named_parameters():  # which peft froze too: FSDP would keep them so
-            parameter.requires_grad_(name.startswith("lora_"))
-    try:
-        yield
-    finally:
+        layers = adapted_layers(self.model).values()
         for layer in layers:
-            layer.enable_adapters(True)
+            layer.enable_adapters(False)
+            for name, parameter in layer.named_parameters():  # which peft froze too: FSDP would keep them so
+                parameter.requires_grad_(name.startswith("lora_"))
+        try:
+            return super().score(packs, out_n)
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
