@@ -6,13 +6,14 @@ No torch, no Ray: well under two seconds. All problems are reported at once, not
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from asyncrl.cluster.resources import check_placement
 from asyncrl.cluster.space import check_space, update_bytes
-from asyncrl.config import ESTIMATOR_NAMES, LOSS_NAMES, SETTINGS, UNGROUPED, Deployment, ModelSpec, Recipe, run_dtypes
+from asyncrl.config import ESTIMATOR_NAMES, LOSS_NAMES, SETTINGS, UNGROUPED, Deployment, LoraSpec, ModelSpec, Recipe, run_dtypes
 from asyncrl.config.callables import check_callable
 from asyncrl.disk import as_size, existing
 from asyncrl.errors import ConfigError, DataError
@@ -69,6 +70,8 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
     yield "model", lambda: _policy(recipe, deployment, run_dir)
     if critic := recipe.critic.model:
         yield "critic.model", lambda: _causal("critic.model", critic, recipe, run_dir)[0]
+    if lora := recipe.learner.lora:
+        yield "lora", lambda: _lora(lora)
     for label, files in (("data", recipe.data.files), ("evaluation", recipe.evaluation.files)):
         for file in files:
             yield label, partial(_data_file, file, recipe, run_dir)
@@ -130,6 +133,14 @@ def _policy(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
             f"model.path={recipe.model.path!r} ({named(config)}) can't be served by generators.engine.kind={kind!r}: {problem}"
         )
     return line
+
+
+def _lora(spec: LoraSpec) -> str:
+    if find_spec("peft") is None:
+        raise ConfigError(
+            "learner.lora needs peft, which is not installed: pip install 'asyncrl[lora]', or train the whole model"
+        )
+    return f"adapters of rank {spec.rank}, alpha {spec.alpha:g}, of {', '.join(spec.target_modules)}, by peft"
 
 
 def _data_file(file: str, recipe: Recipe, run_dir: RunDir) -> str:

@@ -7,6 +7,7 @@ under the name of W, made anew from W each time. (To merge into W, and take back
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from asyncrl.models.ranks import Ranks
 from asyncrl.models.shards import same_bits
 from asyncrl.models.stored import StoredTensors
 
+log = logging.getLogger(__name__)
 _ADAPTER = "default"  # as peft names the only one
 _PREFIX = "base_model.model."  # peft's, in files
 _FILE = "adapters.json"
@@ -73,6 +75,8 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec, base: ModelSpec, seed: 
             get_peft_model(model, config, _ADAPTER)  # what it returns wraps the model, which goes on as it is
         except ValueError as error:
             raise ConfigError(f"{_FIELD}={named or 'all-linear'}: {error}") from error
+    learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    log.info("adapters: %d parameters are trained of %d", learned, model.num_parameters())
     model.adapters = Adapters(lora=spec, base=base, fingerprint=hashlib.blake2b(content, digest_size=16).hexdigest())
 
 

@@ -18,6 +18,7 @@ from asyncrl.config import (
     EvaluationSpec,
     GeneratorsSpec,
     LearnerSpec,
+    LoraSpec,
     ModelSpec,
     Recipe,
     RewardSpec,
@@ -57,6 +58,16 @@ def recipe(tmp_path: Path) -> Recipe:
         learner=LearnerSpec(batch_groups=8),
         total_steps=5,
     )
+
+
+def test_lora_is_told_and_needs_peft(recipe: Recipe, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(recipe, learner=replace(recipe.learner, lora=LoraSpec(target_modules=("q_proj", "v_proj"))))
+    assert "lora        adapters of rank 16, alpha 32, of q_proj, v_proj, by peft" in check_run(
+        recipe, Deployment(num_cpus=2), run
+    )
+    monkeypatch.setattr("asyncrl.cluster.preflight.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"learner\.lora needs peft, which is not installed: pip install 'asyncrl\[lora\]'"):
+        check_run(recipe, Deployment(num_cpus=2), run)
 
 
 def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
