@@ -26,8 +26,7 @@ def check_placement(deployment: Deployment, environ: Mapping[str, str] = os.envi
     actors = sum(count for _, count, _ in groups)
     cpus = sum(count * place.cpus for _, count, place in groups)
     gpus = sum(count * place.gpus for _, count, place in groups)
-    address = deployment.ray_address or environ.get("RAY_ADDRESS", "")
-    if address:
+    if address := named_cluster(deployment, environ):
         return f"{actors} actors ask for {cpus:g} CPUs, {gpus:g} GPUs; the Ray at {address} is asked when it is joined"
     have_cpus = deployment.num_cpus if deployment.num_cpus is not None else len(os.sched_getaffinity(0))
     have_gpus = count_gpus(environ, dev) if gpus else 0
@@ -51,6 +50,11 @@ def check_placement(deployment: Deployment, environ: Mapping[str, str] = os.envi
     return f"{actors} actors on this machine ask for {cpus:g} of {have_cpus} CPUs{offered}"
 
 
+def named_cluster(deployment: Deployment, environ: Mapping[str, str] = os.environ) -> str:
+    """The address of the cluster that a run joins; empty: it starts a Ray of its own, here."""
+    return deployment.ray_address or environ.get("RAY_ADDRESS", "")
+
+
 def count_gpus(environ: Mapping[str, str] = os.environ, dev: Path = Path("/dev")) -> int:
     """CUDA devices that a local Ray would offer: those of the machine that CUDA_VISIBLE_DEVICES leaves visible."""
     found = len([path for path in dev.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]) or _listed_by_driver()
@@ -63,13 +67,25 @@ def count_gpus(environ: Mapping[str, str] = os.environ, dev: Path = Path("/dev")
     return min(found, len(names)) if not any(name.startswith("MIG-") for name in names) else len(names)
 
 
+def gpu_bytes(environ: Mapping[str, str] = os.environ) -> int | None:
+    """Memory of the smallest GPU that this process may use; None where the driver does not tell."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    listed = ask_driver("--query-gpu=memory.total", "--format=csv,noheader,nounits", *([f"--id={visible}"] if visible else []))
+    sizes = [int(line) << 20 for line in listed if line.strip().isdecimal()]
+    return min(sizes, default=None)
+
+
 def _listed_by_driver() -> int:
     # Under WSL and some container runtimes a device has no node of its own.
+    return sum(line.startswith("GPU ") for line in ask_driver("-L"))
+
+
+def ask_driver(*arguments: str) -> list[str]:
+    """Lines of nvidia-smi; none where there is none, or no driver that answers."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return 0
+        return []
     try:
-        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=5, check=False)
+        return subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=5, check=False).stdout.splitlines()
     except (OSError, subprocess.TimeoutExpired):
-        return 0  # a driver that does not answer offers nothing
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+        return []

@@ -22,6 +22,7 @@ from asyncrl.cluster.resources import count_gpus
 from asyncrl.config.deployment import ENGINES
 from asyncrl.disk import as_size, free_bytes
 from asyncrl.generate.engines import engine_kind
+from asyncrl.jobs.accelerators import all_reduce, kernels, matching
 from asyncrl.report.findings import Finding, MachineCheck
 from asyncrl.scratch import SHM, Trace, traces
 
@@ -69,8 +70,10 @@ def examine() -> Iterator[Finding]:
         ("torch", torch_build, "torch"),
         ("devices", devices, "torch"),
         ("collectives", collectives, "torch"),
+        ("kernels", kernels, "torch"),
         ("ray", lambda: package("ray"), "ray"),
         ("transformers", lambda: package("transformers"), "transformers"),
+        ("versions", matching, "packaging"),
         *(check for kind in reversed(ENGINES) for check in engine_kind(kind).machine_checks()),
     ]
     return (guarded(*check) for check in checks)
@@ -138,20 +141,21 @@ def devices() -> Finding:
 
 
 def collectives() -> Finding:
-    """A real all-reduce over gloo in a group of one: proves that torch.distributed finds a network interface."""
+    """A real all-reduce: over gloo in two processes, and over NCCL with all GPUs."""
     import torch
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_gloo_available():
         return Finding(status="missing", detail="this torch has no gloo", fix=reinstall("torch"))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        value = torch.tensor([2.0])
-        dist.all_reduce(value)
-    finally:
-        dist.destroy_process_group()
-    nccl = "nccl" if dist.is_nccl_available() else "no nccl (needed with GPUs only)"
-    return Finding(status="ok" if value.item() == 2.0 else "broken", detail=f"gloo works; {nccl}")
+    found, gpus = all_reduce("gloo", 2), torch.cuda.device_count()
+    if found.status != "ok" or not gpus:
+        return found if gpus else replace(found, detail=f"{found.detail}; no GPU to try nccl with")
+    if not dist.is_nccl_available():
+        return Finding(
+            status="missing", detail=f"{found.detail}; {gpus} GPUs, and no nccl", fix=reinstall("torch"), required=False
+        )
+    over_gpus = all_reduce("nccl", gpus)
+    return replace(over_gpus, detail=f"{found.detail}; {over_gpus.detail}")
 
 
 def zeromq() -> Finding:
