@@ -4,7 +4,7 @@ It needs `pip install 'asyncrl[math]'`. The files are those of MATH-lighteval on
 `solution` in a folder: parquet or JSONL; where there is an `answer` too (as in MATH-500) that is compared with. It is not
 called math.py: a recipe's folder joins the import path, where that would hide Python's own module.
 
-    asyncrl run recipes/competition_math.py --deploy deploy/gpu-sglang.yaml
+    asyncrl run recipes/competition_math.py --deploy deploy/gpu-2.yaml
     asyncrl run recipes/competition_math.py 'arguments={source: /data/MATH}' model.path=/models/Qwen3-1.7B --dry-run
 """
 

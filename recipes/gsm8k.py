@@ -3,7 +3,7 @@
 `prepare` makes chat prompts of the public data set's files, which it takes from Hugging Face, or from a folder that holds
 them: parquet or JSONL with `question` and `answer`, in whatever subfolder.
 
-    asyncrl run recipes/gsm8k.py --deploy deploy/gpu-single-node.yaml
+    asyncrl run recipes/gsm8k.py --deploy deploy/gpu-2.yaml
     asyncrl run recipes/gsm8k.py 'arguments={source: /data/gsm8k}' model.path=/models/Qwen3-0.6B --dry-run
 """
 

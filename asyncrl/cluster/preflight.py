@@ -11,7 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from asyncrl.cluster.resources import check_placement
+from asyncrl.cluster.fit import device_memory, fit_layout
+from asyncrl.cluster.resources import check_placement, named_cluster
 from asyncrl.cluster.space import check_space, update_bytes
 from asyncrl.config import ESTIMATOR_NAMES, LOSS_NAMES, SETTINGS, UNGROUPED, Deployment, LoraSpec, ModelSpec, Recipe, run_dtypes
 from asyncrl.config.callables import check_callable
@@ -85,6 +86,7 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
     yield "dtypes", lambda: _dtypes(recipe, deployment)
     yield "engine", lambda: engine_kind(deployment.generators.engine.kind).check(deployment)
     yield "placement", lambda: check_placement(deployment)
+    yield "learner", lambda: _learner(recipe, deployment)
     yield "disk", lambda: check_space(recipe, deployment, run_dir)
 
 
@@ -263,3 +265,11 @@ def _history(recipe: Recipe, deployment: Deployment) -> str:
         f"every rollout, until they take deploy.store.keep_bytes={bound} ({as_size(bound)}), after some {updates:,} "
         "updates of the longest responses; then the oldest are deleted, but for what a resume needs"
     )
+
+
+def _learner(recipe: Recipe, deployment: Deployment) -> str:
+    """How its ranks will divide its models, why, and what of that they will take."""
+    learner = deployment.learner
+    devices = [] if named_cluster(deployment) else [device_memory(learner.place)] * learner.ranks
+    fit = fit_layout(recipe, deployment, devices)
+    return "\n".join([fit.reason, *(f"{'':<11} {line}" for line in fit.table)])

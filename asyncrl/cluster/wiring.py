@@ -1,16 +1,17 @@
 """From specs to stages. The one place that knows every stage's constructor; each function runs inside its actor."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 from msgspec.structs import replace
 
+from asyncrl.cluster.fit import DeviceMemory, agree, device_memory, fit_layout
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import Peers, RankCall, RayCall
-from asyncrl.config import run_dtypes
+from asyncrl.config import Layout, run_dtypes
 from asyncrl.config.callables import load_callable
-from asyncrl.config.parallel import chosen
 from asyncrl.interfaces import Stage
 from asyncrl.types import Sampling
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from asyncrl.learn.parallel.rank import Rank
     from asyncrl.replay.client import ReplayClient
     from asyncrl.replay.store import ReplayStore
+
+log = logging.getLogger(__name__)
 
 
 class Built(NamedTuple):
@@ -209,16 +212,25 @@ def _rank(plan: RunPlan, name: str, rendezvous: Any = None) -> "Rank":
     recipe, learner, limits = plan.recipe, plan.deployment.learner, plan.deployment.limits
     device = "cuda" if learner.place.gpus else "cpu"
     use_threads(learner.place.threads)
-    ranks = Ranks()
-    if rendezvous is not None:
+    index, found = learner.names.index(name), device_memory(learner.place)
+    if rendezvous is None:
+        ranks = Ranks(_fit(plan, [found]))
+    else:
         talk_over(_host(plan))
-        layout = chosen(learner.parallel, learner.ranks)
+        index, layout = agree(rendezvous, index, learner.ranks, found, lambda devices: _fit(plan, devices))
         # Who waits longer than this is not heard any more: the watch over stalled runs goes first.
         timeout_s = 2 * max(limits.stall_timeout_s, limits.save_timeout_s)
-        ranks = join(rendezvous, learner.names.index(name), layout, device=device, timeout_s=timeout_s)
+        ranks = join(rendezvous, index, layout, device=device, timeout_s=timeout_s)
     trainer = policy_trainer(recipe, device=device, refused_dir=plan.paths.logs / "refused")
     checkpoints = Checkpoints(plan.paths, recipe.checkpoint.keep_last_n, recipe.checkpoint.keep_every, ranks)
     return Rank(trainer, checkpoints, load_tokenizer(recipe.model), ranks, run_dtypes(recipe, plan.deployment).bus)
+
+
+def _fit(plan: RunPlan, devices: Sequence[DeviceMemory]) -> Layout:
+    """How ranks with these devices divide the learner's models, as `--dry-run` tells it."""
+    fit = fit_layout(plan.recipe, plan.deployment, devices)
+    log.info("\n  ".join([fit.reason, *fit.table]))
+    return fit.layout
 
 
 def _sampling(plan: RunPlan, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Sampling:

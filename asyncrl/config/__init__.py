@@ -12,6 +12,7 @@ from asyncrl.config.recipe import *
 from asyncrl.config.sft import *
 
 __all__ = [
+    "CPU_PACK_TOKENS",
     "ESTIMATOR_NAMES",
     "LOSS_DEFAULTS",
     "LOSS_NAMES",
@@ -55,5 +56,6 @@ __all__ = [
     "StalenessSpec",
     "StoreSpec",
     "UpdateMode",
+    "layouts",
     "run_dtypes",
 ]

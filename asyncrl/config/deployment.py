@@ -8,7 +8,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from asyncrl.config.base import Rule, Spec, require, require_fields
-from asyncrl.config.parallel import ParallelSpec, chosen
+from asyncrl.config.parallel import ParallelSpec, layouts
 
 
 class PlaceSpec(Spec, frozen=True, kw_only=True):
@@ -280,7 +280,7 @@ class LearnerPlaceSpec(Spec, frozen=True, kw_only=True):
             f"learner.place.gpus={self.place.gpus:g} with learner.ranks={self.ranks}: a rank computes on one GPU, of its own; "
             "set learner.place.gpus=1, and learner.ranks to the number of GPUs",
         )
-        chosen(self.parallel, self.ranks)
+        layouts(self.parallel, self.ranks)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """How the learner's ranks divide a model and its work. No torch."""
 
+from itertools import product
 from typing import Literal
 
 from msgspec import Struct
@@ -25,10 +26,15 @@ class ParallelSpec(Spec, frozen=True, kw_only=True):
     checkpoint_activations: bool | Auto = "auto"
     # Whether weights, gradients and optimizer rest in the host's memory, where the optimizer also steps.
     offload: bool | Auto = "auto"
+    # Memory of each rank's device that what is `auto` may count on; null: nine tenths of what the device has.
+    memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        rule: Rule = ("tp sp fsdp", lambda x: x == "auto" or x >= 1, "< 1: there is no rank; use 1 to turn it off, or auto")
-        require_fields(self, "learner.parallel.", [rule])
+        rules: list[Rule] = [
+            ("tp sp fsdp", lambda x: x == "auto" or x >= 1, "< 1: there is no rank; use 1 to turn it off, or auto"),
+            ("memory_bytes", lambda x: x >= 1, "< 1: nothing would fit; use null for what the device has"),
+        ]
+        require_fields(self, "learner.parallel.", rules)
 
 
 class Layout(Struct, frozen=True, kw_only=True):
@@ -47,29 +53,40 @@ class Layout(Struct, frozen=True, kw_only=True):
         return self.replicate * self.shard * self.sp * self.tp
 
 
-def chosen(spec: ParallelSpec, ranks: int) -> Layout:
-    """The layout of so many ranks, where nothing is known of the model: what is `auto` is off, and fsdp takes all that is left.
+def layouts(spec: ParallelSpec, ranks: int, per_node: int | None = None) -> list[Layout]:
+    """All layouts of so many ranks that the settings leave, cheapest first: each is for what does not fit by those before it.
 
-    Raises ConfigError if the parts do not make up the ranks.
+    Weights are sharded over the ranks of a node (per_node of them; None: there is one node), and each node holds a copy; then
+    over more nodes; then activations are made again; then tp, within a node, and sp; at last offload.
+    Raises ConfigError where the parts that are pinned do not make up the ranks.
     """
-    tp, sp = (1 if part == "auto" else part for part in (spec.tp, spec.sp))
-    left = ranks // (tp * sp)
+    per_node = min(per_node or ranks, ranks)
+    divisors = [part for part in range(1, ranks + 1) if ranks % part == 0]
+    found = []
+    for tp, sp, again, offload in product(
+        [part for part in divisors if part <= per_node] if spec.tp == "auto" else [spec.tp],
+        divisors if spec.sp == "auto" else [spec.sp],
+        [False, True] if spec.checkpoint_activations == "auto" else [spec.checkpoint_activations],
+        [False, True] if spec.offload == "auto" else [spec.offload],
+    ):
+        left = ranks // tp  # over which weights may be sharded
+        fewest = min(left, max(sp, per_node // tp))
+        for over in [part for part in divisors if part >= fewest] if spec.fsdp == "auto" else [spec.fsdp]:
+            if left * tp == ranks and left % over == 0 and over % sp == 0:
+                found.append(
+                    Layout(
+                        replicate=left // over,
+                        shard=over // sp,
+                        sp=sp,
+                        tp=tp,
+                        reshard_after_forward=spec.reshard_after_forward,
+                        checkpoint_activations=again,
+                        offload=offload,
+                    )
+                )
     require(
-        left * tp * sp == ranks,
-        f"learner.parallel: tp={tp} × sp={sp} does not divide learner.ranks={ranks}: some would be idle; use divisors",
+        bool(found),
+        f"learner.parallel: tp={spec.tp}, sp={spec.sp} and fsdp={spec.fsdp} do not make up learner.ranks={ranks}: some would "
+        "be idle; tp × fsdp has to divide them, and fsdp, over which weights are sharded, is a multiple of sp",
     )
-    sharded = left * sp if spec.fsdp == "auto" else spec.fsdp
-    require(
-        sharded % sp == 0 and (left * sp) % sharded == 0,
-        f"learner.parallel: fsdp={sharded} with sp={sp} does not divide the {left * sp} ranks that tp={tp} leaves of "
-        f"learner.ranks={ranks}; weights are sharded over sp too: use a multiple of sp that divides them",
-    )
-    return Layout(
-        replicate=left * sp // sharded,
-        shard=sharded // sp,
-        sp=sp,
-        tp=tp,
-        reshard_after_forward=spec.reshard_after_forward,
-        checkpoint_activations=spec.checkpoint_activations is True,
-        offload=spec.offload is True,
-    )
+    return sorted(found, key=lambda at: (at.offload, at.tp * at.sp, at.sp, at.checkpoint_activations, at.shard))

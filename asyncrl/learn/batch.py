@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from asyncrl.algorithms.rewards import Outcomes, credited
+from asyncrl.config import CPU_PACK_TOKENS
 from asyncrl.models.packed import Pack, TokenSequence, input_length, make_pack
 from asyncrl.models.ranks import Ranks
 from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
 
-CPU_PACK_TOKENS = 2048  # beyond it a CPU only loses its caches (measured: 16,384 is a third slower)
 ATTENDED = 24_576  # L tokens that attend to each other cost as much as L²/ATTENDED more tokens: 12 × a hidden size of 2,048
 
 

@@ -9,13 +9,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from asyncrl.models.footprint import CHUNK_LOGITS, FEWEST_ROWS
+
 # What is done with logits, by `model_type`: a configuration may hold such a field though its model reads none.
 _DIVIDED = {"granite", "granitemoe", "granitemoeshared"}  # by `logits_scaling`
 _FACTORS = {"cohere": "logit_scale", "cohere2": "logit_scale", "cohere2_moe": "logit_scale", "hyperclovax": "logits_scaling"}
 _CAPPED = {"gemma3_text", "gemma3n_text", "gemma4_text", "nanochat"}  # at `final_logit_softcapping`
-
-FEWEST_ROWS = 256  # of a chunk: each adds to a gradient as large as the weights
-CHUNK_LOGITS = 2**24  # logits that are worked on at a time: 64 MiB in float32, and as much for each step of the work
 
 Scores = tuple[Tensor, Tensor]  # log-probabilities of the tokens, entropies of the distributions [T], in nats
 

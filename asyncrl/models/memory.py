@@ -13,8 +13,7 @@ import os
 import secrets
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -24,12 +23,11 @@ from msgspec import Struct
 from asyncrl.errors import ConfigError
 from asyncrl.interfaces import Tensors
 from asyncrl.models.layout import ALIGN, TensorSpec, cast, lay_out, parts, runs, total_bytes
+from asyncrl.models.room import available_bytes
 
 HEAD_BYTES = ALIGN  # before the tensors: the token, and room, so that they stay aligned
 _TOKEN_BYTES = 16
 LINUX = hasattr(os, "memfd_create")  # elsewhere a temporary file takes its place, which nobody else can open
-_CGROUP_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_CGROUP_2 = ("memory.max", "memory.current", "inactive_file")
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE if LINUX else 0
 
 
@@ -46,33 +44,6 @@ def here() -> str:
     if not LINUX:
         return os.uname().nodename
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-
-
-def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory that this process (Linux) can take without swapping: what the machine has, and what every cgroup of it leaves."""
-    meminfo = (proc / "meminfo").read_text().splitlines()
-    machine = next(int(line.split()[1]) << 10 for line in meminfo if line.startswith("MemAvailable:"))
-    return max(0, min([machine, *_left_by_cgroups(proc / "self/cgroup", cgroups)]))
-
-
-def _left_by_cgroups(memberships: Path, root: Path) -> Iterator[int]:
-    """What each memory cgroup leaves, of version 2 or 1, from this process's own up to the root.
-
-    A container sees its own group as the root, with version 1 under a path of the host: absent folders are passed over.
-    """
-    with suppress(OSError):
-        for line in memberships.read_text().splitlines():
-            number, controllers, path = line.split(":", 2)
-            if number != "0" and "memory" not in controllers.split(","):
-                continue
-            top, (limit, usage, cache) = (root, _CGROUP_2) if number == "0" else (root / "memory", _CGROUP_1)
-            own = top / path.lstrip("/")
-            for group in (own, *own.parents[: len(own.parts) - len(top.parts)]):
-                with suppress(OSError, ValueError):  # not there, or without a limit ("max")
-                    stat = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
-                    # The kernel gives back file pages that nobody used of late, before it kills.
-                    used = int((group / usage).read_text()) - int(stat.get(cache, 0))
-                    yield int((group / limit).read_text()) - used
 
 
 class WeightMemory:

@@ -61,9 +61,9 @@ class Ranks:
     """This rank of the process group; `Ranks()` is the only one, without a group: then nothing here communicates."""
 
     def __init__(self, layout: Layout | None = None, device: str = "cpu", store: dist.Store | None = None) -> None:
-        """layout: of the process group that this process has joined, by `store`."""
-        self.grouped = layout is not None
+        """layout: of the process group that this process has joined, by `store`; one rank needs neither group nor store."""
         self.layout = layout = layout or Layout()
+        self.grouped = layout.ranks > 1
         self.index = dist.get_rank() if self.grouped else 0
         self._store = store
         self.dealt = layout.replicate * layout.shard  # shares into which packs are dealt

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncrl.config import Deployment, ModelSpec, PlaceSpec, Recipe, RewardTerm
+from asyncrl.config import Deployment, ModelSpec, Recipe, RewardTerm
 from asyncrl.config.load import load_deployment, load_recipe, load_specs, override
 from asyncrl.errors import ConfigError
 
@@ -194,13 +194,6 @@ def test_the_local_deployment_spells_out_the_defaults() -> None:
     for section in ("generators", "rewards", "learner", "store", "bus", "limits"):  # a new field belongs in it too
         for field in getattr(Deployment(), section).__struct_fields__:
             assert f"  {field}:" in text, field
-
-
-def test_the_gpu_deployment() -> None:
-    deployment = load_deployment(REPOSITORY / "deploy/gpu-single-node.yaml")
-    assert deployment.generators.place == PlaceSpec(gpus=1.0)
-    assert deployment.learner.place.gpus == 1.0
-    assert deployment.limits == Deployment().limits
 
 
 def test_the_sglang_deployment_fits_the_shipped_recipe() -> None:

@@ -1,0 +1,190 @@
+"""How the learner's ranks divide its models: the cheapest layout that fits their memory, and what that takes. No torch.
+
+A dry run asks with this machine's devices, the ranks with those that they have: the same function, so that what is told is
+what is done. Where devices differ, the smallest counts.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import Struct
+
+from asyncrl.cluster.resources import gpu_bytes
+from asyncrl.config import CPU_PACK_TOKENS, Deployment, Layout, ModelSpec, PlaceSpec, Recipe, layouts, run_dtypes
+from asyncrl.disk import as_size
+from asyncrl.errors import ConfigError
+from asyncrl.models.architectures import read_config
+from asyncrl.models.footprint import Footprint, Work, footprint
+from asyncrl.models.room import available_bytes
+from asyncrl.models.sizes import ModelSize, size_of
+
+_COUNTED_ON = 0.9  # share of a memory: the rest is the driver's, the collectives' and fragmentation's
+_NODE_RANKS = 8  # of a node that has not been asked yet
+_BYTES = {"float32": 4, "bfloat16": 2}
+_COLUMNS = ("weights", "optimizer", "gradients", "gathered", "activations", "logits")
+
+
+class DeviceMemory(Struct, frozen=True, kw_only=True):
+    """What a rank has, as it tells the others. memory_bytes: of its device; None where nobody knows."""
+
+    node: str
+    memory_bytes: int | None
+    host_bytes: int
+
+
+class Fit(NamedTuple):
+    """A layout, why it was taken, and what it takes of a rank: lines of a table, and of its device (0: not known)."""
+
+    layout: Layout
+    reason: str
+    table: tuple[str, ...] = ()
+    device_bytes: int = 0
+
+
+class _Model(NamedTuple):
+    """A model of the learner's, and what is done with it."""
+
+    name: str
+    size: ModelSize
+    work: Work
+
+
+def device_memory(place: PlaceSpec) -> DeviceMemory:
+    """Of the process that asks, or of one at this place on its machine. On CPUs, what all processes of the node have left."""
+    host = available_bytes()
+    gpu = gpu_bytes() if place.gpus else None
+    return DeviceMemory(
+        node=os.uname().nodename,
+        memory_bytes=host if not place.gpus else None if gpu is None else int(gpu * min(1.0, place.gpus)),
+        host_bytes=host,
+    )
+
+
+def agree(
+    store: Any, rank: int, ranks: int, own: DeviceMemory, fit: Callable[[Sequence[DeviceMemory]], Layout]
+) -> tuple[int, Layout]:
+    """Tells all ranks, through the store of their rendezvous, the layout that the first makes of their devices; each gets its
+    number anew, by which those of a node are neighbours. Waits for all others. Raises on the first what `fit` raises."""
+    store.set(f"device {rank}", msgspec.json.encode(own))
+    if rank == 0:
+        devices = [msgspec.json.decode(store.get(f"device {i}"), type=DeviceMemory) for i in range(ranks)]
+        nodes = [device.node for device in devices]
+        order = sorted(range(ranks), key=lambda i: (nodes.index(nodes[i]), i))
+        store.set("layout", msgspec.json.encode((order, fit([devices[i] for i in order]))))
+    order, layout = msgspec.json.decode(store.get("layout"), type=tuple[list[int], Layout])
+    return order.index(rank), layout
+
+
+def fit_layout(recipe: Recipe, deployment: Deployment, devices: Sequence[DeviceMemory]) -> Fit:
+    """The first of `config.layouts` that fits. devices: of each rank; none where they are not known yet.
+
+    recipe: with paths resolved. Raises ConfigError, with figures, where none fits the memory that is known.
+    """
+    spec, ranks = deployment.learner.parallel, deployment.learner.ranks
+    nodes = [device.node for device in devices]
+    per_node = min(map(nodes.count, nodes)) if nodes else _NODE_RANKS
+    found = layouts(spec, ranks, per_node)
+    models = _models(recipe, deployment)
+    if not models:
+        return Fit(found[0], f"{_said(found[0])}; how large the model is, is not known")
+    room, host = _room(deployment, devices, per_node)
+    found = [layout for layout in found if all(_divides(layout, model.size, spec.tp) for model in models)] or found
+    if room is None:
+        taken = _told(found[0], models)
+        return Fit(found[0], f"{_said(found[0])}; how much memory its devices have, is not known yet", taken)
+    needed = [_needed(layout, models, on_host=not deployment.learner.place.gpus) for layout in found]
+    for number, (layout, (on_device, on_host)) in enumerate(zip(found, needed, strict=True)):
+        if on_device <= room and on_host <= host:
+            cheaper = min((size for size, _ in needed[:number]), default=0)
+            why = f"; whatever is cheaper takes {as_size(cheaper)} or more" if cheaper > room else ""
+            reason = f"{_said(layout)}: a rank takes {as_size(on_device)} of the {as_size(room)} that count of its memory{why}"
+            return Fit(layout, reason, _told(layout, models), on_device)
+    least = min(range(len(found)), key=lambda number: needed[number])
+    table = "\n".join(f"  {line}" for line in _told(found[least], models))
+    raise ConfigError(
+        f"learner.ranks={ranks}: the learner does not fit. {_said(found[least])} would take {as_size(needed[least][0])} of a "
+        f"device, of which {as_size(room)} count, and {as_size(needed[least][1])} of its host's {as_size(host)}:\n{table}\n"
+        "  use more ranks, larger devices or hosts, a smaller learner.max_tokens_per_pack, or learner.lora; leave settings of "
+        "learner.parallel to auto; or state learner.parallel.memory_bytes if you know better"
+    )
+
+
+def _room(deployment: Deployment, devices: Sequence[DeviceMemory], per_node: int) -> tuple[int | None, int]:
+    """What each rank may take of its device (None: not known), and of its host."""
+    stated = deployment.learner.parallel.memory_bytes
+    known = [device.memory_bytes for device in devices]
+    host = min((int(_COUNTED_ON * device.host_bytes) // per_node for device in devices), default=2**62)
+    if stated is not None:
+        return stated, host
+    if None in known or not known:
+        return None, host
+    smallest = int(_COUNTED_ON * min(memory for memory in known if memory is not None))
+    return smallest // (1 if deployment.learner.place.gpus else per_node), host
+
+
+def _models(recipe: Recipe, deployment: Deployment) -> list[_Model]:
+    """What the learner holds; nothing where the size of one of them is not known."""
+    learner, critic, wide = recipe.learner, recipe.critic, _BYTES[run_dtypes(recipe, deployment).compute]
+    groups, n = learner.mini_batch_groups or learner.batch_groups, recipe.sampling.n
+    longest = recipe.data.max_prompt_length + recipe.sampling.max_response_length
+    pack = learner.max_tokens_per_pack if deployment.learner.place.gpus else min(learner.max_tokens_per_pack, CPU_PACK_TOKENS)
+    tokens = min(max(pack, longest), groups * (recipe.data.max_prompt_length + n * recipe.sampling.max_response_length))
+
+    def work(model: ModelSpec, **how: bool | int | None) -> Work:
+        return Work(tokens=tokens, master_bytes=_BYTES[model.dtype], compute_bytes=wide, **how)  # type: ignore[arg-type]
+
+    wanted = [("policy", recipe.model, work(recipe.model, adapters=learner.lora.rank if learner.lora else None))]
+    if recipe.algorithm.needs_critic and critic.backbone == "own":
+        start = critic.model or recipe.model
+        wanted.append(("critic", start, work(start, values=True)))
+    if recipe.algorithm.needs_reference and learner.lora is None:  # else it is the policy without its adapters
+        wanted.append(("reference", recipe.model, work(recipe.model, trains=False)))
+    sized = [
+        (name, None if model.builder else size_of(read_config(model.path, model.revision) | model.override_config), doing)
+        for name, model, doing in wanted
+    ]
+    return [_Model(name, size, doing) for name, size, doing in sized if size] if all(size for _, size, _ in sized) else []
+
+
+def _divides(layout: Layout, size: ModelSize, tp: int | str) -> bool:
+    """Whether the model can be divided so. What is pinned is left to the learner, which asks the model itself."""
+    heads = size.heads % layout.tp == size.key_heads % layout.tp == size.heads // layout.tp % layout.sp == 0
+    by_tp = layout.tp == 1 or tp != "auto" or (heads and size.splits)
+    return by_tp and (layout.sp == 1 or (heads and size.packed))
+
+
+def _needed(layout: Layout, models: Sequence[_Model], *, on_host: bool) -> tuple[int, int]:
+    """Bytes of the device and of its host that a rank takes: all that rests, and the most that any of the models moves."""
+    feet = [footprint(model.size, model.work, layout) for model in models]
+    resting, moving = sum(foot.resting for foot in feet), max(foot.moving for foot in feet)
+    loading = max(foot.loading for foot in feet)
+    if on_host:
+        return max(resting + moving, loading), 0
+    if not layout.offload:
+        return resting + moving, loading
+    gradients = max(foot.gradients for foot in feet)
+    return moving - gradients, max(resting + gradients, loading)
+
+
+def _said(layout: Layout) -> str:
+    """The layout in words."""
+    copies = f" × {layout.replicate} copies" if layout.replicate > 1 else ""
+    parts = [f"{layout.ranks} ranks" if layout.ranks > 1 else "1 rank"]
+    if layout.ranks > 1:
+        parts.append(f"fsdp={layout.shard * layout.sp}{copies} tp={layout.tp} sp={layout.sp}")
+    parts += ["activations checkpointed"] * layout.checkpoint_activations + ["weights and optimizer offloaded"] * layout.offload
+    return ", ".join(parts)
+
+
+def _told(layout: Layout, models: Sequence[_Model]) -> tuple[str, ...]:
+    """What each model takes of a rank, in GiB."""
+    rows = [f"{'GiB per rank':<24}" + "".join(f"{name:>13}" for name in _COLUMNS)]
+    for model in models:
+        foot: Footprint = footprint(model.size, model.work, layout)
+        label = f"{model.name}, {model.size.parameters / 1e9:.2f}B"
+        rows.append(f"{label:<24}" + "".join(f"{getattr(foot, name) / 2**30:>13.2f}" for name in _COLUMNS))
+    if len(models) > 1:
+        rows.append("(models compute one after another: of what is right of the optimizer only the largest sum counts)")
+    return tuple(rows)
