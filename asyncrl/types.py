@@ -246,7 +246,10 @@ class Lineage(Struct, frozen=True, kw_only=True):
                 f"{version.incarnation}): the log lost its end, or another learner took over there"
             )
         if version.update < self.oldest:
-            return f"the replay log goes back to update {self.oldest}: rows that only older checkpoints need are deleted"
+            return (
+                f"the replay log goes back to update {self.oldest}: rows that only checkpoints before the newest keep_last_n "
+                "need are deleted; `asyncrl export` and `asyncrl eval` take it, and a new run can start from what they export"
+            )
         return ""
 
 

@@ -29,8 +29,8 @@ def check_space(recipe: Recipe, deployment: Deployment, run_dir: RunDir, free: C
     spec, store = recipe.checkpoint, deployment.store
     kept = max(store.keep_bytes, spec.save_freq * (spec.keep_last_n + 1) * update_bytes(recipe))  # what a resume needs stays
     log_bytes = min(recipe.total_steps * update_bytes(recipe), kept + store.segment_bytes)
-    there = len(run_dir.steps())
-    more = max(1, recipe.checkpoint.keep_last_n + 1 - there)  # the next is written before the oldest goes
+    for_ever = recipe.total_steps // spec.keep_every if spec.keep_every else 0
+    more = max(1, spec.keep_last_n + 1 + for_ever - len(run_dir.steps()))  # the next is written before the oldest goes
     needed, least, have = more * checkpoint + log_bytes, checkpoint + deployment.store.segment_bytes, free(run_dir.path)
     parts = f"{more} checkpoints of {as_size(checkpoint)}" if checkpoint else "checkpoints of a size not known yet"
     if have < least:

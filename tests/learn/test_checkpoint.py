@@ -1,6 +1,7 @@
 import logging
 import random
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,56 @@ def test_keep_last_n_and_the_oldest_retained(run_dir: RunDir, make_trainer) -> N
         assert checkpoints.oldest_kept(update) == oldest
         checkpoints.prune(oldest)
     assert [folder.name for folder in run_dir.steps()] == ["step_000005", "step_000010"]
+
+
+def test_multiples_of_keep_every_and_those_saved_by_hand_stay(run_dir: RunDir, make_trainer) -> None:
+    trainer, checkpoints = make_trainer(), Checkpoints(run_dir, 1, keep_every=10)
+    checkpoints.on_whole = lambda version: checkpoints.prune(checkpoints.oldest_kept(version.update))
+    for update in (0, 5, 7, 10, 15, 20, 25):
+        checkpoints.save(trainer, Version(1, update), by_hand=update == 7)
+    checkpoints.wait()
+    assert [RunDir.update_of(folder) for folder in run_dir.steps()] == [7, 10, 20, 25]
+    # What can be gone on from is another matter: the log goes back to the oldest of the newest keep_last_n.
+    assert checkpoints.oldest_kept(25) == 25
+    history = Lineage(oldest=25, newest={1: 25})
+    with pytest.raises(CheckpointError, match=r"step_000010 can't be resumed from: .* `asyncrl export` and `asyncrl eval`"):
+        checkpoints.choose(10, history.refusal)
+    assert checkpoints.choose(refusal=history.refusal) == 25
+    checkpoints.discard_after(5)  # going back gives up what came later, but not what was saved by hand
+    assert [RunDir.update_of(folder) for folder in run_dir.steps()] == [7]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_what_fails_is_told(
+    run_dir, make_trainer, make_rollouts, monkeypatch
+):
+    trainer, checkpoints, counted = make_trainer(), Checkpoints(run_dir, 5), []
+    begun, released = threading.Event(), threading.Event()
+
+    def slowly(tensors: dict, path: Path, metadata: dict) -> None:
+        begun.set()
+        assert released.wait(20)
+        safetensors.torch.save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(snapshot, "save_file", slowly)
+    checkpoints.on_whole = counted.append
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    folder = checkpoints.save(trainer, Version(1, 1))
+    assert begun.wait(20)
+    trainer.update(make_rollouts(), 0)
+    checkpoints.check()
+    assert (folder.exists(), counted) == (False, [])
+    released.set()
+    checkpoints.wait()
+    assert counted == [Version(1, 1)]
+    saved = safetensors.torch.load_file(folder / "policy/model.safetensors")
+    assert all(torch.equal(saved[name], before[name]) for name in saved)
+    assert not torch.equal(before["model.norm.weight"], trainer.model.state_dict()["model.norm.weight"])
+
+    monkeypatch.setattr(snapshot, "save_file", lambda *of: 1 / 0)
+    checkpoints.save(trainer, Version(1, 2))
+    with pytest.raises(ZeroDivisionError):
+        checkpoints.save(trainer, Version(1, 3))  # which waits for the one before
+    assert counted == [Version(1, 1)]
 
 
 def test_a_damaged_checkpoint_is_skipped_and_said(run_dir: RunDir, make_trainer, make_rollouts, caplog) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from asyncrl.config import LoraSpec, ModelSpec
-from asyncrl.errors import CheckpointError, Closed, Fenced, NonFinite, Unavailable
+from asyncrl.errors import CheckpointError, Closed, DiskFull, Fenced, NonFinite, Unavailable
+from asyncrl.learn import snapshot
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.learner import Learner
 from asyncrl.learn.parallel.rank import Rank
@@ -16,7 +17,7 @@ from asyncrl.models.loading import load_weights, named_weights
 from asyncrl.models.lora import add_adapters
 from asyncrl.models.packed import PackedModel, TokenSequence, make_pack
 from asyncrl.models.shards import same_bits
-from asyncrl.rundir import RunDir
+from asyncrl.rundir import RunDir, verify_manifest
 from asyncrl.types import BatchLease, Fence, Lineage, Version
 
 
@@ -365,3 +366,26 @@ def test_every_pack_of_an_update_is_progress(make_learner) -> None:
     assert len(seen) >= 8
     assert seen == sorted(set(seen)), "a pack went by unnoticed"
     assert learner.report().progress > seen[-1], "so are the commit, the publication and the checkpoint"
+
+
+def test_a_checkpoint_that_can_not_be_written_ends_the_run_and_shows_in_a_report(make_learner, monkeypatch) -> None:
+    learner, store, _, _ = make_learner([lease(1, 0), lease(2, 1), ENDED], save_freq=1, eval_freq=None)
+    learner.start()
+    monkeypatch.setattr(snapshot, "save_file", lambda *of: Path("/dev/full").write_bytes(b"no room"))
+    with pytest.raises(DiskFull, match=r"no room for .*step_000001"):
+        learner.run(9)
+    assert counted(store) == [0]
+    learner._ranks.save(Version(3, 2))
+    learner._checkpoints._helper.shutdown(wait=True)
+    with pytest.raises(DiskFull, match=r"no room for .*step_000002"):  # also while the loop waits for a batch
+        learner.report()
+
+
+def test_a_checkpoint_saved_by_hand_is_whole_when_it_is_named_and_stays(make_learner, tmp_path: Path) -> None:
+    learner, store, _, _ = make_learner([lease(n, n - 1) for n in range(1, 5)], save_freq=1, eval_freq=None, keep_last_n=1)
+    learner.run(1)
+    folder = Path(learner.save_checkpoint())
+    assert verify_manifest(folder)["by_hand"]
+    learner.run(4)
+    assert [step.name for step in RunDir(tmp_path / "run").steps()] == ["step_000001", "step_000004"]
+    assert counted(store) == [0, 1, 1, 2, 3, 4]
