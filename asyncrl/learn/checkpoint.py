@@ -5,12 +5,9 @@ step_000100/  policy/ critic/        weights (or adapters alone), and the policy
               training_state.json    the trainer's own figures
               manifest.json          version, model, and the sums of all files
 
-thread that trains:  Snapshot (a copy in the host's memory) ─► goes on
-helper of rank 0:    folder beside ─► its files ─► what the others wrote ─► manifest ─► renamed ─► on_whole
-helper of rank r:        └─► its files, and their sums ────┘
+The thread that trains makes a Snapshot, a copy in the host's memory, and goes on; a helper thread writes it (learn.together).
 """
 
-import json
 import logging
 import shutil
 import time
@@ -22,12 +19,12 @@ from typing import Any
 from asyncrl.errors import CheckpointError, Fenced
 from asyncrl.learn.policies import Refusal, newest_complete
 from asyncrl.learn.snapshot import Checkpointed, Snapshot, restore, trained
+from asyncrl.learn.together import write_together
 from asyncrl.models.ranks import Ranks
-from asyncrl.rundir import FileSum, RunDir, atomic_folder, read_manifest, sweep, write_manifest
+from asyncrl.rundir import RunDir, read_manifest, sweep, write_manifest
 from asyncrl.types import Version
 
 log = logging.getLogger(__name__)
-_WRITE_TIMEOUT_S = 3600.0  # for the slowest rank; one that dies ends them all, which is noticed elsewhere
 
 
 class Checkpoints:
@@ -68,10 +65,7 @@ class Checkpoints:
         extra = {"update": version.update, "incarnation": version.incarnation, "model": summary, "by_hand": by_hand}
         self._saves += 1
         snapshot = Snapshot(trainer, version.update, self._ranks)
-        if self._ranks.first:
-            self._writing = self._helper.submit(self._lead, snapshot, extra, _size_bytes(trainer))
-        else:
-            self._writing = self._helper.submit(self._follow, snapshot)
+        self._writing = self._helper.submit(self._write, snapshot, extra, _size_bytes(trainer))
         return self._run_dir.checkpoint(version.update)
 
     def wait(self) -> None:
@@ -86,44 +80,18 @@ class Checkpoints:
         if (writing := self._writing) is not None and writing.done():
             writing.result()
 
-    def _lead(self, snapshot: Snapshot, extra: dict[str, Any], size_bytes: int) -> None:
-        path, began = self._run_dir.checkpoint(extra["update"]), time.monotonic()
-        try:
-            with atomic_folder(path, size_bytes) as folder:
-                self._ranks.tell(self._about("folder"), str(folder))
-                files = snapshot.write(folder)
-                for rank in range(1, self._ranks.layout.ranks):
-                    files |= self._written_by(rank)
-                write_manifest(folder, extra, files)
-                if (newer := _extra(path).get("incarnation", 0)) > extra["incarnation"]:
-                    ours = extra["incarnation"]
-                    raise Fenced(f"{path} is of learner incarnation {newer} > {ours}: a newer one took over; stop")
-        except BaseException:
-            self._ranks.tell(self._about("folder"), "")  # nobody need wait for it
-            raise
-        log.info("%s is on the disk, %.1f s after it was begun", path, time.monotonic() - began)
-        self.on_whole(Version(extra["incarnation"], extra["update"]))
+    def _write(self, snapshot: Snapshot, extra: dict[str, Any], size_bytes: int) -> None:
+        path, began, ours = self._run_dir.checkpoint(extra["update"]), time.monotonic(), extra["incarnation"]
 
-    def _follow(self, snapshot: Snapshot) -> None:
-        folder = self._ranks.heard(self._about("folder"), 0, _WRITE_TIMEOUT_S)
-        if not folder:
-            return  # the first rank has given it up, and says why
-        try:
-            files: Any = snapshot.write(Path(folder))
-        except Exception as error:
-            files = str(error)
-            raise
-        finally:
-            self._ranks.tell(self._about("files"), json.dumps(files))
+        def finish(folder: Path, files: dict[str, Any]) -> None:
+            write_manifest(folder, extra, files)
+            if (newer := _extra(path).get("incarnation", 0)) > ours:
+                raise Fenced(f"{path} is of learner incarnation {newer} > {ours}: a newer one took over; stop")
 
-    def _written_by(self, rank: int) -> dict[str, FileSum]:
-        files = json.loads(self._ranks.heard(self._about("files"), rank, _WRITE_TIMEOUT_S))
-        if isinstance(files, str):
-            raise OSError(f"rank {rank} of the learner could not write its part: {files}")
-        return dict(files)
-
-    def _about(self, what: str) -> str:
-        return f"checkpoint/{self._saves}/{what}"
+        write_together(path, self._ranks, f"checkpoint/{self._saves}", snapshot.write, finish, size_bytes)
+        if self._ranks.first:
+            log.info("%s is on the disk, %.1f s after it was begun", path, time.monotonic() - began)
+            self.on_whole(Version(ours, extra["update"]))
 
     # -------------------------------------------------------------------------------------------- loading
 

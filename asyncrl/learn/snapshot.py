@@ -58,8 +58,8 @@ class Snapshot:
     def __init__(self, trainer: Checkpointed, update: int, ranks: Ranks) -> None:
         self._tensors = {f"rng/{_file('rng', ranks)}": _random_state()}  # and metadata, by file
         for name, module, adamw in trained(trainer):
-            self._tensors[f"{name}/{_file('model', ranks)}"] = _copies(learned_pieces(module, ranks))
-            self._tensors[f"optimizer/{name}/{_file('adamw', ranks)}"] = _copies(adamw_pieces(adamw, module, ranks))
+            self._tensors[f"{name}/{_file('model', ranks)}"] = copies_to_write(learned_pieces(module, ranks))
+            self._tensors[f"optimizer/{name}/{_file('adamw', ranks)}"] = copies_to_write(adamw_pieces(adamw, module, ranks))
         self._texts = _texts(trainer, update, ranks) if ranks.first else {}
 
     def write(self, folder: Path) -> dict[str, FileSum]:
@@ -94,6 +94,14 @@ def restore(trainer: Checkpointed, folder: Path, ranks: Ranks) -> None:
     _set_random_state(states[ranks.index % len(states)])
 
 
+def copies_to_write(pieces: Sequence[Piece]) -> Content:
+    """Copies, in the host's memory, of those that this rank writes; and where they stand in their wholes, if they are none."""
+    own = written(pieces)
+    parts = {piece.name: (piece.shape, piece.offsets) for piece in own if piece.local.shape != piece.shape}
+    tensors = {piece.name: torch.empty(piece.local.shape, dtype=piece.local.dtype).copy_(piece.local) for piece in own}
+    return tensors, {"format": "pt"} | ({"pieces": json.dumps(parts)} if parts else {})
+
+
 def _texts(trainer: Checkpointed, update: int, ranks: Ranks) -> dict[str, str]:
     """Content of the files that hold no tensor, by name."""
     model, rates = trainer.model, {name: adamw.param_groups[0]["lr"] for name, _, adamw in trained(trainer)}
@@ -111,14 +119,6 @@ def _texts(trainer: Checkpointed, update: int, ranks: Ranks) -> dict[str, str]:
 def _file(stem: str, ranks: Ranks) -> str:
     count = ranks.layout.ranks
     return f"{stem}.safetensors" if count == 1 else f"{stem}_rank_{ranks.index:05d}_of_{count:05d}.safetensors"
-
-
-def _copies(pieces: Sequence[Piece]) -> Content:
-    """Those that this rank writes, by name, and where they stand in their wholes, if they are none."""
-    own = written(pieces)
-    parts = {piece.name: (piece.shape, piece.offsets) for piece in own if piece.local.shape != piece.shape}
-    tensors = {piece.name: torch.empty(piece.local.shape, dtype=piece.local.dtype).copy_(piece.local) for piece in own}
-    return tensors, {"format": "pt"} | ({"pieces": json.dumps(parts)} if parts else {})
 
 
 def _random_state() -> Content:

@@ -167,12 +167,19 @@ def adopt_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], d
             )
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, shard_bytes: int = 5 * 10**9) -> None:
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    shard_bytes: int = 5 * 10**9,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Writes a folder that AutoModelForCausalLM and AutoTokenizer load, chat template included.
 
-    shard_bytes: of weights in one safetensors file, at most; a larger tensor has a file of its own.
+    shard_bytes: of weights in one safetensors file, at most; a larger tensor has a file of its own. weights: whole ones by
+    name, where the model's own are not what is to be written, or only parts of it; used up.
     """
-    model.save_pretrained(folder, max_shard_size=shard_bytes)
+    model.save_pretrained(folder, max_shard_size=shard_bytes, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
 

@@ -11,12 +11,20 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from asyncrl.config import Layout, LoraSpec, ModelSpec, OptimizerSpec, PrecisionSpec
 from asyncrl.errors import DiskFull
-from asyncrl.learn import checkpoint, snapshot
+from asyncrl.learn import snapshot, together
 from asyncrl.learn.checkpoint import Checkpoints
+from asyncrl.learn.parallel.rank import Rank
 from asyncrl.learn.sft import SupervisedTrainer
 from asyncrl.models.lora import add_adapters
 from asyncrl.models.packed import TokenSequence
@@ -150,7 +158,7 @@ def test_every_layout_goes_on_from_every_other(gang, tmp_path: Path) -> None:
 
 def save_and_die(ranks: Ranks, root: Path, victim: int) -> None:
     trainer, checkpoints = made(ranks), Checkpoints(RunDir(root), 5, ranks=ranks)
-    checkpoint._WRITE_TIMEOUT_S = 1.0
+    together.TIMEOUT_S = 1.0
     train(trainer, range(1))
     checkpoints.save(trainer, Version(1, 1))
     checkpoints.wait()
@@ -237,3 +245,30 @@ def test_adapters_of_two_ranks_go_on_on_one_and_under_tensor_parallelism(gang, t
         assert adapters.keys() == expected.keys()
         for name, value in expected.items():
             assert (adapters[name] - value).abs().max() <= 2e-6 * value.abs().max(), name
+
+
+def export_sharded(ranks: Ranks, root: Path, model: PreTrainedModel) -> None:
+    shard(model, ranks, PrecisionSpec())
+    rank = Rank(SimpleNamespace(model=model, packs=0), Checkpoints(RunDir(root), 1, ranks=ranks), Tokenizer(), ranks)
+    for name in ("first", "second"):
+        rank.export(str(root / name))
+    ranks.sum_(torch.zeros(1))  # until the first rank has ended
+
+
+class Tokenizer:
+    def save_pretrained(self, folder: Path) -> None:
+        (Path(folder) / "tokenizer.json").write_text("{}")
+
+
+def test_ranks_export_together_what_one_would(gang, make_model, tmp_path: Path) -> None:
+    model = make_model()
+    gang(Layout(shard=3), export_sharded, tmp_path, model)
+    for name in ("first", "second"):
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == [
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+        ]
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert equal(dict(exported.state_dict()), dict(model.state_dict()))

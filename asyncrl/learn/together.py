@@ -1,0 +1,64 @@
+"""A folder that the learner's ranks write together, from any thread and without a collective: whole, or not there.
+
+first rank:   a folder beside ─► its files ─► what the others wrote ─► finish ─► renamed
+rank r:           └─► its files, and what it says of them ───┘
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from asyncrl.models.ranks import Ranks
+from asyncrl.rundir import atomic_folder
+
+Said = dict[str, Any]  # JSON values
+TIMEOUT_S = 3600.0  # for the slowest rank; one that dies ends them all, which is noticed elsewhere
+
+
+def write_together(
+    path: Path,
+    ranks: Ranks,
+    about: str,
+    write: Callable[[Path], Said],
+    finish: Callable[[Path, Said], None],
+    needed_bytes: int = 0,
+) -> None:
+    """Every rank calls this with the same `path`, and writes its files into the folder that `write` is given.
+
+    finish: the first rank's last touch, with what all writes returned. It alone waits for the others, and replaces an older
+    `path`. about: names this folder, once for ever. Raises what a write raised; on the first rank then OSError, or DiskFull.
+    """
+    if not ranks.first:
+        _follow(ranks, about, write)
+        return
+    try:
+        with atomic_folder(path, needed_bytes) as folder:
+            ranks.tell(f"{about}/folder", str(folder))
+            said = write(folder)
+            for rank in range(1, ranks.layout.ranks):
+                said |= _said_by(rank, ranks, about)
+            finish(folder, said)
+    except BaseException:
+        ranks.tell(f"{about}/folder", "")  # nobody need wait for it
+        raise
+
+
+def _follow(ranks: Ranks, about: str, write: Callable[[Path], Said]) -> None:
+    folder = ranks.heard(f"{about}/folder", 0, TIMEOUT_S)
+    if not folder:
+        return  # the first rank has given it up, and says why
+    try:
+        said: Any = write(Path(folder))
+    except Exception as error:
+        said = str(error)
+        raise
+    finally:
+        ranks.tell(f"{about}/written", json.dumps(said))
+
+
+def _said_by(rank: int, ranks: Ranks, about: str) -> Said:
+    said = json.loads(ranks.heard(f"{about}/written", rank, TIMEOUT_S))
+    if isinstance(said, str):
+        raise OSError(f"rank {rank} of the learner could not write its part: {said}")
+    return dict(said)
