@@ -192,9 +192,9 @@ def gang(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     context.set_forkserver_preload(["ray.cloudpickle", "asyncrl.learn.checkpoint", "asyncrl.models.value", *used])
 
     def run(layout: Any, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> list[Any]:
-        module = sys.modules.get(function.__module__)
-        if module is not None and not function.__module__.startswith("asyncrl"):
-            cloudpickle.register_pickle_by_value(module)  # a test file is no module that another process could import
+        for value in filter(callable, (function, *arguments)):
+            if not value.__module__.startswith("asyncrl"):  # a test file is no module that another process could import
+                cloudpickle.register_pickle_by_value(sys.modules[value.__module__])
         job = cloudpickle.dumps((layout, function, arguments))
         store = str(tmp_path_factory.mktemp("gang") / "store")
         pipes = [context.Pipe(duplex=False) for _ in range(layout.ranks)]

@@ -3,7 +3,11 @@
     rollouts ─► make_batch ─► packs ─► proximal (and reference) logprobs, values ─► advantages, once per batch
                                  └──► per minibatch and epoch: forward, objective, backward over its packs ─► AdamW step
 
-Deterministic: the same model, rollouts and count give the same bits, on the same number of threads.
+Several ranks run the same program on the same rollouts. Each makes the passes over its share's packs; the columns that they
+score are merged, a step's sums and gradients added up. All else, advantages, coefficients, whether a step is refused, each
+makes itself, from what is then the same on all. So are the metrics, but for timings and `packs`, which are this rank's.
+
+Deterministic: the same model, rollouts and count give the same bits, on the same number of ranks and threads.
 """
 
 import math
@@ -77,7 +81,7 @@ class PolicyTrainer:
 
     @property
     def packs(self) -> int:
-        """Packs that its models were given so far: what moves within an update. From any thread."""
+        """Packs, dummies too, that this rank's models were given so far: what moves within an update. From any thread."""
         reference, critic = self._reference, self.critic
         return self._policy.packs + (reference.packs if reference else 0) + (critic.packs if critic else 0)
 

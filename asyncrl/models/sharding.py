@@ -10,7 +10,6 @@ Afterwards the optimizer may be built, and PackedModel. All ranks must call it, 
 """
 
 import itertools
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -25,15 +24,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
-from transformers.integrations.liger import apply_liger_kernel
-from transformers.utils import is_liger_kernel_available
 
 from asyncrl.config import PrecisionSpec
 from asyncrl.errors import ConfigError
 from asyncrl.models.packed import packable
 from asyncrl.models.ranks import Ranks
-
-log = logging.getLogger(__name__)
 
 
 def compute_dtype(precision: PrecisionSpec, master: torch.dtype, device: str) -> torch.dtype:
@@ -53,9 +48,6 @@ def shard(model: PreTrainedModel, ranks: Ranks, precision: PrecisionSpec, device
     styles = _styles(model, layout.tp) if layout.tp > 1 else []
     torch.backends.cuda.matmul.allow_tf32 = precision.tf32  # of the process; an own critic's and a reference's are the same
     layers = _layers(model)
-    if device == "cuda" and layout.tp == 1 and is_liger_kernel_available():  # its kernels know no DTensor
-        apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})  # Head has its own
-        log.info("%s runs Liger's kernels, which are installed", type(model).__name__)
     if ranks.tp_mesh is not None:
         _divide(model, styles, ranks.tp_mesh)
     if layout.checkpoint_activations:
@@ -169,7 +161,7 @@ def _styles(model: PreTrainedModel, tp: int) -> list[tuple[nn.Module, ParallelSt
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
             continue  # what is inside is divided
-        pattern, own = re.sub(r"(?<=\.)\d+(?=\.)", "*", name), dict(module.named_parameters(recurse=False))
+        pattern, own = re.sub(r"\d+", "*", name), dict(module.named_parameters(recurse=False))
         planned = _planned(plan, pattern)
         if module in ends:
             divides = module.weight.shape[0] % tp == 0  # a value head has one output

@@ -55,8 +55,8 @@ class SharedValues:
 
     def __init__(self, policy: PreTrainedModel, ranks: Ranks | None = None) -> None:
         self._packed = PackedModel(policy, ranks=ranks)
-        self.ranks = self._packed.ranks
         self.module: torch.nn.Module = value_head(policy).to(self._packed.device)
+        self.ranks = self._packed.ranks
         shard_head(self.module, self.ranks)
 
     @property

@@ -20,24 +20,24 @@ from asyncrl.staleness import Staleness
 from asyncrl.types import BatchLease, Fence, Lineage, TrainRollout, Version
 
 
-def tiny_model(seed: int = 0) -> PreTrainedModel:
+def tiny_model(seed: int = 0, scale: float = 8.0, **changes: object) -> PreTrainedModel:
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=16,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    model = Qwen3ForCausalLM(config).eval()
+    fields = {
+        "vocab_size": 16,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
+    model = Qwen3ForCausalLM(Qwen3Config(**{**fields, **changes})).eval()
     with torch.no_grad():  # larger than initialized, so that distributions differ visibly from uniform
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(8)
+                parameter.mul_(scale)
     return model
 
 

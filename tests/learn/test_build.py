@@ -5,21 +5,34 @@ from pathlib import Path
 import pytest
 import torch
 
-from asyncrl.config import AlgorithmSpec, CriticSpec, DataSpec, LearnerSpec, LoraSpec, ModelSpec, Recipe, RewardSpec
+from asyncrl.config import (
+    AlgorithmSpec,
+    CriticSpec,
+    DataSpec,
+    Layout,
+    LearnerSpec,
+    LoraSpec,
+    ModelSpec,
+    PrecisionSpec,
+    Recipe,
+    RewardSpec,
+)
 from asyncrl.errors import ConfigError
 from asyncrl.learn.build import policy_trainer
 from asyncrl.models.loading import named_weights
+from asyncrl.models.ranks import Ranks
 from asyncrl.models.shards import same_bits
+from asyncrl.types import TrainRollout
 
 
 @pytest.fixture
-def make(tmp_path: Path, make_model):
+def make_recipe(tmp_path: Path, make_model):
     def build(critic: CriticSpec | None, vocabulary: int = 16, learner: LearnerSpec = LearnerSpec(batch_groups=4), **algorithm):
         make_model().save_pretrained(tmp_path / "policy")
         other = make_model(seed=1)
         other.resize_token_embeddings(vocabulary)
         other.save_pretrained(tmp_path / "other")
-        recipe = Recipe(
+        return Recipe(
             name="r",
             model=ModelSpec(path=str(tmp_path / "policy")),
             data=DataSpec(files=("f",)),
@@ -29,9 +42,13 @@ def make(tmp_path: Path, make_model):
             critic=critic or CriticSpec(),
             total_steps=9,
         )
-        return policy_trainer(recipe, device="cpu", refused_dir=tmp_path / "refused")
 
     return build
+
+
+@pytest.fixture
+def make(make_recipe, tmp_path: Path):
+    return lambda *args, **fields: policy_trainer(make_recipe(*args, **fields), device="cpu", refused_dir=tmp_path / "refused")
 
 
 def test_without_gae_there_is_no_critic(make) -> None:
@@ -53,6 +70,23 @@ def test_a_shared_critic_is_a_head_and_trains_with_the_policy(make, make_rollout
     metrics = trainer.update(make_rollouts(), 1)
     assert (metrics["actor/optimizer_steps"], metrics["critic/optimizer_steps"]) == (1.0, 1.0)
     assert not trainer.critic.module.weight.equal(torch.zeros(1, 16))
+
+
+def in_bfloat16(ranks: Ranks, recipe: Recipe, rollouts: list[TrainRollout], folder: Path) -> tuple[object, ...]:
+    """Dtypes of the policy, the reference, the critic and AdamW; the KL in the loss of the first step."""
+    trainer = policy_trainer(recipe, device="cpu", refused_dir=folder, ranks=ranks)
+    dtypes = [model.dtype for model in (trainer.model, trainer._reference.model, trainer.critic.module)]
+    metrics = trainer.update(rollouts, 1)
+    return dtypes, trainer.optimizer.state[next(trainer.model.parameters())]["exp_avg"].dtype, metrics["actor/kl_loss"]
+
+
+def test_only_what_learns_rests_in_float32_when_bfloat16_computes(make_recipe, gang, make_rollouts, tmp_path: Path) -> None:
+    """To the bit the starting policy: both round their weights alike."""
+    learner = LearnerSpec(batch_groups=4, precision=PrecisionSpec(compute="bfloat16"))
+    recipe = make_recipe(CriticSpec(), learner=learner, kl_coef=0.1)
+    for layout in (Layout(), Layout(shard=2)):
+        for found in gang(layout, in_bfloat16, recipe, make_rollouts(), tmp_path):
+            assert found == ([torch.float32, torch.bfloat16, torch.float32], torch.float32, 0.0)
 
 
 def test_a_critic_that_cannot_read_every_token_is_refused(make, tmp_path: Path) -> None:
