@@ -22,7 +22,7 @@ def check_space(recipe: Recipe, deployment: Deployment, run_dir: RunDir, free: C
     """One sentence of the plan. Raises ConfigError where not even one checkpoint and one segment of the log have room; warns
     where all that the run is to keep may not. Of a model that is not on this machine yet only the log is known.
     """
-    models = [recipe.model]
+    models = [recipe.model] if recipe.learner.lora is None else []  # adapters are small
     if recipe.algorithm.needs_critic and recipe.critic.backbone == "own":
         models.append(recipe.critic.model or recipe.model)
     checkpoint = sum(_checkpoint_bytes(model) for model in models)

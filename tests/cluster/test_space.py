@@ -16,6 +16,7 @@ from asyncrl.config import (
     DataSpec,
     Deployment,
     LearnerSpec,
+    LoraSpec,
     ModelSpec,
     Recipe,
     RewardSpec,
@@ -89,6 +90,13 @@ def test_a_critic_of_its_own_is_saved_too(recipe: Recipe, run: RunDir) -> None:
     assert "3 checkpoints of 24.0 MiB" in told(replace(recipe, algorithm=gae), run, 1000)
     shared = replace(recipe, algorithm=gae, critic=CriticSpec(backbone="shared"))
     assert "3 checkpoints of 12.0 MiB" in told(shared, run, 1000)
+
+
+def test_adapters_need_no_room_for_the_model(recipe: Recipe, run: RunDir) -> None:
+    with pytest.raises(ConfigError, match=r"which one checkpoint \(12\.0 MiB\)"):
+        told(recipe, run, 70)
+    lora = replace(recipe, learner=replace(recipe.learner, lora=LoraSpec()))
+    assert "checkpoints of a size not known yet" in told(lora, run, 70)
 
 
 def test_a_model_that_is_elsewhere_has_no_size_yet_and_a_damaged_one_is_named(recipe: Recipe, run: RunDir) -> None:
