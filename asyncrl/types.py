@@ -263,6 +263,7 @@ class EvalResult(Struct, frozen=True, kw_only=True):
     by_source: dict[str, float]  # mean score by data source
     mean_length: float  # response tokens
     timeout: int = 0  # of them, those whose reward function took too long
+    more: dict[str, float] = {}  # `pass@k` of several rollouts per prompt, and `metric/…` of the user's own
 
 
 class GroupCounts(Struct, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ from asyncrl.config import (
     AlgorithmSpec,
     BusSpec,
     Deployment,
+    EvalSettingSpec,
     EvaluationSpec,
     GeneratorsSpec,
     LearnerSpec,
@@ -89,7 +90,15 @@ def everything(local_ray, torch_in, told, tiny_recipe_in, tmp_path_factory) -> R
             kl_coef=0.05, entropy_coef=0.01, loss_agg="seq-mean-token-mean", policy_loss=pushed, correction="none"
         ),
         sampling=SamplingSpec(n=4, max_response_length=6, keep=lambda rewards: len(rewards) == 4),
-        evaluation=EvaluationSpec(files=(data,), freq=4, n=2, temperature=1.0, limit=16),
+        evaluation=EvaluationSpec(
+            files=(data,),
+            freq=4,
+            n=2,
+            temperature=1.0,
+            limit=16,
+            also=(EvalSettingSpec(name="greedy"),),
+            metrics=(lambda responses: {"sevens": sum(one.response.count(one.ground_truth) for one in responses) / letters},),
+        ),
         reward=RewardSpec(
             functions=(
                 RewardTerm(function=sevens, name="7", weight=2),
@@ -111,6 +120,10 @@ def test_a_run_with_everything_switched_on(everything, metrics_of):
     assert steps[-1]["actor/kl_loss"] > 0
     evals = metrics_of(everything.run_dir, "eval")
     assert [line["eval/count"] for line in evals] == [32.0] * len(evals)
+    assert [line["eval/greedy/count"] for line in evals] == [16.0] * len(evals)
+    assert all(0 <= line["eval/pass@2"] <= 1 and "eval/greedy/pass@1" not in line for line in evals)
+    # The first term of the reward counts the same sevens, twice; the second is at most a half.
+    assert all(0 <= line["eval/greedy/score"] - 2 * line["eval/greedy/metric/sevens"] <= 0.5 for line in evals)
     workers = {row["worker"] for row in open_replay(everything.run_dir).rollouts().to_pylist()}
     assert workers <= {"generator-0", "generator-1"}  # one that is up late may find all work done
 
@@ -141,7 +154,7 @@ def test_callbacks_are_told_of_everything_once_and_in_order(everything, told, me
 def test_functions_that_were_given_themselves_lie_in_the_run(everything):
     recipe = json.loads((Path(everything.run_dir) / "recipe.json").read_text())
     saved = sorted(path.name.partition("-")[0] for path in (Path(everything.run_dir) / "functions").iterdir())
-    assert saved == ["lambda", "pushed", "sevens"]
+    assert saved == ["lambda", "lambda", "pushed", "sevens"]
     assert recipe["reward"]["functions"][0]["function"].startswith(f"{everything.run_dir}/functions/sevens-")
 
 

@@ -161,6 +161,7 @@ def _callables(recipe: Recipe) -> str:
         ("algorithm.adv_estimator", recipe.algorithm.adv_estimator, ESTIMATOR_NAMES),
         ("algorithm.policy_loss", recipe.algorithm.policy_loss, LOSS_NAMES),
         ("prepare", recipe.prepare, ("",)),
+        *(("evaluation.metrics", metric, ()) for metric in recipe.evaluation.metrics),
     ):
         if name not in built_in:
             check_callable(name, field)

@@ -121,7 +121,10 @@ def _require_same_groups(paths: RunDir, recipe: Recipe) -> None:
         ("data", *(replace(data, files=_by_name(data)) for data in (before.data, recipe.data))),
         ("sampling.n", before.sampling.n, recipe.sampling.n),
         # A round of evaluation that was under way is finished with the prompts that it began with.
-        ("evaluation (files, limit and n)", *((_by_name(e), e.limit, e.n) for e in (before.evaluation, held_out))),
+        (
+            "evaluation (files, limit, n and also)",
+            *((_by_name(e), e.limit, e.n, e.also) for e in (before.evaluation, held_out)),
+        ),
         ("a baseline per group (adv_estimator='remax')", before.algorithm.wants_baseline, recipe.algorithm.wants_baseline),
     ):
         if old != new:

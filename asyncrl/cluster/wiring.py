@@ -37,7 +37,7 @@ class Built(NamedTuple):
 def build_store(plan: RunPlan) -> "ReplayStore":
     """Opens the log of the run directory, or rebuilds the store from it."""
     from asyncrl.prompts.dataset import PromptFile
-    from asyncrl.replay.plan import GROUP_FILTERS, Evaluation, Source, StorePlan
+    from asyncrl.replay.plan import GROUP_FILTERS, EvalSetting, Evaluation, Source, StorePlan
     from asyncrl.replay.store import ReplayStore
 
     recipe, sampling, held_out = plan.recipe, plan.recipe.sampling, plan.recipe.evaluation
@@ -52,8 +52,11 @@ def build_store(plan: RunPlan) -> "ReplayStore":
     if held_out.files:
         evaluation = Evaluation(
             prompts=PromptFile(plan.paths.data / "eval.arrow")[: held_out.limit],
-            sampling=_sampling(plan, held_out.temperature),
-            n=held_out.n,
+            settings=(
+                EvalSetting("", _sampling(plan, held_out.temperature), held_out.n),
+                *(EvalSetting(a.name, _sampling(plan, a.temperature, a.top_p, a.top_k), a.n) for a in held_out.also),
+            ),
+            metrics=tuple(load_callable(metric, "evaluation.metrics") for metric in held_out.metrics),
         )
     store_plan = StorePlan(
         rule=recipe.staleness_rule(plan.deployment.generators.slots),

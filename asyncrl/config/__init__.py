@@ -30,6 +30,7 @@ __all__ = [
     "Deployment",
     "Dtypes",
     "EngineSpec",
+    "EvalSettingSpec",
     "EvaluationSpec",
     "GeneratorsSpec",
     "Layout",

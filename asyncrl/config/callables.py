@@ -52,8 +52,12 @@ class SavedFunction(msgspec.Struct, frozen=True):
 def name_functions(spec: msgspec.Struct, fields: str) -> None:
     """Puts names in the place of functions that were given themselves, in a spec that is being made."""
     for field in fields.split():
-        if callable(function := getattr(spec, field)):
-            msgspec.structs.force_setattr(spec, field, reference_to(function))
+        value = getattr(spec, field)
+        if callable(value):
+            msgspec.structs.force_setattr(spec, field, reference_to(value))
+        elif isinstance(value, tuple):
+            named = tuple(reference_to(one) if callable(one) else one for one in value)
+            msgspec.structs.force_setattr(spec, field, named)
 
 
 def reference_to(function: Callable[..., Any]) -> str:

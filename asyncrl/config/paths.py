@@ -58,6 +58,7 @@ def rename_functions(recipe: Recipe, rename: Callable[[str], str]) -> Recipe:
         reward["function"] = rename(reward["function"])
     for model in filter(None, (data["model"], data["critic"]["model"])):
         model["builder"] = rename(model["builder"])
+    data["evaluation"]["metrics"] = [rename(metric) for metric in data["evaluation"]["metrics"]]
     data["sampling"]["keep"] = rename(data["sampling"]["keep"])
     for key in ("adv_estimator", "policy_loss"):
         data["algorithm"][key] = rename(data["algorithm"][key])

@@ -6,6 +6,7 @@ must fail in well under two seconds.
 """
 
 import math
+import re
 from typing import Literal
 
 from msgspec.structs import asdict, replace
@@ -201,6 +202,31 @@ class StalenessSpec(Spec, frozen=True, kw_only=True):
     selector: SelectorName = "oldest"
 
 
+class EvalSettingSpec(Spec, frozen=True, kw_only=True):
+    """A further way to sample from held-out prompts, in the same evaluation."""
+
+    name: str  # its metrics are `eval/<name>/…`
+    n: int = 1  # rollouts per prompt
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0  # 1 is off
+    top_k: int = 0  # 0 is off
+
+    def __post_init__(self) -> None:
+        rules: list[Rule] = [
+            ("name", lambda x: re.fullmatch(r"[\w.-]+", x) is not None, "names no metrics; use letters, digits and ._-"),
+            ("name", lambda x: x not in ("score", "metric"), "is taken; use another one"),
+            ("n", lambda x: x >= 1, "< 1: there would be no response to score; use at least 1"),
+            ("temperature", lambda x: 0 <= x < math.inf, "is outside [0, ∞); 0 is greedy"),
+            ("top_p", lambda x: 0 < x <= 1, "is outside (0, 1]; 1 turns it off"),
+            ("top_k", lambda x: x >= 0, "< 0; 0 turns it off"),
+        ]
+        require_fields(self, "evaluation.also: ", rules)
+        require(
+            self.n == 1 or self.temperature > 0,
+            f"evaluation.also: n={self.n} with temperature=0: greedy decoding would give {self.n} equal responses; set one",
+        )
+
+
 class EvaluationSpec(Spec, frozen=True, kw_only=True):
     """Evaluation on held-out prompts, through the same hops; also at the start and at the end."""
 
@@ -209,8 +235,13 @@ class EvaluationSpec(Spec, frozen=True, kw_only=True):
     n: int = 1  # rollouts per prompt
     temperature: float = 0.0  # 0 is greedy
     limit: int | None = None  # the first so many prompts only
+    also: tuple[EvalSettingSpec, ...] = ()  # further settings, in the same pass over the prompts
+    # Your own `metric(responses) -> dict of numbers`, called with all responses to a prompt (asyncrl.report.scores.Scored):
+    # means over prompts are logged as `eval/metric/<name>`. They are called in the store's process, which waits for them.
+    metrics: tuple[Function, ...] = ()
 
     def __post_init__(self) -> None:
+        name_functions(self, "metrics")
         rules: list[Rule] = [
             ("freq", lambda x: x >= 1, "< 1; to turn it off leave evaluation.files empty"),
             ("n", lambda x: x >= 1, "< 1: there would be no response to score; use at least 1"),
@@ -218,6 +249,8 @@ class EvaluationSpec(Spec, frozen=True, kw_only=True):
             ("limit", lambda x: x >= 1, "< 1; to turn it off leave evaluation.files empty, for all prompts use null"),
         ]
         require_fields(self, "evaluation.", rules)
+        names = [setting.name for setting in self.also]
+        require(len(names) == len(set(names)), f"evaluation.also: {names}: two settings of one name; name each of them")
 
 
 class CheckpointSpec(Spec, frozen=True, kw_only=True):

@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
+import yaml
 
-from asyncrl.config import DataSpec, Deployment, GeneratorsSpec, LimitsSpec, RewardTerm
+from asyncrl.config import DataSpec, Deployment, EvalSettingSpec, GeneratorsSpec, LimitsSpec, RewardTerm
 from asyncrl.config.base import Rule
-from asyncrl.config.callables import check_callable
+from asyncrl.config.callables import check_callable, load_callable
 from asyncrl.config.load import load_deployment
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.generate.engines import EngineSite, engine_kind
@@ -26,10 +27,12 @@ from asyncrl.learn.policies import Policy, load, locate
 from asyncrl.prompts.dataset import as_prompt, as_record
 from asyncrl.prompts.encoding import encoder
 from asyncrl.prompts.reading import check_columns, read_rows
+from asyncrl.replay.plan import EvalSetting, Evaluation
+from asyncrl.report.scores import powers
 from asyncrl.reward.pool import RewardPool
 from asyncrl.reward.results import Sample
 from asyncrl.scratch import ScratchFolder
-from asyncrl.types import Generation, GenerationRequest, Sampling, Version, derive_seed
+from asyncrl.types import Generation, GenerationRequest, Prompt, Sampling, Version, derive_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +61,16 @@ def eval_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pass-score", type=float, default=1.0, help="a response passes from this score on (default 1)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (the default)")
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="SETTING",
+        help="sample otherwise too, in the same pass: '{name: sampled, temperature: 0.6, n: 16}'; repeatable",
+    )
+    parser.add_argument(
+        "--metric", action="append", metavar="F", help="as evaluation.metrics of a recipe; repeatable (default: the run's)"
+    )
     parser.add_argument(
         "--max-response-length", type=int, help=f"tokens (default: the run's; else {_RESPONSE_LENGTH}, or what fits)"
     )
@@ -93,10 +106,13 @@ def _eval(args: argparse.Namespace) -> int:
     began = time.monotonic()
     _check_numbers(args)
     ks = _ks(args.k, args.n)
+    also = [_also(text) for text in args.also]
     policy = locate(args.model, args.tokenizer, args.dtype)
     terms, data = _terms(args, policy), _data(args, policy)
     for term in terms:
         check_callable(term.function, "--reward")
+    named = args.metric or (policy.recipe.evaluation.metrics if policy.recipe else ())
+    metrics = [load_callable(metric, "--metric") for metric in named]
     check_columns(data.files, data)
 
     deployment = load_deployment(args.deploy, args.overrides)
@@ -105,10 +121,14 @@ def _eval(args: argparse.Namespace) -> int:
     if problem := kind.not_served(policy.spec, {}):
         raise ConfigError(f"{args.model} can't be served by this engine: {problem}")
 
-    responses = _evaluate(args, policy, data, terms, deployment)
+    responses = _evaluate(args, also, policy, data, terms, deployment)
     if args.out is not None:
         write_samples(args.out, responses)
-    figures = eval_summary(responses, ks, args.pass_score)
+    of = {name: [one for one in responses if one.setting == name] for name in ("", *(setting.name for setting in also))}
+    figures = eval_summary(of[""], ks, args.pass_score, metrics)
+    for setting in also:
+        more = eval_summary(of[setting.name], powers(setting.n), args.pass_score, metrics)
+        figures[setting.name] = more | {"n": setting.n, "temperature": setting.temperature}
     report = {"model": args.model, "data": list(data.files), **figures, "n": args.n, "temperature": args.temperature}
     print(json.dumps({**report, "seed": args.seed}))
     print(f"{len(responses)} samples in {time.monotonic() - began:.1f} s", file=sys.stderr)
@@ -132,7 +152,12 @@ def _generate(engine: Engine, requests: Sequence[GenerationRequest], health_time
 
 
 def _evaluate(
-    args: argparse.Namespace, policy: Policy, data: DataSpec, terms: Sequence[RewardTerm], deployment: Deployment
+    args: argparse.Namespace,
+    also: Sequence[EvalSettingSpec],
+    policy: Policy,
+    data: DataSpec,
+    terms: Sequence[RewardTerm],
+    deployment: Deployment,
 ) -> list[ScoredResponse]:
     pool: RewardPool[int] = RewardPool(terms, processes=args.reward_processes, deadline_s=args.reward_deadline)
     with pool:  # first: a reward that can't be loaded is known before the model is
@@ -141,46 +166,64 @@ def _evaluate(
         tokenizer = load_tokenizer(policy.spec)
         encode = encoder(tokenizer)
         rows = [(as_prompt(row, encode), as_record(row)) for row in itertools.islice(read_rows(data), args.limit)]
+        records = {prompt.row: record for prompt, record in rows}
         longest = max(len(prompt.ids) for prompt, _ in rows)
         sampling = _sampling(args, policy, tokenizer, longest)
-        generators = _generators(args, deployment, max_length=longest + sampling.max_tokens, responses=args.n * len(rows))
+        settings = [EvalSetting("", sampling, args.n)]
+        for a in also:
+            other = msgspec.structs.replace(sampling, temperature=a.temperature, top_p=a.top_p, top_k=a.top_k)
+            settings.append(EvalSetting(a.name, other, a.n))
+        per_prompt = sum(setting.n for setting in settings)
+        generators = _generators(args, deployment, max_length=longest + sampling.max_tokens, responses=per_prompt * len(rows))
         where = f"{generators.engine.kind} engine on {'cuda' if generators.place.gpus else 'cpu'}"
-        print(f"{len(rows)} prompts × {args.n}, at most {sampling.max_tokens} tokens each, by the {where}", file=sys.stderr)
-        asked = [(prompt, record, rollout) for prompt, record in rows for rollout in range(args.n)]
-        requests = [
-            GenerationRequest(
-                id=f"{prompt.row}.{rollout}",
-                group=prompt.row,
-                prompt_ids=prompt.ids,
-                sampling=sampling,
-                seed=derive_seed(args.seed, prompt.row, rollout),
-            )
-            for prompt, _, rollout in asked
-        ]
+        print(f"{len(rows)} prompts × {per_prompt}, at most {sampling.max_tokens} tokens each, by the {where}", file=sys.stderr)
+        asked = list(_asked(Evaluation(prompts=[prompt for prompt, _ in rows], settings=tuple(settings)), args.seed))
+        requests = [one.request for one in asked]
         with _engine(policy, generators, deployment.limits) as engine:
             generations = _generate(engine, requests, deployment.limits.health_timeout_s)
         texts = [tokenizer.decode(generation.token_ids, skip_special_tokens=True) for generation in generations]
-        prompt_texts = {prompt.row: tokenizer.decode(prompt.ids, skip_special_tokens=True) for prompt, _ in rows}
         verdicts = pool.map(
             [
-                Sample(prompt.data_source, text, prompt.ground_truth, prompt.extra_info, record, generation.token_ids)
-                for (prompt, record, _), text, generation in zip(asked, texts, generations, strict=True)
+                Sample(of.data_source, text, of.ground_truth, of.extra_info, records[of.row], generation.token_ids)
+                for of, text, generation in zip((one.prompt for one in asked), texts, generations, strict=True)
             ]
         )
+        prompt_texts = {prompt.row: tokenizer.decode(prompt.ids, skip_special_tokens=True) for prompt, _ in rows}
     return [
         ScoredResponse(
-            prompt=prompt,
-            rollout=rollout,
-            seed=request.seed,
+            prompt=one.prompt,
+            rollout=one.rollout,
+            seed=one.request.seed,
             generation=generation,
-            prompt_text=prompt_texts[prompt.row],
+            prompt_text=prompt_texts[one.prompt.row],
             text=text,
             verdict=verdict,
+            setting=one.setting,
         )
-        for (prompt, _, rollout), request, generation, text, verdict in zip(
-            asked, requests, generations, texts, verdicts, strict=True
-        )
+        for one, generation, text, verdict in zip(asked, generations, texts, verdicts, strict=True)
     ]
+
+
+class _Asked(NamedTuple):
+    prompt: Prompt
+    setting: str
+    rollout: int
+    request: GenerationRequest
+
+
+def _asked(held_out: Evaluation, seed: int) -> Iterator[_Asked]:
+    """Every response that is asked for, those of a prompt and setting together."""
+    for position in range(held_out.total):
+        setting, prompt = held_out.at(position)
+        for rollout in range(setting.n):
+            request = GenerationRequest(
+                id=f"{position}.{rollout}",
+                group=position,
+                prompt_ids=prompt.ids,
+                sampling=setting.sampling,
+                seed=derive_seed(seed, prompt.row, rollout),
+            )
+            yield _Asked(prompt, setting.name, rollout, request)
 
 
 @contextlib.contextmanager
@@ -266,10 +309,17 @@ def _data(args: argparse.Namespace, policy: Policy) -> DataSpec:
     return msgspec.structs.replace(base, files=files, **given)
 
 
+def _also(text: str) -> EvalSettingSpec:
+    try:
+        return msgspec.convert(yaml.safe_load(text), EvalSettingSpec)
+    except (msgspec.ValidationError, yaml.YAMLError) as error:
+        raise ConfigError(f"--also={text}: {error}; write it as '{{name: sampled, temperature: 0.6, n: 16}}'") from error
+
+
 def _ks(text: str | None, n: int) -> list[int]:
     """The k of pass@k and maj@k, rising. Raises ConfigError for what is no number of responses out of n."""
     if text is None:
-        return sorted({n, *(1 << power for power in range(n.bit_length()))})
+        return powers(n)
     try:
         ks = sorted({int(part) for part in text.split(",")})
     except ValueError:

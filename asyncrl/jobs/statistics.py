@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Struct
 
-from asyncrl.report.scores import Scored, mean_scores
+from asyncrl.report.scores import Metric, Scored, check_drawable, mean_scores, measured, pass_at_k
 from asyncrl.rundir import atomic_file
 from asyncrl.types import Generation, Prompt, Version
 
@@ -65,16 +65,6 @@ def wilson(share: float, draws: float) -> tuple[float, float]:
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # as far as rounding goes
 
 
-def pass_at_k(n: int, passed: int, k: int) -> float:
-    """The chance that k of n responses, drawn without replacement, hold one of the `passed`: 1 − C(n−c, k) / C(n, k).
-
-    Unbiased for the pass rate of k fresh samples (Chen et al. 2021, "Evaluating Large Language Models Trained on Code", eq. 1).
-    Raises ValueError unless 1 <= k <= n.
-    """
-    _check(n, k)
-    return 1.0 - math.comb(n - passed, k) / math.comb(n, k)
-
-
 def maj_at_k(votes: Sequence[Vote], k: int) -> float:
     """The expected score of the majority answer among k responses drawn without replacement (Wang et al. 2022,
     "Self-Consistency"), exactly: over all C(n, k) subsets, ties broken by a fair draw among the most frequent answers.
@@ -85,7 +75,7 @@ def maj_at_k(votes: Sequence[Vote], k: int) -> float:
     that got fewer votes, C(count, t) x^t for one that shares the lead; x counts votes, and the number of leaders j is kept
     apart, since each leader wins with chance 1/j. For up to 1,000 responses: C(n, k) must fit a float.
     """
-    _check(len(votes), k)
+    check_drawable(len(votes), k)
     scores: dict[str, list[float]] = defaultdict(list)
     for answer, score in votes:
         scores[answer].append(score)
@@ -125,11 +115,6 @@ def _times(row: list[float], factor: list[int]) -> list[float]:
     return product
 
 
-def _check(n: int, k: int) -> None:
-    if not 1 <= k <= n:
-        raise ValueError(f"k={k} is outside [1, n={n}]: k responses must be drawn from the n that there are")
-
-
 # ----------------------------------------------------------------------------------------- scored responses
 
 
@@ -143,6 +128,22 @@ class ScoredResponse(Struct, frozen=True, kw_only=True):
     prompt_text: str  # both texts are without special tokens
     text: str
     verdict: "Verdict"
+    setting: str = ""  # how it was sampled; empty: as the command's own flags say
+
+    @property
+    def scored(self) -> Scored:
+        """As metrics see it."""
+        generation, prompt = self.generation, self.prompt
+        return Scored(
+            prompt.data_source,
+            self.score,
+            self.verdict.status,
+            len(generation.token_ids),
+            self.prompt_text,
+            self.text,
+            msgspec.json.decode(prompt.ground_truth),
+            generation.finish_reason,
+        )
 
     @property
     def score(self) -> float:
@@ -155,9 +156,11 @@ class ScoredResponse(Struct, frozen=True, kw_only=True):
         return self.text.strip() if self.verdict.answer is None else self.verdict.answer
 
 
-def eval_summary(responses: Sequence[ScoredResponse], ks: Sequence[int] = (1,), pass_score: float = 1.0) -> dict[str, Any]:
+def eval_summary(
+    responses: Sequence[ScoredResponse], ks: Sequence[int] = (1,), pass_score: float = 1.0, metrics: Sequence[Metric] = ()
+) -> dict[str, Any]:
     """What an evaluation in a run reports too (asyncrl/report/scores.py), over all samples; and `estimates`: mean score, pass@k
-    and maj@k with 95% intervals over prompts, overall and by data source.
+    and maj@k with 95% intervals over prompts, and what `metrics` say of each prompt, overall and by data source.
 
     responses: equally many per prompt, those of a prompt together. A response passes with a score of `pass_score` or more.
     """
@@ -165,12 +168,10 @@ def eval_summary(responses: Sequence[ScoredResponse], ks: Sequence[int] = (1,), 
     by_source: dict[str, list[list[ScoredResponse]]] = {}
     for group in groups:
         by_source.setdefault(group[0].prompt.data_source, []).append(group)
-    means = mean_scores(
-        Version(0, 0), [Scored(r.prompt.data_source, r.score, r.verdict.status, len(r.generation.token_ids)) for r in responses]
-    )
+    means = mean_scores(Version(0, 0), [[response.scored for response in group] for group in groups])
     estimates = {
-        "overall": _estimates(groups, ks, pass_score),
-        "by_source": {source: _estimates(of, ks, pass_score) for source, of in sorted(by_source.items())},
+        "overall": _estimates(groups, ks, pass_score, metrics),
+        "by_source": {source: _estimates(of, ks, pass_score, metrics) for source, of in sorted(by_source.items())},
     }
     return {
         "prompts": len(groups),
@@ -184,7 +185,9 @@ def eval_summary(responses: Sequence[ScoredResponse], ks: Sequence[int] = (1,), 
     }
 
 
-def _estimates(groups: Sequence[Sequence[ScoredResponse]], ks: Sequence[int], pass_score: float) -> dict[str, Estimate]:
+def _estimates(
+    groups: Sequence[Sequence[ScoredResponse]], ks: Sequence[int], pass_score: float, metrics: Sequence[Metric]
+) -> dict[str, Estimate]:
     scores = [[response.score for response in group] for group in groups]
     votes = [[(response.vote, response.score) for response in group] for group in groups]
     figures = {"score": estimate([sum(own) / len(own) for own in scores])}
@@ -192,7 +195,8 @@ def _estimates(groups: Sequence[Sequence[ScoredResponse]], ks: Sequence[int], pa
         figures[f"pass@{k}"] = estimate([pass_at_k(len(own), sum(s >= pass_score for s in own), k) for own in scores])
     for k in ks:
         figures[f"maj@{k}"] = estimate([maj_at_k(own, k) for own in votes])
-    return figures
+    own_metrics = measured([[response.scored for response in group] for group in groups], metrics)
+    return figures | {name: estimate(values) for name, values in own_metrics.items()}
 
 
 def write_samples(path: Path, responses: Sequence[ScoredResponse]) -> None:
@@ -202,6 +206,7 @@ def write_samples(path: Path, responses: Sequence[ScoredResponse]) -> None:
 
     rows = [
         {
+            "setting": one.setting,
             "row": one.prompt.row,
             "rollout": one.rollout,
             "data_source": one.prompt.data_source,

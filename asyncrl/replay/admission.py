@@ -268,7 +268,7 @@ def prompt_of(context: StoreContext, group: Group) -> Prompt:
     if group.purpose == "train":
         return context.plan.source.prompts[context.plan.source.index(group.position)]
     assert context.plan.evaluation is not None
-    return context.plan.evaluation.prompts[group.position]
+    return context.plan.evaluation.at(group.position)[1]
 
 
 def ticket(context: StoreContext, group: Group) -> Ticket:
@@ -277,7 +277,7 @@ def ticket(context: StoreContext, group: Group) -> Ticket:
     if group.purpose == "eval":
         assert context.plan.evaluation is not None
         assert context.ledger.round is not None
-        sampling, pinned = context.plan.evaluation.sampling, context.ledger.round.version
+        sampling, pinned = context.plan.evaluation.at(group.position)[0].sampling, context.ledger.round.version
     missing = group.missing()
     return Ticket(
         group=group.id,

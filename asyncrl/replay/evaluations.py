@@ -1,12 +1,19 @@
 """Held-out evaluation over the same hops: tickets outside admission, pinned to one version."""
 
+import logging
+from collections.abc import Sequence
+
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import ConfigError
 from asyncrl.replay.admission import Holders, ticket
 from asyncrl.replay.ledger import StoreContext
-from asyncrl.replay.state import EvalRound
-from asyncrl.report.scores import Scored, mean_scores
-from asyncrl.types import Key, Ticket, Version
+from asyncrl.replay.log.rows import TEXT_COLUMNS, decode_texts
+from asyncrl.replay.plan import Evaluation
+from asyncrl.replay.state import EvalRound, Group
+from asyncrl.report.scores import Metric, Scored, mean_scores
+from asyncrl.types import EvalResult, Key, Ticket, Version
+
+log = logging.getLogger(__name__)
 
 
 class Evaluations:
@@ -36,7 +43,7 @@ class Evaluations:
         running, plan = self._ledger.round, self._plan
         if running is None or plan is None or k < 1:
             return []
-        if version > running.version and self._abandoned(running, len(plan.prompts)):
+        if version > running.version and self._abandoned(running, plan.total):
             self._context.record(ev.EvalPinned(version))
             running = self._ledger.round
             assert running is not None
@@ -46,7 +53,7 @@ class Evaluations:
         for group in [g for g in self._holders.lost() if g.purpose == "eval"]:
             if len(tickets) < k and self._holders.may_take(group.prompt, caller):
                 tickets.append(self._holders.reissue(group, caller, version.update))
-        for position in range(len(running.groups), len(plan.prompts)):
+        for position in range(len(running.groups), plan.total):
             if len(tickets) >= k or not self._holders.may_take(("eval", position), caller):
                 break
             tickets += self._reserve(running, position, caller)
@@ -56,7 +63,9 @@ class Evaluations:
         """The ticket for one prompt; none for one that was given up, which counts as invalid."""
         assert self._plan is not None
         group, update = self._ledger.next_group, running.version.update
-        reserved = ev.GroupReserved(group, "eval", position, 0, self._plan.n, update, caller.worker, caller.incarnation)
+        reserved = ev.GroupReserved(
+            group, "eval", position, 0, self._plan.at(position)[0].n, update, caller.worker, caller.incarnation
+        )
         self._context.record(reserved)
         message = self._ledger.given_up.get(running.groups[group].prompt)
         if message is None:
@@ -68,15 +77,40 @@ class Evaluations:
     def finish_if_complete(self) -> None:
         """Records the result once every rollout has a verdict. Rollouts without a reward count as 0."""
         running, plan = self._ledger.round, self._plan
-        if running is None or plan is None or len(running.groups) < len(plan.prompts):
+        if running is None or plan is None or len(running.groups) < plan.total:
             return
         if all(g.scored() for g in running.groups.values()):
-            scored = [
-                Scored(plan.prompts[group.position].data_source, rollout.reward, rollout.status, rollout.length)
-                for group in running.groups.values()
-                for rollout in group.rollouts
+            groups = self._responses(plan, list(running.groups.values()))
+            try:
+                results = self._results(plan, running.version, groups, plan.metrics)
+            except ConfigError as error:  # an evaluation costs no run its life
+                log.error("%s; they are left out of this evaluation", error)
+                results = self._results(plan, running.version, groups, ())
+            first, *more = results.values()
+            also = dict(zip([*results][1:], more, strict=True))
+            self._context.record(ev.Evaluated(first, self._context.wall(), also))
+
+    def _responses(self, plan: Evaluation, groups: list[Group]) -> list[list[Scored]]:
+        """Of each group; with their texts if metrics look at them."""
+        rows = [rollout.row for group in groups for rollout in group.rollouts if rollout.row >= 0 and plan.metrics]
+        texts = dict(zip(rows, decode_texts(self._context.log.take(rows, TEXT_COLUMNS)), strict=True)) if rows else {}
+        return [
+            [
+                Scored(plan.at(group.position)[1].data_source, r.reward, r.status, r.length, **texts.get(r.row, {}))
+                for r in group.rollouts
             ]
-            self._context.record(ev.Evaluated(mean_scores(running.version, scored), self._context.wall()))
+            for group in groups
+        ]
+
+    @staticmethod
+    def _results(
+        plan: Evaluation, version: Version, groups: list[list[Scored]], metrics: Sequence[Metric]
+    ) -> dict[str, EvalResult]:
+        size = len(plan.prompts)
+        return {
+            setting.name: mean_scores(version, groups[i * size : (i + 1) * size], metrics)
+            for i, setting in enumerate(plan.settings)
+        }
 
     def _abandoned(self, running: EvalRound, prompts: int) -> bool:
         in_flight = [g for g in running.groups.values() if g.in_flight()]

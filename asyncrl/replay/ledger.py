@@ -238,11 +238,14 @@ class Ledger:
     def _evaluated(self, e: ev.Evaluated) -> None:
         self.round = None if self.queued is None else EvalRound(self.queued)
         self.queued = None
-        result = e.result
-        metrics = {"eval/score": result.score, "eval/count": result.count, "eval/invalid": result.invalid}
-        metrics |= {"eval/timeout": result.timeout, "eval/length": result.mean_length}
-        metrics |= {f"eval/score/{name}": score for name, score in result.by_source.items()}
-        self._note("eval", result.version, e.time, metrics)
+        metrics: dict[str, float] = {}
+        for name, result in {"": e.result, **e.also}.items():
+            at = f"eval/{name}/" if name else "eval/"
+            metrics |= {f"{at}score": result.score, f"{at}count": result.count, f"{at}invalid": result.invalid}
+            metrics |= {f"{at}timeout": result.timeout, f"{at}length": result.mean_length}
+            metrics |= {f"{at}score/{source}": score for source, score in result.by_source.items()}
+            metrics |= {f"{at}{more}": value for more, value in result.more.items()}
+        self._note("eval", e.result.version, e.time, metrics)
 
     def _ended(self, e: ev.Ended) -> None:
         """What is outstanding is not used. If the run is resumed for more updates, its prompts come first."""

@@ -10,6 +10,7 @@ from msgspec import Struct
 from asyncrl.config import SamplingSpec
 from asyncrl.errors import ConfigError
 from asyncrl.interfaces import Keep
+from asyncrl.report.scores import Metric
 from asyncrl.staleness import Staleness
 from asyncrl.types import Prompt, Purpose, Sampling, derive_seed
 
@@ -59,16 +60,34 @@ def _permutation(size: int, run_seed: int, epoch: int) -> np.ndarray:
     return np.random.RandomState(derive_seed(run_seed, epoch) & 0xFFFFFFFF).permutation(size)
 
 
-class Evaluation(Struct, frozen=True, kw_only=True):
-    """Held-out prompts, n rollouts of each."""
+class EvalSetting(Struct, frozen=True):
+    """How responses to held-out prompts are sampled, n of each."""
 
-    prompts: Sequence[Prompt]
+    name: str  # empty: the first one's
     sampling: Sampling
     n: int = 1
+
+
+class Evaluation(Struct, frozen=True, kw_only=True):
+    """Held-out prompts, and what is asked of each. Positions count through all prompts of a setting, then of the next."""
+
+    prompts: Sequence[Prompt]
+    settings: tuple[EvalSetting, ...]
+    metrics: tuple[Metric, ...] = ()  # of the user's own
 
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ConfigError("0 evaluation prompts: there is nothing to score; raise evaluation.limit or leave files empty")
+
+    @property
+    def total(self) -> int:
+        """Positions in all."""
+        return len(self.prompts) * len(self.settings)
+
+    def at(self, position: int) -> tuple[EvalSetting, Prompt]:
+        """What is asked at `position`."""
+        setting, place = divmod(position, len(self.prompts))
+        return self.settings[setting], self.prompts[place]
 
 
 class StorePlan(Struct, frozen=True, kw_only=True):

@@ -54,7 +54,7 @@ def test_an_evaluation_that_is_under_way_keeps_its_prompts(tiny_recipe, tmp_path
     prepare_run(recipe, Deployment(), run, resuming=False)
     prepare_run(replace(recipe, evaluation=held_out), Deployment(), run, resuming=True)  # there was none
     for other in (EvaluationSpec(), replace(held_out, limit=4), replace(held_out, n=2)):
-        with pytest.raises(ConfigError, match=r"evaluation \(files, limit and n\)=(.|\n)*but it began with"):
+        with pytest.raises(ConfigError, match=r"evaluation \(files, limit, n and also\)=(.|\n)*but it began with"):
             prepare_run(replace(recipe, evaluation=other), Deployment(), run, resuming=True)
     prepare_run(replace(recipe, evaluation=replace(held_out, freq=3)), Deployment(), run, resuming=True)
 

@@ -17,6 +17,7 @@ from asyncrl.config import (
     DataSpec,
     Deployment,
     EngineSpec,
+    EvalSettingSpec,
     EvaluationSpec,
     GeneratorsSpec,
     LearnerSpec,
@@ -217,3 +218,13 @@ def test_reward_terms_have_names() -> None:
     several = RewardSpec(functions=(RewardTerm(function="a/b.py:right", weight=2.0), RewardTerm(function="m.f", name="form")))
     assert [(term.name, term.weight) for term in several.terms()] == [("right", 2.0), ("form", 1.0)]
     assert msgspec.json.decode(msgspec.json.encode(several), type=RewardSpec) == several
+
+
+def test_settings_of_an_evaluation_have_names_and_metrics_are_named() -> None:
+    def mine(responses):
+        return {}
+
+    spec = EvaluationSpec(also=(EvalSettingSpec(name="sampled", n=4, temperature=1.0),), metrics=(mine, "a.b:c"))
+    assert [name.rpartition(":")[2] for name in spec.metrics] == ["mine", "c"]
+    with pytest.raises(ConfigError, match="two settings of one name"):
+        EvaluationSpec(also=(EvalSettingSpec(name="a"), EvalSettingSpec(name="a")))

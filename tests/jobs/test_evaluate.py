@@ -115,6 +115,54 @@ def test_one_json_line_and_every_sample_on_disk(model, data, reward, tmp_path, c
     assert all(json.loads(row["parts"]) == {"digits": len(row["response"])} for row in rows if row["row"] != 2)
 
 
+METRIC = """
+def plus(responses):
+    assert all(int(one.ground_truth) >= 0 and one.prompt and one.finish_reason for one in responses)
+    return {"sevens": sum(one.response.count("7") for one in responses) / 50, "several": float(len(responses) > 1)}
+"""
+
+
+def test_several_settings_in_one_pass_and_a_metric_of_ones_own(model, data, reward, tmp_path, capsys):
+    file, out = tmp_path / "metric.py", tmp_path / "samples.parquet"
+    file.write_text(METRIC)
+    given = (model, "--data", data, "--reward", reward, "--max-response-length", 5, "--metric", f"{file}:plus")
+    assert evaluate(*given) == 0
+    alone = json.loads(capsys.readouterr().out)
+    also = ("--also", "{name: sampled, temperature: 0.7, n: 3, top_k: 5}", "--also", "{name: again}")
+    assert evaluate(*given, *also, "--out", out) == 0
+    report = json.loads(capsys.readouterr().out)
+    sampled, again = report.pop("sampled"), report.pop("again")
+    assert report == alone
+    assert {**again, "n": 1} == {key: alone[key] for key in again}  # greedy as well
+    assert (report["samples"], sampled["samples"], sampled["n"], sampled["temperature"]) == (4, 12, 3, 0.7)
+    assert {"pass@1", "pass@2", "pass@3", "maj@3", "metric/sevens"} <= sampled["estimates"]["overall"].keys()
+    rows = pq.read_table(out).to_pylist()
+    assert [row["setting"] for row in rows] == [""] * 4 + ["sampled"] * 12 + ["again"] * 4
+    for setting, figures in (("", report), ("sampled", sampled)):
+        sevens = [row["response"].count("7") for row in rows if row["setting"] == setting]
+        assert figures["estimates"]["overall"]["metric/sevens"]["mean"] == pytest.approx(sum(sevens) / 50 / 4)
+        assert figures["estimates"]["overall"]["metric/several"]["mean"] == float(setting == "sampled")
+    file.write_text("def plus(responses):\n    return {'x': float('nan')}\n")
+    other = file.rename(tmp_path / "nan.py")
+    with pytest.raises(ConfigError, match=r"evaluation\.metrics: plus failed: ValueError: x=nan is not finite"):
+        evaluate(*given[:-1], f"{other}:plus")
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("{name: a, n: 2}", "greedy decoding would give 2 equal responses"),
+        ("{name: a/b}", "names no metrics"),
+        ("{name: score}", "is taken"),
+        ("{n: 2}", "missing required field `name`"),
+        ("[", "write it as"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(model, data, reward, setting, said):
+    with pytest.raises(ConfigError, match=said):
+        evaluate(model, "--data", data, "--reward", reward, "--also", setting)
+
+
 def test_the_same_seed_gives_the_same_samples_and_another_does_not(model, data, reward, tmp_path):
     def responses(name, seed):
         out = tmp_path / f"{name}.parquet"

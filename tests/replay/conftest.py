@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from msgspec.structs import replace
 
@@ -14,7 +15,7 @@ from asyncrl.config import SamplingSpec
 from asyncrl.replay.core import StoreCore
 from asyncrl.replay.ledger import Poll
 from asyncrl.replay.log.rows import Summary, TrainScore
-from asyncrl.replay.plan import Evaluation, Source, StorePlan, keep_all
+from asyncrl.replay.plan import EvalSetting, Evaluation, Source, StorePlan, keep_all
 from asyncrl.staleness import Staleness
 from asyncrl.types import (
     BatchLease,
@@ -64,6 +65,8 @@ def plan(
     lease_s: float = 30.0,
     max_empty_batches: int | None = None,
     baseline: bool = False,
+    also: tuple[EvalSetting, ...] = (),
+    metrics: tuple[Any, ...] = (),
 ) -> StorePlan:
     rule = Staleness(
         max_lag=max_lag,
@@ -73,7 +76,8 @@ def plan(
         reserve_ahead=ahead,
         max_masked_share=masked,
     )
-    evaluation = Evaluation(prompts=prompts(evals), sampling=SAMPLING, n=1) if evals else None
+    settings = (EvalSetting("", SAMPLING), *also)
+    evaluation = Evaluation(prompts=prompts(evals), settings=settings, metrics=metrics) if evals else None
     return StorePlan(
         rule=rule,
         source=Source(prompts=prompts(size), sampling=SAMPLING, seed=7, shuffle=shuffle, epochs=epochs),
@@ -107,7 +111,7 @@ def rollout(ticket: Ticket, index: int, version: Version, tokens: int = 3, **cha
 
 
 class FakeLog:
-    """Holds events in memory; it has no rows. calls: how many events there were after each call."""
+    """Holds events in memory; of all rows it has the same texts. calls: how many events there were after each call."""
 
     def __init__(self, history: Sequence[Any]) -> None:
         self.history, self.events, self.calls = list(history), list(history), list[int]()
@@ -119,6 +123,16 @@ class FakeLog:
     def append_events(self, events: Sequence[Any]) -> None:
         self.events.extend(events)
         self.calls.append(len(self.events))
+
+    def take(self, rows: Sequence[int], columns: Sequence[str]) -> pa.RecordBatch:
+        same = {
+            "prompt": "p",
+            "response": "r",
+            "ground_truth": '"truth"',
+            "ground_truth_is_json": True,
+            "finish_reason": "stop",
+        }
+        return pa.RecordBatch.from_pylist([same] * len(rows)).select(columns)
 
     def truncate(self, needed: Iterable[int]) -> None:
         self.truncated_after = self.synced

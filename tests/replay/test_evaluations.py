@@ -1,9 +1,12 @@
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
 
 from asyncrl.errors import ConfigError, Fenced
-from asyncrl.types import Key, Version
+from asyncrl.replay.plan import EvalSetting
+from asyncrl.report.scores import Scored
+from asyncrl.types import Key, Sampling, Version
 
 
 def bench_with_evals(fakes: SimpleNamespace, **options: object) -> SimpleNamespace:
@@ -115,3 +118,53 @@ def test_the_pin_stays_while_only_verdicts_are_missing(fakes: SimpleNamespace) -
         bench.score(ticket, 1.0)
     (record,) = bench.report(0).records
     assert (record.version, record.metrics["eval/score"]) == (Version(1, 0), 1.0)
+
+
+def lengths(responses: Sequence[Scored]) -> dict[str, float]:
+    return {"longest": max(one.length for one in responses), "of": float(len(responses))}
+
+
+def odd_ones(responses: Sequence[Scored]) -> dict[str, float]:
+    """Says something of some prompts only, and looks at texts."""
+    one = responses[0]
+    assert one.finish_reason == "stop"
+    assert isinstance(one.prompt + one.response, str)
+    return {"odd": float(one.ground_truth == "truth")} if one.data_source == "odd" else {}
+
+
+def test_several_settings_in_one_pass_and_metrics_of_the_users_own(fakes: SimpleNamespace) -> None:
+    sampled = EvalSetting("sampled", Sampling(temperature=0.6, top_p=0.9, top_k=3, max_tokens=8, stop_token_ids=(0,)), 2)
+    bench = bench_with_evals(fakes, also=(sampled,), metrics=(lengths, odd_ones))
+    bench.request_eval(Version(1, 0))
+    tickets = eval_tickets(bench, 9, 0)
+    assert [(t.prompt.row, len(t.rollouts), t.sampling.temperature) for t in tickets] == [
+        *((100 + i, 1, 1.0) for i in range(3)),
+        *((100 + i, 2, 0.6) for i in range(3)),
+    ]
+    assert len({seed for ticket in tickets for seed in ticket.seeds}) == 9
+    for place, ticket in enumerate(tickets):
+        bench.submit(ticket, *[0] * (place + 1))
+        assert not bench.report(0).records
+        bench.score(ticket, *((0.5,) if place < 3 else (0.0, float(place == 4))))
+    (record,) = bench.report(0).records
+    assert (record.metrics["eval/score"], record.metrics["eval/count"]) == (0.5, 3)
+    assert record.metrics["eval/metric/of"] == 1
+    found = {name.removeprefix("eval/sampled/"): value for name, value in record.metrics.items() if "sampled" in name}
+    assert (found["score"], found["count"], found["score/odd"]) == (pytest.approx(1 / 6), 6, 0.5)
+    assert (found["pass@1"], found["pass@2"]) == (pytest.approx(1 / 6), pytest.approx(1 / 3))
+    assert found["metric/of"] == 2
+    assert "pass@1" not in record.metrics
+
+
+def test_a_metric_that_fails_costs_its_figures_and_not_the_run(
+    fakes: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = bench_with_evals(fakes, metrics=(lambda responses: {"x": 1 / 0},))
+    bench.request_eval(Version(1, 0))
+    for ticket in eval_tickets(bench, 3, 0):
+        bench.submit(ticket, 0)
+        bench.score(ticket, 1.0)
+    (record,) = bench.report(0).records
+    assert record.metrics["eval/score"] == 1
+    assert not [name for name in record.metrics if "metric" in name]
+    assert "evaluation.metrics: <lambda> failed: ZeroDivisionError" in caplog.text

@@ -11,7 +11,7 @@ def test_responses_without_a_verdict_count_as_zero_and_are_counted() -> None:
         Scored("b", 0.0, "timeout", 8),
         Scored("b", 0.0, "invalid", 4),
     ]
-    assert mean_scores(Version(2, 7), responses) == EvalResult(
+    assert mean_scores(Version(2, 7), [[response] for response in responses]) == EvalResult(
         version=Version(2, 7),
         score=0.375,
         count=4,

@@ -139,8 +139,9 @@ class EvalPinned(Event, tag="eval_pinned", frozen=True):
 class Evaluated(Event, tag="evaluated", frozen=True):
     """The running evaluation has all of its verdicts."""
 
-    result: EvalResult
+    result: EvalResult  # of the first setting
     time: float
+    also: dict[str, EvalResult] = {}  # of the others
 
 
 class Ended(Event, tag="ended", frozen=True):

@@ -60,6 +60,7 @@ UNSCORED_COLUMNS = [
     "group", "rollout", "attempt", "purpose", *_PROMPT_COLUMNS, "ground_truth", "ground_truth_is_json", "response",
     "response_ids", "turns", "finish_reason",
 ]  # fmt: skip
+TEXT_COLUMNS = ["prompt", "response", "ground_truth", "ground_truth_is_json", "finish_reason"]
 TRAIN_COLUMNS = [
     "group", "rollout", "attempt", "data_source", "prompt_ids", "response_ids", "loss_mask", "logprobs", "kept_logmass",
     "span_updates", "span_lengths", "finish_reason", "token_rewards",
@@ -274,3 +275,12 @@ def decode_unscored(batch: pa.RecordBatch) -> tuple[Unscored, ...]:
         prompt = Prompt(ids=(), ground_truth=truth, **{name: named.pop(name) for name in _PROMPT_COLUMNS})
         found.append(Unscored(prompt=prompt, text=named.pop("response"), turns=tuple(named.pop("turns")), **named))
     return tuple(found)
+
+
+def decode_texts(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """TEXT_COLUMNS of each row, the ground truth as it was in the data."""
+    rows = batch.to_pylist()
+    for row in rows:
+        if row.pop("ground_truth_is_json"):
+            row["ground_truth"] = msgspec.json.decode(row["ground_truth"])
+    return rows
