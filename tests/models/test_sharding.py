@@ -189,6 +189,12 @@ def test_one_rank_is_left_as_it_is() -> None:
     assert not dist.is_initialized()
 
 
+def test_products_in_float32_are_exact_unless_said_otherwise() -> None:
+    for tf32 in (True, False):
+        shard(make("llama"), Ranks(), PrecisionSpec(tf32=tf32))
+        assert torch.backends.cuda.matmul.allow_tf32 == tf32
+
+
 def again(ranks: Ranks) -> list[Made]:
     return [
         (learned(one, "qwen3, tied"))
