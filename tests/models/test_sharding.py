@@ -272,6 +272,7 @@ def trained(ranks: Ranks, master: torch.dtype, compute: str) -> float:
     return torch.cat([part.flatten() for part in moved]).mean().item()
 
 
+@pytest.mark.slow
 def test_master_weights_move_as_those_that_compute_in_float32(gang: Callable[..., Any]) -> None:
     single = trained(Ranks(), torch.float32, "float32")
     (mixed,) = gang(Layout(), trained, torch.float32, "bfloat16")
