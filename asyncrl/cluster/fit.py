@@ -95,17 +95,20 @@ def fit_layout(recipe: Recipe, deployment: Deployment, devices: Sequence[DeviceM
         taken = _told(found[0], models)
         return Fit(found[0], f"{_said(found[0])}; how much memory its devices have, is not known yet", taken)
     needed = [_needed(layout, models, on_host=not deployment.learner.place.gpus) for layout in found]
-    for number, (layout, (on_device, on_host)) in enumerate(zip(found, needed, strict=True)):
-        if on_device <= room and on_host <= host:
-            cheaper = min((size for size, _ in needed[:number]), default=0)
-            why = f"; whatever is cheaper takes {as_size(cheaper)} or more" if cheaper > room else ""
-            reason = f"{_said(layout)}: a rank takes {as_size(on_device)} of the {as_size(room)} that count of its memory{why}"
-            return Fit(layout, reason, _told(layout, models), on_device)
+    for share in (1.0, 1 / _COUNTED_ON):  # at last all there is: the estimate may be too high, too
+        for number, (layout, (on_device, on_host)) in enumerate(zip(found, needed, strict=True)):
+            if on_device <= share * room and on_host <= share * host:
+                cheaper = min((size for size, _ in needed[:number]), default=0)
+                why = f"; whatever is cheaper takes {as_size(cheaper)} or more" if cheaper > share * room else ""
+                tight = "" if share == 1.0 else "; it may not fit"
+                takes = f"a rank takes {as_size(on_device)} of the {as_size(room)} that count of its memory"
+                return Fit(layout, f"{_said(layout)}: {takes}{why}{tight}", _told(layout, models), on_device)
     least = min(range(len(found)), key=lambda number: needed[number])
+    on_device, on_host = needed[least]
     table = "\n".join(f"  {line}" for line in _told(found[least], models))
     raise ConfigError(
-        f"learner.ranks={ranks}: the learner does not fit. {_said(found[least])} would take {as_size(needed[least][0])} of a "
-        f"device, of which {as_size(room)} count, and {as_size(needed[least][1])} of its host's {as_size(host)}:\n{table}\n"
+        f"learner.ranks={ranks}: the learner does not fit. {_said(found[least])} would take {as_size(on_device)} of a device, "
+        f"of which {as_size(room)} count, and {as_size(on_host)} of its host's {as_size(host)}:\n{table}\n"
         "  use more ranks, larger devices or hosts, a smaller learner.max_tokens_per_pack, or learner.lora; leave settings of "
         "learner.parallel to auto; or state learner.parallel.memory_bytes if you know better"
     )

@@ -91,9 +91,14 @@ def test_what_can_not_be_divided_is_not(fit) -> None:
     assert (layout.tp, layout.sp > 1) == (1, True)
 
 
+def test_what_fits_all_of_a_memory_but_not_what_counts_is_told_as_tight(fit) -> None:
+    assert fit("8B", 8, gib=40, offload=False, tp=1, sp=1).reason.endswith("147.4 GiB or more; it may not fit")
+    assert "may not" not in fit("8B", 8, gib=43, offload=False, tp=1, sp=1).reason
+
+
 def test_every_rank_of_a_node_loads_the_whole_model_there(fit) -> None:
-    with pytest.raises(ConfigError, match=r"30\.5 GiB of its host's 28\.8 GiB"):
-        fit("8B", 64)
+    with pytest.raises(ConfigError, match=r"30\.5 GiB of its host's 19\.2 GiB"):
+        fit("8B", 96)
 
 
 def test_what_is_pinned_stays(fit) -> None:
