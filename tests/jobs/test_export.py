@@ -7,6 +7,7 @@ import msgspec
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
@@ -16,7 +17,7 @@ from asyncrl.jobs.export import export_job
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.policies import load, locate
 from asyncrl.models.lora import add_adapters
-from asyncrl.rundir import RunDir
+from asyncrl.rundir import RunDir, file_sum, verify_manifest, write_manifest
 from asyncrl.types import Version
 
 SMALL = {
@@ -221,3 +222,19 @@ def test_adapters_without_their_base_and_what_has_none_are_refused(run, adapted,
     with pytest.raises(ConfigError, match=r"base"):
         export(run.path, tmp_path / "out", "--adapter")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_several_ranks_is_put_together(run, model, tmp_path):
+    folder = run.checkpoint(1)
+    tensors = load_file(folder / "policy/model.safetensors")
+    (folder / "policy/model.safetensors").unlink()
+    for rank in (0, 1):
+        halves = {name: tensor.tensor_split(2)[rank].contiguous() for name, tensor in tensors.items()}
+        begins = {name: [rank * ((len(tensor) + 1) // 2), *[0] * (tensor.dim() - 1)] for name, tensor in tensors.items()}
+        pieces = json.dumps({name: (tensor.shape, begins[name]) for name, tensor in tensors.items()})
+        save_file(halves, folder / f"policy/model_rank_0000{rank}_of_00002.safetensors", {"pieces": pieces})
+    extra = verify_manifest(run.checkpoint(0)) | {"update": 1}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    write_manifest(folder, extra, {str(file.relative_to(folder)): file_sum(file) for file in files})
+    assert export(run.path, tmp_path / "out") == 0
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), logits(model))
