@@ -103,6 +103,7 @@ def go_on(ranks: Ranks, root: Path, sources: list[str], own: str):
     return found
 
 
+@pytest.mark.slow
 def test_layouts_go_on_from_each_other(gang, tmp_path: Path) -> None:
     own: dict[str, tuple] = {}
     for name in (*LAYOUTS, "one", "fsdp 2"):  # the last two load what all have saved
