@@ -22,6 +22,7 @@ from asyncrl.generate.engines import engine_kind
 from asyncrl.learn.policies import newest_complete, require_resumable
 from asyncrl.models.architectures import differing_shapes, named, not_causal, read_config
 from asyncrl.models.hub import require_model
+from asyncrl.models.sizes import size_of
 from asyncrl.prompts.reading import check_columns, read_rows
 from asyncrl.rundir import RunDir
 
@@ -72,7 +73,7 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
     if critic := recipe.critic.model:
         yield "critic.model", lambda: _causal("critic.model", critic, recipe, run_dir)[0]
     if lora := recipe.learner.lora:
-        yield "lora", lambda: _lora(lora)
+        yield "lora", lambda: _lora(lora, recipe.model)
     for label, files in (("data", recipe.data.files), ("evaluation", recipe.evaluation.files)):
         for file in files:
             yield label, partial(_data_file, file, recipe, run_dir)
@@ -137,12 +138,14 @@ def _policy(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
     return line
 
 
-def _lora(spec: LoraSpec) -> str:
+def _lora(spec: LoraSpec, model: ModelSpec) -> str:
     if find_spec("peft") is None:
         raise ConfigError(
             "learner.lora needs peft, which is not installed: pip install 'asyncrl[lora]', or train the whole model"
         )
-    return f"adapters of rank {spec.rank}, alpha {spec.alpha:g}, of {', '.join(spec.target_modules)}, by peft"
+    size, targets = size_of(read_config(model.path)), ", ".join(spec.target_modules)
+    share = f": about {spec.rank * size.widths:,} parameters, beside {size.parameters:,} that stay" if size else ""
+    return f"adapters of rank {spec.rank}, alpha {spec.alpha:g}, of {targets}{share if targets == 'all-linear' else ''}"
 
 
 def _data_file(file: str, recipe: Recipe, run_dir: RunDir) -> str:

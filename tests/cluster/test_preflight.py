@@ -60,14 +60,21 @@ def recipe(tmp_path: Path) -> Recipe:
     )
 
 
-def test_lora_is_told_and_needs_peft(recipe: Recipe, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = replace(recipe, learner=replace(recipe.learner, lora=LoraSpec(target_modules=("q_proj", "v_proj"))))
-    assert "lora        adapters of rank 16, alpha 32, of q_proj, v_proj, by peft" in check_run(
-        recipe, Deployment(num_cpus=2), run
-    )
+def test_lora_is_told_and_needs_peft(recipe: Recipe, run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(**lora) -> list[str]:
+        learner = replace(recipe.learner, lora=LoraSpec(rank=8, **lora))
+        return [line for line in check_run(replace(recipe, learner=learner), Deployment(num_cpus=2), run) if "adapters" in line]
+
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "model/config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False, **sizes}))
+    # rank · layers · (4 · (32 + 32) + 3 · (32 + 48)), as peft has it
+    [line] = plan()
+    assert line == "lora        adapters of rank 8, alpha 32, of all-linear: about 7,936 parameters, beside 19,584 that stay"
+    [line] = plan(target_modules=("q_proj", "v_proj"))
+    assert line.endswith("of q_proj, v_proj")
     monkeypatch.setattr("asyncrl.cluster.preflight.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"learner\.lora needs peft, which is not installed: pip install 'asyncrl\[lora\]'"):
-        check_run(recipe, Deployment(num_cpus=2), run)
+        plan()
 
 
 def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:

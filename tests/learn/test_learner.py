@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from asyncrl.config import LoraSpec, ModelSpec
 from asyncrl.errors import CheckpointError, Closed, DiskFull, Fenced, NonFinite, Unavailable
@@ -121,7 +122,9 @@ def test_what_is_published_is_what_was_trained(make_learner) -> None:
 
 
 @pytest.mark.parametrize("lr", [0.0, 1e-2])
-def test_with_adapters_every_version_published_is_the_policy_as_it_is_then(make_learner, make_model, lr: float) -> None:
+def test_with_adapters_every_version_published_is_the_policy_as_it_is_then(
+    make_learner, make_model, lr: float, tmp_path
+) -> None:
     model, plain, base = make_model(), make_model(), named_weights(make_model())
     add_adapters(model, LoraSpec(rank=2), ModelSpec(path="base"), seed=0)
     learner, _, bus, trainer = make_learner([lease(i, i) for i in range(20)], model=model, learner={"lr": lr}, save_freq=99)
@@ -142,6 +145,9 @@ def test_with_adapters_every_version_published_is_the_policy_as_it_is_then(make_
     assert len(gaps) == 21
     unmoved = [all(same_bits(weights[name], base[name]) for name in base) for weights in bus.published.values()]
     assert unmoved == [True] + [lr == 0] * 20
+    learner.export(str(tmp_path / "out"))
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(same_bits(exported[name], tensor) for name, tensor in bus.published["3.20"].items())
 
 
 def test_metrics_are_committed_with_the_batch(make_learner) -> None:

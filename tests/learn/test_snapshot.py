@@ -24,7 +24,7 @@ from asyncrl.learn import snapshot, together
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.parallel.rank import Rank
 from asyncrl.learn.sft import SupervisedTrainer
-from asyncrl.models.lora import add_adapters
+from asyncrl.models.lora import add_adapters, merge_adapters
 from asyncrl.models.packed import TokenSequence
 from asyncrl.models.pieces import adamw_pieces, module_pieces, written
 from asyncrl.models.ranks import Ranks
@@ -243,3 +243,14 @@ def test_ranks_export_together_what_one_would(gang, make_model, tmp_path: Path) 
         ]
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert equal(dict(exported.state_dict()), dict(model.state_dict()))
+
+
+def test_ranks_export_adapters_merged(gang, make_model, tmp_path: Path) -> None:
+    add_adapters(model := make_model(), LoraSpec(rank=2), ModelSpec(path="base"), seed=0)
+    for _, parameter in learned(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    gang(Layout(shard=2), export_sharded, tmp_path, model)
+    merge_adapters(model)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "second").state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=2e-6, atol=1e-7)
