@@ -3,6 +3,7 @@
 import functools
 import gc
 import importlib.util
+import inspect
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -192,7 +193,7 @@ def gang(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     context.set_forkserver_preload(["ray.cloudpickle", "asyncrl.learn.checkpoint", "asyncrl.models.value", *used])
 
     def run(layout: Any, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> list[Any]:
-        for value in filter(callable, (function, *arguments)):
+        for value in filter(inspect.isfunction, (function, *arguments)):
             if not value.__module__.startswith("asyncrl"):  # a test file is no module that another process could import
                 cloudpickle.register_pickle_by_value(sys.modules[value.__module__])
         job = cloudpickle.dumps((layout, function, arguments))
