@@ -1,4 +1,4 @@
-"""The run directory: the one module that owns its paths, atomic writes, manifests, its lock, and redaction of secrets.
+"""The run directory: the one module that owns its paths, atomic writes, its lock, and redaction of secrets.
 
     runs/<name>/  recipe.json deployment.yaml metrics.jsonl  tensorboard/  data/  functions/  replay/ (rows, events)
                   checkpoints/step_000100/ (…, manifest.json)  exports/ (Hugging Face)  logs/
@@ -10,7 +10,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import re
@@ -19,16 +18,14 @@ import socket
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO, TypedDict
+from typing import Any, TextIO
 
 import msgspec
 
 from asyncrl.disk import naming_full_disk, require_space
-from asyncrl.errors import CheckpointError, ConfigError
+from asyncrl.errors import ConfigError
 
-MANIFEST = "manifest.json"
 RAY_JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's job supervisor sets this in the driver of every submitted job
 
 _STEP = re.compile(r"step_(\d{6,})$")
@@ -82,7 +79,7 @@ class RunDir:
         return int(checkpoint.name.removeprefix("step_"))
 
     def steps(self) -> list[Path]:
-        """Checkpoint folders, oldest first. Renamed into place when whole, but `verify_manifest` before use."""
+        """Checkpoint folders, oldest first. Renamed into place when whole, but `manifests.verify_manifest` before use."""
         found = [(int(match[1]), folder) for folder in self.checkpoints.glob("step_*") if (match := _STEP.match(folder.name))]
         return [folder for _, folder in sorted(found) if folder.is_dir()]
 
@@ -232,68 +229,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-# ------------------------------------------------------------------------------------------------ manifests
-
-
 def sha256(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class FileSum(TypedDict):
-    """What a manifest says of a file."""
-
-    bytes: int
-    sha256: str
-
-
-def file_sum(path: Path) -> FileSum:
-    """Of a file that this process wrote: when it returns, the file is on the disk."""
-    sync(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def write_manifest(folder: str | Path, extra: Mapping[str, Any], files: Mapping[str, FileSum]) -> None:
-    """Writes `manifest.json`, last: the files under `folder` with their sums, and `extra` (JSON values)."""
-    content = {"schema": 1, "files": dict(sorted(files.items())), "extra": dict(extra)}
-    write_atomic(Path(folder) / MANIFEST, json.dumps(content, indent=2) + "\n")
-
-
-def read_manifest(folder: str | Path) -> tuple[dict[str, FileSum], dict[str, Any]]:
-    """What a manifest says of its files, which are not looked at, and `extra`. Raises CheckpointError if it can't be read."""
-    folder = Path(folder)
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        return dict(manifest["files"]), dict(manifest["extra"])
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no {MANIFEST}: its save was cut short; use an older checkpoint") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} is damaged ({error}); use an older checkpoint") from error
-
-
-def verify_manifest(folder: str | Path, sums: bool = True) -> dict[str, Any]:
-    """Checks every file named by the manifest and returns `extra`. Raises CheckpointError naming file, bytes or hash.
-
-    sums: reads them all, several at once; else only their sizes are looked at.
-    """
-    folder = Path(folder)
-    files, extra = read_manifest(folder)
-    with ThreadPoolExecutor() as readers:
-        for problem in readers.map(lambda name: _damage(folder / name, files[name], sums), files):
-            if problem:
-                raise CheckpointError(f"{problem}; use an older checkpoint")
-    return extra
-
-
-def _damage(path: Path, expected: FileSum, sums: bool) -> str:
-    if not path.is_file():
-        return f"{path} is missing, but the manifest lists it"
-    if (size := path.stat().st_size) != expected["bytes"]:
-        return f"{path} has {size} bytes, its manifest says {expected['bytes']}"
-    if sums and (found := sha256(path)) != expected["sha256"]:
-        return f"{path} has SHA-256 {found[:12]}…, its manifest says {expected['sha256'][:12]}…"
-    return ""
 
 
 # --------------------------------------------------------------------------------------- logs and their secrets

@@ -13,7 +13,7 @@ import pytest
 
 from asyncrl import cli
 from asyncrl.errors import ActorFailed, ConfigError, DataError, DiskFull
-from asyncrl.rundir import write_manifest
+from asyncrl.manifests import write_manifest
 
 RECIPE = """
 from asyncrl.config import *

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from asyncrl.errors import ConfigError
 from asyncrl.learn.policies import Policy, locate
-from asyncrl.rundir import MANIFEST, atomic_folder
+from asyncrl.manifests import MANIFEST
+from asyncrl.rundir import atomic_folder
 
 
 def export_job(parser: argparse.ArgumentParser) -> None:

@@ -20,8 +20,9 @@ from asyncrl.errors import CheckpointError, Fenced
 from asyncrl.learn.policies import Refusal, newest_complete
 from asyncrl.learn.snapshot import Checkpointed, Snapshot, restore, trained
 from asyncrl.learn.together import write_together
+from asyncrl.manifests import read_manifest, write_manifest
 from asyncrl.models.ranks import Ranks
-from asyncrl.rundir import RunDir, read_manifest, sweep, write_manifest
+from asyncrl.rundir import RunDir, sweep
 from asyncrl.types import Version
 
 log = logging.getLogger(__name__)

@@ -10,10 +10,11 @@ from msgspec import Struct
 
 from asyncrl.config import ModelSpec, Recipe
 from asyncrl.errors import CheckpointError, ConfigError
+from asyncrl.manifests import MANIFEST, verify_manifest
 from asyncrl.models.hub import require_model
 from asyncrl.models.shards import ShardedWeights, shard_files, shards_folder
 from asyncrl.models.stored import StoredTensors
-from asyncrl.rundir import MANIFEST, RunDir, verify_manifest
+from asyncrl.rundir import RunDir
 from asyncrl.types import Version
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 
 from asyncrl.learn.critic import Critic
 from asyncrl.learn.policies import require_resumable
+from asyncrl.manifests import FileSum, file_sum
 from asyncrl.models.lora import adapter_texts, learned_pieces, require_adapters
 from asyncrl.models.pieces import Piece, adamw_pieces, read_adamw, read_pieces, written
 from asyncrl.models.ranks import Ranks
 from asyncrl.models.stored import StoredTensors
-from asyncrl.rundir import FileSum, file_sum
 
 Content = tuple[dict[str, torch.Tensor], dict[str, str]]  # of a safetensors file: tensors by name, and metadata
 

@@ -28,7 +28,8 @@ from asyncrl.config import (
 )
 from asyncrl.config.paths import resolve_paths
 from asyncrl.errors import CheckpointError, ConfigError, DataError
-from asyncrl.rundir import RunDir, file_sum, write_manifest
+from asyncrl.manifests import file_sum, write_manifest
+from asyncrl.rundir import RunDir
 
 
 @pytest.fixture(autouse=True)
@@ -333,7 +334,7 @@ def checkpoint(recipe: Recipe, run: RunDir) -> Path:
 
 
 def test_a_checkpoint_that_can_be_gone_on_from(recipe: Recipe, run: RunDir, checkpoint: Path, monkeypatch) -> None:
-    monkeypatch.setattr("asyncrl.rundir.sha256", lambda path: pytest.fail("the driver reads no weights"))
+    monkeypatch.setattr("asyncrl.manifests.sha256", lambda path: pytest.fail("the driver reads no weights"))
     check_resumed(recipe, run)
     check_resumed(recipe, run, 3)
     with pytest.raises(ConfigError, match="no checkpoint of update 2; resume from one of step_000003"):

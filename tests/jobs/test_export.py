@@ -16,8 +16,9 @@ from asyncrl.errors import CheckpointError, ConfigError
 from asyncrl.jobs.export import export_job
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.policies import load, locate
+from asyncrl.manifests import file_sum, verify_manifest, write_manifest
 from asyncrl.models.lora import add_adapters
-from asyncrl.rundir import RunDir, file_sum, verify_manifest, write_manifest
+from asyncrl.rundir import RunDir
 from asyncrl.types import Version
 
 SMALL = {

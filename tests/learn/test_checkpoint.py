@@ -15,8 +15,9 @@ from asyncrl.disk import as_size
 from asyncrl.errors import CheckpointError, DiskFull, Fenced
 from asyncrl.learn import snapshot
 from asyncrl.learn.checkpoint import Checkpoints
+from asyncrl.manifests import verify_manifest
 from asyncrl.models.lora import add_adapters
-from asyncrl.rundir import RunDir, verify_manifest
+from asyncrl.rundir import RunDir
 from asyncrl.types import Lineage, Version
 
 LEARNER = {"mini_batch_groups": 2, "lr_schedule": "cosine", "warmup_steps": 2}

@@ -24,12 +24,13 @@ from asyncrl.learn import snapshot, together
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.parallel.rank import Rank
 from asyncrl.learn.sft import SupervisedTrainer
+from asyncrl.manifests import verify_manifest
 from asyncrl.models.lora import add_adapters, merge_adapters
 from asyncrl.models.packed import TokenSequence
 from asyncrl.models.pieces import adamw_pieces, module_pieces, written
 from asyncrl.models.ranks import Ranks
 from asyncrl.models.sharding import shard
-from asyncrl.rundir import RunDir, verify_manifest
+from asyncrl.rundir import RunDir
 from asyncrl.types import Version
 
 SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
