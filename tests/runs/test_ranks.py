@@ -5,7 +5,7 @@ import pytest
 from asyncrl import launch
 from asyncrl.config import Deployment, EngineSpec, GeneratorsSpec, LearnerPlaceSpec, LearnerSpec, LimitsSpec, StalenessSpec
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 
 def deployment(ranks: int, **limits: float) -> Deployment:
