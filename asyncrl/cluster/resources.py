@@ -23,11 +23,13 @@ def check_placement(deployment: Deployment, environ: Mapping[str, str] = os.envi
         ("learner", deployment.learner.ranks, deployment.learner.place),
         ("store", 1, deployment.store.place),
     ]
+    ranks = deployment.learner.names
+    named = f"; the learner's ranks are {', '.join(ranks)}" if len(ranks) > 1 else ""
     actors = sum(count for _, count, _ in groups)
     cpus = sum(count * place.cpus for _, count, place in groups)
     gpus = sum(count * place.gpus for _, count, place in groups)
     if address := named_cluster(deployment, environ):
-        return f"{actors} actors ask for {cpus:g} CPUs, {gpus:g} GPUs; the Ray at {address} is asked when it is joined"
+        return f"{actors} actors ask for {cpus:g} CPUs, {gpus:g} GPUs; the Ray at {address} is asked when it is joined{named}"
     have_cpus = deployment.num_cpus if deployment.num_cpus is not None else len(os.sched_getaffinity(0))
     have_gpus = count_gpus(environ, dev) if gpus else 0
     custom = sorted({name for _, _, place in groups for name in place.resources})
@@ -47,7 +49,7 @@ def check_placement(deployment: Deployment, environ: Mapping[str, str] = os.envi
             f"pip install --force-reinstall torch=={build.partition('+')[0]}"
         )
     offered = f", {gpus:g} of {have_gpus} GPUs" if gpus else ""
-    return f"{actors} actors on this machine ask for {cpus:g} of {have_cpus} CPUs{offered}"
+    return f"{actors} actors on this machine ask for {cpus:g} of {have_cpus} CPUs{offered}{named}"
 
 
 def named_cluster(deployment: Deployment, environ: Mapping[str, str] = os.environ) -> str:

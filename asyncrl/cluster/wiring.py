@@ -224,7 +224,7 @@ def _rank(plan: RunPlan, name: str, rendezvous: Any = None) -> "Rank":
         # Who waits longer than this is not heard any more: the watch over stalled runs goes first.
         timeout_s = 2 * max(limits.stall_timeout_s, limits.save_timeout_s)
         ranks = join(rendezvous, index, layout, device=device, timeout_s=timeout_s)
-    trainer = policy_trainer(recipe, device=device, refused_dir=plan.paths.logs / "refused")
+    trainer = policy_trainer(recipe, device=device, refused_dir=plan.paths.logs / "refused", ranks=ranks)
     checkpoints = Checkpoints(plan.paths, recipe.checkpoint.keep_last_n, recipe.checkpoint.keep_every, ranks)
     return Rank(trainer, checkpoints, load_tokenizer(recipe.model), ranks, run_dtypes(recipe, plan.deployment).bus)
 

@@ -45,6 +45,15 @@ def test_what_fits_is_told(dev: Path) -> None:
     assert check_placement(Deployment(num_cpus=0), {}, dev) == "4 actors on this machine ask for 0 of 0 CPUs"
 
 
+def test_every_rank_of_the_learner_counts(dev: Path) -> None:
+    learner = LearnerPlaceSpec(ranks=3, place=PlaceSpec(cpus=1.0, gpus=1.0))
+    told = check_placement(Deployment(num_cpus=4, learner=learner), {"RAY_ADDRESS": "10.0.0.1:6379"}, dev)
+    assert told.startswith("6 actors ask for 3 CPUs, 3 GPUs; ")
+    assert told.endswith("; the learner's ranks are learner, learner-1, learner-2")
+    with pytest.raises(ConfigError, match=r"learner +3 +1 +1\n(.|\n)*demanded +3 +3\n.*available +2 +4"):
+        check_placement(Deployment(num_cpus=2, learner=learner), {}, dev)
+
+
 def test_what_does_not_fit_is_a_table_by_group(dev: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         check_placement(deployment(generators=4, gpus=1.0, cpus=0.5), {}, dev)

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import re
 import signal
 from collections import Counter
+from collections.abc import Container
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from msgspec.structs import replace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncrl import Recipe, RunResult, Trainer, launch
-from asyncrl.config import CheckpointSpec, Deployment, LearnerSpec, LimitsSpec, StalenessSpec
+from asyncrl.config import CheckpointSpec, Deployment, LearnerPlaceSpec, LearnerSpec, LimitsSpec, StalenessSpec
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.replay.log import events as ev
 from asyncrl.replay.log.tail import record
@@ -27,12 +29,13 @@ STEPS = 120
 
 
 class Killer:
-    """Sends a signal to actors when the run has committed so many updates: {update: actor}; then lets go of `hold`."""
+    """Kills actors when the run has committed so many updates: {update: actor}; then lets go of `hold`. hangs: the updates at
+    which the actor is stopped instead."""
 
-    def __init__(self, plan: dict[int, str], hold: Any, what: signal.Signals = signal.SIGKILL) -> None:
+    def __init__(self, plan: dict[int, str], hold: Any, hangs: Container[int] = ()) -> None:
         self._plan = dict(plan)
         self._hold = hold
-        self._what = what
+        self._hangs = hangs
         self._victim = 0
         self.killed: list[str] = []
 
@@ -43,7 +46,7 @@ class Killer:
         if due and (name := self._plan[due[0]]) in run.pids:
             del self._plan[due[0]]
             self._victim = run.pids[name]
-            os.kill(self._victim, self._what)
+            os.kill(self._victim, signal.SIGSTOP if due[0] in self._hangs else signal.SIGKILL)
             self.killed.append(name)
             if not self._plan:
                 self._hold.release()
@@ -122,12 +125,33 @@ def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_reci
 @pytest.mark.timeout(180)
 def test_actors_that_hang_are_replaced(local_ray, tiny_recipe, hold_after, events_of, tmp_path):
     hold = hold_after(20)
-    killer = Killer({2: "generator-0", 5: "store"}, hold, signal.SIGSTOP)
+    killer = Killer({2: "generator-0", 5: "store"}, hold, hangs=(2, 5))
     limits = LimitsSpec(poll_s=0.5, health_timeout_s=10.0)
     result = run(tiny_recipe(algorithm=hold.algorithm, total_steps=30), tmp_path, killer, Deployment(limits=limits))
     assert killer.killed == ["generator-0", "store"]
     assert (result.restarts, result.steps) == ({"generator-0": 1, "store": 1}, 30)
     assert_nothing_lost(events_of(result.run_dir), result)
+
+
+@pytest.mark.timeout(300)
+def test_ranks_start_anew_together_when_one_of_them_dies_or_hangs(local_ray, tiny_recipe, hold_after, events_of, tmp_path, caplog):
+    """The run saves every update, so that kills may fall into a save."""
+    hold = hold_after(16)
+    killer = Killer({3: "learner-1", 7: "learner", 11: "learner-1"}, hold, hangs=(11,))
+    recipe = tiny_recipe(algorithm=hold.algorithm, total_steps=20, checkpoint=CheckpointSpec(save_freq=1))
+    limits = LimitsSpec(poll_s=0.5, health_timeout_s=8.0)
+    result = run(recipe, tmp_path, killer, Deployment(learner=LearnerPlaceSpec(ranks=2), limits=limits))
+    assert killer.killed == ["learner-1", "learner", "learner-1"]
+    assert (result.restarts, result.steps) == ({"learner": 3}, 20), "a failure of the group counts once"
+    assert result.max_trained_lag <= recipe.staleness.max_lag
+    assert_nothing_lost(events_of(result.run_dir), result)
+    told = [record.getMessage() for record in caplog.records if "died and is restarted" in record.getMessage()]
+    first, second, third = told
+    assert first.startswith("learner-1 died")
+    assert second.startswith("learner died")
+    hung = r"learner-1 died .* has not answered for \d+ s; all ranks start anew. After update \d+ .*: learner .* for [4-9] s, in .*learner-1"
+    assert re.match(hung, third), third
+    assert "has not answered" not in first + second
 
 
 # ------------------------------------------------------------------------------- led from Python, stopped and resumed
