@@ -10,10 +10,12 @@ from ray.exceptions import OutOfDiskError, RayTaskError
 from asyncrl import launch
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.supervisor import Supervisor
+from asyncrl.cluster.watchdog import StallWatch
 from asyncrl.config import (
     AlgorithmSpec,
     Deployment,
     GeneratorsSpec,
+    LearnerPlaceSpec,
     LearnerSpec,
     LimitsSpec,
     PlaceSpec,
@@ -24,7 +26,7 @@ from asyncrl.config import (
 )
 from asyncrl.errors import AsyncRLError, ConfigError, DiskFull, PlacementError, Unavailable
 from asyncrl.report.summary import RunSummary
-from asyncrl.types import GroupCounts, RewardFailures, StoreReport
+from asyncrl.types import GroupCounts, Report, RewardFailures, StoreReport
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
 
@@ -76,6 +78,40 @@ def test_the_store_is_told_of_deaths_while_it_was_down_once_it_is_up(local_ray, 
         store.phase = phase
         supervisor._failed(generator, Unavailable("it died"))
         assert told == {"starting": [], "running": [("forget", generator.name, plan.incarnation(0))] * 2}[phase]
+
+
+def test_ranks_of_which_none_moves_start_anew_and_are_named_with_what_they_wait_for(tiny_recipe, tmp_path, monkeypatch, caplog):
+    deployment = Deployment(learner=LearnerPlaceSpec(ranks=2))
+    plan = RunPlan(recipe=tiny_recipe(), deployment=deployment, run_dir=str(tmp_path), started=1, loopback=True)
+    plan.paths.create()
+    summary, now, begun = RunSummary(name="tiny", total_steps=5, committed=6), 0.0, []
+    supervisor = Supervisor(plan, summary, lambda records: None)
+    lead, rank = supervisor._learner.gang
+    monkeypatch.setattr(lead, "spawn", lambda *arguments: begun.append(lead.name))
+    supervisor._gang_stall = StallWatch(300.0, lambda: now)
+    lead.phase = rank.phase = "running"
+
+    def look(progress: int, doing: str = "update for 9 s, in all_reduce of Ranks.sum_") -> None:
+        for name, role, done, what in (("learner", "learner", 7, doing), ("learner-1", "rank", progress, doing and "update")):
+            summary.reports[name] = Report(name=name, role=role, seconds={}, gauges={}, progress=done, doing=what)
+        supervisor._watch_gang()
+
+    look(1)
+    for progress in (1, 2, 3):  # one of them gets on
+        now += 299.0
+        look(progress)
+    now = 2000.0
+    look(3, doing="")  # they are asked for nothing
+    assert not begun
+    look(3)
+    now = 2301.0
+    look(3)
+    assert begun == ["learner"]
+    assert lead.restarts == 1
+    assert (
+        "learner died and is restarted: no rank of it has moved for limits.stall_timeout_s=300 s; all ranks start anew. After "
+        "update 6 they were last heard at: learner update for 9 s, in all_reduce of Ranks.sum_, learner-1 update"
+    ) in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,53 @@
+"""Which of several ranks' errors is told as the cause."""
+
+import pytest
+import ray
+from ray.exceptions import RayError
+
+from asyncrl.cluster.causes import first_failure
+from asyncrl.cluster.members import Member
+from asyncrl.config import LimitsSpec, PlaceSpec
+from asyncrl.errors import NonFinite, Unavailable
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def fail(error):
+    raise error
+
+
+@ray.remote(num_cpus=0)
+class Rank:
+    def run(self):
+        ray.actor.exit_actor()  # as if killed
+
+
+def error_of(ref):
+    try:
+        ray.get(ref)
+    except RayError as error:
+        return error
+
+
+def test_the_first_failure_of_a_group_is_told(local_ray):
+    """A peer that is lost shows as an error of whoever waits for it in a collective, often before its death does."""
+    rank = Member("rank", "learner-1", PlaceSpec(), LimitsSpec(), lambda: 0.0)
+    lead = Member("learner", "learner", PlaceSpec(), LimitsSpec(), lambda: 0.0, [rank])
+    assert (rank.lead, lead.lead, lead.gang, rank.gang) == (lead, lead, (lead, rank), (rank,))
+    lost = fail.remote(RuntimeError("Connection closed by peer"))
+    actor = Rank.remote()
+    died, diverged, own = actor.run.remote(), fail.remote(NonFinite("nan")), fail.remote(OSError("its own"))
+    for of_lead, of_rank, seen, cause in (
+        (lost, died, lead, rank),  # the process that died, whoever is seen first
+        (lost, diverged, lead, rank),  # what no restart mends
+        (lost, own, rank, rank),  # else whoever is seen first
+        (own, lost, lead, lead),
+        (lost, None, lead, lead),  # the other one has not failed
+    ):
+        lead.task, rank.task = of_lead, of_rank
+        member, error = first_failure(seen, error_of(seen.task))
+        assert (member, str(error)) == (cause, str(error_of(cause.task)))
+    silent = Unavailable("learner-1 has not answered for 60 s")
+    rank.task = diverged
+    assert first_failure(lead, silent) == (lead, silent)  # which nobody else can have caused
