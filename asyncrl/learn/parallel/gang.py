@@ -6,6 +6,7 @@ Within a verb ranks wait for each other in collectives, which nothing here ends.
 waiting: whoever started the ranks has to end all of them, and build them anew (the supervisor does).
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -13,7 +14,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from asyncrl.errors import Unavailable
+from asyncrl.errors import Closed, Unavailable
 from asyncrl.learn.parallel.rank import Rank
 from asyncrl.models.memory import FlatTensors
 from asyncrl.report.timing import TimeInState
@@ -73,26 +74,28 @@ class Follower:
         self._build = build
         self._rank: Rank | None = None
         self._asked: SimpleQueue[tuple[Future[None], str, tuple[Any, ...]] | None] = SimpleQueue()
+        self._over = threading.Event()
         self._time = TimeInState()
 
     def serve(self, verb: str, *arguments: Any) -> None:
-        """Waits until this rank has made a verb; raises what it raised. Not to be asked after `stop`."""
+        """Waits until this rank has made a verb; raises what it raised, or Closed if `run` has ended, or ends before."""
         ended: Future[None] = Future()
         self._asked.put((ended, verb, arguments))
+        if self._over.is_set():
+            raise Closed(f"{self._name} has ended, and makes no {verb}")
         ended.result()
 
     def run(self) -> None:
         """Serves until `stop`. Raises the first error of a verb: then the process is of no use to the others."""
         self._time.enter("wait:learner")
-        while (asked := self._asked.get()) is not None:
-            ended, verb, arguments = asked
-            try:
-                with self._time.span("busy"):
-                    self._make(verb, arguments)
-            except BaseException as error:
-                ended.set_exception(error)
-                raise
-            ended.set_result(None)
+        try:
+            while (asked := self._asked.get()) is not None:
+                self._answer(*asked)
+        finally:
+            self._over.set()
+            while not self._asked.empty():
+                if (late := self._asked.get()) is not None:
+                    late[0].set_exception(Closed(f"{self._name} has ended, and makes no {late[1]}"))
 
     def stop(self) -> None:
         """Ends `run` after the verbs that were asked for; idempotent, from any thread."""
@@ -105,6 +108,15 @@ class Follower:
             return Report(name=self._name, role="rank", seconds=seconds, gauges={})
         pulse = self._rank.pulse
         return Report(name=self._name, role="rank", seconds=seconds, gauges={}, progress=pulse.progress, doing=pulse.doing)
+
+    def _answer(self, ended: "Future[None]", verb: str, arguments: tuple[Any, ...]) -> None:
+        try:
+            with self._time.span("busy"):
+                self._make(verb, arguments)
+        except BaseException as error:
+            ended.set_exception(error)
+            raise
+        ended.set_result(None)
 
     def _make(self, verb: str, arguments: tuple[Any, ...]) -> None:
         if self._rank is None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from asyncrl.config import Layout
-from asyncrl.errors import NonFinite, Unavailable
+from asyncrl.errors import Closed, NonFinite, Unavailable
 from asyncrl.learn.parallel.gang import Follower, Gang
 from asyncrl.learn.parallel.pulse import Pulse
 from asyncrl.models.ranks import Ranks
@@ -78,7 +78,7 @@ def test_every_verb_is_made_by_all_ranks_at_once_and_answered_by_the_first(group
     group.gang.save(Version(1, 5))
     group.gang.load(5)
     group.gang.export("out")
-    asked = [("update", ["rollouts"], 4), ("save", Version(1, 5)), ("load", 5), ("export", "out")]
+    asked = [("update", ["rollouts"], 4), ("save", Version(1, 5), False), ("load", 5), ("export", "out")]
     assert [rank.calls for rank in group.ranks] == [asked] * 3
     assert [follower.report().role for follower in group.followers] == ["rank", "rank"]
     assert all({"busy", "wait:learner"} <= follower.report().seconds.keys() for follower in group.followers)
@@ -102,6 +102,8 @@ def test_a_follower_ends_after_what_it_was_asked_for(group: Group) -> None:
     for follower in group.followers:
         follower.stop()
     assert [end.result(10) for end in group.ends] == [None, None]
+    with pytest.raises(Closed, match="learner-1 has ended, and makes no update"):
+        group.followers[0].serve("update", [], 3)
 
 
 def waits(ranks: Ranks) -> tuple[str, str, list[int]]:
