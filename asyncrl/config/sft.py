@@ -3,7 +3,8 @@
 from typing import Literal
 
 from asyncrl.config.base import SEED_RULE, Rule, Spec, require, require_fields
-from asyncrl.config.learner import OPTIMIZER_RULES, LoraSpec, ModelSpec, OptimizerSpec
+from asyncrl.config.learner import OPTIMIZER_RULES, LoraSpec, ModelSpec, OptimizerSpec, PrecisionSpec
+from asyncrl.config.parallel import ParallelSpec, layouts
 
 
 class DemonstrationsSpec(Spec, frozen=True, kw_only=True):
@@ -41,10 +42,14 @@ class SFTSpec(OptimizerSpec, frozen=True, kw_only=True):
     eval_freq: int = 50  # steps between two held-out losses; also at the start and at the end
     save_freq: int | None = 200  # steps between checkpoints, from which it resumes to the bit; null: none
     device: str = ""  # empty: a GPU if there is one
+    ranks: int = 1  # processes of this machine that train together, each on a device of its own
+    parallel: ParallelSpec = ParallelSpec()  # how they divide the model, as the learner's; what is auto is not divided so
+    precision: PrecisionSpec = PrecisionSpec()  # as the learner's
 
     def __post_init__(self) -> None:
         require(bool(self.out), "out='': the trained policy would be lost; name a folder to write")
         require_fields(self, "", _RULES)
+        layouts(self.parallel, self.ranks)
         require(
             self.epochs is None or self.steps is None,
             f"epochs={self.epochs} and steps={self.steps}: it is not clear how long to train; set one of the two",
@@ -58,7 +63,7 @@ class SFTSpec(OptimizerSpec, frozen=True, kw_only=True):
 
 _RULES: tuple[Rule, ...] = (
     *OPTIMIZER_RULES,
-    ("batch epochs steps max_tokens_per_pack", lambda x: x >= 1, "< 1: nothing would be trained; use at least 1"),
+    ("batch epochs steps max_tokens_per_pack ranks", lambda x: x >= 1, "< 1: nothing would be trained; use at least 1"),
     ("lr", lambda x: x > 0, "<= 0: nothing would be learned; use a rate > 0, for example 1e-5"),
     SEED_RULE,
     ("eval_freq", lambda x: x >= 1, "< 1; to turn it off leave data.heldout empty"),

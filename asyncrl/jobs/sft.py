@@ -22,16 +22,18 @@ from asyncrl.config import DemonstrationsSpec, ModelSpec, SFTSpec
 from asyncrl.config.load import override
 from asyncrl.errors import ConfigError
 from asyncrl.jobs.export import require_free
+from asyncrl.jobs.sft_ranks import device_of, together
 from asyncrl.learn.policies import Policy, load, locate
 from asyncrl.prompts.demonstrations import check_demonstrations, read_demonstrations
 from asyncrl.report.progress import WarmStartLines
-from asyncrl.rundir import RunDir, atomic_folder, write_atomic
+from asyncrl.rundir import RunDir, write_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from asyncrl.learn.sft_run import Observe
     from asyncrl.models.packed import TokenSequence
+    from asyncrl.models.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +88,26 @@ def train(spec: SFTSpec, *, resume: bool = False, force: bool = False, observe: 
     """
     out = Path(spec.out).expanduser().absolute()
     require_free(out, force)
+    policy = start_of(spec)
+    check_demonstrations((*spec.data.files, *spec.data.heldout), spec.data)
+    work = RunDir(out.with_name(f"{out.name}.sft"))
+    if resume:
+        work.require_checkpoint()
+    with work.lock(work.checkpoints):
+        _begin(work, spec, resume, force)
+        try:
+            with together(spec, work) as ranks:
+                result = train_rank(spec, policy, work, ranks, observe)
+        except KeyboardInterrupt:
+            steps = work.steps()
+            log.warning("interrupted: %s", f"--resume goes on from {steps[-1].name}" if steps else "there is no checkpoint yet")
+            raise
+        shutil.rmtree(work.checkpoints, ignore_errors=True)
+    return result
+
+
+def start_of(spec: SFTSpec) -> Policy:
+    """The policy that is trained, with what the spec says of it."""
     policy = locate(spec.model.path, spec.model.tokenizer, spec.model.dtype)
     given, found = spec.model, policy.spec
     model = msgspec.structs.replace(
@@ -96,21 +118,7 @@ def train(spec: SFTSpec, *, resume: bool = False, force: bool = False, observe: 
         override_config=given.override_config,
         tokenizer_revision=given.tokenizer_revision or found.tokenizer_revision,
     )
-    policy = msgspec.structs.replace(policy, spec=model)
-    check_demonstrations((*spec.data.files, *spec.data.heldout), spec.data)
-    work = RunDir(out.with_name(f"{out.name}.sft"))
-    if resume:
-        work.require_checkpoint()
-    with work.lock(work.checkpoints):
-        _begin(work, spec, resume, force)
-        try:
-            result = _train(spec, policy, work, out, observe)
-        except KeyboardInterrupt:
-            steps = work.steps()
-            log.warning("interrupted: %s", f"--resume goes on from {steps[-1].name}" if steps else "there is no checkpoint yet")
-            raise
-        shutil.rmtree(work.checkpoints, ignore_errors=True)
-    return result
+    return msgspec.structs.replace(policy, spec=model)
 
 
 def _begin(work: RunDir, spec: SFTSpec, resume: bool, force: bool) -> None:
@@ -134,34 +142,38 @@ def _begin(work: RunDir, spec: SFTSpec, resume: bool, force: bool) -> None:
     write_atomic(kept, msgspec.json.format(msgspec.json.encode(spec)))
 
 
-def _train(spec: SFTSpec, policy: Policy, work: RunDir, out: Path, observe: "Observe | None") -> SFTResult:
-    import torch
-
+def train_rank(spec: SFTSpec, policy: Policy, work: RunDir, ranks: "Ranks", observe: "Observe | None" = None) -> SFTResult:
+    """What every rank does. The first one tells `observe`, and makes the folder; results of others are the same."""
+    from asyncrl.learn.exporting import export_together
     from asyncrl.learn.sft import SupervisedTrainer, fit
     from asyncrl.learn.sft_run import Journal
-    from asyncrl.models.loading import export
-    from asyncrl.models.lora import add_adapters, merge_adapters
+    from asyncrl.models.lora import add_adapters
+    from asyncrl.models.sharding import shard
 
-    device = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load(policy, device)
+    device = device_of(spec)
+    model, tokenizer = load(policy)
     examples, too_long = _read(spec.data.files, spec, policy, model, tokenizer)
     heldout = _read(spec.data.heldout, spec, policy, model, tokenizer)[0] if spec.data.heldout else []
     if spec.lora is not None:
         add_adapters(model, spec.lora, policy.spec, spec.seed)
-    trainer = SupervisedTrainer(model, spec, spec.total_steps(len(examples)), max_tokens_per_pack=spec.max_tokens_per_pack)
-    learned, total = sum(len(example.scored) for example in examples), trainer.total_steps
+    shard(model, ranks, spec.precision, device)
+    steps, bound = spec.total_steps(len(examples)), spec.max_tokens_per_pack
+    trainer = SupervisedTrainer(model, spec, steps, max_tokens_per_pack=bound, ranks=ranks)
+    learned = sum(len(example.scored) for example in examples)
     said = "%d examples (%d too long) with %d tokens to learn; %d steps on %s"
-    log.info(said, len(examples), too_long, learned, total, device)
-    with closing(Journal(spec, work, trainer, examples, heldout, observe)) as journal:
-        done = journal.start()
-        fit(trainer, examples, batch=min(spec.batch, len(examples)), seed=spec.seed, done=done, on_step=journal.step)
-    if spec.lora is not None:
-        merge_adapters(model)
-    with atomic_folder(out) as beside:
-        export(model, tokenizer, beside)
+    log.info(said, len(examples), too_long, learned, steps, device)
+    with closing(Journal(spec, work, trainer, examples, heldout, observe, ranks)) as journal:
+        done, batch = journal.start(), min(spec.batch, len(examples))
+        try:
+            fit(trainer, examples, batch=batch, seed=spec.seed, done=done, on_step=journal.step)
+        except RuntimeError:  # a collective's: another rank failed
+            journal.give_up()
+            raise
+    out = Path(spec.out).expanduser().absolute()
+    export_together(model, tokenizer, out, ranks, "export")
     return SFTResult(
         out=str(out),
-        steps=total,
+        steps=steps,
         examples=len(examples),
         too_long=too_long,
         loss=journal.loss,

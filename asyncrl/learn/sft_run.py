@@ -10,6 +10,7 @@ from asyncrl.errors import ConfigError
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.sft import SupervisedTrainer
 from asyncrl.models.packed import TokenSequence
+from asyncrl.models.ranks import Ranks
 from asyncrl.report.metrics_log import MetricsLog
 from asyncrl.rundir import RunDir
 from asyncrl.types import Record, Version
@@ -18,7 +19,10 @@ Observe = Callable[[int, int, dict[str, float]], None]  # step, of how many, its
 
 
 class Journal:
-    """`start` once, then `step` after each. Metrics that were written before an interruption are not written twice."""
+    """`start` once, then `step` after each. Metrics that were written before an interruption are not written twice.
+
+    Every rank has one, for their checkpoints are made by all; the first one writes and tells the rest.
+    """
 
     def __init__(
         self,
@@ -28,14 +32,15 @@ class Journal:
         examples: Sequence[TokenSequence],
         heldout: Sequence[TokenSequence],
         observe: Observe | None,
+        ranks: Ranks,
     ) -> None:
         self._spec = spec
         self._trainer = trainer
         self._heldout = heldout
         self._observe = observe
-        self._checkpoints = Checkpoints(work, keep_last_n=1)
+        self._checkpoints = Checkpoints(work, keep_last_n=1, ranks=ranks)
         self._checkpoints.on_whole = lambda version: self._checkpoints.prune(version.update)
-        self._metrics = MetricsLog(work.metrics, work.tensorboard)
+        self._metrics = MetricsLog(work.metrics, work.tensorboard) if ranks.first else None
         trainer.state |= {"examples": float(_digest(examples)), "first_heldout": math.nan}
         self.loss = self.last_heldout = math.nan  # of the newest batch; of held-out examples
 
@@ -54,7 +59,8 @@ class Journal:
                 f"{', '.join(self._spec.data.files)} or the tokenizer changed since the checkpoint of step {done}: the rest "
                 "would be other data in another order; put the old files back, or start over with --force"
             )
-        self._checkpoints.discard_after(done)
+        if self._metrics is not None:
+            self._checkpoints.discard_after(done)
         return done
 
     def step(self, step: int, figures: dict[str, float]) -> None:
@@ -69,12 +75,19 @@ class Journal:
         if self._spec.save_freq and step % self._spec.save_freq == 0 and not last:
             self._checkpoints.save(self._trainer, Version(0, step))
 
+    def give_up(self) -> None:
+        """Instead of waiting for the checkpoint under way, where other ranks may be gone."""
+        self._checkpoints.give_up()
+
     def close(self) -> None:
         """Waits for the checkpoint under way."""
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()
         self._checkpoints.wait()
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
+        if self._metrics is None:
+            return
         # a sequence number starts at 1, and step 0 may have a line too
         version = Version(0, step)
         self._metrics.append(Record(sequence=step + 1, time=time.time(), kind="step", version=version, metrics=metrics))

@@ -57,6 +57,12 @@ def join(store: dist.Store, rank: int, layout: Layout, *, device: str, timeout_s
     return Ranks(layout, device, store.clone())  # type: ignore[attr-defined]
 
 
+def leave() -> None:
+    """Leaves the process group, if this process is in one. Waits for nobody."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class Ranks:
     """This rank of the process group; `Ranks()` is the only one, without a group: then nothing here communicates."""
 
@@ -112,10 +118,13 @@ class Ranks:
         """
         return part if self.sp_group is None else _Whole.apply(part, where, size, self.sp_group)
 
-    def tell(self, about: str, said: str) -> None:
-        """Tells all other ranks something, from any thread, beside whatever they compute; waits for nobody."""
+    def tell(self, about: str, said: str, index: int | None = None) -> None:
+        """Tells all other ranks something, from any thread, beside whatever they compute; waits for nobody.
+
+        index: the rank in whose place it is told; None: its own.
+        """
         if self._store is not None:
-            self._store.set(f"{about}/{self.index}", said)
+            self._store.set(f"{about}/{self.index if index is None else index}", said)
 
     def heard(self, about: str, index: int, timeout_s: float) -> str:
         """What rank `index` tells about something. Waits until it does; raises torch's DistError after `timeout_s`."""

@@ -1,26 +1,19 @@
 """What every process of the learner's group serves. Each verb is called on all ranks at once, in the same order, by `Gang`."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from asyncrl.learn.checkpoint import Checkpoints
+from asyncrl.learn.exporting import export_together
 from asyncrl.learn.parallel.pulse import Pulse
-from asyncrl.learn.snapshot import copies_to_write
-from asyncrl.learn.together import write_together
 from asyncrl.learn.trainer import PolicyTrainer
 from asyncrl.models.layout import DTYPES
-from asyncrl.models.loading import export
 from asyncrl.models.lora import merged_pieces
 from asyncrl.models.memory import FlatTensors, Place
 from asyncrl.models.ranks import Ranks
 from asyncrl.models.staging import Staging
-from asyncrl.models.stored import StoredTensors
-from asyncrl.rundir import atomic_folder
 from asyncrl.types import TrainRollout, Version
 
 
@@ -67,26 +60,6 @@ class Rank:
         self._staging.write(place)
 
     def export(self, folder: str) -> None:
-        """Writes the current policy as a Hugging Face folder, adapters merged, tokenizer included.
-
-        Each of several ranks writes its pieces; the first makes the folder of them, with the whole model in its host's memory.
-        """
+        """Writes the current policy as a Hugging Face folder, adapters merged, tokenizer included."""
         self._exports += 1
-        model, pieces = self._trainer.model, merged_pieces(self._trainer.model, self._ranks)
-        if self._ranks.layout.ranks == 1:
-            with atomic_folder(folder) as beside:
-                export(model, self._tokenizer, beside, weights={piece.name: piece.read() for piece in pieces})
-            return
-        tensors, metadata = copies_to_write([piece._replace(local=piece.read()) for piece in pieces])
-
-        def write(beside: Path) -> dict[str, Any]:
-            (beside / "pieces").mkdir(exist_ok=True)
-            save_file(tensors, beside / "pieces" / f"{self._ranks.index}.safetensors", metadata)
-            return {}
-
-        def finish(beside: Path, _: dict[str, Any]) -> None:
-            whole = dict(StoredTensors(beside / "pieces"))
-            shutil.rmtree(beside / "pieces")
-            export(model, self._tokenizer, beside, weights=whole)
-
-        write_together(Path(folder), self._ranks, f"export/{self._exports}", write, finish)
+        export_together(self._trainer.model, self._tokenizer, Path(folder), self._ranks, f"export/{self._exports}")
