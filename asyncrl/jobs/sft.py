@@ -6,6 +6,7 @@ OUT.sft/    sft.json  metrics.jsonl  tensorboard/  checkpoints/ (until OUT is th
 
 import argparse
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -22,11 +23,12 @@ from asyncrl.config import DemonstrationsSpec, ModelSpec, SFTSpec
 from asyncrl.config.load import override
 from asyncrl.errors import ConfigError
 from asyncrl.jobs.export import require_free
-from asyncrl.jobs.sft_ranks import device_of, together
+from asyncrl.jobs.sft_ranks import device_of, join_at, together
 from asyncrl.learn.policies import Policy, load, locate
+from asyncrl.processes import end_with_owner
 from asyncrl.prompts.demonstrations import check_demonstrations, read_demonstrations
 from asyncrl.report.progress import WarmStartLines
-from asyncrl.rundir import RunDir, write_atomic
+from asyncrl.rundir import RunDir, StandardError, set_up_logging, write_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,7 +90,7 @@ def train(spec: SFTSpec, *, resume: bool = False, force: bool = False, observe: 
     """
     out = Path(spec.out).expanduser().absolute()
     require_free(out, force)
-    policy = start_of(spec)
+    policy = _start(spec)
     check_demonstrations((*spec.data.files, *spec.data.heldout), spec.data)
     work = RunDir(out.with_name(f"{out.name}.sft"))
     if resume:
@@ -96,8 +98,8 @@ def train(spec: SFTSpec, *, resume: bool = False, force: bool = False, observe: 
     with work.lock(work.checkpoints):
         _begin(work, spec, resume, force)
         try:
-            with together(spec, work) as ranks:
-                result = train_rank(spec, policy, work, ranks, observe)
+            with together(spec, work, __name__) as ranks:
+                result = _train(spec, policy, work, ranks, observe)
         except KeyboardInterrupt:
             steps = work.steps()
             log.warning("interrupted: %s", f"--resume goes on from {steps[-1].name}" if steps else "there is no checkpoint yet")
@@ -106,7 +108,7 @@ def train(spec: SFTSpec, *, resume: bool = False, force: bool = False, observe: 
     return result
 
 
-def start_of(spec: SFTSpec) -> Policy:
+def _start(spec: SFTSpec) -> Policy:
     """The policy that is trained, with what the spec says of it."""
     policy = locate(spec.model.path, spec.model.tokenizer, spec.model.dtype)
     given, found = spec.model, policy.spec
@@ -142,7 +144,7 @@ def _begin(work: RunDir, spec: SFTSpec, resume: bool, force: bool) -> None:
     write_atomic(kept, msgspec.json.format(msgspec.json.encode(spec)))
 
 
-def train_rank(spec: SFTSpec, policy: Policy, work: RunDir, ranks: "Ranks", observe: "Observe | None" = None) -> SFTResult:
+def _train(spec: SFTSpec, policy: Policy, work: RunDir, ranks: "Ranks", observe: "Observe | None" = None) -> SFTResult:
     """What every rank does. The first one tells `observe`, and makes the folder; results of others are the same."""
     from asyncrl.learn.exporting import export_together
     from asyncrl.learn.sft import SupervisedTrainer, fit
@@ -199,3 +201,13 @@ def _read(
             "set model.tokenizer"
         )
     return [TokenSequence(ids, learned) for ids, learned in found.examples], found.too_long
+
+
+if __name__ == "__main__":  # a rank that `together` started
+    _, folder, rank, port, lifeline = sys.argv
+    end_with_owner(int(lifeline))
+    set_up_logging(StandardError())
+    work = RunDir(Path(folder))
+    spec = msgspec.json.decode((work.path / "sft.json").read_bytes(), type=SFTSpec)
+    _train(spec, _start(spec), work, join_at(int(port), spec, int(rank)))
+    os._exit(0)  # the first rank may have left the group already: nothing here needs it any more

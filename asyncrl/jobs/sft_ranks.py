@@ -4,7 +4,6 @@ They end with it, however it ends. What one of them has to say goes to `rank-<nu
 """
 
 import contextlib
-import logging
 import os
 import sys
 import time
@@ -12,13 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from asyncrl.config import SFTSpec
 from asyncrl.config.parallel import layouts
 from asyncrl.errors import ActorFailed
-from asyncrl.processes import OwnedProcess, end_with_owner
-from asyncrl.rundir import RunDir, set_up_logging
+from asyncrl.processes import OwnedProcess
+from asyncrl.rundir import RunDir
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -31,10 +28,11 @@ TIMEOUT_S = 1800.0  # for which a rank waits for another: a model may have to be
 
 
 @contextlib.contextmanager
-def together(spec: SFTSpec, work: RunDir) -> Iterator["Ranks"]:
+def together(spec: SFTSpec, work: RunDir, module: str) -> Iterator["Ranks"]:
     """This process among spec.ranks, all of which train while the block runs.
 
-    Where another one dies, or fails alone, the block ends at once: raises ActorFailed, which names its log.
+    module: what the others run; it is given the working folder, the rank, the port to `join_at`, and a lifeline.
+    Where one of them dies, or fails alone, the block ends at once: raises ActorFailed, which names its log.
     """
     from asyncrl.models.ranks import Ranks, leave, open_rendezvous
 
@@ -46,7 +44,7 @@ def together(spec: SFTSpec, work: RunDir) -> Iterator["Ranks"]:
         rendezvous = open_rendezvous(HOST)
         for rank in range(1, spec.ranks):
             with _log(work, rank).open("wb") as log:
-                command = [sys.executable, "-m", __name__, str(work.path), str(rank), str(rendezvous.port)]
+                command = [sys.executable, "-m", module, str(work.path), str(rank), str(rendezvous.port)]
                 others[rank] = OwnedProcess(command, stdout=log, stderr=log)
         while not rendezvous.check([f"here/{rank}" for rank in others]):  # then all of them will join
             _require_alive(others, work)
@@ -71,8 +69,17 @@ def _log(work: RunDir, rank: int) -> Path:
     return work.path / f"rank-{rank}.log"
 
 
+def join_at(port: int, spec: SFTSpec, rank: int) -> "Ranks":
+    """Makes a process that `together` started the rank that it is. Waits for the others."""
+    from asyncrl.models.ranks import reach_rendezvous
+
+    rendezvous = reach_rendezvous(HOST, port, TIMEOUT_S)
+    rendezvous.set(f"here/{rank}", "")
+    return _join(spec, rank, rendezvous)
+
+
 def _join(spec: SFTSpec, rank: int, rendezvous: "TCPStore") -> "Ranks":
-    """Makes this process a rank, with its device and its share of the machine's cores. Waits for the others."""
+    """With the rank's device, and its share of the machine's cores."""
     import torch
 
     from asyncrl.models.loading import use_threads
@@ -91,22 +98,3 @@ def device_of(spec: SFTSpec) -> str:
     import torch
 
     return spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _follow(folder: str, rank: int, port: int) -> None:
-    """What a process that `together` started does."""
-    from asyncrl.jobs.sft import start_of, train_rank
-    from asyncrl.models.ranks import reach_rendezvous
-
-    work = RunDir(Path(folder))
-    spec = msgspec.json.decode((work.path / "sft.json").read_bytes(), type=SFTSpec)
-    rendezvous = reach_rendezvous(HOST, port, TIMEOUT_S)
-    rendezvous.set(f"here/{rank}", "")
-    train_rank(spec, start_of(spec), work, _join(spec, rank, rendezvous))
-
-
-if __name__ == "__main__":
-    end_with_owner(int(sys.argv[4]))
-    set_up_logging(logging.StreamHandler())
-    _follow(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
-    os._exit(0)  # the first rank may have left the group already: nothing here needs it any more
