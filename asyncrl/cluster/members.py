@@ -124,7 +124,7 @@ class Member:
         for member in self.gang:
             if member.handle is not None:
                 ray.kill(member.handle, no_restart=True)
-            member.phase, member.task = "ended", None
+            member.phase, member.task, member.pid = "ended", None, 0
 
     def release(self) -> None:
         self.kill()
