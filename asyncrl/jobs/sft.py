@@ -165,12 +165,8 @@ def _train(spec: SFTSpec, policy: Policy, work: RunDir, ranks: "Ranks", observe:
     said = "%d examples (%d too long) with %d tokens to learn; %d steps on %s"
     log.info(said, len(examples), too_long, learned, steps, device)
     with closing(Journal(spec, work, trainer, examples, heldout, observe, ranks)) as journal:
-        done, batch = journal.start(), min(spec.batch, len(examples))
-        try:
-            fit(trainer, examples, batch=batch, seed=spec.seed, done=done, on_step=journal.step)
-        except RuntimeError:  # a collective's: another rank failed
-            journal.give_up()
-            raise
+        done = journal.start()
+        fit(trainer, examples, batch=min(spec.batch, len(examples)), seed=spec.seed, done=done, on_step=journal.step)
     out = Path(spec.out).expanduser().absolute()
     export_together(model, tokenizer, out, ranks, "export")
     return SFTResult(

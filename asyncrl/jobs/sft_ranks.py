@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,9 @@ def together(spec: SFTSpec, work: RunDir, module: str) -> Iterator["Ranks"]:
         while not rendezvous.check([f"here/{rank}" for rank in others]):  # then all of them will join
             _require_alive(others, work)
             time.sleep(LOOK_S)
-        yield _join(spec, 0, rendezvous)
+        ranks = _join(spec, 0, rendezvous)
+        ranks.require_others = partial(_require_alive, others, work)
+        yield ranks
     except RuntimeError:  # a collective's: it does not know who
         _require_alive(others, work)
         raise

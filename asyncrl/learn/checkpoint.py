@@ -8,7 +8,6 @@ step_000100/  policy/ critic/        weights (or adapters alone), and the policy
 The thread that trains makes a Snapshot, a copy in the host's memory, and goes on; a helper thread writes it (learn.together).
 """
 
-import contextlib
 import logging
 import shutil
 import time
@@ -20,7 +19,7 @@ from typing import Any
 from asyncrl.errors import CheckpointError, Fenced
 from asyncrl.learn.policies import Refusal, newest_complete
 from asyncrl.learn.snapshot import Checkpointed, Snapshot, restore, trained
-from asyncrl.learn.together import give_up, write_together
+from asyncrl.learn.together import write_together
 from asyncrl.manifests import read_manifest, write_manifest
 from asyncrl.models.ranks import Ranks
 from asyncrl.rundir import RunDir, sweep
@@ -77,21 +76,10 @@ class Checkpoints:
         if writing is not None:
             writing.result()
 
-    def give_up(self) -> None:
-        """Instead of `wait` on the first rank, where another one failed. Of the save under way nothing is left, unless all of
-        it was written already."""
-        give_up(self._ranks, self._about)
-        with contextlib.suppress(OSError):
-            self.wait()
-
     def check(self) -> None:
         """Raises what went wrong with the save under way, if that has shown; waits for nothing. From any thread."""
         if (writing := self._writing) is not None and writing.done():
             writing.result()
-
-    @property
-    def _about(self) -> str:
-        return f"checkpoint/{self._saves}"
 
     def _write(self, snapshot: Snapshot, extra: dict[str, Any], size_bytes: int) -> None:
         path, began, ours = self._run_dir.checkpoint(extra["update"]), time.monotonic(), extra["incarnation"]
@@ -101,7 +89,7 @@ class Checkpoints:
             if (newer := _extra(path).get("incarnation", 0)) > ours:
                 raise Fenced(f"{path} is of learner incarnation {newer} > {ours}: a newer one took over; stop")
 
-        write_together(path, self._ranks, self._about, snapshot.write, finish, size_bytes)
+        write_together(path, self._ranks, f"checkpoint/{self._saves}", snapshot.write, finish, size_bytes)
         if self._ranks.first:
             log.info("%s is on the disk, %.1f s after it was begun", path, time.monotonic() - began)
             self.on_whole(Version(ours, extra["update"]))

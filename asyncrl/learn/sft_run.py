@@ -75,10 +75,6 @@ class Journal:
         if self._spec.save_freq and step % self._spec.save_freq == 0 and not last:
             self._checkpoints.save(self._trainer, Version(0, step))
 
-    def give_up(self) -> None:
-        """Instead of waiting for the checkpoint under way, where other ranks may be gone."""
-        self._checkpoints.give_up()
-
     def close(self) -> None:
         """Waits for the checkpoint under way."""
         if self._metrics is not None:

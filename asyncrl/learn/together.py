@@ -44,12 +44,6 @@ def write_together(
         raise
 
 
-def give_up(ranks: Ranks, about: str) -> None:
-    """Has the first rank wait no longer for what others write, because they may be gone: its `write_together` then raises."""
-    for rank in range(1, ranks.layout.ranks):
-        ranks.tell(f"{about}/written", json.dumps("it was given up"), rank)
-
-
 def _follow(ranks: Ranks, about: str, write: Callable[[Path], Said]) -> None:
     folder = ranks.heard(f"{about}/folder", 0, TIMEOUT_S)
     if not folder:

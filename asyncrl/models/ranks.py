@@ -13,6 +13,8 @@ import contextlib
 import fcntl
 import os
 import socket
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from asyncrl.config import Layout
 
+LOOK_S = 1.0  # how often who waits for another rank looks whether it is still there
 _SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 
 
@@ -72,6 +75,7 @@ class Ranks:
         self.grouped = layout.ranks > 1
         self.index = dist.get_rank() if self.grouped else 0
         self._store = store
+        self.require_others: Callable[[], None] = lambda: None  # raises if another rank has ended; for who waits for one
         self.dealt = layout.replicate * layout.shard  # shares into which packs are dealt
         self.share = self.index // (layout.sp * layout.tp)  # which of them is this rank's
         self.place = self.index // layout.tp % layout.sp  # of this rank among those that share its packs' tokens
@@ -118,19 +122,24 @@ class Ranks:
         """
         return part if self.sp_group is None else _Whole.apply(part, where, size, self.sp_group)
 
-    def tell(self, about: str, said: str, index: int | None = None) -> None:
-        """Tells all other ranks something, from any thread, beside whatever they compute; waits for nobody.
-
-        index: the rank in whose place it is told; None: its own.
-        """
+    def tell(self, about: str, said: str) -> None:
+        """Tells all other ranks something, from any thread, beside whatever they compute; waits for nobody."""
         if self._store is not None:
-            self._store.set(f"{about}/{self.index if index is None else index}", said)
+            self._store.set(f"{about}/{self.index}", said)
 
     def heard(self, about: str, index: int, timeout_s: float) -> str:
-        """What rank `index` tells about something. Waits until it does; raises torch's DistError after `timeout_s`."""
+        """What rank `index` tells about something. Waits until it does; raises what `require_others` does, or torch's DistError
+        after `timeout_s`."""
         assert self._store is not None, "the only rank waits for nobody"
-        self._store.wait([key := f"{about}/{index}"], timedelta(seconds=timeout_s))
-        return self._store.get(key).decode()
+        key, deadline = f"{about}/{index}", time.monotonic() + timeout_s
+        while True:
+            try:
+                self._store.wait([key], timedelta(seconds=LOOK_S))
+                return self._store.get(key).decode()
+            except dist.DistStoreError:
+                if time.monotonic() >= deadline:
+                    raise
+            self.require_others()
 
 
 class _Whole(torch.autograd.Function):
