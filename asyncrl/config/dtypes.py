@@ -16,9 +16,7 @@ class Dtypes(NamedTuple):
 
 def run_dtypes(recipe: Recipe, deployment: Deployment) -> Dtypes:
     """What `precision.compute`, `engine.dtype` and `bus.dtype` come to where they are `auto`."""
-    compute: str = recipe.learner.precision.compute
-    if compute == "auto":
-        compute = "bfloat16" if deployment.learner.place.gpus else recipe.model.dtype
+    compute = recipe.learner.precision.compute_of(recipe.model.dtype, gpu=bool(deployment.learner.place.gpus))
     engine: str = deployment.generators.engine.dtype
     if engine == "auto":
         engine = "bfloat16" if recipe.model.dtype == "bfloat16" else compute

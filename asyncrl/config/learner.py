@@ -75,6 +75,10 @@ class PrecisionSpec(Spec, frozen=True, kw_only=True):
     # Whether matrix products in float32 may round their factors to 10 bits of mantissa (TensorFloat-32, on GPUs).
     tf32: bool = False
 
+    def compute_of(self, master: str, *, gpu: bool) -> str:
+        """The dtype, never auto, in which a model computes whose weights are `master` (model.dtype)."""
+        return ("bfloat16" if gpu else master) if self.compute == "auto" else self.compute
+
 
 class LoraSpec(Spec, frozen=True, kw_only=True):
     """Low-rank adapters (Hu et al. 2021, by peft) that are trained in place of the model's own weights."""

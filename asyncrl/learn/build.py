@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from msgspec.structs import replace
 from transformers import PreTrainedModel
 
@@ -15,7 +14,7 @@ from asyncrl.models.loading import load_model
 from asyncrl.models.lora import WithoutAdapters, add_adapters
 from asyncrl.models.packed import PackedModel
 from asyncrl.models.ranks import Ranks
-from asyncrl.models.sharding import compute_dtype, shard
+from asyncrl.models.sharding import shard
 from asyncrl.models.value import OwnValues, SharedValues, value_model
 
 
@@ -45,9 +44,9 @@ def _reference(recipe: Recipe, policy: PreTrainedModel, device: str, ranks: Rank
     """A copy of the starting policy; under adapters it is there already."""
     if recipe.learner.lora is not None:
         return WithoutAdapters(policy, recipe.sampling.temperature, ranks)
-    compute = compute_dtype(recipe.learner.precision, getattr(torch, recipe.model.dtype), device)
     # Nothing is ever added to its weights, so these need no more digits than the compute has.
-    reference = load_model(replace(recipe.model, dtype=str(compute).removeprefix("torch.")))
+    compute = recipe.learner.precision.compute_of(recipe.model.dtype, gpu=device == "cuda")
+    reference = load_model(replace(recipe.model, dtype=compute))
     shard(reference, ranks, recipe.learner.precision, device)
     return PackedModel(reference, recipe.sampling.temperature, ranks)
 

@@ -27,15 +27,14 @@ from transformers import PreTrainedModel
 
 from asyncrl.config import PrecisionSpec
 from asyncrl.errors import ConfigError
+from asyncrl.models.layout import DTYPES
 from asyncrl.models.packed import packable
 from asyncrl.models.ranks import Ranks
 
 
 def compute_dtype(precision: PrecisionSpec, master: torch.dtype, device: str) -> torch.dtype:
     """In which dtype a model computes whose weights are `master` (model.dtype)."""
-    if precision.compute != "auto":
-        return getattr(torch, precision.compute)
-    return torch.bfloat16 if device == "cuda" else master
+    return DTYPES[precision.compute_of(str(master).removeprefix("torch."), gpu=device == "cuda")]
 
 
 def shard(model: PreTrainedModel, ranks: Ranks, precision: PrecisionSpec, device: str = "cpu") -> None:
