@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from asyncrl.cluster.fit import DeviceMemory, fit_layout
+from asyncrl.cluster.fit import DeviceMemory, fit_layouts
 from asyncrl.config import DataSpec, Deployment, LearnerSpec, LoraSpec, ModelSpec, Recipe, RewardSpec
 from asyncrl.config.load import load_deployment
 from asyncrl.errors import ConfigError
@@ -49,7 +49,7 @@ def cell(deployment: Deployment, model: str, lora: LoraSpec | None = None) -> st
             total_steps=1,
         )
         try:
-            fit = fit_layout(recipe, deployment, devices(deployment))
+            fit = fit_layouts(recipe, deployment, {"learner": devices(deployment)})["learner"]
         except ConfigError:
             return "no" if lora else cell(deployment, model, LoraSpec())
     at, how = fit.layout, ["LoRA"] if lora else []

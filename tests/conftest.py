@@ -10,6 +10,7 @@ import multiprocessing.connection
 import os
 import runpy
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,9 @@ from asyncrl.config import (
 from asyncrl.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parents[1]
+# Background jobs of a shell ignore the first, under nohup the second, too; and what tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return solution_str.count(ground_truth) / 6
@@ -184,21 +188,23 @@ def descriptors() -> Callable[[], int]:
 
 @pytest.fixture(scope="session")
 def gang(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
-    """gang(layout, function, *arguments): what function(ranks, *arguments) returns on every rank of a group of processes over
-    gloo, in order. A rank's error ends all of them, and is raised with its traceback. Start-up: 4 s once, then 0.1 s each."""
+    """gang(layouts, function, *arguments): what function(ranks, *arguments) returns on every rank of a group of processes over
+    gloo, in order. A rank's error ends all of them, and is raised with its traceback. Start-up: 4 s once, then 0.1 s each.
+    layouts: a Layout, or one for each group of ranks."""
     from ray import cloudpickle
 
     context = multiprocessing.get_context("forkserver")
     used = [f"transformers.models.{name}.modeling_{name}" for name in ("qwen3", "llama")]
     context.set_forkserver_preload(["ray.cloudpickle", "asyncrl.learn.checkpoint", "asyncrl.models.value", *used])
 
-    def run(layout: Any, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> list[Any]:
+    def run(layouts: Any, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> list[Any]:
         for value in filter(inspect.isfunction, (function, *arguments)):
             if not value.__module__.startswith("asyncrl"):  # a test file is no module that another process could import
                 cloudpickle.register_pickle_by_value(sys.modules[value.__module__])
-        job = cloudpickle.dumps((layout, function, arguments))
+        count = sum(layout.ranks for layout in (layouts.values() if isinstance(layouts, dict) else [layouts]))
+        job = cloudpickle.dumps((layouts, count, function, arguments))
         store = str(tmp_path_factory.mktemp("gang") / "store")
-        pipes = [context.Pipe(duplex=False) for _ in range(layout.ranks)]
+        pipes = [context.Pipe(duplex=False) for _ in range(count)]
         told = [{"connection": writer, "store": store, "rank": rank, "job": job} for rank, (_, writer) in enumerate(pipes)]
         processes = [context.Process(target=runpy.run_path, args=(str(ROOT / "tests" / "rank.py"), of)) for of in told]
         for process in processes:

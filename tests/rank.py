@@ -10,8 +10,8 @@ from asyncrl.models.ranks import join
 
 torch.set_num_threads(1)
 try:
-    layout, function, arguments = cloudpickle.loads(job)  # noqa: F821
-    ranks = join(dist.FileStore(store, layout.ranks), rank, layout, device="cpu", timeout_s=60)  # noqa: F821
+    layouts, count, function, arguments = cloudpickle.loads(job)  # noqa: F821
+    ranks = join(dist.FileStore(store, count), rank, layouts, device="cpu", timeout_s=60)  # noqa: F821
     connection.send_bytes(cloudpickle.dumps((function(ranks, *arguments), "")))  # noqa: F821
     dist.destroy_process_group()
 except BaseException:

@@ -5,14 +5,26 @@ what is done. Where devices differ, the smallest counts.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Struct
 
 from asyncrl.cluster.resources import gpu_bytes
-from asyncrl.config import CPU_PACK_TOKENS, Deployment, Layout, ModelSpec, PlaceSpec, Recipe, layouts, run_dtypes
+from asyncrl.config import (
+    CPU_PACK_TOKENS,
+    Deployment,
+    Group,
+    Layout,
+    ModelSpec,
+    PlaceSpec,
+    RanksSpec,
+    Recipe,
+    layouts,
+    run_dtypes,
+)
 from asyncrl.disk import as_size
 from asyncrl.errors import ConfigError
 from asyncrl.models.architectures import read_config
@@ -63,72 +75,91 @@ def device_memory(place: PlaceSpec) -> DeviceMemory:
 
 
 def agree(
-    store: Any, rank: int, ranks: int, own: DeviceMemory, fit: Callable[[Sequence[DeviceMemory]], Layout]
-) -> tuple[int, Layout]:
-    """Tells all ranks, through the store of their rendezvous, the layout that the first makes of their devices; each gets its
-    number anew, by which those of a node are neighbours. Waits for all others. Raises on the first what `fit` raises."""
+    store: Any,
+    rank: int,
+    groups: Sequence[Group],
+    own: DeviceMemory,
+    fit: Callable[[Mapping[Group, Sequence[DeviceMemory]]], Mapping[Group, Layout]],
+) -> tuple[int, dict[Group, Layout]]:
+    """Tells all ranks, through the store of their rendezvous, the layouts that the first makes of their devices; each gets its
+    number anew, by which those of a node are neighbours in their group. Waits for all others. Raises on the first what `fit`
+    raises. groups: of each rank, one after the other."""
     store.set(f"device {rank}", msgspec.json.encode(own))
     if rank == 0:
-        devices = [msgspec.json.decode(store.get(f"device {i}"), type=DeviceMemory) for i in range(ranks)]
+        devices = [msgspec.json.decode(store.get(f"device {i}"), type=DeviceMemory) for i in range(len(groups))]
         nodes = [device.node for device in devices]
-        order = sorted(range(ranks), key=lambda i: (nodes.index(nodes[i]), i))
-        store.set("layout", msgspec.json.encode((order, fit([devices[i] for i in order]))))
-    order, layout = msgspec.json.decode(store.get("layout"), type=tuple[list[int], Layout])
-    return order.index(rank), layout
+        order = sorted(range(len(groups)), key=lambda i: (groups.index(groups[i]), nodes.index(nodes[i]), i))
+        by_group = {group: [devices[i] for i in order if groups[i] == group] for group in groups}
+        store.set("layout", msgspec.json.encode((order, fit(by_group))))
+    order, found = msgspec.json.decode(store.get("layout"), type=tuple[list[int], dict[Group, Layout]])
+    return order.index(rank), found
 
 
-def fit_layout(recipe: Recipe, deployment: Deployment, devices: Sequence[DeviceMemory]) -> Fit:
-    """The first of `config.layouts` that fits. devices: of each rank; none where they are not known yet.
+def fit_layouts(
+    recipe: Recipe, deployment: Deployment, devices: Mapping[Group, Sequence[DeviceMemory]] | None = None
+) -> dict[Group, Fit]:
+    """How each group of ranks divides its models. devices: of its ranks; None where they are not known yet.
 
-    recipe: with paths resolved. Raises ConfigError, with figures, where none fits the memory that is known.
+    recipe: with paths resolved. Raises ConfigError, with figures, where nothing fits the memory that is known; and for a group
+    that has no model.
     """
-    spec, ranks = deployment.learner.parallel, deployment.learner.ranks
+    nodes = Counter(device.node for of in (devices or {}).values() for device in of)
+    share = max(nodes.values(), default=_NODE_RANKS)  # ranks of a node, whose host is all of theirs
+    return {
+        group: _fit(_models(recipe, deployment, group), group, deployment, devices[group] if devices else [], share)
+        for group in deployment.groups
+    }
+
+
+def _fit(models: Sequence[_Model], group: Group, deployment: Deployment, devices: Sequence[DeviceMemory], share: int) -> Fit:
+    """The first of `config.layouts` that fits. share: ranks that share a host."""
+    of = deployment.groups[group]
+    spec, ranks = of.parallel, of.ranks
     nodes = [device.node for device in devices]
     per_node = min(map(nodes.count, nodes)) if nodes else _NODE_RANKS
     found = layouts(spec, ranks, per_node)
-    models = _models(recipe, deployment)
     if not models:
         return Fit(found[0], f"{_said(found[0])}; how large the model is, is not known")
-    room, host = _room(deployment, devices, per_node)
+    room, host = _room(of, devices, share)
     found = [layout for layout in found if all(_divides(layout, model.size, spec.tp) for model in models)] or found
     if room is None:
         taken = _told(found[0], models)
         return Fit(found[0], f"{_said(found[0])}; how much memory its devices have, is not known yet", taken)
-    needed = [_needed(layout, models, on_host=not deployment.learner.place.gpus) for layout in found]
-    for share in (1.0, 1 / _COUNTED_ON):  # at last all there is: the estimate may be too high, too
+    needed = [_needed(layout, models, on_host=not of.place.gpus) for layout in found]
+    for counted in (1.0, 1 / _COUNTED_ON):  # at last all there is: the estimate may be too high, too
         for number, (layout, (on_device, on_host)) in enumerate(zip(found, needed, strict=True)):
-            if on_device <= share * room and on_host <= share * host:
+            if on_device <= counted * room and on_host <= counted * host:
                 cheaper = min((size for size, _ in needed[:number]), default=0)
-                why = f"; whatever is cheaper takes {as_size(cheaper)} or more" if cheaper > share * room else ""
-                tight = "" if share == 1.0 else "; it may not fit"
+                why = f"; whatever is cheaper takes {as_size(cheaper)} or more" if cheaper > counted * room else ""
+                tight = "" if counted == 1.0 else "; it may not fit"
                 takes = f"a rank takes {as_size(on_device)} of the {as_size(room)} that count of its memory"
                 return Fit(layout, f"{_said(layout)}: {takes}{why}{tight}", _told(layout, models), on_device)
     least = min(range(len(found)), key=lambda number: needed[number])
     on_device, on_host = needed[least]
     table = "\n".join(f"  {line}" for line in _told(found[least], models))
     raise ConfigError(
-        f"learner.ranks={ranks}: the learner does not fit. {_said(found[least])} would take {as_size(on_device)} of a device, "
-        f"of which {as_size(room)} count, and {as_size(on_host)} of its host's {as_size(host)}:\n{table}\n"
+        f"{group}.ranks={ranks}: what they hold does not fit. {_said(found[least])} would take {as_size(on_device)} of a "
+        f"device, of which {as_size(room)} count, and {as_size(on_host)} of its host's {as_size(host)}:\n{table}\n"
         "  use more ranks, larger devices or hosts, a smaller learner.max_tokens_per_pack, or learner.lora; leave settings of "
-        "learner.parallel to auto; or state learner.parallel.memory_bytes if you know better"
+        f"{group}.parallel to auto; or state {group}.parallel.memory_bytes if you know better"
     )
 
 
-def _room(deployment: Deployment, devices: Sequence[DeviceMemory], per_node: int) -> tuple[int | None, int]:
-    """What each rank may take of its device (None: not known), and of its host."""
-    stated = deployment.learner.parallel.memory_bytes
+def _room(of: RanksSpec, devices: Sequence[DeviceMemory], share: int) -> tuple[int | None, int]:
+    """What each rank may take of its device (None: not known), and of its host, which so many share."""
+    stated = of.parallel.memory_bytes
     known = [device.memory_bytes for device in devices]
-    host = min((int(_COUNTED_ON * device.host_bytes) // per_node for device in devices), default=2**62)
+    host = min((int(_COUNTED_ON * device.host_bytes) // share for device in devices), default=2**62)
     if stated is not None:
         return stated, host
     if None in known or not known:
         return None, host
     smallest = int(_COUNTED_ON * min(memory for memory in known if memory is not None))
-    return smallest // (1 if deployment.learner.place.gpus else per_node), host
+    return smallest // (1 if of.place.gpus else share), host
 
 
-def _models(recipe: Recipe, deployment: Deployment) -> list[_Model]:
-    """What the learner holds; nothing where the size of one of them is not known."""
+def _models(recipe: Recipe, deployment: Deployment, group: Group) -> list[_Model]:
+    """What these ranks hold; nothing where the size of one of them is not known. Raises ConfigError if that is no model."""
     learner, critic, wide = recipe.learner, recipe.critic, _BYTES[run_dtypes(recipe, deployment).compute]
     groups, n = learner.mini_batch_groups or learner.batch_groups, recipe.sampling.n
     longest = recipe.data.max_prompt_length + recipe.sampling.max_response_length
@@ -138,15 +169,21 @@ def _models(recipe: Recipe, deployment: Deployment) -> list[_Model]:
     def work(model: ModelSpec, **how: bool | int | None) -> Work:
         return Work(tokens=tokens, master_bytes=_BYTES[model.dtype], compute_bytes=wide, **how)  # type: ignore[arg-type]
 
-    wanted = [("policy", recipe.model, work(recipe.model, adapters=learner.lora.rank if learner.lora else None))]
+    wanted = {"learner": ("policy", recipe.model, work(recipe.model, adapters=learner.lora.rank if learner.lora else None))}
     if recipe.algorithm.needs_critic and critic.backbone == "own":
         start = critic.model or recipe.model
-        wanted.append(("critic", start, work(start, values=True)))
+        wanted["critic"] = "critic", start, work(start, values=True)
     if recipe.algorithm.needs_reference and learner.lora is None:  # else it is the policy without its adapters
-        wanted.append(("reference", recipe.model, work(recipe.model, trains=False)))
+        wanted["reference"] = "reference", recipe.model, work(recipe.model, trains=False)
+    if group not in wanted:
+        raise ConfigError(
+            f"deploy.{group} is set, but the recipe has no {group} model of its own: its ranks would be idle; set "
+            f"deploy.{group}=null"
+        )
+    own = [of for holder, of in wanted.items() if group == (holder if holder in deployment.groups else "learner")]
     sized = [
         (name, None if model.builder else size_of(read_config(model.path, model.revision) | model.override_config), doing)
-        for name, model, doing in wanted
+        for name, model, doing in own
     ]
     return [_Model(name, size, doing) for name, size, doing in sized if size] if all(size for _, size, _ in sized) else []
 

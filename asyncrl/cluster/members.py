@@ -58,7 +58,9 @@ class Member:
         """Creates the actors of the gang that it leads, and begins their `start`. `known` are the peers announced so far."""
         timeout_s = plan.deployment.limits.start_timeout_s
         if self._placement is None:
-            self._placement = beside_driver() if self.is_store else reserve(self.name, self.place, timeout_s, len(self.gang))
+            self._placement = (
+                beside_driver() if self.is_store else reserve(self.name, [member.place for member in self.gang], timeout_s)
+            )
         for member, options in zip(self.gang, self._placement.options, strict=True):
             member._create(plan, known, options)
         followers = [member.handle for member in self.gang[1:]]

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from asyncrl.cluster.fit import device_memory, fit_layout
+from asyncrl.cluster.fit import device_memory, fit_layouts
 from asyncrl.cluster.resources import check_placement, named_cluster
 from asyncrl.cluster.space import check_space, update_bytes
 from asyncrl.config import ESTIMATOR_NAMES, LOSS_NAMES, SETTINGS, UNGROUPED, Deployment, LoraSpec, ModelSpec, Recipe, run_dtypes
@@ -273,7 +273,9 @@ def _history(recipe: Recipe, deployment: Deployment) -> str:
 
 def _learner(recipe: Recipe, deployment: Deployment) -> str:
     """How its ranks will divide its models, why, and what of that they will take."""
-    learner = deployment.learner
-    devices = [] if named_cluster(deployment) else [device_memory(learner.place)] * learner.ranks
-    fit = fit_layout(recipe, deployment, devices)
-    return "\n".join([fit.reason, *(f"{'':<11} {line}" for line in fit.table)])
+    groups, here = deployment.groups, not named_cluster(deployment)
+    devices = {group: [device_memory(of.place)] * of.ranks for group, of in groups.items()} if here else None
+    lines: list[str] = []
+    for group, fit in fit_layouts(recipe, deployment, devices).items():
+        lines += [f"{group}: {fit.reason}" if len(groups) > 1 else fit.reason, *fit.table]
+    return f"\n{'':<12}".join(lines)

@@ -20,10 +20,10 @@ def check_placement(deployment: Deployment, environ: Mapping[str, str] = os.envi
     groups = [
         ("generators", deployment.generators.count, deployment.generators.place),
         ("rewards", deployment.rewards.count, deployment.rewards.place),
-        ("learner", deployment.learner.ranks, deployment.learner.place),
+        *((group, of.ranks, of.place) for group, of in deployment.groups.items()),
         ("store", 1, deployment.store.place),
     ]
-    ranks = deployment.learner.names
+    ranks = deployment.ranks
     named = f"; the learner's ranks are {', '.join(ranks)}" if len(ranks) > 1 else ""
     actors = sum(count for _, count, _ in groups)
     cpus = sum(count * place.cpus for _, count, place in groups)

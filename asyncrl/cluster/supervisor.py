@@ -62,11 +62,11 @@ class Supervisor:
 
     def _make_members(self) -> list[Member]:
         deployment, watch = self._plan.deployment, (self._limits, self._clock)
-        generators, rewards, learner = deployment.generators, deployment.rewards, deployment.learner
+        generators, rewards = deployment.generators, deployment.rewards
         slots = [("generator", f"generator-{i}", generators.place) for i in range(generators.count)]
         slots += [("reward", f"reward-{i}", rewards.place) for i in range(rewards.count)]
-        ranks = [Member("rank", name, learner.place, *watch) for name in learner.names[1:]]
-        lead = Member("learner", learner.names[0], learner.place, *watch, ranks)
+        first, *others = ((name, deployment.groups[group].place) for name, group in deployment.ranks.items())
+        lead = Member("learner", *first, *watch, [Member("rank", *other, *watch) for other in others])
         store = Member("store", "store", deployment.store.place, *watch)
         return [store, *lead.gang, *(Member(*slot, *watch) for slot in slots)]
 

@@ -1,16 +1,17 @@
 """From specs to stages. The one place that knows every stage's constructor; each function runs inside its actor."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 from msgspec.structs import replace
 
-from asyncrl.cluster.fit import DeviceMemory, agree, device_memory, fit_layout
+from asyncrl.cluster.fit import DeviceMemory, agree, device_memory, fit_layouts
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import Peers, RankCall, RayCall
-from asyncrl.config import Layout, run_dtypes
+from asyncrl.config import Group, Layout, run_dtypes
 from asyncrl.config.callables import load_callable
 from asyncrl.interfaces import Stage
 from asyncrl.types import Sampling
@@ -212,28 +213,31 @@ def _rank(plan: RunPlan, name: str, rendezvous: Any = None) -> "Rank":
     from asyncrl.models.ranks import Ranks, join, talk_over
     from asyncrl.models.tokenizing import load_tokenizer
 
-    recipe, learner, limits = plan.recipe, plan.deployment.learner, plan.deployment.limits
-    device = "cuda" if learner.place.gpus else "cpu"
-    use_threads(learner.place.threads)
-    index, found = learner.names.index(name), device_memory(learner.place)
+    recipe, deployment, limits = plan.recipe, plan.deployment, plan.deployment.limits
+    names = deployment.ranks
+    place = deployment.groups[names[name]].place
+    device = "cuda" if place.gpus else "cpu"
+    use_threads(place.threads)
+    found = device_memory(place)
     if rendezvous is None:
-        ranks = Ranks(_fit(plan, [found]))
+        ranks = Ranks(_fit(plan, {"learner": [found]}))
     else:
         talk_over(_host(plan))
-        index, layout = agree(rendezvous, index, learner.ranks, found, lambda devices: _fit(plan, devices))
+        index, layouts = agree(rendezvous, list(names).index(name), list(names.values()), found, partial(_fit, plan))
         # Who waits longer than this is not heard any more: the watch over stalled runs goes first.
         timeout_s = 2 * max(limits.stall_timeout_s, limits.save_timeout_s)
-        ranks = join(rendezvous, index, layout, device=device, timeout_s=timeout_s)
+        ranks = join(rendezvous, index, layouts, device=device, timeout_s=timeout_s)
     trainer = policy_trainer(recipe, device=device, refused_dir=plan.paths.logs / "refused", ranks=ranks)
     checkpoints = Checkpoints(plan.paths, recipe.checkpoint.keep_last_n, recipe.checkpoint.keep_every, ranks)
-    return Rank(trainer, checkpoints, load_tokenizer(recipe.model), ranks, run_dtypes(recipe, plan.deployment).bus)
+    return Rank(trainer, checkpoints, load_tokenizer(recipe.model), ranks, run_dtypes(recipe, deployment).bus)
 
 
-def _fit(plan: RunPlan, devices: Sequence[DeviceMemory]) -> Layout:
+def _fit(plan: RunPlan, devices: Mapping[Group, Sequence[DeviceMemory]]) -> dict[Group, Layout]:
     """How ranks with these devices divide the learner's models, as `--dry-run` tells it."""
-    fit = fit_layout(plan.recipe, plan.deployment, devices)
-    log.info("\n  ".join([fit.reason, *fit.table]))
-    return fit.layout
+    fits = fit_layouts(plan.recipe, plan.deployment, devices)
+    for group, fit in fits.items():
+        log.info("\n  ".join([f"{group}: {fit.reason}", *fit.table]))
+    return {group: fit.layout for group, fit in fits.items()}
 
 
 def _sampling(plan: RunPlan, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Sampling:

@@ -8,7 +8,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from asyncrl.config.base import Rule, Spec, require, require_fields
-from asyncrl.config.parallel import ParallelSpec, layouts
+from asyncrl.config.parallel import Group, ParallelSpec, layouts
 
 
 class PlaceSpec(Spec, frozen=True, kw_only=True):
@@ -266,26 +266,21 @@ class RewardsSpec(Spec, frozen=True, kw_only=True):
         require_fields(self, "rewards.", [rule])
 
 
-class LearnerPlaceSpec(Spec, frozen=True, kw_only=True):
-    """Where the learner runs."""
+class RanksSpec(Spec, frozen=True, kw_only=True):
+    """Where a model of the learner's is."""
 
-    ranks: int = 1  # processes that train together
+    ranks: int = 1  # processes that hold it together
     place: PlaceSpec = PlaceSpec()  # of each
     parallel: ParallelSpec = ParallelSpec()  # how they divide the model and its work
 
     def __post_init__(self) -> None:
-        require_fields(self, "learner.", [("ranks", lambda x: x >= 1, "< 1: nobody would train; use at least 1")])
+        require_fields(self, "", [("ranks", lambda x: x >= 1, "< 1: nobody would train; use at least 1")])
         require(
             self.ranks == 1 or self.place.gpus in (0, 1),
-            f"learner.place.gpus={self.place.gpus:g} with learner.ranks={self.ranks}: a rank computes on one GPU, of its own; "
-            "set learner.place.gpus=1, and learner.ranks to the number of GPUs",
+            f"place.gpus={self.place.gpus:g} with ranks={self.ranks}: a rank computes on one GPU, of its own; "
+            "set place.gpus=1, and ranks to the number of GPUs",
         )
         layouts(self.parallel, self.ranks)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What its ranks are called; the first one leads."""
-        return ("learner", *(f"learner-{index}" for index in range(1, self.ranks)))
 
 
 class StoreSpec(Spec, frozen=True, kw_only=True):
@@ -368,10 +363,30 @@ class Deployment(Spec, frozen=True, kw_only=True):
     num_cpus: int | None = None  # of a local Ray; null: those that this process may use
     generators: GeneratorsSpec = GeneratorsSpec()  # who generates, with which engine
     rewards: RewardsSpec = RewardsSpec()  # who scores
-    learner: LearnerPlaceSpec = LearnerPlaceSpec()  # where the policy is trained
+    learner: RanksSpec = RanksSpec()  # where the policy is trained, and whatever has no ranks of its own
+    critic: RanksSpec | None = None  # where an own critic is; null: with the policy
+    reference: RanksSpec | None = None  # where the reference model is; null: with the policy
     store: StoreSpec = StoreSpec()  # the replay store
     bus: BusSpec = BusSpec()  # the weight bus
     limits: LimitsSpec = LimitsSpec()  # timeouts and restarts
 
     def __post_init__(self) -> None:
         require_fields(self, "", [("num_cpus", lambda x: x >= 0, "< 0; use null for those that this process may use")])
+        for group, spec in self.groups.items():
+            require(
+                bool(spec.place.gpus) == bool(self.learner.place.gpus),
+                f"{group}.place.gpus={spec.place.gpus:g} with learner.place.gpus={self.learner.place.gpus:g}: what they tell "
+                "each other would be on different kinds of devices; give all of them GPUs, or none",
+            )
+
+    @property
+    def groups(self) -> dict[Group, RanksSpec]:
+        """The groups of ranks that make up the learner."""
+        groups: dict[Group, RanksSpec | None] = {"learner": self.learner, "critic": self.critic, "reference": self.reference}
+        return {group: spec for group, spec in groups.items() if spec is not None}
+
+    @property
+    def ranks(self) -> dict[str, Group]:
+        """What all of the learner's ranks are called, and the group of each; the first one leads."""
+        sizes = {group: spec.ranks for group, spec in self.groups.items()}
+        return {f"{group}-{i}" if i else group: group for group, size in sizes.items() for i in range(size)}

@@ -8,6 +8,8 @@ from msgspec import Struct
 from asyncrl.config.base import Rule, Spec, require, require_fields
 
 Auto = Literal["auto"]
+# The ranks that train the policy, and those that hold a critic or a reference model for it.
+Group = Literal["learner", "critic", "reference"]
 
 
 class ParallelSpec(Spec, frozen=True, kw_only=True):
@@ -34,7 +36,7 @@ class ParallelSpec(Spec, frozen=True, kw_only=True):
             ("tp sp fsdp", lambda x: x == "auto" or x >= 1, "< 1: there is no rank; use 1 to turn it off, or auto"),
             ("memory_bytes", lambda x: x >= 1, "< 1: nothing would fit; use null for what the device has"),
         ]
-        require_fields(self, "learner.parallel.", rules)
+        require_fields(self, "parallel.", rules)
 
 
 class Layout(Struct, frozen=True, kw_only=True):
@@ -86,7 +88,7 @@ def layouts(spec: ParallelSpec, ranks: int, per_node: int | None = None) -> list
                 )
     require(
         bool(found),
-        f"learner.parallel: tp={spec.tp}, sp={spec.sp} and fsdp={spec.fsdp} do not make up learner.ranks={ranks}: some would "
+        f"parallel: tp={spec.tp}, sp={spec.sp} and fsdp={spec.fsdp} do not make up ranks={ranks}: some would "
         "be idle; tp × fsdp has to divide them, and fsdp, over which weights are sharded, is a multiple of sp",
     )
     return sorted(found, key=lambda at: (at.offload, at.tp * at.sp, at.sp, at.checkpoint_activations, at.shard))

@@ -18,7 +18,7 @@ from typing import Any
 
 from asyncrl.errors import CheckpointError, Fenced
 from asyncrl.learn.policies import Refusal, newest_complete
-from asyncrl.learn.snapshot import Checkpointed, Snapshot, restore, trained
+from asyncrl.learn.snapshot import Checkpointed, Snapshot, restore, size_bytes
 from asyncrl.learn.together import write_together
 from asyncrl.manifests import read_manifest, write_manifest
 from asyncrl.models.ranks import Ranks
@@ -57,16 +57,12 @@ class Checkpoints:
         in the end. Raises what the save before raised. by_hand: it is never pruned.
         """
         self.wait()
-        model = trainer.model
-        summary = {
-            "type": model.config.model_type,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "dtype": str(model.dtype).removeprefix("torch."),
-        }
-        extra = {"update": version.update, "incarnation": version.incarnation, "model": summary, "by_hand": by_hand}
+        extra: dict[str, Any] = {"update": version.update, "incarnation": version.incarnation, "by_hand": by_hand}
+        if self._ranks.first:
+            extra["model"] = _summary(trainer.trained["policy"].module)
         self._saves += 1
         snapshot = Snapshot(trainer, version.update, self._ranks)
-        self._writing = self._helper.submit(self._write, snapshot, extra, _size_bytes(trainer))
+        self._writing = self._helper.submit(self._write, snapshot, extra, size_bytes(trainer))
         return self._run_dir.checkpoint(version.update)
 
     def wait(self) -> None:
@@ -89,7 +85,7 @@ class Checkpoints:
             if (newer := _extra(path).get("incarnation", 0)) > ours:
                 raise Fenced(f"{path} is of learner incarnation {newer} > {ours}: a newer one took over; stop")
 
-        write_together(path, self._ranks, f"checkpoint/{self._saves}", snapshot.write, finish, size_bytes)
+        write_together(path, self._ranks, self._ranks.count, f"checkpoint/{self._saves}", snapshot.write, finish, size_bytes)
         if self._ranks.first:
             log.info("%s is on the disk, %.1f s after it was begun", path, time.monotonic() - began)
             self.on_whole(Version(ours, extra["update"]))
@@ -154,11 +150,13 @@ class Checkpoints:
                 shutil.rmtree(folder)
 
 
-def _size_bytes(trainer: Checkpointed) -> int:
-    """Of the tensors of a checkpoint, those of all ranks: weights and what the optimizers hold by now."""
-    moments = [value for _, _, adamw in trained(trainer) for state in adamw.state.values() for value in state.values()]
-    weights = [p for _, module, _ in trained(trainer) for p in module.parameters() if p.requires_grad]
-    return sum(tensor.nbytes for tensor in [*weights, *moments])
+def _summary(model: Any) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the policy."""
+    return {
+        "type": model.config.model_type,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
 
 
 def _extra(folder: Path) -> dict[str, Any]:

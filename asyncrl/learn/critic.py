@@ -15,7 +15,7 @@ from torch import Tensor
 from asyncrl.algorithms.losses import clipped_value_loss, explained_variance
 from asyncrl.config import CriticSpec
 from asyncrl.learn.batch import make_packs
-from asyncrl.learn.optimizer import Optimization, step
+from asyncrl.learn.optimizer import Optimization, learning_rate, step
 from asyncrl.learn.update import Minibatch, RefusedSteps, Sums, Update
 from asyncrl.models.packed import Pack, TokenSequence
 from asyncrl.models.value import OwnValues, SharedValues
@@ -24,57 +24,63 @@ from asyncrl.models.value import OwnValues, SharedValues
 class Critic:
     """Owns a value function (or the head of a shared one), its optimizer and schedule."""
 
-    def __init__(self, values: OwnValues | SharedValues, spec: CriticSpec, refused: RefusedSteps, *, total_steps: int) -> None:
-        self.module = values.module  # with the optimizer, what a checkpoint holds
+    def __init__(
+        self, values: OwnValues | SharedValues | None, spec: CriticSpec, refused: RefusedSteps, *, total_steps: int
+    ) -> None:
+        """values: None where other ranks hold the critic: then all that it makes is what they tell."""
         self.shared = values if isinstance(values, SharedValues) else None  # the head, if it is one on the policy
-        self.optimization = Optimization(values.module, spec, total_steps, "critic.lr")
-        self.optimizer = self.optimization.adamw
+        self.optimization = Optimization(values.module, spec, total_steps, "critic.lr") if values is not None else None
         self.value_coef = spec.value_coef
-        self._values = values
-        self._ranks = values.ranks
+        self.values = values
         self._spec = spec
         self._refused = refused
+        self._total_steps = total_steps
 
     @property
     def packs(self) -> int:
         """Packs that its own model was given so far."""
-        return self._values.packs
+        return self.values.packs if self.values is not None else 0
 
     def alone(self, update: Update) -> bool:
         """Whether only the critic learns in this update."""
         return update.number <= self._spec.critic_warmup
 
     def score(self, update: Update, packs: Sequence[Pack]) -> None:
-        """Fills the update's values. (Of a head on the policy, the trainer has them from the policy's own pass.)"""
-        with update.timed("timing_s/values"), torch.no_grad():
-            for pack in packs:
-                update.values_n[pack.flat_t] = self._values(pack)
-            self._ranks.merge_(update.values_n)
+        """Fills the update's values. (A head on the policy gets them from the policy's own pass: Actor.score.)"""
+        if isinstance(self.values, OwnValues):
+            with update.timed("timing_s/values"), torch.no_grad():
+                for pack in packs:
+                    update.values_n[pack.flat_t] = self.values(pack)
+                self.values.ranks.merge_(update.values_n)
 
-    def after_cut(self, update: Update, max_tokens: int) -> Tensor:
-        """V [S] float64 on the CPU after the last token of each of the batch's rollouts that were cut by length, 0 of others.
+    def score_ends(self, update: Update, max_tokens: int) -> None:
+        """Fills V [S], float64 on the CPU, after the last token of each of the batch's rollouts that were cut by length.
 
         S is of all rollouts, as in the batch's outcomes. It takes a pass of its own over those that were cut: other values are
         made without the last token, from which nothing is predicted.
         """
+        if self.values is None:
+            return
         batch = update.batch
         cut = [sequence for sequence, was_cut in zip(batch.sequences, batch.cut, strict=True) if was_cut]
         # A token more, which is scored and so not read: before it is after the last.
         ends = [TokenSequence(np.append(s.ids, 0), np.array([len(s.ids)]), s.shared) for s in cut]
         values_e = torch.full((len(ends),), torch.nan, dtype=torch.float64, device=update.values_n.device)
         with update.timed("timing_s/values"), torch.no_grad():
-            for pack in make_packs(ends, range(len(ends)), max_tokens, values_e.device, self._ranks):
-                values_e[pack.flat_t] = self._values(pack).double()
-            values_s = self._ranks.merge_(values_e).cpu()
+            for pack in make_packs(ends, range(len(ends)), max_tokens, values_e.device, self.values.ranks):
+                values_e[pack.flat_t] = self.values(pack).double()
+            values_s = self.values.ranks.merge_(values_e).cpu()
         members_s = batch.outcomes.sequence_n.unique_consecutive()  # the batch's sequences are rollouts with a trained token
-        return torch.zeros_like(batch.outcomes.rewards_s).index_put((members_s[torch.from_numpy(batch.cut)],), values_s)
+        update.ends_s.index_put_((members_s[torch.from_numpy(batch.cut)],), values_s)
 
     def train(self, update: Update, minibatches: Sequence[Minibatch]) -> None:
         """Steps of the critic by itself: ppo_epochs over the minibatches."""
+        if self.values is None or self.optimization is None:
+            return
         with update.timed("timing_s/update_critic"):
             for _ in range(self._spec.ppo_epochs):
                 for members, packs in minibatches:
-                    self._step(update, members, packs)
+                    self._step(update, members, packs, self.values, self.optimization)
 
     def loss(self, update: Update, members: Sequence[int], pack: Pack, values_t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This pack's share of the minibatch's mean loss per token (a scalar to sum over packs), and sums for the metrics."""
@@ -83,21 +89,28 @@ class Critic:
         loss = loss_t.sum() / update.batch.counts_s[members].sum()
         return loss, {"vf_loss": loss.detach(), "vf_clipped": clipped_t.sum(), "vf_tokens": values_t.new_tensor(len(values_t))}
 
-    def _step(self, update: Update, members: Sequence[int], packs: Sequence[Pack]) -> None:
+    def _step(
+        self,
+        update: Update,
+        members: Sequence[int],
+        packs: Sequence[Pack],
+        values: OwnValues | SharedValues,
+        optimization: Optimization,
+    ) -> None:
         totals = Sums()
         for pack in packs:
-            loss, sums = self.loss(update, members, pack, self._values(pack))
+            loss, sums = self.loss(update, members, pack, values(pack))
             loss.backward()
             totals.add(sums)
-        figures = totals.over(self._ranks)
-        (norm,), cause = step(figures["vf_loss"], self.optimization)
+        figures = totals.over(values.ranks)
+        (norm,), cause = step(figures["vf_loss"], optimization)
         self._refused.settle(update, members, cause and f"critic: {cause}", figures, {update.critic: norm})
 
     def metrics(self, update: Update) -> dict[str, float]:
         """vf_loss and grad_norm: mean over steps. Values are those at the start; explained_var too: before they learned."""
         steps = update.critic
         figures = {
-            "critic/lr": self.optimizer.param_groups[0]["lr"],
+            "critic/lr": learning_rate(self._spec, update.number - 1, self._total_steps),
             "critic/optimizer_steps": float(steps.accepted),
             "critic/refused_steps": float(steps.refused),
         }

@@ -39,4 +39,4 @@ def export_together(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         shutil.rmtree(beside / "pieces")
         export(model, tokenizer, beside, weights=whole)
 
-    write_together(folder, ranks, about, write, finish)
+    write_together(folder, ranks, ranks.layout.ranks, about, write, finish)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -30,7 +31,8 @@ class Optimization:
     A module that several ranks share must be sharded before: the optimizer holds the parameters that it finds.
     """
 
-    def __init__(self, module: torch.nn.Module, spec: OptimizerSpec, total_steps: int, setting: str) -> None:
+    def __init__(self, module: Any, spec: OptimizerSpec, total_steps: int, setting: str) -> None:
+        self.module = module
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         dtype = self._parameters[0].dtype
         if dtype != torch.float32:

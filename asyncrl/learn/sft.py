@@ -35,9 +35,8 @@ class SupervisedTrainer:
     ) -> None:
         self.model = model
         self._optimization = Optimization(model, spec, total_steps, "lr")
-        self.optimizer = self._optimization.adamw
+        self.trained = {"policy": self._optimization}
         self.state: dict[str, float] = {}  # figures for the checkpoint
-        self.critic = None
         self.total_steps = total_steps
         self._packed = PackedModel(model, ranks=ranks)
         self._ranks = self._packed.ranks

@@ -5,17 +5,16 @@ Nothing in the files is code: they are safetensors and JSON. Any number of ranks
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 
-from asyncrl.learn.critic import Critic
+from asyncrl.learn.optimizer import Optimization
 from asyncrl.learn.policies import require_resumable
 from asyncrl.manifests import FileSum, file_sum
 from asyncrl.models.lora import adapter_texts, learned_pieces, require_adapters
@@ -29,38 +28,22 @@ Content = tuple[dict[str, torch.Tensor], dict[str, str]]  # of a safetensors fil
 class Checkpointed(Protocol):
     """What a checkpoint holds of a trainer."""
 
-    model: PreTrainedModel
-    optimizer: torch.optim.AdamW
+    trained: dict[str, Optimization]  # `policy`, `critic`: those of which this rank has a part; the first rank has the policy
     state: dict[str, float]  # its own figures, equal on all ranks
-
-    @property
-    def critic(self) -> Critic | None: ...
-
-
-class Trained(NamedTuple):
-    """What is trained by an optimizer of its own: `policy` or `critic`."""
-
-    name: str
-    module: torch.nn.Module
-    adamw: torch.optim.AdamW
-
-
-def trained(trainer: Checkpointed) -> Iterator[Trained]:
-    """The policy; the critic, if there is one."""
-    yield Trained("policy", trainer.model, trainer.optimizer)
-    if trainer.critic is not None:
-        yield Trained("critic", trainer.critic.module, trainer.critic.optimizer)
 
 
 class Snapshot:
     """A copy, in the host's memory, of what this rank saves: made by the thread that trains, written by another."""
 
     def __init__(self, trainer: Checkpointed, update: int, ranks: Ranks) -> None:
-        self._tensors = {f"rng/{_file('rng', ranks)}": _random_state()}  # and metadata, by file
-        for name, module, adamw in trained(trainer):
-            self._tensors[f"{name}/{_file('model', ranks)}"] = copies_to_write(learned_pieces(module, ranks))
-            self._tensors[f"optimizer/{name}/{_file('adamw', ranks)}"] = copies_to_write(adamw_pieces(adamw, module, ranks))
+        own, of = ranks.index - ranks.start, ranks.layout.ranks
+        self._tensors = {f"rng/{_file('rng', ranks.index, ranks.count)}": _random_state()}  # and metadata, by file
         self._texts = _texts(trainer, update, ranks) if ranks.first else {}
+        for name, (module, adamw) in _trained(trainer):
+            self._tensors[f"{name}/{_file('model', own, of)}"] = copies_to_write(learned_pieces(module, ranks))
+            self._tensors[f"optimizer/{name}/{_file('adamw', own, of)}"] = copies_to_write(adamw_pieces(adamw, module, ranks))
+            if ranks.leads:
+                self._texts[f"scheduler/{name}.json"] = _json({"update": update, "lr": adamw.param_groups[0]["lr"]})
 
     def write(self, folder: Path) -> dict[str, FileSum]:
         """Writes this rank's files into a folder that all ranks write to. They are on the disk then; returns their sums."""
@@ -80,18 +63,28 @@ def restore(trainer: Checkpointed, folder: Path, ranks: Ranks) -> None:
     Of the figures saved, those that the trainer has are overwritten in place, and others ignored. So is a critic where it has
     none; one that it has must be in the checkpoint. Raises CheckpointError if it is of another model, or parts are missing.
     """
-    require_resumable(folder, *(name for name, _, _ in trained(trainer)))
-    rates = json.loads((folder / "scheduler/scheduler.json").read_text())["lr"]
-    for name, module, adamw in trained(trainer):
+    require_resumable(folder, *trainer.trained)
+    for name, (module, adamw) in _trained(trainer):
         require_adapters(module, folder / name)
         read_pieces(learned_pieces(module, ranks), StoredTensors(folder / name), name)
         read_adamw(adamw, module, StoredTensors(folder / "optimizer" / name), ranks)
         for group in adamw.param_groups:
-            group["lr"] = rates[name]
+            group["lr"] = json.loads((folder / f"scheduler/{name}.json").read_text())["lr"]
     figures = json.loads((folder / "training_state.json").read_text())["figures"]
     trainer.state |= {name: value for name, value in figures.items() if name in trainer.state}
     states = sorted((folder / "rng").iterdir())  # more ranks than there were begin with states that others have, too
     _set_random_state(states[ranks.index % len(states)])
+
+
+def size_bytes(trainer: Checkpointed) -> int:
+    """Of the tensors of a checkpoint, those of models of which this rank has a part: weights and optimizers."""
+    moments = [value for _, (_, adamw) in _trained(trainer) for state in adamw.state.values() for value in state.values()]
+    weights = [p for _, (module, _) in _trained(trainer) for p in module.parameters() if p.requires_grad]
+    return sum(tensor.nbytes for tensor in [*weights, *moments])
+
+
+def _trained(trainer: Checkpointed) -> list[tuple[str, tuple[torch.nn.Module, torch.optim.AdamW]]]:
+    return [(name, (optimization.module, optimization.adamw)) for name, optimization in trainer.trained.items()]
 
 
 def copies_to_write(pieces: Sequence[Piece]) -> Content:
@@ -104,21 +97,20 @@ def copies_to_write(pieces: Sequence[Piece]) -> Content:
 
 def _texts(trainer: Checkpointed, update: int, ranks: Ranks) -> dict[str, str]:
     """Content of the files that hold no tensor, by name."""
-    model, rates = trainer.model, {name: adamw.param_groups[0]["lr"] for name, _, adamw in trained(trainer)}
-    values = {
-        "scheduler/scheduler.json": {"update": update, "lr": rates},
-        "training_state.json": {"update": update, "ranks": ranks.layout.ranks, "figures": trainer.state},
-    }
-    texts = {name: json.dumps(value, indent=2) + "\n" for name, value in values.items()}
+    model = trainer.trained["policy"].module
+    texts = {"training_state.json": _json({"update": update, "ranks": ranks.count, "figures": trainer.state})}
     texts["policy/config.json"] = model.config.to_json_string()
     if model.generation_config is not None:
         texts["policy/generation_config.json"] = model.generation_config.to_json_string()
     return texts | {f"policy/{name}": text for name, text in adapter_texts(model).items()}
 
 
-def _file(stem: str, ranks: Ranks) -> str:
-    count = ranks.layout.ranks
-    return f"{stem}.safetensors" if count == 1 else f"{stem}_rank_{ranks.index:05d}_of_{count:05d}.safetensors"
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _file(stem: str, index: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}_rank_{index:05d}_of_{count:05d}.safetensors"
 
 
 def _random_state() -> Content:

@@ -19,12 +19,14 @@ TIMEOUT_S = 3600.0  # for the slowest rank; one that dies ends them all, which i
 def write_together(
     path: Path,
     ranks: Ranks,
+    count: int,
     about: str,
     write: Callable[[Path], Said],
     finish: Callable[[Path, Said], None],
     needed_bytes: int = 0,
 ) -> None:
-    """Every rank calls this with the same `path`, and writes its files into the folder that `write` is given.
+    """Each of the first `count` ranks calls this with the same `path`, and writes its files into the folder that `write` is
+    given.
 
     finish: the first rank's last touch, with what all writes returned. It alone waits for the others, and replaces an older
     `path`. about: names this folder, once for ever. Raises what a write raised; on the first rank then OSError, or DiskFull.
@@ -36,7 +38,7 @@ def write_together(
         with atomic_folder(path, needed_bytes) as folder:
             ranks.tell(f"{about}/folder", str(folder))
             said = write(folder)
-            for rank in range(1, ranks.layout.ranks):
+            for rank in range(1, count):
                 said |= _said_by(rank, ranks, about)
             finish(folder, said)
     except BaseException:

@@ -1,5 +1,6 @@
 """One update in progress: its batch, the columns that fill while it is trained, its steps, and what becomes of refused ones."""
 
+import json
 import math
 import time
 from collections import defaultdict
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from asyncrl.algorithms.objective import TokenWeights
+from asyncrl.config import Group
 from asyncrl.errors import NonFinite
 from asyncrl.learn.batch import TrainBatch
 from asyncrl.models.packed import Pack
@@ -66,6 +68,7 @@ class Update:
         self.proximal_n = unknown()  # logprobs at the start of the update
         self.reference_n: torch.Tensor | None = None  # logprobs of the reference, where there is one
         self.values_n = unknown()  # the critic's at the start of the update
+        self.ends_s = torch.zeros_like(batch.outcomes.rewards_s)  # those after the last token of rollouts that were cut
         self.returns_n = unknown()  # what the critic learns
         self.weight_mean = 1.0  # of the batch's correction weights, where these are divided by it
         self.advantages_n = unknown()  # made once, after scoring; of preferences, for every minibatch
@@ -79,12 +82,26 @@ class Update:
         for column_n, column_t in zip(self.counted, counted, strict=True):
             column_n[pack.flat_t] = column_t
 
+    def spread(self, ranks: Ranks) -> None:
+        """Fills what models have scored that other ranks hold. All ranks must call it, those of all groups."""
+        ranks.spread_(self.proximal_n, "learner")
+        ranks.spread_(self.values_n, "critic")
+        ranks.spread_(self.ends_s, "critic")
+        if self.reference_n is not None:
+            ranks.spread_(self.reference_n, "reference")
+
     def merge(self, ranks: Ranks) -> None:
-        """Fills what the steps have made with what those of other shares made. All ranks must call it."""
+        """Fills what the steps have made with what those of other shares, and of other models, made. All ranks must call it."""
         if not self.recomputed:
             ranks.merge_(self.proximal_n)
+            ranks.spread_(self.proximal_n, "learner")
         weights_n, *flags = self.counted
         self.counted = TokenWeights(ranks.merge_(weights_n), *(ranks.sum_(flag_n.byte()).bool() for flag_n in flags))
+        models: tuple[tuple[Group, Steps], ...] = (("learner", self.actor), ("critic", self.critic))
+        for model, steps in models:
+            told = json.loads(ranks.spread_text(json.dumps((steps.sums, steps.accepted, steps.refused, self.timings)), model))
+            steps.sums, steps.accepted, steps.refused, timings = told
+            self.timings |= {name: seconds for name, seconds in timings.items() if name not in self.timings}
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -100,9 +100,9 @@ def read_adamw(optimizer: torch.optim.AdamW, module: torch.nn.Module, stored: St
 def _piece(name: str, tensor: torch.Tensor, ranks: Ranks) -> Piece:
     whole = tensor.detach()
     if not isinstance(whole, DTensor):
-        return Piece(name, whole, tuple(whole.shape), (0,) * whole.dim(), not ranks.first)
+        return Piece(name, whole, tuple(whole.shape), (0,) * whole.dim(), not ranks.leads)
     mesh, placements = whole.device_mesh, whole.placements
     _, offsets = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
     copy = any(p.is_replicate() and mesh.get_local_rank(dim) for dim, p in enumerate(placements))
-    # Of several meshes side by side, which hold the same, only one has the first rank.
-    return Piece(name, whole.to_local(), tuple(whole.shape), tuple(offsets), copy or 0 not in mesh.mesh)
+    # Of several meshes side by side, which hold the same, only one has the first rank of the group.
+    return Piece(name, whole.to_local(), tuple(whole.shape), tuple(offsets), copy or ranks.start not in mesh.mesh)

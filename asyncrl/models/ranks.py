@@ -7,6 +7,9 @@
 Weights are sharded over shard × sp. After a forward pass all ranks of a share know all columns of its pack: with sp, each
 scores a part of it, and `whole` puts these together, so that a loss may couple all tokens of a sequence. What belongs to a
 whole batch, columns and totals, one rank of each share tells all others: they then hold the same bits, and decide alike.
+
+A critic and a reference model may have ranks of their own: groups side by side in the same process group, the learner's first.
+Each divides its model as above; what its model made of a batch, `spread_` gives to the others.
 """
 
 import contextlib
@@ -14,15 +17,15 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
-from asyncrl.config import Layout
+from asyncrl.config import Group, Layout
 
 LOOK_S = 1.0  # how often who waits for another rank looks whether it is still there
 _SIOCGIFADDR = 0x8915  # Linux: the address of an interface
@@ -53,11 +56,14 @@ def talk_over(host: str) -> None:
                     os.environ.setdefault(f"{backend}_SOCKET_IFNAME", name)
 
 
-def join(store: dist.Store, rank: int, layout: Layout, *, device: str, timeout_s: float) -> "Ranks":
-    """Joins the group as `rank`. Waits for all others, and so does every collective, for `timeout_s` at most."""
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=layout.ranks, timeout=timedelta(seconds=timeout_s))
-    return Ranks(layout, device, store.clone())  # type: ignore[attr-defined]
+Layouts = Layout | Mapping[Group, Layout]  # of the learner's ranks; or of all groups, the learner's first
+
+
+def join(store: dist.Store, rank: int, layouts: Layouts, *, device: str, timeout_s: float) -> "Ranks":
+    """Joins as `rank`, of all groups. Waits for all others, and so does every collective, for `timeout_s` at most."""
+    backend, count = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", sum(of.ranks for of in _by_group(layouts).values())
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timedelta(seconds=timeout_s))
+    return Ranks(layouts, device, store.clone())  # type: ignore[attr-defined]
 
 
 def leave() -> None:
@@ -67,43 +73,88 @@ def leave() -> None:
 
 
 class Ranks:
-    """This rank of the process group; `Ranks()` is the only one, without a group: then nothing here communicates."""
+    """This rank of the process group, and of one of the groups in it; `Ranks()` is the only one: then nothing communicates."""
 
-    def __init__(self, layout: Layout | None = None, device: str = "cpu", store: dist.Store | None = None) -> None:
-        """layout: of the process group that this process has joined, by `store`; one rank needs neither group nor store."""
-        self.layout = layout = layout or Layout()
-        self.grouped = layout.ranks > 1
-        self.index = dist.get_rank() if self.grouped else 0
+    def __init__(self, layouts: Layouts | None = None, device: str = "cpu", store: dist.Store | None = None) -> None:
+        """layouts: of the process group that this process has joined, by `store`; one rank needs neither."""
+        by_group = _by_group(layouts or Layout())
+        self._starts: dict[Group, int] = {}  # index of each group's first rank
+        self.count = 0  # ranks of all groups
+        for group, layout in by_group.items():
+            self._starts[group], self.count = self.count, self.count + layout.ranks
+        self.index = dist.get_rank() if self.count > 1 else 0  # among them
+        group = max((group for group, start in self._starts.items() if start <= self.index), key=self._starts.__getitem__)
+        self.layout, self.start = by_group[group], self._starts[group]
+        layout = self.layout
+        self.grouped = layout.ranks > 1  # with others that hold the same model
+        self._beside = self.count > layout.ranks  # whether there are other groups
         self._store = store
         self.require_others: Callable[[], None] = lambda: None  # raises if another rank has ended; for who waits for one
+        own = self.index - self.start
         self.dealt = layout.replicate * layout.shard  # shares into which packs are dealt
-        self.share = self.index // (layout.sp * layout.tp)  # which of them is this rank's
-        self.place = self.index // layout.tp % layout.sp  # of this rank among those that share its packs' tokens
-        # None where there is no group, or no other rank in it. fsdp: one dimension, after one of copies if there are several.
+        self.share = own // (layout.sp * layout.tp)  # which of them is this rank's
+        self.place = own // layout.tp % layout.sp  # of this rank among those that share its packs' tokens
+        self._tells = own % (layout.sp * layout.tp) == 0  # for its share
+        # None where no other rank is in it. fsdp: one dimension, after one of copies if there are several.
         self.fsdp_mesh: DeviceMesh | None = None
         self.tp_mesh: DeviceMesh | None = None
         self.sp_group: dist.ProcessGroup | None = None
-        self._tells = self.index % (layout.sp * layout.tp) == 0  # for its share
-        if not self.grouped:
-            return
-        copies, sharded = layout.replicate, layout.shard * layout.sp
-        mesh = init_device_mesh(device, (copies, sharded, layout.tp), mesh_dim_names=("copy", "fsdp", "tp"))
-        self.fsdp_mesh = mesh["copy", "fsdp"] if copies > 1 else mesh["fsdp"]
-        if layout.tp > 1:
-            self.tp_mesh = mesh["tp"]
-        if layout.sp > 1:
-            by_place = init_device_mesh(device, (self.dealt, layout.sp, layout.tp), mesh_dim_names=("share", "sp", "tp"))
-            self.sp_group = by_place["sp"].get_group()
+        self.process_group: dist.ProcessGroup | None = None  # of the group
+        for group, layout in by_group.items():  # every rank takes part in making all of them
+            if layout.ranks > 1:
+                self._join(self._starts[group], layout, device)
+
+    def _join(self, start: int, layout: Layout, device: str) -> None:
+        """Makes the process groups of a group of ranks; keeps them if it is this rank's own."""
+        ranks = torch.arange(start, start + layout.ranks)
+        process_group = dist.new_group(ranks.tolist()) if layout.ranks < self.count else None
+        sides = layout.replicate, layout.shard * layout.sp, layout.tp
+        mesh = DeviceMesh(device, ranks.view(sides), mesh_dim_names=("copy", "fsdp", "tp"))
+        shares = layout.replicate * layout.shard, layout.sp, layout.tp
+        by_place = DeviceMesh(device, ranks.view(shares), mesh_dim_names=("share", "sp", "tp")) if layout.sp > 1 else None
+        if start == self.start:
+            self.process_group = process_group
+            self.fsdp_mesh = mesh["copy", "fsdp"] if layout.replicate > 1 else mesh["fsdp"]
+            self.tp_mesh = mesh["tp"] if layout.tp > 1 else None
+            self.sp_group = by_place["sp"].get_group() if by_place is not None else None
 
     @property
     def first(self) -> bool:
         """Whether this is the rank that writes what is written once."""
         return self.index == 0
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first rank of its group."""
+        return self.index == self.start
+
+    def holds(self, model: Group) -> bool:
+        """Whether this rank has a part of that model (`learner`: the policy)."""
+        return self._holder(model) == self.start
+
+    def spread_(self, made: torch.Tensor, of: Group) -> torch.Tensor:
+        """Overwrites a tensor in place by that of the ranks that hold a model. All of all groups must call it."""
+        if self._beside:
+            dist.broadcast(made, self._holder(of))
+        return made
+
+    def spread_text(self, said: str, of: Group) -> str:
+        """The same of a text."""
+        if not self._beside:
+            return said
+        content = said.encode()
+        size = int(self.spread_(torch.tensor(len(content)), of))
+        told = self.spread_(torch.frombuffer(bytearray(content.ljust(size)[:size]), dtype=torch.uint8), of)
+        return told.numpy().tobytes().decode()
+
+    def _holder(self, model: Group) -> int:
+        """The first of the ranks that hold a model."""
+        return self._starts.get(model, 0)
+
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sums a tensor over the shares, in place. All ranks must call it, and get the same bits."""
+        """Sums a tensor over the shares, in place. All ranks of the group must call it, and get the same bits."""
         if self.grouped:
-            dist.all_reduce(tensor if self._tells else tensor.zero_())
+            dist.all_reduce(tensor if self._tells else tensor.zero_(), group=self.process_group)
         return tensor
 
     def merge_(self, column: torch.Tensor) -> torch.Tensor:
@@ -140,6 +191,10 @@ class Ranks:
                 if time.monotonic() >= deadline:
                     raise
             self.require_others()
+
+
+def _by_group(layouts: Layouts) -> Mapping[Group, Layout]:
+    return {"learner": layouts} if isinstance(layouts, Layout) else layouts
 
 
 class _Whole(torch.autograd.Function):

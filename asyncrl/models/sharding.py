@@ -191,7 +191,7 @@ def _planned(plan: Mapping[str, str], pattern: str) -> str | None:
 
 
 def _undivided(model: PreTrainedModel, tp: int, why: str) -> ConfigError:
-    return ConfigError(f"learner.parallel.tp={tp} with {type(model).__name__}: {why}; use tp=1, and more ranks for fsdp")
+    return ConfigError(f"parallel.tp={tp} with {type(model).__name__}: {why}; use tp=1, and more ranks for fsdp")
 
 
 def _refuse(model: PreTrainedModel, ranks: Ranks) -> None:
@@ -203,11 +203,11 @@ def _refuse(model: PreTrainedModel, ranks: Ranks) -> None:
         raise _undivided(model, tp, f"tp does not divide its {heads} attention heads, or its {keys} of keys and values")
     if sp > 1 and not packable(model):
         raise ConfigError(
-            f"learner.parallel.sp={sp} with {type(model).__name__}: it is trained by rows (docs/architectures.md), which ranks "
+            f"parallel.sp={sp} with {type(model).__name__}: it is trained by rows (docs/architectures.md), which ranks "
             "can't share; use sp=1, and more ranks for fsdp"
         )
     if heads // tp % sp:
         raise ConfigError(
-            f"learner.parallel.sp={sp} with {type(model).__name__}: it does not divide the {heads // tp} attention heads that "
+            f"parallel.sp={sp} with {type(model).__name__}: it does not divide the {heads // tp} attention heads that "
             f"a rank has with tp={tp}; use a divisor of them, and more ranks for fsdp"
         )

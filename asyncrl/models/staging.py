@@ -130,7 +130,7 @@ def _elsewhere(where: str, own: Sequence[Piece], ranks: Ranks) -> dict[int, list
             values = (len(piece.shape), *piece.offsets, *piece.local.shape)
             row[: len(values)] = torch.tensor(values)
     tables = [torch.empty_like(told) for _ in range(ranks.layout.ranks)]
-    dist.all_gather(tables, told)
+    dist.all_gather(tables, told, group=ranks.process_group)
     far = {rank: table[1:].tolist() for rank, table in enumerate(tables) if not torch.equal(table[0], tables[0][0])}
     return {
         rank: [_Block(row[1 : 1 + row[0]], row[1 + row[0] : 1 + 2 * row[0]]) if row[0] >= 0 else None for row in table]

@@ -41,6 +41,11 @@ class OwnValues:
         self.ranks = self._packed.ranks
 
     @property
+    def device(self) -> torch.device:
+        """Where packs must be."""
+        return self._packed.device
+
+    @property
     def packs(self) -> int:
         """That the model was given so far."""
         return self._packed.packs
@@ -58,6 +63,11 @@ class SharedValues:
         self.module: torch.nn.Module = value_head(policy).to(self._packed.device)
         self.ranks = self._packed.ranks
         shard_head(self.module, self.ranks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where packs must be."""
+        return self._packed.device
 
     @property
     def packs(self) -> int:

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from asyncrl.cluster.fit import DeviceMemory, agree, fit_layout
+from asyncrl.cluster.fit import DeviceMemory, agree, fit_layouts
 from asyncrl.config import (
     AlgorithmSpec,
     DataSpec,
     Deployment,
     Layout,
-    LearnerPlaceSpec,
     LearnerSpec,
     LoraSpec,
     ModelSpec,
     ParallelSpec,
     PlaceSpec,
+    RanksSpec,
     Recipe,
     RewardSpec,
 )
@@ -47,10 +47,10 @@ def fit(tmp_path: Path):
             algorithm=fields.pop("algorithm", AlgorithmSpec()),
             total_steps=1,
         )
-        place = LearnerPlaceSpec(ranks=ranks, place=PlaceSpec(gpus=gpus), parallel=ParallelSpec(**fields))
+        place = RanksSpec(ranks=ranks, place=PlaceSpec(gpus=gpus), parallel=ParallelSpec(**fields))
         memory = None if gib is None else gib * GIB
         devices = [DeviceMemory(node=f"{i * nodes // ranks}", memory_bytes=memory, host_bytes=2048 * GIB) for i in range(ranks)]
-        return fit_layout(recipe, Deployment(learner=place), devices)
+        return fit_layouts(recipe, Deployment(learner=place), {"learner": devices})["learner"]
 
     return take
 
@@ -143,7 +143,7 @@ def test_without_devices_or_sizes_the_first_layout_is_told_as_such(fit, tmp_path
 
 
 def test_ranks_agree_on_what_the_first_makes_of_all_devices() -> None:
-    """Those of a node become neighbours, wherever Ray put them."""
+    """Those of a node become neighbours in their group, wherever Ray put them."""
 
     class Store(dict):
         """As torch's: `get` waits."""
@@ -166,16 +166,17 @@ def test_ranks_agree_on_what_the_first_makes_of_all_devices() -> None:
         own = DeviceMemory(node="ab"[index % 2], memory_bytes=index, host_bytes=1)
 
         def fit(devices):
-            asked.append([device.node for device in devices])
-            return Layout(shard=2, tp=2)
+            asked.append({group: [device.node for device in of] for group, of in devices.items()})
+            return layouts
 
-        found[index] = agree(store, index, 4, own, fit)
+        found[index] = agree(store, index, ["learner"] * 4 + ["critic"] * 2, own, fit)
 
-    threads = [threading.Thread(target=rank, args=(index,)) for index in range(4)]
+    layouts = {"learner": Layout(shard=2, tp=2), "critic": Layout(shard=2)}
+    threads = [threading.Thread(target=rank, args=(index,)) for index in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert asked == [["a", "a", "b", "b"]]
-    assert {index: number for index, (number, _) in found.items()} == {0: 0, 2: 1, 1: 2, 3: 3}
-    assert {layout for _, layout in found.values()} == {Layout(shard=2, tp=2)}
+    assert asked == [{"learner": ["a", "a", "b", "b"], "critic": ["a", "b"]}]
+    assert {index: number for index, (number, _) in found.items()} == {0: 0, 2: 1, 1: 2, 3: 3, 4: 4, 5: 5}
+    assert all(agreed == layouts for _, agreed in found.values())

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from asyncrl.cluster.resources import check_placement, count_gpus
-from asyncrl.config import Deployment, GeneratorsSpec, LearnerPlaceSpec, PlaceSpec
+from asyncrl.config import Deployment, GeneratorsSpec, PlaceSpec, RanksSpec
 from asyncrl.errors import ConfigError
 
 
@@ -35,9 +35,7 @@ def test_visible_gpus(dev: Path, environ: dict[str, str], count: int) -> None:
 
 def deployment(generators: int = 1, **each: float) -> Deployment:
     place = PlaceSpec(**each)
-    return Deployment(
-        num_cpus=4, generators=GeneratorsSpec(count=generators, place=place), learner=LearnerPlaceSpec(place=place)
-    )
+    return Deployment(num_cpus=4, generators=GeneratorsSpec(count=generators, place=place), learner=RanksSpec(place=place))
 
 
 def test_what_fits_is_told(dev: Path) -> None:
@@ -46,7 +44,7 @@ def test_what_fits_is_told(dev: Path) -> None:
 
 
 def test_every_rank_of_the_learner_counts(dev: Path) -> None:
-    learner = LearnerPlaceSpec(ranks=3, place=PlaceSpec(cpus=1.0, gpus=1.0))
+    learner = RanksSpec(ranks=3, place=PlaceSpec(cpus=1.0, gpus=1.0))
     told = check_placement(Deployment(num_cpus=4, learner=learner), {"RAY_ADDRESS": "10.0.0.1:6379"}, dev)
     assert told.startswith("6 actors ask for 3 CPUs, 3 GPUs; ")
     assert told.endswith("; the learner's ranks are learner, learner-1, learner-2")
@@ -72,7 +70,7 @@ def test_what_does_not_fit_is_a_table_by_group(dev: Path) -> None:
 def test_cpus_and_custom_resources_count_too(dev: Path) -> None:
     with pytest.raises(ConfigError, match=r"demanded +6 "):
         check_placement(deployment(cpus=3.0), {}, dev)
-    fast = Deployment(learner=LearnerPlaceSpec(place=PlaceSpec(resources={"fast": 1.0})))
+    fast = Deployment(learner=RanksSpec(place=PlaceSpec(resources={"fast": 1.0})))
     with pytest.raises(ConfigError, match=r"resources fast: a local Ray has none"):
         check_placement(fast, {}, dev)
 

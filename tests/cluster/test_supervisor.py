@@ -15,10 +15,10 @@ from asyncrl.config import (
     AlgorithmSpec,
     Deployment,
     GeneratorsSpec,
-    LearnerPlaceSpec,
     LearnerSpec,
     LimitsSpec,
     PlaceSpec,
+    RanksSpec,
     RewardSpec,
     RewardsSpec,
     SamplingSpec,
@@ -81,7 +81,7 @@ def test_the_store_is_told_of_deaths_while_it_was_down_once_it_is_up(local_ray, 
 
 
 def test_ranks_of_which_none_moves_start_anew_and_are_named_with_what_they_wait_for(tiny_recipe, tmp_path, monkeypatch, caplog):
-    deployment = Deployment(learner=LearnerPlaceSpec(ranks=2))
+    deployment = Deployment(learner=RanksSpec(ranks=2))
     plan = RunPlan(recipe=tiny_recipe(), deployment=deployment, run_dir=str(tmp_path), started=1, loopback=True)
     plan.paths.create()
     summary, now, begun = RunSummary(name="tiny", total_steps=5, committed=6), 0.0, []

@@ -10,11 +10,11 @@ from asyncrl.config import (
     Deployment,
     EngineSpec,
     GeneratorsSpec,
-    LearnerPlaceSpec,
     LearnerSpec,
     ModelSpec,
     PlaceSpec,
     PrecisionSpec,
+    RanksSpec,
     Recipe,
     RewardSpec,
     run_dtypes,
@@ -49,7 +49,7 @@ def test_what_is_auto_follows_the_learner(
         total_steps=1,
     )
     deployment = Deployment(
-        learner=LearnerPlaceSpec(place=PlaceSpec(gpus=gpus)),
+        learner=RanksSpec(place=PlaceSpec(gpus=gpus)),
         generators=GeneratorsSpec(engine=EngineSpec(dtype=engine)),
         bus=BusSpec(dtype=bus),
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from asyncrl.config import Layout, LearnerPlaceSpec, ParallelSpec, layouts
+from asyncrl.config import Layout, ParallelSpec, RanksSpec, layouts
 from asyncrl.errors import ConfigError
 
 
@@ -42,5 +42,5 @@ def test_what_is_pinned_stays(fields: dict, ranks: int, expected: Layout) -> Non
 
 @pytest.mark.parametrize("fields", [{"tp": 3}, {"sp": 4, "fsdp": 2}, {"fsdp": 3}, {"tp": 2, "sp": 4}])
 def test_parts_that_do_not_make_up_the_ranks(fields: dict) -> None:
-    with pytest.raises(ConfigError, match=r"do not make up learner\.ranks=4: some would be idle"):
-        LearnerPlaceSpec(ranks=4, parallel=ParallelSpec(**fields))
+    with pytest.raises(ConfigError, match=r"do not make up ranks=4: some would be idle"):
+        RanksSpec(ranks=4, parallel=ParallelSpec(**fields))

@@ -59,25 +59,29 @@ def test_an_own_critic_starts_from_the_policy_or_from_its_model(make, make_model
     name = "model.layers.1.mlp.up_proj.weight"
     for spec, seed in ((CriticSpec(), 0), (CriticSpec(model=ModelSpec(path=str(tmp_path / "other"))), 1)):
         trainer = make(spec)
-        assert trainer.critic.module.get_parameter(name).equal(make_model(seed=seed).get_parameter(name))
-        assert trainer.critic.module.get_parameter(name) is not trainer.model.get_parameter(name)
-        assert trainer.critic.module.lm_head.weight.shape == (1, 16)
+        assert trainer.trained["critic"].module.get_parameter(name).equal(make_model(seed=seed).get_parameter(name))
+        assert trainer.trained["critic"].module.get_parameter(name) is not trainer.model.get_parameter(name)
+        assert trainer.trained["critic"].module.lm_head.weight.shape == (1, 16)
 
 
 def test_a_shared_critic_is_a_head_and_trains_with_the_policy(make, make_rollouts) -> None:
     trainer = make(CriticSpec(backbone="shared", lr=1e-2), kl_coef=0.01)
-    assert sum(parameter.numel() for parameter in trainer.critic.module.parameters()) == 17
+    assert sum(parameter.numel() for parameter in trainer.trained["critic"].module.parameters()) == 17
     metrics = trainer.update(make_rollouts(), 1)
     assert (metrics["actor/optimizer_steps"], metrics["critic/optimizer_steps"]) == (1.0, 1.0)
-    assert not trainer.critic.module.weight.equal(torch.zeros(1, 16))
+    assert not trainer.trained["critic"].module.weight.equal(torch.zeros(1, 16))
 
 
 def in_bfloat16(ranks: Ranks, recipe: Recipe, rollouts: list[TrainRollout], folder: Path) -> tuple[object, ...]:
     """Dtypes of the policy, the reference, the critic and AdamW; the KL in the loss of the first step."""
     trainer = policy_trainer(recipe, device="cpu", refused_dir=folder, ranks=ranks)
-    dtypes = [model.dtype for model in (trainer.model, trainer._reference.model, trainer.critic.module)]
+    dtypes = [model.dtype for model in (trainer.model, trainer._reference.model, trainer.trained["critic"].module)]
     metrics = trainer.update(rollouts, 1)
-    return dtypes, trainer.optimizer.state[next(trainer.model.parameters())]["exp_avg"].dtype, metrics["actor/kl_loss"]
+    return (
+        dtypes,
+        trainer.trained["policy"].adamw.state[next(trainer.model.parameters())]["exp_avg"].dtype,
+        metrics["actor/kl_loss"],
+    )
 
 
 def test_only_what_learns_rests_in_float32_when_bfloat16_computes(make_recipe, gang, make_rollouts, tmp_path: Path) -> None:
@@ -99,10 +103,12 @@ def test_with_lora_adapters_alone_learn_and_the_reference_is_what_they_were_adde
     lora = LearnerSpec(batch_groups=4, lr=1e-2, lora=LoraSpec(rank=2))
     trainer, whole = make(CriticSpec(), learner=lora, kl_coef=0.1), make(CriticSpec(), kl_coef=0.1)
     names = {parameter: name for name, parameter in trainer.model.named_parameters()}
-    learned = [names[parameter] for parameter in trainer.optimizer.param_groups[0]["params"]]
+    learned = [names[parameter] for parameter in trainer.trained["policy"].adamw.param_groups[0]["params"]]
     assert len(learned) == 2 * 7 * 2  # A and B of seven matrices in each of two layers
     assert all(".lora_" in name for name in learned)
-    assert len(trainer.critic.optimizer.param_groups[0]["params"]) == len(whole.critic.optimizer.param_groups[0]["params"])
+    assert len(trainer.trained["critic"].adamw.param_groups[0]["params"]) == len(
+        whole.trained["critic"].adamw.param_groups[0]["params"]
+    )
 
     first, expected = trainer.update(make_rollouts(), 0), whole.update(make_rollouts(), 0)
     assert first["actor/kl_loss"] == expected["actor/kl_loss"] == 0.0

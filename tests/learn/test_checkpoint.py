@@ -40,7 +40,7 @@ def restore_at(checkpoints: Checkpoints, trainer, *of) -> int:
 
 
 def state(trainer) -> list[torch.Tensor]:
-    moments = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
+    moments = [value for entry in trainer.trained["policy"].adamw.state.values() for value in entry.values()]
     return [*trainer.model.state_dict().values(), *moments]
 
 

@@ -26,7 +26,7 @@ CRITICS = {
 
 
 def weights(trainer) -> list[torch.Tensor]:
-    modules = (trainer.model, trainer.critic.module)
+    modules = (trainer.model, trainer.trained["critic"].module)
     return [parameter.detach().clone() for module in modules for parameter in module.parameters()]
 
 
@@ -92,7 +92,7 @@ def test_one_update_equals_plain_float64_steps(backbone: str, cut: bool, make_tr
     trainer, plain = make_trainer(**made), make_trainer(**made)
     metrics = trainer.update(rollouts, 2)
 
-    policy, module = plain.model.double(), plain.critic.module.double()
+    policy, module = plain.model.double(), plain.trained["critic"].module.double()
     columns = [plain_columns(policy, r) for r in rollouts]
     if backbone == "own":
         values = [plain_columns(module, r)[0][:, 0] for r in rollouts]
@@ -174,16 +174,16 @@ def test_masked_tokens_at_the_end_do_not_change_the_update(backbone: str, make_t
 @pytest.mark.parametrize("backbone", CRITICS)
 def test_in_warm_up_only_the_critic_moves(backbone: str, make_trainer, make_rollouts) -> None:
     trainer = make_trainer(algorithm=GAE, critic={**CRITICS[backbone], "critic_warmup": 2}, max_lag=9)
-    policy, head = policy_weights(trainer), trainer.critic.module.state_dict()
+    policy, head = policy_weights(trainer), trainer.trained["critic"].module.state_dict()
     head = {name: tensor.clone() for name, tensor in head.items()}
     for committed in range(2):
         metrics = trainer.update(make_rollouts(seed=committed), committed)
         assert_equal(policy, policy_weights(trainer))
-        assert trainer.optimizer.state == {}
+        assert trainer.trained["policy"].adamw.state == {}
         assert metrics["actor/optimizer_steps"] == 0.0
         assert metrics["critic/optimizer_steps"] >= 1.0
         assert all(math.isfinite(value) for value in metrics.values())
-    assert any(not tensor.equal(head[name]) for name, tensor in trainer.critic.module.state_dict().items())
+    assert any(not tensor.equal(head[name]) for name, tensor in trainer.trained["critic"].module.state_dict().items())
     assert trainer.update(make_rollouts(seed=2), 2)["actor/optimizer_steps"] == 1.0
     assert any(not a.equal(b) for a, b in zip(policy, policy_weights(trainer), strict=True))
 
@@ -257,7 +257,7 @@ def test_a_non_finite_step_is_refused_and_its_batch_kept(backbone: str, make_tra
 
 
 def state(trainer) -> list[torch.Tensor]:
-    optimizers = (trainer.optimizer, trainer.critic.optimizer)
+    optimizers = (trainer.trained["policy"].adamw, trainer.trained["critic"].adamw)
     moments = [value.clone() for optimizer in optimizers for entry in optimizer.state.values() for value in entry.values()]
     return [*weights(trainer), *moments]
 

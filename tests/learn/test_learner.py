@@ -180,7 +180,7 @@ def test_a_restart_restores_fences_there_and_retrains_under_its_incarnation(make
     assert ("commit", 9, "4.4") in store.calls
     for name, weight in bus.published["4.3"].items():
         assert torch.equal(weight, trainer.model.state_dict()[name])
-    assert restored.optimizer.param_groups[0]["lr"] == 1e-2
+    assert restored.trained["policy"].adamw.param_groups[0]["lr"] == 1e-2
 
 
 def test_a_learner_that_was_fenced_deletes_no_checkpoint(make_learner, tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_weights_whose_commit_failed_are_given_up(make_learner) -> None:
     assert learner.run(1) == 0
     assert learner.run(1) == 1  # from step_000000 again, behind a new fence
     assert store.calls.count(("fence", 0)) == 2
-    assert trainer.optimizer.state[next(iter(trainer.model.parameters()))]["step"] == 1
+    assert trainer.trained["policy"].adamw.state[next(iter(trainer.model.parameters()))]["step"] == 1
 
 
 def test_a_store_of_another_run_is_refused(make_learner) -> None:

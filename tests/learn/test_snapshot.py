@@ -62,7 +62,7 @@ def train(trainer: SupervisedTrainer, steps: range) -> None:
 
 
 def parts(trainer: SupervisedTrainer, ranks: Ranks) -> list[tuple]:
-    pieces = [*module_pieces(trainer.model, ranks), *adamw_pieces(trainer.optimizer, trainer.model, ranks)]
+    pieces = [*module_pieces(trainer.model, ranks), *adamw_pieces(trainer.trained["policy"].adamw, trainer.model, ranks)]
     return [(piece.name, piece.local.clone(), piece.shape, piece.offsets) for piece in written(pieces)]
 
 
@@ -126,6 +126,56 @@ def test_layouts_go_on_from_each_other(gang, tmp_path: Path) -> None:
                 assert ((trained[tensor] - value).abs().max() / scale).item() <= 2e-6, f"{source} -> {name}: {tensor}"
     files = sorted(path.name for path in (RunDir(tmp_path / "fsdp 3").checkpoint(3) / "policy").iterdir())
     assert files[2:] == [f"model_rank_0000{rank}_of_00003.safetensors" for rank in range(3)]
+
+
+class TwoModels:
+    """A trainer of a policy and a critic, of which this rank has what its group holds."""
+
+    def __init__(self, ranks: Ranks, seed: int = 0) -> None:
+        models = {"policy": "learner", "critic": "critic"}
+        self.each = {name: made(ranks, seed + i) for i, (name, of) in enumerate(models.items()) if ranks.holds(of)}
+        self.trained = {name: of.trained["policy"] for name, of in self.each.items()}
+        self.state = {"figure": 0.0}
+
+    def parts(self, ranks: Ranks) -> list[tuple]:
+        return [(f"{of}.{name}", *rest) for of, trainer in self.each.items() for name, *rest in parts(trainer, ranks)]
+
+
+def save_and_load_beside(ranks: Ranks, root: Path) -> tuple[list[tuple], list[tuple], list[float]]:
+    """What is saved, what comes back from another layout's checkpoint, and the random numbers drawn after each."""
+    trainer, checkpoints, name = TwoModels(ranks), Checkpoints(RunDir(root / "own"), 2, ranks=ranks), Version(1, 2)
+    for of in trainer.each.values():
+        train(of, range(2))
+    torch.manual_seed(100 + ranks.index)
+    checkpoints.save(trainer, name)
+    drawn = [torch.rand(1).item()]
+    saved = trainer.parts(ranks)
+    checkpoints.wait()
+    Checkpoints(RunDir(root / "one"), 2, ranks=ranks).load(loaded := TwoModels(ranks, seed=9), 2)
+    return saved, loaded.parts(ranks), [*drawn, torch.rand(1).item()]
+
+
+def test_models_with_ranks_of_their_own_go_on_from_one_rank_and_back(gang, tmp_path: Path) -> None:
+    one = TwoModels(Ranks())
+    for of in one.each.values():
+        train(of, range(2))
+    Checkpoints(RunDir(tmp_path / "one"), 2).save(one, Version(1, 2))
+    found = gang({"learner": Layout(shard=2), "critic": Layout()}, save_and_load_beside, tmp_path)
+    saved, loaded, drawn = ([of_rank[i] for of_rank in found] for i in range(3))
+    assert equal(whole(loaded), whole([one.parts(Ranks())]))
+    folder = RunDir(tmp_path / "own").checkpoint(2)
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+    assert [name for name in names if "critic" in name or "rng" in name] == [
+        "critic/model.safetensors",
+        "optimizer/critic/adamw.safetensors",
+        *(f"rng/rng_rank_0000{rank}_of_00003.safetensors" for rank in range(3)),
+        "scheduler/critic.json",
+    ]
+    assert verify_manifest(folder)["model"]["parameters"] > 0
+    back = TwoModels(Ranks(), seed=9)
+    Checkpoints(RunDir(tmp_path / "own"), 2).load(back, 2)
+    assert equal(whole([back.parts(Ranks())]), whole(saved))
+    assert torch.rand(1).item() == drawn[0][0]
 
 
 def save_and_die(ranks: Ranks, root: Path, victim: int) -> None:

@@ -201,11 +201,11 @@ def test_a_non_finite_step_changes_nothing_and_keeps_its_batch(
 ) -> None:
     trainer = make_trainer(learner={"max_refused_steps": 3})
     trainer.update([make_rollout(1, i) for i in range(3)], 0)
-    before, moments = weights(trainer), [state["exp_avg"].clone() for state in trainer.optimizer.state.values()]
+    before, moments = weights(trainer), [state["exp_avg"].clone() for state in trainer.trained["policy"].adamw.state.values()]
     bad = [make_rollout(0, 0, **field), make_rollout(0, 1)]
     assert trainer.update(bad, 1)["actor/refused_steps"] == 1.0
     assert_same(before, weights(trainer))
-    assert_same(moments, [state["exp_avg"] for state in trainer.optimizer.state.values()])
+    assert_same(moments, [state["exp_avg"] for state in trainer.trained["policy"].adamw.state.values()])
     (saved,) = (tmp_path / "refused").iterdir()
     with np.load(saved) as columns:  # allow_pickle stays off
         assert cause in str(columns["cause"])
@@ -266,7 +266,7 @@ def test_packs_of_every_model_are_counted(backbone: str, make_trainer, make_mode
     reference, calls = make_model(), []
     algorithm = {"adv_estimator": "gae", "kl_coef": 0.1}
     trainer = make_trainer(learner=SEVERAL_STEPS, algorithm=algorithm, reference=reference, critic={"backbone": backbone})
-    own = [trainer.critic.module] if backbone == "own" else []
+    own = [trainer.trained["critic"].module] if backbone == "own" else []
     for model in (trainer.model, reference, *own):
         model.base_model.register_forward_hook(lambda *_: calls.append(1))
     trainer.update(make_rollouts(), 1)

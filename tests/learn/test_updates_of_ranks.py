@@ -44,8 +44,9 @@ class Case(NamedTuple):
 
 
 class Made(NamedTuple):
-    gradients: list[dict[str, torch.Tensor]]  # whole, of each optimizer step, by name
+    gradients: dict[str, list[dict[str, torch.Tensor]]]  # by model: whole, of each optimizer step, by name
     metrics: dict[str, float]
+    state: dict[str, float]
 
 
 CRITICS = {
@@ -78,25 +79,29 @@ def trainer_of(ranks: Ranks, case: Case, make_model: MakeModel, folder: Path, **
     def model(seed: int) -> Any:
         return make_model(seed, 2.0, hidden_size=32, **HEADS, tie_word_embeddings=case.tied)
 
-    policy, reference, critic = model(0), model(3), None
-    shard(policy, ranks, PrecisionSpec())
-    shard(reference, ranks, PrecisionSpec())
+    policy, reference, values, critic = model(0), model(3), None, None
+    if ranks.holds("learner"):
+        shard(policy, ranks, PrecisionSpec())
+    if ranks.holds("reference"):
+        shard(reference, ranks, PrecisionSpec())
     if case.critic is not None:
         spec = CriticSpec(**{**GENTLE, **case.critic})
-        if spec.backbone == "own":
+        if spec.backbone == "shared":
+            values = SharedValues(policy, ranks)
+        elif ranks.holds("critic"):
             value = value_model(model(7))
             torch.nn.init.normal_(value.get_output_embeddings().weight, std=0.3)
             shard(value, ranks, PrecisionSpec())
-        values = SharedValues(policy, ranks) if spec.backbone == "shared" else OwnValues(value, ranks)
-        critic = Critic(values, spec, RefusedSteps(folder / "critic", 3, ranks.first), total_steps=20)
+            values = OwnValues(value, ranks)
+        critic = Critic(values, spec, RefusedSteps(folder / "critic", 3, ranks.leads), total_steps=20)
     return PolicyTrainer(
-        PackedModel(policy, 0.8, ranks),
+        PackedModel(policy, 0.8, ranks) if ranks.holds("learner") else None,
         LearnerSpec(**{"batch_groups": 4, **GENTLE, "mini_batch_groups": 2, **learner}),
         AlgorithmSpec(**case.algorithm),
         Staleness(max_lag=2, batch_groups=4),
         total_steps=20,
         refused_dir=folder,
-        reference=PackedModel(reference, 0.8, ranks),
+        reference=PackedModel(reference, 0.8, ranks) if ranks.holds("reference") else None,
         critic=critic,
     )
 
@@ -113,11 +118,10 @@ def updates(
     made = {}
     for name, case in cases.items():
         trainer = trainer_of(ranks, case, make_model, folder, max_tokens_per_pack=pack)
-        gradients: list[dict[str, torch.Tensor]] = []
-        keep_gradients(trainer.model, trainer.optimizer, gradients)
-        if trainer.critic is not None:
-            keep_gradients(trainer.critic.module, trainer.critic.optimizer, gradients)
-        made[name] = Made(gradients, trainer.update(rollouts, 2))
+        gradients: dict[str, list[dict[str, torch.Tensor]]] = {model: [] for model in trainer.trained}
+        for model, optimization in trainer.trained.items():
+            keep_gradients(optimization.module, optimization.adamw, gradients[model])
+        made[name] = Made(gradients, trainer.update(rollouts, 2), trainer.state)
     return made
 
 
@@ -133,12 +137,13 @@ def alone(cases: dict[str, Case], make_model, awkward, tmp_path: Path) -> dict[s
 
 
 def assert_same(found: Made, expected: Made, name: str) -> None:
-    assert len(found.gradients) == len(expected.gradients)
-    for step, (one, other) in enumerate(zip(found.gradients, expected.gradients, strict=True)):
-        assert one.keys() == other.keys()
-        apart = {key: ((one[key] - other[key]).abs().max() / other[key].abs().max().clamp(1e-30)).item() for key in other}
-        worst = max(apart, key=lambda key: apart[key])
-        assert apart[worst] <= 2e-6, f"{name}, step {step}, {worst}"
+    assert found.gradients.keys() == expected.gradients.keys(), name
+    for model, steps in expected.gradients.items():
+        for step, (one, other) in enumerate(zip(found.gradients[model], steps, strict=True)):
+            assert one.keys() == other.keys()
+            apart = {key: ((one[key] - other[key]).abs().max() / other[key].abs().max().clamp(1e-30)).item() for key in other}
+            worst = max(apart, key=lambda key: apart[key])
+            assert apart[worst] <= 2e-6, f"{name}, {model}, step {step}, {worst}"
     assert found.metrics.keys() == expected.metrics.keys()
     figures = {key for key in expected.metrics if not key.startswith("timing_s/")}
     counts = {key for key in figures if expected.metrics[key].is_integer()}
@@ -168,6 +173,42 @@ def test_ranks_that_share_packs_make_the_updates_of_one(
     for of_rank in gang(layout, updates, chosen, make_model, awkward, tmp_path, 30):
         for name in chosen:
             assert_same(of_rank[name], alone[name], name)
+
+
+APART = {
+    "own critic": CRITICS["own critic"],
+    "adaptive KL": Case(
+        {**PRICED, "kl_control": "adaptive", "kl_target": 0.1, "reward_normalization": "running"}, {"critic_warmup": 0}
+    ),
+    "KL in the loss": Case({"adv_estimator": "gae", "kl_coef": 0.2, "kl_control": "adaptive", "kl_target": 0.1}, {}),
+    "the critic warms up": Case(PRICED, {"critic_warmup": 5, "value_clip": 0.05}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        {"learner": Layout(), "critic": Layout(), "reference": Layout()},
+        {"learner": Layout(shard=2), "reference": Layout(), "critic": Layout(sp=2)},
+        {"learner": Layout(), "critic": Layout(shard=2)},
+    ],
+)
+def test_models_with_ranks_of_their_own_make_the_updates_of_one(
+    layouts: dict, gang, make_model, awkward, tmp_path: Path
+) -> None:
+    """What is kept between updates is the same on all; figures are whole where the policy is."""
+    found = gang(layouts, updates, APART, make_model, awkward, tmp_path, 12)
+    for name, expected in updates(Ranks(), APART, make_model, awkward, tmp_path, 16384).items():
+        rank = 0
+        for group, layout in layouts.items():
+            own = {"learner": {"policy", *({"critic"} - layouts.keys())}}.get(group, {group})
+            gradients = {model: steps for model, steps in expected.gradients.items() if model in own}
+            for of_rank in found[rank : rank + layout.ranks]:
+                made = of_rank[name] if group == "learner" else of_rank[name]._replace(metrics=expected.metrics)
+                assert_same(made, expected._replace(gradients=gradients), f"{name}, rank {rank} of {group}")
+                assert of_rank[name].state == found[0][name].state == pytest.approx(expected.state, rel=1e-6)
+            rank += layout.ranks
 
 
 # Takes the last sequence's number: it must never see a pack without a token. broken: makes one sequence's loss not a number.
@@ -225,11 +266,11 @@ def warm_start(ranks: Ranks, make_model: MakeModel, examples: list[TokenSequence
     shard(model, ranks, PrecisionSpec())
     trainer = SupervisedTrainer(model, OptimizerSpec(**GENTLE), 3, max_tokens_per_pack=pack, ranks=ranks)
     gradients: list[dict[str, torch.Tensor]] = []
-    keep_gradients(model, trainer.optimizer, gradients)
+    keep_gradients(model, trainer.trained["policy"].adamw, gradients)
     figures: list[dict[str, float]] = []
     fit(trainer, examples, batch=3, on_step=lambda step, of_step: figures.append(of_step))
     losses = [trainer.loss(examples), trainer.loss(examples[:1])]
-    return Made(gradients, figures[-1]), [of_step["loss"] for of_step in figures] + losses
+    return Made({"policy": gradients}, figures[-1], {}), [of_step["loss"] for of_step in figures] + losses
 
 
 @pytest.mark.parametrize("layout", [Layout(shard=2), Layout(sp=2)])

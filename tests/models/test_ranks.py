@@ -58,11 +58,32 @@ def test_parts_of_a_pack_make_the_whole_and_get_their_own_gradient(gang):
     assert gang(Layout(shard=2, sp=2), square) == [(first, [60, 60]), (first, [60]), (second, [66, 66]), (second, [66])]
 
 
+def beside(ranks: Ranks) -> tuple[object, ...]:
+    """Where this rank stands among groups; a sum within its own; what each group tells of its models."""
+    held = [group for group in ("learner", "critic", "reference") if ranks.holds(group)]
+    stands = ranks.index, ranks.start, ranks.count, ranks.share, ranks.place, ranks.leads, ranks.first, held
+    summed = ranks.sum_(torch.tensor(1.0 + ranks.index)).item()
+    spread = [ranks.spread_(torch.tensor([float(ranks.index)]), group).item() for group in ("learner", "critic", "reference")]
+    return *stands, summed, spread, ranks.spread_text("é" * (1 + ranks.index), "critic")
+
+
+def test_groups_side_by_side_sum_their_own_and_tell_the_others(gang):
+    policy, told = ["learner", "reference"], ([0.0, 2.0, 0.0], "ééé")
+    assert gang({"learner": Layout(shard=2), "critic": Layout(sp=2)}, beside) == [
+        (0, 0, 4, 0, 0, True, True, policy, 3.0, *told),
+        (1, 0, 4, 1, 0, False, False, policy, 3.0, *told),
+        (2, 2, 4, 0, 0, True, False, ["critic"], 3.0, *told),
+        (3, 2, 4, 0, 1, False, False, ["critic"], 3.0, *told),
+    ]
+
+
 def test_the_only_rank_has_no_group():
     ranks = Ranks()
     column = torch.tensor([1.0, math.nan])
     assert (ranks.index, ranks.share, ranks.dealt, ranks.fsdp_mesh, ranks.first) == (0, 0, 1, None, True)
+    assert all(map(ranks.holds, ("learner", "critic", "reference")))
     assert ranks.sum_(column) is column
+    assert ranks.spread_(column, "critic") is column
     assert ranks.merge_(column) is column
     assert ranks.whole(column, torch.arange(2), 2) is column
 

@@ -234,7 +234,7 @@ def test_what_ranks_cant_divide_is_refused(name: str, changes: dict[str, Any], l
     ranks = Ranks()
     ranks.layout = layout  # refused before any of them is asked
     model = make(name, **changes)
-    with pytest.raises(ConfigError, match=rf"learner.parallel.*{told}"):
+    with pytest.raises(ConfigError, match=rf"parallel.*{told}"):
         shard(model, ranks, PrecisionSpec())
 
 

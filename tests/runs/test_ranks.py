@@ -3,14 +3,14 @@
 import pytest
 
 from asyncrl import launch
-from asyncrl.config import Deployment, EngineSpec, GeneratorsSpec, LearnerPlaceSpec, LearnerSpec, LimitsSpec, StalenessSpec
+from asyncrl.config import Deployment, EngineSpec, GeneratorsSpec, LearnerSpec, LimitsSpec, RanksSpec, StalenessSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 
 def deployment(ranks: int, **limits: float) -> Deployment:
     return Deployment(
-        learner=LearnerPlaceSpec(ranks=ranks),
+        learner=RanksSpec(ranks=ranks),
         generators=GeneratorsSpec(engine=EngineSpec(deterministic=True)),
         limits=LimitsSpec(poll_s=0.5, **limits),
     )

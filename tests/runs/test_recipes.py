@@ -83,10 +83,10 @@ def arithmetic_run(local_ray, arithmetic_data, tmp_path_factory) -> RunResult:
 
 @pytest.fixture(scope="module")
 def ppo_run(local_ray, arithmetic_data, tmp_path_factory) -> RunResult:
-    """The beginning of the recipe, from the same warm policy; the critic learns alone for two updates."""
+    """The beginning of the recipe, from the same warm policy; the critic, a rank of its own, learns alone for two updates."""
     runs = tmp_path_factory.mktemp("runs")
     shutil.copytree(arithmetic_data, runs / "arithmetic_ppo" / "data")
-    overrides = ["total_steps=18", "critic.critic_warmup=2", "learner.warmup_steps=6"]
+    overrides = ["total_steps=18", "critic.critic_warmup=2", "learner.warmup_steps=6", "deploy.critic.ranks=1"]
     return run_recipe("arithmetic_ppo", runs, *overrides, "checkpoint.save_freq=2", "checkpoint.keep_last_n=20")
 
 

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncrl import Recipe, RunResult, Trainer, launch
-from asyncrl.config import CheckpointSpec, Deployment, LearnerPlaceSpec, LearnerSpec, LimitsSpec, StalenessSpec
+from asyncrl.config import CheckpointSpec, Deployment, LearnerSpec, LimitsSpec, RanksSpec, StalenessSpec
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.replay.log import events as ev
 from asyncrl.replay.log.tail import record
@@ -142,7 +142,7 @@ def test_ranks_start_anew_together_when_one_of_them_dies_or_hangs(
     killer = Killer({3: "learner-1", 7: "learner", 11: "learner-1"}, hold, hangs=(11,))
     recipe = tiny_recipe(algorithm=hold.algorithm, total_steps=20, checkpoint=CheckpointSpec(save_freq=1))
     limits = LimitsSpec(poll_s=0.5, health_timeout_s=8.0)
-    result = run(recipe, tmp_path, killer, Deployment(learner=LearnerPlaceSpec(ranks=2), limits=limits))
+    result = run(recipe, tmp_path, killer, Deployment(learner=RanksSpec(ranks=2), limits=limits))
     assert killer.killed == ["learner-1", "learner", "learner-1"]
     assert (result.restarts, result.steps) == ({"learner": 3}, 20), "a failure of the group counts once"
     assert result.max_trained_lag <= recipe.staleness.max_lag

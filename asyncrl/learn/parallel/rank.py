@@ -34,7 +34,8 @@ class Rank:
         self._tokenizer = tokenizer
         self._ranks = ranks or Ranks()
         dtype = DTYPES[bus_dtype] if bus_dtype else None
-        self._staging = Staging(trainer.model, self._ranks, dtype=dtype, pieces=merged_pieces)
+        self._policy = trainer.model if self._ranks.holds("learner") else None
+        self._staging = Staging(self._policy, self._ranks, dtype=dtype, pieces=merged_pieces) if self._policy else None
         self._exports = 0  # so far: the same on all ranks
         self.pulse = Pulse(lambda: trainer.packs)
 
@@ -53,13 +54,16 @@ class Rank:
 
     def staged(self, what: str, write: Callable[[Place], object] | None = None) -> FlatTensors:
         """The policy's weights, adapters included, whole and sealed, to be published. write: `write` of all ranks."""
+        assert self._staging is not None, "asked of a rank without the policy"
         return self._staging.staged(what, write)
 
     def write(self, place: Place) -> None:
         """Writes this rank's part of the weights that are being staged."""
-        self._staging.write(place)
+        if self._staging is not None:
+            self._staging.write(place)
 
     def export(self, folder: str) -> None:
-        """Writes the current policy as a Hugging Face folder, adapters merged, tokenizer included."""
+        """Writes the current policy as a Hugging Face folder, adapters merged, tokenizer included; without one nothing."""
         self._exports += 1
-        export_together(self._trainer.model, self._tokenizer, Path(folder), self._ranks, f"export/{self._exports}")
+        if self._policy is not None:
+            export_together(self._policy, self._tokenizer, Path(folder), self._ranks, f"export/{self._exports}")
