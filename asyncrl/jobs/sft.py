@@ -153,11 +153,11 @@ def _train(spec: SFTSpec, policy: Policy, work: RunDir, ranks: "Ranks", observe:
     from asyncrl.models.sharding import shard
 
     device = device_of(spec)
-    model, tokenizer = load(policy)
+    model, tokenizer = load(policy, ranks=ranks)
     examples, too_long = _read(spec.data.files, spec, policy, model, tokenizer)
     heldout = _read(spec.data.heldout, spec, policy, model, tokenizer)[0] if spec.data.heldout else []
     if spec.lora is not None:
-        add_adapters(model, spec.lora, policy.spec, spec.seed)
+        add_adapters(model, spec.lora, policy.spec, spec.seed, ranks)
     shard(model, ranks, spec.precision, device)
     steps, bound = spec.total_steps(len(examples)), spec.max_tokens_per_pack
     trainer = SupervisedTrainer(model, spec, steps, max_tokens_per_pack=bound, ranks=ranks)

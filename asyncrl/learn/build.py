@@ -38,9 +38,9 @@ def policy_trainer(recipe: Recipe, *, device: str, refused_dir: Path, ranks: Ran
 
 
 def _policy(recipe: Recipe, device: str, ranks: Ranks) -> PackedModel:
-    policy = load_model(recipe.model)
+    policy = load_model(recipe.model, ranks=ranks)
     if recipe.learner.lora is not None:
-        add_adapters(policy, recipe.learner.lora, recipe.model, recipe.seed)
+        add_adapters(policy, recipe.learner.lora, recipe.model, recipe.seed, ranks)
     shard(policy, ranks, recipe.learner.precision, device)
     return PackedModel(policy, recipe.sampling.temperature, ranks)
 
@@ -51,7 +51,7 @@ def _reference(recipe: Recipe, policy: PackedModel | None, device: str, ranks: R
         return WithoutAdapters(policy.model, recipe.sampling.temperature, ranks)
     # Nothing is ever added to its weights, so these need no more digits than the compute has.
     compute = recipe.learner.precision.compute_of(recipe.model.dtype, gpu=device == "cuda")
-    reference = load_model(replace(recipe.model, dtype=compute))
+    reference = load_model(replace(recipe.model, dtype=compute), ranks=ranks)
     shard(reference, ranks, recipe.learner.precision, device)
     return PackedModel(reference, recipe.sampling.temperature, ranks)
 
@@ -68,7 +68,7 @@ def _values(recipe: Recipe, policy: PackedModel | None, device: str, ranks: Rank
     if recipe.critic.backbone == "shared" and policy is not None:
         return SharedValues(policy.model, ranks)
     start, field = (recipe.critic.model, "critic.model") if recipe.critic.model else (recipe.model, "model")
-    model = load_model(start, field=field)
+    model = load_model(start, field=field, ranks=ranks)
     own, needed = model.get_input_embeddings().weight.shape[0], context(recipe.model)[0]
     if own < needed:
         raise ConfigError(

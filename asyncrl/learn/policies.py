@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from asyncrl.types import Version
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from asyncrl.models.ranks import Ranks
 
 log = logging.getLogger(__name__)
 Refusal = Callable[[Version], str]
@@ -68,34 +70,41 @@ def locate(name: str, tokenizer: str = "", dtype: str = "") -> Policy:
     return Policy(spec=spec)
 
 
-def load(policy: Policy, device: str = "cpu") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The model in eval mode, adapters merged, and its tokenizer.
+def load(policy: Policy, ranks: "Ranks | None" = None) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The model in eval mode, adapters merged, and its tokenizer. ranks: as in models.loading.made_by_first.
 
     Raises ConfigError or CheckpointError naming what could not be loaded.
     """
-    from asyncrl.models.loading import adopt_weights, empty_model, load_model, named_weights
-    from asyncrl.models.lora import load_adapted, merge_adapters, stored_adapters
+    from asyncrl.models.loading import made_by_first
+    from asyncrl.models.ranks import Ranks
     from asyncrl.models.tokenizing import load_tokenizer
 
     tokenizer = load_tokenizer(policy.spec)
-    if policy.checkpoint is None:
-        return load_model(policy.spec, device), tokenizer
+    return made_by_first(ranks or Ranks(), policy.spec, partial(_model, policy)), tokenizer
+
+
+def _model(policy: Policy) -> "PreTrainedModel":
     import torch
 
+    from asyncrl.models.loading import adopt_weights, empty_model, load_model, named_weights
+    from asyncrl.models.lora import load_adapted, merge_adapters, stored_adapters
+
+    if policy.checkpoint is None:
+        return load_model(policy.spec)
     path, dtype = policy.checkpoint / "policy", policy.spec.dtype
     weights: Mapping[str, torch.Tensor]
     if stored_adapters(path) is not None:
         merged = load_adapted(path)
         merge_adapters(merged)
         if merged.dtype == getattr(torch, dtype):
-            return merged.to(device), tokenizer
+            return merged
         weights = named_weights(merged)
     else:
         weights = ShardedWeights(policy.shards) if policy.shards else StoredTensors(path)
     # A checkpoint holds the names of the model in memory, which from_pretrained would try to convert, or leave out.
     model = empty_model(policy.spec)
     adopt_weights(model, weights, getattr(torch, dtype) if dtype else None)
-    return model.to(device), tokenizer
+    return model
 
 
 def newest_complete(

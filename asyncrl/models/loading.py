@@ -16,6 +16,7 @@ from asyncrl.errors import CheckpointError, ConfigError
 from asyncrl.models.architectures import needs_eager, not_causal
 from asyncrl.models.configuring import load_config
 from asyncrl.models.pieces import named_tensors
+from asyncrl.models.ranks import Ranks
 from asyncrl.models.shards import same_bits
 
 
@@ -24,14 +25,34 @@ def use_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def load_model(spec: ModelSpec, device: str = "cpu", field: str = "model") -> PreTrainedModel:
+def load_model(spec: ModelSpec, device: str = "cpu", field: str = "model", ranks: Ranks | None = None) -> PreTrainedModel:
     """A causal LM from a Hugging Face id or folder, in eval mode, with the attention that `with_attention` chooses; or what
     `spec.builder` makes.
 
-    Raises ConfigError naming the path, also if weights are not in its files. field: what `spec` is called in the recipe.
+    Raises ConfigError naming the path, also if weights are not in its files. field: what `spec` is called in the recipe. ranks:
+    that it will be divided among, as `made_by_first` says.
+    """
+    make = _built if spec.builder else _loaded
+    return made_by_first(ranks or Ranks(), spec, lambda: make(spec, field).to(device).eval())
+
+
+def made_by_first(ranks: Ranks, spec: ModelSpec, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """What `make` returns on the first rank; when it has, the others get the model of `spec` on the meta device, to be divided
+    (models/sharding.py). With a builder every rank makes all of it.
+
+    An error of the first rank leaves the others waiting: whoever started the ranks ends them, and hears of it once.
     """
     if spec.builder:
-        return _built(spec, field).to(device).eval()
+        return make()
+    model = make() if ranks.leads else None
+    ranks.lead_text("made")
+    if model is None:
+        with torch.device("meta"):
+            model = empty_model(spec)
+    return model
+
+
+def _loaded(spec: ModelSpec, field: str) -> PreTrainedModel:
     loaded: dict[str, Any] = {}
     changed = {"config": load_config(spec, field)} if spec.override_config else {}
 
@@ -61,7 +82,7 @@ def load_model(spec: ModelSpec, device: str = "cpu", field: str = "model") -> Pr
         )
     if problem := not_causal(model.config.to_dict()):
         raise ConfigError(f"{field}.path={spec.path!r} is no causal language model: {problem}; name one that is")
-    return model.to(device).eval()
+    return model
 
 
 def _built(spec: ModelSpec, field: str) -> PreTrainedModel:

@@ -49,11 +49,11 @@ class Adapters(Struct, frozen=True, kw_only=True):
         return getattr(model, "adapters", None)
 
 
-def add_adapters(model: PreTrainedModel, spec: LoraSpec, base: ModelSpec, seed: int) -> None:
+def add_adapters(model: PreTrainedModel, spec: LoraSpec, base: ModelSpec, seed: int, ranks: Ranks | None = None) -> None:
     """Freezes a model, which `base` names, and adds adapters in place, in float32. The same seed gives the same ones.
 
-    Not of a model that is sharded already. Raises ConfigError: there is no peft; a module that the model has not, or that can't
-    have an adapter.
+    Not of a model that is sharded already. ranks: that it will be divided among; the first one's weights count. Raises
+    ConfigError: there is no peft; a module that the model has not, or that can't have an adapter.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -68,7 +68,8 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec, base: ModelSpec, seed: 
         target_modules=named or "all-linear",
         task_type="CAUSAL_LM",
     )
-    content = repr(sorted(fingerprints(model).items())).encode()
+    ranks = ranks or Ranks()
+    fingerprint = ranks.lead_text(_fingerprint(model) if ranks.leads else " ")
     with torch.random.fork_rng(devices=[]):  # adapters are made on the CPU, and moved
         torch.manual_seed(seed)
         try:
@@ -77,7 +78,12 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec, base: ModelSpec, seed: 
             raise ConfigError(f"{_FIELD}={named or 'all-linear'}: {error}") from error
     learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     log.info("adapters: %d parameters are trained of %d", learned, model.num_parameters())
-    model.adapters = Adapters(lora=spec, base=base, fingerprint=hashlib.blake2b(content, digest_size=16).hexdigest())
+    model.adapters = Adapters(lora=spec, base=base, fingerprint=fingerprint)
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    content = repr(sorted(fingerprints(model).items())).encode()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _require_adaptable(model: PreTrainedModel, targets: Sequence[str]) -> None:

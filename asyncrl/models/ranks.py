@@ -19,6 +19,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,12 +141,7 @@ class Ranks:
 
     def spread_text(self, said: str, of: Group) -> str:
         """The same of a text."""
-        if not self._beside:
-            return said
-        content = said.encode()
-        size = int(self.spread_(torch.tensor(len(content)), of))
-        told = self.spread_(torch.frombuffer(bytearray(content.ljust(size)[:size]), dtype=torch.uint8), of)
-        return told.numpy().tobytes().decode()
+        return _sent(said, partial(self.spread_, of=of)) if self._beside else said
 
     def _holder(self, model: Group) -> int:
         """The first of the ranks that hold a model."""
@@ -173,6 +169,16 @@ class Ranks:
         """
         return part if self.sp_group is None else _Whole.apply(part, where, size, self.sp_group)
 
+    def lead_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Overwrites a tensor in place by that of the first rank of the group. All ranks of the group must call it."""
+        if self.grouped:
+            dist.broadcast(tensor, self.start, group=self.process_group)
+        return tensor
+
+    def lead_text(self, said: str) -> str:
+        """The same of a text."""
+        return _sent(said, self.lead_) if self.grouped else said
+
     def tell(self, about: str, said: str) -> None:
         """Tells all other ranks something, from any thread, beside whatever they compute; waits for nobody."""
         if self._store is not None:
@@ -195,6 +201,14 @@ class Ranks:
 
 def _by_group(layouts: Layouts) -> Mapping[Group, Layout]:
     return {"learner": layouts} if isinstance(layouts, Layout) else layouts
+
+
+def _sent(said: str, send: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    """A text, by what sends a tensor."""
+    content = said.encode()
+    size = int(send(torch.tensor(len(content))))
+    told = send(torch.frombuffer(bytearray(content.ljust(size)[:size]), dtype=torch.uint8))
+    return told.numpy().tobytes().decode()
 
 
 class _Whole(torch.autograd.Function):

@@ -6,7 +6,8 @@
       3. FSDP2                        per decoder layer and root, over the other ranks: weights rest in their own dtype (the
                                       master weights; gradients and optimizer, too), and are gathered in that of the compute
 
-Afterwards the optimizer may be built, and PackedModel. All ranks must call it, with the same weights.
+Afterwards the optimizer may be built, and PackedModel. All ranks must call it. The weights are those of the first rank: the
+others may have the model on the meta device (`load_model` makes it so), and get their own parts alone (models/spreading.py).
 """
 
 import itertools
@@ -30,6 +31,7 @@ from asyncrl.errors import ConfigError
 from asyncrl.models.layout import DTYPES
 from asyncrl.models.packed import packable
 from asyncrl.models.ranks import Ranks
+from asyncrl.models.spreading import Whole
 
 
 def compute_dtype(precision: PrecisionSpec, master: torch.dtype, device: str) -> torch.dtype:
@@ -40,13 +42,15 @@ def compute_dtype(precision: PrecisionSpec, master: torch.dtype, device: str) ->
 def shard(model: PreTrainedModel, ranks: Ranks, precision: PrecisionSpec, device: str = "cpu") -> None:
     """Divides a causal LM on the CPU among the ranks, and brings it to their devices. Every rank waits for all others.
 
-    Raises ConfigError, before anything is changed, for a model that the ranks can't divide so.
+    Raises ConfigError, before anything is changed, for a model that the ranks can't divide so, or that is not the same on all.
     """
-    layout, compute = ranks.layout, compute_dtype(precision, model.dtype, device)
+    layout = ranks.layout
     _refuse(model, ranks)
     styles = _styles(model, layout.tp) if layout.tp > 1 else []
     torch.backends.cuda.matmul.allow_tf32 = precision.tf32  # of the process; an own critic's and a reference's are the same
     layers = _layers(model)
+    whole = Whole(model, ranks) if ranks.grouped else None
+    compute = compute_dtype(precision, model.dtype, device)
     if ranks.tp_mesh is not None:
         _divide(model, styles, ranks.tp_mesh)
     if layout.checkpoint_activations:
@@ -72,6 +76,8 @@ def shard(model: PreTrainedModel, ranks: Ranks, precision: PrecisionSpec, device
             cast(FSDPModule, layer).set_modules_to_forward_prefetch([cast(FSDPModule, following)])
     fully(model)
     _sum_gradients(model)
+    if whole is not None:
+        whole.deal(model, device, "cpu" if layout.offload else device)
 
 
 def shard_head(head: nn.Module, ranks: Ranks) -> None:
