@@ -125,7 +125,7 @@ def _fit(models: Sequence[_Model], group: Group, deployment: Deployment, devices
     if room is None:
         taken = _told(found[0], models)
         return Fit(found[0], f"{_said(found[0])}; how much memory its devices have, is not known yet", taken)
-    needed = [_needed(layout, models, on_host=not of.place.gpus) for layout in found]
+    needed = [_needed(layout, models, per_node, on_host=not of.place.gpus) for layout in found]
     for counted in (1.0, 1 / _COUNTED_ON):  # at last all there is: the estimate may be too high, too
         for number, (layout, (on_device, on_host)) in enumerate(zip(found, needed, strict=True)):
             if on_device <= counted * room and on_host <= counted * host:
@@ -195,17 +195,21 @@ def _divides(layout: Layout, size: ModelSize, tp: int | str) -> bool:
     return by_tp and (layout.sp == 1 or (heads and size.packed))
 
 
-def _needed(layout: Layout, models: Sequence[_Model], *, on_host: bool) -> tuple[int, int]:
-    """Bytes of the device and of its host that a rank takes: all that rests, and the most that any of the models moves."""
+def _needed(layout: Layout, models: Sequence[_Model], per_node: int, *, on_host: bool) -> tuple[int, int]:
+    """Bytes of the device and of its host that a rank takes: all that rests, and the most that any of the models moves.
+
+    What the first rank of the group loads counts for all of its node alike, whose memory is divided so.
+    """
     feet = [footprint(model.size, model.work, layout) for model in models]
     resting, moving = sum(foot.resting for foot in feet), max(foot.moving for foot in feet)
-    loading = max(foot.loading for foot in feet)
+    loading = max(foot.loading for foot in feet) // per_node
+    dealt = loading + sum(foot.weights for foot in feet) if layout.ranks > 1 else loading  # where parts rest on the host
     if on_host:
-        return max(resting + moving, loading), 0
+        return max(resting + moving, dealt), 0
     if not layout.offload:
         return resting + moving, loading
     gradients = max(foot.gradients for foot in feet)
-    return moving - gradients, max(resting + gradients, loading)
+    return moving - gradients, max(resting + gradients, dealt)
 
 
 def _said(layout: Layout) -> str:

@@ -26,7 +26,7 @@ class Work(Struct, frozen=True, kw_only=True):
 class Footprint(Struct, frozen=True, kw_only=True):
     """Bytes that a rank takes, at the most."""
 
-    loading: int  # of its host, while all ranks load the whole model there
+    loading: int  # of one host: the whole model, which the first rank of the group loads there for all
     weights: int
     optimizer: int
     gradients: int

@@ -36,7 +36,7 @@ GIB = 1 << 30
 def fit(tmp_path: Path):
     """The fit of a model of MODELS on ranks with GPUs of 80 GiB."""
 
-    def take(model: str, ranks: int, *, nodes: int = 1, gpus: int = 1, gib: int | None = 80, **fields):
+    def take(model: str, ranks: int, *, nodes: int = 1, gpus: int = 1, gib: int | None = 80, host: int = 2048, **fields):
         (tmp_path / "config.json").write_text(json.dumps(QWEN3 | MODELS[model] | {"tie_word_embeddings": model == "0.6B"}))
         recipe = Recipe(
             name="r",
@@ -49,7 +49,7 @@ def fit(tmp_path: Path):
         )
         place = RanksSpec(ranks=ranks, place=PlaceSpec(gpus=gpus), parallel=ParallelSpec(**fields))
         memory = None if gib is None else gib * GIB
-        devices = [DeviceMemory(node=f"{i * nodes // ranks}", memory_bytes=memory, host_bytes=2048 * GIB) for i in range(ranks)]
+        devices = [DeviceMemory(node=f"{i * nodes // ranks}", memory_bytes=memory, host_bytes=host * GIB) for i in range(ranks)]
         return fit_layouts(recipe, Deployment(learner=place), {"learner": devices})["learner"]
 
     return take
@@ -96,9 +96,13 @@ def test_what_fits_all_of_a_memory_but_not_what_counts_is_told_as_tight(fit) -> 
     assert "may not" not in fit("8B", 8, gib=43, offload=False, tp=1, sp=1).reason
 
 
-def test_every_rank_of_a_node_loads_the_whole_model_there(fit) -> None:
-    with pytest.raises(ConfigError, match=r"30\.5 GiB of its host's 19\.2 GiB"):
-        fit("8B", 96)
+def test_one_rank_of_a_node_loads_the_whole_model_there(fit) -> None:
+    assert fit("8B", 96).layout.ranks == 96  # which all could not
+    assert fit("8B", 8, host=35).layout.ranks == 8
+    with pytest.raises(ConfigError, match=r"3\.8 GiB of its host's 3\.4 GiB"):
+        fit("8B", 8, host=30, offload=False, tp=1, sp=1)
+    with pytest.raises(ConfigError, match=r"30\.5 GiB of its host's 27\.0 GiB"):
+        fit("8B", 8, nodes=8, host=30, offload=False, tp=1, sp=1)
 
 
 def test_what_is_pinned_stays(fit) -> None:
