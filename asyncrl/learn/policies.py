@@ -76,11 +76,10 @@ def load(policy: Policy, ranks: "Ranks | None" = None) -> "tuple[PreTrainedModel
     Raises ConfigError or CheckpointError naming what could not be loaded.
     """
     from asyncrl.models.loading import made_by_first
-    from asyncrl.models.ranks import Ranks
     from asyncrl.models.tokenizing import load_tokenizer
 
     tokenizer = load_tokenizer(policy.spec)
-    return made_by_first(ranks or Ranks(), policy.spec, partial(_model, policy)), tokenizer
+    return made_by_first(ranks, policy.spec, partial(_model, policy)), tokenizer
 
 
 def _model(policy: Policy) -> "PreTrainedModel":

@@ -33,16 +33,16 @@ def load_model(spec: ModelSpec, device: str = "cpu", field: str = "model", ranks
     that it will be divided among, as `made_by_first` says.
     """
     make = _built if spec.builder else _loaded
-    return made_by_first(ranks or Ranks(), spec, lambda: make(spec, field).to(device).eval())
+    return made_by_first(ranks, spec, lambda: make(spec, field).to(device).eval())
 
 
-def made_by_first(ranks: Ranks, spec: ModelSpec, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+def made_by_first(ranks: Ranks | None, spec: ModelSpec, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     """What `make` returns on the first rank; when it has, the others get the model of `spec` on the meta device, to be divided
     (models/sharding.py). With a builder every rank makes all of it.
 
     An error of the first rank leaves the others waiting: whoever started the ranks ends them, and hears of it once.
     """
-    if spec.builder:
+    if spec.builder or ranks is None:
         return make()
     model = make() if ranks.leads else None
     ranks.lead_text("made")

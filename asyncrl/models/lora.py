@@ -69,7 +69,7 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec, base: ModelSpec, seed: 
         task_type="CAUSAL_LM",
     )
     ranks = ranks or Ranks()
-    fingerprint = ranks.lead_text(_fingerprint(model) if ranks.leads else " ")
+    content = ranks.lead_text(repr(sorted(fingerprints(model).items())) if ranks.leads else "-").encode()
     with torch.random.fork_rng(devices=[]):  # adapters are made on the CPU, and moved
         torch.manual_seed(seed)
         try:
@@ -78,12 +78,7 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec, base: ModelSpec, seed: 
             raise ConfigError(f"{_FIELD}={named or 'all-linear'}: {error}") from error
     learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     log.info("adapters: %d parameters are trained of %d", learned, model.num_parameters())
-    model.adapters = Adapters(lora=spec, base=base, fingerprint=fingerprint)
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    content = repr(sorted(fingerprints(model).items())).encode()
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    model.adapters = Adapters(lora=spec, base=base, fingerprint=hashlib.blake2b(content, digest_size=16).hexdigest())
 
 
 def _require_adaptable(model: PreTrainedModel, targets: Sequence[str]) -> None:

@@ -48,10 +48,9 @@ class Whole:
             if name != told.like:
                 tensors[name] = tensors[told.like]
             elif name in parameters:
-                bare = torch.empty(told.shape, dtype=dtype, device="meta")
-                tensors[name] = nn.Parameter(bare, requires_grad=own.requires_grad)
+                tensors[name] = nn.Parameter(torch.empty(told.shape, dtype=dtype, device="meta"), own.requires_grad)
             else:
-                tensors[name] = ranks.lead_(own if ranks.leads else torch.empty(told.shape, dtype=dtype))
+                tensors[name] = ranks.lead_(own.contiguous() if ranks.leads else torch.empty(told.shape, dtype=dtype))
             _put(model, name, tensors[name])
 
     @torch.no_grad()
@@ -68,10 +67,7 @@ class Whole:
     def _agree(self, tensors: dict[str, torch.Tensor]) -> dict[str, _Told]:
         """What the first rank says of the model that all make."""
         names = {id(tensor): name for name, tensor in reversed(tensors.items())}
-        own = {
-            name: _Told(names[id(tensor)], tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-            for name, tensor in tensors.items()
-        }
+        own = {name: _Told(names[id(t)], tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
         said = self._ranks.lead_text(msgspec.json.encode(own).decode())
         told = msgspec.json.decode(said, type=dict[str, _Told])
         shapes, needed = ({(name, tensor.shape) for name, tensor in of.items()} for of in (own, told))
@@ -90,10 +86,7 @@ class Whole:
         rows = max(1, BUCKET_BYTES // max(1, math.prod(of_row) * own.itemsize))
         for begin in range(0, piece.shape[0], rows):
             end = min(begin + rows, piece.shape[0])
-            if held is None:
-                part = torch.empty((end - begin, *of_row), dtype=own.dtype, device=device)
-            else:
-                part = held[begin:end].to(device)
+            part = own.new_empty(end - begin, *of_row, device=device) if held is None else held[begin:end].to(device)
             self._ranks.lead_(part)
             first, last = max(begin, top), min(end, top + own.shape[0])
             if first < last:
