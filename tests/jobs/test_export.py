@@ -56,7 +56,7 @@ def run(tmp_path, model):
     )
     run_dir.recipe.write_bytes(msgspec.json.encode(recipe))
     checkpoints, optimizer = Checkpoints(run_dir, keep_last_n=3), torch.optim.AdamW(model.parameters())
-    trainer = SimpleNamespace(model=model, optimizer=optimizer, state={}, critic=None)
+    trainer = SimpleNamespace(trained={"policy": SimpleNamespace(module=model, adamw=optimizer)}, state={})
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -180,7 +180,7 @@ def adapted(run, model):
     add_adapters(model, LoraSpec(rank=3), ModelSpec(path=str(base)), seed=0)
     torch.manual_seed(3)
     learned = [torch.nn.init.normal_(parameter) for parameter in model.parameters() if parameter.requires_grad]
-    trainer = SimpleNamespace(model=model, optimizer=torch.optim.AdamW(learned), state={}, critic=None)
+    trainer = SimpleNamespace(trained={"policy": SimpleNamespace(module=model, adamw=torch.optim.AdamW(learned))}, state={})
     checkpoints = Checkpoints(run, keep_last_n=3)
     checkpoints.save(trainer, Version(0, 2))
     checkpoints.wait()
