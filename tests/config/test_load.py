@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncrl.config import Deployment, ModelSpec, Recipe, RewardTerm
+from asyncrl.config import Deployment, ModelSpec, PlaceSpec, RanksSpec, Recipe, RewardTerm
 from asyncrl.config.load import load_deployment, load_recipe, load_specs, override
 from asyncrl.errors import ConfigError
 
@@ -116,6 +116,7 @@ def test_an_override_is_typed_by_its_field(recipe: Recipe, text: str, value: obj
 
 
 def test_an_override_reaches_into_an_optional_group(recipe: Recipe) -> None:
+    assert override(Deployment(), ["critic.place.cpus=2"]).critic == RanksSpec(place=PlaceSpec(cpus=2.0))
     changed = override(recipe, ["algorithm.adv_estimator=gae", "critic.model.path=small", "critic.model.dtype=bfloat16"])
     assert changed.critic.model == ModelSpec(path="small", dtype="bfloat16")
     assert override(changed, ["critic.model=null"]).critic.model is None
