@@ -309,9 +309,9 @@ class BusSpec(Spec, frozen=True, kw_only=True):
     # To which the learner casts its weights, once, before they travel. auto: the engines'. What isn't floating, or is kept in
     # float32 by the model, stays as it is.
     dtype: ServedDtype = "auto"
-    bucket_bytes: int = 4 << 20  # sent and checked as one; at most 64 MiB
+    bucket_bytes: int = 1 << 20  # sent and checked as one; at most 64 MiB. What a core's cache holds is fastest
     # Buckets that a receiver asks for ahead. Of those on their way at most 64 MiB count for one receiver, 256 MiB for all.
-    credit: int = 4
+    credit: int = 16
 
     def __post_init__(self) -> None:
         rules: list[Rule] = [

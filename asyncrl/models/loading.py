@@ -15,6 +15,7 @@ from asyncrl.config.callables import describe, load_callable
 from asyncrl.errors import CheckpointError, ConfigError
 from asyncrl.models.architectures import needs_eager, not_causal
 from asyncrl.models.configuring import load_config
+from asyncrl.models.memory import FlatTensors
 from asyncrl.models.pieces import named_tensors
 from asyncrl.models.ranks import Ranks
 from asyncrl.models.shards import same_bits
@@ -127,14 +128,21 @@ def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Copies weights into the model in place. Names and shapes must match `named_weights` exactly."""
-    own = named_weights(model)
+    """Gives the model weights. Names and shapes must match `named_weights` exactly.
+
+    Of a version from the bus, which nobody can change, the model uses the memory itself wherever its dtype and device are the
+    same; the rest is copied in place.
+    """
+    own = named_tensors(model)
     if missing := own.keys() ^ weights.keys():
         raise CheckpointError(f"weights do not belong to this model: {len(missing)} names differ, e.g. {sorted(missing)[:3]}")
     for name, tensor in own.items():
         if tensor.shape != weights[name].shape:
             raise CheckpointError(f"weight {name}: shape {tuple(weights[name].shape)}, this model has {tuple(tensor.shape)}")
-        tensor.copy_(weights[name])
+        if isinstance(weights, FlatTensors) and (tensor.dtype, tensor.device) == (weights[name].dtype, weights[name].device):
+            tensor.data = weights[name]
+        else:
+            tensor.copy_(weights[name])
 
 
 def empty_model(spec: ModelSpec) -> PreTrainedModel:

@@ -2,7 +2,8 @@
 
 The memory has no name (memfd_create): the kernel frees it when the last process that uses it ends, however it ends. So there
 is nothing to unlink or to sweep, and the size of /dev/shm (64 MB in a docker container) is no bound. It is sealed once it is
-written: from then on no process can change it, its maker included, so what a reader has verified stays as it is.
+written: from then on no process can change it, its maker included, so what a reader has verified stays as it is, and models use
+it where it lies.
 
 Why not multiprocessing.shared_memory: its resource tracker unlinks a segment when *any* process that attached to it exits.
 """
@@ -52,12 +53,11 @@ class WeightMemory:
     The file descriptor goes with the last reference, or with `close`; a mapping that somebody still reads stays valid.
     """
 
-    def __init__(self, fd: int, nbytes: int, *, sealed: bool = False) -> None:
+    def __init__(self, fd: int, nbytes: int) -> None:
         """Takes over `fd`. Use `create` or `open`."""
         self.nbytes = nbytes
-        self.kept = False  # set by whoever still needs it when the next version comes
         self.close = weakref.finalize(self, os.close, fd)
-        self._fd, self._sealed = fd, sealed
+        self._fd = fd
         self.place = Place(here(), f"/proc/{os.getpid()}/fd/{fd}", os.pread(fd, _TOKEN_BYTES, 0))
 
     @classmethod
@@ -102,15 +102,15 @@ class WeightMemory:
         found = os.fstat(fd)
         ours = found.st_uid == os.geteuid() and found.st_size == HEAD_BYTES + nbytes
         if as_expected and ours and os.pread(fd, _TOKEN_BYTES, 0) == place.token:
-            return cls(fd, nbytes, sealed=bool(seals))
+            return cls(fd, nbytes)
         os.close(fd)
         return None
 
     @cached_property
     def flat(self) -> torch.Tensor:
-        """All bytes, uint8, [nbytes], mapped at the first call. What is written there once they are sealed stays private."""
-        access = mmap.ACCESS_COPY if self._sealed else mmap.ACCESS_WRITE
-        return torch.frombuffer(mmap.mmap(self._fd, HEAD_BYTES + self.nbytes, access=access), dtype=torch.uint8)[HEAD_BYTES:]
+        """All bytes, uint8, [nbytes], mapped at the first call; later writes show. What its user changes stays private."""
+        mapped = mmap.mmap(self._fd, HEAD_BYTES + self.nbytes, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(mapped, dtype=torch.uint8)[HEAD_BYTES:]
 
     @cached_property
     def bytes(self) -> memoryview:
@@ -118,7 +118,7 @@ class WeightMemory:
         return memoryview(self.flat.numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffers before 3.12
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Copies `data` to byte `offset` of memory that is not mapped. Raises PermissionError once it is sealed."""
+        """Copies `data` to byte `offset`. Raises PermissionError once the memory is sealed."""
         # pwrite and not a writable map: that would first fill every new page with zeros, and can't be sealed.
         while data:
             written = os.pwrite(self._fd, data, HEAD_BYTES + offset)
@@ -135,33 +135,13 @@ class WeightMemory:
             self.write(offset, data)
 
     def seal(self) -> None:
-        """Makes the memory immutable for every process, and so fit to be opened by others. Only before it is mapped."""
+        """Makes the memory immutable for every process, and so fit to be opened by others."""
         if LINUX:
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
-        self._sealed = True
-
-
-class ReceivingMemory:
-    """Memory for one received version after another. It is used again, for fresh pages cost more than to fill them.
-
-    Not thread-safe. There are two at most, if at most one is `kept`.
-    """
-
-    def __init__(self) -> None:
-        self._made: list[WeightMemory] = []
-
-    def take(self, nbytes: int, what: str) -> WeightMemory:
-        """Memory that nobody keeps: its former content is lost. Raises ConfigError if the machine has not enough."""
-        self._made = [memory for memory in self._made if memory.nbytes == nbytes]
-        for memory in self._made:
-            if not memory.kept:
-                return memory
-        self._made.append(WeightMemory.create(nbytes, what))
-        return self._made[-1]
 
 
 class FlatTensors(dict[str, torch.Tensor]):
-    """Tensors by name, which are views into one memory, where they lie as `specs` say. Read only."""
+    """Tensors by name, which are views into one sealed memory, where they lie as `specs` say; it lasts as long as they do."""
 
     def __init__(self, specs: tuple[TensorSpec, ...], memory: WeightMemory) -> None:
         super().__init__((spec.name, spec.view(memory.flat)) for spec in specs)

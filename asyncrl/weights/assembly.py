@@ -2,28 +2,26 @@
 
 import threading
 import time
-import zlib
 
 from asyncrl.errors import BadTransfer
-from asyncrl.models.memory import FlatTensors, ReceivingMemory, WeightMemory
-from asyncrl.weights.messages import Manifest
+from asyncrl.models.memory import FlatTensors, WeightMemory
+from asyncrl.weights.messages import Manifest, checksum
 
 
 class Assembly:
-    """Collects the buckets of one manifest, in memory of this process or in the publisher's own.
+    """Collects the buckets of one manifest, in new memory, which is sealed after the last one, or in the publisher's own.
 
-    Every bucket is verified where nobody can change it any more: after it was copied, or in sealed memory. Raises
-    BadTransfer for a manifest that contradicts itself and for bytes that don't match their checksum; then the whole assembly
-    is worthless.
+    Every bucket is verified where its user will read it: after it was copied, or in sealed memory. Raises BadTransfer for a
+    manifest that contradicts itself and for bytes that don't match their checksum; then the whole assembly is worthless.
     """
 
-    def __init__(self, manifest: Manifest, own: ReceivingMemory, shared: WeightMemory | None = None) -> None:
-        """shared: the publisher's memory, if this process can see it; else it takes some of its own, and raises ConfigError
-        if there isn't enough."""
+    def __init__(self, manifest: Manifest, shared: WeightMemory | None = None) -> None:
+        """shared: the publisher's memory, if this process can see it; else it takes its own, and raises ConfigError if there
+        isn't enough."""
         manifest.check()
         self.manifest, self.version, self.is_shared = manifest, manifest.version, shared is not None
         self.begun_at = time.monotonic()
-        self._memory = shared or own.take(manifest.total_bytes, f"weights {self.version}")
+        self._memory = shared or WeightMemory.create(manifest.total_bytes, f"weights {self.version}")
         self._missing = set(range(manifest.bucket_count))
         self._asked: dict[int, int] = {}  # bucket -> number of the last Hello sent before asking
         self._unasked = list(reversed(range(manifest.bucket_count)))
@@ -65,9 +63,11 @@ class Assembly:
             raise BadTransfer(
                 f"weights {self.version}, bucket {index}: {len(payload)} bytes, expected {part.stop - part.start}; not shown"
             )
-        self._memory.bytes[part] = payload
+        self._memory.write(part.start, payload)
         self._asked.pop(index, None)
         self._verify(index)
+        if self.whole:
+            self._memory.seal()
 
     def verify_shared(self, until: float, stop: threading.Event) -> int:
         """Verifies buckets in the publisher's memory, one at least, till `until` (monotonic) or `stop`; returns their bytes."""
@@ -80,10 +80,10 @@ class Assembly:
 
     def _verify(self, index: int) -> int:
         window = self._memory.bytes[self.manifest.bucket(index)]
-        found, expected = zlib.crc32(window), self.manifest.checksums[index]
+        found, expected = checksum(window), self.manifest.checksums[index]
         if found != expected:
             raise BadTransfer(
-                f"weights {self.version}, bucket {index}: checksum {found:08x}, manifest says {expected:08x}; not shown"
+                f"weights {self.version}, bucket {index}: checksum {found:016x}, manifest says {expected:016x}; not shown"
             )
         self._missing.discard(index)
         return len(window)

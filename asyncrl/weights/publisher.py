@@ -6,7 +6,6 @@ I/O thread                checksums ──► visible ──► hint to every re
 
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from typing import Literal
 
@@ -16,7 +15,7 @@ from asyncrl.errors import Closed, Unavailable
 from asyncrl.interfaces import Tensors
 from asyncrl.models.memory import FlatTensors
 from asyncrl.types import Version
-from asyncrl.weights.messages import MAX_BUCKET_BYTES, Manifest
+from asyncrl.weights.messages import MAX_BUCKET_BYTES, Manifest, checksum
 from asyncrl.weights.serving import Serving
 from asyncrl.weights.sockets import Address, PublisherSocket, Waker
 from asyncrl.weights.versions import Live
@@ -40,7 +39,7 @@ class WeightPublisher:
         *,
         host: str = "127.0.0.1",
         transport: Literal["auto", "tcp"] = "auto",
-        bucket_bytes: int = 4 << 20,
+        bucket_bytes: int = 1 << 20,
     ) -> None:
         if not 1 <= bucket_bytes <= MAX_BUCKET_BYTES:
             raise ValueError(
@@ -150,7 +149,7 @@ class WeightPublisher:
         manifest, checksums, seconds = staged.manifest, [], 0.0
         for index in range(manifest.bucket_count):
             begin = time.monotonic()
-            checksums.append(zlib.crc32(staged.memory.bytes[manifest.bucket(index)]))
+            checksums.append(checksum(staged.memory.bytes[manifest.bucket(index)]))
             seconds += time.monotonic() - begin
             self._serving.step(wait_s=0.0)
             if self._closing:

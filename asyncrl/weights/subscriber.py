@@ -7,7 +7,7 @@ from typing import Literal
 
 from asyncrl.errors import BadTransfer, Closed
 from asyncrl.interfaces import Tensors
-from asyncrl.models.memory import ReceivingMemory, WeightMemory, here
+from asyncrl.models.memory import WeightMemory, here
 from asyncrl.types import Version
 from asyncrl.weights.assembly import Assembly
 from asyncrl.weights.link import Link, Resolve
@@ -31,7 +31,7 @@ class WeightSubscriber:
         *,
         name: str = "",
         transport: Literal["auto", "tcp"] = "auto",
-        credit: int = 4,
+        credit: int = 16,
         poll_s: float = 1.0,
         deadline_s: float = 30.0,
         max_failures: int = 3,
@@ -51,7 +51,6 @@ class WeightSubscriber:
         self._barrier = 0  # announcements count again from the answer to this Hello on
         self._assembly: Assembly | None = None
         self._confirms = 0
-        self._own = ReceivingMemory()
         self._failures = 0
         self._counts = dict.fromkeys(("received_bytes", "versions", "shared_versions", "bad_transfers", "asked_again"), 0.0)
         self._fetch_s = 0.0
@@ -59,8 +58,7 @@ class WeightSubscriber:
     def next(self, after: Version | None, wait_s: float) -> tuple[Version, Tensors] | None:
         """The newest whole version if it supersedes `after`, else None at the deadline (`wait_s`, seconds).
 
-        A transfer that takes longer goes on in the next call. The tensors are a FlatTensors: valid until the following
-        call, or as long as their memory is `kept`.
+        A transfer that takes longer goes on in the next call. The tensors are a FlatTensors, which nobody can change.
         Raises Unavailable (no publisher for deadline_s), BadTransfer (max_failures damaged transfers in a row; the next
         call tries again), ConfigError (this node has not the memory), Closed (`close` was called; wakes a waiting call).
         """
@@ -154,7 +152,7 @@ class WeightSubscriber:
                 self._unopened += 1
                 self._restart()
                 return
-        self._assembly = Assembly(manifest, self._own, shared)
+        self._assembly = Assembly(manifest, shared)
 
     def _advance(self, until: float) -> tuple[Version, Tensors] | None:
         """Asks for what is next, or verifies it; returns the version once it is whole."""

@@ -1,3 +1,4 @@
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +35,7 @@ from asyncrl.models.loading import (
     named_weights,
     verify_export,
 )
+from asyncrl.models.memory import FlatTensors
 from asyncrl.models.tokenizing import stop_token_ids
 
 SMALL = {
@@ -69,6 +71,42 @@ def test_tied_tensors_are_named_once_and_reach_both_ends() -> None:
     assert "lm_head.weight" not in weights
     load_weights(target, weights)
     assert torch.equal(target.lm_head.weight, source.model.embed_tokens.weight)
+
+
+def mapped() -> int:
+    """How many versions from the bus this process uses."""
+    gc.collect()
+    return Path("/proc/self/maps").read_text().count("asyncrl-weights")
+
+
+def test_a_version_from_the_bus_is_used_where_it_lies_and_goes_with_its_last_user() -> None:
+    source, target, before = tied_model(), tied_model(), mapped()
+    for _ in range(3):
+        version = FlatTensors.copy_of(named_weights(source), "weights")
+        load_weights(target, version)
+        assert {name: tensor.data_ptr() for name, tensor in version.items()} == addresses(target)
+        assert target.lm_head.weight.data_ptr() == version["model.embed_tokens.weight"].data_ptr()
+        del version
+        assert mapped() == before + 1
+    assert all(torch.equal(tensor, named_weights(source)[name]) for name, tensor in named_weights(target).items())
+    del target
+    assert mapped() == before
+
+
+def test_what_may_change_or_is_of_another_dtype_is_copied() -> None:
+    source, target, served = tied_model(), tied_model(), tied_model().to(torch.bfloat16)
+    for model, weights in (
+        (target, named_weights(source)),
+        (served, FlatTensors.copy_of(named_weights(source), "weights")),
+    ):
+        own = addresses(model)
+        load_weights(model, weights)
+        assert addresses(model) == own
+    assert torch.equal(served.lm_head.weight, source.lm_head.weight.to(torch.bfloat16))
+
+
+def addresses(model: torch.nn.Module) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in named_weights(model).items()}
 
 
 def test_empty_tensors_and_views_of_one_memory_keep_their_names() -> None:

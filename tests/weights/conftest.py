@@ -3,7 +3,6 @@
 import gc
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -147,7 +146,7 @@ def packed() -> Callable[..., tuple[bytes, Manifest]]:
     def make(version: Version, tensors: dict[str, torch.Tensor], bucket_bytes: int = 1000) -> tuple[bytes, Manifest]:
         copied = FlatTensors.copy_of(tensors, "weights")
         data, total = bytes(copied.memory.bytes), copied.memory.nbytes
-        sums = tuple(zlib.crc32(data[start : start + bucket_bytes]) for start in range(0, total, bucket_bytes))
+        sums = tuple(messages.checksum(data[start : start + bucket_bytes]) for start in range(0, total, bucket_bytes))
         manifest = Manifest(version=version, tensors=copied.specs, total_bytes=total, bucket_bytes=bucket_bytes, checksums=sums)
         return data, manifest.signed()
 

@@ -7,7 +7,7 @@ import torch
 from msgspec.structs import replace
 
 from asyncrl.errors import BadTransfer
-from asyncrl.models.memory import FlatTensors, ReceivingMemory
+from asyncrl.models.memory import FlatTensors, WeightMemory
 from asyncrl.types import Version
 from asyncrl.weights.assembly import Assembly
 
@@ -18,7 +18,7 @@ TENSORS = {"w": torch.arange(100, dtype=torch.int32)}  # 400 bytes: buckets of 1
 @pytest.fixture
 def sent(packed: Callable) -> tuple[bytes, Assembly]:
     data, manifest = packed(V, TENSORS, 150)
-    return data, Assembly(manifest, ReceivingMemory())
+    return data, Assembly(manifest)
 
 
 def bucket(data: bytes, index: int) -> memoryview:
@@ -74,7 +74,7 @@ def test_damage_and_wrong_length_are_refused(sent: tuple[bytes, Assembly]) -> No
 
 def test_verifies_the_publishers_memory_and_pauses_when_told(packed: Callable) -> None:
     copied = FlatTensors.copy_of(TENSORS, "weights")
-    assembly = Assembly(packed(V, TENSORS, 150)[1], ReceivingMemory(), copied.memory)
+    assembly = Assembly(packed(V, TENSORS, 150)[1], copied.memory)
     assert assembly.verify_shared(until=0.0, stop=threading.Event()) == 150
     assert not assembly.whole
     assert assembly.verify_shared(until=math.inf, stop=threading.Event()) == 250
@@ -84,43 +84,33 @@ def test_verifies_the_publishers_memory_and_pauses_when_told(packed: Callable) -
 
 def test_damage_in_the_publishers_memory_is_refused(packed: Callable) -> None:
     other = FlatTensors.copy_of({"w": TENSORS["w"].clone().index_fill_(0, torch.tensor(50), 7)}, "weights")
-    assembly = Assembly(packed(V, TENSORS, 150)[1], ReceivingMemory(), other.memory)
+    assembly = Assembly(packed(V, TENSORS, 150)[1], other.memory)
     with pytest.raises(BadTransfer, match="bucket 1: checksum"):
         assembly.verify_shared(until=math.inf, stop=threading.Event())
     with pytest.raises(BadTransfer, match="2 buckets are missing"):
         assembly.tensors()
 
 
-def test_memory_is_used_again_but_not_while_it_is_kept(packed: Callable) -> None:
-    own = ReceivingMemory()
-
+def test_every_version_has_memory_of_its_own_which_nobody_can_change(packed: Callable) -> None:
     def receive(number: int) -> FlatTensors:
         data, manifest = packed(Version(1, number), {"w": torch.full((100,), float(number))}, 150)
-        assembly = Assembly(manifest, own)
+        assembly = Assembly(manifest)
         for index in range(3):
             assembly.put(index, bucket(data, index))
         return assembly.tensors()
 
-    first = receive(1)
-    second = receive(2)
-    assert second.memory is first.memory
-    second.memory.kept = True
-    third = receive(3)
-    assert [second["w"].unique().tolist(), third["w"].unique().tolist()] == [[2.0], [3.0]]
-    third.memory.kept, second.memory.kept = True, False
-    fourth = receive(4)
-    assert fourth.memory is second.memory
-    assert third["w"].unique().tolist() == [3.0]
-
-
-def test_memory_is_used_again_only_at_the_same_size() -> None:
-    own = ReceivingMemory()
-    first = own.take(400, "weights")
-    assert own.take(404, "weights").nbytes == 404
-    assert own.take(400, "weights") is not first
+    received = [receive(number) for number in range(3)]
+    assert [tensors["w"].unique().tolist() for tensors in received] == [[0.0], [1.0], [2.0]]
+    for tensors in received:
+        with pytest.raises(PermissionError):
+            tensors.memory.write(0, memoryview(b"x"))
+    received[1]["w"].zero_()  # whoever writes there writes to a page of its own
+    opened = WeightMemory.open(received[1].memory.place, 400)
+    assert opened is not None
+    assert opened.flat.view(torch.float32).unique().tolist() == [1.0]
 
 
 def test_no_memory_is_taken_for_a_bad_manifest(packed: Callable) -> None:
     _, manifest = packed(V, TENSORS, 150)
     with pytest.raises(BadTransfer, match="total_bytes"):
-        Assembly(replace(manifest, total_bytes=1 << 62).signed(), ReceivingMemory())
+        Assembly(replace(manifest, total_bytes=1 << 62).signed())

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from asyncrl.errors import BadTransfer, ConfigError
 from asyncrl.models import memory
 from asyncrl.models.layout import TensorSpec, lay_out, total_bytes
-from asyncrl.models.memory import FlatTensors, Place, ReceivingMemory, WeightMemory, here
+from asyncrl.models.memory import FlatTensors, Place, WeightMemory, here
 from asyncrl.types import Version
 from asyncrl.weights import messages
 from asyncrl.weights.assembly import Assembly
@@ -110,7 +110,7 @@ def receive(rng: random.Random, data: bytes) -> str:
         return "read"
     try:
         shared = WeightMemory.open(reply.place, reply.total_bytes) if reply.place else None
-        assembly = Assembly(reply, ReceivingMemory(), shared)
+        assembly = Assembly(reply, shared)
         for index in (-1, 0, reply.bucket_count, rng.choice(NUMBERS)):
             with suppress(BadTransfer):
                 assembly.put(index, memoryview(bytes(rng.randint(0, 200))))
@@ -174,7 +174,7 @@ def test_a_sound_manifest_of_more_than_there_is_says_so(total: int) -> None:
     count = min(-(-total // messages.MAX_BUCKET_BYTES), 1 << 15)
     huge = replace(MANIFEST, tensors=(spec,), total_bytes=total, bucket_bytes=messages.MAX_BUCKET_BYTES, checksums=(0,) * count)
     with pytest.raises((ConfigError, BadTransfer), match=r"need .* bytes of memory|checksums for"):
-        Assembly(huge.signed(), ReceivingMemory())
+        Assembly(huge.signed())
 
 
 def test_a_publisher_outlives_damaged_requests(bus: Any, weights: Callable, raw_dealer: Callable, until: Callable) -> None:

@@ -44,7 +44,6 @@ class StagedWeights:
         """
         self.close()
         self._tensors = tensors if isinstance(tensors, FlatTensors) else FlatTensors.copy_of(tensors, f"weights {version}")
-        self._tensors.memory.kept = True
         self.version = version
 
     @property
@@ -72,8 +71,6 @@ class StagedWeights:
 
     def close(self) -> None:
         """Gives the memory back. Idempotent."""
-        if self._tensors is not None:
-            self._tensors.memory.kept = False
         self.version = self._tensors = None
 
 
