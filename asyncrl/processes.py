@@ -8,14 +8,17 @@ other command (`under_guard`; the guard is this file, run as a script).
 
 import contextlib
 import fcntl
+import multiprocessing
 import os
 import select
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what ends a job in order: Ctrl-C, whoever stops it, a closed terminal
 REAP_S = 5.0  # in which the kernel has ended a killed process, unless it waits for a device
@@ -67,6 +70,46 @@ class OwnedProcess(subprocess.Popen[bytes]):
             for stream in (self.stdin, self.stdout):
                 if stream is not None:
                     stream.close()
+
+
+class Aside(Generic[T]):
+    """Runs `work` in a fork of this process, which has all that this one knows, while this one goes on without what it imports.
+
+    Make it while this process has a single thread: a fork of others could inherit a lock that nobody ends.
+    """
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        forking = multiprocessing.get_context("fork")
+        self._answer, told = forking.Pipe(duplex=False)
+        self._child = forking.Process(target=self._work, args=(work, told))
+        self._child.start()
+        told.close()
+
+    def result(self) -> T:
+        """Waits for what `work` returned, or raises what it raised; RuntimeError if its process died."""
+        try:
+            done, value = self._answer.recv()
+        except EOFError:
+            self._child.join()
+            raise RuntimeError(f"the process that prepared the run died: exit code {self._child.exitcode}") from None
+        if done:
+            answer: T = value
+            return answer
+        raise value
+
+    def close(self) -> None:
+        """Kills it, if it is still at work. Idempotent."""
+        self._child.kill()
+        self._child.join()
+
+    @staticmethod
+    def _work(work: Callable[[], T], told: Any) -> None:
+        for number in ENDING:
+            signal.signal(number, signal.SIG_DFL)
+        try:
+            told.send((True, work()))
+        except Exception as error:
+            told.send((False, error))
 
 
 def end_with_owner(lifeline: int) -> None:

@@ -80,3 +80,34 @@ def test_no_descriptor_is_left(descriptors: Callable[[], int]) -> None:
     with pytest.raises(FileNotFoundError):
         OwnedProcess(["no-such-command-anywhere"])
     assert descriptors() == before
+
+
+ASIDE = """
+import os, signal, sys, time
+from functools import partial
+from asyncrl.errors import ConfigError
+from asyncrl.processes import Aside
+
+def refuse():
+    raise ConfigError("no such file")
+
+known = [1, 2]
+assert Aside(lambda: (os.getpid(), sum(known))).result() != (os.getpid(), 3)
+try:
+    Aside(refuse).result()
+except ConfigError as error:
+    assert str(error) == "no such file"
+try:
+    Aside(partial(os._exit, 7)).result()
+except RuntimeError as error:
+    assert "exit code 7" in str(error)
+endless = Aside(partial(time.sleep, 600))
+endless.close()
+endless.close()
+print("all")
+"""
+
+
+def test_work_aside_returns_or_raises_here_and_is_killed_by_close() -> None:
+    done = subprocess.run([sys.executable, "-c", ASIDE], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("all\n", "")

@@ -18,22 +18,27 @@ from asyncrl.config import DataSpec, Deployment, EvaluationSpec, Recipe
 from asyncrl.config.callables import GIVEN, PYTHON, RECIPE_MODULE, UNSAVED, SavedFunction, describe, load_callable
 from asyncrl.config.paths import rename_functions
 from asyncrl.errors import ConfigError
+from asyncrl.models.tokenizing import tokenize_only
 from asyncrl.rundir import RunDir, redact, write_atomic
 
 log = logging.getLogger(__name__)
 
 
-def prepare_run(recipe: Recipe, deployment: Deployment, paths: RunDir, *, resuming: bool) -> tuple[int, ...]:
+def prepare_run(
+    recipe: Recipe, deployment: Deployment, paths: RunDir, *, resuming: bool, aside: bool = False
+) -> tuple[int, ...]:
     """Makes data and prompts, then the run directory; an earlier run moves aside only when the new one can start.
 
     Returns the tokens that end a response. resuming: goes on in the directory as it is; raises ConfigError or DataError if
-    its groups would be finished with other prompts than they began with.
+    its groups would be finished with other prompts than they began with. aside: in a process that does nothing else.
     """
     if resuming:
         _require_same_groups(paths, recipe)
     if recipe.prepare:
         log.info("preparing what is not there yet: %s", recipe.prepare)
         load_callable(recipe.prepare, "prepare")(recipe, paths.path)
+    if aside:
+        tokenize_only(recipe.model)
     stop_token_ids = _prepare_prompts(recipe, paths, resuming)
     if not resuming:
         _set_aside(paths)

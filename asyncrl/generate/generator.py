@@ -22,6 +22,7 @@ from asyncrl.types import TOO_OLD, Generation, Report, Reserved, Rollout, Ticket
 
 JOIN_S = 30.0  # how long a thread may take to notice the end, beyond its long poll
 _RESERVE_WAIT_S = 0.1  # long poll of one `reserve`; a swap waits for it, and a newer version is told only after it
+SUBMIT_EVERY_S = 0.02  # while the engine is at work, `submit`s are so far apart: a call costs as much as 30 short rollouts
 NOTICE_S = 0.5  # longest wait for weights: it can't be cut short, and so delays the end of every run
 
 
@@ -51,8 +52,8 @@ class Generator:
         self._name, self._poll_s, self._group_size = name, poll_s, group_size
         self._health_timeout_s = health_timeout_s
         self._time = TimeInState()
-        # Guards everything below; notified at every change. Reentrant: a future may end inside `submit_group`.
-        self._cond = threading.Condition()
+        self._lock = threading.RLock()  # guards everything below. Reentrant: a future may end inside `submit_group`
+        self._waiting: dict[threading.Condition, Callable[[], bool]] = {}  # whom to wake when what holds
         self._state = GeneratorState.NO_WEIGHTS
         self._version: Version | None = None
         self._work = Workload()
@@ -77,7 +78,19 @@ class Generator:
             # Both None before the first weights.
             activity = "wait:weights" if self._reply.too_old == self._version else "wait:store"
         self._time.enter(activity)
-        self._cond.notify_all()
+        for waiter, until in self._waiting.items():
+            if until():
+                waiter.notify()
+
+    def _wait(self, until: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Waits, with the lock held, until the run is over or `until`, which is asked at every change: only then this thread is
+        woken, not for each of the hundred changes a second that are not for it. False if `timeout` seconds have passed."""
+        waiter = threading.Condition(self._lock)
+        self._waiting[waiter] = holds = lambda: self._over() or until()
+        try:
+            return waiter.wait_for(holds, timeout)
+        finally:
+            del self._waiting[waiter]
 
     def _follow_evaluation(self) -> None:
         """Pins or unpins the weights as the workload now needs it. Call it with the lock held, after every change to that."""
@@ -102,7 +115,7 @@ class Generator:
             threading.Thread(target=self._guard, args=(loop,), name=f"{self._name}-{kind}", daemon=True)
             for kind, loop in loops.items()
         ]
-        with self._cond:
+        with self._lock:
             self._counters = GeneratorCounters()
             self._changed()
         for thread in threads:
@@ -121,16 +134,14 @@ class Generator:
 
     def stop(self) -> None:
         """Ends `run` soon; unfinished rollouts are dropped, and the store reissues them. Returns at once."""
-        with self._cond:
+        with self._lock:
             self._step(GeneratorEvent.STOP)
 
     def _watch(self) -> None:
         """Until the run is over: has the engine prove, again and again, that it makes progress."""
         while True:
-            with self._cond:
-                over = self._cond.wait_for(
-                    lambda: self._over() or (self._reply.ended and self._work.empty), timeout=self._health_timeout_s / 2
-                )
+            with self._lock:
+                over = self._wait(lambda: self._reply.ended and self._work.empty, timeout=self._health_timeout_s / 2)
             if over:
                 return
             self._engine.health(self._health_timeout_s / 2)
@@ -141,7 +152,7 @@ class Generator:
         except (Closed, Fenced):
             self.stop()
         except Exception as error:
-            with self._cond:
+            with self._lock:
                 # After a stop, peers vanish in any order: their errors are no news.
                 if not self._over():
                     self._failure = error
@@ -163,10 +174,10 @@ class Generator:
 
     def _feed(self) -> None:
         while True:
-            with self._cond:
+            with self._lock:
                 # Waits here, not in the store, while the slots are taken: a freed slot must be refilled at once.
                 rest = max(0.0, self._poll_s - self._since_heard()) if self._version else self._poll_s
-                self._cond.wait_for(lambda: self._over() or self._tickets_wanted() > 0, timeout=rest)
+                self._wait(lambda: self._tickets_wanted() > 0, timeout=rest)
                 if self._over():
                     return
                 if (version := self._version) is None:
@@ -179,7 +190,7 @@ class Generator:
 
     def _take(self, reserved: Reserved, version: Version, *, asked: bool) -> None:
         """Drops what was cancelled, begins what was reserved. `version` is still the engine's: a swap waits for us."""
-        with self._cond:
+        with self._lock:
             self._reply.heard = time.monotonic()
             for group in reserved.cancelled:
                 self._work.forget(group)
@@ -193,7 +204,7 @@ class Generator:
                 self._counters.add("evals_left")  # never named as held, so the store gives it to a generator at that version
             else:
                 self._begin(ticket)
-        with self._cond:
+        with self._lock:
             self._reply.ended = self._reply.ended or reserved.ended
             if asked:
                 self._reply.too_old = version if reserved.waiting_for == TOO_OLD else None
@@ -204,7 +215,7 @@ class Generator:
 
     def _begin(self, ticket: Ticket) -> None:
         held = HeldGroup(ticket, self._decode(ticket.prompt.ids), started=time.time(), unsubmitted=len(ticket.rollouts))
-        with self._cond:
+        with self._lock:
             self._work.begin(held)
             self._changed()
         for rollout, future in zip(ticket.rollouts, self._engine.submit_group(held.requests()), strict=True):
@@ -214,31 +225,34 @@ class Generator:
 
     def _finished(self, held: HeldGroup, rollout: int, future: "Future[Generation]") -> None:
         """Called by the engine's thread, once per request."""
-        with self._cond:
+        with self._lock:
             self._work.finish(EndedRequest(held, rollout, future, time.time()))
             self._follow_evaluation()
             self._changed()
 
     def _submit(self) -> None:
+        due = 0.0
         while True:
-            with self._cond:
-                self._cond.wait_for(lambda: self._over() or len(self._work.ended) > 0)
+            with self._lock:
+                self._wait(lambda: len(self._work.ended) > 0)
+                self._wait(lambda: self._work.unfinished == 0, timeout=due - time.monotonic())  # what ends soon goes along
                 if self._over():
                     return
+                due = time.monotonic() + SUBMIT_EVERY_S
                 # Their groups are held until the store has them.
                 ended = list(self._work.ended)
                 self._work.ended.clear()
             rollouts = [(request, rollout) for request in ended if (rollout := self._rollout(request)) is not None]
             if rollouts:
                 self._store.submit([rollout for _, rollout in rollouts])
-            with self._cond:
+            with self._lock:
                 self._work.submitted([request for request, _ in rollouts])
                 self._changed()
 
     def _rollout(self, request: EndedRequest) -> Rollout | None:
         """None for what nobody wants any more. An abort that the store did not ask for gives the whole group back to it."""
         generation: Generation = request.future.result()
-        with self._cond:
+        with self._lock:
             if not self._work.wanted(request.held):
                 return None
             if generation.finish_reason == "abort":
@@ -255,14 +269,14 @@ class Generator:
             news = self._weights.next(self._version, min(self._poll_s, NOTICE_S))
             if news is None:
                 continue
-            with self._cond:
+            with self._lock:
                 self._step(GeneratorEvent.WEIGHTS)
-                self._cond.wait_for(lambda: self._over() or self._state is GeneratorState.SWAPPING)
+                self._wait(lambda: self._state is GeneratorState.SWAPPING)
                 if self._over():
                     return
             swap = self._engine.update_weights(*news)
             del news  # its memory may go before the next version comes
-            with self._cond:
+            with self._lock:
                 self._version = swap.version
                 self._counters.swap(swap)
                 self._step(GeneratorEvent.SWAPPED)
@@ -271,7 +285,7 @@ class Generator:
 
     def report(self) -> Report:
         """Time per state, and counters since the start of `run`. Progress is that of the engine, and weights on their way."""
-        with self._cond:
+        with self._lock:
             gauges, slots = self._counters.gauges(), self._engine.slots
             gauges["active_slots"] = float(min(self._work.unfinished, slots))
             gauges["slots"] = float(slots)

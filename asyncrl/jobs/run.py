@@ -20,7 +20,6 @@ from asyncrl.config.load import load_specs
 from asyncrl.config.paths import resolve_paths
 from asyncrl.errors import AsyncRLError, ConfigError
 from asyncrl.jobs.detach import detach, tell_ready
-from asyncrl.models.tokenizing import tokenize_only
 from asyncrl.processes import ENDING
 from asyncrl.report.progress import Progress
 from asyncrl.report.summary import RunResult, RunSummary
@@ -65,8 +64,6 @@ def _run(args: argparse.Namespace) -> int:
     # Ray tells of every death in a paragraph of guesses; the supervisor has a line. Read when ray is imported.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed")
     _at_interrupt(_end_in_order)
-    if not recipe.prepare:  # which may compute
-        tokenize_only(recipe.model)
     watch = _Watch(args.ready)
     try:
         # A recipe's `prepare` prints, and so does Ray.

@@ -89,21 +89,26 @@ class RewardPool(Generic[T]):
         return not self.pending or (not self._queue and any(scorer.idle for scorer in self._scorers))
 
     def poll(self, wait_s: float) -> list[tuple[T, Verdict]]:
-        """The verdicts that have come; waits up to `wait_s` for the first, while anything is pending.
+        """The verdicts that have come; waits up to `wait_s` for the first, while anything is pending, and from that one for
+        _BATCH_S at the most for those behind it: to deliver them costs as much as to deliver one.
 
         Raises ConfigError when a process can't load the function: then none could, and respawning would never end. Raises
         Unavailable where that is no fault of the function: another process has loaded it, or this one was killed.
         """
         until = time.monotonic() + wait_s
         self.polls += 1
+        verdicts: list[tuple[T, Verdict]] = []
         while True:
             self._hand_out()
             pause = min(self._next_event(), until) - time.monotonic()
             for key, events in self._selector.select(max(0.0, pause)):
                 if events & selectors.EVENT_WRITE:
                     key.data.flush()
-            verdicts = [verdict for scorer in list(self._scorers) for verdict in self._attend(scorer)]
-            if verdicts or time.monotonic() >= until:
+            came = [verdict for scorer in list(self._scorers) for verdict in self._attend(scorer)]
+            if came and not verdicts:
+                until = time.monotonic() + _BATCH_S
+            verdicts += came
+            if time.monotonic() >= until or (verdicts and not self.pending):
                 self._hand_out()  # the processes work on while the caller is busy with these
                 return verdicts
 

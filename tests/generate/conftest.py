@@ -179,6 +179,7 @@ class FakeStore:
         self.waiting_for = "bound full"
         self.calls: list[tuple[int, Version, tuple[int, ...]]] = []
         self.rollouts: list[Rollout] = []
+        self.submits: list[int] = []  # how many rollouts came with each call
 
     def put(self, *tickets: Ticket, **fields: object) -> None:
         with self.changed:
@@ -210,6 +211,7 @@ class FakeStore:
     def submit(self, rollouts: Sequence[Rollout]) -> None:
         with self.changed:
             self.rollouts.extend(rollouts)
+            self.submits.append(len(rollouts))
             self.changed.notify_all()
 
 

@@ -113,6 +113,58 @@ def test_a_group_is_held_until_all_its_rollouts_are_submitted(
     assert (gauges["engine/pending"], gauges["bus/versions"]) == (0, 1)
 
 
+def test_what_ends_while_the_engine_is_at_work_is_submitted_together_and_the_last_one_at_once(
+    start: Callable[..., Running],
+    fake_engine: Any,
+    fake_store: Any,
+    fake_weights: Any,
+    make_ticket: MakeTicket,
+    monkeypatch: Any,
+) -> None:
+    monkeypatch.setattr("asyncrl.generate.generator.SUBMIT_EVERY_S", 1000.0)
+    fake_store.put(make_ticket(0), make_ticket(1))
+    fake_weights.publish(V0)
+    start()
+    for group in (0, 1):
+        fake_engine.wait(lambda group=group: f"{group}/1/0" in fake_engine.pending)
+    fake_engine.answer("0/0/0")
+    fake_store.wait(lambda: len(fake_store.rollouts) == 1)  # it comes first, after a rest
+    for request in ("1/1/0", "0/1/0", "1/0/0"):
+        fake_engine.answer(request)
+    fake_store.wait(lambda: len(fake_store.rollouts) == 4)
+    assert fake_store.submits == [1, 3]
+
+
+def test_only_a_thread_that_can_go_on_is_woken(
+    start: Callable[..., Running],
+    fake_engine: Any,
+    fake_store: Any,
+    fake_weights: Any,
+    make_ticket: MakeTicket,
+    monkeypatch: Any,
+) -> None:
+    waits: dict[str, int] = {}
+    wait = threading.Condition.wait
+
+    def counted(self: threading.Condition, timeout: float | None = None) -> bool:
+        name = threading.current_thread().name
+        waits[name] = waits.get(name, 0) + 1
+        return wait(self, timeout)
+
+    monkeypatch.setattr(threading.Condition, "wait", counted)
+    fake_engine.slots = 16
+    fake_store.put(make_ticket(0, tuple(range(16))))
+    fake_weights.publish(V0)
+    start(group_size=16, poll_s=60.0)
+    fake_engine.wait(lambda: len(fake_engine.pending) == 16)
+    before = waits["generator-0-feed"]
+    for rollout in range(15):
+        fake_engine.answer(f"0/{rollout}/0")
+        fake_store.wait(lambda rollout=rollout: len(fake_store.rollouts) == rollout + 1)
+    # There was never room for a group: it went to sleep once, at the most, after the first count.
+    assert waits["generator-0-feed"] <= before + 1
+
+
 def test_seeds_follow_the_missing_rollouts(
     start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
 ) -> None:

@@ -1,5 +1,6 @@
 import json
 import threading
+import time
 
 import msgspec
 import pytest
@@ -97,6 +98,18 @@ def test_secrets_in_an_error_are_masked(worker):
     [(_, score)] = store.scores
     assert "hunter22" not in score.error
     assert f"password='{MASK}'" in score.error
+
+
+def test_verdicts_that_come_soon_after_each_other_are_delivered_in_one_call(worker, monkeypatch):
+    monkeypatch.setattr("asyncrl.reward.pool._BATCH_S", 20.0)
+    calls = []
+    store = FakeStore(
+        [rollout(group, "12") for group in range(8)], [rollout(8, "12")], on_score=lambda s: calls.append(len(s.scores))
+    )
+    began = time.monotonic()
+    worker(store).run()
+    assert calls == [8, 9]  # and the ninth, behind which there is none, at once
+    assert time.monotonic() - began < 20.0
 
 
 def test_a_slow_sample_holds_up_no_other_of_its_lease(worker, tmp_path):

@@ -46,6 +46,14 @@ def slow(*sample):
     return compute_score(*sample)
 """
 ASYNCRL = [sys.executable, "-m", "asyncrl.cli"]
+# The same, which tells at its end what the driver has imported.
+TELLING = """
+import sys
+from asyncrl.cli import main
+status = main()
+print("imported:", sorted(name for name in ("ray", "torch", "transformers") if name in sys.modules), file=sys.stderr)
+sys.exit(status)
+"""
 ENDLESS = ("total_steps=100000", "reward.function=sevens.py:slow")
 
 
@@ -163,8 +171,9 @@ def steps(run: RunDir) -> list[int]:
 
 @pytest.fixture(scope="module")
 def finished(project: Path) -> RunDir:
-    """A run that went to its end; one line of JSON on standard output, and nothing left behind."""
-    whole = Command(project, *ASYNCRL, "run", "recipe.py", "--name", "finished", "deploy.limits.poll_s=0.5")
+    """A run that went to its end; one line of JSON on standard output, nothing left behind, and a driver without torch."""
+    telling = [sys.executable, "-c", TELLING]
+    whole = Command(project, *telling, "run", "recipe.py", "--name", "finished", "deploy.limits.poll_s=0.5")
     try:
         assert whole.end() == 0
         wait_until(lambda: whole.left() == [], 30)
@@ -177,6 +186,7 @@ def finished(project: Path) -> RunDir:
     assert result["max_trained_lag"] <= 16
     assert result["restarts"] == {}
     assert "|" not in whole.stderr, "a progress bar"
+    assert "imported: ['ray']" in whole.stderr.splitlines()
     return run
 
 
