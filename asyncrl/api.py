@@ -20,7 +20,7 @@ from asyncrl.cluster.preparation import prepare_run, save_functions
 from asyncrl.config import Deployment, Recipe
 from asyncrl.config.paths import resolve_paths
 from asyncrl.errors import ConfigError, DiskFull
-from asyncrl.processes import Aside
+from asyncrl.processes import aside
 from asyncrl.report.callbacks import CallbackQueue, Callbacks
 from asyncrl.report.metrics_log import MetricsLog
 from asyncrl.report.progress import Progress
@@ -240,9 +240,7 @@ class Trainer:
         if "torch" in sys.modules or "ray" in sys.modules or threading.active_count() > 1:
             stop_token_ids = prepare()
             return lambda: stop_token_ids
-        aside = Aside(partial(prepare, aside=True))
-        self._resources.callback(aside.close)
-        return aside.result
+        return self._resources.enter_context(aside(partial(prepare, aside=True)))
 
     def _start(self, resume_at: int | None, prepared: Callable[[], tuple[int, ...]]) -> "Supervisor":
         # Here, as Ray takes a second to import, and a mistake is told before.

@@ -15,8 +15,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -72,44 +72,42 @@ class OwnedProcess(subprocess.Popen[bytes]):
                     stream.close()
 
 
-class Aside(Generic[T]):
+@contextlib.contextmanager
+def aside(work: Callable[[], T]) -> Iterator[Callable[[], T]]:
     """Runs `work` in a fork of this process, which has all that this one knows, while this one goes on without what it imports.
 
-    Make it while this process has a single thread: a fork of others could inherit a lock that nobody ends.
+    Yields what waits for its result, and raises what it raised; RuntimeError if the fork died. The end kills it. For a process
+    with a single thread: a fork of others could inherit a lock that nobody ends.
     """
+    forking = multiprocessing.get_context("fork")
+    answer, told = forking.Pipe(duplex=False)
+    child = forking.Process(target=_tell, args=(work, told))
+    child.start()
+    told.close()
 
-    def __init__(self, work: Callable[[], T]) -> None:
-        forking = multiprocessing.get_context("fork")
-        self._answer, told = forking.Pipe(duplex=False)
-        self._child = forking.Process(target=self._work, args=(work, told))
-        self._child.start()
-        told.close()
-
-    def result(self) -> T:
-        """Waits for what `work` returned, or raises what it raised; RuntimeError if its process died."""
+    def result() -> T:
         try:
-            done, value = self._answer.recv()
+            value, error = answer.recv()
         except EOFError:
-            self._child.join()
-            raise RuntimeError(f"the process that prepared the run died: exit code {self._child.exitcode}") from None
-        if done:
-            answer: T = value
-            return answer
-        raise value
+            raise RuntimeError(f"process {child.pid}, which prepared the run, died") from None
+        if error is not None:
+            raise error
+        return value
 
-    def close(self) -> None:
-        """Kills it, if it is still at work. Idempotent."""
-        self._child.kill()
-        self._child.join()
+    try:
+        yield result
+    finally:
+        child.kill()
+        child.join()
 
-    @staticmethod
-    def _work(work: Callable[[], T], told: Any) -> None:
-        for number in ENDING:
-            signal.signal(number, signal.SIG_DFL)
-        try:
-            told.send((True, work()))
-        except Exception as error:
-            told.send((False, error))
+
+def _tell(work: Callable[[], object], told: Any) -> None:
+    for number in ENDING:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        told.send((work(), None))
+    except Exception as error:
+        told.send((None, error))
 
 
 def end_with_owner(lifeline: int) -> None:

@@ -83,31 +83,32 @@ def test_no_descriptor_is_left(descriptors: Callable[[], int]) -> None:
 
 
 ASIDE = """
-import os, signal, sys, time
+import os, sys, time
 from functools import partial
 from asyncrl.errors import ConfigError
-from asyncrl.processes import Aside
+from asyncrl.processes import aside
 
 def refuse():
     raise ConfigError("no such file")
 
 known = [1, 2]
-assert Aside(lambda: (os.getpid(), sum(known))).result() != (os.getpid(), 3)
-try:
-    Aside(refuse).result()
-except ConfigError as error:
-    assert str(error) == "no such file"
-try:
-    Aside(partial(os._exit, 7)).result()
-except RuntimeError as error:
-    assert "exit code 7" in str(error)
-endless = Aside(partial(time.sleep, 600))
-endless.close()
-endless.close()
+with aside(lambda: (os.getpid(), sum(known))) as result:
+    pid, total = result()
+assert (pid == os.getpid(), total) == (False, 3)
+for work, said in ((refuse, "no such file"), (partial(os._exit, 7), "which prepared the run, died")):
+    try:
+        with aside(work) as result:
+            result()
+    except (ConfigError, RuntimeError) as error:
+        assert said in str(error)
+    else:
+        sys.exit(f"{work}: nothing was raised")
+with aside(partial(time.sleep, 600)):
+    pass
 print("all")
 """
 
 
-def test_work_aside_returns_or_raises_here_and_is_killed_by_close() -> None:
+def test_work_aside_returns_or_raises_here_and_is_killed_at_the_end() -> None:
     done = subprocess.run([sys.executable, "-c", ASIDE], capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout, done.stderr) == ("all\n", "")

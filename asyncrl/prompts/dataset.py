@@ -1,9 +1,9 @@
 """Prompts tokenized once into an Arrow IPC file, then read by memory map."""
 
-import bisect
 import hashlib
 import itertools
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -105,15 +105,18 @@ class PromptFile(Sequence[Prompt]):
             extra_info=extra.as_py(),
         )
 
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        return self._columns["row"].to_numpy()
+
     def record(self, row: int) -> str:
         """JSON of the whole dataset row that `Prompt.row` names, its prompt under "prompt".
 
         An empty object if the row is not here: held-out files may change between a run and its resumption, and a rollout that
         still waits for its score from before must cost at most itself.
         """
-        rows = self._columns["row"]
-        place = bisect.bisect_left(range(len(self)), row, key=lambda i: rows[i].as_py())  # rows stand in rising order
-        if place == len(self) or rows[place].as_py() != row:
+        place = int(np.searchsorted(self._rows, row))  # they stand in rising order
+        if place == len(self) or self._rows[place] != row:
             return "{}"
         return str(self._columns["record"][place].as_py())
 

@@ -1,15 +1,20 @@
 """The whole pipeline on recipes/arithmetic.py: `python tests/bench/bench_pipeline.py [--updates N]`. Prints ratios.
 
 async / sync       samples/s of max_lag=4 over max_lag=0, the same recipe, in turns (each twice, the better one counts)
-efficiency         samples/s of the whole run ÷ the slower of engine alone and learner alone; these two run by themselves,
-                   on one thread each, on the same prompts and the same rollouts
+efficiency         samples/s of the whole run ÷ what the machine could do at most: the slowest of engine alone, learner alone,
+                   and cores ÷ the CPU time of both per sample. These two run by themselves, on one thread each, on the same
+                   prompts and the same rollouts
+CPU per sample     of each actor of the asynchronous run, from its process's own times; overhead: what is left of all of them
+                   without engine alone and learner alone
 publish to swap    from the commit of an update to the moment the generator decodes with it; pause: when no token is made
 
 Run it on a quiet machine: everything shares its cores.
 """
 
 import argparse
+import contextlib
 import importlib.util
+import os
 import statistics
 import tempfile
 import time
@@ -44,21 +49,37 @@ def load_recipe_module() -> ModuleType:
     return module
 
 
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process so far; 0 if it has ended."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
 class Watch:
-    """Pairs each commit with the generator's swap to it, as far as reports catch it."""
+    """Pairs each commit with the generator's swap to it, as far as reports catch it; and sees what CPU time the actors use."""
 
     def __init__(self) -> None:
+        self.spent: list[tuple[int, dict[str, float]]] = []  # updates committed, CPU seconds by actor, since WARM_UP
         self.committed_at: dict[int, float] = {}
         self.delays: dict[int, float] = {}
         self.pauses: dict[int, float] = {}
 
     def __call__(self, run) -> None:  # type: ignore[no-untyped-def]
         self.committed_at |= {update: record.time for update, record in run.steps.items()}
+        if WARM_UP <= run.committed < run.total_steps:
+            self.spent.append((run.committed, {name: cpu_s(pid) for name, pid in {**run.pids, "driver": os.getpid()}.items()}))
         for report in run.reports.values():
             update = int(report.gauges.get("update", -1))
             if report.role == "generator" and update in self.committed_at:
                 self.delays.setdefault(update, report.gauges["swapped_at"] - self.committed_at[update])
                 self.pauses.setdefault(update, report.gauges["pause_s_last"])
+
+    def cpu_ms(self, samples: int) -> dict[str, float]:
+        """CPU milliseconds per sample by actor. samples: of one update."""
+        (before, first), (after, last) = self.spent[0], self.spent[-1]
+        return {name: 1e3 * (last[name] - spent) / ((after - before) * samples) for name, spent in first.items()}
 
 
 def samples_per_s(recipe: Recipe, folder: Path, updates: int, watch: Watch) -> float:
@@ -69,11 +90,11 @@ def samples_per_s(recipe: Recipe, folder: Path, updates: int, watch: Watch) -> f
 
 
 def engine_alone(recipe: Recipe, prompts: PromptFile, slots: int, count: int) -> tuple[float, list[TrainRollout]]:
-    """Rollouts per second of the engine with its slots kept full, and what it made."""
+    """CPU seconds per rollout of the engine with its slots kept full, and what it made."""
     engine = TorchEngine(load_model(recipe.model), slots=slots, max_length=64)
     engine.update_weights(Version(1, 0), named_weights(load_model(recipe.model)))
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=4, stop_token_ids=(1,))
-    n, began = recipe.sampling.n, time.monotonic()
+    n, began = recipe.sampling.n, time.process_time()
     futures = []
     for group in range(count // n):
         prompt = prompts[group % len(prompts)]
@@ -85,7 +106,7 @@ def engine_alone(recipe: Recipe, prompts: PromptFile, slots: int, count: int) ->
         )
     while engine.step():
         pass
-    seconds = time.monotonic() - began
+    seconds = time.process_time() - began
     rng = np.random.default_rng(0)
     made = [
         TrainRollout(
@@ -105,11 +126,11 @@ def engine_alone(recipe: Recipe, prompts: PromptFile, slots: int, count: int) ->
         )
         for index, answer in enumerate(future.result() for future in futures)
     ]
-    return len(made) / seconds, made
+    return seconds / len(made), made
 
 
 def learner_alone(recipe: Recipe, rollouts: list[TrainRollout], folder: Path) -> float:
-    """Samples per second of the learner fed from memory."""
+    """CPU seconds per sample of the learner fed from memory."""
     trainer = PolicyTrainer(
         PackedModel(load_model(recipe.model)),
         recipe.learner,
@@ -121,10 +142,10 @@ def learner_alone(recipe: Recipe, rollouts: list[TrainRollout], folder: Path) ->
     size = recipe.learner.batch_groups * recipe.sampling.n
     batches = [rollouts[i : i + size] for i in range(0, len(rollouts) - size + 1, size)]
     trainer.update(batches[0], 0)
-    began = time.monotonic()
+    began = time.process_time()
     for batch in batches[1:]:
         trainer.update(batch, 0)
-    return (len(batches) - 1) * size / (time.monotonic() - began)
+    return (time.process_time() - began) / ((len(batches) - 1) * size)
 
 
 def main() -> None:
@@ -151,10 +172,16 @@ def main() -> None:
     fast, slow = max(rates[4]), max(rates[0])
     print(f"asynchronous, max_lag=4     {fast:8.0f} samples/s   (runs: {', '.join(f'{r:.0f}' for r in rates[4])})")
     print(f"synchronous,  max_lag=0     {slow:8.0f} samples/s   (runs: {', '.join(f'{r:.0f}' for r in rates[0])})")
-    print(f"engine alone                {engine:8.0f} samples/s")
-    print(f"learner alone               {learner:8.0f} samples/s")
+    cores = len(os.sched_getaffinity(0))
+    limit = min(1 / engine, 1 / learner, cores / (engine + learner))
+    print(f"engine alone                {1 / engine:8.0f} samples/s   ({1e3 * engine:.3f} ms of CPU per sample)")
+    print(f"learner alone               {1 / learner:8.0f} samples/s   ({1e3 * learner:.3f} ms of CPU per sample)")
+    print(f"both on {cores:2d} cores            {cores / (engine + learner):8.0f} samples/s")
     print(f"async / sync                {fast / slow:8.2f} ×")
-    print(f"pipeline efficiency         {fast / min(engine, learner):8.2f} ×")
+    print(f"pipeline efficiency         {fast / limit:8.2f} ×")
+    spent = watch.cpu_ms(recipe.learner.batch_groups * recipe.sampling.n)
+    print("CPU per sample              " + ", ".join(f"{name} {ms:.3f}" for name, ms in spent.items()) + " ms")
+    print(f"overhead                    {sum(spent.values()) - 1e3 * (engine + learner):8.3f} ms of CPU per sample")
     if watch.delays:
         delays, pauses = sorted(watch.delays.values()), sorted(watch.pauses.values())
         print(
