@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from asyncrl.config import (
     AlgorithmSpec,
@@ -39,6 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Background jobs of a shell ignore the first, under nohup the second, too; and what tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+settings.register_profile("asyncrl", deadline=None)  # a busy machine is no defect
+settings.load_profile("asyncrl")
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return solution_str.count(ground_truth) / 6

@@ -193,8 +193,8 @@ class Ranks:
             try:
                 self._store.wait([key], timedelta(seconds=LOOK_S))
                 return self._store.get(key).decode()
-            except dist.DistStoreError:
-                if time.monotonic() >= deadline:
+            except RuntimeError as error:  # nothing is there yet, in the words of each kind of store; or it is gone itself
+                if isinstance(error, dist.DistNetworkError) or time.monotonic() >= deadline:
                     raise
             self.require_others()
 
