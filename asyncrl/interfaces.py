@@ -102,6 +102,10 @@ class GeneratorStore(Protocol):
         taken as lost, and reissued. k = 0 only renews, and waits for a cancellation.
         """
 
+    def recall(self) -> None:
+        """Has this caller's `reserve` return at once with what there is: it has something else to do, such as a swap. One that
+        has not reached the store yet is not recalled."""
+
     def submit(self, rollouts: Sequence[Rollout]) -> None:
         """Hands over finished rollouts. Never waits: their slots are reserved. Duplicates are ignored."""
 
@@ -164,7 +168,7 @@ class SupervisorStore(Protocol):
 
     def report(self, since: int) -> StoreReport:
         """Records after sequence number `since`, some hundred at a time, each once and in order however often the store
-        restarts; and where everything stands."""
+        restarts; and where everything stands. Those up to `since` have arrived, it says: the store forgets them."""
 
     def state(self) -> dict[str, Any]:
         """What a watchdog prints: queue depths, work in flight with its holders, leases. Ages and times in seconds."""

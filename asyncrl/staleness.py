@@ -10,6 +10,7 @@ waits for, nothing is masked, and it waits only where a straggler would certainl
 group is ready, the batch of the earliest deadlines is one that may be granted.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
 
@@ -95,21 +96,30 @@ class Staleness(Struct, frozen=True, kw_only=True):
         """The largest number of committed updates at which a token from `oldest` may still be trained."""
         return oldest + self.max_lag
 
-    def feasible(self, deadlines: Iterable[float], committed: int) -> bool:
-        """I(committed): whether groups with these deadlines, trained earliest first, all meet them. inf: whenever."""
-        return all(deadline >= committed + rank // self.batch_groups for rank, deadline in enumerate(sorted(deadlines)))
+    def feasible(self, deadlines: Iterable[float] | dict[float, int], committed: int) -> bool:
+        """I(committed): whether groups with these deadlines, trained earliest first, all meet them. inf: whenever.
+
+        deadlines: of each group, or how many groups have each.
+        """
+        rank = -1  # of the last group with a deadline
+        counts = deadlines if isinstance(deadlines, dict) else Counter(deadlines)
+        for deadline, count in sorted(counts.items()):
+            rank += count
+            if count and deadline < committed + rank // self.batch_groups:
+                return False
+        return True
 
     def misfits(self, groups: Iterable[tuple[int, float]], committed: int) -> list[int]:
         """The fewest groups without which the others are feasible. groups: (id, deadline), those to be kept first in front.
 
         Sets of unit jobs with deadlines are a matroid, so that taking each that still fits gives a largest feasible set.
         """
-        kept: list[float] = []
+        kept: Counter[float] = Counter()
         misfits = []
         for group, deadline in groups:
-            if self.feasible([*kept, deadline], committed):
-                kept.append(deadline)
-            else:
+            kept[deadline] += 1
+            if not self.feasible(kept, committed):
+                kept[deadline] -= 1
                 misfits.append(group)
         return misfits
 

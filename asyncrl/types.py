@@ -336,5 +336,5 @@ class Report(Struct, frozen=True, kw_only=True):
 
 def derive_seed(*parts: int) -> int:
     """A 63-bit seed from integers, the same on every machine and Python version."""
-    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(((",%d" * len(parts))[1:] % parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -20,6 +20,8 @@ from asyncrl.interfaces import VERBS
 from asyncrl.types import Report, StoreReport
 
 Phase = Literal["starting", "idle", "running", "ended"]
+# Calls of one kind that the store has at a time: a `submit` must not queue behind the generators that wait in `reserve`.
+STORE_GROUPS = {verb.caller: 100_000 for verb in VERBS.values()}
 
 
 class Member:
@@ -72,7 +74,7 @@ class Member:
         self.restart_count += 1
         self.phase, self.asked = "starting", None
         if self.is_store:
-            actor = ray.remote(concurrency_groups={verb.caller: 1000 for verb in VERBS.values()})(StoreActor)
+            actor = ray.remote(concurrency_groups=STORE_GROUPS)(StoreActor)
             self.handle = actor.options(**options).remote(plan)
             return
         actor = ray.remote(max_concurrency=8)(StageActor)

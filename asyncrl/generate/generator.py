@@ -21,8 +21,8 @@ from asyncrl.report.timing import TimeInState
 from asyncrl.types import TOO_OLD, Generation, Report, Reserved, Rollout, Ticket, Version
 
 JOIN_S = 30.0  # how long a thread may take to notice the end, beyond its long poll
-_RESERVE_WAIT_S = 0.1  # long poll of one `reserve`; a swap waits for it, and a newer version is told only after it
 SUBMIT_EVERY_S = 0.02  # while the engine is at work, `submit`s are so far apart: a call costs as much as 30 short rollouts
+_RECALL_S = 0.1  # a `reserve` that new weights found under way is recalled that often: it may not have reached the store yet
 NOTICE_S = 0.5  # longest wait for weights: it can't be cut short, and so delays the end of every run
 
 
@@ -185,7 +185,7 @@ class Generator:
                 k, held = self._tickets_wanted(), self._work.groups()
                 if k:
                     self._step(GeneratorEvent.RESERVE)
-            reserved = self._store.reserve(k, version, held, _RESERVE_WAIT_S if k else 0.0)
+            reserved = self._store.reserve(k, version, held, self._poll_s if k else 0.0)
             self._take(reserved, version, asked=k > 0)
 
     def _take(self, reserved: Reserved, version: Version, *, asked: bool) -> None:
@@ -271,15 +271,27 @@ class Generator:
                 continue
             with self._lock:
                 self._step(GeneratorEvent.WEIGHTS)
-                self._wait(lambda: self._state is GeneratorState.SWAPPING)
-                if self._over():
-                    return
+            if not self._may_swap():
+                break
             swap = self._engine.update_weights(*news)
             del news  # its memory may go before the next version comes
             with self._lock:
                 self._version = swap.version
                 self._counters.swap(swap)
                 self._step(GeneratorEvent.SWAPPED)
+        self._store.recall()  # so that the end of the run does not wait for it
+
+    def _may_swap(self) -> bool:
+        """Waits until the engine may take new weights; recalls a `reserve` that waits in the store. False: the run is over."""
+        timeout = 0.0
+        while True:
+            with self._lock:
+                if self._wait(lambda: self._state is GeneratorState.SWAPPING, timeout):
+                    return not self._over()
+                reserving = accepts(self._state, GeneratorEvent.RESERVED)
+            if reserving:
+                self._store.recall()
+            timeout = _RECALL_S
 
     # ------------------------------------------------------------------------------------------- report
 

@@ -2,10 +2,12 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 
 import asyncrl.replay.log.events as ev
-from asyncrl.replay.ledger import StoreContext
+from asyncrl.replay.context import StoreContext
+from asyncrl.replay.outstanding import Outstanding
 from asyncrl.replay.plan import ticket_seed
 from asyncrl.replay.state import Group, PromptKey
 from asyncrl.report.timing import TimeInState
@@ -39,39 +41,38 @@ class Holders:
         self._context = context
         self._ledger = context.ledger
         self._rule = context.plan.rule
-        self._lease_ends: dict[str, float] = {}
-        self._lost = {g.id for g in self._ledger.in_flight() if not g.worker}
+        self._lease_ends: dict[str, float] = {}  # in the order in which they end
+        self._lost = dict.fromkeys(sorted(g.id for g in self._ledger.in_flight() if not g.worker))
+        self._outstanding = Outstanding(context, self.deadline, lambda group: self._lost.pop(group, None))
         self._taken: defaultdict[tuple[str, int], set[int]] = defaultdict(set)  # groups reissued while this holder was silent
-        self._since: dict[int, float] = {}  # when a group in flight was first seen, for the watchdog
         for worker in {g.worker for g in self._ledger.in_flight() if g.worker}:
             self._lease_ends[worker] = self._context.lease_end()
         # Groups that were lost before counted in no deadline, so that counting them again may break the bound.
-        self._lost.update(group.id for group in self.misfits() if group.in_flight())
+        self._lose([group.id for group in self.misfits() if group.in_flight()])
 
     def renew(self, worker: str) -> None:
-        if worker in self._lease_ends:
+        if self._lease_ends.pop(worker, None) is not None:
             self._lease_ends[worker] = self._context.lease_end()
 
     def arrive(self, caller: Key, held: Sequence[int]) -> None:
         """A holder reports what it still works on: once per call, however long that waits."""
+        self._lease_ends.pop(caller.worker, None)
         self._lease_ends[caller.worker] = self._context.lease_end()
         self._taken.pop((caller.worker, caller.incarnation), None)  # it was slow, and lives
-        groups, now = self._ledger.in_flight(), self._context.clock()
-        self._since = {g.id: self._since.get(g.id, now) for g in groups}
-        theirs = [g for g in groups if g.worker == caller.worker]
-        named = [g for g in theirs if g.incarnation == caller.incarnation and g.id in held]
-        for group in named:
-            self.regain(group)
-        kept = {group.id for group in named}
-        self._lose(g.id for g in theirs if g.id not in kept)
+        named, theirs = set(held), self._outstanding.held_by(caller.worker)
+        kept = {g.id for g in theirs if g.incarnation == caller.incarnation and g.id in named}
+        for group in theirs:
+            if group.id in kept:
+                self.regain(group)
+        self._lose([g.id for g in theirs if g.id not in kept])
 
     def forget(self, worker: str, incarnation: int) -> None:
         """A worker died: what it held up to this incarnation is lost. Gives a prompt up if it is to blame."""
         silent = [holder for holder in self._taken if holder[0] == worker and holder[1] <= incarnation]
         taken = {group for holder in silent for group in self._taken.pop(holder)}
-        groups = self._ledger.in_flight()
-        held = {g.id for g in groups if g.worker == worker and g.incarnation <= incarnation}
-        if dead := [g for g in groups if g.id in held | taken]:
+        held = {g.id: g for g in self._outstanding.held_by(worker) if g.incarnation <= incarnation}
+        others = [g for g in map(self._ledger.find, taken - held.keys()) if g is not None and g.in_flight()]
+        if dead := sorted([*held.values(), *others], key=lambda g: (g.purpose == "eval", g.id)):
             self._context.record(ev.HolderDied(worker, incarnation, tuple(g.id for g in dead)))
             self._lose(held)
             self._convict(dead, worker)
@@ -97,47 +98,51 @@ class Holders:
         deaths = self._ledger.deaths_of
         if deaths(prompt) < _SUSPECT:
             return True
-        return not any(deaths(g.prompt) >= _SUSPECT and self.holds(caller, g.id) for g in self._ledger.in_flight())
+        theirs = self._outstanding.held_by(caller.worker)
+        return not any(deaths(g.prompt) >= _SUSPECT and self.holds(caller, g.id) for g in theirs)
 
     def expire(self) -> None:
         """Takes what silent workers held as lost."""
         now = self._context.clock()
-        silent = {worker for worker, deadline in self._lease_ends.items() if deadline <= now}
+        silent = list(takewhile(lambda worker: self._lease_ends[worker] <= now, self._lease_ends))
         for worker in silent:
             del self._lease_ends[worker]
-        if silent:
-            self._lose(g.id for g in self._ledger.in_flight() if g.worker in silent)
+        self._lose([group.id for worker in silent for group in self._outstanding.held_by(worker)])
 
     def regain(self, group: Group) -> bool:
         """Whether a group is not lost, or is no longer, because its holder is heard of and the bound still holds with it."""
         free = group.purpose == "eval" or not self._rule.holds
         if group.id in self._lost and group.worker and (free or self.fits(group, group.oldest())):
-            self._lost.discard(group.id)
+            self._found(group.id)
         return group.id not in self._lost
 
+    def _found(self, group: int) -> None:
+        if group in self._lost:
+            del self._lost[group]
+            self._context.touched.add(group)
+
     def _lose(self, groups: Iterable[int]) -> None:
-        before = len(self._lost)
-        self._lost.update(groups)
-        self._context.changes += len(self._lost) > before
+        if new := [group for group in groups if group not in self._lost]:
+            self._lost = dict.fromkeys(sorted([*self._lost, *new]))
+            self._context.touched.update(new)
+            self._context.stir("tickets", "batch", *new)
 
     def next_deadline(self) -> float:
         """When the next worker counts as silent; infinite if there is none."""
-        return min(self._lease_ends.values(), default=math.inf)
+        return next(iter(self._lease_ends.values()), math.inf)
 
     def age_s(self, group: int) -> float:
         """For how long a group has been in flight, as far as its holder has reported since."""
-        now = self._context.clock()
-        return now - self._since.get(group, now)
+        since = self._outstanding.since(group)
+        return 0.0 if since is None else self._context.clock() - since
 
     def is_lost(self, group: int) -> bool:
         return group in self._lost
 
-    def lost(self) -> list[Group]:
-        """Lost groups that are still wanted, oldest first."""
-        found = [(g, self._ledger.find(g)) for g in sorted(self._lost)]
-        wanted = [group for _, group in found if group is not None and group.in_flight()]
-        self._lost = {group.id for group in wanted}
-        return wanted
+    def lost(self) -> Iterator[Group]:
+        """Lost groups that are still wanted, oldest first. They may be reissued meanwhile."""
+        self._outstanding.look()  # which drops the others
+        return map(self._ledger.get, list(self._lost))
 
     def deadline(self, group: Group) -> float:
         """How many updates may be committed before a group is in a batch; inf where nobody waits for it."""
@@ -150,10 +155,18 @@ class Holders:
         rule, committed = self._rule, self._ledger.planned
         if group.excused or not rule.holds:
             return rule.deadline(oldest) >= committed
-        deadlines = {g.id: self.deadline(g) for g in self._ledger.untaken()}
+        due = self._outstanding.due()
         for coming, update in {**others, group.id: oldest}.items():
-            deadlines[coming] = min(deadlines[coming], rule.deadline(update))
-        return rule.feasible(deadlines.values(), committed)
+            deadline = self._outstanding.deadline(coming)
+            due[deadline] -= 1
+            due[min(deadline, rule.deadline(update))] += 1
+        return rule.feasible(due, committed)
+
+    def in_time(self, committed: int, without: Sequence[int]) -> bool:
+        """Whether all groups that are in no batch can be trained in time after `committed` updates, but for these."""
+        due = self._outstanding.due()
+        due.subtract(map(self._outstanding.deadline, without))
+        return self._rule.feasible(due, committed)
 
     def misfits(self) -> list[Group]:
         """The fewest groups without which all others can be trained in time: none, but where a run is resumed with a smaller
@@ -177,7 +190,7 @@ class Holders:
         if group.worker and group.worker not in self._lease_ends:
             self._taken[group.worker, group.incarnation].add(group.id)
         self._context.record(ev.GroupReissued(group.id, group.attempt + 1, update, caller.worker, caller.incarnation))
-        self._lost.discard(group.id)
+        self._found(group.id)
         return ticket(self._context, group)
 
 
@@ -191,10 +204,12 @@ class Admission:
         self._rule = context.plan.rule
         self._holders = holders
         self._pauses = pauses
+        self._newest = Version(0, 0)  # weights that anybody asked with
         self.time = TimeInState("free", context.clock)  # what keeps callers with free slots from more work, if anything does
 
     def tickets(self, k: int, caller: Key, version: Version, held: Sequence[int]) -> list[Ticket]:
         """Up to k tickets: lost groups first, then retries, then new prompts."""
+        self._newest = max(self._newest, version)
         tickets = self._reissues(k, caller, version, held)
         for _ in range(min(k - len(tickets), self._room(version))):
             retries = self._ledger.retries
@@ -218,6 +233,13 @@ class Admission:
         if self._room(version) <= 0 < self._room(newest):
             return TOO_OLD
         return "bound full"
+
+    def offers(self) -> bool:
+        """Whether anybody can get a ticket, or is to hear that its weights are too old."""
+        if next(self._holders.lost(), None) is not None:
+            return True
+        room = not self._context.exhausted() and not self._pauses()
+        return room and self._room(max(self._newest, Version(self._ledger.incarnation, self._ledger.committed))) > 0
 
     def _update(self, version: Version) -> int:
         """The update that admission counts with. Weights of a lost lineage may be ahead of the restored one, but their
@@ -243,14 +265,21 @@ class Admission:
         return self._rule.most_outstanding - len(self._ledger.groups)
 
     def _reissues(self, k: int, caller: Key, version: Version, held: Sequence[int]) -> list[Ticket]:
-        update = self._update(version)
+        update, theirs = self._update(version), set(held)
         tickets: list[Ticket] = []
+        misfits: set[tuple[bool, float]] = set()  # what is reissued leaves less room for the next one like these
         for group in self._holders.lost():
+            if len(tickets) >= k:
+                break
             # A caller that still works on the lost attempt must first hear that it is cancelled.
-            if len(tickets) >= k or group.purpose == "eval" or group.id in held:
+            if group.purpose == "eval" or group.id in theirs or not self._holders.may_take(group.prompt, caller):
                 continue
-            if self._holders.may_take(group.prompt, caller) and self._holders.fits(group, update):
+            if (like := (group.excused, self._holders.deadline(group))) in misfits:
+                continue
+            if self._holders.fits(group, update):
                 tickets.append(self._holders.reissue(group, caller, update))
+            else:
+                misfits.add(like)
         return tickets
 
     def _reserve(self, caller: Key, version: Version) -> Ticket:

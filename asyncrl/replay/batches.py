@@ -7,7 +7,8 @@ from itertools import chain
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import CheckpointError, Closed, ConfigError
 from asyncrl.replay.admission import Holders
-from asyncrl.replay.ledger import Ledger, Poll, StoreContext
+from asyncrl.replay.context import Poll, StoreContext
+from asyncrl.replay.ledger import Ledger
 from asyncrl.replay.log.rows import TRAIN_COLUMNS, TrainRows, TrainScore, to_ipc
 from asyncrl.replay.state import Group
 from asyncrl.report.timing import TimeInState
@@ -22,6 +23,8 @@ def stale(rule: Staleness, ledger: Ledger, update: int) -> list[Group]:
     ready ones without a trainable token, which only `mask` has, and `hold` among the groups that it went on without."""
     if rule.drops:
         return [g for g in ledger.untaken() if rule.overdue(oldest=g.oldest(), committed=update)]
+    if rule.holds and not ledger.excused:
+        return []
     ready = (ledger.groups[g] for g in ledger.ready)
     return [g for g in ready if (g.excused or not rule.holds) and rule.overdue(oldest=g.newest(), committed=update)]
 
@@ -79,10 +82,10 @@ class Batches:
                 f"checkpoint at update {committed} < {ledger.retained}, the oldest retained one: its rows are deleted; "
                 "resume from a newer checkpoint"
             )
-        with self._context.recording():
-            self._context.record(ev.LearnerFenced(ledger.incarnation + 1, committed, self._context.wall()))
-            for group in self._holders.misfits():  # the run goes on with a smaller max_lag
-                self._context.record(ev.GroupSettled(group.id, "evicted", retry=True))
+        self._context.record(ev.LearnerFenced(ledger.incarnation + 1, committed, self._context.wall()))
+        for group in self._holders.misfits():  # the run goes on with a smaller max_lag
+            self._context.record(ev.GroupSettled(group.id, "evicted", retry=True))
+        self._context.write()
         self._context.log.sync()
         fence = Fence(incarnation=ledger.incarnation, committed=committed, reopened=len(ledger.reopened))
         self._fenced = (caller, fence)
@@ -95,7 +98,7 @@ class Batches:
             lease = self._lease(caller.learner, update)
             return bool(lease.groups or lease.ended), lease
 
-        return Poll(attempt, wait_s)
+        return Poll(attempt, wait_s, "batch")
 
     def _lease(self, incarnation: int, update: int) -> BatchLease:
         ledger, rule = self._ledger, self._plan.rule
@@ -132,14 +135,12 @@ class Batches:
         """Whether all others can still be trained in time after this batch, as the update after `update`. Excuses those that
         can't, if `max_masked_share` allows so many."""
         ledger, rule, deadline = self._ledger, self._plan.rule, self._holders.deadline
-        if not rule.holds:
-            return True
-        others = [group for group in ledger.untaken() if group.id not in batch]
-        if rule.feasible(map(deadline, others), update + 1):
+        if not rule.holds or self._holders.in_time(update + 1, batch):
             return True
         ended = sum(ledger.outcomes.values()) + len(batch)
         if ledger.excused + 1 > rule.max_masked_share * ended:
             return False
+        others = [group for group in ledger.untaken() if group.id not in batch]
         ready_and_fresh_first = sorted(others, key=lambda g: (g.id not in ledger.ready, -deadline(g)))
         late = rule.misfits(((g.id, deadline(g)) for g in ready_and_fresh_first), update + 1)
         if ledger.excused + len(late) > rule.max_masked_share * ended:
@@ -193,9 +194,9 @@ class Batches:
         ledger.check_learner(caller.learner)
         if oldest_retained > ledger.committed:
             raise ValueError(f"checkpointed({oldest_retained}) > {ledger.committed} updates committed: commit before saving")
-        with self._context.recording():
-            if oldest_retained > ledger.retained:
-                self._context.record(ev.CheckpointRetained(oldest_retained))
+        if oldest_retained > ledger.retained:
+            self._context.record(ev.CheckpointRetained(oldest_retained))
+        self._context.write()
         self._context.log.sync()
         trained = (g for c in ledger.commits.values() for g in c.groups)
         self._context.log.truncate(r.row for g in chain(ledger.outstanding(), trained) for r in g.rollouts)

@@ -5,9 +5,9 @@ A verb of the protocols in `asyncrl.interfaces` is the method of that name of on
 protocol's arguments, rows as Arrow bytes. It runs alone, and what it records is in the log before its reply goes out.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import asyncrl.replay.log.events as ev
@@ -15,9 +15,9 @@ from asyncrl.errors import Fenced
 from asyncrl.interfaces import VERBS
 from asyncrl.replay.admission import Admission, Holders
 from asyncrl.replay.batches import Batches
+from asyncrl.replay.context import Poll, StoreContext, Topic
 from asyncrl.replay.evaluations import Evaluations
 from asyncrl.replay.failures import FailureWatch
-from asyncrl.replay.ledger import Poll, StoreContext
 from asyncrl.replay.log.log import ReplayLog
 from asyncrl.replay.plan import StorePlan
 from asyncrl.replay.scoring import Scoring
@@ -47,6 +47,7 @@ class StoreCore:
         self.batches = Batches(self.context, self.holders, self.failures.check)
         self._admission = Admission(self.context, self.holders, self.failures.pauses)
         self._workers = dict(self.ledger.workers)  # newest incarnation of each
+        self._recalled: dict[str, Key] = {}  # the newest `recall` of each
         self.verbs = {verb: self._handler(verb) for verb in VERBS}
 
     def _handler(self, verb: str) -> Callable[..., Any]:
@@ -60,6 +61,8 @@ class StoreCore:
         newest = self._workers.get(caller.worker, 0)
         if caller.incarnation < newest:
             raise Fenced(f"{caller.worker} incarnation {caller.incarnation} < {newest}: a newer one took over; stop")
+        if caller.incarnation > newest:
+            self.context.stir(caller.worker)
         self._workers[caller.worker] = caller.incarnation
 
     def expire(self) -> None:
@@ -68,9 +71,15 @@ class StoreCore:
         self.scoring.expire()
 
     def look_again_s(self) -> float:
-        """In how many seconds to `expire` again, as long as somebody waits for its outcome; infinite if there are no leases."""
+        """In how many seconds to `expire` again, as long as somebody waits for its outcome."""
         clock, deadline = self.context.clock, min(self.holders.next_deadline(), self.scoring.next_deadline())
-        return min(deadline - clock(), clock.step_s) if deadline < math.inf else deadline
+        return min(deadline - clock(), clock.step_s)
+
+    def offers(self, topic: Topic | int | str) -> bool:
+        """Whether there may be something left for the next one who waits for `topic`."""
+        if topic == "tickets":
+            return self.context.ended() or self.ledger.round is not None or self._admission.offers()
+        return topic != "unscored" or self.scoring.waiting or self.context.ended()
 
     # ------------------------------------------------------------------------------------------ verbs
 
@@ -87,31 +96,40 @@ class StoreCore:
             if not self.ledger.ended:
                 tickets += self._admission.tickets(k - len(tickets), caller, version, held)
             waiting_for = "" if tickets or k == 0 else self._admission.waiting_for(version)
-            done = bool(tickets or cancelled or waiting_for == TOO_OLD)
+            back = self._recalled.get(caller.worker, caller)
+            recalled = (back.incarnation, back.sequence) > (caller.incarnation, caller.sequence)
+            done = bool(tickets or cancelled or waiting_for == TOO_OLD or recalled)
             return done, Reserved(tickets=tuple(tickets), cancelled=cancelled, waiting_for=waiting_for)
 
-        return Poll(attempt, min(wait_s, self.context.plan.lease_s / 2))
+        return Poll(attempt, min(wait_s, self.context.plan.lease_s / 2), "tickets", held)
+
+    def recall(self, caller: Key) -> None:
+        self._recalled[caller.worker] = caller
+        self.context.stir(caller.worker)
 
     def finish(self, caller: Key) -> None:
         self.context.finished = True
         if not self.ledger.ended:
             self.context.record(ev.Ended())
-        self.context.changes += 1
+        self.context.stir("all")
 
     def forget(self, caller: Key, worker: str, incarnation: int) -> None:
         self._workers[worker] = max(self._workers.get(worker, 0), incarnation + 1)
+        self.context.stir(worker)
         self.holders.forget(worker, incarnation)
         self.evaluations.finish_if_complete()
         self.scoring.take_back(worker, incarnation)
 
     def report(self, caller: Key, since: int) -> StoreReport:
         ledger, lengths = self.ledger, self.ledger.lengths
+        while ledger.records and ledger.records[0].sequence <= since:
+            ledger.records.popleft()  # a run has as many as it makes updates
         gauges: dict[str, float] = {f"store/{name}": depth for name, depth in self._depths().items()}
         gauges["length/dispatched_mean"] = lengths.dispatched_tokens / max(1, lengths.dispatched)
         gauges["length/trained_mean"] = lengths.trained_tokens / max(1, lengths.trained)
         gauges |= self._limits()
         return StoreReport(
-            records=tuple(ledger.records[since : since + _RECORDS_PER_REPORT]),
+            records=tuple(islice(ledger.records, _RECORDS_PER_REPORT)),
             committed=ledger.committed,
             counts=ledger.counts(),
             evals_pending=(ledger.round is not None) + (ledger.queued is not None),

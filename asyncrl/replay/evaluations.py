@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import ConfigError
 from asyncrl.replay.admission import Holders, ticket
-from asyncrl.replay.ledger import StoreContext
+from asyncrl.replay.context import StoreContext
 from asyncrl.replay.log.rows import TEXT_COLUMNS, decode_texts
 from asyncrl.replay.plan import Evaluation
 from asyncrl.replay.state import EvalRound, Group
@@ -79,7 +79,7 @@ class Evaluations:
         running, plan = self._ledger.round, self._plan
         if running is None or plan is None or len(running.groups) < plan.total:
             return
-        if all(g.scored() for g in running.groups.values()):
+        if not running.unscored:
             groups = self._responses(plan, list(running.groups.values()))
             try:
                 results = self._results(plan, running.version, groups, plan.metrics)

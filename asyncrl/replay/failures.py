@@ -6,7 +6,7 @@ from collections import Counter
 
 from asyncrl.errors import ConfigError
 from asyncrl.replay.admission import prompt_of
-from asyncrl.replay.ledger import StoreContext
+from asyncrl.replay.context import StoreContext
 from asyncrl.replay.state import Group
 from asyncrl.types import RewardFailures, Score, Status
 
@@ -38,6 +38,8 @@ class FailureWatch:
     def note(self, group: Group, score: Score) -> None:
         """Takes a verdict that counts."""
         if score.status == "ok":
+            if not self._works:
+                self._context.stir("tickets")  # which `pauses` may have held back
             self._works = True
             return
         if not self._failed:

@@ -4,17 +4,13 @@ Leases of workers, deadlines and waiters are not in it: they die with the proces
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import Fenced
-from asyncrl.replay.log.log import ReplayLog
-from asyncrl.replay.plan import StorePlan
 from asyncrl.replay.state import Commit, EvalRound, Group, Lengths, PromptKey, RolloutState
-from asyncrl.report.timing import AwakeClock
 from asyncrl.types import GroupCounts, Lineage, Record, Version
 
 
@@ -45,7 +41,8 @@ class Ledger:
     excused: int = 0  # groups that nobody waited for, in all
     empty_groups: int = 0  # failed or filtered since the last batch or start
     last_error: str = ""  # of the newest rollout without a reward
-    records: list[Record] = field(default_factory=list)
+    records: deque[Record] = field(default_factory=deque)  # that `report` has not told yet, or not heard of again
+    noted: int = 0  # records in all
     lengths: Lengths = field(default_factory=Lengths)
     died: int = 0  # workers that died with something in flight
     deaths: dict[PromptKey, set[int]] = field(default_factory=dict)  # which of those, by what was in flight there, and still is
@@ -115,6 +112,7 @@ class Ledger:
         if e.purpose == "eval":
             assert self.round is not None
             self.round.groups[e.group] = group
+            self.round.unscored += 1
             return
         self.groups[e.group] = group
         self.reserved += 1
@@ -154,8 +152,12 @@ class Ledger:
             r.row, r.token_sum = e.row, e.token_sum
         group.unscored -= 1
         self.last_error = e.error or self.last_error
-        if group.purpose == "train" and group.scored():
+        if not group.scored():
+            return
+        if group.purpose == "train":
             self.ready.add(e.group)
+        elif self.round is not None:
+            self.round.unscored -= 1
 
     def _settled(self, e: ev.GroupSettled) -> None:
         group = self.get(e.group)
@@ -165,7 +167,10 @@ class Ledger:
             for deaths in self.deaths.values():
                 deaths.difference_update(explained)
         if group.purpose == "eval":
+            assert self.round is not None
+            self.round.unscored += group.scored()
             group.give_up()
+            self.round.unscored -= group.scored()
             return
         del self.groups[e.group]
         self.ready.discard(e.group)
@@ -267,83 +272,11 @@ class Ledger:
         self.lengths.trained_tokens += sign * sum(lengths)
 
     def _note(self, kind: Literal["step", "eval"], version: Version, time: float, metrics: dict[str, float]) -> None:
-        sequence = len(self.records) + 1
-        self.records.append(Record(sequence=sequence, time=time, kind=kind, version=version, metrics=metrics))
+        self.noted += 1
+        self.records.append(Record(sequence=self.noted, time=time, kind=kind, version=version, metrics=metrics))
 
-
-_MOVES_NOTHING = ev.GroupReserved | ev.GroupReissued | ev.HolderDied
 
 # An event is applied by the method that bears its tag.
 _APPLY: dict[type, Callable[[Ledger, Any], None]] = {
     event: getattr(Ledger, f"_{event.__struct_config__.tag}") for event in ev.Event.__subclasses__()
 }
-
-
-class Poll(NamedTuple):
-    """What a verb that waits returns: `attempt` is tried now and after every change, until it is done or
-    wait_s have passed; its last reply is the answer."""
-
-    attempt: Callable[[], tuple[bool, Any]]
-    wait_s: float
-
-
-class StoreContext:
-    """What the parts of the store share: the ledger, the one way to change it, and the log. clock: monotonic seconds; wall:
-    seconds since the epoch, for events.
-
-    After an exception out of the log, or out of the user's keep function, memory may be ahead of the log: `broken` says so,
-    and the store must be rebuilt.
-    """
-
-    def __init__(self, plan: StorePlan, log: ReplayLog, clock: Callable[[], float], wall: Callable[[], float]) -> None:
-        self.plan = plan
-        self.log = log
-        self.clock = AwakeClock(clock, plan.lease_s / 10)
-        self.wall = wall
-        self.ledger = Ledger(plan.rule.max_lag)
-        self.changes = 0  # rises whenever somebody who waits may get another reply
-        self.activity = len(log.history)  # rises with every accepted call that moved data
-        self.finished = False  # volatile: after a restart the end is told again only by `finish`, as a resume may undo it
-        self.broken: BaseException | None = None
-        self._recorded: list[ev.Event] = []
-        for event in log.history:
-            self.ledger.apply(event)
-        log.history = []
-
-    def record(self, event: ev.Event) -> None:
-        """Applies the event at once; `recording` writes it."""
-        self.ledger.apply(event)
-        self._recorded.append(event)
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Around a call: what it recorded is written to the log, whole or not at all, before the call returns."""
-        try:
-            yield
-            if self._recorded:
-                self.changes += 1
-                self.activity += any(not isinstance(e, _MOVES_NOTHING) for e in self._recorded)
-                self.log.append_events(self._recorded)
-        except BaseException as error:
-            if self._recorded:
-                self.broken = error
-            raise
-        finally:
-            self._recorded = []
-
-    def lease_end(self) -> float:
-        """When, on `clock`, a worker's lease ends that is given or renewed now."""
-        return self.clock() + self.plan.lease_s
-
-    def ended(self) -> bool:
-        """Whether nobody will get work any more."""
-        return self.finished and self.ledger.ended and self.ledger.round is None
-
-    def exhausted(self) -> bool:
-        """Whether no prompt is left to reserve: the epochs are over and nothing waits for another try."""
-        total = self.plan.source.total
-        return total is not None and self.ledger.cursor >= total and not self.ledger.retries
-
-    def may_retry(self, retry: int) -> bool:
-        """Whether the prompt of a group with this `retry` may be tried once more."""
-        return retry + 1 < self.plan.sampling.max_attempts

@@ -3,7 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import count
+from itertools import count, takewhile
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -11,9 +11,9 @@ from msgspec.structs import replace
 import asyncrl.replay.log.events as ev
 import asyncrl.replay.log.rows as schema
 from asyncrl.replay.admission import Holders
+from asyncrl.replay.context import Poll, StoreContext
 from asyncrl.replay.evaluations import Evaluations
 from asyncrl.replay.failures import FailureWatch
-from asyncrl.replay.ledger import Poll, StoreContext
 from asyncrl.replay.state import Group
 from asyncrl.types import Key, Score
 
@@ -36,7 +36,8 @@ class Scoring:
         self._holders = holders
         self._evaluations = evaluations
         self._queue: OrderedDict[tuple[int, int], None] = OrderedDict()
-        self.leases: dict[int, RewardLease] = {}
+        self.leases: dict[int, RewardLease] = {}  # in the order in which they run out
+        self._leased: dict[tuple[int, int], int] = {}  # the lease of a rollout
         self._next_lease = 1
         for group in self._ledger.outstanding():
             waiting = [i for i, r in enumerate(group.rollouts) if r.row >= 0 and r.status is None]
@@ -100,6 +101,7 @@ class Scoring:
                 self._verdict(ev.RolloutScored(s.group, s.rollout, s.attempt, "invalid", None, {}, s.problem))
             else:
                 self._queue[(s.group, s.rollout)] = None
+        self._context.stir("unscored")
         self._evaluations.finish_if_complete()
 
     # ----------------------------------------------------------------------------------------- score
@@ -117,11 +119,12 @@ class Scoring:
             rows = self._context.log.take([self._row(*item) for item in items], schema.UNSCORED_COLUMNS)
             return True, schema.RowLease(lease, lease_s, schema.to_ipc(rows))
 
-        return Poll(attempt, wait_s)
+        return Poll(attempt, wait_s, "unscored")
 
     def take_back(self, worker: str, incarnation: int) -> None:
         """Queues again what a worker leased up to this incarnation, and died with."""
-        self._requeue([i for i, x in self.leases.items() if x.caller.worker == worker and x.caller.incarnation <= incarnation])
+        theirs = (i for i, x in self.leases.items() if x.caller.worker == worker and x.caller.incarnation <= incarnation)
+        self._requeue(sorted(theirs))
 
     def lease(self, k: int, caller: Key) -> tuple[int, list[tuple[int, int]]]:
         """(lease, up to k (group, rollout)), oldest first; (0, []) if there is nothing to score."""
@@ -134,6 +137,7 @@ class Scoring:
             return 0, []
         lease, self._next_lease = self._next_lease, self._next_lease + 1
         self.leases[lease] = RewardLease(caller, self._context.lease_end(), set(items))
+        self._leased.update(dict.fromkeys(items, lease))
         return lease, items
 
     def extend(self, caller: Key, lease: int) -> None:
@@ -141,22 +145,25 @@ class Scoring:
         found = self.leases.get(lease)
         if found is not None and found.caller.worker == caller.worker:
             found.deadline = self._context.lease_end()
+            self.leases[lease] = self.leases.pop(lease)
 
     def expire(self) -> None:
         """Queues the rollouts of silent workers again."""
-        self._requeue([i for i, held in self.leases.items() if held.deadline <= self._context.clock()])
+        now = self._context.clock()
+        self._requeue(sorted(takewhile(lambda lease: self.leases[lease].deadline <= now, self.leases)))
 
     def _requeue(self, leases: Sequence[int]) -> None:
         """Ends these leases, and queues their rollouts ahead of newer ones."""
         for lease in reversed(leases):
             for item in sorted(self.leases.pop(lease).items, reverse=True):
+                del self._leased[item]
                 self._queue[item] = None
                 self._queue.move_to_end(item, last=False)
-        self._context.changes += bool(leases)
+            self._context.stir("unscored")
 
     def next_deadline(self) -> float:
         """When the next lease runs out; infinite if there is none."""
-        return min((lease.deadline for lease in self.leases.values()), default=math.inf)
+        return next((lease.deadline for lease in self.leases.values()), math.inf)
 
     def accepted(self, scores: Sequence[Score]) -> list[Score]:
         """The verdicts that count, checked: the first on a rollout, whoever holds its lease now; no unknown or late ones."""
@@ -175,11 +182,11 @@ class Scoring:
             rows = self._context.log.take([row for row, _ in earning], schema.ROWS.names)
             first = self._context.log.append_rows(schema.with_token_rewards(rows, [earned for _, earned in earning]))
         self.scored(verdicts, first)
-        done = {(s.group, s.rollout) for s in scores}
-        for number in [i for i, held in self.leases.items() if i == lease or held.items & done]:
-            self.leases[number].items -= done
-            if not self.leases[number].items:
-                del self.leases[number]
+        for item in [(s.group, s.rollout) for s in scores]:
+            if (number := self._leased.pop(item, None)) is not None:
+                self.leases[number].items.discard(item)
+                if not self.leases[number].items:
+                    del self.leases[number]
 
     def scored(self, verdicts: Sequence[Score], first_row: int) -> None:
         """Records verdicts that count. first_row: in the log, of the rollouts among them whose tokens earned something."""
@@ -192,6 +199,11 @@ class Scoring:
             self._verdict(event)
             self._queue.pop((s.group, s.rollout), None)
         self._evaluations.finish_if_complete()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to score."""
+        return bool(self._queue)
 
     def depths(self) -> dict[str, int]:
         return {"unscored": len(self._queue), "scoring": sum(len(lease.items) for lease in self.leases.values())}

@@ -7,7 +7,7 @@ from asyncrl.types import Purpose, Status, Version
 PromptKey = tuple[Purpose, int]  # a prompt, whichever group tries it: its purpose and position
 
 
-class RolloutState(Struct):
+class RolloutState(Struct, gc=False):
     """One rollout of a group."""
 
     row: int = -1  # of the log; -1: not submitted yet
@@ -26,7 +26,7 @@ class RolloutState(Struct):
         return self.reward + self.token_sum
 
 
-class Group(Struct):
+class Group(Struct, gc=False):
     """A reservation."""
 
     id: int
@@ -104,6 +104,7 @@ class EvalRound(Struct):
 
     version: Version
     groups: dict[int, Group] = {}  # one for each eval prompt that has had a ticket, in their order
+    unscored: int = 0  # of them
 
 
 class Lengths(Struct):

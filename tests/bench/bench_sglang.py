@@ -98,6 +98,8 @@ class ListStore:
         self.received = 0
         self.last = 0.0
 
+    def recall(self) -> None: ...
+
     def reserve(self, k: int, version: Version, held: Sequence[int], wait_s: float) -> Reserved:
         groups, self._left = self._left[:k], self._left[k:]
         tickets = tuple(

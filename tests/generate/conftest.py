@@ -180,6 +180,7 @@ class FakeStore:
         self.calls: list[tuple[int, Version, tuple[int, ...]]] = []
         self.rollouts: list[Rollout] = []
         self.submits: list[int] = []  # how many rollouts came with each call
+        self.recalled = False
 
     def put(self, *tickets: Ticket, **fields: object) -> None:
         with self.changed:
@@ -196,7 +197,9 @@ class FakeStore:
         with self.changed:
             self.calls.append((k, version, tuple(held)))
             self.changed.notify_all()
-            self.changed.wait_for(lambda: (self.tickets and k) or self.cancelled or self.ended or self.error, wait_s)
+            news = lambda: (self.tickets and k) or self.cancelled or self.ended or self.error or self.recalled  # noqa: E731
+            self.changed.wait_for(news, wait_s)
+            self.recalled = False
             if self.error is not None:
                 raise self.error
             taken, self.tickets = self.tickets[:k], self.tickets[k:]
@@ -207,6 +210,9 @@ class FakeStore:
                 ended=self.ended and not self.tickets,
                 waiting_for="" if taken or k == 0 else self.waiting_for,
             )
+
+    def recall(self) -> None:
+        self.put(recalled=True)
 
     def submit(self, rollouts: Sequence[Rollout]) -> None:
         with self.changed:

@@ -4,6 +4,7 @@ import asyncio
 import math
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,8 @@ import pytest
 from msgspec.structs import replace
 
 from asyncrl.config import SamplingSpec
+from asyncrl.replay.context import Poll
 from asyncrl.replay.core import StoreCore
-from asyncrl.replay.ledger import Poll
 from asyncrl.replay.log.rows import Summary, TrainScore
 from asyncrl.replay.plan import EvalSetting, Evaluation, Source, StorePlan, keep_all
 from asyncrl.staleness import Staleness
@@ -157,12 +158,19 @@ class Bench:
         self.sequence += 1
         key = Key(worker, incarnation, self.sequence, learner)
         self.core.expire()
-        with self.core.context.recording():
+        with self.recording():
             reply = self.core.verbs[verb](key, *args)
         if not isinstance(reply, Poll):
             return reply
-        with self.core.context.recording():
+        with self.recording():
             return reply.attempt()[1]
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        with self.core.context.recording():
+            yield
+        self.core.context.write()
+        self.core.context.stirred.clear()  # nobody waits
 
     def sleep(self, seconds: float) -> None:
         """Time passes, and the store is awake: others call it meanwhile."""
@@ -178,7 +186,7 @@ class Bench:
     def take(self, summaries: Sequence[Summary]) -> int:
         """Submits rows, of which there are only summaries; how many were taken."""
         accepted = self.core.scoring.acceptable(summaries)
-        with self.core.context.recording():
+        with self.recording():
             self.core.scoring.submitted([summaries[i] for i in accepted], self.rows)
         self.rows += len(accepted)
         return len(accepted)
@@ -206,7 +214,7 @@ class Bench:
 
     def scored(self, lease: int, scores: Sequence[Score], first_row: int = 0) -> None:
         """Verdicts, whose rows stand in the log once more from `first_row` on where their tokens earned something."""
-        with self.core.context.recording():
+        with self.recording():
             self.core.scoring.scored(self.core.scoring.accepted(scores), first_row)
         self.call("score", lease, [replace(s, token_rewards=None) for s in scores])
 

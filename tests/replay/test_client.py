@@ -91,7 +91,7 @@ def test_close_ends_the_repeating() -> None:
 
 def test_a_verb_that_no_protocol_declares_is_refused_in_the_callers_process(call: Callable[..., Any]) -> None:
     client = ReplayClient(call, "gen", 1)
-    with pytest.raises(AttributeError, match="no verb 'reserved': its verbs are reserve, submit"):
+    with pytest.raises(AttributeError, match="no verb 'reserved': its verbs are reserve, recall, submit"):
         client.reserved(1)
     with pytest.raises(TypeError, match="missing a required argument"):
         client.reserve(1)

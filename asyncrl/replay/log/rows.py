@@ -1,11 +1,11 @@
-"""Rows in Arrow: one per rollout, encoded and decoded in the caller's process, column by column with NumPy.
+"""Rows in Arrow: one per rollout, encoded and decoded in the caller's process; nothing walks over tokens in Python.
 
 Lists of tokens are list columns; versions are spans (three parallel list columns). The schema's version is in its
 metadata; a store refuses rows of another one.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -80,7 +80,7 @@ def from_ipc(data: bytes) -> pa.RecordBatch:
     return pa.ipc.open_stream(data).read_next_batch()
 
 
-class Summary(Struct, frozen=True):
+class Summary(Struct, frozen=True, gc=False):
     """What the store's core needs of a submitted row."""
 
     group: int
@@ -125,67 +125,47 @@ class TrainRows(Struct, frozen=True):
 
 
 def read_submitted(data: bytes) -> pa.RecordBatch:
-    """Rows that a generator encoded. Raises `DataError` unless they are of this schema and version."""
+    """Rows that a generator encoded, which are not copied. Raises `DataError` unless they are of this schema and version."""
     try:
-        batch = from_ipc(data)
+        if data.startswith(_PREFIX):  # so their schema need not be read
+            return pa.ipc.read_record_batch(pa.py_buffer(data).slice(len(_PREFIX)), ROWS)
+        theirs = (from_ipc(data).schema.metadata or {}).get(b"asyncrl.rows", b"?").decode()
     except pa.ArrowInvalid as error:
         raise DataError(f"submitted rows are not a readable Arrow stream: {error}") from error
-    theirs = (batch.schema.metadata or {}).get(b"asyncrl.rows", b"?").decode()
-    if theirs != SCHEMA_VERSION or not batch.schema.equals(ROWS):
-        raise DataError(f"rows of schema version {theirs}, this store writes {SCHEMA_VERSION}: run one version of asyncrl")
-    return batch
+    raise DataError(f"rows of schema version {theirs}, this store writes {SCHEMA_VERSION}: run one version of asyncrl")
 
 
 # ------------------------------------------------------------------------------------------------- encode
 
 
-_TYPES = {field.name: field.type for field in ROWS}
-_NUMBERS = {name: type_.value_type.to_pandas_dtype() for name, type_ in _TYPES.items() if pa.types.is_list(type_)}
-
-
-def _column(name: str, values: Sequence[Any]) -> pa.Array:
-    return _lists(values, _TYPES[name], _NUMBERS[name]) if name in _NUMBERS else pa.array(values, _TYPES[name])
-
-
-def _lists(values: Sequence[Sequence[Any] | None], type_: pa.DataType, dtype: type) -> pa.Array:
-    """A list column of numbers, which are walked over once."""
-    if all(v is None for v in values):
-        return pa.nulls(len(values), type_)
-    lengths = [0 if v is None else len(v) for v in values]
-    flat: np.ndarray = np.fromiter(chain.from_iterable(v for v in values if v is not None), dtype, sum(lengths))
-    offsets = np.fromiter(accumulate(lengths, initial=0), np.int32, len(lengths) + 1)
-    mask = pa.array([v is None for v in values]) if any(v is None for v in values) else None
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=type_, mask=mask)
+_STRUCT = pa.struct(list(ROWS))
+_PREFIX = ROWS.serialize().to_pybytes()  # what an IPC stream of these rows begins with
 
 
 def encode_rollouts(rollouts: Sequence[Rollout], run: str) -> bytes:
     """Arrow IPC bytes of finished rollouts. Raises `DataError` if one's lists are not parallel."""
     for r in rollouts:
         _check_parallel(r)
-    chosen = [_chosen_updates(r) for r in rollouts]
-    columns: dict[str, Sequence[Any]] = {
-        "run": [run] * len(rollouts),
-        "ground_truth": [r.prompt.readable_truth() for r in rollouts],
-        "ground_truth_is_json": [not r.prompt.has_text_truth() for r in rollouts],
-        "prompt": [r.prompt_text for r in rollouts],
-        "response": [r.text for r in rollouts],
-        "prompt_ids": [r.prompt.ids for r in rollouts],
-        "span_incarnations": [[s.version.incarnation for s in r.spans] for r in rollouts],
-        "span_updates": [[s.version.update for s in r.spans] for r in rollouts],
-        "span_lengths": [[s.length for s in r.spans] for r in rollouts],
-        "oldest": [min(c) if c else None for c in chosen],
-        "newest": [max(c) if c else None for c in chosen],
-        "times": [list(r.times.items()) for r in rollouts],
-        "token_rewards": [None] * len(rollouts),
-    }
-    columns |= {name: [getattr(r.prompt, name) for r in rollouts] for name in _PROMPT_COLUMNS}
-    columns |= {name: [getattr(r, name) for r in rollouts] for name in _TYPES if name not in columns}
-    return to_ipc(pa.RecordBatch.from_arrays([_column(name, columns[name]) for name in _TYPES], schema=ROWS))
+    rows = pa.array([_row(r, run) for r in rollouts], _STRUCT)  # walked over once, in C++
+    return to_ipc(pa.RecordBatch.from_struct_array(rows).replace_schema_metadata(ROWS.metadata))
+
+
+def _row(r: Rollout, run: str) -> tuple[Any, ...]:
+    """A rollout in the order of ROWS."""
+    p, spans, chosen = r.prompt, r.spans, _chosen_updates(r)
+    oldest, newest = (min(chosen), max(chosen)) if chosen else (None, None)
+    return (
+        run, r.group, r.rollout, r.attempt, r.baseline, r.purpose,
+        p.row, p.data_source, p.readable_truth(), not p.has_text_truth(), p.extra_info,
+        r.prompt_text, r.text, p.ids, r.response_ids, r.loss_mask, r.turns, r.logprobs, r.kept_logmass,
+        [s.version.incarnation for s in spans], [s.version.update for s in spans], [s.length for s in spans],
+        oldest, newest, r.finish_reason, r.worker, list(r.times.items()), None,
+    )  # fmt: skip
 
 
 def with_token_rewards(rows: pa.RecordBatch, token_rewards: Sequence[Sequence[float]]) -> pa.RecordBatch:
     """The same rows, with what each of their response tokens earned."""
-    earned = _column("token_rewards", token_rewards)
+    earned = pa.array(token_rewards, ROWS.field("token_rewards").type)
     return pa.RecordBatch.from_arrays([earned if f.name == "token_rewards" else rows.column(f.name) for f in ROWS], schema=ROWS)
 
 

@@ -170,20 +170,37 @@ class Segments:
 
     def take(self, rows: Sequence[int], columns: list[str]) -> pa.RecordBatch:
         """The rows with these numbers, in this order. Raises `DataError` for one whose segment is gone."""
-        chunks: dict[tuple[int, int], pa.RecordBatch] = {}
-        picked = []
+        found: dict[tuple[int, int], pa.RecordBatch] = {}
+        runs: list[tuple[tuple[int, int], int, int]] = []  # rows in a line: which batch, first, after the last
         for row in rows:
-            if row >= self.tail_first:
-                place = bisect_right(self._starts, row) - 1
-                picked.append(self.batches[place].slice(row - self._starts[place], 1).select(columns))
-                continue
-            segment = self._segment(row)
-            chunk, rest = divmod(row - segment.first, self._reader(segment).metadata.row_group(0).num_rows)
-            if (segment.number, chunk) not in chunks:
-                (chunks[segment.number, chunk],) = self.read(segment, columns, chunk).combine_chunks().to_batches()
-            picked.append(chunks[segment.number, chunk].slice(rest, 1))
+            at, place = self._place(row)
+            if at not in found:
+                found[at] = self._batch(*at, columns)
+            if runs and runs[-1][0] == at and runs[-1][2] == place:
+                runs[-1] = at, runs[-1][1], place + 1
+            else:
+                runs.append((at, place, place + 1))
         schema = pa.schema([self._schema.field(c) for c in columns])
+        picked = [found[at].slice(first, end - first) for at, first, end in runs]
         return pa.concat_batches(picked) if picked else pa.RecordBatch.from_pylist([], schema)
+
+    def _place(self, row: int) -> tuple[tuple[int, int], int]:
+        """The batch that a row is in, (place in `closed`, chunk) or, in the tail, (-1, place), and the row's place in that."""
+        if row >= self.tail_first:
+            place = bisect_right(self._starts, row) - 1
+            return (-1, place), row - self._starts[place]
+        place = bisect_right(self.closed, row, key=lambda s: s.first) - 1
+        if place < 0 or row >= self.closed[place].first + self.closed[place].count:
+            raise DataError(f"row {row} of {self._stem} was deleted with its segment: no retained checkpoint needed it")
+        segment = self.closed[place]
+        chunk, rest = divmod(row - segment.first, self._reader(segment).metadata.row_group(0).num_rows)
+        return (place, chunk), rest
+
+    def _batch(self, place: int, chunk: int, columns: list[str]) -> pa.RecordBatch:
+        if place < 0:
+            return self.batches[chunk].select(columns)
+        (batch,) = self.read(self.closed[place], columns, chunk).combine_chunks().to_batches()
+        return batch
 
     def drop(self, segment: SegmentClosed) -> None:
         self._readers.pop(segment.number, None)
@@ -214,12 +231,6 @@ class Segments:
         if len(self._readers) > _OPEN_FILES:
             del self._readers[next(iter(self._readers))]
         return reader
-
-    def _segment(self, row: int) -> SegmentClosed:
-        place = bisect_right(self.closed, row, key=lambda s: s.first) - 1
-        if place < 0 or row >= self.closed[place].first + self.closed[place].count:
-            raise DataError(f"row {row} of {self._stem} was deleted with its segment: no retained checkpoint needed it")
-        return self.closed[place]
 
     def _hold(self, batches: list[pa.RecordBatch]) -> None:
         self.batches: list[pa.RecordBatch] = []  # of the tail, in memory
