@@ -20,7 +20,7 @@ from asyncrl.cluster.preparation import prepare_run, save_functions
 from asyncrl.config import Deployment, Recipe
 from asyncrl.config.paths import resolve_paths
 from asyncrl.errors import ConfigError, DiskFull
-from asyncrl.processes import aside
+from asyncrl.processes import aside, undisturbed
 from asyncrl.report.callbacks import CallbackQueue, Callbacks
 from asyncrl.report.metrics_log import MetricsLog
 from asyncrl.report.progress import Progress
@@ -243,9 +243,11 @@ class Trainer:
         return self._resources.enter_context(aside(partial(prepare, aside=True)))
 
     def _start(self, resume_at: int | None, prepared: Callable[[], tuple[int, ...]]) -> "Supervisor":
-        # Here, as Ray takes a second to import, and a mistake is told before.
-        from asyncrl.cluster.session import ray_session
-        from asyncrl.cluster.supervisor import Supervisor
+        # Here, as Ray takes a second to import, and a mistake is told before. Python would ignore an interrupt that falls into
+        # the end of an import.
+        with undisturbed():
+            from asyncrl.cluster.session import ray_session
+            from asyncrl.cluster.supervisor import Supervisor
 
         loopback = self._resources.enter_context(ray_session(self._deployment))
         stop_token_ids = prepared()

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -70,6 +71,26 @@ class OwnedProcess(subprocess.Popen[bytes]):
             for stream in (self.stdin, self.stdout):
                 if stream is not None:
                     stream.close()
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Signals of `ENDING` that come inside are handled, each of them, once it is over: what an interrupt would cut in two is
+    told whole, and no lock is left half taken. For the main thread; nothing else gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with contextlib.ExitStack() as later:
+
+        def note(number: int, frame: FrameType | None) -> None:
+            later.callback(signal.raise_signal, number)
+
+        handlers = {number: signal.signal(number, note) for number in ENDING}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @contextlib.contextmanager

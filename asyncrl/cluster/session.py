@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 import ray
 
@@ -48,26 +47,6 @@ def heed_signals() -> Iterator[None]:
             came = pipe.read() or b""
     if set(ENDING) & set(came):
         raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Signals of `ENDING` that come inside are handled, each of them, once it is over: what an interrupt would cut in two is
-    told whole, and no lock is left half taken. For the main thread; nothing else gets signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    with contextlib.ExitStack() as later:
-
-        def note(number: int, frame: FrameType | None) -> None:
-            later.callback(signal.raise_signal, number)
-
-        handlers = {number: signal.signal(number, note) for number in ENDING}
-        try:
-            yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @contextlib.contextmanager

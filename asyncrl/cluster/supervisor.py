@@ -18,11 +18,11 @@ from ray.exceptions import GetTimeoutError, OutOfDiskError, RayActorError, RayEr
 from asyncrl.cluster.causes import NON_RETRYABLE, brief, first_failure
 from asyncrl.cluster.members import Member
 from asyncrl.cluster.plan import RunPlan
-from asyncrl.cluster.session import undisturbed
 from asyncrl.cluster.transport import call_store
 from asyncrl.cluster.watchdog import StallWatch
 from asyncrl.disk import full_disk
 from asyncrl.errors import ActorFailed, AsyncRLError, ConfigError, DiskFull, Unavailable
+from asyncrl.processes import undisturbed
 from asyncrl.report.summary import RunSummary
 from asyncrl.report.timing import AwakeClock
 from asyncrl.rundir import redact, write_atomic

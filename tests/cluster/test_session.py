@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from asyncrl.cluster.session import deaf_to_hangups, heed_signals, ray_session, undisturbed
+from asyncrl.cluster.session import deaf_to_hangups, heed_signals, ray_session
 from asyncrl.config import Deployment
-from asyncrl.processes import ENDING
+from asyncrl.processes import ENDING, undisturbed
 from asyncrl.scratch import traces
 
 
