@@ -39,7 +39,8 @@ class Snapshot:
         own, of = ranks.index - ranks.start, ranks.layout.ranks
         self._tensors = {f"rng/{_file('rng', ranks.index, ranks.count)}": _random_state()}  # and metadata, by file
         self._texts = _texts(trainer, update, ranks) if ranks.first else {}
-        for name, (module, adamw) in _trained(trainer):
+        for name, trained in trainer.trained.items():
+            module, adamw = trained.module, trained.adamw
             self._tensors[f"{name}/{_file('model', own, of)}"] = copies_to_write(learned_pieces(module, ranks))
             self._tensors[f"optimizer/{name}/{_file('adamw', own, of)}"] = copies_to_write(adamw_pieces(adamw, module, ranks))
             if ranks.leads:
@@ -64,7 +65,8 @@ def restore(trainer: Checkpointed, folder: Path, ranks: Ranks) -> None:
     none; one that it has must be in the checkpoint. Raises CheckpointError if it is of another model, or parts are missing.
     """
     require_resumable(folder, *trainer.trained)
-    for name, (module, adamw) in _trained(trainer):
+    for name, trained in trainer.trained.items():
+        module, adamw = trained.module, trained.adamw
         require_adapters(module, folder / name)
         read_pieces(learned_pieces(module, ranks), StoredTensors(folder / name), name)
         read_adamw(adamw, module, StoredTensors(folder / "optimizer" / name), ranks)
@@ -78,13 +80,10 @@ def restore(trainer: Checkpointed, folder: Path, ranks: Ranks) -> None:
 
 def size_bytes(trainer: Checkpointed) -> int:
     """Of the tensors of a checkpoint, those of models of which this rank has a part: weights and optimizers."""
-    moments = [value for _, (_, adamw) in _trained(trainer) for state in adamw.state.values() for value in state.values()]
-    weights = [p for _, (module, _) in _trained(trainer) for p in module.parameters() if p.requires_grad]
+    trained = trainer.trained.values()
+    moments = [value for of in trained for state in of.adamw.state.values() for value in state.values()]
+    weights = [p for of in trained for p in of.module.parameters() if p.requires_grad]
     return sum(tensor.nbytes for tensor in [*weights, *moments])
-
-
-def _trained(trainer: Checkpointed) -> list[tuple[str, tuple[torch.nn.Module, torch.optim.AdamW]]]:
-    return [(name, (optimization.module, optimization.adamw)) for name, optimization in trainer.trained.items()]
 
 
 def copies_to_write(pieces: Sequence[Piece]) -> Content:

@@ -29,14 +29,10 @@ def value_model(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-class OwnValues:
-    """A causal LM made into a value model. Takes the model over; `module` is all of it.
+class _Values:
+    """What reads values from a model's passes. ranks: that the model is divided among."""
 
-    ranks: that `shard` has divided it among; it must have been made a `value_model` before.
-    """
-
-    def __init__(self, model: PreTrainedModel, ranks: Ranks | None = None) -> None:
-        self.module: torch.nn.Module = value_model(model)
+    def __init__(self, model: PreTrainedModel, ranks: Ranks | None) -> None:
         self._packed = PackedModel(model, ranks=ranks)
         self.ranks = self._packed.ranks
 
@@ -50,29 +46,29 @@ class OwnValues:
         """That the model was given so far."""
         return self._packed.packs
 
+
+class OwnValues(_Values):
+    """A causal LM made into a value model. Takes the model over; `module` is all of it.
+
+    ranks: that `shard` has divided it among; it must have been made a `value_model` before.
+    """
+
+    def __init__(self, model: PreTrainedModel, ranks: Ranks | None = None) -> None:
+        self.module: torch.nn.Module = value_model(model)
+        super().__init__(model, ranks)
+
     def __call__(self, pack: Pack) -> torch.Tensor:
         """V [T] before each scored token of the pack, float32, with gradient."""
         return self._packed.join(self._packed.outputs(pack)[:, 0].float(), pack)
 
 
-class SharedValues:
+class SharedValues(_Values):
     """A head on the policy's last hidden states. `module` is the head alone, which is divided among the policy's ranks here."""
 
     def __init__(self, policy: PreTrainedModel, ranks: Ranks | None = None) -> None:
-        self._packed = PackedModel(policy, ranks=ranks)
-        self.module: torch.nn.Module = value_head(policy).to(self._packed.device)
-        self.ranks = self._packed.ranks
+        super().__init__(policy, ranks)
+        self.module: torch.nn.Module = value_head(policy).to(self.device)
         shard_head(self.module, self.ranks)
-
-    @property
-    def device(self) -> torch.device:
-        """Where packs must be."""
-        return self._packed.device
-
-    @property
-    def packs(self) -> int:
-        """That the model was given so far."""
-        return self._packed.packs
 
     def __call__(self, pack: Pack) -> torch.Tensor:
         """As with OwnValues, but the gradient stops at the policy's hidden states."""

@@ -66,7 +66,7 @@ class StoreContext:
             self.touched.update(group.id for group in self.ledger.outstanding())
             self.stir("all")
         elif not isinstance(event, ev.GroupReserved | ev.GroupReissued):
-            self.stir("batch", "tickets", *(event.concerned() or () if isinstance(event, _STIRS_GROUPS) else ()))
+            self.stir("batch", "tickets", *(groups or () if isinstance(event, _STIRS_GROUPS) else ()))
 
     def stir(self, *names: Topic | int | str) -> None:
         """Who waits for one of these may get another reply."""
