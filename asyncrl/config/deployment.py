@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Literal
 from urllib.parse import urlsplit
 
-from asyncrl.config.base import Rule, Spec, require, require_fields
+from asyncrl.config.base import Rule, Spec, require, require_fields, require_unset
 from asyncrl.config.parallel import Group, ParallelSpec, layouts
 
 
@@ -188,6 +188,10 @@ class EngineSpec(Spec, frozen=True, kw_only=True):
     # Of weights and KV cache. auto: what the learner computes in, or else log-probabilities would differ by the rounding:
     # bfloat16 if its `precision.compute` is that, or auto and it has GPUs, or `model.dtype` is bfloat16; else float32.
     dtype: ServedDtype = "auto"
+    # Memory of the KV cache (torch only); null: 0.8 of what the GPU has free as the engine starts, or half of what the machine
+    # has. A request waits until there is room for the longest that it and all running ones may get; one that never fits is
+    # refused.
+    kv_bytes: int | None = None
     # One group at a time, rows constant, so that a run repeats to the bit (torch only).
     deterministic: bool = False
     # Settings of kind `sglang`.
@@ -197,6 +201,7 @@ class EngineSpec(Spec, frozen=True, kw_only=True):
         rules: list[Rule] = [
             ("slots", lambda x: x >= 1, "< 1: no request could be decoded; use at least sampling.n"),
             ("max_length", lambda x: x >= 2, "< 2 tokens: a prompt and a response need one each; raise it"),
+            ("kv_bytes", lambda x: x >= 1, "< 1: no request would fit; use null for what the device has"),
         ]
         require_fields(self, "engine.", rules)
         if self.kind != "sglang":
@@ -206,6 +211,7 @@ class EngineSpec(Spec, frozen=True, kw_only=True):
                 "it out",
             )
             return
+        require_unset(self, "engine.", "kv_bytes", "engine.kind='sglang': set engine.sglang.mem_fraction")
         require(
             not self.deterministic,
             "engine.deterministic=true with engine.kind='sglang': SGLang's batches depend on timing, so nothing would repeat "

@@ -1,9 +1,12 @@
-"""Tokens per second of the torch engine against `model.generate`: `python tests/bench/bench_engine.py`.
+"""Tokens per second of the torch engine against `model.generate`: `python tests/bench/bench_engine.py [BATCH …]`.
 
 One thread (its CPU time counts, so that a busy machine disturbs less), a 0.8M-parameter Qwen3, temperature 1. Ratios above
 1: the engine is faster. *equal*: groups of 8 rollouts per prompt, all of the same length. *distinct*: the same, every prompt
 another. *mixed*: log-normal lengths; `generate` runs each batch to its longest, and only wanted tokens count. *refill*:
 mixed, with four batches of requests queued, so that slots are filled again as they free.
+
+*unlike*: a step of 63 short rows and one of 1,900 tokens against one of 64 short rows, and the memory of the cache for what is
+used. *swap*: 8 groups of 8 with prompts of 400 tokens, computed anew.
 """
 
 import sys
@@ -20,7 +23,7 @@ from asyncrl.types import GenerationRequest, Sampling, Version
 PROMPT, RESPONSE, GROUP, REPEATS = 16, 48, 8, 5
 
 
-def tiny_model() -> PreTrainedModel:
+def tiny_model(positions: int = 512) -> PreTrainedModel:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=32,
@@ -30,7 +33,7 @@ def tiny_model() -> PreTrainedModel:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         eos_token_id=None,
         bos_token_id=None,
@@ -77,6 +80,50 @@ def generate_seconds(model: PreTrainedModel, prompts: np.ndarray, lengths: np.nd
     return time.thread_time() - started
 
 
+def started(engine: TorchEngine, prompts: list[list[int]]) -> None:
+    """Three steps of requests that have 40 to go."""
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=43, stop_token_ids=())
+    engine.submit_group(
+        [
+            GenerationRequest(id=str(i), group=i, prompt_ids=tuple(prompt), sampling=sampling, seed=i)
+            for i, prompt in enumerate(prompts)
+        ]
+    )
+    for _ in range(3):
+        engine.step()
+
+
+def unlike(model: PreTrainedModel) -> str:
+    step_ms: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(REPEATS):
+        for long, times in step_ms.items():
+            engine = TorchEngine(model, slots=64, max_length=2048)
+            engine.update_weights(Version(0, 0), named_weights(model))
+            started(engine, [[1] * 20] * 63 + [[1] * (1860 if long else 20)])
+            for _ in range(35):
+                before = time.thread_time()
+                engine.step()
+                times.append(1e3 * (time.thread_time() - before))
+    rows, cache = engine._batch._rows, engine._batch._decoder.cache
+    taken = sum(of.nbytes for layer in cache.used for of in (*layer.keys, *layer.values))
+    used = int(rows.length[:64].sum()) * cache._position_bytes
+    short, long_ = np.median(step_ms[False]), np.median(step_ms[True])
+    return (
+        f"unlike: {long_:.1f} ms a step, {short:.1f} without the long row; {taken / 2**20:.1f} MiB for {used / 2**20:.1f} used"
+    )
+
+
+def swap(model: PreTrainedModel) -> str:
+    engine = TorchEngine(model, slots=64, max_length=2048)
+    engine.update_weights(Version(0, 0), named_weights(model))
+    started(engine, [[group] * 400 for group in range(8) for _ in range(8)])
+    for _ in range(7):
+        engine.step()
+    before = time.thread_time()
+    tokens = engine.update_weights(Version(0, 1), named_weights(model)).recomputed_tokens
+    return f"swap: {tokens:,} tokens computed in {time.thread_time() - before:.2f} s"
+
+
 def compare(
     engine: TorchEngine, plain: PreTrainedModel, batch: int, lengths: np.ndarray, prompts: np.ndarray
 ) -> tuple[float, float]:
@@ -92,7 +139,7 @@ def main() -> int:
     torch.set_num_threads(1)
     plain, rng = tiny_model(), np.random.default_rng(0)
     print(f"{'batch':>5} {'lengths':>8} {'engine tok/s':>13} {'generate tok/s':>15} {'ratio':>6}")
-    for batch in (8, 32, 64):
+    for batch in map(int, sys.argv[1:] or (8, 32, 64)):
         model = tiny_model()
         engine = TorchEngine(model, slots=batch, max_length=512)
         engine.update_weights(Version(0, 0), named_weights(model))
@@ -109,6 +156,7 @@ def main() -> int:
         for name, (lengths, prompts) in cases.items():
             ours, theirs = compare(engine, plain, batch, lengths, prompts)
             print(f"{batch:>5} {name:>8} {ours:>13.0f} {theirs:>15.0f} {ours / theirs:>6.2f}", flush=True)
+    print(unlike(tiny_model(2048)), swap(tiny_model(2048)), sep="\n")
     return 0
 
 

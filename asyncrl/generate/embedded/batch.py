@@ -11,14 +11,26 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from asyncrl.errors import NonFinite
+from asyncrl.errors import ConfigError, NonFinite
 from asyncrl.generate.embedded.kv_cache import SlotCache, require_servable, use_slot_attention
 from asyncrl.generate.embedded.masks import DecodeMasks
 from asyncrl.generate.embedded.rows import Finished, Job, Rows
 from asyncrl.generate.embedded.sampling import sample, uniforms
-from asyncrl.types import Version
+from asyncrl.models.room import available_bytes
+from asyncrl.types import GenerationRequest, Version
 
 PREFILL_TOKENS = 8192  # padded tokens in one prefill forward; bounds its activations
+
+
+def device_budget(device: torch.device) -> int:
+    """Bytes for the KV cache where nothing is said: 0.8 of what a GPU has free, which leaves room for the activations; on a CPU
+    half of what this process can get, since others share it."""
+    return int(0.8 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_bytes() // 2
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether there was too little memory. (Where the system overcommits, a CPU has no such error: only the budget helps.)"""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 class Decoder:
@@ -26,71 +38,81 @@ class Decoder:
 
     A row of length L holds tokens 0 … L−1, of which the cache knows 0 … L−2: the last one is fed by the next `decode`.
     So `fill` needs no logits, and admitting a prompt and recomputing a row after a swap are the same call.
+    together: attention is never split by the rows' lengths.
     """
 
-    def __init__(self, model: PreTrainedModel, *, slots: int, max_length: int) -> None:
+    def __init__(self, model: PreTrainedModel, *, slots: int, max_length: int, together: bool = False) -> None:
         require_servable(model)
         use_slot_attention(model)
         self.model = model.eval()
         self.device = next(model.parameters()).device
         text = model.config.get_text_config(decoder=True)
-        self._cache = SlotCache(layers=text.num_hidden_layers, slots=slots, max_length=max_length, device=self.device)
+        self.cache = SlotCache(
+            layers=text.num_hidden_layers, slots=slots, max_length=max_length, device=self.device, together=together
+        )
         self._masks = DecodeMasks(text, max_length=max_length, dtype=model.dtype, device=self.device)
-        self._steps = torch.arange(max_length, device=self.device)
+        with torch.inference_mode():
+            self._fill_chunk([np.zeros(1, dtype=np.int64)], [()], np.zeros(1, dtype=np.int64))
+        self.cache.learn()
 
-    def fill(self, sequences: Sequence[np.ndarray], rows: Sequence[Sequence[int]]) -> int:
-        """Computes the keys and values of each sequence once, and stores them in every row of `rows[i]`.
+    def fill(self, sequences: Sequence[np.ndarray], rows: Sequence[Sequence[int]], starts: np.ndarray | None = None) -> int:
+        """Computes the keys and values of each sequence once, and stores them in every row of `rows[i]`, new or not.
 
-        Sequences are int64 [T_i]; those of like length share a forward. Returns the number of tokens computed.
+        Sequences are int64 [T_i]; those of like length share a forward. starts: they go on from position starts[i] [n], each in
+        a row whose cache holds what comes before. Returns the number of tokens computed.
         """
-        order = sorted((i for i in range(len(sequences)) if len(sequences[i])), key=lambda i: len(sequences[i]), reverse=True)
+        sizes = np.array([len(sequence) for sequence in sequences])
+        first = np.zeros_like(sizes) if starts is None else starts
+        self.cache.fit(np.concatenate(rows), np.repeat(first + sizes + 1, [len(of) for of in rows]))
+        kinds = np.zeros_like(sizes) if starts is None else self.cache.places.kind[np.concatenate(rows)]
         chunks: list[list[int]] = []
-        for i in order:
-            longest = len(sequences[chunks[-1][0]]) if chunks else 0
-            if not chunks or (len(chunks[-1]) + 1) * longest > PREFILL_TOKENS or 2 * len(sequences[i]) < longest:
+        for i in sorted(np.flatnonzero(sizes).tolist(), key=lambda i: (kinds[i], -sizes[i])):
+            head = chunks[-1][0] if chunks else i
+            full = not chunks or (len(chunks[-1]) + 1) * sizes[head] > PREFILL_TOKENS
+            if full or 2 * sizes[i] < sizes[head] or kinds[i] != kinds[head]:
                 chunks.append([])
             chunks[-1].append(i)
         for chunk in chunks:
-            self._fill_chunk([sequences[i] for i in chunk], [rows[i] for i in chunk])
-        return sum(len(sequences[i]) for i in order)
+            self._fill_chunk([sequences[i] for i in chunk], [rows[i] for i in chunk], first[chunk])
+        return int(sizes.sum())
 
-    def _fill_chunk(self, sequences: list[np.ndarray], rows: list[Sequence[int]]) -> None:
-        # Padded at the end: causal attention keeps real tokens from seeing it, and decode masks or overwrites it.
-        ids = np.zeros((len(sequences), len(sequences[0])), dtype=np.int64)
+    def _fill_chunk(self, sequences: list[np.ndarray], rows: list[Sequence[int]], starts: np.ndarray) -> None:
+        # Padded at the end: attention keeps real tokens from seeing it, and it is not stored.
+        sizes = np.array([len(sequence) for sequence in sequences])
+        ids = np.zeros((len(sequences), sizes.max()), dtype=np.int64)
         for row, sequence in zip(ids, sequences, strict=True):
             row[: len(sequence)] = sequence
         sources = np.repeat(np.arange(len(rows)), [len(targets) for targets in rows])
         targets = np.concatenate([np.asarray(targets, dtype=np.int64) for targets in rows])
-        self._cache.plan_prefill(self._tensor(targets), self._tensor(sources))
-        self.model(
-            input_ids=self._tensor(ids),
-            position_ids=self._steps[None, : ids.shape[1]].expand(len(sequences), -1),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        self.cache.plan_fill(targets, sources, starts, sizes)
+        length = int((starts + sizes).max())
+        at = self.cache.tensor(np.minimum(starts[:, None] + np.arange(ids.shape[1]), length - 1))
+        self._forward(ids, at, self._masks.of(at, length) if starts.any() else None)
 
     def decode(self, ids: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Feeds token ids [n] at positions [n] to rows 0 … n−1; returns the next token's logits [n, V]."""
-        length = int(positions.max()) + 1
-        at = self._tensor(positions)
-        self._cache.plan_decode(at, length, level=int(positions.min()) + 1 == length)
+        if (positions >= self.cache.room).any():
+            self.cache.fit(np.arange(len(ids)), positions + 1)
+        if (order := self.cache.order) is not None:
+            ids, positions = ids[order], positions[order]
+        at = self.cache.tensor(positions)
+        self.cache.plan_decode(positions, at)
+        mask = self._masks.of(at[:, None], int(positions.max()) + 1)
+        logits = self._forward(ids[:, None], at[:, None], mask)
+        return logits if order is None else logits[self.cache.tensor(np.argsort(order))]
+
+    def _forward(self, ids: np.ndarray, at: torch.Tensor, mask: torch.Tensor | dict[str, torch.Tensor] | None) -> torch.Tensor:
+        """Token ids [n, T] at positions [n, T], by the cache's plan; returns the logits [n, V] after the last column."""
         output = self.model(
-            input_ids=self._tensor(ids)[:, None],
-            attention_mask=self._masks.of(at, length),
-            position_ids=at[:, None],
-            past_key_values=self._cache,
+            input_ids=self.cache.tensor(ids),
+            attention_mask=mask,
+            position_ids=at,
+            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        return output.logits[:, -1]
-
-    def move(self, to: np.ndarray, source: np.ndarray, length: int) -> None:
-        """Rows `source` take the places `to`, up to `length` tokens."""
-        self._cache.move(self._tensor(to), self._tensor(source), length)
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
 
 
 class DecodeBatch:
@@ -100,10 +122,13 @@ class DecodeBatch:
     joined, not on who ended when.
     """
 
-    def __init__(self, model: PreTrainedModel, *, slots: int, max_length: int, keep_ended: bool) -> None:
-        self._decoder = Decoder(model, slots=slots, max_length=max_length)
+    def __init__(
+        self, model: PreTrainedModel, *, slots: int, max_length: int, keep_ended: bool, kv_bytes: int | None = None
+    ) -> None:
+        self._decoder = Decoder(model, slots=slots, max_length=max_length, together=keep_ended)
         self._rows = Rows(slots, max_length, self._decoder.device)
         self._keep_ended = keep_ended
+        self.kv_bytes = kv_bytes or device_budget(self._decoder.device)
 
     @property
     def count(self) -> int:
@@ -113,6 +138,37 @@ class DecodeBatch:
     def jobs(self) -> list[Job]:
         """Jobs whose responses have not ended."""
         return self._rows.jobs()
+
+    # ---------------------------------------------------------------------------------------- memory
+
+    def _need(self, requests: Sequence[GenerationRequest], running: np.ndarray) -> int:
+        """Bytes that requests, and rows that grow to `running` tokens, take at the most."""
+        longest = [len(request.prompt_ids) + request.sampling.max_tokens for request in requests]
+        return self._decoder.cache.bytes_for(np.concatenate([running, np.array(longest, dtype=np.int64)]))
+
+    def room(self, jobs: Sequence[Job]) -> int:
+        """How many of the jobs, from the first on, may join the running rows: whatever they sample, there is memory for it."""
+        limits, requests = self._rows.limit[: self.count], [job.request for job in jobs]
+        fitting = (n for n in range(len(jobs), 0, -1) if self._need(requests[:n], limits) <= self.kv_bytes)
+        return next(fitting, 0)
+
+    def too_large(self, requests: Sequence[GenerationRequest]) -> ConfigError | None:
+        """Why the requests can never run side by side; None if they can."""
+        if (need := self._need(requests, np.arange(0))) <= self.kv_bytes:
+            return None
+        return ConfigError(
+            f"request {requests[0].id}: the KV cache of {len(requests)} rollouts that run together, of up to "
+            f"{max(len(r.prompt_ids) + r.sampling.max_tokens for r in requests)} tokens, may take {need:,} bytes > "
+            f"engine.kv_bytes={self.kv_bytes:,}: it would never be started; raise engine.kv_bytes, or lower max_tokens"
+        )
+
+    def cut_budget(self) -> None:
+        """The device had no room for the running rows: from now on there is at most three quarters of what they may need."""
+        self.kv_bytes = min(self.kv_bytes, self._need((), self._rows.limit[: self.count])) * 3 // 4
+        if self._decoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # ----------------------------------------------------------------------------------------- rows
 
     @torch.inference_mode()
     def join(self, jobs: Sequence[Job], version: Version) -> None:
@@ -128,15 +184,13 @@ class DecodeBatch:
         """Samples one token for every row; returns the rows that ended. Raises NonFinite if `version` gives no distribution."""
         rows = self._rows
         logits = self._decoder.decode(*rows.last())
-        sampled = sample(logits, uniforms(*rows.draw_keys()), rows.sampling())
-        ids, logprobs = sampled.ids.cpu().numpy(), sampled.logprobs.cpu().numpy()
+        ids, logprobs, *kept = sample(logits, uniforms(*rows.draw_keys()), rows.sampling()).on_host()
         # A sum is finite iff all its terms are, and far cheaper than a mask.
         if not math.isfinite(logprobs.sum()):
             raise NonFinite(
                 f"logits of version {version} are not finite: no token can be sampled; look at the learner's last steps"
             )
-        kept = None if sampled.kept_logmass is None else sampled.kept_logmass.cpu().numpy()
-        finished = rows.record(ids, logprobs, kept)
+        finished = rows.record(ids, logprobs, kept[0] if kept else None)
         if finished:
             self._drop_ended()
         return finished
@@ -152,18 +206,32 @@ class DecodeBatch:
         if self._keep_ended and len(self._rows.jobs()) > 0:
             return
         to, source = self._rows.drop()
-        if len(to):
-            self._decoder.move(to, source, int(self._rows.length[to].max()))
+        self._decoder.cache.drop(to, source, self._rows.count)
 
     @torch.inference_mode()
     def swapped(self, version: Version, *, recompute: bool) -> int:
-        """Later tokens come from `version`. recompute: computes the cache of every row again, generated tokens included.
-        Returns how many tokens were computed."""
+        """Later tokens come from `version`. recompute: computes the cache of every row again, generated tokens included, but a
+        prompt that rows share only once. Returns how many tokens were computed."""
         self._rows.mark(version)
-        rows = range(self._rows.count if recompute else 0)
-        return self._decoder.fill([self._rows.known(row) for row in rows], [[row] for row in rows])
+        if not recompute or self.count == 0:
+            return 0
+        known = [self._rows.known(row) for row in range(self.count)]
+        shared: dict[object, list[int]] = {}
+        for row, prompt in enumerate(self._rows.prompts()):
+            # Deterministic batches compute each row whole, as they always have: another split would round otherwise.
+            shared.setdefault(row if self._keep_ended else prompt, []).append(row)
+        groups = list(shared.values())
+        # Rows share, as when they joined, their prompt but for its last token. One that shares nothing goes in one piece.
+        ends = [int(self._rows.prompt[rows[0]]) - 1 if len(rows) > 1 else len(known[rows[0]]) for rows in groups]
+        computed = self._decoder.fill([known[rows[0]][:end] for rows, end in zip(groups, ends, strict=True)], groups)
+        starts, rows = np.repeat(ends, [len(rows) for rows in groups]), np.concatenate(groups)
+        rest = [known[row][start:] for row, start in zip(rows, starts, strict=True)]
+        return computed + self._decoder.fill(rest, [[row] for row in rows.tolist()], starts)
 
     def clear(self) -> tuple[list[Job], int]:
         """Throws all rows away. Returns the jobs whose responses have not ended, in the order in which they joined, and how
         many tokens had been sampled for them."""
-        return self._rows.clear()
+        jobs = self._rows.clear()
+        nothing = np.arange(0)
+        self._decoder.cache.drop(nothing, nothing, 0)
+        return jobs

@@ -10,14 +10,15 @@ After Orca (Yu et al., OSDI 2022) for iteration-level batching, and PipelineRL f
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
 from asyncrl.config import UpdateMode
 from asyncrl.errors import AsyncRLError, Closed, ConfigError, Unavailable
-from asyncrl.generate.embedded.batch import DecodeBatch
+from asyncrl.generate.embedded.batch import DecodeBatch, out_of_memory
 from asyncrl.generate.embedded.kv_cache import longest_context
 from asyncrl.generate.embedded.rows import Finished, Job
 from asyncrl.generate.embedded.scheduling import GroupAlone, JoinAtOnce, StepGate
@@ -36,6 +37,8 @@ class TorchEngine:
     `keep_kv` does not, which is faster and outside that guarantee; `drain` swaps when the running rows have ended;
     `restart` regenerates unfinished rows from their prompts, so that a rollout is of one version and its work so far lost.
     deterministic: one group at a time, rows constant until all of it has ended; results repeat to the bit.
+    kv_bytes: what the cache may take; None: a share of what the device has left (`device_budget`). A request joins when there
+    is room for the longest that it and all running rows may get, so that no row ever has to leave; until then it waits.
     """
 
     def __init__(
@@ -46,12 +49,13 @@ class TorchEngine:
         max_length: int,
         update_mode: UpdateMode = "in_flight",
         deterministic: bool = False,
+        kv_bytes: int | None = None,
     ) -> None:
         self.max_length = longest_context(model, max_length)
         self._model = model
         self.slots = slots
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
-        self._batch = DecodeBatch(model, slots=slots, max_length=self.max_length, keep_ended=deterministic)
+        self._batch = DecodeBatch(model, slots=slots, max_length=self.max_length, keep_ended=deterministic, kv_bytes=kv_bytes)
         self._admission = GroupAlone(slots) if deterministic else JoinAtOnce(slots)
         self._deterministic = deterministic
         self._update_mode = update_mode
@@ -63,6 +67,7 @@ class TorchEngine:
         self._paused = self._draining = False
         self._ended: AsyncRLError | None = None  # why the engine ended: failure or close
         self._beats = 0  # steps and swaps so far
+        self._discarded = 0  # tokens lost with rows that began anew, since the last swap
         self._thread: threading.Thread | None = None
 
     # ---------------------------------------------------------------------------------------- requests
@@ -73,7 +78,7 @@ class TorchEngine:
         The future of one raises ConfigError if it can't fit, Closed after `close`, Unavailable on failure.
         """
         jobs = [Job(request, Future()) for request in requests]
-        refusals = [self._refusal(request, len(requests)) for request in requests]
+        refusals = [self._refusal(request, requests) for request in requests]
         with self._cond:
             errors = [refusal or self._ended for refusal in refusals]
             self._queue.extend(job for job, error in zip(jobs, errors, strict=True) if error is None)
@@ -83,14 +88,16 @@ class TorchEngine:
                 settle(job.future, error)
         return [job.future for job in jobs]
 
-    def _refusal(self, request: GenerationRequest, group: int) -> ConfigError | None:
-        """Why this request of a group of so many can't be served; None if it can."""
-        if self._deterministic and group > self.slots:
+    def _refusal(self, request: GenerationRequest, group: Sequence[GenerationRequest]) -> ConfigError | None:
+        """Why this request of a group can't be served; None if it can."""
+        if self._deterministic and len(group) > self.slots:
             return ConfigError(
-                f"a group of {group} rollouts > engine.slots={self.slots} in deterministic mode: it could not run as one "
+                f"a group of {len(group)} rollouts > engine.slots={self.slots} in deterministic mode: it could not run as one "
                 "batch; raise engine.slots or lower sampling.n"
             )
-        return check_request(request, max_length=self.max_length, vocabulary=self._vocabulary)
+        return check_request(request, max_length=self.max_length, vocabulary=self._vocabulary) or self._batch.too_large(
+            group if self._deterministic else [request]
+        )
 
     def abort(self, group: int | None = None) -> None:
         """Ends a group's unfinished requests, or all, with finish_reason `abort` and the tokens so far. Waits for one step."""
@@ -142,23 +149,42 @@ class TorchEngine:
                     if self._ended is not None or version is None or not self._has_work():
                         return False
                     if not self._draining:
-                        joining = self._admission.take(self._queue, self._batch.count)
-                if joining:
-                    self._batch.join(joining, version)
-                finished = self._batch.advance(version)
+                        joining = self._admission.take(self._queue, self._batch.count, self._batch.room)
+                with self._surviving() as finished:
+                    if joining:
+                        self._batch.join(joining, version)
+                    finished += self._batch.advance(version)
         except Exception as error:
             self._fail(error, joining)
             raise
         self._deliver(finished)
         return True
 
+    @contextmanager
+    def _surviving(self) -> Iterator[list[Finished]]:
+        """Inside the gate: if the device runs out of memory, the budget shrinks, and all rows begin anew from their prompts,
+        with their random numbers. Requests that it has no room for now are added to the list. (In the deterministic mode a
+        smaller group would not be the same: the engine fails.)"""
+        finished: list[Finished] = []
+        try:
+            yield finished
+        except Exception as error:
+            if self._deterministic or not out_of_memory(error):
+                raise
+            self._batch.cut_budget()
+            self._requeue()
+            with self._cond:
+                outcomes = [(job, self._batch.too_large([job.request])) for job in self._queue]
+                self._queue = deque(job for job, refusal in outcomes if refusal is None)
+            finished += [Finished(job, refusal) for job, refusal in outcomes if refusal is not None]
+
     def _deliver(self, finished: list[Finished]) -> None:
         """Ends futures outside every lock: their callbacks may call the engine."""
         with self._cond:
             self._beats += 1
             self._cond.notify_all()
-        for job, generation in finished:
-            settle(job.future, generation)
+        for job, outcome in finished:
+            settle(job.future, outcome)
 
     def _fail(self, error: Exception, joining: Sequence[Job] = ()) -> None:
         """The engine is over: every unfinished future and `health` name the error. Called outside the gate."""
@@ -195,22 +221,24 @@ class TorchEngine:
                 self._require_running()
                 started = time.monotonic()
                 load_weights(self._model, tensors)
-                discarded = self._requeue() if self._update_mode == "restart" else 0
+                if self._update_mode == "restart":
+                    self._requeue()
                 # After a drain or a restart there is nothing to recompute.
-                recomputed = self._batch.swapped(version, recompute=self._update_mode != "keep_kv")
+                recomputed = 0
+                with self._surviving() as refused:
+                    recomputed = self._batch.swapped(version, recompute=self._update_mode != "keep_kv")
                 with self._cond:
                     self.version, self._draining = version, False
-                    self._beats += 1
-                    self._cond.notify_all()
+                discarded, self._discarded = self._discarded, 0
                 pause_s = time.monotonic() - started
+            self._deliver(refused)
             return SwapReport(version=version, pause_s=pause_s, recomputed_tokens=recomputed, discarded_tokens=discarded)
         except Exception as error:
             self._fail(error)
             raise
 
-    def _requeue(self) -> int:
-        """Puts unfinished rows back at the head of the queue, in order, to be regenerated from their prompts. Returns how many
-        tokens are lost with them.
+    def _requeue(self) -> None:
+        """Puts unfinished rows back at the head of the queue, in order, to be regenerated from their prompts.
 
         They keep their seeds, and so their random numbers: under weights that hardly changed they come out nearly the same.
         Fresh ones would favour short responses, since it is the long ones that a swap finds unfinished.
@@ -218,7 +246,7 @@ class TorchEngine:
         with self._cond:  # from batch to queue at once: `close` must find every job in one of them
             jobs, discarded = self._batch.clear()
             self._queue.extendleft(reversed(jobs))
-        return discarded
+            self._discarded += discarded
 
     def _drain(self) -> None:
         with self._cond:

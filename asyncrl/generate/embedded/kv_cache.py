@@ -1,16 +1,16 @@
 """A key/value cache of slots, behind Hugging Face's `Cache`: rows of one batch stand at different lengths.
 
-    keys, values per layer: [slots, kv_heads, capacity, head_dim]; the token at position p of row r lies at [r, :, p].
-
-The active rows are always 0 … count−1, so that one decode step reads a plain view of `count` rows up to the longest
-length: no gather, no growing copy. Rows that end are filled from the back by `move`.
+keys, values per layer and class of lengths: [slots, kv_heads, capacity, head_dim]; the token at position p of the row at
+slot s lies at [s, :, p]. `Places` says which row lies where.
 """
 
 import inspect
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -18,108 +18,200 @@ from transformers.masking_utils import sdpa_mask
 
 from asyncrl.errors import ConfigError
 from asyncrl.generate.embedded.masks import MASKED, layer_kinds
+from asyncrl.generate.embedded.places import Places
 from asyncrl.models.architectures import REMEDY, needs_eager, not_served
 
 ATTENTION = "asyncrl_slots"
-FIRST_CAPACITY = 64  # positions per row; doubles as rows grow longer
+SPARE = 4 / 3  # slots of a class, at most, for each of its rows: so rows come and go without copying it
 _CACHED = (DynamicLayer, DynamicSlidingWindowLayer)  # transformers' caches that a SlotLayer can stand for
 
 
-class _Plan:
-    """Where the running forward pass writes: a prefill whole sequences, from position 0; a decode one token into each row."""
+class _Class(NamedTuple):
+    """The rows of one class in a decode step: from `start` to `stop` in the order in which they lie, at slots 0, 1, …"""
 
-    prefill: bool = True
-    rows: torch.Tensor  # [N] int64, the rows written
-    sources: torch.Tensor  # [N] int64, prefill only: sequence sources[i] goes into row rows[i]
-    positions: torch.Tensor  # [n] int64, decode only: where each row's token goes
-    length: int = 0  # decode only: attention reads up to here
-    level: bool = False  # decode only: all positions are length − 1
+    kind: int
+    start: int
+    stop: int
+    length: int  # attention reads up to here
+    level: bool  # all rows are so long, which is cheaper to write
+    slots: torch.Tensor  # [stop − start] int64
+    positions: torch.Tensor  # [stop − start] int64: where each row's token goes
+
+
+class _Plan:
+    """What the running forward pass stores and reads: by `writes` if it fills rows, else one token into each row."""
+
+    # By class: tokens [sources, :, times] go to [slots, :, positions]; (slots, positions, sources, times), each [N] int64.
+    writes: dict[int, tuple[torch.Tensor, ...]]
+    read: tuple[int, torch.Tensor] | None = None  # attention sees these slots of a class, up to `length`; else what is new
+    classes: Sequence[_Class] = ()
+    length: int = 0  # of the longest row, new tokens included
+    known: int = 0  # of those, the ones before this pass
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer's keys and values. Capacity follows the longest row so far, up to max_length: rows that lie close together
-    are read faster (by a fifth, measured on CPU), and a generous max_length costs nothing until it is used."""
+    """One layer's keys and values, by class. A class takes what its rows need, and little more."""
 
     is_sliding = False
 
-    def __init__(self, plan: _Plan, slots: int, max_length: int) -> None:
+    def __init__(self, plan: _Plan, capacities: list[int]) -> None:
         super().__init__()
-        self._plan, self._slots, self._max_length = plan, slots, max_length
+        self._plan, self._capacities = plan, capacities
+        self.reached = False  # attention is given what `update` returned, as it is
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        empty = (self._slots, key_states.shape[1], 0)
-        self.keys = key_states.new_zeros(*empty, key_states.shape[-1])
-        self.values = value_states.new_zeros(*empty, value_states.shape[-1])
+        self.keys: Any = [self._empty(key_states, capacity) for capacity in self._capacities]
+        self.values: Any = [self._empty(value_states, capacity) for capacity in self._capacities]
         self.is_initialized = True
 
-    def _grow(self, length: int) -> None:
-        """Makes room for `length` positions."""
-        old = self.keys.shape[2]
-        more = min(self._max_length, max(length, 2 * old, FIRST_CAPACITY)) - old
-        # Zeros, because masked positions are multiplied by 0, and 0 × garbage may be NaN.
-        self.keys, self.values = pad(self.keys, (0, 0, 0, more)), pad(self.values, (0, 0, 0, more))
+    @staticmethod
+    def _empty(states: torch.Tensor, capacity: int) -> torch.Tensor:
+        return states.new_zeros(0, states.shape[1], capacity, states.shape[-1])
+
+    def reserve(self, kind: int, rows: int) -> None:
+        """Gives a class slots for so many rows: takes more, or gives back what is too much."""
+        have = self.keys[kind].shape[0]
+        if rows > have or have > max(rows, int(rows * SPARE)):
+            for of in (self.keys, self.values):
+                # Zeros, because masked positions are multiplied by 0, and 0 × garbage may be NaN.
+                new = of[kind].new_zeros(rows + rows // 8, *of[kind].shape[1:])
+                new[: min(rows, have)] = of[kind][: min(rows, have)]
+                of[kind] = new
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores the new states [n, kv_heads, T, head_dim]; returns what attention may look at."""
+        """Stores the new states [n, kv_heads, T, head_dim]; returns what attention may look at. That is no one tensor if rows
+        are of several classes: then the keys carry `parts` for `slot_attention`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        plan = self._plan
-        end = key_states.shape[2] if plan.prefill else plan.length
-        if end > self.keys.shape[2]:
-            self._grow(end)
-        if plan.prefill:
-            self.keys[plan.rows, :, :end] = key_states[plan.sources]
-            self.values[plan.rows, :, :end] = value_states[plan.sources]
-            return key_states, value_states
-        count = key_states.shape[0]
-        if plan.level:
-            self.keys[:count, :, end - 1 : end] = key_states
-            self.values[:count, :, end - 1 : end] = value_states
+        plan, keys, values = self._plan, key_states, value_states
+        for kind, (slots, positions, sources, times) in plan.writes.items():
+            self.keys[kind][slots, :, positions] = key_states[sources, :, times]
+            self.values[kind][slots, :, positions] = value_states[sources, :, times]
+        if plan.read is not None:
+            kind, slots = plan.read
+            return self.keys[kind][slots, :, : plan.length], self.values[kind][slots, :, : plan.length]
+        parts = [
+            (self._put(self.keys[of.kind], key_states, of), self._put(self.values[of.kind], value_states, of))
+            for of in plan.classes
+        ]
+        if len(parts) == 1:
+            keys, values = parts[0]
+        keys.parts = parts if len(parts) > 1 else None  # type: ignore[attr-defined]
+        keys.layer = self  # type: ignore[attr-defined]
+        return keys, values
+
+    @staticmethod
+    def _put(cache: torch.Tensor, states: torch.Tensor, of: _Class) -> torch.Tensor:
+        if of.level:
+            cache[: of.stop - of.start, :, of.length - 1 : of.length] = states[of.start : of.stop]
         else:
-            self.keys[plan.rows, :, plan.positions] = key_states[:, :, 0]
-            self.values[plan.rows, :, plan.positions] = value_states[:, :, 0]
-        return self.keys[:count, :, :end], self.values[:count, :, :end]
+            cache[of.slots, :, of.positions] = states[of.start : of.stop, :, 0]
+        return cache[: of.stop - of.start, :, : of.length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (query_length if self._plan.prefill else self._plan.length), 0
+        return self._plan.known + query_length, 0
 
     def get_seq_length(self) -> int:
-        return 0 if self._plan.prefill else self._plan.length - 1
+        return self._plan.known
 
     def get_max_length(self) -> int:
-        return self._max_length
+        return self._capacities[-1]
 
     get_max_cache_shape = get_max_length  # its name up to transformers 5.12
 
 
 class SlotCache(Cache):
-    """The layers, and the plan of the running forward pass. Not thread-safe: one forward at a time."""
+    """The layers, where the rows lie in them, and the plan of the running forward pass. Not thread-safe.
+
+    together: rows are never split into classes by their lengths.
+    """
 
     layers: list[SlotLayer]
 
-    def __init__(self, *, layers: int, slots: int, max_length: int, device: torch.device) -> None:
-        self._plan = _Plan()
-        self._all_rows = torch.arange(slots, device=device)
-        super().__init__(layers=[SlotLayer(self._plan, slots, max_length) for _ in range(layers)])
+    def __init__(self, *, layers: int, slots: int, max_length: int, device: torch.device, together: bool) -> None:
+        self._plan, self._device = _Plan(), device
+        self.places = Places(slots, max_length, together=together)
+        self.order: np.ndarray | None = None  # of the rows as they lie, if that is another than by their numbers
+        self.room = np.arange(0)  # positions that each row has
+        self._all_slots = torch.arange(slots, device=device)
+        super().__init__(layers=[SlotLayer(self._plan, self.places.capacities.tolist()) for _ in range(layers)])
 
-    def plan_prefill(self, rows: torch.Tensor, sources: torch.Tensor) -> None:
-        """The next forward starts at position 0; its sequence sources[i] is stored in row rows[i] (both [N] int64)."""
-        self._plan.prefill, self._plan.rows, self._plan.sources = True, rows, sources
+    def learn(self) -> None:
+        """After a first prefill, which stored nothing: rows whose attention can't be split stay together."""
+        self.used = [layer for layer in self.layers if layer.is_initialized]
+        self.places.together |= not all(layer.reached for layer in self.used)
+        tensors = [of[0] for layer in self.used for of in (layer.keys, layer.values)]
+        self._position_bytes = sum(of.shape[1] * of.shape[3] * of.element_size() for of in tensors)
 
-    def plan_decode(self, positions: torch.Tensor, length: int, level: bool) -> None:
-        """The next forward feeds one token to each of the first rows, at positions [n] int64, the largest length − 1;
-        level: all of them there, which is cheaper to write."""
-        self._plan.prefill, self._plan.rows = False, self._all_rows[: positions.shape[0]]
-        self._plan.positions, self._plan.length, self._plan.level = positions, length, level
+    def bytes_for(self, lengths: np.ndarray) -> int:
+        """What rows that grow so long take at the most."""
+        positions = self.places.capacities[self.places.needed(lengths)].sum()
+        return int(positions * self._position_bytes * SPARE)
 
-    def move(self, to: torch.Tensor, source: torch.Tensor, length: int) -> None:
-        """Copies rows `source` over rows `to` (both [m] int64, disjoint), up to `length` positions."""
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys[to, :, :length] = layer.keys[source, :, :length]
-                layer.values[to, :, :length] = layer.values[source, :, :length]
+    # ------------------------------------------------------------------------------------------- rows
+
+    def fit(self, rows: np.ndarray, lengths: np.ndarray) -> None:
+        """Makes room for `rows`, which are to hold so many tokens; numbers from `places.count` on are new rows."""
+        if self.places.fit(rows, lengths, self._copy):
+            self._settle()
+
+    def drop(self, to: np.ndarray, source: np.ndarray, left: int) -> None:
+        """Only rows 0 … left−1 stay, after `source` took the numbers `to`."""
+        self.places.drop(to, source, left, self._copy)
+        self._settle()
+
+    def _settle(self) -> None:
+        for kind, size in enumerate(self.places.sizes.tolist()):
+            for layer in self.used:
+                layer.reserve(kind, size)
+        order, self.room = self.places.order(), self.places.capacities[self.places.kind[: self.places.count]]
+        self.order = None if (order == np.arange(len(order))).all() else order
+
+    def _copy(self, source: int, old: np.ndarray, kind: int, new: np.ndarray) -> None:
+        at, to, end = self.tensor(old), self.tensor(new), int(self.places.capacities[source])
+        for layer in self.used:
+            if source != kind:
+                layer.reserve(kind, int(new[-1]) + 1)
+            for of in (layer.keys, layer.values):
+                of[kind][to, :, :end] = of[source][at]
+
+    def tensor(self, array: np.ndarray) -> torch.Tensor:
+        """The array on the model's device."""
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+    # ------------------------------------------------------------------------------------------ plans
+
+    def plan_fill(self, rows: np.ndarray, sources: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> None:
+        """The next forward's sequences, of sizes [n] and padded at their ends, stand at positions from starts [n] on; sequence
+        sources[i] goes into row rows[i] (both [N]). Those that do not start at 0 see what their rows, of one class, hold."""
+        plan, counts = self._plan, sizes[sources]
+        which = np.repeat(np.arange(len(rows)), counts)  # for each token that is stored: its row
+        times = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+        kinds, slots, of = self.places.kind[rows], self.places.slot[rows], sources[which]
+        where = (slots[which], starts[of] + times, of, times)
+        plan.writes = {
+            kind: tuple(self.tensor(part[kinds[which] == kind]) for part in where) for kind in np.unique(kinds).tolist()
+        }
+        plan.read = (int(kinds[0]), self.tensor(slots)) if starts.any() else None
+        plan.length = int((starts + sizes).max())
+        plan.classes, plan.known = (), plan.length - int(sizes.max())
+
+    def plan_decode(self, positions: np.ndarray, at: torch.Tensor) -> None:
+        """The next forward feeds one token to each row, as they lie, at positions [n] int64, which `at` holds too."""
+        classes, start = [], 0
+        for kind, size in enumerate(self.places.sizes.tolist()):
+            if size:
+                stop, here = start + size, positions[start : start + size]
+                length = int(here.max()) + 1
+                level = int(here.min()) + 1 == length
+                classes.append(_Class(kind, start, stop, length, level, self._all_slots[:size], at[start:stop]))
+                start = stop
+        plan = self._plan
+        plan.writes, plan.read, plan.classes = {}, None, classes
+        plan.length = max(of.length for of in classes)
+        plan.known = plan.length - 1
 
 
 def slot_attention(
@@ -132,7 +224,20 @@ def slot_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """SDPA, except that a single query token per row never copies grouped keys: the query heads of a group become
-    query positions instead. Hugging Face's SDPA repeats the whole cache per step as soon as there is a mask."""
+    query positions instead. Hugging Face's SDPA repeats the whole cache per step as soon as there is a mask.
+
+    Rows of several classes of lengths (`parts` of the keys) are attended class by class."""
+    if (layer := getattr(key, "layer", None)) is not None:
+        layer.reached = True
+    if parts := getattr(key, "parts", None):
+        assert attention_mask is not None, "rows of unlike lengths without a mask"
+        split = [len(keys) for keys, _ in parts]
+        each = zip(query.split(split), parts, attention_mask.split(split), strict=True)
+        outs = [
+            slot_attention(module, queries, keys, values, mask[..., : keys.shape[2]], scaling, **kwargs)[0]
+            for queries, (keys, values), mask in each
+        ]
+        return torch.cat(outs), None
     rows, heads, queries, dim = query.shape
     kv_heads = key.shape[1]
     if queries != 1 or heads == kv_heads or attention_mask is None:

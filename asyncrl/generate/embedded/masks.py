@@ -37,22 +37,22 @@ def _read(text: PreTrainedConfig, field: str) -> Any:
 
 
 class DecodeMasks:
-    """Makes the masks of one-token steps, additive: SDPA would convert a bool mask in every layer."""
+    """Makes the masks of sequences that go on, additive: SDPA would convert a bool mask in every layer."""
 
     def __init__(self, text: PreTrainedConfig, *, max_length: int, dtype: torch.dtype, device: torch.device) -> None:
         self._kinds, self._window, self._dtype = sorted(layer_kinds(text)), _window(text), dtype
         self._steps = torch.arange(max_length, device=device)
 
     def of(self, at: torch.Tensor, length: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """The masks [n, 1, 1, length] of queries at positions [n], the largest length − 1: one, or one for each kind of
+        """The masks [n, 1, T, length] of queries at positions [n, T], the largest length − 1: one, or one for each kind of
         layer, as the models that have several take them."""
-        steps = self._steps[:length]
-        hidden = steps > at[:, None]
+        steps, at = self._steps[:length], at[:, :, None]
+        hidden = steps > at
         full = torch.zeros(hidden.shape, dtype=self._dtype, device=at.device).masked_fill_(hidden, float("-inf"))
         masks = {}
         for kind in self._kinds:
             mask = full
             if kind in _FIRST_SEEN and self._window is not None and length > self._window:
-                mask = full.masked_fill(steps < _FIRST_SEEN[kind](at, self._window)[:, None], float("-inf"))
-            masks[kind] = mask[:, None, None, :]
+                mask = full.masked_fill(steps < _FIRST_SEEN[kind](at, self._window), float("-inf"))
+            masks[kind] = mask[:, None]
         return masks if len(masks) > 1 else masks[self._kinds[0]]

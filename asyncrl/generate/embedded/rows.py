@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from asyncrl.errors import ConfigError
 from asyncrl.generate.embedded.sampling import RowSampling
 from asyncrl.types import FinishReason, Generation, GenerationRequest, Span, Version
 
@@ -19,10 +20,10 @@ class Job(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A job with its generation."""
+    """A job with its generation, or why it can't be served after all."""
 
     job: Job
-    generation: Generation
+    generation: Generation | ConfigError
 
 
 def spans_of(starts: Sequence[tuple[Version, int]], length: int) -> tuple[Span, ...]:
@@ -43,8 +44,8 @@ class Rows:
         self._index = np.arange(slots)
         self._logprobs = np.zeros((slots, max_length), dtype=np.float32)
         self._kept = np.zeros((slots, max_length), dtype=np.float32)
-        self._prompt = np.zeros(slots, dtype=np.int64)  # tokens of the prompt
-        self._limit = np.zeros(slots, dtype=np.int64)  # length at which the row ends
+        self.prompt = np.zeros(slots, dtype=np.int64)  # tokens of the prompt
+        self.limit = np.zeros(slots, dtype=np.int64)  # length at which the row ends
         self._seed = np.zeros(slots, dtype=np.int64)
         self._turn = np.zeros(slots, dtype=np.int64)  # rises in the order in which rows joined
         self._turns = 0
@@ -63,8 +64,8 @@ class Rows:
             row, request, sampling = self.count, job.request, job.request.sampling
             size = len(request.prompt_ids)
             self.tokens[row, :size] = request.prompt_ids
-            self.length[row] = self._prompt[row] = size
-            self._limit[row] = size + sampling.max_tokens
+            self.length[row] = self.prompt[row] = size
+            self.limit[row] = size + sampling.max_tokens
             self._seed[row] = request.seed
             self._turn[row], self._turns = self._turns, self._turns + 1
             self._set_stops(row, sampling.stop_token_ids)
@@ -91,9 +92,13 @@ class Rows:
         """The tokens that the cache must hold before the row's next step: all but the last."""
         return self.tokens[row, : self.length[row] - 1]
 
+    def prompts(self) -> list[tuple[int, ...]]:
+        """The token ids of each row's prompt."""
+        return [job.request.prompt_ids for job in self._jobs]
+
     def draw_keys(self) -> tuple[np.ndarray, np.ndarray]:
         """Seeds [count], and how many tokens each row has sampled [count]: the counter of its random numbers."""
-        return self._seed[: self.count], self.length[: self.count] - self._prompt[: self.count]
+        return self._seed[: self.count], self.length[: self.count] - self.prompt[: self.count]
 
     def sampling(self) -> RowSampling:
         """The rows' sampling parameters; rebuilt only when the rows changed."""
@@ -112,7 +117,7 @@ class Rows:
         self._kept[rows, at] = 0.0 if kept is None else kept[rows]
         self.length[rows] = at + 1
         stopped = (self._stops[rows] == ids[rows, None]).any(axis=1)
-        ended = stopped | (at + 1 >= self._limit[rows])
+        ended = stopped | (at + 1 >= self.limit[rows])
         if not ended.any():
             return []
         return [
@@ -126,7 +131,7 @@ class Rows:
 
     def _end(self, row: int, reason: FinishReason) -> Finished:
         self.alive[row] = False
-        job, start, end = self._jobs[row], int(self._prompt[row]), int(self.length[row])
+        job, start, end = self._jobs[row], int(self.prompt[row]), int(self.length[row])
         sampling = job.request.sampling
         cut = sampling.top_p < 1.0 or sampling.top_k > 0
         return Finished(
@@ -144,7 +149,7 @@ class Rows:
     def mark(self, version: Version) -> None:
         """Later tokens come from `version`."""
         for row in range(self.count):
-            self._starts[row].append((version, int(self.length[row] - self._prompt[row])))
+            self._starts[row].append((version, int(self.length[row] - self.prompt[row])))
 
     def drop(self) -> tuple[np.ndarray, np.ndarray]:
         """Takes out the ended rows. Rows from the back fill the holes: returns (to, source), for the cache to follow."""
@@ -152,7 +157,7 @@ class Rows:
         left = int(alive.sum())
         to = self._index[:left][~alive[:left]]
         source = self._index[left:n][alive[left:]]
-        for array in (self.tokens, self._logprobs, self._kept, self.length, self.alive, self._prompt, self._limit, self._seed):
+        for array in (self.tokens, self._logprobs, self._kept, self.length, self.alive, self.prompt, self.limit, self._seed):
             array[to] = array[source]
         for array in (self._turn, self._stops, self._temperature, self._top_p, self._top_k):
             array[to] = array[source]
@@ -167,7 +172,7 @@ class Rows:
         sampled for them, which are lost."""
         living = [int(row) for row in np.argsort(self._turn[: self.count]) if self.alive[row]]
         jobs = [self._jobs[row] for row in living]
-        sampled = int((self.length[living] - self._prompt[living]).sum())
+        sampled = int((self.length[living] - self.prompt[living]).sum())
         self._jobs.clear()
         self._starts.clear()
         self.count, self._sampling = 0, None

@@ -42,6 +42,11 @@ class Sampled(NamedTuple):
     # [n] float32, log of the mass that top-k and top-p kept (0 in rows without); None if no row cuts.
     kept_logmass: torch.Tensor | None
 
+    def on_host(self) -> list[np.ndarray]:
+        """ids, logprobs and, if there is one, kept_logmass. A device is waited for once; float64 holds all of them exactly."""
+        columns = [column for column in self if column is not None]
+        return list(torch.stack([column.double() for column in columns]).cpu().numpy())
+
 
 def _mix(z: np.ndarray) -> np.ndarray:
     """SplitMix64's finalizer on uint64; wraps around on purpose."""

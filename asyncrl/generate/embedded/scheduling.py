@@ -2,10 +2,13 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 
 from asyncrl.generate.embedded.rows import Job
+
+Room = Callable[[Sequence[Job]], int]  # how many of these jobs, from the first on, there is memory for
 
 
 class StepGate:
@@ -65,10 +68,10 @@ class JoinAtOnce:
         self._company = max(1, slots // 8)
         self._waited = 0
 
-    def take(self, queue: deque[Job], count: int) -> list[Job]:
+    def take(self, queue: deque[Job], count: int, room: Room = len) -> list[Job]:
         """Removes from the queue the jobs that join, given `count` rows still running."""
         free = self._slots - count
-        wanted = min(free, len(queue))
+        wanted = room(list(islice(queue, free)))
         if wanted == 0:
             return []
         alone = count > 0 and wanted < min(self._company, len(queue))
@@ -89,7 +92,8 @@ class GroupAlone:
     def __init__(self, slots: int) -> None:
         self._slots = slots
 
-    def take(self, queue: deque[Job], count: int) -> list[Job]:
+    def take(self, queue: deque[Job], count: int, room: Room = len) -> list[Job]:
+        """As JoinAtOnce. Alone a group has room, or it was refused."""
         if count > 0 or not queue:
             return []
         group = queue[0].request.group

@@ -40,4 +40,5 @@ class TorchKind:
             max_length=spec.max_length,
             update_mode=spec.update_mode,
             deterministic=spec.deterministic,
+            kv_bytes=spec.kv_bytes,
         )

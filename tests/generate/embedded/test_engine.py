@@ -150,6 +150,39 @@ def test_windows_see_what_they_see_in_a_plain_forward(
     assert np.abs(answers[4].logprobs - recomputed(wide, requests[4], answers[4])).max() > 1e-2
 
 
+@pytest.mark.parametrize("kind", ["qwen3", *WINDOWED])
+def test_a_swap_computes_a_shared_prompt_once(
+    make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest, kind: str
+) -> None:
+    """Two groups and one request alone; a row of the first has left, another lies in a class of longer rows."""
+    models = {V0: make_model(kind), V1: make_model(kind, seed=1)}
+    engine = make_engine(kind, slots=8, max_length=96)
+    prompts = [tuple(n % 24 for n in range(50)), (7, 3, 5), (2, 9)]
+    requests = [
+        make_request(f"{g}/{r}", prompt=prompts[g], group=g, seed=10 * g + r, max_tokens=30 if r else 16)
+        for g, rollouts in enumerate((4, 3, 1))
+        for r in range(rollouts)
+    ]
+    futures = engine.submit_group(requests)
+    for _ in range(18):
+        engine.step()
+    assert [future.done() for future in futures] == [True, False, False, False, True, False, False, True]
+    # The prompts but for their last token, then 18 tokens of each of five rows; not 3 × (49 + 18) + 2 × (2 + 18).
+    assert engine.update_weights(V1, weights(models[V1])).recomputed_tokens == 49 + 2 + 5 * 18
+    for request, answer in zip(requests, finish(engine, *futures), strict=True):
+        np.testing.assert_allclose(answer.logprobs, recomputed(models, request, answer), atol=1e-5)
+
+
+def test_deterministic_swaps_compute_every_row_whole(
+    make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest
+) -> None:
+    """As they always have: another split would round otherwise."""
+    engine = make_engine(deterministic=True)
+    engine.submit_group([make_request(str(i), seed=i) for i in range(4)])
+    engine.step()
+    assert engine.update_weights(V1, weights(make_model(seed=1))).recomputed_tokens == 4 * 3
+
+
 def test_keep_kv_recomputes_nothing_and_is_outside_the_guarantee(
     make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest
 ) -> None:
@@ -361,6 +394,103 @@ def test_nothing_is_decoded_before_the_first_weights_or_while_paused(make_model:
     assert not engine.step()
     engine.resume()
     assert finish(engine, future)[0].spans == (Span(V0, 12),)
+
+
+# --------------------------------------------------------------------------------------------- memory
+
+
+def kv_bytes(engine: TorchEngine) -> int:
+    layers = engine._batch._decoder.cache.used
+    return sum(of.nbytes for layer in layers for of in (*layer.keys, *layer.values))
+
+
+def test_requests_join_by_the_memory_that_they_may_need(
+    make_engine: Callable[..., TorchEngine], make_request: MakeRequest
+) -> None:
+    """Room for 5 rows of up to 64 positions, or for 2 of those and 2 of 96; nobody overtakes the one whose turn it is."""
+    row = make_engine()._batch._decoder.cache.bytes_for(np.array([64]))
+    engine = make_engine(slots=8, max_length=96, kv_bytes=5 * row)
+    long, short = {"max_tokens": 80}, {"max_tokens": 10}
+    requests = [
+        make_request(str(i), seed=i, **size)
+        for i, size in enumerate((long, short, long, long, short, short, short, short, short))
+    ]
+    futures, active = engine.submit_group(requests), []
+    while engine.step():
+        active.append(engine.gauges()["active"])
+        assert kv_bytes(engine) <= 5 * row
+    assert (active[0], max(active)) == (3, 4)
+    assert [len(future.result(0).token_ids) for future in futures] == [80, 10, 80, 80, 10, 10, 10, 10, 10]
+
+
+def test_a_request_that_never_fits_is_refused_and_others_go_on(
+    make_engine: Callable[..., TorchEngine], make_request: MakeRequest
+) -> None:
+    row = make_engine()._batch._decoder.cache.bytes_for(np.array([64]))
+    engine = make_engine(max_length=96, kv_bytes=row)
+    refused, fine = submit(engine, make_request(max_tokens=80)), submit(engine, make_request("b"))
+    with pytest.raises(ConfigError, match=rf"request a: .*1 rollouts .*83 tokens, may take .* > engine.kv_bytes={row:,}"):
+        refused.result(0)
+    assert len(finish(engine, fine)[0].token_ids) == 12
+    group = make_engine(max_length=96, kv_bytes=row, deterministic=True).submit_group([make_request(id) for id in "ab"])
+    with pytest.raises(ConfigError, match="2 rollouts that run together"):
+        group[0].result(0)
+
+
+class Scarce:
+    """A device that has too little memory for more than so many rows in a forward pass."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.failures = 0
+
+    def __call__(self, module: PreTrainedModel, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        if kwargs["input_ids"].shape[0] > self.rows:
+            self.failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_running_out_of_memory_begins_rows_anew_under_a_smaller_budget(
+    make_engine: Callable[..., TorchEngine], make_request: MakeRequest
+) -> None:
+    requests = [make_request(str(i), prompt=(i + 1, 2), seed=i) for i in range(8)]
+    plain = make_engine(slots=8)
+    expected = [answer.token_ids for answer in finish(plain, *plain.submit_group(requests))]
+    engine, device = make_engine(slots=8), Scarce(rows=3)
+    engine._model.register_forward_pre_hook(device, with_kwargs=True)
+    futures = engine.submit_group(requests[:2])
+    for _ in range(4):
+        engine.step()
+    futures += engine.submit_group(requests[2:])
+    assert [answer.token_ids for answer in finish(engine, *futures)] == expected
+    assert device.failures == 2  # 8 rows, then less than three quarters of those, 5, then 3
+    engine.health(0.0)
+
+
+def test_a_swap_that_runs_out_of_memory_begins_rows_anew(
+    make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest
+) -> None:
+    engine, device = make_engine(), Scarce(rows=4)
+    engine._model.register_forward_pre_hook(device, with_kwargs=True)
+    futures = engine.submit_group([make_request(str(i), prompt=(i + 1, 2), seed=i) for i in range(4)])
+    engine.step()
+    device.rows = 3
+    report = engine.update_weights(V1, weights(make_model(seed=1)))
+    assert (report.recomputed_tokens, report.discarded_tokens) == (0, 4)
+    assert [answer.spans for answer in finish(engine, *futures)] == [(Span(V1, 12),)] * 4
+
+
+def test_a_request_that_memory_runs_out_for_alone_is_refused_and_the_engine_lives(
+    make_engine: Callable[..., TorchEngine], make_request: MakeRequest
+) -> None:
+    engine, device = make_engine(), Scarce(rows=0)
+    hook = engine._model.register_forward_pre_hook(device, with_kwargs=True)
+    future = submit(engine, make_request(max_tokens=61))
+    engine.start()
+    with pytest.raises(ConfigError, match="never be started"):
+        future.result(WAIT_S)
+    hook.remove()
+    engine.health(WAIT_S)
 
 
 # --------------------------------------------------------------------------------------------- deterministic

@@ -63,14 +63,67 @@ def test_rows_of_different_lengths_decode_as_alone(make_model: MakeModel, kind: 
 
 def test_one_prefill_serves_many_rows_and_rows_move(make_model: MakeModel) -> None:
     model = make_model()
-    prompt = np.array([3, 1, 4, 1, 5])
-    expected = plain_logits(model, prompt)
+    prompt, other = np.array([3, 1, 4, 1, 5]), np.array([2, 7, 1])
     decoder = Decoder(model, slots=4, max_length=16)
     with torch.inference_mode():
-        assert decoder.fill([prompt[:-1]], [[1, 3]]) == 4
-        decoder.move(np.array([0, 2]), np.array([1, 3]), 4)
-        logits = decoder.decode(np.full(3, 5), np.full(3, 4))
-    torch.testing.assert_close(logits, expected.expand(3, -1), atol=2e-5, rtol=0)
+        assert decoder.fill([prompt[:-1], other[:-1]], [[1, 3], [0, 2]]) == 4 + 2
+        decoder.cache.drop(np.array([0]), np.array([3]), 3)  # row 3 takes the place of row 0
+        logits = decoder.decode(np.array([5, 5, 1]), np.array([4, 4, 2]))
+    expected = torch.stack([plain_logits(model, text) for text in (prompt, prompt, other)])
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=0)
+
+
+def attended(decoder: Decoder) -> int:
+    """Positions that the last step's attention read, over all rows."""
+    return sum((of.stop - of.start) * of.length for of in decoder.cache._plan.classes)
+
+
+def nbytes(decoder: Decoder) -> int:
+    return sum(of.nbytes for layer in decoder.cache.used for of in (*layer.keys, *layer.values))
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3, every other layer sees 5"])
+def test_a_long_row_costs_short_ones_neither_time_nor_memory(make_model: MakeModel, kind: str) -> None:
+    model = make_model(kind, max_position_embeddings=1024)
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 24, size=n) for n in (900, *range(40, 55), 130)]
+    decoder = Decoder(model, slots=17, max_length=1024)
+    with torch.inference_mode():
+        decoder.fill([text[:-1] for text in texts], [[row] for row in range(17)])
+        logits = decoder.decode(np.array([t[-1] for t in texts]), np.array([len(t) - 1 for t in texts]))
+    torch.testing.assert_close(logits, torch.stack([plain_logits(model, text) for text in texts]), atol=2e-5, rtol=0)
+    used = sum(map(len, texts))
+    assert attended(decoder) == 900 + 15 * 54 + 130 < 1.1 * used  # not 17 × 900
+    assert nbytes(decoder) == decoder.cache._position_bytes * (1024 + (15 + 1) * 64 + 256)
+    assert nbytes(decoder) < 2 * used * decoder.cache._position_bytes
+
+
+def test_attention_that_cannot_be_split_reads_all_rows_up_to_the_longest(make_model: MakeModel) -> None:
+    """Eager attention, as Gemma 2 needs it, takes one tensor."""
+    model = make_model("gemma2, eager, capped scores")
+    decoder, texts = Decoder(model, slots=2, max_length=96), [np.arange(80) % 24, np.arange(9)]
+    assert decoder.cache.places.together
+    with torch.inference_mode():
+        decoder.fill([text[:-1] for text in texts], [[0], [1]])
+        logits = decoder.decode(np.array([t[-1] for t in texts]), np.array([79, 8]))
+    assert attended(decoder) == 2 * 80
+    torch.testing.assert_close(logits, torch.stack([plain_logits(model, text) for text in texts]), atol=2e-5, rtol=0)
+
+
+def test_sequences_go_on_where_the_cache_ends(make_model: MakeModel) -> None:
+    """As if computed in one piece: rows of several classes, that go on by unlike numbers of tokens, one of them by none."""
+    model = make_model()
+    rng = np.random.default_rng(1)
+    texts = [rng.integers(0, 24, size=n) for n in (90, 30, 70, 12)]
+    known = np.array([40, 20, 69, 11])
+    decoder = Decoder(model, slots=4, max_length=96)
+    with torch.inference_mode():
+        decoder.cache.fit(np.arange(4), np.array([len(text) for text in texts]))
+        decoder.fill([text[:n] for text, n in zip(texts, known, strict=True)], [[0], [1], [2], [3]])
+        rest = [text[n:-1] for text, n in zip(texts, known, strict=True)]
+        assert decoder.fill(rest, [[0], [1], [2], [3]], known) == 49 + 9
+        logits = decoder.decode(np.array([t[-1] for t in texts]), np.array([len(t) - 1 for t in texts]))
+    torch.testing.assert_close(logits, torch.stack([plain_logits(model, text) for text in texts]), atol=2e-5, rtol=0)
 
 
 def test_long_and_short_prompts_are_filled_in_separate_forwards(make_model: MakeModel) -> None:

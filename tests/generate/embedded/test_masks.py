@@ -8,7 +8,7 @@ from asyncrl.generate.embedded.masks import DecodeMasks, layer_kinds
 
 def seen(text, at: int) -> dict[str, list[int]]:
     """What the kinds of layers see from position `at`; at 9, for a model with one mask alone, under its kind."""
-    made = DecodeMasks(text, max_length=16, dtype=torch.float32, device=torch.device("cpu")).of(torch.tensor([at]), at + 1)
+    made = DecodeMasks(text, max_length=16, dtype=torch.float32, device=torch.device("cpu")).of(torch.tensor([[at]]), at + 1)
     masks = made if isinstance(made, dict) else {next(iter(layer_kinds(text))): made}
     return {kind: (mask[0, 0, 0] == 0).nonzero()[:, 0].tolist() for kind, mask in masks.items()}
 

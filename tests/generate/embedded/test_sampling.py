@@ -60,6 +60,18 @@ def test_logprobs_are_of_the_cut_distribution() -> None:
     assert picked.kept_logmass.item() == pytest.approx(np.log(0.75), abs=1e-6)
 
 
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_what_was_sampled_reaches_the_host_in_one_piece_and_exactly(top_k: int) -> None:
+    logits = torch.randn(4, 200_000, generator=torch.Generator().manual_seed(0))
+    picked = sample(logits, uniforms(np.arange(4), np.zeros(4)), rows(4, top_k=top_k))
+    host = picked.on_host()
+    assert len({id(column.base) for column in host}) == 1
+    assert host[0].tolist() == picked.ids.tolist()
+    assert host[1].astype(np.float32).tolist() == picked.logprobs.tolist()
+    assert (picked.kept_logmass is None) == (len(host) == 2)
+    assert picked.kept_logmass is None or host[2].astype(np.float32).tolist() == picked.kept_logmass.tolist()
+
+
 def test_temperature_zero_is_a_point_mass() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0]])
     picked = sample(logits, np.array([0.99]), rows(1, temperature=0.0, top_p=0.5))
