@@ -77,16 +77,18 @@ class Decoder:
         return int(sizes.sum())
 
     def _fill_chunk(self, sequences: list[np.ndarray], rows: list[Sequence[int]], starts: np.ndarray) -> None:
-        # Padded at the end: attention keeps real tokens from seeing it, and it is not stored.
+        # Padded at the end: attention keeps real tokens from seeing it, and decode masks or overwrites what is stored of it.
         sizes = np.array([len(sequence) for sequence in sequences])
         ids = np.zeros((len(sequences), sizes.max()), dtype=np.int64)
         for row, sequence in zip(ids, sequences, strict=True):
             row[: len(sequence)] = sequence
-        sources = np.repeat(np.arange(len(rows)), [len(targets) for targets in rows])
         targets = np.concatenate([np.asarray(targets, dtype=np.int64) for targets in rows])
-        self.cache.plan_fill(targets, sources, starts, sizes)
         length = int((starts + sizes).max())
         at = self.cache.tensor(np.minimum(starts[:, None] + np.arange(ids.shape[1]), length - 1))
+        if starts.any():
+            self.cache.plan_rest(targets, starts, sizes)
+        else:
+            self.cache.plan_fill(targets, np.repeat(np.arange(len(rows)), [len(of) for of in rows]), length)
         self._forward(ids, at, self._masks.of(at, length) if starts.any() else None)
 
     def decode(self, ids: np.ndarray, positions: np.ndarray) -> torch.Tensor:
@@ -128,7 +130,8 @@ class DecodeBatch:
         self._decoder = Decoder(model, slots=slots, max_length=max_length, together=keep_ended)
         self._rows = Rows(slots, max_length, self._decoder.device)
         self._keep_ended = keep_ended
-        self.kv_bytes = kv_bytes or device_budget(self._decoder.device)
+        self._cache = self._decoder.cache
+        self._cache.budget = kv_bytes or device_budget(self._decoder.device)
 
     @property
     def count(self) -> int:
@@ -144,27 +147,27 @@ class DecodeBatch:
     def _need(self, requests: Sequence[GenerationRequest], running: np.ndarray) -> int:
         """Bytes that requests, and rows that grow to `running` tokens, take at the most."""
         longest = [len(request.prompt_ids) + request.sampling.max_tokens for request in requests]
-        return self._decoder.cache.bytes_for(np.concatenate([running, np.array(longest, dtype=np.int64)]))
+        return self._cache.bytes_for(np.concatenate([running, np.array(longest, dtype=np.int64)]))
 
     def room(self, jobs: Sequence[Job]) -> int:
         """How many of the jobs, from the first on, may join the running rows: whatever they sample, there is memory for it."""
         limits, requests = self._rows.limit[: self.count], [job.request for job in jobs]
-        fitting = (n for n in range(len(jobs), 0, -1) if self._need(requests[:n], limits) <= self.kv_bytes)
+        fitting = (n for n in range(len(jobs), 0, -1) if self._need(requests[:n], limits) <= self._cache.budget)
         return next(fitting, 0)
 
     def too_large(self, requests: Sequence[GenerationRequest]) -> ConfigError | None:
         """Why the requests can never run side by side; None if they can."""
-        if (need := self._need(requests, np.arange(0))) <= self.kv_bytes:
+        if (need := self._need(requests, np.arange(0))) <= self._cache.budget:
             return None
         return ConfigError(
             f"request {requests[0].id}: the KV cache of {len(requests)} rollouts that run together, of up to "
             f"{max(len(r.prompt_ids) + r.sampling.max_tokens for r in requests)} tokens, may take {need:,} bytes > "
-            f"engine.kv_bytes={self.kv_bytes:,}: it would never be started; raise engine.kv_bytes, or lower max_tokens"
+            f"engine.kv_bytes={self._cache.budget:,}: it would never be started; raise engine.kv_bytes, or lower max_tokens"
         )
 
     def cut_budget(self) -> None:
         """The device had no room for the running rows: from now on there is at most three quarters of what they may need."""
-        self.kv_bytes = min(self.kv_bytes, self._need((), self._rows.limit[: self.count])) * 3 // 4
+        self._cache.budget = min(self._cache.budget, self._need((), self._rows.limit[: self.count])) * 3 // 4
         if self._decoder.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -206,7 +209,7 @@ class DecodeBatch:
         if self._keep_ended and len(self._rows.jobs()) > 0:
             return
         to, source = self._rows.drop()
-        self._decoder.cache.drop(to, source, self._rows.count)
+        self._cache.drop(to, source, self._rows.count)
 
     @torch.inference_mode()
     def swapped(self, version: Version, *, recompute: bool) -> int:
@@ -233,5 +236,5 @@ class DecodeBatch:
         many tokens had been sampled for them."""
         jobs = self._rows.clear()
         nothing = np.arange(0)
-        self._decoder.cache.drop(nothing, nothing, 0)
+        self._cache.drop(nothing, nothing, 0)
         return jobs

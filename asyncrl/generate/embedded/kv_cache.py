@@ -5,6 +5,7 @@ slot s lies at [s, :, p]. `Places` says which row lies where.
 """
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from asyncrl.generate.embedded.places import Places
 from asyncrl.models.architectures import REMEDY, needs_eager, not_served
 
 ATTENTION = "asyncrl_slots"
-SPARE = 4 / 3  # slots of a class, at most, for each of its rows: so rows come and go without copying it
+SPARE = 4 / 3  # slots, at most, for each row, where memory is short: an eighth more than rows, and those that just moved
 _CACHED = (DynamicLayer, DynamicSlidingWindowLayer)  # transformers' caches that a SlotLayer can stand for
 
 
@@ -38,19 +39,40 @@ class _Class(NamedTuple):
     positions: torch.Tensor  # [stop − start] int64: where each row's token goes
 
 
-class _Plan:
-    """What the running forward pass stores and reads: by `writes` if it fills rows, else one token into each row."""
+class _Whole(NamedTuple):
+    """What a prefill stores in one class: its sequence sources[i] in slot slots[i] (both [N] int64), from position 0 to `end`."""
 
-    # By class: tokens [sources, :, times] go to [slots, :, positions]; (slots, positions, sources, times), each [N] int64.
-    writes: dict[int, tuple[torch.Tensor, ...]]
-    read: tuple[int, torch.Tensor] | None = None  # attention sees these slots of a class, up to `length`; else what is new
-    classes: Sequence[_Class] = ()
+    kind: int
+    slots: torch.Tensor
+    sources: torch.Tensor
+    end: int
+
+
+class _Rest(NamedTuple):
+    """Sequences that go on, each in a row of one class: they see what slots [n] hold up to `length`. Of their tokens are
+    stored: those at [sources, :, times] go to [into, :, positions] (each [tokens] int64)."""
+
+    kind: int
+    slots: torch.Tensor
+    length: int
+    sources: torch.Tensor
+    times: torch.Tensor
+    into: torch.Tensor
+    positions: torch.Tensor
+
+
+class _Plan:
+    """What the running forward pass stores and reads."""
+
+    whole: Sequence[_Whole] = ()  # a prefill sees what is new
+    rest: _Rest | None = None
+    classes: Sequence[_Class] = ()  # a decode: one token into each row
     length: int = 0  # of the longest row, new tokens included
     known: int = 0  # of those, the ones before this pass
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer's keys and values, by class. A class takes what its rows need, and little more."""
+    """One layer's keys and values, by class. A class has slots for as many rows as it ever held, as far as memory reaches."""
 
     is_sliding = False
 
@@ -68,15 +90,14 @@ class SlotLayer(CacheLayerMixin):
     def _empty(states: torch.Tensor, capacity: int) -> torch.Tensor:
         return states.new_zeros(0, states.shape[1], capacity, states.shape[-1])
 
-    def reserve(self, kind: int, rows: int) -> None:
-        """Gives a class slots for so many rows: takes more, or gives back what is too much."""
-        have = self.keys[kind].shape[0]
-        if rows > have or have > max(rows, int(rows * SPARE)):
-            for of in (self.keys, self.values):
-                # Zeros, because masked positions are multiplied by 0, and 0 × garbage may be NaN.
-                new = of[kind].new_zeros(rows + rows // 8, *of[kind].shape[1:])
-                new[: min(rows, have)] = of[kind][: min(rows, have)]
-                of[kind] = new
+    def resize(self, kind: int, slots: int) -> None:
+        """Gives a class so many slots, the first of which stay as they are."""
+        for of in (self.keys, self.values):
+            # Zeros, because masked positions are multiplied by 0, and 0 × garbage may be NaN.
+            new = of[kind].new_zeros(slots, *of[kind].shape[1:])
+            kept = min(slots, len(of[kind]))
+            new[:kept] = of[kind][:kept]
+            of[kind] = new
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -85,22 +106,26 @@ class SlotLayer(CacheLayerMixin):
         are of several classes: then the keys carry `parts` for `slot_attention`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        plan, keys, values = self._plan, key_states, value_states
-        for kind, (slots, positions, sources, times) in plan.writes.items():
-            self.keys[kind][slots, :, positions] = key_states[sources, :, times]
-            self.values[kind][slots, :, positions] = value_states[sources, :, times]
-        if plan.read is not None:
-            kind, slots = plan.read
-            return self.keys[kind][slots, :, : plan.length], self.values[kind][slots, :, : plan.length]
+        plan = self._plan
+        if plan.rest is not None:
+            return self._go_on(self.keys, key_states, plan.rest), self._go_on(self.values, value_states, plan.rest)
+        for kind, slots, sources, end in plan.whole:
+            self.keys[kind][slots, :, :end] = key_states[sources, :, :end]
+            self.values[kind][slots, :, :end] = value_states[sources, :, :end]
         parts = [
             (self._put(self.keys[of.kind], key_states, of), self._put(self.values[of.kind], value_states, of))
             for of in plan.classes
         ]
-        if len(parts) == 1:
-            keys, values = parts[0]
+        keys, values = parts[0] if len(parts) == 1 else (key_states, value_states)  # nothing to read but what is new
         keys.parts = parts if len(parts) > 1 else None  # type: ignore[attr-defined]
         keys.layer = self  # type: ignore[attr-defined]
         return keys, values
+
+    @staticmethod
+    def _go_on(caches: list[torch.Tensor], states: torch.Tensor, rest: _Rest) -> torch.Tensor:
+        cache = caches[rest.kind]
+        cache[rest.into, :, rest.positions] = states[rest.sources, :, rest.times]
+        return cache[rest.slots, :, : rest.length]
 
     @staticmethod
     def _put(cache: torch.Tensor, states: torch.Tensor, of: _Class) -> torch.Tensor:
@@ -133,9 +158,12 @@ class SlotCache(Cache):
     def __init__(self, *, layers: int, slots: int, max_length: int, device: torch.device, together: bool) -> None:
         self._plan, self._device = _Plan(), device
         self.places = Places(slots, max_length, together=together)
+        self.budget: float = math.inf  # bytes, beyond which slots without a row are given back
         self.order: np.ndarray | None = None  # of the rows as they lie, if that is another than by their numbers
         self.room = np.arange(0)  # positions that each row has
         self._all_slots = torch.arange(slots, device=device)
+        self._slots = np.zeros_like(self.places.sizes)  # of each class
+        self._reach = np.zeros_like(self.places.sizes)  # positions of each class that may hold something
         super().__init__(layers=[SlotLayer(self._plan, self.places.capacities.tolist()) for _ in range(layers)])
 
     def learn(self) -> None:
@@ -163,19 +191,36 @@ class SlotCache(Cache):
         self._settle()
 
     def _settle(self) -> None:
-        for kind, size in enumerate(self.places.sizes.tolist()):
-            for layer in self.used:
-                layer.reserve(kind, size)
-        order, self.room = self.places.order(), self.places.capacities[self.places.kind[: self.places.count]]
+        places = self.places
+        self._reach[places.sizes == 0] = 0
+        self._reserve(places.sizes)
+        self.room = places.capacities[places.kind[: places.count]]
+        order = places.order()
         self.order = None if (order == np.arange(len(order))).all() else order
 
+    def _reserve(self, rows: np.ndarray) -> None:
+        """Gives each class slots for so many rows."""
+        if (rows <= self._slots).all():
+            return
+        wanted, slots = rows + rows // 8, self._slots
+        more = np.where(rows > slots, wanted, slots)
+        if (more * self.places.capacities).sum() * self._position_bytes > self.budget:
+            more = np.minimum(more, wanted)
+        for kind in np.flatnonzero(more != slots).tolist():
+            for layer in self.used:
+                layer.resize(kind, int(more[kind]))
+        self._slots = more
+
     def _copy(self, source: int, old: np.ndarray, kind: int, new: np.ndarray) -> None:
-        at, to, end = self.tensor(old), self.tensor(new), int(self.places.capacities[source])
+        if source != kind:
+            rows = self.places.sizes.copy()
+            rows[kind] = new[-1] + 1
+            self._reserve(rows)
+        at, to, end = self.tensor(old), self.tensor(new), int(self._reach[source])
+        self._reach[kind] = max(self._reach[kind], end)
         for layer in self.used:
-            if source != kind:
-                layer.reserve(kind, int(new[-1]) + 1)
             for of in (layer.keys, layer.values):
-                of[kind][to, :, :end] = of[source][at]
+                of[kind][to, :, :end] = of[source][at, :, :end]
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
         """The array on the model's device."""
@@ -183,20 +228,25 @@ class SlotCache(Cache):
 
     # ------------------------------------------------------------------------------------------ plans
 
-    def plan_fill(self, rows: np.ndarray, sources: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> None:
-        """The next forward's sequences, of sizes [n] and padded at their ends, stand at positions from starts [n] on; sequence
-        sources[i] goes into row rows[i] (both [N]). Those that do not start at 0 see what their rows, of one class, hold."""
-        plan, counts = self._plan, sizes[sources]
-        which = np.repeat(np.arange(len(rows)), counts)  # for each token that is stored: its row
-        times = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
-        kinds, slots, of = self.places.kind[rows], self.places.slot[rows], sources[which]
-        where = (slots[which], starts[of] + times, of, times)
-        plan.writes = {
-            kind: tuple(self.tensor(part[kinds[which] == kind]) for part in where) for kind in np.unique(kinds).tolist()
-        }
-        plan.read = (int(kinds[0]), self.tensor(slots)) if starts.any() else None
-        plan.length = int((starts + sizes).max())
-        plan.classes, plan.known = (), plan.length - int(sizes.max())
+    def plan_fill(self, rows: np.ndarray, sources: np.ndarray, length: int) -> None:
+        """The next forward computes whole sequences, padded to `length`; sequence sources[i] goes into row rows[i]."""
+        kinds, slots, plan = self.places.kind[rows], self.places.slot[rows], self._plan
+        plan.whole, plan.rest, plan.classes, plan.length, plan.known = [], None, (), length, 0
+        for kind in np.unique(kinds).tolist():
+            end, of = min(length, int(self.places.capacities[kind])), kinds == kind
+            plan.whole.append(_Whole(kind, self.tensor(slots[of]), self.tensor(sources[of]), end))
+            self._reach[kind] = max(self._reach[kind], end)
+
+    def plan_rest(self, rows: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> None:
+        """The next forward computes what follows in rows [n] of one class: sizes [n] tokens from positions starts [n] on."""
+        plan, slots, length = self._plan, self.places.slot[rows], int((starts + sizes).max())
+        of = np.repeat(np.arange(len(rows)), sizes)
+        times = np.arange(len(of)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        kind, each = int(self.places.kind[rows[0]]), map(self.tensor, (slots, of, times, slots[of], starts[of] + times))
+        slots_n, *tokens = each
+        plan.rest = _Rest(kind, slots_n, length, *tokens)
+        plan.length, plan.known = length, length - int(sizes.max())
+        self._reach[kind] = max(self._reach[kind], length)
 
     def plan_decode(self, positions: np.ndarray, at: torch.Tensor) -> None:
         """The next forward feeds one token to each row, as they lie, at positions [n] int64, which `at` holds too."""
@@ -207,9 +257,10 @@ class SlotCache(Cache):
                 length = int(here.max()) + 1
                 level = int(here.min()) + 1 == length
                 classes.append(_Class(kind, start, stop, length, level, self._all_slots[:size], at[start:stop]))
+                self._reach[kind] = max(self._reach[kind], length)
                 start = stop
         plan = self._plan
-        plan.writes, plan.read, plan.classes = {}, None, classes
+        plan.whole, plan.rest, plan.classes = (), None, classes
         plan.length = max(of.length for of in classes)
         plan.known = plan.length - 1
 
