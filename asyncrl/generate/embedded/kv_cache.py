@@ -40,7 +40,7 @@ class _Class(NamedTuple):
 
 
 class _Whole(NamedTuple):
-    """What a prefill stores in one class: of its sequence sources[i], in slot slots[i] (both [N] int64), what is before `end`."""
+    """What a prefill stores in one class: its sequence sources[i] in slot slots[i] (both [N] int64), up to `end`."""
 
     kind: int
     slots: torch.Tensor
