@@ -310,6 +310,7 @@ class StoreReport(Struct, frozen=True, kw_only=True):
     seconds: dict[str, float] = {}  # time per state, as in a `Report`
     failures: RewardFailures = RewardFailures()
     given_up: tuple[str, ...] = ()  # a message for each prompt that workers died of, since the run's first start
+    settled: int = 0  # no restore goes back behind this update, and with these records all steps up to it are told
 
 
 class SwapReport(Struct, frozen=True, kw_only=True):

@@ -292,7 +292,7 @@ class RanksSpec(Spec, frozen=True, kw_only=True):
 class StoreSpec(Spec, frozen=True, kw_only=True):
     """The replay store and its log on disk."""
 
-    segment_bytes: int = 64 << 20  # a segment of the log is closed when it is larger
+    segment_bytes: int = 64 << 20  # a segment of the log is closed when it is larger; of events, than 16 MiB
     # `segment` syncs to the disk what a checkpoint counts on, and each closed segment; `call` every acknowledged call.
     fsync: Literal["segment", "call"] = "segment"
     # Every rollout is kept while the closed segments of rows take no more than this; past it the oldest are deleted, at each

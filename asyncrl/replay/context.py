@@ -41,16 +41,17 @@ class StoreContext:
         self.log = log
         self.clock = AwakeClock(clock, plan.lease_s / 10)
         self.wall = wall
-        self.ledger = Ledger(plan.rule.max_lag)
+        self.ledger = Ledger.load(log.state, plan.rule.max_lag) if log.state else Ledger(plan.rule.max_lag)
         self.stirred: dict[Topic | int | str, None] = {}  # topics, groups and workers: who waits for one may get another reply
         self.touched: set[int] = set()  # groups that `Outstanding` has to look at again
-        self.activity = len(log.history)  # rises with every accepted call that moved data
+        self.activity = log.events_closed  # rises with every accepted call that moved data
         self.finished = False  # volatile: after a restart the end is told again only by `finish`, as a resume may undo it
         self.broken: BaseException | None = None
         self._recorded: list[ev.Event] = []
         for event in log.history:
             self.ledger.apply(event)
-        log.history = []
+        log.history, log.state = [], b""
+        self._take_snapshot()
         self.touched.update(group.id for group in self.ledger.outstanding())
 
     def record(self, event: ev.Event) -> None:
@@ -83,9 +84,15 @@ class StoreContext:
         try:
             if recorded:
                 self.log.append_events(recorded)
+            if self.broken is None:  # else the ledger may be ahead
+                self._take_snapshot()
         except BaseException as error:
             self.broken = error
             raise
+
+    def _take_snapshot(self) -> None:
+        if self.log.due:
+            self.log.snapshot(self.ledger.dump())
 
     @contextmanager
     def recording(self) -> Iterator[None]:

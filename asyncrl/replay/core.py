@@ -18,6 +18,7 @@ from asyncrl.replay.batches import Batches
 from asyncrl.replay.context import Poll, StoreContext, Topic
 from asyncrl.replay.evaluations import Evaluations
 from asyncrl.replay.failures import FailureWatch
+from asyncrl.replay.ledger import NOTED, to_record
 from asyncrl.replay.log.log import ReplayLog
 from asyncrl.replay.plan import StorePlan
 from asyncrl.replay.scoring import Scoring
@@ -122,14 +123,13 @@ class StoreCore:
 
     def report(self, caller: Key, since: int) -> StoreReport:
         ledger, lengths = self.ledger, self.ledger.lengths
-        while ledger.records and ledger.records[0].sequence <= since:
-            ledger.records.popleft()  # a run has as many as it makes updates
+        self._tell_after(since)
         gauges: dict[str, float] = {f"store/{name}": depth for name, depth in self._depths().items()}
         gauges["length/dispatched_mean"] = lengths.dispatched_tokens / max(1, lengths.dispatched)
         gauges["length/trained_mean"] = lengths.trained_tokens / max(1, lengths.trained)
         gauges |= self._limits()
         return StoreReport(
-            records=tuple(islice(ledger.records, _RECORDS_PER_REPORT)),
+            records=tuple(ledger.records[:_RECORDS_PER_REPORT]),
             committed=ledger.committed,
             counts=ledger.counts(),
             evals_pending=(ledger.round is not None) + (ledger.queued is not None),
@@ -138,7 +138,19 @@ class StoreCore:
             seconds=self.time.seconds(),
             failures=self.failures.report(),
             given_up=tuple(ledger.given_up.values()),
+            settled=ledger.retained if len(ledger.records) <= _RECORDS_PER_REPORT else 0,
         )
+
+    def _tell_after(self, since: int) -> None:
+        """Forgets records that were told; a run has as many as it makes updates. A driver that starts anew asks for all, of
+        which the log has those that were told before the last restart."""
+        ledger = self.ledger
+        told = ledger.noted - len(ledger.records)
+        if since < told:
+            found = islice(enumerate(self.context.log.find(*NOTED), 1), since, told)
+            ledger.records[:0] = [to_record(e, i) for i, e in found if isinstance(e, NOTED)]
+        else:
+            del ledger.records[: since - told]
 
     def state(self, caller: Key) -> dict[str, Any]:
         ledger, now = self.ledger, self.context.clock()

@@ -3,27 +3,30 @@
 Leases of workers, deadlines and waiters are not in it: they die with the process, and nothing is lost with them.
 """
 
-from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, get_args
+
+import msgspec
 
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import Fenced
 from asyncrl.replay.state import Commit, EvalRound, Group, Lengths, PromptKey, RolloutState
-from asyncrl.types import GroupCounts, Lineage, Record, Version
+from asyncrl.types import GroupCounts, Lineage, Outcome, Record, Version
+
+NOTED = (ev.BatchCommitted, ev.Evaluated)  # events of which a record tells the driver
 
 
 @dataclass
 class Ledger:
     """What the log says, as state."""
 
-    max_lag: int  # only for `lengths`
+    max_lag: int  # only for `lengths`: those of the batches that are trained from now on
     groups: dict[int, Group] = field(default_factory=dict)  # outstanding training groups by id, which rises with their age
     taken: set[int] = field(default_factory=set)  # those of them that are leased to a learner or reopened
     ready: set[int] = field(default_factory=set)  # scored, kept and not taken
     cursor: int = 0  # position of the next new prompt
-    retries: deque[tuple[int, int]] = field(default_factory=deque)  # (position, retry) to reserve before new prompts
+    retries: list[tuple[int, int]] = field(default_factory=list)  # (position, retry) to reserve before new prompts
     leases: dict[int, ev.BatchLeased] = field(default_factory=dict)  # of the newest learner, by number
     # The groups of batches whose commits a restore undid, by the update after which they are trained again; it rises.
     reopened: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -35,13 +38,13 @@ class Ledger:
     next_group: int = 0
     next_lease: int = 1
     reserved: int = 0
-    outcomes: Counter[str] = field(default_factory=Counter)  # of settled and trained groups
+    outcomes: dict[Outcome, int] = field(default_factory=lambda: dict.fromkeys(get_args(Outcome), 0))  # of settled groups
     round: EvalRound | None = None
     queued: Version | None = None
     excused: int = 0  # groups that nobody waited for, in all
     empty_groups: int = 0  # failed or filtered since the last batch or start
     last_error: str = ""  # of the newest rollout without a reward
-    records: deque[Record] = field(default_factory=deque)  # that `report` has not told yet, or not heard of again
+    records: list[Record] = field(default_factory=list)  # the newest, which `report` has not told yet or not heard of again
     noted: int = 0  # records in all
     lengths: Lengths = field(default_factory=Lengths)
     died: int = 0  # workers that died with something in flight
@@ -49,6 +52,16 @@ class Ledger:
     given_up: dict[PromptKey, str] = field(default_factory=dict)  # prompts that were in flight in too many, and the message
     workers: dict[str, int] = field(default_factory=dict)  # newest incarnation that held a group
     ended: bool = False
+
+    def dump(self) -> bytes:
+        """For `load`, which makes an equal one of it."""
+        return msgspec.msgpack.encode(self)
+
+    @staticmethod
+    def load(dumped: bytes, max_lag: int) -> "Ledger":
+        ledger = _decoder.decode(dumped)
+        ledger.max_lag = max_lag
+        return ledger
 
     def find(self, group: int) -> Group | None:
         """A group that is still outstanding, for training or evaluation."""
@@ -197,10 +210,11 @@ class Ledger:
         groups = [self.groups.pop(g) for g in lease.groups]
         self.taken.difference_update(lease.groups)
         self.committed = e.version.update
-        self.commits[e.version.update] = Commit(e.lease, e.version, groups)
-        self.outcomes["trained"] += len(groups)
-        self._count_trained(groups, e.version.update - 1, 1)
-        self._note("step", e.version, e.time, e.metrics)
+        # Rollouts with a token that this update could train.
+        lengths = [r.length for g in groups for r in g.ok() if e.version.update - 1 - r.newest <= self.max_lag]
+        self.commits[e.version.update] = Commit(e.lease, e.version, groups, len(lengths), sum(lengths))
+        self._count_trained(self.commits[e.version.update], 1)
+        self._note(e)
 
     def _fenced(self, e: ev.LearnerFenced) -> None:
         """Void leases become ready, or reopened again; commits after the checkpoint are reopened before those."""
@@ -219,8 +233,7 @@ class Ledger:
             undone = self.commits.pop(update)
             again[update - 1] = tuple(g.id for g in undone.groups)
             self.groups.update((g.id, g) for g in undone.groups)
-            self.outcomes["trained"] -= len(undone.groups)
-            self._count_trained(undone.groups, update - 1, -1)
+            self._count_trained(undone, -1)
         self.reopened = dict(sorted(again.items()))
         self.taken.update(g for groups in self.reopened.values() for g in groups)
         self.committed = e.committed
@@ -243,20 +256,13 @@ class Ledger:
     def _evaluated(self, e: ev.Evaluated) -> None:
         self.round = None if self.queued is None else EvalRound(self.queued)
         self.queued = None
-        metrics: dict[str, float] = {}
-        for name, result in {"": e.result, **e.also}.items():
-            at = f"eval/{name}/" if name else "eval/"
-            metrics |= {f"{at}score": result.score, f"{at}count": result.count, f"{at}invalid": result.invalid}
-            metrics |= {f"{at}timeout": result.timeout, f"{at}length": result.mean_length}
-            metrics |= {f"{at}score/{source}": score for source, score in result.by_source.items()}
-            metrics |= {f"{at}{more}": value for more, value in result.more.items()}
-        self._note("eval", e.result.version, e.time, metrics)
+        self._note(e)
 
     def _ended(self, e: ev.Ended) -> None:
         """What is outstanding is not used. If the run is resumed for more updates, its prompts come first."""
         self.ended = True
         self.outcomes["unused"] += len(self.groups)
-        self.retries.extendleft((g.position, g.retry) for _, g in sorted(self.groups.items(), reverse=True))
+        self.retries[:0] = [(g.position, g.retry) for _, g in sorted(self.groups.items())]
         for state in (self.groups, self.taken, self.ready, self.leases, self.reopened):
             state.clear()
 
@@ -265,16 +271,31 @@ class Ledger:
 
     def _segment_dropped(self, e: ev.SegmentDropped) -> None: ...
 
-    def _count_trained(self, groups: list[Group], update: int, sign: int) -> None:
-        """Rollouts with a token that the update after `update` could train."""
-        lengths = [r.length for group in groups for r in group.ok() if update - r.newest <= self.max_lag]
-        self.lengths.trained += sign * len(lengths)
-        self.lengths.trained_tokens += sign * sum(lengths)
+    def _count_trained(self, commit: Commit, sign: int) -> None:
+        self.outcomes["trained"] += sign * len(commit.groups)
+        self.lengths.trained += sign * commit.trained
+        self.lengths.trained_tokens += sign * commit.trained_tokens
 
-    def _note(self, kind: Literal["step", "eval"], version: Version, time: float, metrics: dict[str, float]) -> None:
+    def _note(self, e: ev.BatchCommitted | ev.Evaluated) -> None:
         self.noted += 1
-        self.records.append(Record(sequence=self.noted, time=time, kind=kind, version=version, metrics=metrics))
+        self.records.append(to_record(e, self.noted))
 
+
+def to_record(e: ev.BatchCommitted | ev.Evaluated, sequence: int) -> Record:
+    """sequence: how many of these two kinds of events there were up to this one."""
+    if isinstance(e, ev.BatchCommitted):
+        return Record(sequence=sequence, time=e.time, kind="step", version=e.version, metrics=e.metrics)
+    metrics: dict[str, float] = {}
+    for name, result in {"": e.result, **e.also}.items():
+        at = f"eval/{name}/" if name else "eval/"
+        metrics |= {f"{at}score": result.score, f"{at}count": result.count, f"{at}invalid": result.invalid}
+        metrics |= {f"{at}timeout": result.timeout, f"{at}length": result.mean_length}
+        metrics |= {f"{at}score/{source}": score for source, score in result.by_source.items()}
+        metrics |= {f"{at}{more}": value for more, value in result.more.items()}
+    return Record(sequence=sequence, time=e.time, kind="eval", version=e.result.version, metrics=metrics)
+
+
+_decoder = msgspec.msgpack.Decoder(Ledger)
 
 # An event is applied by the method that bears its tag.
 _APPLY: dict[type, Callable[[Ledger, Any], None]] = {

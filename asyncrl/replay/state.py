@@ -1,4 +1,5 @@
-"""What the ledger holds: small structures per group, lease and commit; nothing per token."""
+"""What the ledger holds: small structures per group, lease and commit; nothing per token. They are written down in snapshots:
+new fields go last, with a default; any other change raises the snapshots' format."""
 
 from msgspec import Struct
 
@@ -7,7 +8,7 @@ from asyncrl.types import Purpose, Status, Version
 PromptKey = tuple[Purpose, int]  # a prompt, whichever group tries it: its purpose and position
 
 
-class RolloutState(Struct, gc=False):
+class RolloutState(Struct, gc=False, array_like=True):
     """One rollout of a group."""
 
     row: int = -1  # of the log; -1: not submitted yet
@@ -26,7 +27,7 @@ class RolloutState(Struct, gc=False):
         return self.reward + self.token_sum
 
 
-class Group(Struct, gc=False):
+class Group(Struct, gc=False, array_like=True):
     """A reservation."""
 
     id: int
@@ -97,6 +98,8 @@ class Commit(Struct):
     lease: int
     version: Version
     groups: list[Group]
+    trained: int  # rollouts, with a token that was not too old, and tokens, as `Lengths` counts them
+    trained_tokens: int
 
 
 class EvalRound(Struct):

@@ -7,6 +7,8 @@ from msgspec import Struct
 
 from asyncrl.types import GroupCounts, Record, Report, RewardFailures, StoreReport
 
+_SUMMED = ("samples", "tokens/policy", "tokens/trained", "tokens/head", "tokens/head_trained")  # metrics of a step
+
 
 class RunResult(Struct, frozen=True, kw_only=True):
     """What a run came to; `asyncrl run` prints it as its one line of JSON."""
@@ -52,8 +54,10 @@ class RunSummary:
     elapsed_s: float = 0.0
     committed: int = 0  # updates
     counts: GroupCounts = field(default_factory=GroupCounts)
-    steps: dict[int, Record] = field(default_factory=dict)  # by update
-    evals: dict[int, Record] = field(default_factory=dict)  # by update
+    steps: dict[int, Record] = field(default_factory=dict)  # by update: those that a restore may undo, and the one before
+    evals: dict[int, Record] = field(default_factory=dict)  # the same, and the first
+    settled: dict[str, float] = field(default_factory=dict)  # sums over all other steps
+    settled_lag: int = 0  # the largest of a token that they trained
     reports: dict[str, Report] = field(default_factory=dict)  # the newest of every actor; their seconds only grow
     restarts: dict[str, int] = field(default_factory=dict)  # of the actors that had any
     pids: dict[str, int] = field(default_factory=dict)  # of the actors that are up
@@ -76,6 +80,7 @@ class RunSummary:
         # A learner that was restored to an earlier update has dropped what came after it.
         self.steps = {update: record for update, record in self.steps.items() if update <= self.committed}
         self.evals = {update: record for update, record in self.evals.items() if update <= self.committed}
+        self._settle(store.settled)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -84,7 +89,7 @@ class RunSummary:
 
     @property
     def scores(self) -> list[float]:
-        """Held-out scores, by update."""
+        """Held-out scores that are kept, by update."""
         return [self.evals[update].metrics["eval/score"] for update in sorted(self.evals)]
 
     @property
@@ -96,7 +101,7 @@ class RunSummary:
         """What the run has come to. wall_s: what it took, in seconds."""
         scores, counts = self.scores, self.counts
         policy_tokens, head_tokens = self._sum("tokens/policy"), self._sum("tokens/head")
-        lags = [step.metrics.get("staleness/lag_max", 0) for step in self.steps.values()]
+        lags = [self.settled_lag, *(step.metrics.get("staleness/lag_max", 0) for step in self.steps.values())]
         store = self.reports["store"].gauges if "store" in self.reports else {}
         dispatched, trained = store.get("length/dispatched_mean"), store.get("length/trained_mean")
         # From the learner's first batch on.
@@ -119,8 +124,8 @@ class RunSummary:
             timeout=self.failures.timeout,
             reward_errors=self.failures.errors,
             restarts=self.restarts,
-            max_trained_lag=int(max(lags, default=0)),
-            mean_trained_lag=self._lag_sum() / max(1.0, self._sum("tokens/trained")),
+            max_trained_lag=int(max(lags)),
+            mean_trained_lag=self._sum("lag") / max(1.0, self._sum("tokens/trained")),
             masked_share=1.0 - self._sum("tokens/trained") / policy_tokens if policy_tokens else 0.0,
             masked_head_share=1.0 - self._sum("tokens/head_trained") / head_tokens if head_tokens else 0.0,
             trained_length_ratio=trained / dispatched if dispatched and trained else None,
@@ -128,10 +133,21 @@ class RunSummary:
             limited_by={name.removeprefix("limit/"): share for name, share in store.items() if name.startswith("limit/")},
         )
 
-    def _lag_sum(self) -> float:
-        """Of the lags of all trained tokens."""
-        figures = (step.metrics for step in self.steps.values())
-        return sum(m.get("staleness/lag_mean", 0.0) * m.get("tokens/trained", 0.0) for m in figures)
+    def _settle(self, settled: int) -> None:
+        """Keeps of the steps up to this one sums and the newest, and of the evaluations the first and the newest."""
+        for update in [u for u in sorted(self.steps) if u <= settled][:-1]:
+            step = self.steps.pop(update)
+            self.settled = {name: self.settled.get(name, 0.0) + _figure(step, name) for name in (*_SUMMED, "lag")}
+            self.settled_lag = max(self.settled_lag, int(step.metrics.get("staleness/lag_max", 0)))
+        for update in [u for u in sorted(self.evals) if u <= settled][1:-1]:
+            del self.evals[update]
 
     def _sum(self, name: str) -> float:
-        return sum(step.metrics.get(name, 0.0) for step in self.steps.values())
+        return sum((_figure(step, name) for step in self.steps.values()), self.settled.get(name, 0.0))
+
+
+def _figure(step: Record, name: str) -> float:
+    """One of `_SUMMED`, or the sum of the lags of all trained tokens."""
+    if name == "lag":
+        return step.metrics.get("staleness/lag_mean", 0.0) * step.metrics.get("tokens/trained", 0.0)
+    return step.metrics.get(name, 0.0)

@@ -112,18 +112,32 @@ def rollout(ticket: Ticket, index: int, version: Version, tokens: int = 3, **cha
 
 
 class FakeLog:
-    """Holds events in memory; of all rows it has the same texts. calls: how many events there were after each call."""
+    """Holds events in memory; of all rows it has the same texts. calls: how many events there were after each call.
+    snapshots: by how many events came before them. closes: whether a call of `append_events` closes a segment."""
 
-    def __init__(self, history: Sequence[Any]) -> None:
-        self.history, self.events, self.calls = list(history), list(history), list[int]()
+    def __init__(
+        self, events: list[Any], calls: list[int], snapshots: dict[int, bytes], closes: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.events, self.calls, self.snapshots, self.closes = events, calls, snapshots, closes
+        newest = max((count for count in snapshots if count <= len(events)), default=0)
+        self.state, self.history = snapshots.get(newest, b""), events[newest:]
+        self.events_closed, self.due = len(events), bool(self.history)  # opening a log closes its tail
         self.synced = self.truncated_after = None  # the newest event when these were called
 
     def sync(self) -> None:
-        self.synced = self.events[-1]
+        self.synced = self.events[-1] if self.events else None
 
     def append_events(self, events: Sequence[Any]) -> None:
         self.events.extend(events)
         self.calls.append(len(self.events))
+        self.due = self.closes()
+
+    def snapshot(self, state: bytes) -> None:
+        self.snapshots[len(self.events)] = state
+        self.due = False
+
+    def find(self, *kinds: type) -> Iterator[Any]:
+        return (event for event in self.events if isinstance(event, kinds))
 
     def take(self, rows: Sequence[int], columns: Sequence[str]) -> pa.RecordBatch:
         same = {
@@ -145,12 +159,13 @@ class Bench:
     def __init__(self, plan_: StorePlan) -> None:
         self.plan, self.clock, self.log, self.rows = plan_, Clock(), list[Any](), 0
         self.calls: list[int] = []  # length of the log after each call
+        self.snapshots: dict[int, bytes] = {}
+        self.closes: Callable[[], bool] = lambda: False
         self.sequence = 0
         self.core = self.build()
 
     def build(self) -> StoreCore:
-        log = FakeLog(self.log)
-        log.events, log.calls = self.log, self.calls
+        log = FakeLog(self.log, self.calls, self.snapshots, lambda: self.closes())
         return StoreCore(self.plan, log, self.clock, wall=lambda: 5.0)  # type: ignore[arg-type]
 
     def call(self, verb: str, *args: Any, worker: str = "gen", incarnation: int = 1, learner: int = 0) -> Any:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from asyncrl.errors import CheckpointError, Closed, ConfigError, Fenced
+from asyncrl.replay.log import events as ev
 from asyncrl.replay.log.events import CheckpointRetained, LearnerFenced
 from asyncrl.replay.plan import keep_varied
 from asyncrl.types import Lineage, Version
@@ -283,6 +284,25 @@ class TestRestore:
         bench.checkpointed(1)
 
 
+def test_a_snapshot_holds_nothing_that_the_log_does_not(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan())
+    bench.closes = lambda: True
+    context = bench.core.context
+    context.record(ev.GroupReserved(0, "train", 0, 0, 2, 0, "gen", 1))
+
+    def fails_halfway() -> None:
+        with context.recording():
+            context.record(ev.GroupReserved(1, "train", 1, 0, 2, 0, "gen", 1))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails_halfway()  # another call of the same turn
+    context.write()
+    assert bench.core.ledger.reserved == 2
+    assert [event.group for event in bench.log] == [0]
+    assert bench.build().ledger.reserved == 1
+
+
 class TestEnd:
     def test_the_last_batch_is_partial_once_nothing_else_can_come(self, fakes: SimpleNamespace) -> None:
         bench = fakes.Bench(fakes.plan(max_lag=1, batch=2, size=3, epochs=1))
@@ -332,6 +352,26 @@ class TestEnd:
         assert [t.seeds for t in drawn[:2]] == [ready.seeds, flying.seeds], "the same work again"
         assert drawn[2].seeds != failed.seeds, "its second try"
         assert bench.core.context.exhausted()
+
+
+def test_records_are_told_again_to_a_driver_that_starts_anew(fakes: SimpleNamespace) -> None:
+    """And which updates are settled only with the last of them: before that a later record may be of the same update."""
+    bench = fakes.Bench(fakes.plan(batch=1))
+    bench.fence(0)
+    for update in range(300):
+        bench.ready(1, update)
+        bench.train(update)
+        bench.checkpointed(max(0, update - 3))
+    told = [bench.report(0), bench.report(256)]
+    assert [(len(report.records), report.settled) for report in told] == [(256, 0), (44, 296)]
+    assert bench.report(290).records == told[1].records[-10:]
+    bench.closes = lambda: True
+    bench.core = bench.build()  # from a snapshot with all records
+    bench.report(290)
+    bench.ready(1, 300)  # and one with the last ten
+    bench.core = bench.build()
+    assert [len(bench.core.ledger.records), bench.core.ledger.noted] == [10, 300]
+    assert [bench.report(0).records, bench.report(256).records] == [report.records for report in told]
 
 
 def test_lengths_of_dispatched_and_trained(fakes: SimpleNamespace) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from asyncrl.replay.core import StoreCore
+from asyncrl.replay.ledger import to_record
 from asyncrl.replay.log import events as ev
 from asyncrl.replay.log.rows import Summary, TrainScore
 from asyncrl.replay.plan import keep_varied
@@ -37,6 +38,9 @@ class World:
     ) -> None:
         """deadly: rows of prompts that a generator dies of."""
         self.bench, self.fake_log, self.deadly = fakes.Bench(plan), fakes.FakeLog, deadly
+        chance = rng.choice((0.0, 0.02, 0.3, 1.0))
+        self.bench.closes = lambda: rng.random() < chance
+        self.heard = 0  # records of the store, by the driver
         self.rule, self.rng = plan.rule, rng
         self.first_rule = plan.rule  # that the run began with
         self.publish_first, self.prefetch = publish_first, prefetch
@@ -203,9 +207,33 @@ class World:
         self.published = Version(fence.incarnation, at)
 
     def restart_store(self) -> None:
-        before = self.bench.core.ledger
-        self.bench.core = self.bench.build()
+        """From its newest snapshot it is what it was; and what all events come to."""
+        before = self.bench.core
+        self.bench.core, whole = self.bench.build(), self.rebuilt(len(self.bench.log), {})
+        for core in (before, self.bench.core, whole):
+            core.verbs["report"](Key("supervisor", 1, 1), self.heard)
+        before = before.ledger
         assert self.bench.core.ledger == before
+        if self.rule != self.first_rule:  # under which what the first batches could train would be more
+            whole.ledger.lengths = before.lengths
+            for update, commit in before.commits.items():
+                assert len(commit.groups) == len(whole.ledger.commits[update].groups)
+                whole.ledger.commits[update].trained = commit.trained
+                whole.ledger.commits[update].trained_tokens = commit.trained_tokens
+        assert whole.ledger == before
+
+    def rebuilt(self, end: int, snapshots: dict[int, bytes]) -> StoreCore:
+        """Another store, of as many events."""
+        return StoreCore(self.bench.plan, self.fake_log(self.bench.log[:end], [], dict(snapshots)), self.bench.clock)
+
+    def restart_driver(self) -> None:
+        """A driver that starts anew is told everything once more."""
+        committed = [e for e in self.bench.log if isinstance(e, ev.BatchCommitted | ev.Evaluated)]
+        records = list(self.bench.report(0).records)
+        while len(more := self.bench.report(records[-1].sequence).records if records else ()):
+            records += more
+        assert records == [to_record(e, i) for i, e in enumerate(committed, 1)]
+        self.heard = len(records)
 
     def pause_store(self) -> None:
         """Nobody could renew a lease, so nobody loses anything."""
@@ -238,8 +266,7 @@ class World:
 
     def any_prefix(self) -> None:
         """A log that ends after any call is a sound store."""
-        end = self.rng.choice([0, *self.bench.calls])
-        core = StoreCore(self.bench.plan, self.fake_log(self.bench.log[:end]), self.bench.clock)
+        core = self.rebuilt(self.rng.choice([0, *self.bench.calls]), self.rng.choice(({}, self.bench.snapshots)))
         c = core.ledger.counts()
         assert c.reserved == c.trained + c.filtered + c.evicted + c.failed + c.unused + c.pending
         assert core.verbs["fence"](Key("learner", 1, 1), core.ledger.committed).committed == core.ledger.committed
@@ -272,8 +299,12 @@ class World:
             self.reward(lose=0.1, invalid=0.1)
         elif chance < 0.86:
             self.lease()
-        elif chance < 0.94:
+        elif chance < 0.93:
             self.commit()
+        elif chance < 0.938:
+            self.heard = max([self.heard, *(r.sequence for r in self.bench.report(self.heard).records)])
+        elif chance < 0.94:
+            self.restart_driver()
         elif chance < 0.95:
             self.die(g, noticed=self.rng.random() < 0.5)
         elif chance < 0.953:
@@ -363,6 +394,7 @@ def test_any_schedule_keeps_the_bound_and_drains(
         world.invariants()
     world.drain()
     world.restart_store()
+    world.restart_driver()
 
     world.any_prefix()
     counts, log = world.bench.core.ledger.counts(), world.bench.log

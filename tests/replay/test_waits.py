@@ -1,6 +1,7 @@
 """Who waits in the store, who is woken by what, and what a thousand who wait cost those who do not."""
 
 import asyncio
+import os
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from asyncrl.config import StoreSpec
 from asyncrl.errors import Closed, Fenced, Unavailable
 from asyncrl.replay.log import rows as schema
 from asyncrl.replay.store import ReplayStore
@@ -20,8 +22,8 @@ V = Version(1, 0)
 class World:
     """A store whose attempts to end a wait, and whose writes, are counted."""
 
-    def __init__(self, fakes: SimpleNamespace, folder: Path, **options: Any) -> None:
-        self.fakes, self.store, self.sequence = fakes, ReplayStore(fakes.plan(**options), folder), 0
+    def __init__(self, fakes: SimpleNamespace, folder: Path, spec: StoreSpec = StoreSpec(), **options: Any) -> None:
+        self.fakes, self.store, self.sequence = fakes, ReplayStore(fakes.plan(**options), folder, spec), 0
         self.tried: Counter[str] = Counter()  # by verb
         self.writes: list[int] = []  # events of each
         attempt, append = self.store._try, self.store._log.append_events
@@ -116,6 +118,28 @@ def test_what_many_call_at_a_time_is_written_together(fakes: SimpleNamespace, tm
         assert world.writes == [20, 2]  # alone, at once
         await asyncio.gather(*(world.submit(ticket) for ticket in tickets[1:]))
         assert world.writes == [20, 2, 38]
+
+    run(scenario)
+
+
+def test_what_many_call_at_a_time_is_synced_together(
+    fakes: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`fsync: call`: no reply goes out before rows and events are on the disk, which they reach once for all."""
+
+    async def scenario() -> None:
+        world = World(fakes, tmp_path, StoreSpec(fsync="call"), max_lag=4, batch=8, size=80)
+        tickets = (await world("gen", "reserve", 20, V, (), 1.0)).tickets
+        await world.submit(tickets[0])
+        synced, real = list[str](), os.fsync
+
+        def fsync(descriptor: int) -> None:
+            synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).parent.name)
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        await asyncio.gather(*(world.submit(ticket) for ticket in tickets[1:]))
+        assert synced == ["rows", "events"]
 
     run(scenario)
 

@@ -1,6 +1,9 @@
 """What a run adds up to, over what its store and its actors reported."""
 
+import random
+
 import pytest
+from msgspec.structs import replace
 
 from asyncrl.report.summary import RunResult, RunSummary
 from asyncrl.types import GroupCounts, Record, Report, RewardFailures, StoreReport, Version
@@ -18,10 +21,17 @@ def score(sequence: int, update: int, value: float) -> Record:
     return Record(sequence=sequence, time=0.0, kind="eval", version=Version(1, update), metrics={"eval/score": value})
 
 
-def told(run: RunSummary, *records: Record, committed: int | None = None, **gauges: float) -> None:
+def told(run: RunSummary, *records: Record, committed: int | None = None, settled: int = 0, **gauges: float) -> None:
     committed = max(record.version.update for record in records) if committed is None else committed
     store = StoreReport(
-        records=records, committed=committed, counts=COUNTS, evals_pending=0, activity=0, gauges=gauges, failures=FAILED
+        records=records,
+        committed=committed,
+        counts=COUNTS,
+        evals_pending=0,
+        activity=0,
+        gauges=gauges,
+        failures=FAILED,
+        settled=settled,
     )
     run.update(store, (), {}, {})
 
@@ -61,6 +71,35 @@ def test_nothing_is_left_of_updates_that_were_dropped(run):
     told(run, score(1, 0, 0.4), step(2, 1, 1), step(3, 1, 2, **{"staleness/lag_max": 3.0}), score(4, 2, 0.9))
     told(run, committed=1)  # the learner went back to 1, and has made nothing yet
     assert (run.samples, result(run).max_trained_lag, run.scores) == (8, 0, [0.4])
+
+
+def test_steps_that_no_restore_undoes_are_only_summed_up():
+    """Whatever is told, and however often a learner goes back, the figures are those of a run that keeps all."""
+    rng, keeps, sums = random.Random(3), RunSummary(name="r", total_steps=9), RunSummary(name="r", total_steps=9)
+    sequence = committed = settled = incarnation = 0
+    for _ in range(300):
+        records = []
+        for _ in range(rng.randint(0, 3)):
+            sequence, committed = sequence + 1, committed + 1
+            figures = {"tokens/policy": 90.0, "tokens/trained": rng.randint(1, 90), "staleness/lag_mean": rng.random()}
+            figures |= {"staleness/lag_max": rng.randint(0, 4), "tokens/head": 9.0, "tokens/head_trained": rng.randint(0, 9)}
+            records.append(step(sequence, incarnation, committed, rng.randint(1, 9), **figures))
+            if rng.random() < 0.2:
+                records.append(score(sequence := sequence + 1, committed, rng.random()))
+        if rng.random() < 0.1:
+            incarnation, committed = incarnation + 1, rng.randint(settled, committed)
+        settled = max(settled, committed - 20)
+        for run in (keeps, sums):
+            told(run, *records, committed=committed, settled=settled if run is sums else 0)
+        assert result(sums) == approximately(result(keeps))
+        assert len(sums.steps) + len(sums.evals) <= 50
+    assert len(keeps.steps) > 100
+    assert sums.metrics == keeps.metrics
+
+
+def approximately(result: RunResult) -> RunResult:
+    """Sums of floats, in another order."""
+    return replace(result, mean_trained_lag=pytest.approx(result.mean_trained_lag))
 
 
 def test_masked_share_weighs_steps_by_tokens(run):

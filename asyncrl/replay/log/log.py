@@ -7,25 +7,30 @@ import logging
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
+from msgspec.structs import replace
 
 import asyncrl.replay.log.events as ev
 from asyncrl.config import StoreSpec
 from asyncrl.errors import DataError, Unavailable
 from asyncrl.replay.log.rows import ROWS
 from asyncrl.replay.log.segments import Segments
+from asyncrl.replay.log.snapshots import Snapshot, newest_snapshot, write_snapshot
 
 log = logging.getLogger(__name__)
+_EVENT_BYTES = 16 << 20  # of a tail of events, at most: a restart reads all of it, and of rows only what is needed
 
 
 class ReplayLog:
-    """Opens or creates the log in `folder` and recovers what a kill left: `history` holds every acknowledged event.
+    """Opens or creates the log in `folder` and recovers what a kill left. `state` is what the newest snapshot says, empty if
+    there is none; `history` holds every acknowledged event since then.
 
     A tail that was cut is closed into a segment up to the last call whose rows and events are both whole.
     spec.fsync `segment`: closed segments are synced, tails by `sync`; `call`: every acknowledged call.
@@ -35,9 +40,14 @@ class ReplayLog:
     def __init__(self, folder: Path, spec: StoreSpec = StoreSpec()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._spec = spec
-        self._events = Segments(folder, "events", ev.EVENTS, spec.fsync == "call", {})
-        closed, calls = self._read_events(folder)
-        self._rows = Segments(folder, "rows", ROWS, spec.fsync == "call", _noted("rows", [*closed, *calls]))
+        self._folder = folder
+        self._snapshot = newest_snapshot(folder / "events")
+        self._bytes_since = self._snapshot_bytes = 0  # of events that were closed since the last one, and of that
+        self._events = Segments(folder, "events", ev.EVENTS, self._snapshot.segments("events"))
+        closed, calls = self._read_events()
+        known = self._snapshot.segments("rows") | _noted("rows", [*closed, *calls])
+        self._rows = Segments(folder, "rows", ROWS, known)
+        self.state = self._snapshot.state
         self.history: list[ev.Event] = self._acknowledged(closed, calls)
         self._recover()
 
@@ -52,8 +62,35 @@ class ReplayLog:
         self._append(events)
         if self._rows.tail_bytes >= self._spec.segment_bytes:
             self._close_rows()
-        if self._events.tail_bytes >= self._spec.segment_bytes:
+        if self._events.tail_bytes >= min(self._spec.segment_bytes, _EVENT_BYTES):
             self._close_events()
+
+    @property
+    def due(self) -> bool:
+        """Whether events were closed since the last snapshot, and as many bytes as that has: so these cost no more than
+        events do, however much is outstanding."""
+        return self.events_closed > self._snapshot.events and self._bytes_since >= self._snapshot_bytes
+
+    @property
+    def events_closed(self) -> int:
+        """How many events stand in closed segments."""
+        return self._events.tail_first
+
+    def snapshot(self, state: bytes) -> None:
+        """Where `due`, before anything else is appended: a restart begins with `state` then, which is what all events so far
+        came to. Returns when it is on the disk."""
+        closed = (*self._events.known.values(), *self._rows.known.values())
+        self._snapshot = Snapshot(events=self.events_closed, closed=closed)
+        self._bytes_since, self._snapshot_bytes = 0, len(state)
+        write_snapshot(self._folder / "events", self._events.closed[-1].number, replace(self._snapshot, state=state))
+
+    def find(self, *kinds: type[ev.Event]) -> Iterator[ev.Event]:
+        """All acknowledged events of these kinds, oldest first. A segment at a time is read."""
+        names, columns = [kind.__struct_config__.tag for kind in kinds], ["kind", "payload"]
+        closed = (self._events.read(segment, columns) for segment in self._events.closed)
+        tail = pa.Table.from_batches(self._events.batches, ev.EVENTS).select(columns)
+        for table in chain(closed, [tail]):
+            yield from _decode(table.filter(pc.is_in(table["kind"], pa.array(names))), f"{self._folder}/events")
 
     def sync(self) -> None:
         """Returns when all that was appended is on the disk."""
@@ -79,7 +116,7 @@ class ReplayLog:
             self._append([ev.SegmentDropped(segment.number) for segment in unwanted])
             self.sync()
         for segment in unwanted:
-            self._rows.drop(segment)
+            self._rows.drop(segment.number)
         return len(unwanted)
 
     def seal(self) -> None:
@@ -100,14 +137,17 @@ class ReplayLog:
 
     # ---------------------------------------------------------------------------------------- recover
 
-    def _read_events(self, folder: Path) -> tuple[list[list[ev.Event]], list[list[ev.Event]]]:
-        """The events of closed segments, and those of the tail, one list per call.
+    def _read_events(self) -> tuple[list[list[ev.Event]], list[list[ev.Event]]]:
+        """The events after the snapshot: of closed segments, and those of the tail, one list per call.
 
         Newest segments first: the checksum of each is noted in a later one, and it is not read before it is checked."""
+        folder = self._folder
         calls = [_decode(batch, f"the tail of {folder}/events") for batch in self._events.recovered]
         closed: list[list[ev.Event]] = []
-        noted = _noted("events", calls)
+        noted = self._snapshot.segments("events") | _noted("events", calls)
         for segment in reversed(self._events.closed):
+            if segment.first < self._snapshot.events:
+                break
             where = f"{folder}/events/{segment.number:08d}.parquet"
             if noted.get(segment.number, segment).crc32 != segment.crc32:
                 raise DataError(f"{where} does not match its checksum: restore it from a copy")
@@ -125,26 +165,29 @@ class ReplayLog:
         whole = list(takewhile(lambda call: _last_row([call]) < self._rows.rows, calls))
         history = [event for call in [*closed, *whole] for event in call]
         self._rows.keep(max(self._rows.tail_first, 1 + _last_row([history])))
-        self._events.keep(len(history))
+        self._events.keep(self._snapshot.events + len(history))
         return history
 
     def _recover(self) -> None:
         """Closes the recovered tails, and notes segments that no event knows: these, or ones closed just before a kill."""
         self._rows.close_segment()
         self._events.close_segment()
-        noted = {(e.stream, e.number) for e in self.history if isinstance(e, ev.SegmentClosed)}
+        told = chain(self._snapshot.closed, self.history)
+        noted = {(e.stream, e.number) for e in told if isinstance(e, ev.SegmentClosed)}
         if unknown := [s for s in [*self._events.closed, *self._rows.closed] if (s.stream, s.number) not in noted]:
             self._append(unknown)
             self._events.sync()
         dropped = {e.number for e in self.history if isinstance(e, ev.SegmentDropped)}
-        self._told = bool(dropped)  # that parts of the history are deleted
-        for segment in [s for s in self._rows.closed if s.number in dropped]:
-            self._rows.drop(segment)
+        for number in dropped:
+            self._rows.drop(number)
+        self._told = max(self._rows.known, default=-1) >= len(self._rows.known)  # that parts of the history are deleted
 
     # ----------------------------------------------------------------------------------------- helpers
 
     def _append(self, events: Sequence[ev.Event]) -> None:
         self._events.append(ev.to_batch(events, self._events.rows, time.time()))
+        if self._spec.fsync == "call":
+            self.sync()
 
     def _close_rows(self) -> None:
         if segment := self._rows.close_segment():
@@ -152,6 +195,7 @@ class ReplayLog:
 
     def _close_events(self) -> None:
         self._close_rows()  # a closed event must not name a row of the tail, whose end can be lost
+        self._bytes_since += self._events.tail_bytes
         if segment := self._events.close_segment():
             self._note(segment)
 

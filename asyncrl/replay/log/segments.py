@@ -71,30 +71,33 @@ class Segments:
     """A stream, and all that is done with its files. Opening reads the tail's whole batches into `recovered`; the owner then
     calls `keep` and `close_segment` before the first `append`.
 
-    known: what the event log says of this stream's closed segments, by number, deleted ones included.
+    known: what the event log says of this stream's closed segments, by number: of all that were not deleted, and of the
+    newest. An unknown file of a lower number than that is left of a deleted one. It is kept up to date.
     """
 
-    def __init__(self, folder: Path, stem: str, schema: pa.Schema, fsync_calls: bool, known: dict[int, SegmentClosed]) -> None:
+    def __init__(self, folder: Path, stem: str, schema: pa.Schema, known: dict[int, SegmentClosed]) -> None:
         self._folder = folder / stem
         self._folder.mkdir(parents=True, exist_ok=True)
         sync(folder)
         self._stem = stem
         self._schema = schema
-        self._fsync_calls = fsync_calls
         self._readers: dict[int, pq.ParquetFile] = {}  # the last used last
         self.closed: list[SegmentClosed] = []
         closed, tails = listing(folder, stem)
-        seen = dict(known)
+        self.known = known
         for number, path in closed:
-            if number not in seen:  # closed just before a kill: the event log does not know it yet
+            if number not in known and number < max(known, default=0):
+                path.unlink()
+                continue
+            if number not in known:  # closed just before a kill: the event log does not know it yet
                 count = open_closed(path, schema).metadata.num_rows
-                seen[number] = SegmentClosed(stem, number, _end(seen), count, _crc32(path))
-            self.closed.append(seen[number])
-        self.tail_first = _end(seen)
+                known[number] = SegmentClosed(stem, number, _end(known), count, _crc32(path))
+            self.closed.append(known[number])
+        self.tail_first = _end(known)
         self._hold([])
         self.recovered = [batch for _, path in tails for batch in read_tail(path, schema)]  # of the tail, one per append
         self.rows += sum(batch.num_rows for batch in self.recovered)
-        self._number = max([max(seen, default=-1) + 1, *(n for n, _ in tails)])
+        self._number = max([max(known, default=-1) + 1, *(n for n, _ in tails)])
         self._file = -1
         self._unsynced = False
         for leftover in [*self._folder.glob("_*.writing"), *(self._path("tail", n) for n, _ in closed)]:
@@ -122,9 +125,8 @@ class Segments:
         self._write(message)
         self._unsynced = True
         self._push(batch)
+        self._join()
         self.tail_bytes += len(message)
-        if self._fsync_calls:
-            self.sync()
         return first
 
     def sync(self) -> None:
@@ -150,6 +152,7 @@ class Segments:
             os.rename(beside, final)
             sync(self._folder)
             self.closed.append(segment)
+            self.known[segment.number] = segment
             self._number += 1
         self.release()
         tail.unlink(missing_ok=True)
@@ -202,10 +205,13 @@ class Segments:
         (batch,) = self.read(self.closed[place], columns, chunk).combine_chunks().to_batches()
         return batch
 
-    def drop(self, segment: SegmentClosed) -> None:
-        self._readers.pop(segment.number, None)
-        self._path("parquet", segment.number).unlink(missing_ok=True)
-        self.closed.remove(segment)
+    def drop(self, number: int) -> None:
+        """Deletes a closed segment."""
+        self._readers.pop(number, None)
+        self._path("parquet", number).unlink(missing_ok=True)
+        self.closed = [segment for segment in self.closed if segment.number != number]
+        if number < max(self.known):
+            self.known.pop(number, None)
 
     def release(self) -> None:
         """Closes the tail's file descriptor."""
@@ -246,6 +252,8 @@ class Segments:
         self._starts.append(self.rows)
         self.rows += batch.num_rows
         self._loose += 1
+
+    def _join(self) -> None:
         if self._loose == _JOIN_BATCHES:  # a batch per call costs memory, and time when the segment is closed
             self.batches[-_JOIN_BATCHES:] = [pa.concat_batches(self.batches[-_JOIN_BATCHES:])]
             del self._starts[1 - _JOIN_BATCHES :]

@@ -35,7 +35,7 @@ def read_tail(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
     Raises `DataError` if that one is damaged, or the tail is of another schema, `FileNotFoundError` if it was closed meanwhile.
     """
     data = path.read_bytes()
-    messages, end = _whole(data)
+    messages, end = whole_messages(data)
     if end < len(data):
         if data.find(MARK, end) >= 0:
             raise DataError(
@@ -56,7 +56,7 @@ def other_version(path: Path) -> DataError:
     return DataError(f"{path} was written by another version of asyncrl: read and resume the run with that version")
 
 
-def _whole(data: bytes) -> tuple[list[pa.Buffer], int]:
+def whole_messages(data: bytes) -> tuple[list[pa.Buffer], int]:
     """The messages of the leading records that are whole, which are not copied, and the place where these end."""
     buffer, messages, end = pa.py_buffer(data), [], 0
     while end + _HEADER.size <= len(data):

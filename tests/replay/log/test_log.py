@@ -251,6 +251,49 @@ def test_nothing_is_deleted_within_the_bound_and_nothing_needed_past_it(
     assert deleting() == 1, "it is said once"
 
 
+def test_a_restart_begins_with_the_newest_snapshot(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    """Which is due when as many bytes of events were closed since the one before it: however much is outstanding, snapshots
+    cost no more than events."""
+    spec = StoreSpec(segment_bytes=1)
+    log = ReplayLog(tmp_path, spec)
+    assert not log.due
+    written = submit(log, fakes, 0)
+    assert log.due
+    before, calls = log.events_closed, 0
+    log.snapshot(bytes(40_000))
+    while not log.due:
+        calls, written = calls + 1, submit(log, fakes, calls + 1)
+    assert 5 < calls < 40  # of a few kB each
+    again = ReplayLog(tmp_path, spec)
+    assert again.state == bytes(40_000)
+    assert len(again.history) == again.events_closed - before
+    assert state(again.history)[-len(written) :] == written
+    again.snapshot(b"newer")
+    assert ReplayLog(tmp_path, spec).state == b"newer"
+    assert [e.group for e in again.find(ev.GroupReserved)] == list(range(calls + 1))
+
+
+def test_after_a_snapshot_it_is_known_which_segments_were_deleted_and_which_are_only_away(
+    fakes: SimpleNamespace, tmp_path: Path
+) -> None:
+    log, spec = ReplayLog(tmp_path / "log", StoreSpec(segment_bytes=1)), StoreSpec(segment_bytes=1, keep_bytes=0)
+    for group in range(5):
+        submit(log, fakes, group)
+    folder, away = tmp_path / "log/rows", tmp_path / "away"
+    shutil.copytree(folder, away)
+    (folder / "00000001.parquet").unlink()
+    log = ReplayLog(tmp_path / "log", spec)
+    assert log.truncate([2, 8]) == 3
+    submit(log, fakes, 5)
+    log.snapshot(b"what all came to")
+    for path in away.glob("*.parquet"):  # a copy of the one that was away; of the others what a power failure did not delete
+        shutil.copy(path, folder)
+    log = ReplayLog(tmp_path / "log", spec)
+    assert log.take([2, 3, 8, 9], ["group"]).column("group").to_pylist() == [1, 1, 4, 4]
+    assert [path.name[:8] for path in sorted(folder.glob("*.parquet"))] == ["00000001", "00000004", "00000005"]
+    assert log.append_rows(rows(fakes, 6)) == 12
+
+
 def test_every_call_can_be_synced(fakes: SimpleNamespace, tmp_path: Path) -> None:
     written = submit(ReplayLog(tmp_path, StoreSpec(fsync="call")), fakes, 0)
     assert state(ReplayLog(tmp_path).history) == written
@@ -277,7 +320,7 @@ def test_rows_are_found_across_the_chunks_of_closed_segments(tmp_path: Path, mon
     numbers = pa.schema([("x", pa.int64())])
     monkeypatch.setattr(segments, "_CHUNK_BYTES", 4096 * 8)
     monkeypatch.setattr(segments, "_OPEN_FILES", 2)
-    stream = Segments(tmp_path, "rows", numbers, False, {})
+    stream = Segments(tmp_path, "rows", numbers, {})
     for start in range(0, 9000, 1500):
         stream.append(pa.record_batch([pa.array(range(start, start + 1500))], schema=numbers))
     stream.close_segment()

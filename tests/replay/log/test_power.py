@@ -4,7 +4,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -89,11 +90,13 @@ class Run:
         self.counts = Version(0, 0)
         self.events: list[ev.Event] = []
         self.synced = 0
+        self.snapshots = 0  # openings that began with one
 
     def open(self, folder: Path) -> None:
         """Restarts the store, and the learner from the newest checkpoint that the log reaches."""
         log = ReplayLog(folder, self.spec)
-        found = state(log.history)
+        found = state(log.find(*ev.Event.__subclasses__()))
+        self.snapshots += bool(log.state)
         assert found == self.events[: len(found)]
         assert len(found) >= self.synced, "something that was synced is lost"
         self.events, self.synced = found, len(found)
@@ -110,6 +113,7 @@ class Run:
         log.append_events, log.sync = note, note_sync  # type: ignore[method-assign]
         self.bench = self.fakes.Bench(self.fakes.plan(max_lag=4, batch=1, size=50))
         self.core = self.bench.core = StoreCore(self.bench.plan, log, self.bench.clock)
+        assert self.core.ledger == accounting(found)
         self.start()
 
     def close(self) -> None:
@@ -162,7 +166,15 @@ def response(group: int, rollout: int) -> list[int]:
     return [1000 * group + rollout] * (3 + group % 5)
 
 
-def state(events: list[Any]) -> list[Any]:
+def accounting(events: Iterable[ev.Event]) -> Ledger:
+    """What they come to."""
+    ledger = Ledger(max_lag=4)
+    for event in events:
+        ledger.apply(event)
+    return ledger
+
+
+def state(events: Iterable[Any]) -> list[Any]:
     return [e for e in events if not isinstance(e, ev.SegmentClosed | ev.SegmentDropped)]
 
 
@@ -178,13 +190,14 @@ SPECS = {  # and how many seeds
 def test_after_any_power_failure_a_run_resumes_from_the_newest_checkpoint_that_counted(
     fakes: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: StoreSpec, seeds: int
 ) -> None:
+    snapshots = 0
     for seed in range(seeds):
         rng, run = random.Random(seed), Run(fakes, spec)
         folder = tmp_path / f"{seed}-0"
         for failure in range(4):
             folder.mkdir(exist_ok=True)
             disk = Disk(folder, monkeypatch)
-            disk.left = rng.randint(0, 30 if spec.fsync == "segment" else 90) if rng.random() < 0.7 else 10**9
+            disk.left = rng.randint(0, 40 if spec.fsync == "segment" else 90) if rng.random() < 0.7 else 10**9
             try:
                 run.open(folder)
                 for _ in range(rng.randint(0, 6)):
@@ -201,6 +214,60 @@ def test_after_any_power_failure_a_run_resumes_from_the_newest_checkpoint_that_c
         for _ in range(3):
             run.update()
         run.close()
+        snapshots += run.snapshots
+    assert snapshots >= 2 * seeds
+
+
+class Killed(BaseException):
+    """Nothing may catch it, as nothing runs on after a kill."""
+
+
+def test_a_kill_at_any_step_of_a_snapshot_changes_nothing(
+    fakes: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does one while the segment before it is closed."""
+    run, before, steps = Run(fakes, StoreSpec(segment_bytes=12_000)), tmp_path / "before", list[str]()
+    (folder := tmp_path / "log").mkdir()
+    run.open(folder)
+    while "_00000000.snapshot" not in steps:  # the oldest of three, which goes
+        shutil.rmtree(before, ignore_errors=True)
+        shutil.copytree(folder, before)
+        events, checkpoints, counts = list(run.events), list(run.checkpoints), run.counts
+        steps = watched(monkeypatch, 10**9, run.update)
+    run.close()
+    assert len(steps) >= 12
+    for kill_at in range(len(steps)):
+        shutil.copytree(before, again := tmp_path / str(kill_at))
+        run.events, run.synced, run.checkpoints, run.counts = list(events), 0, list(checkpoints), counts
+        run.open(again)
+        with suppress(Killed):
+            watched(monkeypatch, kill_at, run.update)
+        run.close()
+        told = len(run.events)
+        run.open(again)
+        assert len(run.events) >= told
+        assert not list(again.rglob(".*tmp*"))
+        run.close()
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, kill_at: int, work: Callable[[], None]) -> list[str]:
+    """The files that are renamed or deleted, and what is synced, while it works; it is killed at one of these."""
+    steps: list[str] = []
+
+    def step(real: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **named: Any) -> Any:
+            if len(steps) == kill_at:
+                raise Killed
+            steps.append(str(args[0]).rpartition("/")[2])
+            return real(*args, **named)
+
+        return run
+
+    with monkeypatch.context() as patched:
+        for owner, name in ((os, "rename"), (os, "replace"), (os, "fsync"), (Path, "unlink")):
+            patched.setattr(owner, name, step(getattr(owner, name)))
+        work()
+    return steps
 
 
 def test_what_the_log_says_is_on_the_disk_before_a_segment_is_deleted(
@@ -219,7 +286,7 @@ def test_what_the_log_says_is_on_the_disk_before_a_segment_is_deleted(
         (after / name).parent.mkdir(exist_ok=True)
         (after / name).write_bytes(disk.bytes[inode])
     monkeypatch.undo()
-    assert ev.CheckpointRetained(1) in ReplayLog(after).history
+    assert ev.CheckpointRetained(1) in ReplayLog(after).find(ev.CheckpointRetained)
     run.close()
 
 
@@ -271,9 +338,7 @@ def finished(fakes: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -
 
 def resumable(events: list[ev.Event]) -> list[int]:
     """The checkpoints of `finished` that a learner may resume from after these events."""
-    ledger = Ledger(max_lag=4)
-    for event in events:
-        ledger.apply(event)
+    ledger = accounting(events)
     return [update for update in (0, 2, 4) if not ledger.lineage().refusal(Version(1, update))]
 
 
@@ -346,7 +411,38 @@ def test_a_closed_segment_is_not_read_where_a_bit_is_wrong(fakes: SimpleNamespac
         wrong[place] ^= 1 << rng.randrange(8)
         path.write_bytes(wrong)
         with pytest.raises(DataError, match=f"{stem}/00000000"):
-            ReplayLog(folder).take([0], ["response_ids"])
+            read_all(folder)
+
+
+def read_all(folder: Path) -> None:
+    log = ReplayLog(folder)  # which begins with a snapshot
+    log.take([0], ["response_ids"])
+    list(log.find(ev.Ended))
+
+
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_a_snapshot_that_is_damaged_is_passed_over(
+    fakes: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: int
+) -> None:
+    run, folder, rng = Run(fakes, StoreSpec(segment_bytes=12_000)), tmp_path / "log", random.Random(5)
+    run.open(folder)
+    while not (folder / "events/_00000002.snapshot").exists():
+        run.update()
+    run.close()
+    older, newest = sorted(folder.glob("events/_*.snapshot"))  # the first of three is gone
+    read = len(ReplayLog(shutil.copytree(folder, tmp_path / "whole")).history)
+    for number in range(20):
+        again = shutil.copytree(folder, tmp_path / str(number))
+        for path in (newest, older)[:damaged]:
+            data = bytearray(path.read_bytes())
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            (again / "events" / path.name).write_bytes(data[: rng.choice((len(data), rng.randrange(len(data))))])
+        caplog.clear()
+        log = ReplayLog(again)
+        assert caplog.text.count("is damaged, or of another version") == damaged
+        assert bool(log.state) == (damaged == 1)
+        assert len(log.history) > read
+        assert StoreCore(run.bench.plan, log, run.bench.clock).ledger == accounting(run.events)
 
 
 def test_a_lost_row_costs_only_the_calls_from_the_first_that_names_it(fakes: SimpleNamespace, tmp_path: Path) -> None:
