@@ -1,5 +1,6 @@
 """The log survives a cut at any byte, and says so when it is damaged."""
 
+import base64
 import os
 import random
 import shutil
@@ -20,7 +21,7 @@ from asyncrl.errors import DataError, Unavailable
 from asyncrl.replay.ledger import Ledger
 from asyncrl.replay.log import events as ev
 from asyncrl.replay.log import rows as schema
-from asyncrl.replay.log import segments
+from asyncrl.replay.log import segments, snapshots
 from asyncrl.replay.log.log import ReplayLog, locked
 from asyncrl.replay.log.reader import ReplayReader
 from asyncrl.replay.log.segments import Segments
@@ -271,6 +272,45 @@ def test_a_restart_begins_with_the_newest_snapshot(fakes: SimpleNamespace, tmp_p
     again.snapshot(b"newer")
     assert ReplayLog(tmp_path, spec).state == b"newer"
     assert [e.group for e in again.find(ev.GroupReserved)] == list(range(calls + 1))
+
+
+WRITTEN = [  # a little of everything that a ledger holds
+    ev.LearnerFenced(1, 0, 1.0),
+    *(ev.GroupReserved(g, "train", g, 0, 2, 0, "gen", 3, g == 0) for g in range(4)),
+    *(ev.RolloutSubmitted(g, i, 0, 3 * g + i, 0, 0, 5) for g in range(2) for i in range(3 - g)),
+    *(ev.RolloutScored(g, i, 0, "ok", 0.5, {"exact": 1.0}) for g in range(2) for i in range(3 - g)),
+    ev.BatchLeased(1, 0, (0,), False),
+    ev.BatchCommitted(1, Version(1, 1), (0,), {"loss": 2.0}, 3.0),
+    ev.BatchLeased(2, 1, (1,), False),
+    ev.HolderDied("gen", 3, (2, 3)),
+    ev.GroupSettled(2, "failed", True, "deadly"),
+    ev.GroupExcused(3),
+    ev.EvalRequested(Version(1, 1)),
+    ev.GroupReserved(4, "eval", 0, 0, 1, 1, "gen", 4),
+]
+FORMAT_1 = (  # what they come to
+    "3gAep21heF9sYWcEpmdyb3Vwc4IBnQGldHJhaW4BAAAAo2dlbgOSmQMAAAAFom9ryz/gAAAAAAAAgaVleGFjdMs/8AAAAAAAAMsAAAAAAAAAAJ"
+    "kEAAAABaJva8s/4AAAAAAAAIGlZXhhY3TLP/AAAAAAAADLAAAAAAAAAAACAADCA50DpXRyYWluAwAAAKADkpn/AAAAAMDLAAAAAAAAAACAywAA"
+    "AAAAAAAAmf8AAAAAwMsAAAAAAAAAAIDLAAAAAAAAAAACAgLDpXRha2VukQGlcmVhZHmQpmN1cnNvcgSncmV0cmllc5GSAgGmbGVhc2VzgQKVpm"
+    "xlYXNlZAIBkQHCqHJlb3BlbmVkgKdjb21taXRzgQGFpWxlYXNlAad2ZXJzaW9ukgEBpmdyb3Vwc5GdAKV0cmFpbgAAAACjZ2VuA5OZAAAAAAWi"
+    "b2vLP+AAAAAAAACBpWV4YWN0yz/wAAAAAAAAywAAAAAAAAAAmQEAAAAFom9ryz/gAAAAAAAAgaVleGFjdMs/8AAAAAAAAMsAAAAAAAAAAJkCAA"
+    "AABaJva8s/4AAAAAAAAIGlZXhhY3TLP/AAAAAAAADLAAAAAAAAAAACAADCp3RyYWluZWQCrnRyYWluZWRfdG9rZW5zCqljb21taXR0ZWQBqHJl"
+    "dGFpbmVkAKtpbmNhcm5hdGlvbgGmZmVuY2VzgQEAqm5leHRfZ3JvdXAFqm5leHRfbGVhc2UDqHJlc2VydmVkBKhvdXRjb21lc4WndHJhaW5lZA"
+    "GoZmlsdGVyZWQAp2V2aWN0ZWQApmZhaWxlZAGmdW51c2VkAKVyb3VuZIOndmVyc2lvbpIBAaZncm91cHOBBJ0EpGV2YWwAAAABo2dlbgSRmf8A"
+    "AAAAwMsAAAAAAAAAAIDLAAAAAAAAAAABAQHCqHVuc2NvcmVkAaZxdWV1ZWTAp2V4Y3VzZWQBrGVtcHR5X2dyb3VwcwGqbGFzdF9lcnJvcqCncm"
+    "Vjb3Jkc5GFqHNlcXVlbmNlAaR0aW1ly0AIAAAAAAAApGtpbmSkc3RlcKd2ZXJzaW9ukgEBp21ldHJpY3OBpGxvc3PLQAAAAAAAAAClbm90ZWQB"
+    "p2xlbmd0aHOEqmRpc3BhdGNoZWQEsWRpc3BhdGNoZWRfdG9rZW5zFKd0cmFpbmVkAq50cmFpbmVkX3Rva2VucwqkZGllZAGmZGVhdGhzgZKldH"
+    "JhaW4DkKhnaXZlbl91cIGSpXRyYWluAqZkZWFkbHmnd29ya2Vyc4GjZ2VuBKVlbmRlZMI="
+)
+
+
+def test_a_snapshot_of_this_format_is_read_as_it_was_meant() -> None:
+    """Whoever changes the ledger so that this fails, raises `_FORMAT` of snapshots, and writes the new text down here."""
+    ledger = Ledger(max_lag=4)
+    for event in WRITTEN:
+        ledger.apply(event)
+    assert snapshots._FORMAT == 1
+    assert Ledger.load(base64.b64decode(FORMAT_1), 4) == ledger, base64.b64encode(ledger.dump())
 
 
 def test_after_a_snapshot_it_is_known_which_segments_were_deleted_and_which_are_only_away(
