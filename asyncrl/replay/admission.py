@@ -168,6 +168,10 @@ class Holders:
         due.subtract(map(self._outstanding.deadline, without))
         return self._rule.feasible(due, committed)
 
+    def in_time_at_best(self, committed: int, batch: int) -> bool:
+        """The same without any `batch` ready groups; looks at no group."""
+        return self._rule.feasible(self._outstanding.due_but(batch), committed)
+
     def misfits(self) -> list[Group]:
         """The fewest groups without which all others can be trained in time: none, but where a run is resumed with a smaller
         max_lag, or groups were lost before the store restarted."""

@@ -122,14 +122,22 @@ class Batches:
             retry = rule.drops and self._context.may_retry(group.retry)
             self._context.record(ev.GroupSettled(group.id, "evicted", retry))
         exhausted = self._context.exhausted()
-        groups = pick(rule, ledger, update, exhausted, self._plan.source.seed)
-        held_back = bool(groups) and not self._leaves_time(update, groups)
+        hopeless = self._stragglers_due(update)  # whichever batch would be picked
+        groups = () if hopeless else pick(rule, ledger, update, exhausted, self._plan.source.seed)
+        held_back = hopeless or (bool(groups) and not self._leaves_time(update, groups))
         self.time.enter("stragglers" if held_back else "free")
         if groups and not held_back:
             return self._grant(update, groups, replayed=False)
         ended = exhausted and len(ledger.groups) == len(ledger.taken)
         waiting_for = "stragglers" if held_back else "ready groups"
         return BatchLease(lease=0, groups=(), committed=ledger.committed, ended=ended, waiting_for=waiting_for)
+
+    def _stragglers_due(self, update: int) -> bool:
+        """Whether any full batch would leave too little time for others. Asked after every row and score while the learner waits,
+        so it looks at no group."""
+        rule, ready = self._plan.rule, len(self._ledger.ready)
+        full = rule.holds and not rule.max_masked_share and ready >= rule.batch_groups
+        return full and not self._holders.in_time_at_best(update + 1, rule.batch_groups)
 
     def _leaves_time(self, update: int, batch: Sequence[int]) -> bool:
         """Whether all others can still be trained in time after this batch, as the update after `update`. Excuses those that

@@ -17,8 +17,8 @@ class Outstanding:
         self._context = context
         self._deadline_of = deadline
         self._landed = landed
-        self._deadlines: dict[int, float] = {}  # of the training groups that are in no batch
-        self._due: Counter[float] = Counter()  # how many there are of each
+        self._deadlines: dict[int, tuple[bool, float]] = {}  # of training groups in no batch: whether it is ready, and when due
+        self._due = {False: Counter[float](), True: Counter[float]()}  # how many of those there are by deadline
         self._holders: dict[int, str] = {}  # of the groups in flight
         self._held: defaultdict[str, dict[int, Group]] = defaultdict(dict)  # the same, by holder
         self._since: dict[int, float] = {}
@@ -31,12 +31,21 @@ class Outstanding:
     def deadline(self, group: int) -> float:
         """Of a training group that is in no batch."""
         self.look()
-        return self._deadlines[group]
+        return self._deadlines[group][1]
 
     def due(self) -> Counter[float]:
         """How many training groups in no batch have each deadline: the caller's own copy."""
         self.look()
-        return self._due.copy()
+        return self._due[False] + self._due[True]
+
+    def due_but(self, batch: int) -> Counter[float]:
+        """The same without `batch` ready groups, those of the earliest deadlines."""
+        self.look()
+        due = self._due[False].copy()
+        for deadline, count in sorted(self._due[True].items()):
+            due[deadline] += max(0, count - batch)
+            batch -= min(count, batch)
+        return due
 
     def since(self, group: int) -> float | None:
         """When a group in flight was first looked at."""
@@ -51,10 +60,11 @@ class Outstanding:
             self._context.touched.clear()
 
     def _forget(self, group: int) -> None:
-        if (deadline := self._deadlines.pop(group, None)) is not None:
-            self._due[deadline] -= 1
-            if not self._due[deadline]:
-                del self._due[deadline]
+        if group in self._deadlines:
+            ready, deadline = self._deadlines.pop(group)
+            self._due[ready][deadline] -= 1
+            if not self._due[ready][deadline]:
+                del self._due[ready][deadline]
         if (holder := self._holders.pop(group, None)) is not None:
             del self._held[holder][group]
             if not self._held[holder]:
@@ -71,5 +81,5 @@ class Outstanding:
             self._since.pop(number, None)
             self._landed(number)
         if group is not None and group.purpose == "train" and number not in ledger.taken:
-            self._deadlines[number] = deadline = self._deadline_of(group)
-            self._due[deadline] += 1
+            self._deadlines[number] = ready, deadline = number in ledger.ready, self._deadline_of(group)
+            self._due[ready][deadline] += 1

@@ -1,4 +1,4 @@
-"""What a crowd costs the replay store: calls that wait in it, groups whose holders died; and its CPU per short sample.
+"""What a crowd costs the replay store: calls that wait in it, groups whose holders died, stragglers; its CPU per short sample.
 
     python tests/bench/bench_waits.py [--waiting 1024] [--updates 60]
 
@@ -46,11 +46,11 @@ def rollouts(ticket: Ticket, version: Version) -> list[Rollout]:
     ]
 
 
-def make_store(folder: Path, batch: int, ahead: int) -> ReplayStore:
+def make_store(folder: Path, batch: int, ahead: int, max_lag: int = 4) -> ReplayStore:
     prompts = [Prompt(row=i, ids=tuple(range(7)), data_source="add", ground_truth='"570"') for i in range(8192)]
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=4, stop_token_ids=(0,))
     plan = StorePlan(
-        rule=Staleness(max_lag=4, batch_groups=batch, reserve_ahead=ahead),
+        rule=Staleness(max_lag=max_lag, batch_groups=batch, reserve_ahead=ahead),
         source=Source(prompts=prompts, sampling=sampling),
         sampling=SamplingSpec(n=8, min_valid=1, max_attempts=1),
     )
@@ -86,6 +86,35 @@ async def crowd(folder: Path, waiting: int) -> None:
     began = time.process_time()
     got = len((await call("heir", "reserve", 4000, version, (), 1.0)).tickets)
     print(f"{got} lost groups to one: {1e3 * (time.process_time() - began):.0f} ms")
+    await store.close()
+
+
+async def held_back(folder: Path, batch: int) -> None:
+    store, calls = make_store(folder, batch, 2, max_lag=1), 0
+
+    def call(worker: str, verb: str, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return store.call(verb, Key(worker, 1, calls, 1), *args)
+
+    async def ready(worker: str, update: int) -> None:
+        version = Version(1, update)
+        for ticket in (await call(worker, "reserve", batch, version, (), 0.0)).tickets:
+            await call(worker, "submit", schema.encode_rollouts(rollouts(ticket, version), "bench"))
+            scores = [Score(group=ticket.group, rollout=i, attempt=0, status="ok", reward=1.0) for i in ticket.rollouts]
+            await call("reward", "score", 0, scores)
+
+    await call("learner", "fence", 0)
+    await call("slow", "reserve", batch, Version(1, 0), (), 0.0)
+    await ready("fast", 0)
+    lease = await call("learner", "lease_batch", 0, 0.0)
+    await call("learner", "commit", lease.lease, Version(1, 1), {})
+    await ready("next", 1)
+    began = time.process_time()
+    for _ in range(50):
+        assert (await call("learner", "lease_batch", 1, 0.0)).waiting_for == "stragglers"
+    spent = (time.process_time() - began) / 50
+    print(f"a batch of {batch} ready groups that stragglers hold back, asked for again: {1e6 * spent:.0f} µs")
     await store.close()
 
 
@@ -129,6 +158,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(crowd(Path(folder) / "crowd", options.waiting))
+        for batch in (256, 2048):
+            asyncio.run(held_back(Path(folder) / f"held-{batch}", batch))
         short(Path(folder) / "short", options.updates)
 
 

@@ -9,6 +9,7 @@ from asyncrl.errors import CheckpointError, Closed, ConfigError, Fenced
 from asyncrl.replay.log import events as ev
 from asyncrl.replay.log.events import CheckpointRetained, LearnerFenced
 from asyncrl.replay.plan import keep_varied
+from asyncrl.replay.state import Group
 from asyncrl.types import Lineage, Version
 
 
@@ -53,6 +54,27 @@ def test_hold_trains_past_a_straggler_until_it_would_be_late(fakes: SimpleNamesp
     bench.submit(straggler, 0, 2)
     bench.score(straggler, 1.0, 0.0)
     assert bench.train(2) == (straggler.group, c.group)
+
+
+def test_a_batch_that_is_held_back_looks_at_no_ready_group(
+    fakes: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The learner's call is tried again after every row and score of a straggler."""
+    bench = fakes.Bench(fakes.plan(max_lag=1, batch=2, size=16))
+    bench.fence(0)
+    stragglers = bench.reserve(2, 0, "slow").tickets
+    bench.ready(2, 0)
+    bench.train(0)
+    bench.ready(2, 1)
+    bench.lease_batch(1, 1)
+    looks: list[int] = []
+    monkeypatch.setattr(Group, "oldest", lambda group, oldest=Group.oldest: looks.append(group.id) or oldest(group))
+    assert bench.lease_batch(1, 1).waiting_for == "stragglers"
+    assert looks == []
+    for straggler in stragglers:
+        bench.submit(straggler, 0)
+        bench.score(straggler, 1.0, 0.0)
+    assert bench.train(1) == tuple(s.group for s in stragglers)
 
 
 def test_hold_takes_the_earliest_deadlines_first(fakes: SimpleNamespace) -> None:

@@ -2,6 +2,7 @@
 restarts, both orders of commit and publish. Whatever happens, the bound holds, every group ends once, and all drains."""
 
 import random
+from collections import Counter
 from collections.abc import Iterable
 from itertools import accumulate
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from asyncrl.replay.batches import pick
 from asyncrl.replay.core import StoreCore
 from asyncrl.replay.ledger import to_record
 from asyncrl.replay.log import events as ev
@@ -284,6 +286,13 @@ class World:
             assert all(d >= 0 for d in due), due
             for j in range(self.rule.max_lag + 2):
                 assert sum(d <= j for d in due) <= (j + 1) * self.rule.batch_groups, (due, self.rule)
+            # Where no batch is picked because none could leave time, the one that would be picked does not.
+            batches, update, seed = self.bench.core.batches, ledger.planned, self.bench.plan.source.seed
+            if batches._stragglers_due(update):
+                picked = pick(self.rule, ledger, update, self.bench.core.context.exhausted(), seed)
+                assert not picked or not holders.in_time(update + 1, picked)
+            in_flight = Counter(holders.deadline(g) for g in ledger.untaken() if g.id not in ledger.ready)
+            assert +holders._outstanding.due_but(len(ledger.ready)) == in_flight
 
     def random_step(self) -> None:
         g, chance = self.rng.choice(self.generators), self.rng.random()
