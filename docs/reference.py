@@ -22,13 +22,14 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 import msgspec
 
 from asyncrl.config import Deployment, Recipe, SFTSpec
+from asyncrl.simulate.costs import Costs
 
 PACKAGE = "asyncrl."
 PAGE = Path(__file__).with_name("reference.md")
 HEAD = """\
 # Reference: every field
 
-<!-- Written by `python docs/reference.py`, from the structs in asyncrl/config. Do not edit. -->
+<!-- Written by `python docs/reference.py`, from the structs in asyncrl/config and asyncrl/simulate. Do not edit. -->
 
 A field of a recipe is overridden on the command line as `learner.lr=2e-6`, one of a deployment as
 `deploy.generators.count=2`, one of a warm start (`asyncrl sft`) as `lr=1e-5`. Values are YAML: `null`, `[a, b]`. A misspelt
@@ -44,6 +45,7 @@ ROOTS = (
         "A YAML file, in which the `deploy.` is left out: see [deployments](deployments.md).",
     ),
     ("Warm start", SFTSpec, "", "What `asyncrl sft` does: see [SFT warm start](checkpoints.md#sft-warm-start)."),
+    ("Simulation", Costs, "costs.", "What `asyncrl simulate` goes by: see [simulating a run](simulate.md)."),
 )
 # Structs that a page of its own explains: which choices there are, and what they are good for.
 EXPLAINED = {

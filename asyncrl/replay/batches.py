@@ -133,8 +133,8 @@ class Batches:
         return BatchLease(lease=0, groups=(), committed=ledger.committed, ended=ended, waiting_for=waiting_for)
 
     def _stragglers_due(self, update: int) -> bool:
-        """Whether any full batch would leave too little time for others. Asked after every row and score while the learner waits,
-        so it looks at no group."""
+        """Whether any full batch would leave too little time for others. Asked after every row and score while the
+        learner waits, so it looks at no group."""
         rule, ready = self._plan.rule, len(self._ledger.ready)
         full = rule.holds and not rule.max_masked_share and ready >= rule.batch_groups
         return full and not self._holders.in_time_at_best(update + 1, rule.batch_groups)

@@ -56,9 +56,7 @@ def test_hold_trains_past_a_straggler_until_it_would_be_late(fakes: SimpleNamesp
     assert bench.train(2) == (straggler.group, c.group)
 
 
-def test_a_batch_that_is_held_back_looks_at_no_ready_group(
-    fakes: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_that_is_held_back_looks_at_no_ready_group(fakes: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The learner's call is tried again after every row and score of a straggler."""
     bench = fakes.Bench(fakes.plan(max_lag=1, batch=2, size=16))
     bench.fence(0)
