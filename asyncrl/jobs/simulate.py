@@ -13,7 +13,7 @@ from asyncrl.simulate.costs import Costs
 from asyncrl.simulate.measured import measure
 from asyncrl.simulate.simulation import simulate
 
-_EQUAL = 0.98  # so much of the most samples/s is as good, and the least stale of these is the best
+_EQUAL = 0.98  # so much of the most trained tokens/s is as good, and the least stale of these is the best
 
 
 def simulate_job(parser: argparse.ArgumentParser) -> None:
@@ -59,9 +59,9 @@ def _simulate(args: argparse.Namespace) -> int:
         print("  ".join([*(f"{value:{len(name)}.3g}" for name, value in figures.items()), found[-1][1]]), flush=True)
     if not found:
         raise ConfigError("none of what was tried can be run, for the reasons above")
-    most = max(figures["samples/s"] for figures, _ in found)
-    best = min((figures["lag"], name) for figures, name in found if figures["samples/s"] >= _EQUAL * most)[1]
-    print(f"best: {best} (the least stale of those within {1 - _EQUAL:.0%} of the most samples/s)")
+    most = max(figures["trained tokens/s"] for figures, _ in found)
+    best = min((figures["lag"], name) for figures, name in found if figures["trained tokens/s"] >= _EQUAL * most)[1]
+    print(f"best: {best} (the least stale of those within {1 - _EQUAL:.0%} of the most trained tokens/s)")
     return 0
 
 

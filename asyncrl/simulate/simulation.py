@@ -31,9 +31,10 @@ _PATIENCE = 8  # steps after which an engine looks for requests and weights, if 
 
 
 def simulate(recipe: Recipe, deployment: Deployment, costs: Costs, lengths: Lengths, updates: int) -> dict[str, float]:
-    """Figures of so many updates, their start left out: rollouts per second, shares of the time in which somebody had nothing
-    to do, share of the slots that were decoded, lag of trained tokens, share of the tokens in batches that were masked, share
-    of the groups that were evicted. Raises ConfigError where a run would because nothing is left to train."""
+    """Figures of so many updates, their start left out: rollouts in batches, and their tokens that were not masked, per second;
+    shares of the time in which somebody had nothing to do; share of the slots that were decoded; lag of trained tokens; share
+    of the tokens in batches that were masked, and of the groups that were evicted. Raises ConfigError where a run would,
+    because nothing is left to train."""
     world = World(recipe, deployment, costs, lengths)
     generators = [SimulatedGenerator(world, f"generator-{i}") for i in range(deployment.generators.count)]
     leased: list[BatchLease] = []
@@ -47,6 +48,7 @@ def simulate(recipe: Recipe, deployment: Deployment, costs: Costs, lengths: Leng
 
     return {
         "samples/s": spent["samples"] / spent["seconds"],
+        "trained tokens/s": spent["trained"] / spent["seconds"],
         "learner idle": idle(["learner"]),
         "generators idle": idle([generator.name for generator in generators]),
         "most idle": max(idle([generator.name]) for generator in generators),
@@ -83,7 +85,8 @@ class World:
             baseline=recipe.algorithm.wants_baseline,
             lease_s=math.inf,  # nobody dies
         )
-        no_log = SimpleNamespace(append_events=lambda events: None, sync=lambda: None, truncate=lambda needed: None, history=())
+        verbs = dict.fromkeys(("append_events", "sync", "truncate"), lambda *args: None)
+        no_log = SimpleNamespace(**verbs, history=(), state=b"", events_closed=0, due=False)  # it is there for restarts
         self.core = StoreCore(plan, no_log, lambda: self.now, lambda: self.now)  # type: ignore[arg-type]
 
     def start(self, process: Process) -> None:
@@ -103,8 +106,8 @@ class World:
                             break
                         self._try(waiting, *wait)
             context.write()
-        outcomes = self.core.ledger.outcomes
-        return {**self.spent, "seconds": self.now, "dropped": outcomes["evicted"], "ended": outcomes.total()}
+        counts = self.core.ledger.counts()
+        return {**self.spent, "seconds": self.now, "dropped": counts.evicted, "ended": counts.reserved - counts.pending}
 
     def _resume(self, process: Process, answer: Any = None) -> None:
         with suppress(StopIteration):
