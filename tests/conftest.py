@@ -1,5 +1,6 @@
 """Which tests are quick; and what whole-run tests share: a tiny model and data on disk, and one local Ray for all of them."""
 
+import fcntl
 import functools
 import gc
 import importlib.util
@@ -273,9 +274,14 @@ def arithmetic(script: Callable[[Path], ModuleType]) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def arithmetic_data(tmp_path_factory: pytest.TempPathFactory, arithmetic: ModuleType) -> Path:
-    """The `data` folder of recipes/arithmetic.py, its warm policy included: half a minute of work, for runs to copy."""
-    run = RunDir(tmp_path_factory.mktemp("arithmetic")).create()
-    arithmetic.prepare(arithmetic.recipe, run.path)
+    """The `data` folder of recipes/arithmetic.py, its warm policy included, for runs to copy: half a minute of work, which the
+    first of several test processes does for all."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (base / "arithmetic.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run = RunDir(base / "arithmetic").create()
+        arithmetic.prepare(arithmetic.recipe, run.path)
     return run.data
 
 

@@ -21,6 +21,7 @@ from asyncrl.report.timing import TimeInState
 from asyncrl.types import TOO_OLD, Generation, Report, Reserved, Rollout, Ticket, Version
 
 JOIN_S = 30.0  # how long a thread may take to notice the end, beyond its long poll
+AHEAD_S = 0.1  # beside what fills the slots, tickets are asked for that last about so long: short rollouts join many at a time
 SUBMIT_EVERY_S = 0.02  # while the engine is at work, `submit`s are so far apart: a call costs as much as 30 short rollouts
 _RECALL_S = 0.1  # a `reserve` that new weights found under way is recalled that often: it may not have reached the store yet
 NOTICE_S = 0.5  # longest wait for weights: it can't be cut short, and so delays the end of every run
@@ -30,7 +31,8 @@ class Generator:
     """Runs one engine for one store. Owns neither: whoever made them closes them.
 
     decode: token ids to text, special tokens left out; called once per rollout and once per group, for its prompt.
-    group_size: rollouts per training ticket, its baseline included; a ticket is asked for when that many slots are free.
+    group_size: rollouts per training ticket, its baseline included; a ticket is asked for when that many slots are free, or
+    soon will be.
     poll_s: the store hears from the generator at least this often, and the generator of cancellations, also while all slots are
     taken.
     health_timeout_s: an engine that has work and makes no step for so long is an error.
@@ -165,9 +167,12 @@ class Generator:
         too_old = self._reply.too_old == self._version and self._since_heard() < self._poll_s
         if too_old or self._reply.ended or not accepts(self._state, GeneratorEvent.RESERVE):
             return 0
-        if self._work.unfinished == 0:
-            return max(1, self._engine.slots // self._group_size)
-        return max(0, self._engine.slots - self._work.unfinished) // self._group_size
+        slots, unfinished = self._engine.slots, self._work.unfinished
+        ahead = min(slots, int(AHEAD_S * self._work.pace(time.monotonic())))
+        wanted = max(0, slots + ahead - unfinished) // self._group_size
+        if unfinished == 0:
+            return max(1, wanted)
+        return wanted if wanted * self._group_size > ahead // 2 else 0  # many at once, as `submit` does
 
     def _since_heard(self) -> float:
         return time.monotonic() - self._reply.heard
@@ -226,7 +231,7 @@ class Generator:
     def _finished(self, held: HeldGroup, rollout: int, future: "Future[Generation]") -> None:
         """Called by the engine's thread, once per request."""
         with self._lock:
-            self._work.finish(EndedRequest(held, rollout, future, time.time()))
+            self._work.finish(EndedRequest(held, rollout, future, time.time()), time.monotonic())
             self._follow_evaluation()
             self._changed()
 

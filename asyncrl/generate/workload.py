@@ -84,6 +84,7 @@ class Workload:
         self.more_evals = False  # the last reserve brought eval tickets for the present weights: the next may bring more
         self.ended: deque[EndedRequest] = deque()  # not yet submitted
         self._unfinished_evals = 0  # requests in the engine that are pinned to the present weights
+        self._pace, self._paced = 0.0, 0.0  # requests that end per second, and when it was (monotonic seconds)
         self._groups: dict[int, HeldGroup] = {}
 
     @property
@@ -103,7 +104,12 @@ class Workload:
         self._groups[held.ticket.group] = held
         self._count(held, len(held.ticket.rollouts))
 
-    def finish(self, request: EndedRequest) -> None:
+    def pace(self, now: float) -> float:
+        """Requests that end per second, of late: the latest second counts most."""
+        return self._pace * math.exp(self._paced - now)
+
+    def finish(self, request: EndedRequest, now: float) -> None:
+        self._pace, self._paced = self.pace(now) + 1.0, now
         self._count(request.held, -1)
         self.ended.append(request)
 

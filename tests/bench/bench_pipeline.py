@@ -2,10 +2,10 @@
 
 async / sync       samples/s of max_lag=4 over max_lag=0, the same recipe, in turns (each twice, the better one counts)
 efficiency         samples/s of the whole run ÷ what the machine could do at most: the slowest of engine alone, learner alone,
-                   and cores ÷ the CPU time of both per sample. These two run by themselves, on one thread each, on the same
-                   prompts and the same rollouts
+                   and cores ÷ the CPU time of both per sample. They run by themselves, on one thread each, on the same prompts
+                   and the same rollouts; for the last figure side by side, as cores that share caches and clock are slower then
 CPU per sample     of each actor of the asynchronous run, from its process's own times; overhead: what is left of all of them
-                   without engine alone and learner alone
+                   without that of engine and learner side by side
 publish to swap    from the commit of an update to the moment the generator decodes with it; pause: when no token is made
 
 Run it on a quiet machine: everything shares its cores.
@@ -14,10 +14,12 @@ Run it on a quiet machine: everything shares its cores.
 import argparse
 import contextlib
 import importlib.util
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -89,8 +91,9 @@ def samples_per_s(recipe: Recipe, folder: Path, updates: int, watch: Watch) -> f
     return updates * recipe.learner.batch_groups * recipe.sampling.n / seconds
 
 
-def engine_alone(recipe: Recipe, prompts: PromptFile, slots: int, count: int) -> tuple[float, list[TrainRollout]]:
+def engine_alone(recipe: Recipe, file: Path, slots: int, count: int) -> tuple[float, list[TrainRollout]]:
     """CPU seconds per rollout of the engine with its slots kept full, and what it made."""
+    prompts = PromptFile(file)
     engine = TorchEngine(load_model(recipe.model), slots=slots, max_length=64)
     engine.update_weights(Version(1, 0), named_weights(load_model(recipe.model)))
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=4, stop_token_ids=(1,))
@@ -148,6 +151,25 @@ def learner_alone(recipe: Recipe, rollouts: list[TrainRollout], folder: Path) ->
     return (time.process_time() - began) / ((len(batches) - 1) * size)
 
 
+def forever(work: Callable[..., object], *args: object) -> None:
+    torch.set_num_threads(1)
+    while True:
+        work(*args)
+
+
+@contextlib.contextmanager
+def beside(work: Callable[..., object], *args: object) -> Iterator[None]:
+    """While another process does `work`, again and again."""
+    process = multiprocessing.get_context("spawn").Process(target=forever, args=(work, *args))
+    process.start()
+    time.sleep(10)  # what it imports is not what it does
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--updates", type=int, default=60)
@@ -167,21 +189,26 @@ def main() -> None:
                 lagged = replace(recipe, staleness=StalenessSpec(max_lag=max_lag))
                 rates[max_lag].append(samples_per_s(lagged, run.path, updates, watch))
                 watches += [watch] if max_lag else []
-        engine, rollouts = engine_alone(recipe, PromptFile(run.data / "train.arrow"), slots=64, count=256 * 12)
+        decoding = recipe, run.data / "train.arrow", 64, 256 * 12
+        engine, rollouts = engine_alone(*decoding)
         learner = learner_alone(recipe, rollouts, run.logs)
+        with beside(learner_alone, recipe, rollouts, run.logs):
+            both = engine_alone(*decoding)[0]
+        with beside(engine_alone, *decoding):
+            both += learner_alone(recipe, rollouts, run.logs)
     fast, slow = max(rates[4]), max(rates[0])
     print(f"asynchronous, max_lag=4     {fast:8.0f} samples/s   (runs: {', '.join(f'{r:.0f}' for r in rates[4])})")
     print(f"synchronous,  max_lag=0     {slow:8.0f} samples/s   (runs: {', '.join(f'{r:.0f}' for r in rates[0])})")
     cores = len(os.sched_getaffinity(0))
-    limit = min(1 / engine, 1 / learner, cores / (engine + learner))
+    limit = min(1 / engine, 1 / learner, cores / both)
     print(f"engine alone                {1 / engine:8.0f} samples/s   ({1e3 * engine:.3f} ms of CPU per sample)")
     print(f"learner alone               {1 / learner:8.0f} samples/s   ({1e3 * learner:.3f} ms of CPU per sample)")
-    print(f"both on {cores:2d} cores            {cores / (engine + learner):8.0f} samples/s")
+    print(f"both on {cores:2d} cores            {cores / both:8.0f} samples/s   ({1e3 * both:.3f} ms each, side by side)")
     print(f"async / sync                {fast / slow:8.2f} ×")
     print(f"pipeline efficiency         {fast / limit:8.2f} ×")
     spent = watch.cpu_ms(recipe.learner.batch_groups * recipe.sampling.n)
     print("CPU per sample              " + ", ".join(f"{name} {ms:.3f}" for name, ms in spent.items()) + " ms")
-    print(f"overhead                    {sum(spent.values()) - 1e3 * (engine + learner):8.3f} ms of CPU per sample")
+    print(f"overhead                    {sum(spent.values()) - 1e3 * both:8.3f} ms of CPU per sample")
     if watch.delays:
         delays, pauses = sorted(watch.delays.values()), sorted(watch.pauses.values())
         print(

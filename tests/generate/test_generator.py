@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from asyncrl.errors import Closed, Fenced, Unavailable
 from asyncrl.generate.embedded.engine import TorchEngine
 from asyncrl.generate.generator import Generator
+from asyncrl.generate.workload import EndedRequest, HeldGroup, Workload
 from asyncrl.models.loading import named_weights
 from asyncrl.types import Span, Ticket, Version
 
@@ -158,11 +160,34 @@ def test_only_a_thread_that_can_go_on_is_woken(
     start(group_size=16, poll_s=60.0)
     fake_engine.wait(lambda: len(fake_engine.pending) == 16)
     before = waits["generator-0-feed"]
-    for rollout in range(15):
+    for rollout in range(14):
         fake_engine.answer(f"0/{rollout}/0")
         fake_store.wait(lambda rollout=rollout: len(fake_store.rollouts) == rollout + 1)
     # There was never room for a group: it went to sleep once, at the most, after the first count.
     assert waits["generator-0-feed"] <= before + 1
+
+
+def test_short_rollouts_are_asked_for_ahead_and_many_at_a_time(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    fake_engine.slots = 8
+    start(poll_s=60.0)
+    fake_weights.publish(V0)
+    fake_store.put(*(make_ticket(group) for group in range(200)))
+    for group in range(60):
+        for rollout in range(2):
+            fake_engine.answer(f"{group}/{rollout}/0")  # far more than 80 a second
+        assert len(fake_engine.pending) <= 2 * 8
+    fake_engine.wait(lambda: len(fake_engine.pending) > 8)
+    assert all(2 * k > 4 for k, *_ in fake_store.calls[-5:])  # half of what is asked for ahead
+
+
+def test_the_pace_of_a_second_ago_counts_less(make_ticket: MakeTicket) -> None:
+    work = Workload()
+    for moment in range(500):
+        work.finish(EndedRequest(HeldGroup(make_ticket(0), "", 0.0, 1), 0, Future(), 0.0), moment / 50)
+    assert work.pace(499 / 50) == pytest.approx(50, rel=0.02)
+    assert work.pace(499 / 50 + 3) < 3
 
 
 def test_seeds_follow_the_missing_rollouts(
