@@ -390,6 +390,11 @@ def local_ray() -> Iterator[None]:
     """One small Ray for every test that needs one; a run finds it and leaves it."""
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    yield
-    ray.shutdown()
+    from asyncrl.cluster.forkserver import forkserver
+    from asyncrl.cluster.session import WORKER_MODULES
+
+    with forkserver(WORKER_MODULES) as executable:
+        own = {"num_cpus": 2, "include_dashboard": False, "runtime_env": {"py_executable": executable}}
+        ray.init(address="local", log_to_driver=False, logging_level="error", **own)
+        yield
+        ray.shutdown()

@@ -8,13 +8,24 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
 
+from asyncrl.cluster.forkserver import forkserver
 from asyncrl.config import Deployment
 from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.processes import ENDING
 from asyncrl.scratch import session_in_use
+
+WORKER_MODULES = (  # what takes actors long to import
+    "asyncrl.generate.embedded.torch_kind",
+    "asyncrl.generate.generator",
+    "asyncrl.learn.build",
+    "asyncrl.learn.learner",
+    "asyncrl.replay.store",
+    "asyncrl.reward.worker",
+)
 
 
 @contextlib.contextmanager
@@ -63,7 +74,10 @@ def ray_session(deployment: Deployment) -> Iterator[bool]:
         raise ConfigError(f"ray_address={address!r}: a run needs its driver in the cluster; use `ray job submit` instead")
     with contextlib.ExitStack() as in_use:
         try:
-            session = _join_or_start(address, deployment.num_cpus)
+            own: dict[str, Any] = {} if address else {"num_cpus": deployment.num_cpus, "include_dashboard": False}
+            if not address and not deployment.generators.place.gpus and not deployment.learner.place.gpus:
+                own["runtime_env"] = {"py_executable": in_use.enter_context(forkserver(WORKER_MODULES))}
+            session = _join_or_start(address, own)
             if not address:
                 in_use.enter_context(session_in_use(session))
             yield not address
@@ -71,9 +85,8 @@ def ray_session(deployment: Deployment) -> Iterator[bool]:
             ray.shutdown()
 
 
-def _join_or_start(address: str, num_cpus: int | None) -> Path:
-    """The folder of Ray's session."""
-    own = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
+def _join_or_start(address: str, own: dict[str, Any]) -> Path:
+    """The folder of Ray's session. own: settings of one that is started."""
     try:
         with heed_signals(), deaf_to_hangups():
             context = ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
