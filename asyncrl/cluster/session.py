@@ -18,7 +18,7 @@ from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.processes import ENDING
 from asyncrl.scratch import session_in_use
 
-WORKER_MODULES = (  # what takes actors long to import
+WORKER_MODULES = (  # what takes actors long to import; nothing of it imports Ray
     "asyncrl.generate.embedded.torch_kind",
     "asyncrl.generate.generator",
     "asyncrl.learn.build",

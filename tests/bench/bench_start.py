@@ -24,6 +24,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "arithmetic.py"
 ROLES = {  # what a process's command line has, by what it is called below; the first that fits
     "ray's agents": re.compile(r"^ray::\w*Agent|ray/(dashboard|_private)"),
     "scoring process": re.compile(r"asyncrl\.reward\.process"),
+    "forkserver and stand-ins": re.compile(r"asyncrl[./]cluster[./]forkserver"),
     "driver": re.compile(r"asyncrl\.cli"),
     "idle worker": re.compile(r"ray::IDLE|default_worker\.py"),
     "gcs_server": re.compile(r"gcs_server"),

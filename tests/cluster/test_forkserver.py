@@ -4,7 +4,6 @@ import json
 import os
 import select
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,11 +116,3 @@ def test_modules_that_cannot_be_imported_cost_time_only(folder: Path) -> None:
         worker = begin(executable, folder)
         assert json.loads(worker.stdout.readline())["pid"] == worker.pid
         worker.communicate("\n", timeout=10)
-
-
-def test_what_workers_need_imports_no_ray() -> None:
-    from asyncrl.cluster.session import WORKER_MODULES
-
-    program = f"import sys, importlib\nfor name in {WORKER_MODULES}: importlib.import_module(name)\nprint('ray' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
