@@ -3,7 +3,6 @@
 import json
 import re
 from collections import defaultdict
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -30,7 +29,6 @@ from asyncrl.errors import ConfigError
 from asyncrl.replay import open as open_replay
 from asyncrl.replay.log import events as ev
 from asyncrl.report.callbacks import SavedCheckpoint
-from asyncrl.report.summary import RunSummary
 from asyncrl.types import GroupCounts, Record
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
@@ -43,23 +41,6 @@ def brief(prompts, completions, answer, **columns):
 """
 
 
-class TorchIn:
-    """Looks at what actors have mapped while they run; `found`: whether torch is among it."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, bool] = {}
-
-    def __call__(self, run: RunSummary) -> None:
-        for name, pid in run.pids.items():
-            with suppress(OSError):  # ended meanwhile
-                self.found[name] = "libtorch" in Path(f"/proc/{pid}/maps").read_text()
-
-
-@pytest.fixture(scope="module")
-def torch_in() -> TorchIn:
-    return TorchIn()
-
-
 @pytest.fixture(scope="module")
 def told() -> list:
     """What the callbacks of `everything` got, in order."""
@@ -67,7 +48,7 @@ def told() -> list:
 
 
 @pytest.fixture(scope="module")
-def everything(local_ray, torch_in, told, tiny_recipe_in, tmp_path_factory) -> RunResult:
+def everything(local_ray, told, tiny_recipe_in, tmp_path_factory) -> RunResult:
     """Two generators over TCP, minibatches, epochs, KL to the reference, entropy bonus, evaluation of several samples, weighted
     rewards with shaping; functions that are given themselves, and callbacks."""
     letters = 6
@@ -109,7 +90,7 @@ def everything(local_ray, torch_in, told, tiny_recipe_in, tmp_path_factory) -> R
     )
     deployment = Deployment(generators=GeneratorsSpec(count=2), bus=BusSpec(transport="tcp", bucket_bytes=4096))
     callbacks = Callbacks(on_rollouts=told.append, on_update=told.append, on_eval=told.append, on_checkpoint=told.append)
-    return launch(recipe, deployment, runs_dir=folder, observe=torch_in, callbacks=callbacks)
+    return launch(recipe, deployment, runs_dir=folder, callbacks=callbacks)
 
 
 def test_a_run_with_everything_switched_on(everything, metrics_of):
@@ -156,12 +137,6 @@ def test_functions_that_were_given_themselves_lie_in_the_run(everything):
     saved = sorted(path.name.partition("-")[0] for path in (Path(everything.run_dir) / "functions").iterdir())
     assert saved == ["lambda", "lambda", "pushed", "sevens"]
     assert recipe["reward"]["functions"][0]["function"].startswith(f"{everything.run_dir}/functions/sevens-")
-
-
-def test_actors_that_compute_nothing_have_no_torch(everything, torch_in):
-    assert torch_in.found["learner"]
-    assert not torch_in.found["reward-0"]
-    assert not torch_in.found["store"]
 
 
 def test_several_weighted_rewards_are_logged_by_name_and_shaped(everything, metrics_of):

@@ -1,5 +1,7 @@
 """From specs to stages: what of two specs comes together in one of them."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +29,11 @@ def test_weights_travel_and_are_served_in_what_the_learner_computes_in(
     with pytest.raises(InterruptedError):
         wiring.build("generator", "generator-0", 0, plan, None)
     assert sites[0].model == replace(recipe.model, dtype="bfloat16")
+
+
+def test_actors_that_compute_nothing_import_no_torch():
+    """All that `build_store` and the builder of reward workers import. (Where a forkserver is, they share its torch.)"""
+    needed = [f"asyncrl.{part}" for part in ("prompts.dataset", "replay.client", "replay.plan", "replay.store")]
+    needed += [f"asyncrl.reward.{part}" for part in ("pool", "shaping", "worker")]
+    program = f"import sys, {', '.join(needed)}, asyncrl.cluster.actors\nprint('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
