@@ -187,11 +187,11 @@ class SimulatedGenerator:
                     row.weights.append((self._step, self._update))
                 world.spent[self.name] += costs.pause_s
                 yield costs.pause_s
+                world.stir(self.name)  # `_feed` may ask again
             while self._queue and len(self._rows) < self._slots:
                 ticket, rollout, length = self._queue.popleft()
                 row = Row(self._step + length, next(numbers), ticket, rollout, [(self._step, self._update)])
                 heapq.heappush(self._rows, row)
-            world.stir(self.name)  # `_feed` may ask for more
             if not self._rows:
                 yield (self.name,), lambda: (bool(self._queue) or (self._coming != self._update and not self._asking), None)
                 continue
@@ -206,6 +206,7 @@ class SimulatedGenerator:
                 ended.append(heapq.heappop(self._rows))
             if ended:
                 world.start(self._submit(ended))
+                world.stir(self.name)
 
     def _feed(self) -> Process:
         while True:
