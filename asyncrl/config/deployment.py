@@ -252,15 +252,11 @@ class GeneratorsSpec(Spec, frozen=True, kw_only=True):
         )
 
     @property
-    def servers(self) -> int:
-        """Engines of each generator: SGLang servers, or the embedded one."""
-        sglang = self.engine.sglang
-        return (len(sglang.urls) or sglang.servers) if self.engine.kind == "sglang" else 1
-
-    @property
     def slots(self) -> int:
         """Requests that all engines decode together."""
-        return self.count * self.servers * self.engine.slots
+        sglang = self.engine.sglang
+        servers = (len(sglang.urls) or sglang.servers) if self.engine.kind == "sglang" else 1
+        return self.count * servers * self.engine.slots
 
 
 class RewardsSpec(Spec, frozen=True, kw_only=True):

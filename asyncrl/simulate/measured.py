@@ -44,7 +44,8 @@ def measure(path: str) -> tuple[Costs, Lengths, str]:
         return sum(value for name, value in actors[-1].items() if name.startswith(role) and name.endswith(f"/{figure}"))
 
     pause_s = total("generator", "pause_s_total") / max(1, total("generator", "swaps"))
-    step_s, row_s = _decoding(rows, pause_s, deployment.generators.servers)
+    generators = deployment.generators
+    step_s, row_s = _decoding(rows, pause_s, generators.slots // (generators.count * generators.engine.slots))
     tokens, seconds = (np.array([line[name] for line in steps]) for name in ("tokens/policy", "timing_s/step"))
     differ = np.full(len(steps), float(tokens.std() > 0.05 * tokens.mean()))  # where they don't, all is put down to tokens
     update_s, token_s = _fit(differ, tokens, seconds)

@@ -163,7 +163,9 @@ class SimulatedGenerator:
 
     def __init__(self, world: World, name: str) -> None:
         self._world, self.name = world, name
-        self._slots = world.deployment.generators.slots // world.deployment.generators.count
+        generators = world.deployment.generators
+        self._slots = generators.slots // generators.count
+        self._servers = self._slots // generators.engine.slots
         self._rows: list[Row] = []  # a heap
         self._queue: deque[tuple[Ticket, int, int]] = deque()  # rollouts without a slot, with number and length
         self._step = 0
@@ -196,7 +198,7 @@ class SimulatedGenerator:
                 yield (self.name,), lambda: (bool(self._queue) or (self._coming != self._update and not self._asking), None)
                 continue
             steps = min(_PATIENCE, self._rows[0].end - self._step)
-            seconds = steps * (costs.step_s + costs.row_s * len(self._rows) / world.deployment.generators.servers)
+            seconds = steps * (costs.step_s + costs.row_s * len(self._rows) / self._servers)
             world.spent[self.name] += seconds
             world.spent["rows"] += seconds * len(self._rows)
             yield seconds
