@@ -32,7 +32,7 @@ def measure(path: str) -> tuple[Costs, Lengths, str]:
     deployment, first = load_deployment(run.deployment), len(steps) // _SKIPPED
     since, until, steps = steps[first]["time"], steps[-1]["time"], steps[first + 1 :]
     rows = [row | dict(row["times"]) for row in replay.rollouts(_COLUMNS).to_pylist()]
-    rows = [row for row in rows if since <= row["started"] and row["finished"] <= until]
+    rows = [row for row in rows if since <= row["started"] and row["finished"] <= until] or rows  # none, if all are long
     lengths: defaultdict[int, list[int]] = defaultdict(list)
     for row in rows:
         if row["purpose"] == "train":
@@ -58,7 +58,7 @@ def measure(path: str) -> tuple[Costs, Lengths, str]:
         update_s=update_s,
         token_s=token_s * deployment.learner.ranks,
         publish_s=float(np.mean(beside)),
-        score_s=total("reward", "busy_s") * deployment.rewards.processes / total("reward", "scored"),
+        score_s=total("reward", "busy_s") * deployment.rewards.processes / max(1, total("reward", "scored")),
         rows_s=float(np.mean([line["timing_s/rows"] for line in steps])),
         call_s=float(np.mean([line["timing_s/commit"] for line in steps])),
         filtered_share=outcomes["filtered"] / max(1, outcomes["filtered"] + outcomes["trained"]),

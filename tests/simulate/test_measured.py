@@ -73,6 +73,16 @@ def test_costs_are_found_again(run: Path) -> None:
     assert said.startswith("15 updates of that run, at ")
 
 
+def test_responses_that_take_longer_than_the_updates_looked_at_are_measured_all_the_same(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[:-1]:
+        line["time"] = lines[-1]["time"] + line["step"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    costs, lengths, _ = measure(str(run))
+    assert (costs.step_s, costs.row_s) == pytest.approx((STEP_S, ROW_S), rel=1e-3)
+    assert len(lengths) == 20
+
+
 def test_a_run_in_which_too_little_has_happened_is_refused(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:9]))
