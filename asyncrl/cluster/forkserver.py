@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 _REQUEST_BYTES = 1 << 20
+_TAKEN = b"\n"  # there is a fork from now on: the stand-in must not become a second worker
 
 
 @contextlib.contextmanager
@@ -54,16 +55,22 @@ def _serve(address: str, modules: Sequence[str]) -> tuple[list[str], dict[str, s
             importlib.import_module(module)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps them
         while True:
-            with listener.accept()[0] as stand_in:
+            files: list[int] = []
+            # Of a stand-in that died, or a worker that ended at once.
+            with listener.accept()[0] as stand_in, contextlib.suppress(ConnectionError, ProcessLookupError):
                 data, files, _, _ = socket.recv_fds(stand_in, _REQUEST_BYTES, 3)
                 while not data.endswith(b"\n"):
-                    data += stand_in.recv(_REQUEST_BYTES)
+                    if not (more := stand_in.recv(_REQUEST_BYTES)):
+                        raise ConnectionResetError
+                    data += more
+                stand_in.sendall(_TAKEN)
                 if (pid := os.fork()) == 0:
                     break
                 ended = os.pidfd_open(pid)
                 socket.send_fds(stand_in, [b"\n"], [ended])
-                for file in (ended, *files):
-                    os.close(file)
+                os.close(ended)
+            for file in files:
+                os.close(file)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setpgid(0, 0)  # Ray kills the whole group of a worker
     for number, file in enumerate(files):
@@ -75,14 +82,17 @@ def _serve(address: str, modules: Sequence[str]) -> tuple[list[str], dict[str, s
 
 def _stand_in(address: str, arguments: Sequence[str]) -> None:
     """Has the server fork a worker, and waits until that ends; becomes the worker itself if there is no server."""
-    try:
-        with socket.socket(socket.AF_UNIX) as server:
+    request = json.dumps([arguments, dict(os.environ), os.getcwd()]).encode() + b"\n"
+    with socket.socket(socket.AF_UNIX) as server:
+        taken = b""
+        with contextlib.suppress(OSError):
             server.connect(address)
-            request = json.dumps([arguments, dict(os.environ), os.getcwd()]).encode() + b"\n"
-            server.sendall(request[socket.send_fds(server, [request], [0, 1, 2]) :])
-            _, (ended,), _, _ = socket.recv_fds(server, 1, 1)
-    except (OSError, ValueError):
-        os.execv(sys.executable, [sys.executable, *arguments])
+            if rest := request[socket.send_fds(server, [request], [0, 1, 2]) :]:
+                server.sendall(rest)
+            taken = server.recv(1)
+        if not taken:
+            os.execv(sys.executable, [sys.executable, *arguments])
+        _, (ended,), _, _ = socket.recv_fds(server, 1, 1)
     select.select([ended], [], [])
 
 

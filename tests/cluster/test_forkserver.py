@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -98,6 +99,29 @@ def test_a_worker_that_is_killed_ends_its_stand_in_and_no_other(executable: str,
     assert workers[1].poll() is None
     workers[1].communicate("\n", timeout=10)
     ended(second)
+
+
+def test_each_of_many_at_a_time_is_one_worker(executable: str, folder: Path) -> None:
+    """Also those that end at once, before their stand-ins have heard of them."""
+    until(folder)
+    (folder / "worker.py").write_text("import os\nprint(os.getpid())\n")
+    for _ in range(8):
+        workers = [begin(executable, folder) for _ in range(8)]
+        for worker in workers:
+            told, _ = worker.communicate(timeout=20)
+            assert len(told.split()) == 1
+            assert int(told) != worker.pid
+
+
+def test_a_stand_in_that_dies_costs_the_server_nothing(executable: str, folder: Path) -> None:
+    until(folder)
+    for said in (b"", b"[["):
+        with socket.socket(socket.AF_UNIX) as stand_in:
+            stand_in.connect(executable.rpartition(" ")[2])
+            stand_in.sendall(said)
+    worker = begin(executable, folder)
+    assert json.loads(worker.stdout.readline())["pid"] != worker.pid
+    worker.communicate("\n", timeout=10)
 
 
 def test_without_a_server_it_is_python_itself(folder: Path) -> None:
