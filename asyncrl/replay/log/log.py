@@ -22,7 +22,7 @@ from asyncrl.config import StoreSpec
 from asyncrl.errors import DataError, Unavailable
 from asyncrl.replay.log.rows import ROWS
 from asyncrl.replay.log.segments import Segments
-from asyncrl.replay.log.snapshots import Snapshot, newest_snapshot, write_snapshot
+from asyncrl.replay.log.snapshots import LogSnapshot, newest_snapshot, write_snapshot
 
 log = logging.getLogger(__name__)
 _EVENT_BYTES = 16 << 20  # of a tail of events, at most: a restart reads all of it, and of rows only what is needed
@@ -80,7 +80,7 @@ class ReplayLog:
         """Where `due`, before anything else is appended: a restart begins with `state` then, which is what all events so far
         came to. Returns when it is on the disk."""
         closed = (*self._events.known.values(), *self._rows.known.values())
-        self._snapshot = Snapshot(events=self.events_closed, closed=closed)
+        self._snapshot = LogSnapshot(events=self.events_closed, closed=closed)
         self._bytes_since, self._snapshot_bytes = 0, len(state)
         write_snapshot(self._folder / "events", self._events.closed[-1].number, replace(self._snapshot, state=state))
 

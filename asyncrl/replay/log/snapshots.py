@@ -22,7 +22,7 @@ _FORMAT = 1  # of the file and of `state`: to be raised whenever an older one wo
 _KEPT = 2
 
 
-class Snapshot(Struct, frozen=True, kw_only=True):
+class LogSnapshot(Struct, frozen=True, kw_only=True):
     """As it stands in its file, in a record like those of a tail, with a checksum."""
 
     format: int = _FORMAT
@@ -35,21 +35,21 @@ class Snapshot(Struct, frozen=True, kw_only=True):
         return {segment.number: segment for segment in self.closed if segment.stream == stream}
 
 
-def write_snapshot(folder: Path, number: int, snapshot: Snapshot) -> None:
+def write_snapshot(folder: Path, number: int, snapshot: LogSnapshot) -> None:
     """number: of the segment at whose end it was taken. Returns when it is on the disk. Raises DiskFull."""
     write_atomic(_path(folder, number), record(msgspec.msgpack.encode(snapshot)))
     for older in _newest_first(folder)[_KEPT:]:
         older.unlink()
 
 
-def newest_snapshot(folder: Path) -> Snapshot:
+def newest_snapshot(folder: Path) -> LogSnapshot:
     """The newest that is whole, of no events if there is none. One that isn't is named in the process's log."""
     if folder.exists():
         sweep(folder)
     for path in _newest_first(folder):
         try:
             (message,), _ = whole_messages(path.read_bytes())
-            snapshot = msgspec.msgpack.decode(message, type=Snapshot)
+            snapshot = msgspec.msgpack.decode(message, type=LogSnapshot)
             if snapshot.format == _FORMAT:
                 return snapshot
         except (ValueError, msgspec.MsgspecError):
@@ -57,7 +57,7 @@ def newest_snapshot(folder: Path) -> Snapshot:
         log.warning(
             "%s is damaged, or of another version of asyncrl: it is passed over, and more events are read instead", path
         )
-    return Snapshot()
+    return LogSnapshot()
 
 
 def _path(folder: Path, number: int) -> Path:
