@@ -61,6 +61,7 @@ def start(fake_engine: Any, fake_store: Any, fake_weights: Any) -> Iterator[Call
     for one in running:
         one.generator.stop()
         fake_weights.close()
+        fake_store.recall()
         one.thread.join(WAIT_S)
 
 
