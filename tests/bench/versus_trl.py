@@ -59,12 +59,12 @@ def pace(ends_s: list[float], lengths: list[float], evals: list[tuple[float, flo
 # ------------------------------------------------------------------------------------------------------------- asyncrl
 
 
-def asyncrl(task: str, seed: int, updates: int, data: Path) -> Pace:
+def asyncrl(task: str, seed: int, updates: int, data: Path, eval_every: int) -> Pace:
     """`asyncrl run`, as a user starts it, with the recipe's own settings but for the size of an update."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(data, Path(folder) / task / "data")
         settings = [f"seed={seed}", f"total_steps={updates}", f"learner.batch_groups={GROUPS}", f"sampling.n={N}"]
-        settings += [f"evaluation.freq={EVAL_EVERY}", "checkpoint.save_freq=100000"]
+        settings += [f"evaluation.freq={eval_every}", "checkpoint.save_freq=100000"]
         command = [sys.executable, "-m", "asyncrl.cli", "run", str(RECIPES[task]), "--runs-dir", folder, *settings]
         subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
         lines = [json.loads(line) for line in (Path(folder) / task / "metrics.jsonl").read_text().splitlines()]
@@ -198,7 +198,7 @@ def made_data(task: str, seed: int, folder: Path) -> Path:
 def show_speed(task: str, rounds: int, updates: int, trl_updates: int, folder: Path) -> None:
     data, found = made_data(task, 0, folder), []
     for number in range(rounds):
-        ours = asyncrl(task, 0, updates, data)
+        ours = asyncrl(task, 0, updates, data, eval_every=updates)
         theirs = max((trl(task, 0, trl_updates, data, threads) for threads in (1, 2)), key=lambda side: side.samples_per_s)
         found.append((ours, theirs))
         each = [f"{side.samples_per_s:,.0f} samples/s, {side.tokens_per_s:,.0f} tokens/s" for side in (ours, theirs)]
@@ -212,7 +212,7 @@ def show_score(task: str, updates: int, threads: int, folder: Path) -> None:
     ratios = []
     for seed in range(3):
         data = made_data(task, seed, folder)
-        ours, theirs = asyncrl(task, seed, updates, data), trl(task, seed, updates, data, threads)
+        ours, theirs = asyncrl(task, seed, updates, data, EVAL_EVERY), trl(task, seed, updates, data, threads)
         times = [f"{side.seconds_to_score:.1f} s" if side.seconds_to_score else "not reached" for side in (ours, theirs)]
         print(f"{task}, seed {seed}, held-out {TARGETS[task]}: asyncrl {times[0]}, TRL {times[1]}", flush=True)
         if ours.seconds_to_score and theirs.seconds_to_score:
