@@ -74,9 +74,11 @@ def ray_session(deployment: Deployment) -> Iterator[bool]:
         raise ConfigError(f"ray_address={address!r}: a run needs its driver in the cluster; use `ray job submit` instead")
     with contextlib.ExitStack() as in_use:
         try:
-            own: dict[str, Any] = {} if address else {"num_cpus": deployment.num_cpus, "include_dashboard": False}
-            if not address and not deployment.generators.place.gpus and not deployment.learner.place.gpus:
-                own["runtime_env"] = {"py_executable": in_use.enter_context(forkserver(WORKER_MODULES))}
+            own: dict[str, Any] = {}
+            if not address:
+                own = {"num_cpus": deployment.num_cpus, "include_dashboard": False}
+                if not deployment.generators.place.gpus and not deployment.learner.place.gpus:
+                    own["runtime_env"] = {"py_executable": in_use.enter_context(forkserver(WORKER_MODULES))}
             session = _join_or_start(address, own)
             if not address:
                 in_use.enter_context(session_in_use(session))

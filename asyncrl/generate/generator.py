@@ -15,7 +15,7 @@ from functools import partial
 
 from asyncrl.errors import Closed, Fenced, Unavailable
 from asyncrl.generate.states import GeneratorEvent, GeneratorState, accepts, state_after
-from asyncrl.generate.workload import EndedRequest, GeneratorCounters, HeldGroup, StoreReply, Workload
+from asyncrl.generate.workload import EndedRequest, GeneratorCounters, HeldGroup, StoreReply, Workload, tickets_wanted
 from asyncrl.interfaces import Engine, GeneratorStore, WeightSource
 from asyncrl.report.timing import TimeInState
 from asyncrl.types import TOO_OLD, Generation, Report, Reserved, Rollout, Ticket, Version
@@ -163,16 +163,13 @@ class Generator:
     # --------------------------------------------------------------------------------------------- feed
 
     def _tickets_wanted(self) -> int:
-        """How many tickets to ask for now. The engine may have fewer slots than requests unfinished: then none."""
+        """How many tickets to ask for now."""
         too_old = self._reply.too_old == self._version and self._since_heard() < self._poll_s
         if too_old or self._reply.ended or not accepts(self._state, GeneratorEvent.RESERVE):
             return 0
-        slots, unfinished = self._engine.slots, self._work.unfinished
+        slots = self._engine.slots
         ahead = min(slots, int(AHEAD_S * self._work.pace(time.monotonic())))
-        wanted = max(0, slots + ahead - unfinished) // self._group_size
-        if unfinished == 0:
-            return max(1, wanted)
-        return wanted if wanted * self._group_size > ahead // 2 else 0  # many at once, as `submit` does
+        return tickets_wanted(slots, self._work.unfinished, self._group_size, ahead)
 
     def _since_heard(self) -> float:
         return time.monotonic() - self._reply.heard

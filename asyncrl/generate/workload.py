@@ -67,6 +67,17 @@ class EndedRequest(NamedTuple):
         )
 
 
+def tickets_wanted(slots: int, unfinished: int, group_size: int, ahead: int = 0) -> int:
+    """How many tickets to ask for: for all slots and `ahead` more rollouts, many at once; at least one for an idle engine.
+
+    The engine may have fewer slots than requests unfinished: then none.
+    """
+    wanted = max(0, slots + ahead - unfinished) // group_size
+    if unfinished == 0:
+        return max(1, wanted)
+    return wanted if wanted * group_size > ahead // 2 else 0
+
+
 @dataclass
 class StoreReply:
     """What the store last said."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from asyncrl.config import Deployment, Recipe
 from asyncrl.generate.generator import SUBMIT_EVERY_S
+from asyncrl.generate.workload import tickets_wanted
 from asyncrl.replay.core import StoreCore
 from asyncrl.replay.log.rows import Summary
 from asyncrl.replay.plan import Source, StorePlan
@@ -225,9 +226,8 @@ class SimulatedGenerator:
             self._world.stir(self.name)
 
     def _ask(self) -> tuple[bool, Any]:
-        """For as many tickets as `Generator` would, when it would."""
-        unfinished, size = len(self._rows) + len(self._queue), self._world.recipe.rollouts_per_group
-        wanted = max(0, self._slots - unfinished) // size or int(unfinished == 0)
+        """For as many tickets as a `Generator` that asks for none ahead."""
+        wanted = tickets_wanted(self._slots, len(self._rows) + len(self._queue), self._world.recipe.rollouts_per_group)
         if not wanted or self._too_old or self._coming != self._update or self._update < 0:
             return False, None
         version, held = Version(1, self._update), tuple(self._missing)
@@ -250,9 +250,8 @@ class SimulatedGenerator:
                     del self._missing[group]
         taken = [summaries[i] for i in scoring.acceptable(summaries)]
         scoring.submitted(taken, 0)
-        yield (
-            self._world.score_s(len(taken)) + 2 * self._world.costs.call_s
-        )  # a reward actor leases them, and says what it found
+        # A reward actor leases them, and says what it found.
+        yield self._world.score_s(len(taken)) + 2 * self._world.costs.call_s
         scores = [Score(group=s.group, rollout=s.rollout, attempt=s.attempt, status="ok", reward=1.0) for s in taken]
         self._world.call("score", "reward", 0, scores)
 

@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import ModuleType
 
@@ -151,19 +152,22 @@ def learner_alone(recipe: Recipe, rollouts: list[TrainRollout], folder: Path) ->
     return (time.process_time() - began) / ((len(batches) - 1) * size)
 
 
-def forever(work: Callable[..., object], *args: object) -> None:
+def forever(under_way: Event, work: Callable[..., object], *args: object) -> None:
     torch.set_num_threads(1)
     while True:
         work(*args)
+        under_way.set()
 
 
 @contextlib.contextmanager
 def beside(work: Callable[..., object], *args: object) -> Iterator[None]:
     """While another process does `work`, again and again."""
-    process = multiprocessing.get_context("spawn").Process(target=forever, args=(work, *args))
+    spawning = multiprocessing.get_context("spawn")
+    under_way = spawning.Event()
+    process = spawning.Process(target=forever, args=(under_way, work, *args))
     process.start()
-    time.sleep(10)  # what it imports is not what it does
     try:
+        assert under_way.wait(120)  # what it imports is not what it does
         yield
     finally:
         process.kill()

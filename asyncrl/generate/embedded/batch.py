@@ -85,11 +85,13 @@ class Decoder:
         targets = np.concatenate([np.asarray(targets, dtype=np.int64) for targets in rows])
         length = int((starts + sizes).max())
         at = self.cache.tensor(np.minimum(starts[:, None] + np.arange(ids.shape[1]), length - 1))
+        mask = None
         if starts.any():
             self.cache.plan_rest(targets, starts, sizes)
+            mask = self._masks.of(at, length)
         else:
             self.cache.plan_fill(targets, np.repeat(np.arange(len(rows)), [len(of) for of in rows]), length)
-        self._forward(ids, at, self._masks.of(at, length) if starts.any() else None)
+        self._forward(ids, at, mask)
 
     def decode(self, ids: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Feeds token ids [n] at positions [n] to rows 0 … n−1; returns the next token's logits [n, V]."""

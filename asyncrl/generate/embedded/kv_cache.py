@@ -242,9 +242,8 @@ class SlotCache(Cache):
         plan, slots, length = self._plan, self.places.slot[rows], int((starts + sizes).max())
         of = np.repeat(np.arange(len(rows)), sizes)
         times = np.arange(len(of)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        kind, each = int(self.places.kind[rows[0]]), map(self.tensor, (slots, of, times, slots[of], starts[of] + times))
-        slots_n, *tokens = each
-        plan.rest = _Rest(kind, slots_n, length, *tokens)
+        kind, tokens = int(self.places.kind[rows[0]]), map(self.tensor, (of, times, slots[of], starts[of] + times))
+        plan.rest = _Rest(kind, self.tensor(slots), length, *tokens)
         plan.length, plan.known = length, length - int(sizes.max())
         self._reach[kind] = max(self._reach[kind], length)
 
