@@ -38,6 +38,8 @@ def test_the_first_failure_of_a_group_is_told(local_ray):
     lost = fail.remote(RuntimeError("Connection closed by peer"))
     actor = Rank.remote()
     died, diverged, own = actor.run.remote(), fail.remote(NonFinite("nan")), fail.remote(OSError("its own"))
+    tasks = [lost, died, diverged, own]
+    assert ray.wait(tasks, num_returns=4, timeout=60)[1] == []  # a worker's start may take longer than TELL_S
     for of_lead, of_rank, seen, cause in (
         (lost, died, lead, rank),  # the process that died, whoever is seen first
         (lost, diverged, lead, rank),  # what no restart mends
