@@ -164,8 +164,8 @@ def test_dry_run_prints_the_plan_and_starts_nothing(folder: Path) -> None:
     assert ended.status == 0, ended.stderr
     assert str(folder / "out/first") in ended.stdout
     assert "10 updates × 8 groups × 4 rollouts" in ended.stdout
-    assert "hold: no trained token is ever more than max_lag=16 updates old; usually 3 or less" in ended.stdout
-    assert "reserve_ahead=4 batches (32 groups)" in ended.stdout  # 64 slots hold two batches
+    assert "hold: no trained token is ever more than max_lag=16 updates old; usually 5 or less" in ended.stdout
+    assert "reserve_ahead=6 batches (48 groups)" in ended.stdout  # 256 slots hold eight, of which four count
     assert ended.heavy == "-"
     assert ended.cpu_s < 5.0
     assert not (folder / "out").exists()

@@ -179,7 +179,7 @@ class EngineSpec(Spec, frozen=True, kw_only=True):
     # `torch`: the embedded engine; `sglang`: SGLang servers, as `sglang` below says.
     kind: EngineName = "torch"
     # Requests decoded together, at most; with SGLang per server, which queues what its KV cache has no room for.
-    slots: int = 64
+    slots: int = 256
     # Prompt + response tokens of one request, at most.
     max_length: int = 2048
     # What happens to in-flight requests on a weight update. `in_flight`: they go on, their KV cache recomputed; `keep_kv`: they

@@ -21,6 +21,7 @@ from asyncrl.staleness import OnStale, SelectorName, Staleness
 RewardStyle = Literal["auto", "verl", "trl"]
 # Under these names shaping logs what it adds, and the reward before it.
 SHAPING_PARTS = ("unshaped", "overlong_penalty", "length_penalty", "repetition_penalty")
+AUTO_IN_FLIGHT = 4  # batches that `reserve_ahead: auto` lets be in flight at most, however many slots there are
 _TAKEN = ("mean", "std", "token_sum", "baseline", *SHAPING_PARTS)
 
 
@@ -189,7 +190,7 @@ class StalenessSpec(Spec, frozen=True, kw_only=True):
     # η: the most versions between a token and the update that trains it, ever; 0 is synchronous on-policy.
     max_lag: int = 16
     # Batches that are in flight, ready and in training at the most. Tokens are usually about one less versions old. `auto`:
-    # two more than the slots of all engines hold.
+    # two more than the slots of all engines hold, which count as four batches at most.
     reserve_ahead: int | Literal["auto"] = "auto"
     # What happens when a slow group would pass the bound. `hold` (always for max_lag 0): the learner waits, but only if some
     # group would certainly be late otherwise. `wait`: the same with as much reserved ahead as the bound admits. `mask`: overdue
@@ -337,5 +338,6 @@ class Recipe(Spec, frozen=True, kw_only=True):
         spec, batch = self.staleness, self.learner.batch_groups
         ahead = None if spec.reserve_ahead == "auto" else spec.reserve_ahead
         if ahead is None and slots is not None and spec.on_stale != "wait":
-            ahead = min(spec.max_lag + 1, math.ceil(slots / (batch * self.rollouts_per_group)) + 2)
+            in_flight = math.ceil(slots / (batch * self.rollouts_per_group))
+            ahead = min(spec.max_lag + 1, min(in_flight, AUTO_IN_FLIGHT) + 2)
         return Staleness(batch_groups=batch, **asdict(spec) | {"reserve_ahead": ahead})

@@ -27,6 +27,7 @@ from asyncrl.report.findings import Finding, MachineCheck
 from asyncrl.scratch import SHM, Trace, traces
 
 MIN_DISK_BYTES = 1 << 30
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 MIN_SHM_BYTES = 1 << 30  # Ray's objects live there; containers often give 64 MiB
 
 OPTIONAL = {
@@ -63,6 +64,7 @@ def examine() -> Iterator[Finding]:
         ("python", python, ""),
         ("disk", disk, ""),
         ("shared memory", shared_memory, ""),
+        ("large pages", large_pages, ""),
         ("leftovers", leftovers, ""),
         *((name, partial(optional, name, use, fix), "") for name, (use, fix) in OPTIONAL.items()),
         ("zeromq", zeromq, "pyzmq"),
@@ -198,6 +200,19 @@ def shared_memory(folder: Path = SHM, least_bytes: int = MIN_SHM_BYTES) -> Findi
         detail += f": below {as_size(least_bytes)}, larger models will not fit"
         return Finding(status="broken", detail=detail, fix=fix, required=False)
     return Finding(detail=f"{detail}, writable")
+
+
+def large_pages(file: Path = LARGE_PAGES) -> Finding:
+    """Weights pass through memory that the learner takes anew for each version: half of that time goes into pages of 4 KiB."""
+    allowed = re.findall(r"\[(\w+)\]", file.read_text()) if file.is_file() else []
+    if {*allowed} & {"never", "deny", "advise"}:
+        return Finding(
+            status="missing",
+            detail=f"{file} says {allowed[0]}: weights take twice as long to the generators of their node",
+            fix=f"echo within_size | sudo tee {file}",
+            required=False,
+        )
+    return Finding(detail=f"{file} says {allowed[0]}" if allowed else f"no {file}")
 
 
 def disk(folders: Iterable[Path] = (Path("runs"), Path(tempfile.gettempdir())), least_bytes: int = MIN_DISK_BYTES) -> Finding:

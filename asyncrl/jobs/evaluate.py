@@ -76,7 +76,7 @@ def eval_job(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, help="only the first so many prompts")
     parser.add_argument(
-        "--batch", type=int, metavar="SLOTS", help="responses decoded together (default: the engine's slots, 64)"
+        "--batch", type=int, metavar="SLOTS", help="responses decoded together (default: the engine's slots, 256)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="SAMPLES.parquet", help="where to write every response with its score")

@@ -1,18 +1,20 @@
 """One version while it is being received: which buckets are there, which were asked for, which are sound."""
 
-import threading
 import time
 
 from asyncrl.errors import BadTransfer
 from asyncrl.models.memory import FlatTensors, WeightMemory
-from asyncrl.weights.messages import Manifest, checksum
+from asyncrl.weights.messages import Manifest
 
 
 class Assembly:
-    """Collects the buckets of one manifest, in new memory, which is sealed after the last one, or in the publisher's own.
+    """Collects the buckets of one manifest, in new memory, which is sealed after the last one; or has them all at once, in the
+    publisher's own.
 
-    Every bucket is verified where its user will read it: after it was copied, or in sealed memory. Raises BadTransfer for a
-    manifest that contradicts itself and for bytes that don't match their checksum; then the whole assembly is worthless.
+    A bucket from the wire is verified where its user will read it, after it was copied. In the publisher's memory there is
+    nothing to verify: the kernel has sealed it, so these are the very pages that any checksum would be made of. Raises
+    BadTransfer for a manifest that contradicts itself and for bytes that don't match their checksum; then the whole assembly
+    is worthless.
     """
 
     def __init__(self, manifest: Manifest, shared: WeightMemory | None = None) -> None:
@@ -22,9 +24,9 @@ class Assembly:
         self.manifest, self.version, self.is_shared = manifest, manifest.version, shared is not None
         self.begun_at = time.monotonic()
         self._memory = shared or WeightMemory.create(manifest.total_bytes, f"weights {self.version}")
-        self._missing = set(range(manifest.bucket_count))
+        self._missing = set[int]() if shared else set(range(manifest.bucket_count))
         self._asked: dict[int, int] = {}  # bucket -> number of the last Hello sent before asking
-        self._unasked = list(reversed(range(manifest.bucket_count)))
+        self._unasked = sorted(self._missing, reverse=True)
 
     @property
     def whole(self) -> bool:
@@ -54,8 +56,8 @@ class Assembly:
         self._unasked.extend(dropped)
         return len(dropped)
 
-    def put(self, index: int, payload: memoryview) -> None:
-        """Takes one bucket from the wire. A bucket that is already there is ignored."""
+    def put(self, index: int, payload: memoryview, checksum: int) -> None:
+        """Takes one bucket from the wire, and what its Manifest.checksum must be. A bucket that is already there is ignored."""
         if index not in self._missing:
             return
         part = self.manifest.bucket(index)
@@ -65,25 +67,8 @@ class Assembly:
             )
         self._memory.write(part.start, payload)
         self._asked.pop(index, None)
-        self._verify(index)
+        if (found := self.manifest.checksum(index, self._memory.bytes[part])) != checksum:
+            raise BadTransfer(f"weights {self.version}, bucket {index}: checksum {found:016x}, not {checksum:016x}; not shown")
+        self._missing.discard(index)
         if self.whole:
             self._memory.seal()
-
-    def verify_shared(self, until: float, stop: threading.Event) -> int:
-        """Verifies buckets in the publisher's memory, one at least, till `until` (monotonic) or `stop`; returns their bytes."""
-        total = 0
-        for index in sorted(self._missing):
-            total += self._verify(index)
-            if stop.is_set() or time.monotonic() >= until:
-                break
-        return total
-
-    def _verify(self, index: int) -> int:
-        window = self._memory.bytes[self.manifest.bucket(index)]
-        found, expected = checksum(window), self.manifest.checksums[index]
-        if found != expected:
-            raise BadTransfer(
-                f"weights {self.version}, bucket {index}: checksum {found:016x}, manifest says {expected:016x}; not shown"
-            )
-        self._missing.discard(index)
-        return len(window)

@@ -31,17 +31,16 @@ _MAX_DIMENSIONS = 64
 
 # XXH3, 64 bits. It guards against damage, not against an enemy: peers are authenticated by CURVE. zlib.crc32 takes three times
 # as long, and of random damage misses one in 2^32, not one in 2^64.
-checksum = xxhash.xxh3_64_intdigest
+_digest = xxhash.xxh3_64_intdigest
 
 
 class Manifest(Struct, frozen=True, kw_only=True, tag="manifest"):
-    """All that is needed to receive one version, and to prove that it is whole."""
+    """All that is needed to receive one version, and to tell when it is whole."""
 
     version: Version
     tensors: tuple[TensorSpec, ...]
     total_bytes: int
     bucket_bytes: int
-    checksums: tuple[int, ...]  # one per bucket, made when the publisher had sealed it
     place: Place | None = None  # where the same bytes can be opened by processes of the publisher's node
     own_checksum: int = 0  # of this manifest with 0 here
 
@@ -53,10 +52,14 @@ class Manifest(Struct, frozen=True, kw_only=True, tag="manifest"):
         """The bytes of one bucket; the last one may be shorter."""
         return slice(index * self.bucket_bytes, min((index + 1) * self.bucket_bytes, self.total_bytes))
 
+    def checksum(self, index: int, payload: memoryview) -> int:
+        """Of the bytes of one bucket. None of another bucket, nor of another version, has the same."""
+        return _digest(payload, self.own_checksum ^ index)
+
     def signed(self) -> "Manifest":
         """The same with its own checksum."""
         blank = replace(self, own_checksum=0)
-        return replace(blank, own_checksum=checksum(encode(blank)))
+        return replace(blank, own_checksum=_digest(encode(blank)))
 
     def check(self) -> None:
         """Refuses a manifest that is damaged or contradicts itself, before any memory is taken for it. Raises BadTransfer."""
@@ -74,8 +77,6 @@ class Manifest(Struct, frozen=True, kw_only=True, tag="manifest"):
         end = total_bytes(self.tensors)
         self._require(self.total_bytes == end, f"total_bytes={self.total_bytes}, its tensors end at {end}")
         self._require(1 <= self.bucket_bytes <= MAX_BUCKET_BYTES, f"bucket_bytes={self.bucket_bytes}")
-        count = len(self.checksums)
-        self._require(count == self.bucket_count, f"{count} checksums for {self.bucket_count} buckets")
 
     def _require(self, condition: bool, message: str) -> None:
         if not condition:
@@ -119,6 +120,7 @@ class Bucket(Struct, frozen=True, kw_only=True, tag="bucket"):
 
     version: Version
     index: int
+    checksum: int  # Manifest.checksum of the bytes
     number: int = 0  # of this bucket among all that were sent on this connection; to be confirmed
 
 

@@ -1,7 +1,7 @@
 """The learner's end of the weight bus: stages a version, makes it visible when it is whole, and lets receivers pull it.
 
 publish()                 caller's thread: stage ──► sealed memory   returns as soon as all bytes are there
-I/O thread                checksums ──► visible ──► hint to every receiver;  answers pulls all the while
+I/O thread                visible ──► hint to every receiver;  answers pulls all the while
 """
 
 import threading
@@ -9,18 +9,16 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from msgspec.structs import replace
-
 from asyncrl.errors import Closed, Unavailable
 from asyncrl.interfaces import Tensors
 from asyncrl.models.memory import FlatTensors
 from asyncrl.types import Version
-from asyncrl.weights.messages import MAX_BUCKET_BYTES, Manifest, checksum
+from asyncrl.weights.messages import MAX_BUCKET_BYTES, Manifest
 from asyncrl.weights.serving import Serving
 from asyncrl.weights.sockets import Address, PublisherSocket, Waker
 from asyncrl.weights.versions import Live
 
-CHECKSUMS_TIMEOUT_S = 600.0  # how long publish waits for the checksums of the version before
+SHOW_TIMEOUT_S = 60.0  # how long publish waits until the version before is visible
 STOP_TIMEOUT_S = 10.0
 
 
@@ -47,11 +45,11 @@ class WeightPublisher:
             )
         self._incarnation, self._transport, self._bucket_bytes = incarnation, transport, bucket_bytes
         self._changed = threading.Condition()
-        self._staged: Live | None = None  # its bytes are there, its checksums still being made
+        self._staged: Live | None = None  # its bytes are there, and it is to be shown
         self._newest: Version | None = None
         self._closing = False
         self._failure: BaseException | None = None
-        self._stage_s = self._seal_s = self._staged_bytes = 0.0
+        self._stage_s = self._staged_bytes = 0.0
         self._waker = Waker()
         self._socket = PublisherSocket(host, incarnation)
         self._serving = Serving(self._socket, self._waker, self._changed)
@@ -64,18 +62,18 @@ class WeightPublisher:
         return self._socket.address
 
     def publish(self, version: Version, weights: Tensors | Callable[[str], FlatTensors]) -> None:
-        """Stages the weights, then returns; they may change again at once. The version becomes visible soon after.
+        """Stages the weights, then returns; they may change again at once. The version becomes visible right after.
 
         weights: tensors, which are copied; or what lays them into sealed memory, given a name for them (`Staging.staged`).
-        Waits for the checksums of the version before, if these are still being made; for no receiver.
+        Waits for no receiver.
         Raises ConfigError (not enough memory), ValueError (version out of order, dtype that can't be sent), Closed,
         Unavailable (the I/O thread failed), and what staging them raises; then there is no such version.
         """
         begin = time.monotonic()
         with self._changed:
             self._check_order(version)
-            if not self._changed.wait_for(lambda: self._staged is None, timeout=CHECKSUMS_TIMEOUT_S):
-                raise Unavailable(f"weight publisher: weights {self._newest} lack checksums after {CHECKSUMS_TIMEOUT_S:g} s")
+            if not self._changed.wait_for(lambda: self._staged is None, timeout=SHOW_TIMEOUT_S):
+                raise Unavailable(f"weight publisher: weights {self._newest} are not visible after {SHOW_TIMEOUT_S:g} s")
             self._check_running()
             self._serving.make_room()
         staged = self._stage(version, weights)
@@ -86,10 +84,9 @@ class WeightPublisher:
             self._waker.set()
 
     def gauges(self) -> dict[str, float]:
-        """stage_s, staged_bytes: the last publish. seal_s: its checksums. The rest: see `Serving.gauges`."""
+        """stage_s, staged_bytes: the last publish. The rest: see `Serving.gauges`."""
         with self._changed:
-            own = {"stage_s": self._stage_s, "staged_bytes": self._staged_bytes, "seal_s": self._seal_s}
-            return own | self._serving.gauges()
+            return {"stage_s": self._stage_s, "staged_bytes": self._staged_bytes} | self._serving.gauges()
 
     def close(self) -> None:
         """Stops serving. Receivers get nothing more, a version not yet visible included."""
@@ -123,18 +120,20 @@ class WeightPublisher:
             tensors=staged.specs,
             total_bytes=staged.memory.nbytes,
             bucket_bytes=self._bucket_bytes,
-            checksums=(),
             place=staged.memory.place if self._transport == "auto" else None,
         )
-        return Live(manifest=manifest, memory=staged.memory)
+        return Live(manifest=manifest.signed(), memory=staged.memory)
 
     def _run(self) -> None:
-        """The I/O thread: serves, and makes the checksums of the version that waits for them."""
+        """The I/O thread: serves, and shows what was staged."""
         try:
             while not self._closing:
                 self._serving.step(wait_s=1.0)
-                if self._staged is not None:
-                    self._make_visible(self._staged)
+                with self._changed:
+                    if self._staged is not None and not self._closing:
+                        self._serving.show(self._staged)
+                        self._staged = None
+                        self._changed.notify_all()
         except BaseException as error:  # kept for publish to raise: a thread has no caller
             self._failure = error
         finally:
@@ -143,19 +142,3 @@ class WeightPublisher:
                 self._serving.close()
                 self._changed.notify_all()
             self._socket.close()
-
-    def _make_visible(self, staged: Live) -> None:
-        """Makes the checksums of a version, and serves between two of them; after the last one it becomes visible."""
-        manifest, checksums, seconds = staged.manifest, [], 0.0
-        for index in range(manifest.bucket_count):
-            begin = time.monotonic()
-            checksums.append(checksum(staged.memory.bytes[manifest.bucket(index)]))
-            seconds += time.monotonic() - begin
-            self._serving.step(wait_s=0.0)
-            if self._closing:
-                return
-        whole = replace(staged, manifest=replace(manifest, checksums=tuple(checksums)).signed())
-        with self._changed:
-            self._seal_s, self._staged = seconds, None
-            self._serving.show(whole)
-            self._changed.notify_all()

@@ -209,9 +209,9 @@ class Serving:
         elif not 0 <= index < live.manifest.bucket_count:
             self._refuse(identity, f"bucket {index} of weights {version}, which have {live.manifest.bucket_count}")
         else:
-            payload = live.memory.bytes[live.manifest.bucket(index)]
+            payload, checksum = live.bucket(index)
             number = self._flight.next_number(identity)
-            if self._send(identity, Bucket(version=version, index=index, number=number), payload):
+            if self._send(identity, Bucket(version=version, index=index, checksum=checksum, number=number), payload):
                 self._flight.send(identity, len(payload), self._clock())
                 self._counts["sent_bytes"] += len(payload)
 

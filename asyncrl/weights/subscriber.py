@@ -97,13 +97,12 @@ class WeightSubscriber:
     def _step(self, until: float) -> tuple[Version, Tensors] | None:
         """One round: what came in, what is due, what to ask next. A damaged transfer is repeated, a few times."""
         try:
-            verifying = self._assembly is not None and self._assembly.is_shared  # then there is work without waiting
-            for reply, payload in self._link.receive(0.0 if verifying else self._link.wait_s(until)):
+            for reply, payload in self._link.receive(self._link.wait_s(until)):
                 self._take(reply, payload)
             if self._link.keep(self._hello):
                 self._confirms = 0
                 self._discard(barrier=self._link.hello)  # whatever the former publisher left half-sent dies with it
-            return self._advance(until)
+            return self._advance()
         except BadTransfer:
             self._counts["bad_transfers"] += 1
             self._failures += 1
@@ -119,10 +118,10 @@ class WeightSubscriber:
                 self._hear(version, echo)
             case Manifest():
                 self._begin(reply)
-            case Bucket(version=version, index=index, number=number):
+            case Bucket(version=version, index=index, checksum=checksum, number=number):
                 self._confirms = number
                 if self._assembly is not None and self._assembly.version == version and payload is not None:
-                    self._assembly.put(index, payload)
+                    self._assembly.put(index, payload, checksum)
                     self._counts["received_bytes"] += len(payload)
             case Gone(version=version):
                 if version == self._pulling:
@@ -154,8 +153,8 @@ class WeightSubscriber:
                 return
         self._assembly = Assembly(manifest, shared)
 
-    def _advance(self, until: float) -> tuple[Version, Tensors] | None:
-        """Asks for what is next, or verifies it; returns the version once it is whole."""
+    def _advance(self) -> tuple[Version, Tensors] | None:
+        """Asks for what is next; returns the version once it is whole."""
         if self._assembly is None:
             newest = self._newest
             if newest is not None and (self._holds is None or newest > self._holds) and self._asked_manifest is None:
@@ -165,11 +164,8 @@ class WeightSubscriber:
         if self._holds is not None and self._assembly.version <= self._holds:
             self._restart()
             return None
-        if self._assembly.is_shared:
-            self._counts["received_bytes"] += self._assembly.verify_shared(until, self._closed)
-        else:
-            for index in self._assembly.ask(self._credit, self._link.hello):
-                self._link.send(GetBucket(version=self._assembly.version, index=index, confirms=self._confirms))
+        for index in self._assembly.ask(self._credit, self._link.hello):
+            self._link.send(GetBucket(version=self._assembly.version, index=index, confirms=self._confirms))
         return self._deliver(self._assembly) if self._assembly.whole else None
 
     def _deliver(self, assembly: Assembly) -> tuple[Version, Tensors]:

@@ -14,7 +14,7 @@ is one and on its own speed.
 import math
 from collections.abc import Collection
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from asyncrl.models.memory import WeightMemory
 from asyncrl.types import Version
@@ -31,6 +31,14 @@ class Live(Struct, frozen=True, kw_only=True):
 
     manifest: Manifest
     memory: WeightMemory
+    checksums: dict[int, int] = field(default_factory=dict)  # of the buckets that somebody took over the socket
+
+    def bucket(self, index: int) -> tuple[memoryview, int]:
+        """The bytes of one bucket, and their checksum, which is made when it is first asked for."""
+        payload = self.memory.bytes[self.manifest.bucket(index)]
+        if index not in self.checksums:
+            self.checksums[index] = self.manifest.checksum(index, payload)
+        return payload, self.checksums[index]
 
     @property
     def version(self) -> Version:

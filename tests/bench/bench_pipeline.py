@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from msgspec.structs import replace
 
-from asyncrl import Recipe, Trainer
+from asyncrl import Deployment, Recipe, Trainer
 from asyncrl.config import EvaluationSpec, StalenessSpec
 from asyncrl.config.paths import resolve_paths
 from asyncrl.generate.embedded.engine import TorchEngine
@@ -193,7 +193,7 @@ def main() -> None:
                 lagged = replace(recipe, staleness=StalenessSpec(max_lag=max_lag))
                 rates[max_lag].append(samples_per_s(lagged, run.path, updates, watch))
                 watches += [watch] if max_lag else []
-        decoding = recipe, run.data / "train.arrow", 64, 256 * 12
+        decoding = recipe, run.data / "train.arrow", Deployment().generators.slots, 256 * 12
         engine, rollouts = engine_alone(*decoding)
         learner = learner_alone(recipe, rollouts, run.logs)
         with beside(learner_alone, recipe, rollouts, run.logs):

@@ -92,9 +92,9 @@ def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
         "sampling    n=4, temperature=1, top_p=1, top_k=0",
         "lengths     1024 prompt + 1024 response tokens of 2048",
         "batches     5 updates × 8 groups × 4 rollouts",
-        # 64 slots hold two batches of 32 rollouts; two more are ready and in training.
-        "staleness   hold: no trained token is ever more than max_lag=9 updates old; usually 3 or less, as reserve_ahead=4 "
-        "batches (32 groups) are outstanding at most, for 64 slots",
+        # 256 slots hold eight batches of 32 rollouts, of which four count; two more are ready and in training.
+        "staleness   hold: no trained token is ever more than max_lag=9 updates old; usually 5 or less, as reserve_ahead=6 "
+        "batches (48 groups) are outstanding at most, for 256 slots",
         "history     every rollout, until they take deploy.store.keep_bytes=107374182400 (100.0 GiB), after some 136,533 "
         "updates of the longest responses; then the oldest are deleted, but for what a resume needs",
         "dtypes      the learner keeps weights in float32 and computes in float32; they travel in float32, and the engine "
@@ -186,11 +186,11 @@ def test_what_prepare_makes_need_not_exist_yet(recipe: Recipe, run: RunDir, tmp_
             ConfigError,
             r"sampling\.n=1 with .*'rloo'.* all would be 0",
         ),
-        ({"sampling": SamplingSpec(n=65)}, ConfigError, r"engine\.slots=64 < sampling\.n=65"),
+        ({"sampling": SamplingSpec(n=257)}, ConfigError, r"engine\.slots=256 < sampling\.n=257"),
         (
-            {"sampling": SamplingSpec(n=64), "algorithm": AlgorithmSpec(adv_estimator="remax")},
+            {"sampling": SamplingSpec(n=256), "algorithm": AlgorithmSpec(adv_estimator="remax")},
             ConfigError,
-            r"engine\.slots=64 < sampling\.n=64 \+ 1 for its baseline: .*slots=65 or more",
+            r"engine\.slots=256 < sampling\.n=256 \+ 1 for its baseline: .*slots=257 or more",
         ),
         (
             {"sampling": SamplingSpec(max_response_length=1025)},
@@ -293,8 +293,8 @@ def test_an_engine_that_cannot_be_started_is_told_with_the_rest(recipe: Recipe, 
     deployment = Deployment(generators=GeneratorsSpec(engine=engine))
     with pytest.raises(ConfigError, match=r"'no-such-server' is not on PATH"):
         check_run(recipe, deployment, run)
-    sampled = replace(recipe, sampling=SamplingSpec(n=65, top_p=0.9))
-    with pytest.raises(ConfigError, match=r"2 problems:\n  1\. .*sampling\.n=65\b.*\n  2\. .*'no-such-server' is not on PATH"):
+    sampled = replace(recipe, sampling=SamplingSpec(n=257, top_p=0.9))
+    with pytest.raises(ConfigError, match=r"2 problems:\n  1\. .*sampling\.n=257\b.*\n  2\. .*'no-such-server' is not on PATH"):
         check_run(sampled, deployment, run)
 
 

@@ -71,7 +71,7 @@ for finding in examine():
     print(finding.name, *sorted({"torch", "ray", "transformers"} & set(sys.modules)), sep=",")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    rows = ["python", "disk", "shared memory", "leftovers", *doctor.OPTIONAL, "zeromq", "arrow"]
+    rows = ["python", "disk", "shared memory", "large pages", "leftovers", *doctor.OPTIONAL, "zeromq", "arrow"]
     assert done.stdout.splitlines() == rows
 
 
@@ -131,6 +131,25 @@ def test_shared_memory(tmp_path: Path) -> None:
     assert (small.status, small.required) == ("broken", False)
     assert "--shm-size" in small.fix
     assert doctor.shared_memory(tmp_path / "none").status == "missing"
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("always within_size advise [never] deny force", "missing"),
+        ("always within_size [advise] never deny force", "missing"),
+        ("always [within_size] advise never deny force", "ok"),
+        (None, "ok"),  # a kernel without them
+    ],
+)
+def test_large_pages(tmp_path: Path, text: str | None, status: str) -> None:
+    file = tmp_path / "shmem_enabled"
+    if text is not None:
+        file.write_text(text)
+    found = doctor.large_pages(file)
+    assert (found.status, str(file) in found.detail) == (status, True)
+    assert found.required == (status == "ok")
+    assert found.fix == (f"echo within_size | sudo tee {file}" if status == "missing" else "")
 
 
 def test_an_extra_that_is_not_installed_names_its_command() -> None:

@@ -59,7 +59,8 @@ class HandPublisher:
                     whole = data[manifest.bucket(index)]
                     payload = whole if buckets is None else buckets(index)
                     if payload is not None:
-                        self.send(Bucket(version=manifest.version, index=index), payload)
+                        checksum = manifest.checksum(index, memoryview(whole))
+                        self.send(Bucket(version=manifest.version, index=index, checksum=checksum), payload)
 
     def close(self) -> None:
         self._server.close()
@@ -146,8 +147,7 @@ def packed() -> Callable[..., tuple[bytes, Manifest]]:
     def make(version: Version, tensors: dict[str, torch.Tensor], bucket_bytes: int = 1000) -> tuple[bytes, Manifest]:
         copied = FlatTensors.copy_of(tensors, "weights")
         data, total = bytes(copied.memory.bytes), copied.memory.nbytes
-        sums = tuple(messages.checksum(data[start : start + bucket_bytes]) for start in range(0, total, bucket_bytes))
-        manifest = Manifest(version=version, tensors=copied.specs, total_bytes=total, bucket_bytes=bucket_bytes, checksums=sums)
+        manifest = Manifest(version=version, tensors=copied.specs, total_bytes=total, bucket_bytes=bucket_bytes)
         return data, manifest.signed()
 
     return make

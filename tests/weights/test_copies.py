@@ -10,46 +10,42 @@ import torch
 from asyncrl.models.loading import load_weights
 from asyncrl.models.memory import WeightMemory
 from asyncrl.types import Version
-from asyncrl.weights import assembly, publisher
-from asyncrl.weights.messages import checksum
+from asyncrl.weights.messages import Manifest
 
 NBYTES = 1 << 18
 
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Bytes that the bus copied, and that it made checksums of, at either end."""
+    """Bytes that the bus copied, and that it made checksums of, at both ends."""
     done: Counter[str] = Counter()
-    write = WeightMemory.write
+    write, checksum = WeightMemory.write, Manifest.checksum
 
     def copied(memory: WeightMemory, offset: int, data: memoryview) -> None:
         done["copied"] += len(data)
         write(memory, offset, data)
 
-    def counting(end: str) -> Callable[[memoryview], int]:
-        def verified(data: memoryview) -> int:
-            done[end] += len(data)
-            return checksum(data)
-
-        return verified
+    def summed(manifest: Manifest, index: int, payload: memoryview) -> int:
+        done["summed"] += len(payload)
+        return checksum(manifest, index, payload)
 
     monkeypatch.setattr(WeightMemory, "write", copied)
-    monkeypatch.setattr(publisher, "checksum", counting("published"))
-    monkeypatch.setattr(assembly, "checksum", counting("verified"))
+    monkeypatch.setattr(Manifest, "checksum", summed)
     return done
 
 
-@pytest.mark.parametrize(("transport", "copies"), [("auto", 1), ("tcp", 2)])
-def test_bytes_are_copied_once_to_every_node_and_verified_once_by_every_receiver(
-    bus: Any, work: Counter[str], transport: str, copies: int
+@pytest.mark.parametrize(("transport", "copies", "sums"), [("auto", 1, 0), ("tcp", 3, 3)])
+def test_bytes_are_copied_once_and_to_every_other_node_and_summed_as_often_where_there_is_a_wire(
+    bus: Any, work: Counter[str], transport: str, copies: int, sums: int
 ) -> None:
     layers = torch.nn.ParameterList([torch.full((NBYTES // 16,), float(index)) for index in range(4)])
     source = bus.publisher(transport=transport, bucket_bytes=10_000)
     source.publish(Version(1, 1), {name: tensor.detach() for name, tensor in layers.named_parameters()})
-    model = torch.nn.ParameterList([torch.zeros_like(tensor) for tensor in layers])
-    found = bus.subscriber(source, transport=transport).next(None, 20.0)
-    load_weights(model, found[1])
-    assert work == {"copied": copies * NBYTES, "published": NBYTES, "verified": NBYTES}
+    for _ in range(2):
+        model = torch.nn.ParameterList([torch.zeros_like(tensor) for tensor in layers])
+        found = bus.subscriber(source, transport=transport).next(None, 20.0)
+        load_weights(model, found[1])
+    assert work == Counter(copied=copies * NBYTES, summed=sums * NBYTES)
     assert [tensor.data_ptr() for tensor in model] == [tensor.data_ptr() for tensor in found[1].values()]
     assert all(torch.equal(one, other) for one, other in zip(model, layers, strict=True))
 

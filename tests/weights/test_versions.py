@@ -29,7 +29,7 @@ class Bench:
         self.cache.make_room()
         assert len(self.cache.live()) <= 2  # the one being staged is the third
         place = Place(here, "/proc/0/fd/0", b"") if here else None
-        manifest = Manifest(version=Version(1, update), tensors=(), total_bytes=0, bucket_bytes=1, checksums=(), place=place)
+        manifest = Manifest(version=Version(1, update), tensors=(), total_bytes=0, bucket_bytes=1, place=place)
         self.cache.add(Live(manifest=manifest, memory=self.memory), self.now)
         self.advance()
 
