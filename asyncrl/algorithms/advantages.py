@@ -71,12 +71,9 @@ def gpg(rewards_s: Tensor, groups_s: Tensor) -> Tensor:
     policy_loss="pg". (verl's `gpg` counts the rewards that are not 0 instead, which is another number.)
     """
     centered_s, index_s, count_g = centered_in_groups(rewards_s, groups_s)
-    most_g, least_g = (
-        rewards_s.new_zeros(len(count_g)).scatter_reduce(0, index_s, rewards_s, kind, include_self=False)
-        for kind in ("amax", "amin")
-    )
-    size_g = rewards_s.new_zeros(len(count_g)).index_add(0, index_s, rewards_s.abs())
-    varied_s = (most_g - least_g > TIE * size_g)[index_s]
+    zeros_g = rewards_s.new_zeros(len(count_g))
+    size_g, apart_g = (zeros_g.index_add(0, index_s, of_s.abs()) for of_s in (rewards_s, centered_s))
+    varied_s = (apart_g > TIE * size_g)[index_s]
     return centered_s * varied_s * len(rewards_s) / varied_s.sum().clamp(min=1)
 
 
@@ -113,28 +110,23 @@ def gae(rewards_n: Tensor, values_n: Tensor, sequence_n: Tensor, *, gamma: float
     """
     _, row_n, count_s = torch.unique_consecutive(sequence_n, return_inverse=True, return_counts=True)
     column_n = torch.arange(len(row_n), device=row_n.device) - (count_s.cumsum(0) - count_s)[row_n]
-    shape = (len(count_s), int(count_s.max()) + 1 if len(count_s) else 1)  # the last column: V and A after the end
+    shape = (len(count_s), int(count_s.max()) + 1 if len(count_s) else 1)  # the last column: V after the end
 
     def dense(flat_n: Tensor) -> Tensor:
         return flat_n.new_zeros(shape).index_put((row_n, column_n), flat_n)
 
     rewards_st, values_st = dense(rewards_n), dense(values_n)
-    delta_st = rewards_st[:, :-1] + gamma * values_st[:, 1:] - values_st[:, :-1]
-    advantage_s = values_n.new_zeros(len(count_s))
-    columns = []
-    for t in reversed(range(shape[1] - 1)):
-        advantage_s = delta_st[:, t] + gamma * lam * advantage_s
-        columns.append(advantage_s)
-    advantages_st = torch.stack(columns[::-1], dim=1) if columns else delta_st
+    advantages_st = rewards_st[:, :-1] + gamma * values_st[:, 1:] - values_st[:, :-1]  # δ, until what follows is added
+    for t in reversed(range(shape[1] - 2)):
+        advantages_st[:, t] += gamma * lam * advantages_st[:, t + 1]
     return advantages_st[row_n, column_n]
 
 
 def _earned(outcomes: Outcomes) -> Tensor:
     """What each trained token earned [N]: its own rewards, and at the last one of a rollout the rollout's."""
-    earned_n, sequence_n = outcomes.token_rewards_n.clone(), outcomes.sequence_n
-    if len(sequence_n):
-        last_n = torch.cat((sequence_n[1:] != sequence_n[:-1], sequence_n.new_ones(1, dtype=torch.bool)))
-        earned_n[last_n] += outcomes.rewards_s[sequence_n[last_n]]
+    earned_n = outcomes.token_rewards_n.clone()
+    rollout_r, count_r = outcomes.sequence_n.unique_consecutive(return_counts=True)
+    earned_n[count_r.cumsum(0) - 1] += outcomes.rewards_s[rollout_r]
     return earned_n
 
 

@@ -22,6 +22,26 @@ from asyncrl.algorithms.losses import LOG_RATIO_LIMIT, log_ratio, sequence_mean,
 from asyncrl.config import AlgorithmSpec
 
 
+class Columns(NamedTuple):
+    """What the loss needs of each trained token, [T] each."""
+
+    coefficients_t: Tensor  # what its loss weighs in the minibatch's: see objective.AGGREGATIONS
+    advantages_t: Tensor
+    behaviour_t: Tensor  # logprob under the policy that sampled it
+    proximal_t: Tensor  # at the start of the update; may be NaN where `needs_proximal` says that nothing asks for it
+    sequence_t: Tensor  # int64
+    lag_t: Tensor  # int64, versions
+    reference_t: Tensor | None = None  # logprob under the reference; None without a KL in the loss
+    kept_t: Tensor | None = None  # bool: what a mask over the whole minibatch leaves (m2po); None without
+
+    def take(self, index_t: Tensor) -> "Columns":
+        """The columns of some tokens."""
+        return Columns._make(None if column is None else column[index_t] for column in self)
+
+    def delta(self) -> Tensor:
+        return self.proximal_t - self.behaviour_t
+
+
 class Weights(NamedTuple):
     """A correction of each token, [T] each."""
 
@@ -134,35 +154,23 @@ def m2po(delta_m: Tensor, bound: float) -> Tensor:
     return torch.ones_like(squared_m, dtype=torch.bool) if stay == len(ordered_m) else squared_m < ordered_m[stay]
 
 
-class Compared(NamedTuple):
-    """What masks see of each token, [T] each, without gradient: its logprob under three policies, and what it is trained to."""
-
-    present_t: Tensor  # under the policy as it is at this step
-    proximal_t: Tensor  # at the start of the update; may be NaN where no mask asks for it
-    behaviour_t: Tensor
-    advantages_t: Tensor
-    sequence_t: Tensor  # int64
-
-    def delta(self) -> Tensor:
-        return self.proximal_t - self.behaviour_t
-
-
-# (recipe, what is compared) -> what stays; m2po, which sees a whole minibatch, is made before its packs
-MASKS: dict[str, Callable[[AlgorithmSpec, Compared], Tensor]] = {
-    "icepop": lambda spec, seen: icepop(seen.delta(), *spec.icepop_bounds),
-    "icepop_sequence": lambda spec, seen: icepop_sequence(seen.delta(), seen.sequence_t, *spec.icepop_sequence_bounds),
-    "geometric": lambda spec, seen: geometric(seen.delta(), seen.sequence_t, *spec.geometric_bounds),
-    "kpop": lambda spec, seen: kpop(seen.proximal_t, seen.behaviour_t, spec.kpop_bound),
-    "off_policy_sequence": lambda spec, seen: off_policy_sequence(
-        seen.behaviour_t - seen.present_t, seen.advantages_t, seen.sequence_t, spec.off_policy_sequence_bound
+# (recipe, a pack's columns, logprobs under the policy as it is at this step [T]) -> what stays; m2po, which sees a whole
+# minibatch, is made before its packs
+MASKS: dict[str, Callable[[AlgorithmSpec, Columns, Tensor], Tensor]] = {
+    "icepop": lambda spec, seen, _: icepop(seen.delta(), *spec.icepop_bounds),
+    "icepop_sequence": lambda spec, seen, _: icepop_sequence(seen.delta(), seen.sequence_t, *spec.icepop_sequence_bounds),
+    "geometric": lambda spec, seen, _: geometric(seen.delta(), seen.sequence_t, *spec.geometric_bounds),
+    "kpop": lambda spec, seen, _: kpop(seen.proximal_t, seen.behaviour_t, spec.kpop_bound),
+    "off_policy_sequence": lambda spec, seen, present_t: off_policy_sequence(
+        seen.behaviour_t - present_t, seen.advantages_t, seen.sequence_t, spec.off_policy_sequence_bound
     ),
 }
 
 
-def rejection_mask(spec: AlgorithmSpec, seen: Compared) -> Tensor:
-    """What of a pack stays by those of the recipe's masks that see a token or a sequence [T] bool."""
-    kept_t = torch.ones_like(seen.behaviour_t, dtype=torch.bool)
+def rejection_mask(spec: AlgorithmSpec, columns: Columns, present_t: Tensor) -> Tensor:
+    """What of a pack stays by all of the recipe's masks [T] bool. present_t: logprobs at this step, without gradient."""
+    kept_t = torch.ones_like(present_t, dtype=torch.bool) if columns.kept_t is None else columns.kept_t
     for name in spec.masks:
         if name in MASKS:
-            kept_t = kept_t & MASKS[name](spec, seen)
+            kept_t = kept_t & MASKS[name](spec, columns, present_t)
     return kept_t

@@ -131,10 +131,8 @@ def gspo(logp_t: Tensor, old_t: Tensor, advantages_t: Tensor, sequence_t: Tensor
     sequences: loss_agg="seq-mean-token-mean".
     """
     mean_t = sequence_mean(log_ratio(logp_t.detach(), old_t), sequence_t)
-    ratio_t = (mean_t + logp_t - logp_t.detach()).exp()
-    unclipped_t = -ratio_t * advantages_t
-    clipped_t = -ratio_t.clamp(1 - clip_low, 1 + clip_high) * advantages_t
-    return torch.maximum(unclipped_t, clipped_t), {"pg_clipfrac": clipped_t > unclipped_t}
+    own_t = mean_t + logp_t - logp_t.detach()
+    return clipped_ppo(own_t, torch.zeros_like(own_t), advantages_t, clip_low=clip_low, clip_high=clip_high)
 
 
 def gmpo(logp_t: Tensor, old_t: Tensor, advantages_t: Tensor, sequence_t: Tensor, *, clip_low: float, clip_high: float) -> Loss:

@@ -6,27 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from asyncrl.algorithms.corrections import CORRECTIONS, Compared, interpolated_proximal, rejection_mask
+from asyncrl.algorithms.corrections import CORRECTIONS, Columns, interpolated_proximal, rejection_mask
 from asyncrl.algorithms.kl import token_kl
 from asyncrl.algorithms.losses import policy_loss
 from asyncrl.config import AlgorithmSpec
-
-
-class Columns(NamedTuple):
-    """What the loss needs of each trained token, [T] each."""
-
-    coefficients_t: Tensor  # what its loss weighs in the minibatch's: see AGGREGATIONS
-    advantages_t: Tensor
-    behaviour_t: Tensor  # logprob under the policy that sampled it
-    proximal_t: Tensor  # at the start of the update; may be NaN where `needs_proximal` says that nothing asks for it
-    sequence_t: Tensor  # int64
-    lag_t: Tensor  # int64, versions
-    reference_t: Tensor | None = None  # logprob under the reference; None without a KL in the loss
-    kept_t: Tensor | None = None  # bool: what a mask over the whole minibatch leaves (m2po); None without
-
-    def take(self, index_t: Tensor) -> "Columns":
-        """The columns of some tokens."""
-        return Columns._make(None if column is None else column[index_t] for column in self)
 
 
 class TokenWeights(NamedTuple):
@@ -90,10 +73,7 @@ def _old(spec: AlgorithmSpec, columns: Columns, logp_t: Tensor) -> Tensor:
 def _token_weights(spec: AlgorithmSpec, columns: Columns, old_t: Tensor, present_t: Tensor, weight_mean: float) -> TokenWeights:
     correction = "none" if spec.learns_preferences else spec.correction
     weights_t, capped_t = CORRECTIONS[correction](spec, old_t, columns.behaviour_t, columns.sequence_t)
-    seen = Compared(present_t, columns.proximal_t, columns.behaviour_t, columns.advantages_t, columns.sequence_t)
-    kept_t = rejection_mask(spec, seen)
-    if columns.kept_t is not None:
-        kept_t = kept_t & columns.kept_t
+    kept_t = rejection_mask(spec, columns, present_t)
     return TokenWeights(weights_t * kept_t / weight_mean, capped_t, ~kept_t)
 
 

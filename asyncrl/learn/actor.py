@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from asyncrl.algorithms.corrections import m2po
-from asyncrl.algorithms.objective import AGGREGATIONS, Columns, objective
+from asyncrl.algorithms.corrections import Columns, m2po
+from asyncrl.algorithms.objective import AGGREGATIONS, objective
 from asyncrl.config import AlgorithmSpec, LearnerSpec
 from asyncrl.learn.critic import Critic
 from asyncrl.learn.kl_control import KLControl

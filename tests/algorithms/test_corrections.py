@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from asyncrl.algorithms.corrections import (
     CORRECTIONS,
-    Compared,
+    Columns,
     decoupled,
     geometric,
     icepop,
@@ -170,12 +170,13 @@ def test_m2po_drops_no_more_than_needed_in_any_order(delta: list[float], bound: 
 
 def test_a_token_must_pass_all_masks() -> None:
     delta, sequences = logs(1.0, 0.4, 1.4, 1.4), torch.tensor([0, 0, 1, 1])
-    behaviour = torch.full_like(delta, -3.0)
-    seen = Compared(behaviour - 1.0, behaviour + delta, behaviour, torch.tensor([1.0, -1.0, -1.0, 1.0]), sequences)
+    behaviour, nothing = torch.full_like(delta, -3.0), torch.zeros_like(delta)
+    seen = Columns(nothing, torch.tensor([1.0, -1.0, -1.0, 1.0]), behaviour, behaviour + delta, sequences, nothing)
     spec = AlgorithmSpec(masks=("icepop", "geometric"), geometric_bounds=(0.6, 1.1))
-    assert rejection_mask(spec, seen).tolist() == [True, False, False, False]
-    assert rejection_mask(AlgorithmSpec(masks=("icepop",)), seen).tolist() == [True, False, True, True]
+    assert rejection_mask(spec, seen, behaviour - 1.0).tolist() == [True, False, False, False]
+    assert rejection_mask(AlgorithmSpec(masks=("icepop",)), seen, behaviour - 1.0).tolist() == [True, False, True, True]
     spec = AlgorithmSpec(masks=("icepop", "off_policy_sequence"))
-    assert rejection_mask(spec, seen).tolist() == [True, False, False, True]
-    assert rejection_mask(AlgorithmSpec(masks=("m2po",)), seen).all()  # sees the minibatch, not the pack
-    assert rejection_mask(AlgorithmSpec(), seen).all()
+    assert rejection_mask(spec, seen, behaviour - 1.0).tolist() == [True, False, False, True]
+    # m2po sees the minibatch, not the pack
+    assert rejection_mask(AlgorithmSpec(masks=("m2po",)), seen, behaviour - 1.0).all()
+    assert rejection_mask(AlgorithmSpec(), seen, behaviour - 1.0).all()

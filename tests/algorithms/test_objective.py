@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from asyncrl.algorithms.objective import AGGREGATIONS, Columns, loss_metrics, mean_weight, needs_proximal, objective
+from asyncrl.algorithms.corrections import Columns
+from asyncrl.algorithms.objective import AGGREGATIONS, loss_metrics, mean_weight, needs_proximal, objective
 from asyncrl.config import AlgorithmSpec
 
 

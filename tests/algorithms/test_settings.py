@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from asyncrl.algorithms.advantages import advantages
-from asyncrl.algorithms.corrections import m2po
-from asyncrl.algorithms.objective import AGGREGATIONS, Columns, mean_weight, objective
+from asyncrl.algorithms.corrections import Columns, m2po
+from asyncrl.algorithms.objective import AGGREGATIONS, mean_weight, objective
 from asyncrl.algorithms.preferences import preference_loss
 from asyncrl.algorithms.rewards import Outcomes, RewardNormalizer
 from asyncrl.config import (
