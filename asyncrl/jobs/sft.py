@@ -146,9 +146,9 @@ def _begin(work: RunDir, spec: SFTSpec, resume: bool, force: bool) -> None:
 
 def _train(spec: SFTSpec, policy: Policy, work: RunDir, ranks: "Ranks", observe: "Observe | None" = None) -> SFTResult:
     """What every rank does. The first one tells `observe`, and makes the folder; results of others are the same."""
-    from asyncrl.learn.exporting import export_together
     from asyncrl.learn.sft import SupervisedTrainer, fit
     from asyncrl.learn.sft_run import Journal
+    from asyncrl.learn.together import export_together
     from asyncrl.models.lora import add_adapters
     from asyncrl.models.sharding import shard
 

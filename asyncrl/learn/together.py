@@ -5,11 +5,19 @@ rank r:           └─► its files, and what it says of them ───┘
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from asyncrl.learn.snapshot import copies_to_write
+from asyncrl.models.loading import export
+from asyncrl.models.lora import merged_pieces
 from asyncrl.models.ranks import Ranks
+from asyncrl.models.stored import StoredTensors
 from asyncrl.rundir import atomic_folder
 
 Said = dict[str, Any]  # JSON values
@@ -64,3 +72,29 @@ def _said_by(rank: int, ranks: Ranks, about: str) -> Said:
     if isinstance(said, str):
         raise OSError(f"rank {rank} of the learner could not write its part: {said}")
     return dict(said)
+
+
+def export_together(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, ranks: Ranks, about: str) -> None:
+    """Writes a policy as a Hugging Face folder, adapters merged, tokenizer included; whole, or not at all.
+
+    All ranks must call it. Each of several writes its pieces; the first, which alone waits for the others, makes the folder of
+    them, with the whole model in its host's memory. about: names this export, once for ever.
+    """
+    pieces = merged_pieces(model, ranks)
+    if ranks.layout.ranks == 1:
+        with atomic_folder(folder) as beside:
+            export(model, tokenizer, beside, weights={piece.name: piece.read() for piece in pieces})
+        return
+    tensors, metadata = copies_to_write([piece._replace(local=piece.read()) for piece in pieces])
+
+    def write(beside: Path) -> Said:
+        (beside / "pieces").mkdir(exist_ok=True)
+        save_file(tensors, beside / "pieces" / f"{ranks.index}.safetensors", metadata)
+        return {}
+
+    def finish(beside: Path, _: Said) -> None:
+        whole = dict(StoredTensors(beside / "pieces"))
+        shutil.rmtree(beside / "pieces")
+        export(model, tokenizer, beside, weights=whole)
+
+    write_together(folder, ranks, ranks.layout.ranks, about, write, finish)

@@ -12,7 +12,6 @@ import fcntl
 import mmap
 import os
 import secrets
-import tempfile
 import weakref
 from collections.abc import Sequence
 from functools import cached_property
@@ -28,8 +27,7 @@ from asyncrl.models.room import available_bytes
 
 HEAD_BYTES = ALIGN  # before the tensors: the token, and room, so that they stay aligned
 _TOKEN_BYTES = 16
-LINUX = hasattr(os, "memfd_create")  # elsewhere a temporary file takes its place, which nobody else can open
-_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE if LINUX else 0
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 class Place(Struct, frozen=True):
@@ -42,8 +40,6 @@ class Place(Struct, frozen=True):
 
 def here() -> str:
     """The same for all processes that see each other under /proc: one booted machine, one PID namespace."""
-    if not LINUX:
-        return os.uname().nodename
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
@@ -64,32 +60,23 @@ class WeightMemory:
     def create(cls, nbytes: int, what: str) -> "WeightMemory":
         """Makes new memory for `what`. Raises ConfigError if the machine, or a cgroup of this process, has not enough."""
         size = HEAD_BYTES + nbytes
-        if LINUX and size > (available := available_bytes()):  # a memfd has no bound: the kernel would kill processes instead
+        if size > (available := available_bytes()):  # a memfd has no bound: the kernel would kill processes instead
             raise ConfigError(
                 f"{what} need {size:,} bytes of memory, and this process has {available:,} left, so they can't be taken here; "
                 "give this node (or container) more memory, or place fewer generators on it"
             )
-        if LINUX:
-            fd = os.memfd_create("asyncrl-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        else:
-            with tempfile.TemporaryFile() as file:
-                fd = os.dup(file.fileno())
+        fd = os.memfd_create("asyncrl-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, size)
         os.pwrite(fd, secrets.token_bytes(_TOKEN_BYTES), 0)
         return cls(fd, nbytes)
 
     @classmethod
-    def open(cls, place: Place, nbytes: int) -> "WeightMemory | None":
-        """Opens another process's sealed memory; returns None if it isn't there for us (gone, or another user's)."""
-        return cls._open(place, nbytes, os.O_RDONLY, seals=_SEALS)
+    def open(cls, place: Place, nbytes: int, *, sealed: bool = True) -> "WeightMemory | None":
+        """Opens another process's memory; returns None if it isn't there for us (gone, or another user's).
 
-    @classmethod
-    def join(cls, place: Place, nbytes: int) -> "WeightMemory | None":
-        """Opens memory that is not sealed yet, to `write` there too; None if it isn't there for us. Its maker seals it."""
-        return cls._open(place, nbytes, os.O_RDWR, seals=0)
-
-    @classmethod
-    def _open(cls, place: Place, nbytes: int, mode: int, seals: int) -> "WeightMemory | None":
+        sealed: only if it is; else only if it is not yet, to `write` there too. Its maker seals it.
+        """
+        mode, seals = (os.O_RDONLY, _SEALS) if sealed else (os.O_RDWR, 0)
         try:
             # The path may by now lead to anything: a pipe must not block us, nor a terminal become ours.
             fd = os.open(place.path, mode | os.O_NONBLOCK | os.O_NOCTTY)
@@ -136,8 +123,7 @@ class WeightMemory:
 
     def seal(self) -> None:
         """Makes the memory immutable for every process, and so fit to be opened by others."""
-        if LINUX:
-            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
+        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
 
 
 class FlatTensors(dict[str, torch.Tensor]):

@@ -19,8 +19,9 @@ import torch.distributed as dist
 
 from asyncrl.errors import Unavailable
 from asyncrl.models.layout import DTYPES, cast, lay_out_all, parts, total_bytes
+from asyncrl.models.lora import merged_pieces
 from asyncrl.models.memory import FlatTensors, Place, WeightMemory, here
-from asyncrl.models.pieces import Piece, module_pieces, written
+from asyncrl.models.pieces import Piece, written
 from asyncrl.models.ranks import Ranks
 
 
@@ -35,9 +36,8 @@ class Staging:
     """A rank's part in staging its model's weights, as often as they change. Names, shapes and ties must not.
 
     dtype: floating weights are cast to it, but for those that the model keeps in float32 whatever its dtype is (a router's bias
-    in GLM and DeepSeek); None: nothing is cast. pieces: what this rank has of the model at a call; on all ranks the same names
-    in the same order. where: equal for processes that can open each other's memory. All ranks must make one: they wait for
-    each other.
+    in GLM and DeepSeek); None: nothing is cast. where: equal for processes that can open each other's memory. All ranks must
+    make one: they wait for each other.
     """
 
     def __init__(
@@ -46,11 +46,10 @@ class Staging:
         ranks: Ranks | None = None,
         *,
         dtype: torch.dtype | None = None,
-        pieces: Callable[[torch.nn.Module, Ranks], Sequence[Piece]] = module_pieces,
         where: str = "",
     ) -> None:
         self._ranks = ranks = ranks or Ranks()
-        self._pieces = partial(pieces, model, ranks)
+        self._pieces = partial(merged_pieces, model, ranks)
         kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
         own = self._pieces()
         # Where every tensor lies in a version: the same for all versions, and on all ranks.
@@ -63,10 +62,7 @@ class Staging:
         Raises ConfigError (not enough memory for `what`), ValueError (a dtype without plain bytes), and what `write` raises.
         """
         memory = WeightMemory.create(total_bytes(self._specs), what)
-        if write is None:
-            self._lay(memory)
-        else:
-            write(memory.place)
+        (write or self.write)(memory.place)
         memory.seal()
         return FlatTensors(self._specs, memory)
 
@@ -78,11 +74,11 @@ class Staging:
         if self._ranks.index in self._far:
             self._lay(None)
             return
-        memory = WeightMemory.join(place, total_bytes(self._specs))
+        memory = WeightMemory.open(place, total_bytes(self._specs), sealed=False)
         if memory is None:
             raise Unavailable(
                 f"rank {self._ranks.index}: the memory of a version at {place.path} is gone, or another user's: nothing can be "
-                "published; run all ranks as one user, on Linux"
+                "published; run all ranks as one user"
             )
         self._lay(memory)
         memory.close()

@@ -73,16 +73,16 @@ def test_sealed_memory_is_changed_by_nobody() -> None:
 
 def test_others_may_write_until_it_is_sealed() -> None:
     made = WeightMemory.create(3, "weights")
-    joined = WeightMemory.join(made.place, 3)
+    joined = WeightMemory.open(made.place, 3, sealed=False)
     assert joined is not None
-    assert WeightMemory.join(replace(made.place, token=b"0" * 16), 3) is None
-    assert WeightMemory.join(made.place, 4) is None
+    assert WeightMemory.open(replace(made.place, token=b"0" * 16), 3, sealed=False) is None
+    assert WeightMemory.open(made.place, 4, sealed=False) is None
     joined.write(1, memoryview(b"bc"))
     made.write(0, memoryview(b"a"))
     made.seal()  # which a writable map anywhere would forbid
     with pytest.raises(PermissionError):
         joined.write(0, memoryview(b"x"))
-    assert WeightMemory.join(made.place, 3) is None
+    assert WeightMemory.open(made.place, 3, sealed=False) is None
     assert bytes(made.bytes) == b"abc"
 
 
@@ -220,11 +220,3 @@ def test_what_is_available_is_what_the_machine_and_every_cgroup_leave(
 
 def test_this_machine_has_some_memory() -> None:
     assert 0 < memory.available_bytes() < 1 << 50
-
-
-def test_where_memory_can_not_be_shared_it_still_holds_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "LINUX", False)
-    tensors = {"a": torch.arange(3.0), "b": torch.tensor(True)}
-    copied = FlatTensors.copy_of(tensors, "weights")
-    assert all(torch.equal(copied[name], tensors[name]) for name in tensors)
-    assert WeightMemory.open(copied.memory.place, copied.memory.nbytes) is None

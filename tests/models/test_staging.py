@@ -18,7 +18,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from asyncrl.config import Layout, LoraSpec, ModelSpec, PrecisionSpec
 from asyncrl.errors import Unavailable
 from asyncrl.generate.embedded.engine import TorchEngine
-from asyncrl.models.lora import add_adapters, merged_pieces
+from asyncrl.models.lora import add_adapters
 from asyncrl.models.memory import Place, WeightMemory
 from asyncrl.models.packed import PackedModel, TokenSequence, make_pack
 from asyncrl.models.pieces import named_tensors
@@ -105,11 +105,11 @@ def adapters(ranks: Ranks) -> int:
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter)
     shard(divided, ranks, PrecisionSpec())
-    staging = Staging(divided, ranks, pieces=merged_pieces, where=f"node {ranks.index}")
+    staging = Staging(divided, ranks, where=f"node {ranks.index}")
     if not ranks.first:
         write(ranks, staging)
         return 0
-    alone = Staging(whole, pieces=merged_pieces).staged("weights")
+    alone = Staging(whole).staged("weights")
     return differs(staging.staged("weights", partial(write, ranks, staging)), alone)
 
 

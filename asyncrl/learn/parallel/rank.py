@@ -6,11 +6,10 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from asyncrl.learn.checkpoint import Checkpoints
-from asyncrl.learn.exporting import export_together
 from asyncrl.learn.parallel.pulse import Pulse
+from asyncrl.learn.together import export_together
 from asyncrl.learn.trainer import PolicyTrainer
 from asyncrl.models.layout import DTYPES
-from asyncrl.models.lora import merged_pieces
 from asyncrl.models.memory import FlatTensors, Place
 from asyncrl.models.ranks import Ranks
 from asyncrl.models.staging import Staging
@@ -35,7 +34,7 @@ class Rank:
         self._ranks = ranks or Ranks()
         dtype = DTYPES[bus_dtype] if bus_dtype else None
         self._policy = trainer.model if self._ranks.holds("learner") else None
-        self._staging = Staging(self._policy, self._ranks, dtype=dtype, pieces=merged_pieces) if self._policy else None
+        self._staging = Staging(self._policy, self._ranks, dtype=dtype) if self._policy else None
         self._exports = 0  # so far: the same on all ranks
         self.pulse = Pulse(lambda: trainer.packs)
 
