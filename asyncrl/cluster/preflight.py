@@ -56,8 +56,7 @@ def check_resumed(recipe: Recipe, run_dir: RunDir, at: int | None = None) -> Non
 
     Raises ConfigError if there is none, or it is of another model; CheckpointError if files, or parts of tensors, are missing.
     """
-    run_dir.require_checkpoint(at)
-    folder, _ = newest_complete(run_dir.steps() if at is None else [run_dir.checkpoint(at)], sums=False)
+    folder, _ = newest_complete(run_dir, at, sums=False)
     require_resumable(folder, *(["critic"] if recipe.algorithm.needs_critic else []))
     if differing := differing_shapes(read_config(recipe.model.path), read_config(str(folder / "policy"))):
         raise ConfigError(

@@ -103,27 +103,16 @@ class Checkpoints:
 
         at: takes the checkpoint after so many updates instead. refusal: why one of this version can't be gone on from, or "".
         None in a run that has none yet. Checkpoints that can't be used are skipped with a warning; nothing is deleted. Raises
-        CheckpointError, which says why, if none can be used, or not the one of update `at`.
+        CheckpointError, which says why, if none can be used, or not the one of update `at`; ConfigError if that is not there.
         """
-        folders = self._run_dir.steps()
-        if at is None and not folders:
+        if at is None and not self._run_dir.steps():
             return None
-        _, extra = newest_complete(folders, refusal) if at is None else self._only(at, folders, refusal)
+        _, extra = newest_complete(self._run_dir, at, refusal)
         return int(extra["update"])
 
     def load(self, trainer: Checkpointed, update: int) -> None:
         """Loads this rank's part of the checkpoint of an update, which `choose` chose. No rank waits for another."""
         restore(trainer, self._run_dir.checkpoint(update), self._ranks)
-
-    def _only(self, at: int, folders: list[Path], refusal: Refusal) -> tuple[Path, dict[str, Any]]:
-        names = ", ".join(folder.name for folder in folders) or "none"
-        wanted = self._run_dir.checkpoint(at)
-        if wanted not in folders:
-            raise CheckpointError(f"{wanted} does not exist; the run has {names}")
-        try:
-            return newest_complete([wanted], refusal)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}\nthe run has {names}") from error
 
     # -------------------------------------------------------------------------------------------- keeping
 

@@ -78,9 +78,15 @@ class Critic:
         if self.values is None or self.optimization is None:
             return
         with update.timed("timing_s/update_critic"):
-            for _ in range(self._spec.ppo_epochs):
-                for members, packs in minibatches:
-                    self._step(update, members, packs, self.values, self.optimization)
+            for members, packs in [*minibatches] * self._spec.ppo_epochs:
+                totals = Sums()
+                for pack in packs:
+                    loss, sums = self.loss(update, members, pack, self.values(pack))
+                    loss.backward()
+                    totals.add(sums)
+                figures = totals.over(self.values.ranks)
+                (norm,), cause = step(figures["vf_loss"], self.optimization)
+                self._refused.settle(update, members, cause and f"critic: {cause}", figures, {update.critic: norm})
 
     def loss(self, update: Update, members: Sequence[int], pack: Pack, values_t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This pack's share of the minibatch's mean loss per token (a scalar to sum over packs), and sums for the metrics."""
@@ -88,23 +94,6 @@ class Critic:
         loss_t, clipped_t = clipped_value_loss(values_t, old_t, returns_t, self._spec.value_clip)
         loss = loss_t.sum() / update.batch.counts_s[members].sum()
         return loss, {"vf_loss": loss.detach(), "vf_clipped": clipped_t.sum(), "vf_tokens": values_t.new_tensor(len(values_t))}
-
-    def _step(
-        self,
-        update: Update,
-        members: Sequence[int],
-        packs: Sequence[Pack],
-        values: OwnValues | SharedValues,
-        optimization: Optimization,
-    ) -> None:
-        totals = Sums()
-        for pack in packs:
-            loss, sums = self.loss(update, members, pack, values(pack))
-            loss.backward()
-            totals.add(sums)
-        figures = totals.over(values.ranks)
-        (norm,), cause = step(figures["vf_loss"], optimization)
-        self._refused.settle(update, members, cause and f"critic: {cause}", figures, {update.critic: norm})
 
     def metrics(self, update: Update) -> dict[str, float]:
         """vf_loss and grad_norm: mean over steps. Values are those at the start; explained_var too: before they learned."""

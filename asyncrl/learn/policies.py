@@ -1,7 +1,7 @@
 """What a person may name as a model: a Hugging Face id or folder, a checkpoint of asyncrl or verl, or a run (its newest)."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,12 +53,11 @@ def locate(name: str, tokenizer: str = "", dtype: str = "") -> Policy:
         verl = ModelSpec(path=str(folder / "huggingface"), tokenizer=tokenizer, dtype=dtype)  # type: ignore[arg-type]
         return Policy(spec=verl, checkpoint=folder, shards=tuple(shard_files(folder)))
     if (path / "checkpoints").is_dir() or (path / "recipe.json").is_file():
-        folders = RunDir(path).steps()
-        if not folders:
+        if not RunDir(path).steps():
             raise ConfigError(
                 f"run {path} has no checkpoint yet: there is nothing to load; wait for its first, or name a model"
             )
-        return _checkpoint(*newest_complete(folders), tokenizer, dtype)
+        return _checkpoint(*newest_complete(RunDir(path)), tokenizer, dtype)
     if not path.exists():
         require_model(name, "model")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -107,15 +106,16 @@ def _model(policy: Policy) -> "PreTrainedModel":
 
 
 def newest_complete(
-    folders: Sequence[Path], refusal: Refusal = lambda version: "", sums: bool = True
+    run_dir: RunDir, at: int | None = None, refusal: Refusal = lambda version: "", sums: bool = True
 ) -> tuple[Path, dict[str, Any]]:
     """The last of a run's checkpoints that is whole and not refused, and its manifest; warns of those skipped.
 
-    refusal: why a checkpoint of this version can't be used; empty if it can. sums: whether checksums are compared. Raises
-    CheckpointError if none can.
+    at: only the one after so many updates will do. refusal: why a checkpoint of this version can't be used; empty if it can.
+    sums: whether checksums are compared. Raises ConfigError if there is none, CheckpointError if none can be used.
     """
-    problems = []
-    for folder in reversed(folders):
+    run_dir.require_checkpoint(at)
+    folders, problems = run_dir.steps(), []
+    for folder in reversed(folders) if at is None else [run_dir.checkpoint(at)]:
         try:
             extra = verify_manifest(folder, sums)
             if problem := refusal(Version(extra["incarnation"], extra["update"])):
@@ -124,7 +124,8 @@ def newest_complete(
         except CheckpointError as error:
             log.warning("skipping %s: %s", folder, error)
             problems.append(str(error))
-    raise CheckpointError(f"no checkpoint of {folders[0].parent.parent} can be used:\n  " + "\n  ".join(problems))
+    others = "" if at is None else f"\nthe run has {', '.join(folder.name for folder in folders)}"
+    raise CheckpointError(f"no checkpoint of {run_dir.path} can be used:\n  " + "\n  ".join(problems) + others)
 
 
 def require_resumable(folder: Path, *kinds: str) -> None:

@@ -87,13 +87,10 @@ def read_pieces(pieces: Sequence[Piece], stored: StoredTensors, what: str) -> No
 def read_adamw(optimizer: torch.optim.AdamW, module: torch.nn.Module, stored: StoredTensors, ranks: Ranks) -> None:
     """The same for an optimizer's state; parameters that had no step when it was saved have none then."""
     optimizer.state.clear()
-    names = {tensor: name for name, tensor in named_tensors(module).items()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if f"{names[parameter]}.step" in stored:
-                step = torch.zeros((), device=parameter.device if group["fused"] else None)
-                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[parameter] = {"step": step, **moments}
+    for name, parameter in named_tensors(module).items():
+        if f"{name}.step" in stored:
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
     read_pieces(adamw_pieces(optimizer, module, ranks), stored, "optimizer")
 
 

@@ -29,25 +29,7 @@ def value_model(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-class _Values:
-    """What reads values from a model's passes. ranks: that the model is divided among."""
-
-    def __init__(self, model: PreTrainedModel, ranks: Ranks | None) -> None:
-        self._packed = PackedModel(model, ranks=ranks)
-        self.ranks = self._packed.ranks
-
-    @property
-    def device(self) -> torch.device:
-        """Where packs must be."""
-        return self._packed.device
-
-    @property
-    def packs(self) -> int:
-        """That the model was given so far."""
-        return self._packed.packs
-
-
-class OwnValues(_Values):
+class OwnValues(PackedModel):
     """A causal LM made into a value model. Takes the model over; `module` is all of it.
 
     ranks: that `shard` has divided it among; it must have been made a `value_model` before.
@@ -55,27 +37,27 @@ class OwnValues(_Values):
 
     def __init__(self, model: PreTrainedModel, ranks: Ranks | None = None) -> None:
         self.module: torch.nn.Module = value_model(model)
-        super().__init__(model, ranks)
+        super().__init__(model, ranks=ranks)
 
     def __call__(self, pack: Pack) -> torch.Tensor:
         """V [T] before each scored token of the pack, float32, with gradient."""
-        return self._packed.join(self._packed.outputs(pack)[:, 0].float(), pack)
+        return self.join(self.outputs(pack)[:, 0].float(), pack)
 
 
-class SharedValues(_Values):
+class SharedValues(PackedModel):
     """A head on the policy's last hidden states. `module` is the head alone, which is divided among the policy's ranks here."""
 
     def __init__(self, policy: PreTrainedModel, ranks: Ranks | None = None) -> None:
-        super().__init__(policy, ranks)
+        super().__init__(policy, ranks=ranks)
         self.module: torch.nn.Module = value_head(policy).to(self.device)
         shard_head(self.module, self.ranks)
 
     def __call__(self, pack: Pack) -> torch.Tensor:
         """As with OwnValues, but the gradient stops at the policy's hidden states."""
         with torch.no_grad():
-            hidden_th = self._packed.hidden(pack)
+            hidden_th = self.hidden(pack)
         return self.of(hidden_th, pack)
 
     def of(self, hidden_th: torch.Tensor, pack: Pack) -> torch.Tensor:
         """V [T] of the hidden states that a pass over the pack made, float32; the gradient goes on into them."""
-        return self._packed.join(self.module(hidden_th.float())[:, 0], pack)
+        return self.join(self.module(hidden_th.float())[:, 0], pack)

@@ -6,9 +6,8 @@ Within a verb ranks wait for each other in collectives, which nothing here ends.
 waiting: whoever started the ranks has to end all of them, and build them anew (the supervisor does).
 """
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -74,14 +73,15 @@ class Follower:
         self._build = build
         self._rank: Rank | None = None
         self._asked: SimpleQueue[tuple[Future[None], str, tuple[Any, ...]] | None] = SimpleQueue()
-        self._over = threading.Event()
+        self._over: Future[None] = Future()  # of `run`
         self._time = TimeInState()
 
     def serve(self, verb: str, *arguments: Any) -> None:
         """Waits until this rank has made a verb; raises what it raised, or Closed if `run` has ended, or ends before."""
         ended: Future[None] = Future()
         self._asked.put((ended, verb, arguments))
-        if self._over.is_set():
+        wait([ended, self._over], return_when=FIRST_COMPLETED)
+        if not ended.done():
             raise Closed(f"{self._name} has ended, and makes no {verb}")
         ended.result()
 
@@ -92,10 +92,7 @@ class Follower:
             while (asked := self._asked.get()) is not None:
                 self._answer(*asked)
         finally:
-            self._over.set()
-            while not self._asked.empty():
-                if (late := self._asked.get()) is not None:
-                    late[0].set_exception(Closed(f"{self._name} has ended, and makes no {late[1]}"))
+            self._over.set_result(None)
 
     def stop(self) -> None:
         """Ends `run` after the verbs that were asked for; idempotent, from any thread."""
