@@ -61,9 +61,8 @@ class Actor:
 
     def train(self, update: Update, minibatches: Sequence[Minibatch]) -> None:
         """Steps of the policy: ppo_epochs over the minibatches."""
-        for _ in range(self._learner.ppo_epochs):
-            for minibatch in minibatches:
-                self._step(update, minibatch)
+        for minibatch in [*minibatches] * self._learner.ppo_epochs:
+            self._step(update, minibatch)
 
     def _step(self, update: Update, minibatch: Minibatch) -> None:
         """One optimizer step over a minibatch (a shared critic's with it), or none if anything in it is not finite."""

@@ -190,10 +190,13 @@ class Learner:
         return str(path)
 
     def evaluate(self) -> None:
-        """Requests an evaluation of the current version, between runs, unless it has had one."""
+        """Requests an evaluation of the current version, unless it has had one. From outside between runs only."""
         if not self._started:
             self.start()
-        self._evaluate()
+        if self._evaluated != self._version:
+            with self._time.span("wait:store"):
+                self._store.request_eval(self._version)
+            self._evaluated = self._version
 
     def export(self, folder: str) -> None:
         """Writes the current policy as a Hugging Face folder, tokenizer included."""
@@ -256,13 +259,7 @@ class Learner:
         if self._saved != self._version and (last or self.committed % self._save_freq == 0):
             self._save()
         if self._eval_freq is not None and (last or self.committed % self._eval_freq == 0):
-            self._evaluate()
-
-    def _evaluate(self) -> None:
-        if self._evaluated != self._version:
-            with self._time.span("wait:store"):
-                self._store.request_eval(self._version)
-            self._evaluated = self._version
+            self.evaluate()
 
     def _publish(self) -> None:
         with self._timed("sync", "timing_s/publish"):

@@ -79,13 +79,15 @@ class Ranks:
     def __init__(self, layouts: Layouts | None = None, device: str = "cpu", store: dist.Store | None = None) -> None:
         """layouts: of the process group that this process has joined, by `store`; one rank needs neither."""
         by_group = _by_group(layouts or Layout())
-        self._starts: dict[Group, int] = {}  # index of each group's first rank
+        self._starts: dict[Group, int] = {}  # index of each group's first rank; what has no group is the learner's
         self.count = 0  # ranks of all groups
         for group, layout in by_group.items():
             self._starts[group], self.count = self.count, self.count + layout.ranks
         self.index = dist.get_rank() if self.count > 1 else 0  # among them
+        self.first = self.index == 0  # whether this is the rank that writes what is written once
         group = max((group for group, start in self._starts.items() if start <= self.index), key=self._starts.__getitem__)
         self.layout, self.start = by_group[group], self._starts[group]
+        self.leads = self.index == self.start  # whether this is the first rank of its group
         layout = self.layout
         self.grouped = layout.ranks > 1  # with others that hold the same model
         self._beside = self.count > layout.ranks  # whether there are other groups
@@ -119,33 +121,19 @@ class Ranks:
             self.tp_mesh = mesh["tp"] if layout.tp > 1 else None
             self.sp_group = by_place["sp"].get_group() if by_place is not None else None
 
-    @property
-    def first(self) -> bool:
-        """Whether this is the rank that writes what is written once."""
-        return self.index == 0
-
-    @property
-    def leads(self) -> bool:
-        """Whether this is the first rank of its group."""
-        return self.index == self.start
-
     def holds(self, model: Group) -> bool:
         """Whether this rank has a part of that model (`learner`: the policy)."""
-        return self._holder(model) == self.start
+        return self._starts.get(model, 0) == self.start
 
     def spread_(self, made: torch.Tensor, of: Group) -> torch.Tensor:
         """Overwrites a tensor in place by that of the ranks that hold a model. All of all groups must call it."""
         if self._beside:
-            dist.broadcast(made, self._holder(of))
+            dist.broadcast(made, self._starts.get(of, 0))
         return made
 
     def spread_text(self, said: str, of: Group) -> str:
         """The same of a text."""
         return _sent(said, partial(self.spread_, of=of)) if self._beside else said
-
-    def _holder(self, model: Group) -> int:
-        """The first of the ranks that hold a model."""
-        return self._starts.get(model, 0)
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums a tensor over the shares, in place. All ranks of the group must call it, and get the same bits."""
