@@ -70,8 +70,6 @@ def restore(trainer: Checkpointed, folder: Path, ranks: Ranks) -> None:
         require_adapters(module, folder / name)
         read_pieces(learned_pieces(module, ranks), StoredTensors(folder / name), name)
         read_adamw(adamw, module, StoredTensors(folder / "optimizer" / name), ranks)
-        for group in adamw.param_groups:
-            group["lr"] = json.loads((folder / f"scheduler/{name}.json").read_text())["lr"]
     figures = json.loads((folder / "training_state.json").read_text())["figures"]
     trainer.state |= {name: value for name, value in figures.items() if name in trainer.state}
     states = sorted((folder / "rng").iterdir())  # more ranks than there were begin with states that others have, too
