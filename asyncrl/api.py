@@ -185,9 +185,8 @@ class Trainer:
         folder = self.paths.checkpoint(checkpoint) if isinstance(checkpoint, int) else Path(checkpoint).resolve()
         if folder == self.paths.path:
             return None
-        for step in self.paths.steps():
-            if step == folder:
-                return self.paths.update_of(step)
+        if folder in self.paths.steps():
+            return self.paths.update_of(folder)
         found = ", ".join(step.name for step in self.paths.steps()) or "none"
         raise ConfigError(
             f"{folder} is no checkpoint of the run in {self.paths.path} (it has: {found}); resume a run in its own directory"

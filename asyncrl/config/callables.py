@@ -16,8 +16,8 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from importlib.machinery import ModuleSpec, PathFinder
-from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,8 @@ def name_functions(spec: msgspec.Struct, fields: str) -> None:
 def reference_to(function: Callable[..., Any]) -> str:
     """A name of the function: one that every process finds, if it has one; else one in GIVEN, of this process alone."""
     module, name = sys.modules.get(getattr(function, "__module__", None) or ""), getattr(function, "__qualname__", "")
-    if module is not None and module.__name__ != "__main__" and _bound(module, name) is function:
+    bound: Any = reduce(lambda found, part: getattr(found, part, None), name.split("."), module)
+    if module is not None and module.__name__ != "__main__" and bound is function:
         file = getattr(module, "__file__", None) or ""
         dotted = _find_module(module.__name__) if "." in module.__name__ or not file.endswith(".py") else None
         if place := module.__name__ if dotted else file:
@@ -73,13 +74,6 @@ def reference_to(function: Callable[..., Any]) -> str:
     reference = next((reference for reference, known in GIVEN.items() if known is function), new)
     GIVEN[reference] = function
     return reference
-
-
-def _bound(module: ModuleType, name: str) -> Any:
-    try:
-        return attrgetter(name)(module)
-    except AttributeError:
-        return None
 
 
 # ------------------------------------------------------------------------------------------ functions by name

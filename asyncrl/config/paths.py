@@ -5,6 +5,7 @@ own folder first and then in the working directory. After `resolve_paths` every 
 other working directories (and on other nodes) read the same file.
 """
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +30,10 @@ def resolve_paths(recipe: Recipe, run_dir: RunDir, folder: str | Path | None = N
     `a/b/c`).
     """
     folders = tuple(dict.fromkeys(Path(base).resolve() for base in (folder, Path.cwd()) if base is not None))
-    data = _replace(msgspec.to_builtins(recipe), str(run_dir.path.resolve()))
+    data = msgspec.to_builtins(recipe)
     _require_finite("", data)
+    run = json.dumps(str(run_dir.path.resolve()))[1:-1]  # as it stands within a string
+    data = json.loads(json.dumps(data).replace(PLACEHOLDER, run))
     for section in ("data", "evaluation"):
         data[section]["files"] = [_file(name, folders) for name in data[section]["files"]]
     for model in filter(None, (data["model"], data["critic"]["model"])):
@@ -64,16 +67,6 @@ def rename_functions(recipe: Recipe, rename: Callable[[str], str]) -> Recipe:
         data["algorithm"][key] = rename(data["algorithm"][key])
     data["prepare"] = rename(data["prepare"])
     return msgspec.convert(data, Recipe)
-
-
-def _replace(value: Any, run: str) -> Any:
-    if isinstance(value, str):
-        return value.replace(PLACEHOLDER, run)
-    if isinstance(value, dict):
-        return {key: _replace(item, run) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_replace(item, run) for item in value]
-    return value
 
 
 def _file(name: str, folders: tuple[Path, ...]) -> str:
