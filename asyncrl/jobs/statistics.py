@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 from msgspec import Struct
 
 from asyncrl.report.scores import Metric, Scored, check_drawable, mean_scores, measured, pass_at_k
@@ -86,33 +87,17 @@ def maj_at_k(votes: Sequence[Vote], k: int) -> float:
 
 def _won(answers: Sequence[tuple[int, float]], t: int, k: int) -> float:
     """Sum over the subsets of k whose leaders have exactly t votes, of the leaders' mean score."""
-    most = k // t
-    # [leaders][votes]: how many subsets, and the sum over them of their leaders' scores
-    subsets: list[list[float]] = [[0] * (k + 1) for _ in range(most + 1)]
-    totals: list[list[float]] = [[0] * (k + 1) for _ in range(most + 1)]
-    subsets[0][0] = 1
+    # [leaders, votes]: how many subsets, and the sum over them of their leaders' scores; of integers, so counts are exact
+    subsets, totals = np.zeros((k // t + 1, k + 1), object), np.zeros((k // t + 1, k + 1), object)
+    subsets[0, 0] = 1
     for count, score in answers:
-        fewer = [math.comb(count, u) for u in range(min(t - 1, count) + 1)]
-        ways = math.comb(count, t)
-        next_subsets = [_times(row, fewer) for row in subsets]
-        next_totals = [_times(row, fewer) for row in totals]
-        if ways:
-            for leaders in range(most):
-                for held in range(k - t + 1):
-                    more = ways * subsets[leaders][held]
-                    next_subsets[leaders + 1][held + t] += more
-                    next_totals[leaders + 1][held + t] += ways * totals[leaders][held] + more * score
-        subsets, totals = next_subsets, next_totals
-    return math.fsum(totals[leaders][k] / leaders for leaders in range(1, most + 1))
-
-
-def _times(row: list[float], factor: list[int]) -> list[float]:
-    """The product of two polynomials, cut to the length of the first. Integers stay integers, so counts are exact."""
-    product: list[float] = [0] * len(row)
-    for power, coefficient in enumerate(factor):
-        for held in range(len(row) - power):
-            product[held + power] += row[held] * coefficient
-    return product
+        fewer = np.array([math.comb(count, u) for u in range(min(t - 1, count) + 1)], object)
+        led = math.comb(count, t) * subsets[:-1, :-t]
+        won = math.comb(count, t) * totals[:-1, :-t] + led * score
+        subsets, totals = (np.array([np.convolve(row, fewer)[: k + 1] for row in table]) for table in (subsets, totals))
+        subsets[1:, t:] += led
+        totals[1:, t:] += won
+    return math.fsum(total / leaders for leaders, total in enumerate(totals[1:, k], start=1))
 
 
 # ----------------------------------------------------------------------------------------- scored responses
