@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from asyncrl.processes import OwnedProcess
-from asyncrl.report.findings import Finding
+from asyncrl.report.findings import Finding, installed_version
 
 DEADLINE_S = 60.0  # for processes to import torch, find each other, and sum a tensor
 # A rank of the group that is tried; the file is where all meet.
@@ -69,7 +69,7 @@ def kernels() -> Finding:
     """What attention and the layers run with, here."""
     import torch
 
-    gpu, liger, flash = torch.cuda.is_available(), _version("liger-kernel"), _version("flash-attn")
+    gpu, liger, flash = torch.cuda.is_available(), installed_version("liger-kernel"), installed_version("flash-attn")
     attention = "torch's varlen flash attention in bfloat16, SDPA in float32" if gpu else "SDPA"
     layers = f"liger-kernel {liger}" if gpu and liger else "transformers' own"
     beside = [
@@ -94,17 +94,17 @@ def _unmet(packages: Sequence[str]) -> Iterator[tuple[str, str]]:
 
     ours = {need.name: need.specifier for need in map(Requirement, metadata.requires("asyncrl") or ()) if not need.marker}
     for package in packages:
-        if not _version(package):
+        if not installed_version(package):
             continue
         for need in map(Requirement, metadata.requires(package) or ()):
             if need.marker and not need.marker.evaluate({"extra": ""}):
                 continue
-            found = _version(need.name)
+            found = installed_version(need.name)
             if found and not need.specifier.contains(found, prereleases=True):
                 fix = f"pip install '{need.name}{need.specifier}'"
                 if need.name in ours and not any(ours[need.name].contains(spec.version) for spec in need.specifier):
                     fix = f"pip uninstall {package}   (asyncrl needs {need.name}{ours[need.name]}: give {package} another venv)"
-                yield f"{package} {_version(package)} needs {need.name}{need.specifier}, and {found} is installed", fix
+                yield f"{package} {installed_version(package)} needs {need.name}{need.specifier}, and {found} is installed", fix
 
 
 def _driver() -> Iterator[tuple[str, str]]:
@@ -118,10 +118,3 @@ def _driver() -> Iterator[tuple[str, str]]:
     if driver and int(driver[0]) < least:
         needs = f"torch is built for CUDA {built}, which needs a driver >= {least}, and this is {listed[0]}"
         yield needs, "pip install 'torch' built for an older CUDA (pytorch.org lists them), or a newer driver"
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""

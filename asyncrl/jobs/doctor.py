@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import json
-import mmap
 import os
 import platform
 import re
@@ -23,7 +22,7 @@ from asyncrl.config.deployment import ENGINES
 from asyncrl.disk import as_size, free_bytes
 from asyncrl.generate.engines import engine_kind
 from asyncrl.jobs.accelerators import all_reduce, kernels, matching
-from asyncrl.report.findings import Finding, MachineCheck
+from asyncrl.report.findings import Finding, MachineCheck, installed_version
 from asyncrl.scratch import SHM, Trace, traces
 
 MIN_DISK_BYTES = 1 << 30
@@ -68,7 +67,7 @@ def examine() -> Iterator[Finding]:
         ("leftovers", leftovers, ""),
         *((name, partial(optional, name, use, fix), "") for name, (use, fix) in OPTIONAL.items()),
         ("zeromq", zeromq, "pyzmq"),
-        ("arrow", arrow, "pyarrow"),
+        ("arrow", lambda: package("pyarrow"), "pyarrow"),
         ("torch", torch_build, "torch"),
         ("devices", devices, "torch"),
         ("collectives", collectives, "torch"),
@@ -145,17 +144,10 @@ def devices() -> Finding:
 def collectives() -> Finding:
     """A real all-reduce: over gloo in two processes, and over NCCL with all GPUs."""
     import torch
-    import torch.distributed as dist
 
-    if not dist.is_available() or not dist.is_gloo_available():
-        return Finding(status="missing", detail="this torch has no gloo", fix=reinstall("torch"))
     found, gpus = all_reduce("gloo", 2), torch.cuda.device_count()
     if found.status != "ok" or not gpus:
         return found if gpus else replace(found, detail=f"{found.detail}; no GPU to try nccl with")
-    if not dist.is_nccl_available():
-        return Finding(
-            status="missing", detail=f"{found.detail}; {gpus} GPUs, and no nccl", fix=reinstall("torch"), required=False
-        )
     over_gpus = all_reduce("nccl", gpus)
     return replace(over_gpus, detail=f"{found.detail}; {over_gpus.detail}")
 
@@ -172,18 +164,6 @@ def zeromq() -> Finding:
     return versioned("pyzmq", zmq.pyzmq_version(), f"libzmq {zmq.zmq_version()}, CURVE")
 
 
-def arrow() -> Finding:
-    import pyarrow as pa
-
-    batch = pa.record_batch({"a": [[1, 2], [3]]})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    if pa.ipc.open_stream(sink.getvalue()).read_all().to_batches() != [batch]:
-        return Finding(status="broken", detail="an IPC stream does not read back", fix="pip install -U pyarrow")
-    return versioned("pyarrow", pa.__version__, "IPC reads back")
-
-
 def shared_memory(folder: Path = SHM, least_bytes: int = MIN_SHM_BYTES) -> Finding:
     """Ray passes rollouts and batches between the actors of one node through files here."""
     fix = "mount -o remount,size=8G /dev/shm   (container: docker run --shm-size=8g)"
@@ -193,9 +173,7 @@ def shared_memory(folder: Path = SHM, least_bytes: int = MIN_SHM_BYTES) -> Findi
     size, free = space.f_frsize * space.f_blocks, space.f_frsize * space.f_bavail
     detail = f"{folder} {as_size(size)}, {as_size(free)} free"
     with tempfile.TemporaryFile(dir=folder) as file:
-        file.truncate(1 << 20)
-        with mmap.mmap(file.fileno(), 1 << 20) as pages:
-            pages[-1:] = b"x"
+        file.write(b"x")
     if free < least_bytes:
         detail += f": below {as_size(least_bytes)}, larger models will not fit"
         return Finding(status="broken", detail=detail, fix=fix, required=False)
@@ -239,10 +217,9 @@ def leftovers(found: Sequence[Trace] | None = None) -> Finding:
 
 def optional(name: str, use: str, fix: str) -> Finding:
     """An extra: found by its installed version, not imported."""
-    try:
-        return Finding(detail=f"{metadata.version(name)}: {use}", required=False)
-    except metadata.PackageNotFoundError:
-        return Finding(status="missing", detail=use, fix=fix, required=False)
+    if found := installed_version(name):
+        return Finding(detail=f"{found}: {use}", required=False)
+    return Finding(status="missing", detail=use, fix=fix, required=False)
 
 
 # ---------------------------------------------------------------------------------------------- versions

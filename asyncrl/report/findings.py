@@ -1,6 +1,7 @@
 """What a check of this machine has found: one row of `asyncrl doctor`."""
 
 from collections.abc import Callable
+from importlib import metadata
 from typing import Literal
 
 from msgspec import Struct
@@ -14,6 +15,14 @@ class Finding(Struct, frozen=True, kw_only=True):
     name: str = ""  # of the row; a check leaves it out, as it stands beside the check
     fix: str = ""  # the command that fixes it
     required: bool = True
+
+
+def installed_version(package: str) -> str:
+    """The version of a package in this environment, by its metadata; empty if it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 # A row's name, what makes it, and the package to install again if that raises.

@@ -76,7 +76,7 @@ def test_a_driver_too_old_for_torchs_cuda_is_named(monkeypatch: pytest.MonkeyPat
 def test_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.setattr(accelerators, "_version", {"liger-kernel": "0.7.0", "flash-attn": ""}.get)
+    monkeypatch.setattr(accelerators, "installed_version", {"liger-kernel": "0.7.0", "flash-attn": ""}.get)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert kernels().detail == (
         "attention: SDPA; layers: transformers' own; liger-kernel 0.7.0, for GPUs; flash-attn is not installed, and not needed"

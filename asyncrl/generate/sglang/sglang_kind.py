@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +12,7 @@ from asyncrl.errors import ConfigError
 from asyncrl.generate.engines import EngineSite
 from asyncrl.generate.sglang.keys import read_key
 from asyncrl.generate.sglang.process import find_program, require_command, sglang_of
-from asyncrl.report.findings import Finding, MachineCheck
+from asyncrl.report.findings import Finding, MachineCheck, installed_version
 
 if TYPE_CHECKING:
     from asyncrl.generate.sglang.engine import SGLangEngine
@@ -22,14 +21,6 @@ GPU_FIX = "pip install 'asyncrl[sglang]'"
 CPU_FIX = "deploy/sglang-cpu/install"
 CPU_COMMAND = "sglang-cpu-server"
 KERNELS = "sglang-kernel"  # the package of SGLang's CUDA kernels: the CPU engine does without
-
-
-def installed_version(package: str) -> str:
-    """The version of a package in this environment, by its metadata; empty if it is not there."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 class SGLangKind(NamedTuple):
