@@ -252,7 +252,8 @@ class Trainer:
         stop_token_ids = prepared()
         self._metrics = MetricsLog(self.paths.metrics, self.paths.tensorboard)
         self._resources.callback(self._metrics.close)
-        self._resources.callback(self._write_last)
+        self._resources.enter_context(contextlib.suppress(DiskFull))  # which is told already
+        self._resources.callback(self._write_actors)
         log.info("starting the actors")
         plan = RunPlan(
             recipe=self._recipe,
@@ -296,10 +297,6 @@ class Trainer:
             self._actors_due = now + ACTORS_EVERY_S
         if self._observer is not None:
             self._observer(self._summary)
-
-    def _write_last(self) -> None:
-        with contextlib.suppress(DiskFull):  # which is told already
-            self._write_actors()
 
     def _write_actors(self) -> None:
         if self._summary.reports:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,20 +23,20 @@ class Peers:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._known: dict[str, tuple[int, Any]] = {}
+        self._known = defaultdict[str, tuple[int, Any]](lambda: (-1, None))
         self._closed = False
 
     def put(self, name: str, restart_count: int, value: Any) -> None:
         """Notes where `name` is now. restart_count rises with every restart; an older one changes nothing."""
         with self._changed:
-            if restart_count > self._known.get(name, (-1, None))[0]:
+            if restart_count > self._known[name][0]:
                 self._known[name] = (restart_count, value)
                 self._changed.notify_all()
 
     def peek(self, name: str) -> Any:
         """The newest value, or None."""
         with self._changed:
-            return self._known.get(name, (-1, None))[1]
+            return self._known[name][1]
 
     def wait(self, name: str, newer_than: int, deadline: float) -> tuple[int, Any]:
         """Blocks until `name` has a restart_count above `newer_than`; `put` wakes it.
@@ -43,15 +44,13 @@ class Peers:
         Raises Closed when the actor stops, Unavailable at `deadline` (time.monotonic seconds).
         """
         with self._changed:
-            while True:
-                if self._closed:
-                    raise Closed(f"stopped while waiting for {name}")
-                restart_count, value = self._known.get(name, (-1, None))
-                if restart_count > newer_than:
-                    return restart_count, value
-                if (left := deadline - time.monotonic()) <= 0:
-                    raise Unavailable(f"{name}: no living incarnation was announced before the deadline")
-                self._changed.wait(left)
+            left_s = deadline - time.monotonic()
+            told = self._changed.wait_for(lambda: self._closed or self._known[name][0] > newer_than, left_s)
+            if self._closed:
+                raise Closed(f"stopped while waiting for {name}")
+            if not told:
+                raise Unavailable(f"{name}: no living incarnation was announced before the deadline")
+            return self._known[name]
 
     def close(self) -> None:
         """Wakes every waiter with Closed."""
@@ -65,16 +64,12 @@ def call_store(handle: Any, verb: str, *arguments: Any, key: Key = SUPERVISOR) -
     return handle.call.options(concurrency_group=VERBS[verb].caller).remote(verb, key, *arguments)
 
 
-class RankCall:
+def ask_ranks(followers: Sequence[Any], verb: str, *arguments: Any) -> Callable[[], Any]:
     """How a learner's first rank asks the others (learn/parallel/gang.py). Arguments are put into Ray's object store once, and
-    read by all ranks of a node where they lie. Waits as long as a rank that lives needs; the supervisor watches these."""
-
-    def __init__(self, followers: Sequence[Any]) -> None:
-        self._followers = followers
-
-    def __call__(self, verb: str, *arguments: Any) -> Callable[[], Any]:
-        shared = [ray.put(argument) for argument in arguments]
-        return partial(ray.get, [follower.ask.remote("serve", verb, *shared) for follower in self._followers])
+    read by all ranks of a node where they lie. Returns what waits for the replies, as long as a rank that lives needs; the
+    supervisor watches these."""
+    shared = [ray.put(argument) for argument in arguments]
+    return partial(ray.get, [follower.ask.remote("serve", verb, *shared) for follower in followers])
 
 
 class RayCall:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from asyncrl.cluster.fit import DeviceMemory, agree, device_memory, fit_layouts
 from asyncrl.cluster.plan import RunPlan
-from asyncrl.cluster.transport import Peers, RankCall, RayCall
+from asyncrl.cluster.transport import Peers, RayCall, ask_ranks
 from asyncrl.config import Group, Layout, run_dtypes
 from asyncrl.config.callables import load_callable
 from asyncrl.interfaces import Stage
@@ -167,7 +167,7 @@ def _learner(plan: RunPlan, store: "ReplayClient", followers: Sequence[Any]) -> 
 
     recipe, bus, host = plan.recipe, plan.deployment.bus, _host(plan)
     if followers:
-        ask, rendezvous = RankCall(followers), open_rendezvous(host)
+        ask, rendezvous = partial(ask_ranks, followers), open_rendezvous(host)
         built = ask("build", host, rendezvous.port)
         rank = _rank(plan, "learner", rendezvous)
         ranks: Rank | Gang = Gang(rank, ask)
