@@ -84,21 +84,22 @@ class Supervisor:
         self._until = until
         if self._learner.phase == "idle":
             self._learner.run(until)
-        # A learner that dies while the last evaluation runs comes back, and asks for it again.
-        while self._learner.phase != "idle" or self._fresh_report().evals_pending:
-            self._tick()
-            self._between()
-        self._until = None
-        self._between()
+        self._wait()
 
     def evaluate(self) -> None:
         """Has the idle learner's weights evaluated, unless they were, and waits until that has come in."""
         if self._finishing:
             raise ConfigError("evaluate after `finish`: nobody generates any more; call it before")
         self.ask_learner("evaluate")
-        while self._fresh_report().evals_pending:
+        self._wait()
+
+    def _wait(self) -> None:
+        """Until the learner is idle and every evaluation asked for has come in."""
+        # A learner that dies while the last evaluation runs comes back, and asks for it again.
+        while self._learner.phase != "idle" or self._fresh_report().evals_pending:
             self._tick()
             self._between()
+        self._until = None
         self._between()
 
     def halt(self) -> None:
