@@ -59,7 +59,9 @@ def named_cluster(deployment: Deployment, environ: Mapping[str, str] = os.enviro
 
 def count_gpus(environ: Mapping[str, str] = os.environ, dev: Path = Path("/dev")) -> int:
     """CUDA devices that a local Ray would offer: those of the machine that CUDA_VISIBLE_DEVICES leaves visible."""
-    found = len([path for path in dev.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]) or _listed_by_driver()
+    found = len([path for path in dev.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)])
+    # Under WSL and some container runtimes a device has no node of its own.
+    found = found or sum(line.startswith("GPU ") for line in ask_driver("-L"))
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return found
@@ -75,11 +77,6 @@ def gpu_bytes(environ: Mapping[str, str] = os.environ) -> int | None:
     listed = ask_driver("--query-gpu=memory.total", "--format=csv,noheader,nounits", *([f"--id={visible}"] if visible else []))
     sizes = [int(line) << 20 for line in listed if line.strip().isdecimal()]
     return min(sizes, default=None)
-
-
-def _listed_by_driver() -> int:
-    # Under WSL and some container runtimes a device has no node of its own.
-    return sum(line.startswith("GPU ") for line in ask_driver("-L"))
 
 
 def ask_driver(*arguments: str) -> list[str]:

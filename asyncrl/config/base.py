@@ -29,7 +29,7 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def require_fields(spec: Struct, where: str, rules: Iterable[Rule]) -> None:
+def require_fields(spec: object, where: str, rules: Iterable[Rule]) -> None:
     """Raises ConfigError for the first field that breaks its rule. None breaks none. where: what fields begin with."""
     for names, holds, refusal in rules:
         for field in names.split():

@@ -16,7 +16,7 @@ import msgspec
 import yaml
 
 from asyncrl.config import DataSpec, Deployment, EvalSettingSpec, GeneratorsSpec, LimitsSpec, RewardTerm
-from asyncrl.config.base import Rule
+from asyncrl.config.base import Rule, require_fields
 from asyncrl.config.callables import check_callable, load_callable
 from asyncrl.config.load import load_deployment
 from asyncrl.errors import ConfigError, DataError
@@ -331,16 +331,13 @@ def _ks(text: str | None, n: int) -> list[int]:
 
 def _check_numbers(args: argparse.Namespace) -> None:
     rules: list[Rule] = [
-        ("n max_response_length limit batch reward_processes", lambda x: x >= 1, ">= 1"),
-        ("temperature", lambda x: x >= 0, ">= 0 (0 is greedy)"),
-        ("top_p", lambda x: 0 < x <= 1, "in (0, 1] (1 is off)"),
-        ("reward_deadline", lambda x: x > 0, "> 0 seconds"),
+        ("n max-response-length limit batch reward-processes", lambda x: x >= 1, "< 1: nothing would be scored; use >= 1"),
+        ("temperature", lambda x: x >= 0, "< 0: logits are divided by it; use > 0, or 0 for greedy decoding"),
+        ("top-p", lambda x: 0 < x <= 1, "is outside (0, 1]; 1 turns it off"),
+        ("reward-deadline", lambda x: x > 0, "<= 0: every sample would time out; use seconds > 0"),
     ]
-    for names, holds, bound in rules:
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not holds(value):
-                raise ConfigError(f"--{name.replace('_', '-')}={value}: it must be {bound}")
+    options = argparse.Namespace(**{name.replace("_", "-"): value for name, value in vars(args).items()})
+    require_fields(options, "--", rules)
     if args.out is not None and args.out.suffix != ".parquet":
         raise ConfigError(f"--out={args.out}: samples are written as parquet; name a .parquet file")
     if args.n > 1 and args.temperature == 0:

@@ -308,11 +308,11 @@ def test_a_model_alone_brings_neither(model, data, reward, missing):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"--n": 0}, "--n=0: it must be >= 1"),
+        ({"--n": 0}, "--n=0 < 1: nothing would be scored"),
         ({"--n": 2}, "--n=2 with --temperature=0: greedy decoding would give 2 equal responses"),
         ({"--k": "2"}, "--k=2 is outside [1, --n=1]: k responses are drawn from n; raise --n"),
         ({"--k": "1;2"}, "--k=1;2: expected numbers with commas between"),
-        ({"--top-p": 1.5}, "--top-p=1.5: it must be in (0, 1]"),
+        ({"--top-p": 1.5}, "--top-p=1.5 is outside (0, 1]"),
         ({"--out": "x.json"}, "name a .parquet file"),
         ({"--reward": "{folder}/nothing.py"}, "--reward='{folder}/nothing.py:compute_score': no file"),
         ({"--data": "{folder}/nothing.parquet"}, "no data file"),
