@@ -82,7 +82,7 @@ def _execute(path: Path, source: str) -> Any:
     module.__file__ = str(path.resolve())
     sys.modules[module.__name__] = module  # structs and dataclasses look their module up
     exec(compile(source, str(path), "exec"), module.__dict__)
-    if not hasattr(module, "recipe"):
+    if isinstance(getattr(module, "recipe", module), ModuleType):  # `import *` brings asyncrl.config.recipe
         raise ConfigError("sets no `recipe`; end it with `recipe = Recipe(...)`")
     return module.recipe
 
