@@ -30,10 +30,9 @@ def resolve_paths(recipe: Recipe, run_dir: RunDir, folder: str | Path | None = N
     `a/b/c`).
     """
     folders = tuple(dict.fromkeys(Path(base).resolve() for base in (folder, Path.cwd()) if base is not None))
-    data = msgspec.to_builtins(recipe)
-    _require_finite("", data)
     run = json.dumps(str(run_dir.path.resolve()))[1:-1]  # as it stands within a string
-    data = json.loads(json.dumps(data).replace(PLACEHOLDER, run))
+    data = json.loads(json.dumps(msgspec.to_builtins(recipe)).replace(PLACEHOLDER, run))
+    _require_finite("", data)
     for section in ("data", "evaluation"):
         data[section]["files"] = [_file(name, folders) for name in data[section]["files"]]
     for model in filter(None, (data["model"], data["critic"]["model"])):
