@@ -6,19 +6,16 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import numpy as np
 from msgspec import Struct
 
 from asyncrl.report.scores import Metric, Scored, check_drawable, mean_scores, measured, pass_at_k
+from asyncrl.reward.results import Verdict
 from asyncrl.rundir import atomic_file
 from asyncrl.types import Generation, Prompt, Version
-
-if TYPE_CHECKING:
-    from asyncrl.reward.results import Verdict
-
 
 Z95 = 1.959963984540054  # the 97.5% quantile of the normal distribution
 
@@ -112,7 +109,7 @@ class ScoredResponse(Struct, frozen=True, kw_only=True):
     generation: Generation
     prompt_text: str  # both texts are without special tokens
     text: str
-    verdict: "Verdict"
+    verdict: Verdict
     setting: str = ""  # how it was sampled; empty: as the command's own flags say
 
     @property
