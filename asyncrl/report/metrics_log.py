@@ -17,6 +17,7 @@ import msgspec
 
 from asyncrl.disk import naming_full_disk
 from asyncrl.errors import DataError
+from asyncrl.report.timing import time_shares
 from asyncrl.types import Record, Report
 
 
@@ -57,7 +58,9 @@ class MetricsLog:
         for report in reports:
             line |= {f"{report.name}/{state}_s": seconds for state, seconds in report.seconds.items()}
             line |= {f"{report.name}/{gauge}": value for gauge, value in report.gauges.items()}
-            scalars |= {f"actors/{report.name}/{name}": value for name, value in (self._shares(report) | report.gauges).items()}
+            figures = time_shares(self._seconds.get(report.name, {}), report.seconds) | report.gauges
+            scalars |= {f"actors/{report.name}/{name}": value for name, value in figures.items()}
+            self._seconds[report.name] = report.seconds
         self._write({"time": time, "kind": "actors", "step": step, **line})
         self._scalars(scalars, step, time)
 
@@ -69,16 +72,6 @@ class MetricsLog:
             with suppress(OSError):
                 self._events.close()
             self._events = None
-
-    def _shares(self, report: Report) -> dict[str, float]:
-        """Of the time since this actor was told last, by state: they add up to 1. Empty if no time has passed."""
-        before = self._seconds.get(report.name, {})
-        if any(report.seconds.get(state, 0.0) < spent for state, spent in before.items()):
-            before = {}  # it was restarted, and counts from nothing again
-        self._seconds[report.name] = report.seconds
-        spent = {state: seconds - before.get(state, 0.0) for state, seconds in report.seconds.items()}
-        in_all = sum(spent.values())
-        return {state: seconds / in_all for state, seconds in spent.items()} if in_all > 0 else {}
 
     def _write(self, line: dict[str, Any]) -> None:
         with naming_full_disk(self._path):

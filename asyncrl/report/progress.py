@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from asyncrl.report.notebook import CellView, in_notebook
 from asyncrl.report.summary import RunSummary
+from asyncrl.report.timing import time_shares
 
 if TYPE_CHECKING:  # rich takes a while to import, and only a terminal needs it
     from rich.table import Table
@@ -52,7 +53,7 @@ class Pace:
         passed, steps = now.elapsed_s - old.elapsed_s, now.step - old.step
         self.samples_per_s = (now.samples - old.samples) / passed if passed > 0 and steps > 0 else None
         self.left_s = (run.total_steps - now.step) * passed / steps if steps > 0 else None
-        self.shares = {name: _shares(old.seconds.get(name, {}), after) for name, after in seconds.items()}
+        self.shares = {name: time_shares(old.seconds.get(name, {}), after) for name, after in seconds.items()}
 
 
 def dashboard(run: RunSummary, pace: Pace) -> "Table":
@@ -199,14 +200,6 @@ class WarmStartLines:
         parts.append(f"{number(self._tokens / seconds if steps else None)} learned tokens/s")
         left = (total - step) * seconds / steps if steps else None
         print(" · ".join([*parts, f"{clock(left)} left"]), file=self._stream, flush=True)
-
-
-def _shares(before: dict[str, float], after: dict[str, float]) -> Shares:
-    spent = {state: seconds - before.get(state, 0.0) for state, seconds in after.items()}
-    if any(seconds < 0 for seconds in spent.values()):
-        spent = after  # restarted in between: judged since then
-    total = sum(spent.values())
-    return {state: seconds / total for state, seconds in spent.items()} if total > 0 else {}
 
 
 def _ordered(shares: Shares) -> Shares:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from msgspec import Struct
+from msgspec.structs import asdict
 
 from asyncrl.types import GroupCounts, Record, Report, RewardFailures, StoreReport
 
@@ -99,7 +100,7 @@ class RunSummary:
 
     def result(self, run_dir: str, wall_s: float) -> RunResult:
         """What the run has come to. wall_s: what it took, in seconds."""
-        scores, counts = self.scores, self.counts
+        scores = self.scores
         policy_tokens, head_tokens = self._sum("tokens/policy"), self._sum("tokens/head")
         lags = [self.settled_lag, *(step.metrics.get("staleness/lag_max", 0) for step in self.steps.values())]
         store = self.reports["store"].gauges if "store" in self.reports else {}
@@ -114,12 +115,7 @@ class RunSummary:
             wall_s=round(wall_s, 2),
             first_score=scores[0] if scores else None,
             last_score=scores[-1] if scores else None,
-            trained=counts.trained,
-            filtered=counts.filtered,
-            evicted=counts.evicted,
-            failed=counts.failed,
-            unused=counts.unused,
-            pending=counts.pending,
+            **{name: count for name, count in asdict(self.counts).items() if name != "reserved"},
             invalid=self.failures.invalid,
             timeout=self.failures.timeout,
             reward_errors=self.failures.errors,

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -23,6 +23,18 @@ class AwakeClock:
         self._awake += min(now - self._read, self.step_s)
         self._read = now
         return self._awake
+
+
+def time_shares(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """How the time between two readings of `TimeInState.seconds` divides into states: parts of 1. Empty if no time has passed.
+
+    An actor that was restarted meanwhile counts from nothing again: it is judged since then.
+    """
+    spent = {state: seconds - before.get(state, 0.0) for state, seconds in after.items()}
+    if any(after.get(state, 0.0) < seconds for state, seconds in before.items()):
+        spent = dict(after)
+    in_all = sum(spent.values())
+    return {state: seconds / in_all for state, seconds in spent.items()} if in_all > 0 else {}
 
 
 class TimeInState:
