@@ -112,7 +112,12 @@ class ReplayLog:
                 unwanted.append(segment)
                 over -= self._rows.size(segment)
         if unwanted:
-            self._tell_deleting()
+            if len(self._rows.known) > max(self._rows.known):  # these are the first
+                log.warning(
+                    "the replay log holds more than store.keep_bytes=%d of closed rows: from now on the oldest are deleted, "
+                    "but for what a resume needs",
+                    self._spec.keep_bytes,
+                )
             self._append([ev.SegmentDropped(segment.number) for segment in unwanted])
             self.sync()
         for segment in unwanted:
@@ -142,7 +147,7 @@ class ReplayLog:
 
         Newest segments first: the checksum of each is noted in a later one, and it is not read before it is checked."""
         folder = self._folder
-        calls = [_decode(batch, f"the tail of {folder}/events") for batch in self._events.recovered]
+        calls = [_decode(batch, f"the tail of {folder}/events") for batch in self._events.batches]
         closed: list[list[ev.Event]] = []
         noted = self._snapshot.segments("events") | _noted("events", calls)
         for segment in reversed(self._events.closed):
@@ -177,10 +182,9 @@ class ReplayLog:
         if unknown := [s for s in [*self._events.closed, *self._rows.closed] if (s.stream, s.number) not in noted]:
             self._append(unknown)
             self._events.sync()
-        dropped = {e.number for e in self.history if isinstance(e, ev.SegmentDropped)}
-        for number in dropped:
-            self._rows.drop(number)
-        self._told = max(self._rows.known, default=-1) >= len(self._rows.known)  # that parts of the history are deleted
+        for event in self.history:
+            if isinstance(event, ev.SegmentDropped):
+                self._rows.drop(event.number)
 
     # ----------------------------------------------------------------------------------------- helpers
 
@@ -202,15 +206,6 @@ class ReplayLog:
     def _note(self, segment: ev.SegmentClosed) -> None:
         self._append([segment])
         self._events.sync()  # its checksum is of use only where it survives
-
-    def _tell_deleting(self) -> None:
-        if not self._told:
-            self._told = True
-            log.warning(
-                "the replay log holds more than store.keep_bytes=%d of closed rows: from now on the oldest are deleted, but "
-                "for what a resume needs",
-                self._spec.keep_bytes,
-            )
 
 
 def locked(folder: Path, wait_s: float) -> BinaryIO:

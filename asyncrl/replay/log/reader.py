@@ -86,11 +86,11 @@ def _walk(events: pa.Table) -> dict[tuple[int, int, int], dict[str, Any]]:
     lines: dict[tuple[int, int, int], dict[str, Any]] = {}
     outcomes: dict[int, str] = {}
     trained: dict[int, int] = {}
-    pending: set[int] = set()
+    reserved: set[int] = set()
     for payload, time in zip(events.column("payload").to_pylist(), events.column("time").to_pylist(), strict=True):
         event = ev.decode(payload)
         if isinstance(event, ev.GroupReserved) and event.purpose == "train":
-            pending.add(event.group)
+            reserved.add(event.group)
         elif isinstance(event, ev.RolloutSubmitted):
             lines[event.group, event.rollout, event.attempt] = {"submitted_time": time}
         elif isinstance(event, ev.RolloutScored):
@@ -98,19 +98,14 @@ def _walk(events: pa.Table) -> dict[tuple[int, int, int], dict[str, Any]]:
             lines[event.group, event.rollout, event.attempt] |= {**verdict, "scored_time": time}
         elif isinstance(event, ev.GroupSettled):
             outcomes[event.group] = event.outcome
-            pending.discard(event.group)
         elif isinstance(event, ev.BatchCommitted):
             outcomes.update(dict.fromkeys(event.groups, "trained"))
             trained.update(dict.fromkeys(event.groups, event.version.update))
-            pending.difference_update(event.groups)
         elif isinstance(event, ev.LearnerFenced):
-            undone = [g for g, update in trained.items() if update > event.committed]
-            for group in undone:
+            for group in [g for g, update in trained.items() if update > event.committed]:
                 del trained[group], outcomes[group]
-            pending.update(undone)
         elif isinstance(event, ev.Ended):
-            outcomes.update(dict.fromkeys(pending, "unused"))
-            pending.clear()
+            outcomes.update(dict.fromkeys(reserved - outcomes.keys(), "unused"))
     for (group, _, _), line in lines.items():
         line["outcome"], line["trained_update"] = outcomes.get(group), trained.get(group)
     return lines

@@ -15,6 +15,7 @@ import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -68,8 +69,8 @@ def listing(folder: Path, stem: str) -> tuple[list[tuple[int, Path]], list[tuple
 
 
 class Segments:
-    """A stream, and all that is done with its files. Opening reads the tail's whole batches into `recovered`; the owner then
-    calls `keep` and `close_segment` before the first `append`.
+    """A stream, and all that is done with its files. Opening reads the tail's whole batches; the owner then calls `keep`
+    and `close_segment` before the first `append`.
 
     known: what the event log says of this stream's closed segments, by number: of all that were not deleted, and of the
     newest. An unknown file of a lower number than that is left of a deleted one. It is kept up to date.
@@ -81,7 +82,7 @@ class Segments:
         sync(folder)
         self._stem = stem
         self._schema = schema
-        self._readers: dict[int, pq.ParquetFile] = {}  # the last used last
+        self._reader = lru_cache(_OPEN_FILES)(self._open)
         self.closed: list[SegmentClosed] = []
         closed, tails = listing(folder, stem)
         self.known = known
@@ -94,9 +95,7 @@ class Segments:
                 known[number] = SegmentClosed(stem, number, _end(known), count, _crc32(path))
             self.closed.append(known[number])
         self.tail_first = _end(known)
-        self._hold([])
-        self.recovered = [batch for _, path in tails for batch in read_tail(path, schema)]  # of the tail, one per append
-        self.rows += sum(batch.num_rows for batch in self.recovered)
+        self._hold([batch for _, path in tails for batch in read_tail(path, schema)])
         self._number = max([max(known, default=-1) + 1, *(n for n, _ in tails)])
         self._file = -1
         self._unsynced = False
@@ -104,14 +103,8 @@ class Segments:
             leftover.unlink(missing_ok=True)
 
     def keep(self, rows: int) -> None:
-        """Drops recovered rows from number `rows` on: nobody was told that they count."""
-        left, kept = rows - self.tail_first, []
-        for batch in self.recovered:
-            if left > 0:
-                kept.append(batch.slice(0, left))
-                left -= kept[-1].num_rows
-        self._hold(kept)
-        self.recovered = []
+        """Drops rows of the tail from number `rows` on: nobody was told that they count."""
+        self._hold(pa.Table.from_batches(self.batches, self._schema).slice(0, rows - self.tail_first).to_batches())
 
     def append(self, batch: pa.RecordBatch) -> int:
         """The number of the batch's first row. Returns when the operating system has it."""
@@ -207,7 +200,7 @@ class Segments:
 
     def drop(self, number: int) -> None:
         """Deletes a closed segment."""
-        self._readers.pop(number, None)
+        self._reader.cache_clear()  # a file that is open keeps its place on the disk
         self._path("parquet", number).unlink(missing_ok=True)
         self.closed = [segment for segment in self.closed if segment.number != number]
         if number < max(self.known):
@@ -219,27 +212,21 @@ class Segments:
             os.close(self._file)
             self._file, self._unsynced = -1, False
 
-    def _reader(self, segment: SegmentClosed) -> pq.ParquetFile:
-        """A closed segment, verified against its checksum when it is opened."""
-        reader = self._readers.pop(segment.number, None)
-        if reader is None:
-            path = self._path("parquet", segment.number)
-            if not path.exists():
-                raise DataError(f"{path} is missing, but the event log counts its {segment.count} rows: restore the file")
-            found = _crc32(path)
-            if found != segment.crc32:
-                raise DataError(
-                    f"{path} has checksum {found:08x}, the event log says {segment.crc32:08x}: the file is damaged; "
-                    "restore it from a copy; a newer checkpoint, if there is one, needs fewer of its rows"
-                )
-            reader = open_closed(path, self._schema)
-        self._readers[segment.number] = reader
-        if len(self._readers) > _OPEN_FILES:
-            del self._readers[next(iter(self._readers))]
-        return reader
+    def _open(self, segment: SegmentClosed) -> pq.ParquetFile:
+        """A closed segment, verified against its checksum."""
+        path = self._path("parquet", segment.number)
+        if not path.exists():
+            raise DataError(f"{path} is missing, but the event log counts its {segment.count} rows: restore the file")
+        found = _crc32(path)
+        if found != segment.crc32:
+            raise DataError(
+                f"{path} has checksum {found:08x}, the event log says {segment.crc32:08x}: the file is damaged; "
+                "restore it from a copy; a newer checkpoint, if there is one, needs fewer of its rows"
+            )
+        return open_closed(path, self._schema)
 
     def _hold(self, batches: list[pa.RecordBatch]) -> None:
-        self.batches: list[pa.RecordBatch] = []  # of the tail, in memory
+        self.batches: list[pa.RecordBatch] = []  # of the tail, in memory: one per append, until many are joined
         self._starts: list[int] = []  # number of the first row of each
         self._loose = 0  # batches at the end that are not joined yet
         self.rows = self.tail_first  # of the stream so far, deleted ones included: the number of the next row

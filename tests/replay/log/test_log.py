@@ -370,4 +370,4 @@ def test_rows_are_found_across_the_chunks_of_closed_segments(tmp_path: Path, mon
     stream.append(pa.record_batch([pa.array([9003])], schema=numbers))
     wanted = [8999, 9001, 4096, 9003, 4095, 9000, 0, 9002]
     assert stream.take(wanted, ["x"]).column("x").to_pylist() == wanted
-    assert len(stream._readers) == 2  # however long the history is
+    assert stream._reader.cache_info().currsize == 2  # however long the history is
