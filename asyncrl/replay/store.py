@@ -76,8 +76,7 @@ class ReplayStore:
         Only verbs that wait do so; a repeat of one gets the first reply. The others may be repeated as they are.
         """
         kind = VERBS[verb]
-        if len(args) != len(kind.signature.parameters) - 1:
-            kind.signature.bind(self, *args)  # raises TypeError here, where it harms nothing
+        kind.signature.bind(self, *args)  # raises TypeError here, where it harms nothing
         run = partial(self._core.verbs[verb], key, *args)
         if kind.waits:
             return await self._wait(Waiter((verb, key.worker), key), run)
@@ -100,7 +99,6 @@ class ReplayStore:
                 self._folder.close()
                 self._closed = True
                 self._serve()
-                self._flush_soon()
 
     # --------------------------------------------------------------------------------------------- steps
 
@@ -114,7 +112,6 @@ class ReplayStore:
                     yield
             finally:
                 self._serve()
-                self._flush_soon()
 
     @contextmanager
     def _breaking(self) -> Iterator[None]:
@@ -175,13 +172,10 @@ class ReplayStore:
         self._end(newest, None)
         waiter.poll = poll = begin()
         self._core.expire()
-        done, reply = poll.attempt()
-        if done:
-            self._replied[stream] = key, reply
-        if done or poll.wait_s <= 0:
-            self._end(waiter, reply)
-        else:
-            self._enter(waiter)
+        self._try(waiter, last=poll.wait_s <= 0)
+        if waiter.poll is None:
+            return 0.0
+        self._enter(waiter)
         return poll.wait_s
 
     def _try(self, waiter: Waiter, last: bool = False) -> None:
@@ -203,7 +197,8 @@ class ReplayStore:
             self._end(waiter, reply)
 
     def _serve(self) -> None:
-        """Has those who wait for what has changed try again, first come first served, as long as there is something left."""
+        """Has those who wait for what has changed try again, first come first served, as long as there is something left. What
+        they are told, and what was recorded, goes out soon."""
         context = self._core.context
         if self._closed or context.broken is not None:
             context.stir("all")
@@ -214,20 +209,19 @@ class ReplayStore:
                     if not self._core.offers(name):
                         break
                     self._try(waiter)
+        self._flush_soon()
 
     def _late(self, waiter: Waiter) -> None:
         """At the deadline of a call."""
         with self._lock:
             self._try(waiter, last=True)
             self._serve()
-            self._flush_soon()
 
     def _watch(self, loop: Loop) -> None:
         """Takes work back from the silent, again and again while somebody waits."""
         with self._lock:
             self._core.expire()
             self._serve()
-            self._flush_soon()
             if self._waiters:
                 loop.call_later(self._core.look_again_s(), self._watch, loop)
             else:
@@ -264,9 +258,9 @@ class ReplayStore:
 
     def _flush(self, loop: Loop) -> None:
         with self._lock, self._core.time.span("busy"):
-            self._flushing.discard(loop)
             self._write()
             self._serve()  # a write that failed ends every wait
+            self._flushing.discard(loop)
             replies, self._replies = self._replies, []
         for future, reply in replies:
             if future.get_loop() is loop:
