@@ -49,7 +49,7 @@ def build_store(plan: RunPlan) -> "ReplayStore":
         shuffle=recipe.data.shuffle,
         epochs=recipe.data.epochs,
     )
-    evaluation = None
+    evaluation = Evaluation()
     if held_out.files:
         evaluation = Evaluation(
             prompts=PromptFile(plan.paths.data / "eval.arrow")[: held_out.limit],

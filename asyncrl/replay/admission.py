@@ -300,17 +300,14 @@ def prompt_of(context: StoreContext, group: Group) -> Prompt:
     """What a group's rollouts answer."""
     if group.purpose == "train":
         return context.plan.source.prompts[context.plan.source.index(group.position)]
-    assert context.plan.evaluation is not None
     return context.plan.evaluation.at(group.position)[1]
 
 
 def ticket(context: StoreContext, group: Group) -> Ticket:
     """The ticket for what a group still misses."""
-    source, sampling, pinned = context.plan.source, context.plan.source.sampling, None
-    if group.purpose == "eval":
-        assert context.plan.evaluation is not None
-        assert context.ledger.round is not None
-        sampling, pinned = context.plan.evaluation.at(group.position)[0].sampling, context.ledger.round.version
+    source, sampling, pinned, running = context.plan.source, context.plan.source.sampling, None, context.ledger.round
+    if group.purpose == "eval" and running is not None:
+        sampling, pinned = context.plan.evaluation.at(group.position)[0].sampling, running.version
     missing = group.missing()
     return Ticket(
         group=group.id,

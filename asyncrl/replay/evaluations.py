@@ -8,7 +8,6 @@ from asyncrl.errors import ConfigError
 from asyncrl.replay.admission import Holders, ticket
 from asyncrl.replay.context import StoreContext
 from asyncrl.replay.log.rows import TEXT_COLUMNS, decode_texts
-from asyncrl.replay.plan import Evaluation
 from asyncrl.replay.state import EvalRound, Group
 from asyncrl.report.scores import Metric, Scored, mean_scores
 from asyncrl.types import EvalResult, Key, Ticket, Version
@@ -32,7 +31,7 @@ class Evaluations:
     def request_eval(self, caller: Key, version: Version) -> None:
         """Idempotent while the evaluation of `version` runs or waits."""
         self._ledger.check_learner(version.incarnation)
-        if self._plan is None:
+        if not self._plan.total:
             raise ConfigError(f"evaluation of version {version} asked for, but there are no eval prompts: set evaluation.files")
         running = self._ledger.round
         if version not in (running.version if running else None, self._ledger.queued):
@@ -40,10 +39,10 @@ class Evaluations:
 
     def tickets(self, k: int, caller: Key, version: Version) -> list[Ticket]:
         """Up to k eval tickets for a caller at exactly the pinned version."""
-        running, plan = self._ledger.round, self._plan
-        if running is None or plan is None or k < 1:
+        running = self._ledger.round
+        if running is None or k < 1:
             return []
-        if version > running.version and self._abandoned(running, plan.total):
+        if version > running.version and self._abandoned(running):
             self._context.record(ev.EvalPinned(version))
             running = self._ledger.round
             assert running is not None
@@ -53,7 +52,7 @@ class Evaluations:
         for group in [g for g in self._holders.lost() if g.purpose == "eval"]:
             if len(tickets) < k and self._holders.may_take(group.prompt, caller):
                 tickets.append(self._holders.reissue(group, caller, version.update))
-        for position in range(len(running.groups), plan.total):
+        for position in range(len(running.groups), self._plan.total):
             if len(tickets) >= k or not self._holders.may_take(("eval", position), caller):
                 break
             tickets += self._reserve(running, position, caller)
@@ -61,7 +60,6 @@ class Evaluations:
 
     def _reserve(self, running: EvalRound, position: int, caller: Key) -> list[Ticket]:
         """The ticket for one prompt; none for one that was given up, which counts as invalid."""
-        assert self._plan is not None
         group, update = self._ledger.next_group, running.version.update
         reserved = ev.GroupReserved(
             group, "eval", position, 0, self._plan.at(position)[0].n, update, caller.worker, caller.incarnation
@@ -76,22 +74,20 @@ class Evaluations:
 
     def finish_if_complete(self) -> None:
         """Records the result once every rollout has a verdict. Rollouts without a reward count as 0."""
-        running, plan = self._ledger.round, self._plan
-        if running is None or plan is None or len(running.groups) < plan.total:
+        running, metrics = self._ledger.round, self._plan.metrics
+        if running is None or running.unscored or not running.groups or len(running.groups) < self._plan.total:
             return
-        if not running.unscored:
-            groups = self._responses(plan, list(running.groups.values()))
-            try:
-                results = self._results(plan, running.version, groups, plan.metrics)
-            except ConfigError as error:  # an evaluation costs no run its life
-                log.error("%s; they are left out of this evaluation", error)
-                results = self._results(plan, running.version, groups, ())
-            first, *more = results.values()
-            also = dict(zip([*results][1:], more, strict=True))
-            self._context.record(ev.Evaluated(first, self._context.wall(), also))
+        groups = self._responses(list(running.groups.values()))
+        try:
+            results = self._results(running.version, groups, metrics)
+        except ConfigError as error:  # an evaluation costs no run its life
+            log.error("%s; they are left out of this evaluation", error)
+            results = self._results(running.version, groups, ())
+        self._context.record(ev.Evaluated(results.pop(""), self._context.wall(), results))
 
-    def _responses(self, plan: Evaluation, groups: list[Group]) -> list[list[Scored]]:
+    def _responses(self, groups: list[Group]) -> list[list[Scored]]:
         """Of each group; with their texts if metrics look at them."""
+        plan = self._plan
         rows = [rollout.row for group in groups for rollout in group.rollouts if rollout.row >= 0 and plan.metrics]
         texts = dict(zip(rows, decode_texts(self._context.log.take(rows, TEXT_COLUMNS)), strict=True)) if rows else {}
         return [
@@ -102,18 +98,15 @@ class Evaluations:
             for group in groups
         ]
 
-    @staticmethod
-    def _results(
-        plan: Evaluation, version: Version, groups: list[list[Scored]], metrics: Sequence[Metric]
-    ) -> dict[str, EvalResult]:
-        size = len(plan.prompts)
+    def _results(self, version: Version, groups: list[list[Scored]], metrics: Sequence[Metric]) -> dict[str, EvalResult]:
+        size = len(self._plan.prompts)
         return {
             setting.name: mean_scores(version, groups[i * size : (i + 1) * size], metrics)
-            for i, setting in enumerate(plan.settings)
+            for i, setting in enumerate(self._plan.settings)
         }
 
-    def _abandoned(self, running: EvalRound, prompts: int) -> bool:
+    def _abandoned(self, running: EvalRound) -> bool:
         in_flight = [g for g in running.groups.values() if g.in_flight()]
-        if not in_flight and len(running.groups) == prompts:
+        if not in_flight and len(running.groups) == self._plan.total:
             return False  # only verdicts are missing
         return all(self._holders.is_lost(g.id) for g in in_flight)

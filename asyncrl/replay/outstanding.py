@@ -67,8 +67,6 @@ class Outstanding:
                 del self._due[ready][deadline]
         if (holder := self._holders.pop(group, None)) is not None:
             del self._held[holder][group]
-            if not self._held[holder]:
-                del self._held[holder]
 
     def _note(self, number: int) -> None:
         ledger = self._context.ledger

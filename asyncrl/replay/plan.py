@@ -38,10 +38,6 @@ class Source(Struct, frozen=True, kw_only=True):
     shuffle: bool = True  # False: in every epoch the order of the files
     epochs: int | None = None  # None: without end
 
-    def __post_init__(self) -> None:
-        if not self.prompts:
-            raise ConfigError("0 prompts: there is nothing to train on; check the data files and max_prompt_length")
-
     @property
     def total(self) -> int | None:
         """Positions in all; None: without end."""
@@ -69,15 +65,14 @@ class EvalSetting(Struct, frozen=True):
 
 
 class Evaluation(Struct, frozen=True, kw_only=True):
-    """Held-out prompts, and what is asked of each. Positions count through all prompts of a setting, then of the next."""
+    """Held-out prompts, and what is asked of each. Positions count through all prompts of a setting, then of the next.
 
-    prompts: Sequence[Prompt]
-    settings: tuple[EvalSetting, ...]
+    Without prompts or settings nothing is evaluated.
+    """
+
+    prompts: Sequence[Prompt] = ()
+    settings: tuple[EvalSetting, ...] = ()
     metrics: tuple[Metric, ...] = ()  # of the user's own
-
-    def __post_init__(self) -> None:
-        if not self.prompts:
-            raise ConfigError("0 evaluation prompts: there is nothing to score; raise evaluation.limit or leave files empty")
 
     @property
     def total(self) -> int:
@@ -100,7 +95,7 @@ class StorePlan(Struct, frozen=True, kw_only=True):
     # Whether each group has one greedy rollout more, which is scored and never trained. It counts in neither min_valid nor
     # keep; where it is not `ok`, the group is failed: without it the others' advantages would be of another kind.
     baseline: bool = False
-    evaluation: Evaluation | None = None
+    evaluation: Evaluation = Evaluation()
     lease_s: float = 30.0  # silence after which a worker's work is reassigned
     reward: str = "the reward"  # what scores, as errors name it
 

@@ -19,7 +19,7 @@ from asyncrl.types import Key, Score
 
 
 class RewardLease(Struct):
-    """Rollouts (group, rollout) that a reward worker scores until `deadline`."""
+    """Rollouts (group, rollout) that a reward worker scores until `deadline`. Others may have scored some of them meanwhile."""
 
     caller: Key
     deadline: float  # on the clock of the store's context
@@ -37,7 +37,6 @@ class Scoring:
         self._evaluations = evaluations
         self._queue: OrderedDict[tuple[int, int], None] = OrderedDict()
         self.leases: dict[int, RewardLease] = {}  # in the order in which they run out
-        self._leased: dict[tuple[int, int], int] = {}  # the lease of a rollout
         self._next_lease = 1
         for group in self._ledger.outstanding():
             waiting = [i for i, r in enumerate(group.rollouts) if r.row >= 0 and r.status is None]
@@ -137,7 +136,6 @@ class Scoring:
             return 0, []
         lease, self._next_lease = self._next_lease, self._next_lease + 1
         self.leases[lease] = RewardLease(caller, self._context.lease_end(), set(items))
-        self._leased.update(dict.fromkeys(items, lease))
         return lease, items
 
     def extend(self, caller: Key, lease: int) -> None:
@@ -156,7 +154,6 @@ class Scoring:
         """Ends these leases, and queues their rollouts ahead of newer ones."""
         for lease in reversed(leases):
             for item in sorted(self.leases.pop(lease).items, reverse=True):
-                del self._leased[item]
                 self._queue[item] = None
                 self._queue.move_to_end(item, last=False)
             self._context.stir("unscored")
@@ -182,11 +179,10 @@ class Scoring:
             rows = self._context.log.take([row for row, _ in earning], schema.ROWS.names)
             first = self._context.log.append_rows(schema.with_token_rewards(rows, [earned for _, earned in earning]))
         self.scored(verdicts, first)
-        for item in [(s.group, s.rollout) for s in scores]:
-            if (number := self._leased.pop(item, None)) is not None:
-                self.leases[number].items.discard(item)
-                if not self.leases[number].items:
-                    del self.leases[number]
+        if (held := self.leases.get(lease)) is not None:
+            held.items.difference_update((s.group, s.rollout) for s in scores)
+            if not held.items:
+                del self.leases[lease]
 
     def scored(self, verdicts: Sequence[Score], first_row: int) -> None:
         """Records verdicts that count. first_row: in the log, of the rollouts among them whose tokens earned something."""

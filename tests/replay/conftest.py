@@ -78,7 +78,7 @@ def plan(
         max_masked_share=masked,
     )
     settings = (EvalSetting("", SAMPLING), *also)
-    evaluation = Evaluation(prompts=prompts(evals), settings=settings, metrics=metrics) if evals else None
+    evaluation = Evaluation(prompts=prompts(evals), settings=settings, metrics=metrics) if evals else Evaluation()
     return StorePlan(
         rule=rule,
         source=Source(prompts=prompts(size), sampling=SAMPLING, seed=7, shuffle=shuffle, epochs=epochs),

@@ -1,3 +1,4 @@
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,9 +35,9 @@ def test_without_shuffling_it_is_the_order_of_the_file() -> None:
     assert order.total is None
 
 
-def test_no_prompts_is_refused() -> None:
-    with pytest.raises(ConfigError, match="0 prompts"):
-        source(0, seed=1)
+def test_no_prompts_is_refused(fakes: SimpleNamespace) -> None:
+    with pytest.raises(ConfigError, match="0 prompts < batch_groups"):
+        fakes.plan(size=0)
 
 
 def test_seeds_differ_in_every_part() -> None:
