@@ -33,6 +33,7 @@ class Verdict(Struct, frozen=True, array_like=True, tag="verdict"):
     token_rewards: list[float] | None = None  # one per response token, beside the reward; None: nothing was said
 
 
+_SCORE = "a finite number or a dict with 'score'"
 _NO_PARTS = ("score", "turn_rewards", "token_rewards")
 
 
@@ -44,10 +45,10 @@ def read_result(result: Any, sample: Sample) -> Verdict:
     """
     try:
         if not isinstance(result, dict):
-            return Verdict("ok", _score(result, f"{type(result).__name__} {result!r}"))
+            return Verdict("ok", _finite(result, f"{type(result).__name__} {result!r}", _SCORE))
         if "score" not in result:
             raise ValueError(f"returned a dict without 'score'; its keys are {sorted(map(str, result))}"[:500])
-        score = _score(result["score"], f"score={result['score']!r}")
+        score = _finite(result["score"], f"score={result['score']!r}", _SCORE)
         token_rewards = _token_rewards(result, len(sample.response_ids), sample.turns)
     except ValueError as error:
         return Verdict("invalid", error=str(error))
@@ -57,14 +58,12 @@ def read_result(result: Any, sample: Sample) -> Verdict:
     return Verdict("ok", score, parts, answer=answer, token_rewards=token_rewards)
 
 
-def _score(value: Any, shown: str) -> float:
+def _finite(value: Any, shown: str, expected: str) -> float:
     """Raises ValueError for what is no finite number."""
-    score = _number(value)
-    if score is None:
-        raise ValueError(f"returned {shown}"[:400] + "; expected a finite number or a dict with 'score'")
-    if not math.isfinite(score):
-        raise ValueError(f"returned {score}; expected a finite number")
-    return score
+    number = _number(value)
+    if number is None or not math.isfinite(number):
+        raise ValueError(f"returned {shown}"[:400] + f"; expected {expected}")
+    return number
 
 
 def _token_rewards(result: Mapping[str, Any], length: int, turns: Sequence[int]) -> list[float] | None:
@@ -91,13 +90,7 @@ def _listed(result: Mapping[str, Any], key: str, count: int, of_what: str) -> li
         raise ValueError(f"returned {key}={result[key]!r:.100}; expected a list of {count}, one per {of_what}") from None
     if len(values) != count:
         raise ValueError(f"returned {len(values)} {key}; expected {count}, one per {of_what}")
-    found: list[float] = []
-    for place, value in enumerate(values):
-        read = _number(value)
-        if read is None or not math.isfinite(read):
-            raise ValueError(f"returned {key}[{place}]={value!r:.100}; expected a finite number")
-        found.append(read)
-    return found
+    return [_finite(value, f"{key}[{place}]={value!r:.100}", "a finite number") for place, value in enumerate(values)]
 
 
 def _number(value: Any) -> float | None:

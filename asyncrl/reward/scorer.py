@@ -19,8 +19,8 @@ from asyncrl.reward.results import Sample, Verdict
 T = TypeVar("T")
 
 
-class Scorer(Generic[T]):
-    """One scoring process. Owned by one thread; never blocks, but for the reaping of a killed process.
+class Scorer(OwnedProcess, Generic[T]):
+    """One scoring process. Owned by one thread; never blocks, but for the reaping in `kill`.
 
     terms: the reward terms as JSON, for its command line. flight: the samples that it was given and has not scored, in order;
     it scores the first, since `since` (monotonic seconds).
@@ -36,10 +36,10 @@ class Scorer(Generic[T]):
         self._unsent = memoryview(b"")
         command = [sys.executable, "-m", "asyncrl.reward.process", terms]
         with open(log, "ab") if log else contextlib.nullcontext() as output:
-            self._process = OwnedProcess(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output)
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._tasks, self._results = self._process.stdin.fileno(), self._process.stdout.fileno()
+            super().__init__(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output)
+        assert self.stdin is not None
+        assert self.stdout is not None
+        self._tasks, self._results = self.stdin.fileno(), self.stdout.fileno()
         os.set_blocking(self._tasks, False)
         os.set_blocking(self._results, False)
         selector.register(self._results, selectors.EVENT_READ, self)
@@ -87,15 +87,10 @@ class Scorer(Generic[T]):
             self.since = now
         return verdicts
 
-    def exit_code(self) -> int | None:
-        """As of `OwnedProcess`."""
-        return self._process.exit_code()
-
     def kill(self) -> None:
-        """Kills the process and all that it started, and frees the descriptors."""
         self._unregister(self._tasks)
         self._unregister(self._results)
-        self._process.kill()
+        super().kill()
 
     def _unregister(self, descriptor: int) -> None:
         if descriptor in self._selector.get_map():
@@ -106,7 +101,5 @@ def died(code: int) -> str:
     """How a process ended, in words."""
     if code >= 0:
         return f"process died: exit code {code}"
-    try:
-        return f"process died: {signal.Signals(-code).name}"
-    except ValueError:
-        return f"process died: signal {-code}"
+    named = {number.value: number.name for number in signal.Signals}
+    return f"process died: {named.get(-code, f'signal {-code}')}"

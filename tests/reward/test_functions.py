@@ -302,7 +302,7 @@ def test_none_is_no_failure_and_no_reward():
         (lambda completions, **kwargs: 1.0, "returned 1.0 for one completion; expected a list of one number or None"),
         (lambda completions, **kwargs: [], "returned [] for one completion"),
         (lambda completions, **kwargs: ["good"], "returned str 'good'; expected a finite number"),
-        (lambda completions, **kwargs: [float("nan")], "returned nan"),
+        (lambda completions, **kwargs: [float("nan")], "returned float nan"),
     ],
 )
 def test_results_that_are_no_reward_are_invalid(function, words):

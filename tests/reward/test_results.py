@@ -30,15 +30,15 @@ def test_results_that_are_rewards(result, verdict):
     [
         (None, "returned NoneType None"),
         ("1.0", "returned str '1.0'"),
-        (math.nan, "returned nan"),
-        (-math.inf, "returned -inf"),
+        (math.nan, "returned float nan"),
+        (-math.inf, "returned float -inf"),
         ([1.0], "returned list [1.0]"),
         (np.array([1.0]), "returned ndarray"),
         (decimal.Decimal(1), "returned Decimal"),
         ({}, "without 'score'"),
         ({"reward": 1.0}, "keys are ['reward']"),
         ({"score": None}, "score=None"),
-        ({"score": math.nan, "acc": 1.0}, "returned nan"),
+        ({"score": math.nan, "acc": 1.0}, "returned score=nan"),
     ],
 )
 def test_results_that_are_none(result, words):
