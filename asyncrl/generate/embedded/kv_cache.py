@@ -67,8 +67,7 @@ class _Plan:
     whole: Sequence[_Whole] = ()  # a prefill sees what is new
     rest: _Rest | None = None
     classes: Sequence[_Class] = ()  # a decode: one token into each row
-    length: int = 0  # of the longest row, new tokens included
-    known: int = 0  # of those, the ones before this pass
+    known: int = 0  # tokens of the longest row before this pass
 
 
 class SlotLayer(CacheLayerMixin):
@@ -231,7 +230,7 @@ class SlotCache(Cache):
     def plan_fill(self, rows: np.ndarray, sources: np.ndarray, length: int) -> None:
         """The next forward computes whole sequences, padded to `length`; sequence sources[i] goes into row rows[i]."""
         kinds, slots, plan = self.places.kind[rows], self.places.slot[rows], self._plan
-        plan.whole, plan.rest, plan.classes, plan.length, plan.known = [], None, (), length, 0
+        plan.whole, plan.rest, plan.classes, plan.known = [], None, (), 0
         for kind in np.unique(kinds).tolist():
             end, of = min(length, int(self.places.capacities[kind])), kinds == kind
             plan.whole.append(_Whole(kind, self.tensor(slots[of]), self.tensor(sources[of]), end))
@@ -244,7 +243,7 @@ class SlotCache(Cache):
         times = np.arange(len(of)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         kind, tokens = int(self.places.kind[rows[0]]), map(self.tensor, (of, times, slots[of], starts[of] + times))
         plan.rest = _Rest(kind, self.tensor(slots), length, *tokens)
-        plan.length, plan.known = length, length - int(sizes.max())
+        plan.known = length - int(sizes.max())
         self._reach[kind] = max(self._reach[kind], length)
 
     def plan_decode(self, positions: np.ndarray, at: torch.Tensor) -> None:
@@ -260,8 +259,7 @@ class SlotCache(Cache):
                 start = stop
         plan = self._plan
         plan.whole, plan.rest, plan.classes = (), None, classes
-        plan.length = max(of.length for of in classes)
-        plan.known = plan.length - 1
+        plan.known = max(of.length for of in classes) - 1
 
 
 def slot_attention(

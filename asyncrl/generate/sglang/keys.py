@@ -27,7 +27,7 @@ class RunningServer:
     key: str = field(default="", repr=False)
 
 
-class PrivateFolder:
+class PrivateFolder(ScratchFolder):
     """A folder that only this user can enter: with a new key in a configuration file, as SGLang's --config reads it, and with
     the server's own temporary files, among them sockets whose messages it unpickles.
 
@@ -35,16 +35,11 @@ class PrivateFolder:
     """
 
     def __init__(self) -> None:
-        self._folder = ScratchFolder()
-        self.path = str(self._folder.path)
-        self.config = Path(self.path, "server.yaml")
+        super().__init__()
+        self.config = self.path / "server.yaml"
         self.key = secrets.token_hex(32)
         self.config.touch(mode=0o600)
         self.config.write_text(json.dumps({"api-key": self.key}))
-
-    def remove(self) -> None:
-        """Idempotent."""
-        self._folder.close()
 
 
 def read_key(file: str) -> str:

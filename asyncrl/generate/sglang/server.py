@@ -42,7 +42,7 @@ class SGLangServer:
         if isinstance(at, LaunchCommand):
             port, self._folder = free_port(), PrivateFolder()
             command = (*at.command, "--config", str(self._folder.config), "--port", str(port))
-            self._process = ServerProcess(command, env={"TMPDIR": self._folder.path, **at.env}, log=at.log)
+            self._process = ServerProcess(command, env={"TMPDIR": str(self._folder.path), **at.env}, log=at.log)
             at = RunningServer(f"http://127.0.0.1:{port}", self._folder.key)
         self.at = at
         self.client = SGLangClient(at.url, at.key)
@@ -114,12 +114,9 @@ class SGLangServer:
         return f"; the end of its log:\n{self.client.masked(self._process.log_tail())}" if self._process else ""
 
     async def load(self) -> ServerLoad:
-        """How busy it is, summed over data-parallel ranks; the fullest KV cache of them."""
+        """How busy it is."""
         ranks = (await self.client.get("/v1/loads?include=core", LOADS, CALL_S)).loads
-        return ServerLoad(
-            num_waiting_reqs=sum(rank.num_waiting_reqs for rank in ranks),
-            token_usage=max((rank.token_usage for rank in ranks), default=0.0),
-        )
+        return ranks[0] if ranks else ServerLoad()
 
     async def probe(self, deadline_s: float) -> None:
         """Has it generate a token. Raises Unavailable if it doesn't."""
@@ -155,6 +152,6 @@ class SGLangServer:
             if self._process.exit_code() is None:
                 log.warning("the SGLang server at %s was killed and has not ended: it may still hold its GPU", self.client.url)
         if self._folder is not None:
-            self._folder.remove()
+            self._folder.close()
         if self._transfer is not None:
             await self._transfer.close()

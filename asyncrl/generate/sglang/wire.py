@@ -80,7 +80,7 @@ class ServerLoad(Struct, frozen=True):
 
 
 class Loads(Struct, frozen=True):
-    """/v1/loads: an entry per data-parallel rank."""
+    """/v1/loads: an entry per data-parallel rank, of which a server has one (`SGLangServer.open`)."""
 
     loads: list[ServerLoad]
 

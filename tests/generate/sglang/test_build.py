@@ -231,7 +231,8 @@ def build(model: ModelSpec, tmp_path: Path) -> Build:
     """build(gpus=…, max_length=…, **SGLangSpec): an engine of this machine's own python that is never started."""
 
     def make(gpus: float = 0.0, max_length: int = 2048, **sglang: Any) -> Any:
-        spec = EngineSpec(kind="sglang", max_length=max_length, sglang=SGLangSpec(**({"command": (sys.executable,)} | sglang)))
+        sglang = {"command": (sys.executable,)} | sglang
+        spec = EngineSpec(kind="sglang", slots=64, max_length=max_length, sglang=SGLangSpec(**sglang))
         place = PlaceSpec(gpus=gpus)
         return sglang_engine(
             EngineSite(generators=GeneratorsSpec(engine=spec, place=place), model=model, logs=tmp_path, name="gen-0")

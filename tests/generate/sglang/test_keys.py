@@ -49,8 +49,8 @@ def test_a_new_key_lies_where_only_this_user_can_read_it() -> None:
     assert len(folder.key) == 64
     assert folder.key != other.key
     for made in (folder, other, other):
-        made.remove()
-    assert not Path(folder.path).exists()
+        made.close()
+    assert not folder.path.exists()
 
 
 def test_a_key_file_is_read(key_file: Path) -> None:
