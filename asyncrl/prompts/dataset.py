@@ -42,7 +42,6 @@ class PromptSummary(Struct, frozen=True, kw_only=True):
     path: Path
     rows: int  # read
     prompts: int  # kept
-    reused: bool = False  # the file was there already, made from the same inputs
 
     @property
     def too_long(self) -> int:
@@ -191,7 +190,7 @@ def _existing(path: Path, fingerprint: str) -> PromptSummary | None:
         return None
     if last.num_rows or metadata is None:
         return None
-    return PromptSummary(path=path, rows=int(metadata[_ROWS_READ]), prompts=len(PromptFile(path)), reused=True)
+    return PromptSummary(path=path, rows=int(metadata[_ROWS_READ]), prompts=len(PromptFile(path)))
 
 
 def _fingerprint(spec: DataSpec, tokenizer_id: str) -> str:
