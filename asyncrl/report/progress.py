@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from asyncrl.report.notebook import CellView, in_notebook
 from asyncrl.report.summary import RunSummary
@@ -120,22 +120,19 @@ def _brief(error: str) -> str:
 
 
 class Progress:
-    """Shows a run as it goes on. `update` never waits for the terminal longer than a write does."""
+    """Shows a run as it goes on: live on a terminal that can move its cursor, and in a notebook's cell. `update` never waits for
+    the terminal longer than a write does."""
 
-    def __init__(self, stream: TextIO | None = None, live: bool | None = None) -> None:
-        """live None: if the stream is a terminal that can move its cursor, or, with none given, in a notebook's cell."""
-        self._stream = sys.stderr if stream is None else stream
+    def __init__(self) -> None:
         self._pace = Pace()
         self.newest: RunSummary | None = None  # as `update` got it
         self._printed: tuple[float, int] | None = None  # seconds elapsed and step of the newest plain line
-        self._live: Any = CellView() if stream is None and live is None and in_notebook() else None
-        if live is None:
-            live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        if live and self._live is None:
+        self._live: Any = CellView() if in_notebook() else None
+        if self._live is None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             from rich.console import Console
             from rich.live import Live
 
-            self._live = Live(console=Console(file=self._stream, markup=False, highlight=False), auto_refresh=False)
+            self._live = Live(console=Console(file=sys.stderr, markup=False, highlight=False), auto_refresh=False)
 
     def update(self, run: RunSummary) -> None:
         """Takes the run's newest state, and shows it if it is time to; nothing before the run is up: rates count from there."""
@@ -168,14 +165,13 @@ class Progress:
     def _print(self, run: RunSummary) -> None:
         self._printed = run.elapsed_s, run.committed
         with contextlib.suppress(OSError):  # the terminal is gone: that ends no run
-            print(one_line(run, self._pace), file=self._stream, flush=True)
+            print(one_line(run, self._pace), file=sys.stderr, flush=True)
 
 
 class WarmStartLines:
     """Prints how an SFT warm start goes on: a line every few seconds, the first one and the last."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = sys.stderr if stream is None else stream
+    def __init__(self) -> None:
         self._heldout: list[float] = []
         self._began: tuple[float, int] | None = None  # when the first step was done, and which it was
         self._printed = -math.inf
@@ -199,7 +195,7 @@ class WarmStartLines:
             parts.append("held-out " + " → ".join(f"{loss:.4g}" for loss in ends))
         parts.append(f"{number(self._tokens / seconds if steps else None)} learned tokens/s")
         left = (total - step) * seconds / steps if steps else None
-        print(" · ".join([*parts, f"{clock(left)} left"]), file=self._stream, flush=True)
+        print(" · ".join([*parts, f"{clock(left)} left"]), file=sys.stderr, flush=True)
 
 
 def _ordered(shares: Shares) -> Shares:

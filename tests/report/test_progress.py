@@ -121,26 +121,31 @@ def test_what_a_run_did_not_use_is_shown_once_there_is_any() -> None:
     assert "400 = 320 trained + 0 filtered + 0 evicted + 30 failed + 50 unused + 0 pending" in one_line(ended, Pace())
 
 
-def test_a_run_that_is_resumed_is_shown_from_where_it_goes_on() -> None:
-    stream = io.StringIO()
-    progress = Progress(stream)
+def test_a_run_that_is_resumed_is_shown_from_where_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress()
     for elapsed, committed in ((0.0, 0), (1.0, 40)):  # what the log says before the learner has gone back to its checkpoint
         progress.update(replace(NOW, elapsed_s=elapsed, committed=committed, starting=True))
     old = {20: record(20, samples=1000.0)}
     progress.update(replace(NOW, elapsed_s=5.0, committed=20, steps=old))
     progress.update(replace(NOW, elapsed_s=25.0, committed=30, steps=old | {30: record(30, samples=500.0)}))
-    first, second = stream.getvalue().splitlines()
+    first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("step 20/100 · time 0m 05s elapsed, – left, – samples/s")
     assert second.startswith("step 30/100 · time 0m 25s elapsed, 2m 20s left, 25 samples/s")
 
 
-def test_a_terminal_that_is_gone_ends_no_run() -> None:
+@pytest.mark.parametrize("live", [False, True])
+def test_a_terminal_that_is_gone_ends_no_run(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     class Gone(io.StringIO):
         def write(self, text: str) -> int:
             raise OSError(errno.EIO, "Input/output error")
 
-    for live in (False, True):
-        progress = Progress(Gone(), live=live)
+        def isatty(self) -> bool:
+            return live
+
+    monkeypatch.setenv("TERM", "xterm")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Gone())
+        progress = Progress()
         progress.update(START)
         progress.update(NOW)
         progress.close()
@@ -162,15 +167,14 @@ def test_one_line_holds_the_same() -> None:
     )
 
 
-def test_plain_lines_come_every_five_seconds_of_progress() -> None:
-    stream = io.StringIO()
-    progress = Progress(stream)  # no terminal
+def test_plain_lines_come_every_five_seconds_of_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress()  # no terminal
     for second in range(100):
         step = min(second, 11)  # then nothing moves
         progress.update(RunSummary(name="sums", elapsed_s=float(second), committed=step, total_steps=100))
     progress.close()
     progress.close()
-    shown = [line.partition(" ·")[0] + line.rpartition(" elapsed")[0][-7:] for line in stream.getvalue().splitlines()]
+    shown = [line.partition(" ·")[0] + line.rpartition(" elapsed")[0][-7:] for line in capsys.readouterr().err.splitlines()]
     # Every 5 s while steps come; half a minute later a sign of life; the last state at the end.
     assert shown == [
         "step 0/100 0m 00s",
@@ -183,23 +187,24 @@ def test_plain_lines_come_every_five_seconds_of_progress() -> None:
     ]
 
 
-def test_rates_span_the_last_half_minute() -> None:
-    stream = io.StringIO()
-    progress = Progress(stream)
+def test_rates_span_the_last_half_minute(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress()
     for second in range(0, 121, 10):
         samples = 1000 if second < 60 else 1000 + (second - 60) * 7  # a slow start does not count for ever
         steps = {second: record(second, samples=float(samples))}
         progress.update(RunSummary(name="sums", elapsed_s=float(second), committed=second, total_steps=1000, steps=steps))
-    assert " 7.0 samples/s" in stream.getvalue().splitlines()[-1]
+    assert " 7.0 samples/s" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_terminal_gets_a_live_view(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_terminal_gets_a_live_view(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
     stream = Terminal()
-    progress = Progress(stream, live=True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", stream)
+    progress = Progress()
     progress.update(START)
     progress.update(NOW)
     progress.close()
@@ -208,13 +213,12 @@ def test_a_terminal_gets_a_live_view(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == ""
 
 
-def test_lines_of_a_warm_start_come_every_few_seconds() -> None:
-    stream = io.StringIO()
-    lines = WarmStartLines(stream)
+def test_lines_of_a_warm_start_come_every_few_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = WarmStartLines()
     lines(0, 4, {"heldout/loss": 2.0})
     for step in range(1, 5):
         lines(step, 4, {"train/loss": 1.0 / step, "train/tokens": 10.0, **({"heldout/loss": 1.5} if step == 4 else {})})
-    assert [line.split(" learned")[0].rpartition(" · ")[0] for line in stream.getvalue().splitlines()] == [
+    assert [line.split(" learned")[0].rpartition(" · ")[0] for line in capsys.readouterr().err.splitlines()] == [
         "step 1/4 · loss 1 · held-out 2",
         "step 4/4 · loss 0.25 · held-out 2 → 1.5",
     ]
