@@ -41,12 +41,11 @@ class Holders:
         self._context = context
         self._ledger = context.ledger
         self._rule = context.plan.rule
-        self._lease_ends: dict[str, float] = {}  # in the order in which they end
+        holders = (g.worker for g in self._ledger.in_flight() if g.worker)
+        self._lease_ends = dict.fromkeys(holders, context.lease_end())  # in the order in which they end
         self._lost = dict.fromkeys(sorted(g.id for g in self._ledger.in_flight() if not g.worker))
         self._outstanding = Outstanding(context, self.deadline, lambda group: self._lost.pop(group, None))
         self._taken: defaultdict[tuple[str, int], set[int]] = defaultdict(set)  # groups reissued while this holder was silent
-        for worker in {g.worker for g in self._ledger.in_flight() if g.worker}:
-            self._lease_ends[worker] = self._context.lease_end()
         # Groups that were lost before counted in no deadline, so that counting them again may break the bound.
         self._lose([group.id for group in self.misfits() if group.in_flight()])
 

@@ -35,12 +35,11 @@ class Scoring:
         self._ledger = context.ledger
         self._holders = holders
         self._evaluations = evaluations
-        self._queue: OrderedDict[tuple[int, int], None] = OrderedDict()
+        self._queue = OrderedDict.fromkeys(
+            (g.id, i) for g in self._ledger.outstanding() for i, r in enumerate(g.rollouts) if r.row >= 0 and r.status is None
+        )
         self.leases: dict[int, RewardLease] = {}  # in the order in which they run out
         self._next_lease = 1
-        for group in self._ledger.outstanding():
-            waiting = [i for i, r in enumerate(group.rollouts) if r.row >= 0 and r.status is None]
-            self._queue.update(((group.id, i), None) for i in waiting)
 
     # ---------------------------------------------------------------------------------------- submit
 
