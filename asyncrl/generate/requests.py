@@ -1,6 +1,7 @@
 """What every engine does with a request: whether it can be served at all, and how its future ends."""
 
 from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 
 from asyncrl.errors import AsyncRLError, ConfigError
 from asyncrl.types import Generation, GenerationRequest
@@ -34,10 +35,8 @@ def check_request(request: GenerationRequest, *, max_length: int, vocabulary: in
 
 def settle(future: "Future[Generation]", outcome: Generation | AsyncRLError) -> None:
     """Ends a request's future. One that has ended already (by `close`, or cancelled by its holder) stays as it is."""
-    try:
+    with suppress(InvalidStateError):
         if isinstance(outcome, Generation):
             future.set_result(outcome)
         else:
             future.set_exception(outcome)
-    except InvalidStateError:
-        assert future.done()

@@ -1,6 +1,5 @@
 """Dataset rows from verl's parquet schema and from JSONL, checked as they stream."""
 
-import codecs
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -83,24 +82,17 @@ def _json_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 continue
             where = f"{path}, line {number}"
             try:
-                record = msgspec.json.decode(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
-            except (UnicodeDecodeError, msgspec.DecodeError) as error:
-                _require_utf8(where, line)
+                record = msgspec.json.decode(line.decode().removeprefix("\ufeff"))  # a byte order mark
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{where}, byte {error.start + 1} is 0x{line[error.start]:02x}, which is not UTF-8, and JSON is; convert the "
+                    "file, for example by `iconv -f latin1 -t utf-8 OLD > NEW` (utf-16 or windows-1252 where Windows wrote it)"
+                ) from error
+            except msgspec.DecodeError as error:
                 raise DataError(f"{where} is not JSON: {error}; write one object per line") from error
             if not isinstance(record, dict):
                 raise DataError(f"{where} holds a {type(record).__name__}; write one object per line")
             yield where, record
-
-
-def _require_utf8(where: str, line: bytes) -> None:
-    """Raises DataError for the first byte that is no UTF-8."""
-    try:
-        line.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}, byte {error.start + 1} is 0x{line[error.start]:02x}, which is not UTF-8, and JSON is; convert the file, "
-            "for example by `iconv -f latin1 -t utf-8 OLD > NEW` (utf-16 or windows-1252 where Windows wrote it)"
-        ) from error
 
 
 def _row(number: int, where: str, record: Mapping[str, Any], spec: DataSpec, path: Path) -> DatasetRow:
