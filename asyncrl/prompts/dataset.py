@@ -185,10 +185,8 @@ def _existing(path: Path, fingerprint: str) -> PromptSummary | None:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         if (reader.schema.metadata or {}).get(_FINGERPRINT) != fingerprint.encode():
             return None
-        last, metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
+        _, metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
     except (OSError, pa.ArrowException):  # torn by a crash of the machine: made again
-        return None
-    if last.num_rows or metadata is None:
         return None
     return PromptSummary(path=path, rows=int(metadata[_ROWS_READ]), prompts=len(PromptFile(path)))
 

@@ -112,13 +112,9 @@ class Holders:
         """Whether a group is not lost, or is no longer, because its holder is heard of and the bound still holds with it."""
         free = group.purpose == "eval" or not self._rule.holds
         if group.id in self._lost and group.worker and (free or self.fits(group, group.oldest())):
-            self._found(group.id)
+            del self._lost[group.id]
+            self._context.touched.add(group.id)
         return group.id not in self._lost
-
-    def _found(self, group: int) -> None:
-        if group in self._lost:
-            del self._lost[group]
-            self._context.touched.add(group)
 
     def _lose(self, groups: Iterable[int]) -> None:
         if new := [group for group in groups if group not in self._lost]:
@@ -189,11 +185,11 @@ class Holders:
         return mine and group not in self._lost
 
     def reissue(self, group: Group, caller: Key, update: int) -> Ticket:
-        """update: of the caller's weights, as far as they count."""
+        """Of a lost group. update: of the caller's weights, as far as they count."""
         if group.worker and group.worker not in self._lease_ends:
             self._taken[group.worker, group.incarnation].add(group.id)
         self._context.record(ev.GroupReissued(group.id, group.attempt + 1, update, caller.worker, caller.incarnation))
-        self._found(group.id)
+        del self._lost[group.id]
         return ticket(self._context, group)
 
 
