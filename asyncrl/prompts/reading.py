@@ -85,8 +85,9 @@ def _json_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 record = msgspec.json.decode(line.decode().removeprefix("\ufeff"))  # a byte order mark
             except UnicodeDecodeError as error:
                 raise DataError(
-                    f"{where}, byte {error.start + 1} is 0x{line[error.start]:02x}, which is not UTF-8, and JSON is; convert the "
-                    "file, for example by `iconv -f latin1 -t utf-8 OLD > NEW` (utf-16 or windows-1252 where Windows wrote it)"
+                    f"{where}, byte {error.start + 1} is 0x{line[error.start]:02x}, which is not UTF-8, and JSON is; convert "
+                    "the file, for example by `iconv -f latin1 -t utf-8 OLD > NEW` (utf-16 or windows-1252 where Windows "
+                    "wrote it)"
                 ) from error
             except msgspec.DecodeError as error:
                 raise DataError(f"{where} is not JSON: {error}; write one object per line") from error

@@ -120,8 +120,8 @@ def _brief(error: str) -> str:
 
 
 class Progress:
-    """Shows a run as it goes on: live on a terminal that can move its cursor, and in a notebook's cell. `update` never waits for
-    the terminal longer than a write does."""
+    """Shows a run as it goes on: live on a terminal that can move its cursor, and in a notebook's cell. `update` never waits
+    for the terminal longer than a write does."""
 
     def __init__(self) -> None:
         self._pace = Pace()
