@@ -14,7 +14,6 @@ from asyncrl.errors import Closed, Unavailable
 from asyncrl.interfaces import VERBS
 from asyncrl.types import Key
 
-RECONNECT_S = 1.0
 SUPERVISOR = Key("supervisor", 0, 0)
 
 
@@ -79,26 +78,17 @@ class RayCall:
         self._peers = peers
 
     def __call__(self, verb: str, key: Key, *args: Any, timeout_s: float) -> Any:
-        """Blocks for the reply. A store that dies meanwhile is waited for and asked again, one that merely can't be reached
-        soon: the idempotency key makes that safe. Raises Unavailable after `timeout_s`, Closed when the actor
+        """Blocks for the reply. Raises Unavailable after `timeout_s`; and as soon as it is worth while to ask again, which the
+        client does: where the store can't be reached just now, or died and another one lives. Raises Closed when the actor
         stops; the store's own errors pass."""
         deadline = time.monotonic() + timeout_s
         restart_count, handle = self._peers.wait("store", -1, deadline)
-        while True:
-            try:
-                return ray.get(call_store(handle, verb, *args, key=key), timeout=max(deadline - time.monotonic(), 0.001))
-            except ActorUnavailableError:
-                restart_count, handle = self._another(restart_count, handle, deadline)
-            except (RayActorError, OutOfMemoryError):  # the latter: killed by Ray's memory monitor
-                restart_count, handle = self._peers.wait("store", restart_count, deadline)
-            except GetTimeoutError:
-                raise Unavailable(f"store: no reply to {verb} within {timeout_s:.0f} s") from None
-
-    def _another(self, restart_count: int, handle: Any, deadline: float) -> tuple[int, Any]:
-        """A newer store, if one comes within RECONNECT_S; else the same."""
         try:
-            return self._peers.wait("store", restart_count, min(deadline, time.monotonic() + RECONNECT_S))
-        except Unavailable:
-            if time.monotonic() >= deadline:
-                raise
-            return restart_count, handle
+            return ray.get(call_store(handle, verb, *args, key=key), timeout=max(deadline - time.monotonic(), 0.001))
+        except GetTimeoutError:
+            raise Unavailable(f"store: no reply to {verb} within {timeout_s:.0f} s") from None
+        except ActorUnavailableError as error:
+            raise Unavailable(f"store: out of reach: {error}") from None
+        except (RayActorError, OutOfMemoryError):  # the latter: killed by Ray's memory monitor
+            self._peers.wait("store", restart_count, deadline)
+            raise Unavailable(f"store: it died at {verb}, and was restarted") from None

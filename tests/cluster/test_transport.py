@@ -12,6 +12,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryErr
 from asyncrl.cluster.transport import Peers, RayCall
 from asyncrl.errors import Closed, Unavailable
 from asyncrl.interfaces import VERBS
+from asyncrl.replay.client import ReplayClient
 
 
 class FakeStore:
@@ -33,11 +34,18 @@ def lost_connection() -> ActorUnavailableError:
     return ActorUnavailableError("connection refused", actor_id=None)
 
 
+def ask(peers: Peers, retry_s: float = 30.0) -> int:
+    """What a client sends, and the store echoes."""
+    _, key, since = ReplayClient(RayCall(peers), "worker", 0, retry_s=retry_s).report(7)
+    assert key.sequence == 1, "asked again under another key"
+    return since
+
+
 @pytest.mark.ray
 def test_a_store_whose_connection_was_lost_is_asked_again(local_ray):
     peers, store = Peers(), FakeStore(lost_connection(), lost_connection())
     peers.put("store", 0, store)
-    assert RayCall(peers)("report", 7, timeout_s=30.0) == ("report", 7)
+    assert ask(peers) == 7
     assert store.calls == 3
 
 
@@ -49,17 +57,19 @@ def test_a_dead_store_is_not_asked_but_its_successor(local_ray, error):
     dead.call.options = lambda concurrency_group: SimpleNamespace(
         remote=lambda *_: (peers.put("store", 1, heir), dead._remote())
     )
-    assert RayCall(peers)("report", 7, timeout_s=30.0) == ("report", 7)
+    assert ask(peers) == 7
     assert (dead.calls, heir.calls) == (1, 1)
 
 
-@pytest.mark.parametrize("error", [ActorDiedError(), lost_connection()])
-def test_one_that_stays_away_is_unavailable_in_time(error):
+@pytest.mark.parametrize(
+    ("error", "told"), [(ActorDiedError(), "no living incarnation was announced"), (lost_connection(), "connection refused")]
+)
+def test_one_that_stays_away_is_unavailable_in_time(error, told):
     peers = Peers()
     peers.put("store", 0, FakeStore(*[error] * 1000))
     began = time.monotonic()
-    with pytest.raises(Unavailable, match="no living incarnation was announced"):
-        RayCall(peers)("report", 7, timeout_s=0.3)
+    with pytest.raises(Unavailable, match=told):
+        ask(peers, retry_s=0.3)
     assert time.monotonic() - began < 10.0
 
 
