@@ -19,7 +19,7 @@ def explain(error: msgspec.ValidationError, spec: type[msgspec.Struct], data: An
     text = _AT.sub("", text)
     kind: Any = spec
     for name in filter(None, path.split(".")):
-        kind = {field.name: field.type for field in msgspec.structs.fields(kind)}[name] if is_struct(kind) else Any
+        kind = struct_in({field.name: field.type for field in msgspec.structs.fields(kind)}[name]) if is_struct(kind) else Any
         data = data[name] if isinstance(data, dict) else data
     if (unknown := _UNKNOWN_FIELD.search(text)) and is_struct(kind):
         full = f"{path}.{unknown[1]}".strip(".")
@@ -49,6 +49,11 @@ def _leaves(kind: type[msgspec.Struct], prefix: str = "") -> list[str]:
 
 def names(kind: type[msgspec.Struct]) -> str:
     return ", ".join(kind.__struct_fields__)
+
+
+def struct_in(kind: Any) -> Any:
+    """Of `Struct or null` the struct; any other type as it is."""
+    return next((member for member in get_args(kind) if is_struct(member)), kind)
 
 
 def is_struct(kind: Any) -> bool:

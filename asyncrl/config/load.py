@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import msgspec
 import yaml
@@ -21,7 +21,7 @@ from asyncrl import config
 from asyncrl.config.base import Spec
 from asyncrl.config.callables import RECIPE_MODULE
 from asyncrl.config.deployment import Deployment
-from asyncrl.config.explain import expected, explain, is_struct, names, nearest
+from asyncrl.config.explain import expected, explain, is_struct, names, nearest, struct_in
 from asyncrl.config.names import elsewhere
 from asyncrl.config.recipe import Recipe
 from asyncrl.errors import AsyncRLError, ConfigError
@@ -149,7 +149,7 @@ def _field_type(spec: type[msgspec.Struct], path: str, text: str) -> Any:
     kind: Any = spec
     for depth, name in enumerate(path.split(".")):
         parent = ".".join(path.split(".")[:depth])
-        kind = next((member for member in get_args(kind) if is_struct(member)), kind)  # of `Struct or null`, the struct
+        kind = struct_in(kind)
         if not is_struct(kind):
             raise ConfigError(f"override {text!r}: {parent} is {expected(kind)} and has no field {name!r}")
         fields = {field.name: field.type for field in msgspec.structs.fields(kind)}

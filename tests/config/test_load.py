@@ -213,6 +213,7 @@ def test_the_sglang_deployment_fits_the_shipped_recipe() -> None:
             "generators:\n  count: 2\n  coutn: 3\n",
             r"line 3: generators\.coutn=3: generators has no field 'coutn'; did you mean 'count'\?",
         ),
+        ("critic:\n  rankz: 2\n", r"line 2: critic\.rankz=2: critic has no field 'rankz'; did you mean 'ranks'\?"),
         ("bus:\n  credit: 4\nlimit: {}\n", r"line 3: limit=\{\}: Deployment has no field 'limit'; did you mean 'limits'\?"),
         ("generators:\n  engine:\n    slots: many\n", r"line 3: generators\.engine\.slots='many' must be int"),
         (
