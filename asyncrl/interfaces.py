@@ -21,6 +21,7 @@ from asyncrl.types import (
     Score,
     StoreReport,
     SwapReport,
+    Ticket,
     TrainRollout,
     UnscoredLease,
     Version,
@@ -89,6 +90,26 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stops the engine; unfinished futures raise `Closed`."""
+
+
+class Episodes(Protocol):
+    """What makes rollouts of several turns with an engine. Thread-safe; never waits."""
+
+    @property
+    def slots(self) -> int:
+        """Rollouts that are welcome at a time."""
+
+    def submit(self, ticket: Ticket) -> "list[Future[Generation]]":
+        """One future per rollout of the ticket; each ends when its episode does, as those of `Engine.submit_group` end."""
+
+    def abort(self, group: int) -> None:
+        """Ends the unfinished episodes of a group."""
+
+    def gauges(self) -> dict[str, float]:
+        """Figures for the generator's report."""
+
+    def progress(self) -> int:
+        """Rises while episodes are under way, which have limits of their own."""
 
 
 class GeneratorStore(Protocol):

@@ -131,11 +131,11 @@ def _tell(work: Callable[[], object], told: Any) -> None:
         told.send((None, error))
 
 
-def end_with_owner(lifeline: int) -> None:
+def end_with_owner(lifeline: int, *, shared: bool = False) -> None:
     """Called by a Python child first of all: from now on its process group is killed when its owner ends.
 
     A thread waits for that. Where a C function holds the GIL for ever (a catastrophic regular expression), the thread can't
-    run: so Linux is also asked to signal the group by itself.
+    run: so Linux is also asked to signal the group by itself; once for each lifeline, not for a fork that shares another's.
     """
 
     def wait() -> None:
@@ -143,9 +143,10 @@ def end_with_owner(lifeline: int) -> None:
         os.killpg(0, signal.SIGKILL)
 
     os.set_inheritable(lifeline, False)
-    fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
-    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    if not shared:
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
 
 

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 Purpose = Literal["train", "eval"]
 FinishReason = Literal["stop", "length", "abort"]
 Status = Literal["ok", "invalid", "timeout"]
+EpisodeStop = Literal["done", "max_turns", "max_tokens", "deadline", "error", "abandoned"]
 Outcome = Literal["trained", "filtered", "evicted", "failed", "unused"]
 
 
@@ -132,8 +133,34 @@ class Generation(Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason
 
 
+class Episode(Struct, frozen=True, kw_only=True):
+    """How an episode ended, and what it earned by itself."""
+
+    status: Status = "ok"  # past its deadline it is `timeout`, after an error `invalid`: never a silent 0
+    reward: float | None = None  # None: the reward stage alone scores it
+    parts: dict[str, float] = {}
+    turn_rewards: tuple[float, ...] | None = None  # what each turn earned beside `reward`
+    stop: EpisodeStop = "done"
+    error: str = ""
+    messages: str = "[]"  # JSON, for judges and readers; not for training
+
+
+class Trajectory(Generation, frozen=True, kw_only=True):
+    """What an episode generated: its context is in the lists as well, with mask 0. As in `Rollout`."""
+
+    loss_mask: list[int]
+    turns: tuple[int, ...]
+    segments: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
+    episode: Episode
+
+
 class Rollout(Struct, frozen=True, kw_only=True):
-    """One finished rollout, as the generator submits it; the first writer of (group, rollout, attempt) wins."""
+    """One finished rollout, as the generator submits it; the first writer of (group, rollout, attempt) wins.
+
+    An episode whose contexts do not each begin with the one before is several *segments*, one after the other in
+    `response_ids` and the lists beside it: each but the first starts with a prompt of its own, whose tokens have mask 0.
+    """
 
     group: int
     rollout: int
@@ -144,6 +171,9 @@ class Rollout(Struct, frozen=True, kw_only=True):
     kept_logmass: list[float] | None
     loss_mask: list[int]  # 1 where the policy chose the token, 0 for tool and environment tokens
     turns: tuple[int, ...]  # start offsets of the turns in response_ids; (0,) for a single turn
+    segments: tuple[int, ...] = (0,)  # start offsets of the segments
+    prompt_ids: tuple[int, ...] | None = None  # of the first segment; None: the prompt's. An episode may write its own
+    episode: Episode | None = None  # None: a single turn
     spans: tuple[Span, ...]
     finish_reason: FinishReason
     worker: str
@@ -165,7 +195,8 @@ class Unscored(Struct, frozen=True, kw_only=True):
     text: str  # what they say, without special tokens
     purpose: Purpose
     finish_reason: FinishReason
-    turns: tuple[int, ...] = (0,)  # as in `Rollout`
+    turns: tuple[int, ...] = (0,)  # as in `Rollout`; so is `episode`
+    episode: Episode | None = None
 
 
 class UnscoredLease(Struct, frozen=True, kw_only=True):
@@ -217,6 +248,7 @@ class TrainRollout(Struct, frozen=True, kw_only=True):
     reward: float  # assigned to the last token
     parts: dict[str, float]
     finish_reason: FinishReason
+    segments: tuple[int, ...] = (0,)  # as in `Rollout`
     token_rewards: np.ndarray | None = None  # [T] float64, what each token earned beside `reward`
     baseline: float | None = None  # what the greedy rollout of the same prompt earned in all, where one was asked for
 

@@ -79,6 +79,7 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
     yield "reward", lambda: _callables(recipe)
     yield "algorithm", lambda: _algorithm(recipe)
     yield "sampling", lambda: _sampling(recipe)
+    yield "episode", lambda: _episode(recipe)
     yield "lengths", lambda: _lengths(recipe, deployment)
     yield "batches", lambda: _batches(recipe, deployment, run_dir)
     yield "staleness", lambda: _staleness(recipe, deployment)
@@ -160,6 +161,7 @@ def _callables(recipe: Recipe) -> str:
         check_callable(term.function, "reward.function")
     for field, name, built_in in (
         ("sampling.keep", recipe.sampling.keep, ("all", "varied")),
+        ("episode.environment", recipe.episode.environment, ("",)),
         ("algorithm.adv_estimator", recipe.algorithm.adv_estimator, ESTIMATOR_NAMES),
         ("algorithm.policy_loss", recipe.algorithm.policy_loss, LOSS_NAMES),
         ("prepare", recipe.prepare, ("",)),
@@ -168,6 +170,14 @@ def _callables(recipe: Recipe) -> str:
         if name not in built_in:
             check_callable(name, field)
     return f"{', '.join(term.function for term in terms)}, at most {recipe.reward.deadline_s:g} s a sample"
+
+
+def _episode(recipe: Recipe) -> str:
+    spec = recipe.episode
+    if not spec.environment:
+        return "none: a rollout is one answer"
+    longest = f"{spec.deadline_s:g} s, and {spec.step_deadline_s:g} s for an answer of its own"
+    return f"{spec.environment}, at most {spec.max_turns} turns in {longest}"
 
 
 def _algorithm(recipe: Recipe) -> str:

@@ -1,6 +1,7 @@
 """From specs to stages. The one place that knows every stage's constructor; each function runs inside its actor."""
 
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,10 +14,11 @@ from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import Peers, RayCall, ask_ranks
 from asyncrl.config import Group, Layout, run_dtypes
 from asyncrl.config.callables import load_callable
-from asyncrl.interfaces import Stage
+from asyncrl.interfaces import Engine, Stage
 from asyncrl.types import Sampling
 
 if TYPE_CHECKING:
+    from asyncrl.episodes.host import EpisodeHost
     from asyncrl.learn.parallel.rank import Rank
     from asyncrl.replay.client import ReplayClient
     from asyncrl.replay.store import ReplayStore
@@ -121,6 +123,7 @@ def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") ->
         lambda: peers.peek("bus"), name=name, transport=bus.transport, credit=bus.credit, deadline_s=_patience_s(plan)
     )
     tokenizer = load_tokenizer(recipe.model)
+    episodes = _episodes(name, plan, engine, tokenizer)
     generator = Generator(
         engine,
         store,
@@ -130,9 +133,43 @@ def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") ->
         poll_s=limits.poll_s,
         group_size=recipe.rollouts_per_group,
         health_timeout_s=limits.health_timeout_s,
+        episodes=episodes,
     )
     engine.start()
-    return Built(generator, None, (store.close, weights.close, engine.close))
+    return Built(generator, None, (store.close, weights.close, *([episodes.close] if episodes else []), engine.close))
+
+
+def _episodes(name: str, plan: RunPlan, engine: Engine, tokenizer: Any) -> "EpisodeHost | None":
+    """What runs episodes with the engine, if the recipe has them."""
+    recipe, spec, limits = plan.recipe, plan.recipe.episode, plan.deployment.limits
+    if not spec.environment:
+        return None
+    from asyncrl.episodes.chat import Chat
+    from asyncrl.episodes.host import EpisodeHost
+    from asyncrl.episodes.pool import EpisodePool
+    from asyncrl.episodes.session import Budget
+    from asyncrl.prompts.dataset import PromptFile
+
+    prompts = {purpose: PromptFile(plan.paths.data / f"{purpose}.arrow") for purpose in _purposes(plan)}
+    budget = Budget(
+        tokens=spec.max_tokens or sys.maxsize,
+        turn_tokens=spec.max_turn_tokens or recipe.sampling.max_response_length,
+        context=plan.deployment.generators.engine.max_length,
+    )
+    return EpisodeHost(
+        engine,
+        EpisodePool(spec, plan.paths.logs / f"{name}.episodes.log", limits.start_timeout_s),
+        Chat(tokenizer, plan.stop_token_ids),
+        spec,
+        budget,
+        lambda row, purpose: prompts[purpose].record(row),
+        recipe.seed,
+    )
+
+
+def _purposes(plan: RunPlan) -> tuple[str, ...]:
+    """What there are prompts for."""
+    return ("train", "eval") if plan.recipe.evaluation.files else ("train",)
 
 
 def _reward(name: str, plan: RunPlan, store: "ReplayClient") -> Built:
@@ -142,8 +179,7 @@ def _reward(name: str, plan: RunPlan, store: "ReplayClient") -> Built:
     from asyncrl.reward.worker import RewardWorker
 
     recipe, spec, rewards = plan.recipe, plan.recipe.reward, plan.deployment.rewards
-    used = ("train", "eval") if recipe.evaluation.files else ("train",)
-    prompts = {purpose: PromptFile(plan.paths.data / f"{purpose}.arrow") for purpose in used}
+    prompts = {purpose: PromptFile(plan.paths.data / f"{purpose}.arrow") for purpose in _purposes(plan)}
     pool: RewardPool[Any] = RewardPool(
         spec.terms(), processes=rewards.processes, deadline_s=spec.deadline_s, log=plan.paths.logs / f"{name}.reward.log"
     )

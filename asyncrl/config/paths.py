@@ -62,6 +62,7 @@ def rename_functions(recipe: Recipe, rename: Callable[[str], str]) -> Recipe:
         model["builder"] = rename(model["builder"])
     data["evaluation"]["metrics"] = [rename(metric) for metric in data["evaluation"]["metrics"]]
     data["sampling"]["keep"] = rename(data["sampling"]["keep"])
+    data["episode"]["environment"] = rename(data["episode"]["environment"])
     for key in ("adv_estimator", "policy_loss"):
         data["algorithm"][key] = rename(data["algorithm"][key])
     data["prepare"] = rename(data["prepare"])

@@ -12,7 +12,7 @@ from typing import Literal
 from msgspec.structs import asdict, replace
 
 from asyncrl.config.algorithm import AlgorithmSpec
-from asyncrl.config.base import SEED_RULE, Rule, Spec, require, require_fields
+from asyncrl.config.base import SEED_RULE, Rule, Spec, require, require_fields, require_unset
 from asyncrl.config.callables import Function, name_functions
 from asyncrl.config.learner import CriticSpec, LearnerSpec, ModelSpec
 from asyncrl.errors import ConfigError
@@ -136,6 +136,39 @@ class RewardSpec(Spec, frozen=True, kw_only=True):
         return tuple(
             replace(term, name=term.name or term.function.replace(":", ".").rpartition(".")[2]) for term in self.functions
         )
+
+
+class EpisodeSpec(Spec, frozen=True, kw_only=True):
+    """A rollout of several turns, in which an environment answers the policy."""
+
+    # What makes an environment, called once per episode: see asyncrl.episodes.environments. Empty: a rollout is one answer.
+    environment: Function = ""
+    arguments: dict[str, str | int | float | bool] = {}  # passed by keyword with every call
+    max_turns: int = 8  # answers of the policy
+    # Tokens that the policy may sample: in one turn (null: sampling.max_response_length), in all (null: as many as fit).
+    max_turn_tokens: int | None = None
+    max_tokens: int | None = None
+    # Wall clock in seconds, for the whole episode, and for the environment's answer to one turn. Past them its process is
+    # killed; what was sampled is kept, and not trained.
+    deadline_s: float = 300.0
+    step_deadline_s: float = 60.0
+    # Episodes that each generator has under way at a time. null: twice the engine's slots, as some wait for environments.
+    in_flight: int | None = None
+    # The Python that runs environments; it needs asyncrl and msgspec. Empty: the generators' own.
+    python: str = ""
+
+    def __post_init__(self) -> None:
+        name_functions(self, "environment")
+        rules: list[Rule] = [
+            ("max_turns", lambda x: x >= 1, "< 1: nothing could be answered; use at least 1"),
+            ("max_turn_tokens max_tokens", lambda x: x >= 1, "< 1: no token could be sampled; use at least 1, or null"),
+            ("deadline_s step_deadline_s", lambda x: x > 0, "<= 0: every episode would time out; use seconds > 0"),
+            ("in_flight", lambda x: x >= 1, "< 1: no episode could begin; use at least sampling.n, or null"),
+        ]
+        require_fields(self, "episode.", rules)
+        if not self.environment:
+            settings = "max_turns max_turn_tokens max_tokens deadline_s step_deadline_s in_flight python"
+            require_unset(self, "episode.", settings, "no episode.environment: there is no episode; name what makes one")
 
 
 class SamplingSpec(Spec, frozen=True, kw_only=True):
@@ -288,6 +321,7 @@ class Recipe(Spec, frozen=True, kw_only=True):
     prepare: Function = ""
     arguments: dict[str, str | int | float | bool] = {}  # settings of your own, for `prepare`
     sampling: SamplingSpec = SamplingSpec()  # how groups of rollouts are made
+    episode: EpisodeSpec = EpisodeSpec()  # rollouts of several turns, with an environment
     staleness: StalenessSpec = StalenessSpec()  # how old their tokens may be
     algorithm: AlgorithmSpec = AlgorithmSpec()  # estimator, loss, corrections and KL
     learner: LearnerSpec = LearnerSpec()  # batches and the policy's optimizer

@@ -16,7 +16,7 @@ from functools import partial
 from asyncrl.errors import Closed, Fenced, Unavailable
 from asyncrl.generate.states import GeneratorEvent, GeneratorState, accepts, state_after
 from asyncrl.generate.workload import EndedRequest, GeneratorCounters, HeldGroup, StoreReply, Workload, tickets_wanted
-from asyncrl.interfaces import Engine, GeneratorStore, WeightSource
+from asyncrl.interfaces import Engine, Episodes, GeneratorStore, WeightSource
 from asyncrl.report.timing import TimeInState
 from asyncrl.types import TOO_OLD, Generation, Report, Reserved, Rollout, Ticket, Version
 
@@ -36,6 +36,7 @@ class Generator:
     poll_s: the store hears from the generator at least this often, and the generator of cancellations, also while all slots are
     taken.
     health_timeout_s: an engine that has work and makes no step for so long is an error.
+    episodes: what makes the rollouts with the engine; None: the engine itself, an answer for each.
     """
 
     def __init__(
@@ -49,7 +50,9 @@ class Generator:
         poll_s: float,
         group_size: int,
         health_timeout_s: float = 60.0,
+        episodes: Episodes | None = None,
     ) -> None:
+        self._episodes = episodes
         self._engine, self._store, self._weights, self._decode = engine, store, weights, decode
         self._name, self._poll_s, self._group_size = name, poll_s, group_size
         self._health_timeout_s = health_timeout_s
@@ -167,7 +170,7 @@ class Generator:
         too_old = self._reply.too_old == self._version and self._since_heard() < self._poll_s
         if too_old or self._reply.ended or not accepts(self._state, GeneratorEvent.RESERVE):
             return 0
-        slots = self._engine.slots
+        slots = (self._episodes or self._engine).slots
         ahead = min(slots, int(AHEAD_S * self._work.pace(time.monotonic())))
         return tickets_wanted(slots, self._work.unfinished, self._group_size, ahead)
 
@@ -200,7 +203,7 @@ class Generator:
                 self._work.more_evals = any(ticket.pinned == version for ticket in reserved.tickets)
                 self._follow_evaluation()
         for group in reserved.cancelled:
-            self._engine.abort(group)
+            (self._episodes or self._engine).abort(group)
         for ticket in reserved.tickets:
             if ticket.purpose == "eval" and ticket.pinned != version:
                 self._counters.add("evals_left")  # never named as held, so the store gives it to a generator at that version
@@ -220,7 +223,8 @@ class Generator:
         with self._lock:
             self._work.begin(held)
             self._changed()
-        for rollout, future in zip(ticket.rollouts, self._engine.submit_group(held.requests()), strict=True):
+        made = self._engine.submit_group(held.requests()) if self._episodes is None else self._episodes.submit(ticket)
+        for rollout, future in zip(ticket.rollouts, made, strict=True):
             future.add_done_callback(partial(self._finished, held, rollout))
 
     # ------------------------------------------------------------------------------------------- submit
@@ -308,4 +312,7 @@ class Generator:
         gauges |= {f"engine/{name}": value for name, value in self._engine.gauges().items()}
         gauges |= {f"bus/{name}": value for name, value in self._weights.gauges().items()}
         progress = self._engine.progress() + int(gauges.get("bus/received_bytes", 0))
+        if self._episodes is not None:
+            gauges |= {f"episode/{name}": value for name, value in self._episodes.gauges().items()}
+            progress += self._episodes.progress()
         return Report(name=self._name, role="generator", seconds=self._time.seconds(), gauges=gauges, progress=progress)

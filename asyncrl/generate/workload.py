@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from asyncrl.types import Generation, GenerationRequest, Rollout, SwapReport, Ticket, Version
+from asyncrl.types import Generation, GenerationRequest, Rollout, SwapReport, Ticket, Trajectory, Version
 
 
 @dataclass(eq=False)
@@ -44,8 +44,9 @@ class EndedRequest(NamedTuple):
     finished: float  # seconds since the epoch
 
     def as_rollout(self, generation: Generation, text: str, worker: str) -> Rollout:
-        """A single-turn rollout: every response token was chosen by the policy. text: of the response."""
+        """text: of the response, of which the policy chose every token, unless an episode says otherwise."""
         held, ticket = self.held, self.held.ticket
+        made = generation if isinstance(generation, Trajectory) else None
         return Rollout(
             group=ticket.group,
             rollout=self.rollout,
@@ -54,8 +55,11 @@ class EndedRequest(NamedTuple):
             response_ids=generation.token_ids,
             logprobs=generation.logprobs,
             kept_logmass=generation.kept_logmass,
-            loss_mask=[1] * len(generation.token_ids),
-            turns=(0,),
+            loss_mask=made.loss_mask if made else [1] * len(generation.token_ids),
+            turns=made.turns if made else (0,),
+            segments=made.segments if made else (0,),
+            prompt_ids=made.prompt_ids if made else None,
+            episode=made.episode if made else None,
             spans=generation.spans,
             finish_reason=generation.finish_reason,
             worker=worker,

@@ -110,9 +110,13 @@ class Actor:
         return totals.over(self._ranks) | preferred
 
     def _coefficients(self, update: Update, members: Sequence[int]) -> Tensor:
-        """What a token of each sequence weighs in this minibatch's loss [S]; 0 for sequences of other minibatches."""
-        spec, coefficient_s = self._algorithm, torch.zeros_like(update.batch.counts_s)
-        coefficient_s[members] = AGGREGATIONS[spec.setting("loss_agg")](spec, update.batch.counts_s[members])
+        """What a token of each sequence weighs in this minibatch's loss [S]: what one of its rollout does; 0 for sequences of
+        other minibatches."""
+        batch, coefficient_s = update.batch, torch.zeros_like(update.batch.counts_s)
+        rollouts_r, rollout_m = batch.rollouts_s[members].unique_consecutive(return_inverse=True)
+        counts_r = coefficient_s.new_zeros(len(rollouts_r)).index_add(0, rollout_m, batch.counts_s[members])
+        weigh = AGGREGATIONS[self._algorithm.setting("loss_agg")]
+        coefficient_s[members] = weigh(self._algorithm, counts_r)[rollout_m]
         return coefficient_s
 
     @staticmethod

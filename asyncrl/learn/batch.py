@@ -1,4 +1,8 @@
-"""One update's rollouts as flat columns, N trained tokens of S sequences, sequence after sequence; and how they are packed."""
+"""One update's rollouts as flat columns, N trained tokens of S sequences, sequence after sequence; and how they are packed.
+
+A sequence is a segment of a rollout, which most often has only one. Advantages are a rollout's, shared by its segments; so is
+what its tokens weigh. What losses and corrections compute over "a sequence" they compute over a segment: one context.
+"""
 
 import math
 from bisect import bisect_left
@@ -22,9 +26,9 @@ class TrainBatch(NamedTuple):
     """What an update learns from, as it was leased: nothing in it comes from the learner's models."""
 
     sequences: list[TokenSequence]  # those with at least one trained token (S); `scored` are the trained tokens
+    rollouts_s: torch.Tensor  # [S] int64, ascending: the rollout of each sequence
     groups: np.ndarray  # [S] int64
-    lengths: np.ndarray  # [S] int64, response tokens, trained or not
-    cut: np.ndarray  # [S] bool, responses that were cut by length
+    cut: np.ndarray  # [S] bool, ends of responses that were cut by length
     counts_s: torch.Tensor  # [S] float32, trained tokens
     sequence_n: torch.Tensor  # [N] int64
     behaviour_n: torch.Tensor  # [N] float32, full-softmax logprobs of the policy that sampled
@@ -38,7 +42,7 @@ class TrainBatch(NamedTuple):
         return chosen_s[self.sequence_n].nonzero()[:, 0]
 
     def to(self, device: torch.device) -> "TrainBatch":
-        columns = ("counts_s", "sequence_n", "behaviour_n", "lag_n")
+        columns = ("rollouts_s", "counts_s", "sequence_n", "behaviour_n", "lag_n")
         return self._replace(**{name: getattr(self, name).to(device) for name in columns})
 
 
@@ -49,19 +53,29 @@ def make_batch(rollouts: Sequence[TrainRollout], bound: Staleness, committed: in
     others stay as context. A rollout without a trained token is left out after its reward has counted.
     """
     trained = [np.asarray(r.loss_mask, dtype=bool) & bound.trainable(r.updates, committed) for r in rollouts]
-    kept = [i for i, mask in enumerate(trained) if mask.any()]
-    counts = torch.tensor([int(trained[i].sum()) for i in kept], dtype=torch.int64)
+    parts = [(i, part) for i, r in enumerate(rollouts) for part in segments(r) if trained[i][part].any()]
+    counts = torch.tensor([int(trained[i][part].sum()) for i, part in parts], dtype=torch.int64)
     return TrainBatch(
-        sequences=[_sequence(rollouts[i], trained[i]) for i in kept],
-        groups=np.array([rollouts[i].group for i in kept], dtype=np.int64),
-        lengths=np.array([len(rollouts[i].response_ids) for i in kept], dtype=np.int64),
-        cut=np.array([rollouts[i].finish_reason == "length" for i in kept], dtype=bool),
+        sequences=[_sequence(rollouts[i], part, trained[i]) for i, part in parts],
+        rollouts_s=torch.tensor([i for i, _ in parts], dtype=torch.int64),
+        groups=np.array([rollouts[i].group for i, _ in parts], dtype=np.int64),
+        cut=np.array([_is_cut(rollouts[i], part) for i, part in parts], dtype=bool),
         counts_s=counts.float(),
-        sequence_n=torch.repeat_interleave(torch.arange(len(kept)), counts),
-        behaviour_n=_column([behaviour_logprobs(rollouts[i])[trained[i]] for i in kept], np.float32),
-        lag_n=_column([committed - rollouts[i].updates[trained[i]] for i in kept], np.int64),
+        sequence_n=torch.repeat_interleave(torch.arange(len(parts)), counts),
+        behaviour_n=_column([behaviour_logprobs(r)[mask] for r, mask in zip(rollouts, trained, strict=True)], np.float32),
+        lag_n=_column([committed - r.updates[mask] for r, mask in zip(rollouts, trained, strict=True)], np.int64),
         outcomes=_outcomes(rollouts, trained),
     )
+
+
+def segments(rollout: TrainRollout) -> list[slice]:
+    """Where each segment of the response stands."""
+    ends = (*rollout.segments[1:], len(rollout.response_ids))
+    return [slice(start, end) for start, end in zip(rollout.segments, ends, strict=True)]
+
+
+def _is_cut(rollout: TrainRollout, part: slice) -> bool:
+    return rollout.finish_reason == "length" and part.stop == len(rollout.response_ids)
 
 
 def _outcomes(rollouts: Sequence[TrainRollout], trained: Sequence[np.ndarray]) -> Outcomes:
@@ -94,11 +108,12 @@ def behaviour_logprobs(rollout: TrainRollout) -> np.ndarray:
     return rollout.logprobs if rollout.kept_logmass is None else rollout.logprobs + rollout.kept_logmass
 
 
-def _sequence(rollout: TrainRollout, trained: np.ndarray) -> TokenSequence:
-    ids = np.concatenate((rollout.prompt_ids, rollout.response_ids)).astype(np.int64, copy=False)
+def _sequence(rollout: TrainRollout, part: slice, trained: np.ndarray) -> TokenSequence:
+    before = rollout.prompt_ids if part.start == 0 else rollout.prompt_ids[:0]  # a later segment's prompt is inside
+    ids = np.concatenate((before, rollout.response_ids[part])).astype(np.int64, copy=False)
+    own = len(before) if part.start == 0 else int(np.argmax(rollout.loss_mask[part]))
     # The last prompt token predicts the first response token, once per rollout: it is not shared.
-    shared = max(0, len(rollout.prompt_ids) - 1)
-    return TokenSequence(ids, np.flatnonzero(trained) + len(rollout.prompt_ids), shared)
+    return TokenSequence(ids, np.flatnonzero(trained[part]) + len(before), max(0, own - 1))
 
 
 def minibatches(groups: np.ndarray, mini_batch_groups: int | None) -> list[list[int]]:

@@ -70,8 +70,7 @@ class Critic:
             for pack in make_packs(ends, range(len(ends)), max_tokens, values_e.device, self.values.ranks):
                 values_e[pack.flat_t] = self.values(pack).double()
             values_s = self.values.ranks.merge_(values_e).cpu()
-        members_s = batch.outcomes.sequence_n.unique_consecutive()  # the batch's sequences are rollouts with a trained token
-        update.ends_s.index_put_((members_s[torch.from_numpy(batch.cut)],), values_s)
+        update.ends_s.index_put_((batch.rollouts_s.cpu()[torch.from_numpy(batch.cut)],), values_s)
 
     def train(self, update: Update, minibatches: Sequence[Minibatch]) -> None:
         """Steps of the critic by itself: ppo_epochs over the minibatches."""

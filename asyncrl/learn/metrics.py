@@ -14,7 +14,8 @@ from asyncrl.types import TrainRollout
 
 
 def rollout_metrics(rollouts: Sequence[TrainRollout]) -> dict[str, float]:
-    """Rewards (and their named parts) and response lengths of every rollout of the batch, trained or masked.
+    """Rewards (and their named parts) and response lengths of every rollout of the batch, trained or masked. Of an episode the
+    tokens count that the policy chose.
 
     reward/mean is of the rollouts' own rewards; reward/token_sum, where there are token-level ones, the mean of their sums;
     reward/baseline, where there are greedy rollouts, the mean over prompts of all that these earned.
@@ -22,7 +23,7 @@ def rollout_metrics(rollouts: Sequence[TrainRollout]) -> dict[str, float]:
     if not rollouts:
         return {}
     rewards = np.array([r.reward for r in rollouts])
-    lengths = np.array([len(r.response_ids) for r in rollouts])
+    lengths = np.array([_chosen(r) for r in rollouts])
     parts: dict[str, list[float]] = {}
     for rollout in rollouts:
         for name, value in rollout.parts.items():
@@ -50,7 +51,7 @@ def staleness_metrics(rollouts: Sequence[TrainRollout], batch: TrainBatch, rule:
     the longest quarter of the batch. dispatched_length and trained_length: mean response length of all rollouts leased, and of
     those with a trained token; they differ if staleness favours short responses.
     """
-    policy_tokens = sum(int(r.loss_mask.sum()) for r in rollouts)
+    policy_tokens = sum(_chosen(r) for r in rollouts)
     if not policy_tokens:
         return {}
     tokens = len(batch.lag_n)
@@ -64,15 +65,21 @@ def staleness_metrics(rollouts: Sequence[TrainRollout], batch: TrainBatch, rule:
         "tokens/head_trained": float(trained_heads),
         "staleness/masked_share": 1.0 - tokens / policy_tokens,
         "staleness/masked_head_share": 1.0 - trained_heads / max(1, head_tokens),
-        "staleness/dispatched_length": float(np.mean([len(r.response_ids) for r in rollouts])),
+        "staleness/dispatched_length": float(np.mean([_chosen(r) for r in rollouts])),
     }
     if tokens:
         count_by_lag = torch.bincount(batch.lag_n).tolist()
         figures |= {f"staleness/lag_{lag}": count / tokens for lag, count in enumerate(count_by_lag)}
         figures["staleness/lag_mean"] = float(batch.lag_n.double().mean())
         figures["staleness/lag_max"] = float(len(count_by_lag) - 1)
-        figures["staleness/trained_length"] = float(batch.lengths.mean())
+        trained = batch.rollouts_s.unique_consecutive().tolist()
+        figures["staleness/trained_length"] = float(np.mean([_chosen(rollouts[i]) for i in trained]))
     return figures
+
+
+def _chosen(rollout: TrainRollout) -> int:
+    """Tokens that the policy chose."""
+    return int(rollout.loss_mask.sum())
 
 
 def _long_heads(rollouts: Sequence[TrainRollout]) -> list[np.ndarray]:

@@ -24,19 +24,21 @@ def prefer(
     """
     assert update.reference_n is not None, "preferences without a reference"
     members, packs = minibatch
-    sequence_n, outcomes = update.batch.sequence_n, update.batch.outcomes
+    batch = update.batch
     logp_n = update.proximal_n  # which are those before the first step
     if update.actor.tried:
         logp_n = policy.score(packs, torch.full_like(logp_n, torch.nan))
-    ratio_s = torch.zeros_like(coefficient_s).index_add(0, sequence_n, logp_n - update.reference_n)
-    h_m = (spec.preference_beta * ratio_s[members]).requires_grad_()
-    members_m = outcomes.sequence_n.unique_consecutive()[list(members)]  # the batch's sequences are rollouts with a token
-    loss, figures, told = preference_loss(spec, outcomes, members_m, h_m)
-    (slope_m,) = torch.autograd.grad(loss, h_m)
+    rollouts_r, rollout_m = batch.rollouts_s[members].unique_consecutive(return_inverse=True)
+    rollout_n = batch.rollouts_s[batch.sequence_n]
+    ratios = coefficient_s.new_zeros(len(batch.outcomes.groups_s)).index_add(0, rollout_n, logp_n - update.reference_n)
+    ratio_r = ratios[rollouts_r]
+    h_r = (spec.preference_beta * ratio_r).requires_grad_()
+    loss, figures, told = preference_loss(spec, batch.outcomes, rollouts_r.cpu(), h_r)
+    (slope_r,) = torch.autograd.grad(loss, h_r)
     advantage_s = torch.zeros_like(coefficient_s)
-    advantage_s[members] = -spec.preference_beta * slope_m / coefficient_s[members]
-    means = {**figures, "objective/kl": ratio_s[members].mean()}
-    update.advantages_n = advantage_s[sequence_n]
+    advantage_s[members] = -spec.preference_beta * slope_r[rollout_m] / coefficient_s[members]
+    means = {**figures, "objective/kl": ratio_r.mean()}
+    update.advantages_n = advantage_s[batch.sequence_n]
     return {
         "pg_loss": loss.item(),
         "preference_steps": float(bool(figures)),

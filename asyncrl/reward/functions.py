@@ -122,7 +122,7 @@ def _keywords(signature: inspect.Signature) -> tuple[dict[str, inspect.Parameter
 # ---------------------------------------------------------------------------------------- verl's convention
 
 _NAMES = ("data_source", "solution_str", "ground_truth", "extra_info")
-_EXTRA_NAMES = ("response_ids", "turns")  # for turn- and token-level rewards; given to functions that name them
+_EXTRA_NAMES = ("response_ids", "turns", "episode")  # given to functions that name them
 
 
 def _verl_call(function: Callable[..., Any], term: RewardTerm) -> Callable[[Sample], Any]:
@@ -130,7 +130,7 @@ def _verl_call(function: Callable[..., Any], term: RewardTerm) -> Callable[[Samp
 
     def ask(sample: Sample) -> Any:
         values = {name: getattr(sample, name) for name in (*_NAMES, *_EXTRA_NAMES)}
-        values |= {name: _json.decode(values[name]) for name in ("ground_truth", "extra_info")}
+        values |= {name: _json.decode(values[name]) for name in ("ground_truth", "extra_info", "episode")}
         positions = [values[name] for name in _NAMES[:positional]]
         return _awaited(function(*positions, **{name: values[name] for name in keywords}, **term.arguments))
 
@@ -141,7 +141,8 @@ def _verl_arguments(function: Callable[..., Any], term: RewardTerm) -> tuple[tup
     """(names to pass by keyword, how many of the four to pass by position, where the parameters have other names).
 
     A function may take fewer than the four, as verl's own `gsm8k.compute_score(solution_str, ground_truth, …)` does. Beside
-    them it may name `response_ids`, the response's tokens, and `turns`, the offsets in them where turns start.
+    them it may name `response_ids`, the response's tokens, `turns`, the offsets in them where turns start, and `episode`: a
+    dict of what its environment said (reward, parts, stop, messages), None for a single turn.
     """
     try:
         signature = inspect.signature(function)

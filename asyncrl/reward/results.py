@@ -19,6 +19,7 @@ class Sample(Struct, frozen=True, array_like=True):
     record: str = "{}"
     response_ids: list[int] = []  # the response's tokens, the stop token included
     turns: tuple[int, ...] = (0,)  # offsets in response_ids where turns start
+    episode: str = "null"  # types.Episode as JSON, its messages decoded; null: the response was a single turn
 
 
 class Verdict(Struct, frozen=True, array_like=True, tag="verdict"):

@@ -11,6 +11,7 @@ import importlib
 import json
 import logging
 import re
+from collections.abc import Mapping
 from fractions import Fraction
 from types import ModuleType
 from typing import Any
@@ -132,6 +133,11 @@ def _final_number(text: str) -> Fraction | None:
         return Fraction(numerator) / int(denominator or 1)
     except (ValueError, ZeroDivisionError):
         return None
+
+
+def episode(solution_str: str, episode: Mapping[str, Any]) -> Result:
+    """What an episode's environment gave: the sum of its steps' rewards, and their named parts."""
+    return {**episode["parts"], "score": episode["reward"]}
 
 
 def _last_box(text: str) -> str:

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from asyncrl.errors import Closed
 from asyncrl.interfaces import RewardStore
 from asyncrl.report.timing import TimeInState
@@ -125,11 +127,18 @@ class RewardWorker:
         self._time.enter("busy")
         held = ScoringLease(lease.lease, len(lease.items), lease.lease_s, time.monotonic() + lease.lease_s / 3)
         self._held.add(held)
-        self._pool.submit(((held, item), self._sample(item)) for item in lease.items)
+        lost = [(item, told) for item in lease.items if (told := item.episode) is not None and told.status != "ok"]
+        self._deliver([((held, item), Verdict(told.status, error=told.error)) for item, told in lost])
+        whole = [item for item in lease.items if item.episode is None or item.episode.status == "ok"]
+        self._pool.submit(((held, item), self._sample(item)) for item in whole)
 
     def _sample(self, item: Unscored) -> Sample:
-        p, record = item.prompt, self._record(item)
-        return Sample(p.data_source, item.text, p.ground_truth, p.extra_info, record, item.response_ids, item.turns)
+        p, record, told = item.prompt, self._record(item), "null"
+        if item.episode is not None:
+            told = msgspec.json.encode(
+                {**msgspec.to_builtins(item.episode), "messages": msgspec.Raw(item.episode.messages.encode())}
+            ).decode()
+        return Sample(p.data_source, item.text, p.ground_truth, p.extra_info, record, item.response_ids, item.turns, told)
 
     def _deliver(self, verdicts: list[tuple[Tag, Verdict]]) -> None:
         by_lease: dict[ScoringLease, list[Score]] = {}

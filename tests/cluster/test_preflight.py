@@ -90,6 +90,7 @@ def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
         "algorithm   adv_estimator=grpo; policy_loss=ppo (clip_ratio=0.2, clip_ratio_high=0.2); "
         "correction=decoupled (behaviour_cap=5.0, normalize_weights=False); loss_agg=token-mean",
         "sampling    n=4, temperature=1, top_p=1, top_k=0",
+        "episode     none: a rollout is one answer",
         "lengths     1024 prompt + 1024 response tokens of 2048",
         "batches     5 updates × 8 groups × 4 rollouts",
         # 256 slots hold eight batches of 32 rollouts, of which four count; two more are ready and in training.

@@ -96,6 +96,43 @@ def test_neither_the_order_of_rows_nor_masked_tokens_at_their_ends_change_the_st
     assert_same(whole, step(name, padded))
 
 
+def in_segments(r: TrainRollout, cut: int) -> TrainRollout:
+    """The same rollout, its tokens from `cut` on in a segment of their own, with all that stood before them as its prompt."""
+
+    def spread(column: np.ndarray | None) -> np.ndarray | None:
+        if column is None:
+            return None
+        context = np.zeros(len(r.prompt_ids) + cut, dtype=column.dtype)
+        return np.concatenate((column[:cut], context, column[cut:]))
+
+    columns = {name: spread(getattr(r, name)) for name in ("loss_mask", "logprobs", "kept_logmass", "updates", "token_rewards")}
+    ids = np.concatenate((r.response_ids[:cut], r.prompt_ids, r.response_ids))
+    return replace(r, response_ids=ids, segments=(0, cut), **columns)
+
+
+OF_SEQUENCES = ("gspo", "gmpo", "dppo_kl", "sapo", "icepop_sequence", "deepseek")  # a ratio or a mask is of a whole segment
+
+
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in OF_SEQUENCES])
+def test_rollouts_cut_into_segments_make_the_same_step(name: str, step, awkward) -> None:
+    """Advantages, aggregation and preferences are a rollout's, however many contexts it has."""
+    rng = np.random.default_rng(0)
+    cut = [in_segments(r, int(rng.integers(1, len(r.response_ids)))) if len(r.response_ids) > 1 else r for r in awkward]
+    assert sum(len(r.segments) for r in cut) > len(awkward)
+    assert_same(step(name, awkward), step(name, cut))
+
+
+@pytest.mark.parametrize("name", OF_SEQUENCES)
+def test_what_is_of_a_sequence_is_of_a_segment(name: str, step, make_rollout) -> None:
+    """Segments of a rollout compare as rollouts of their own do, under the same advantages."""
+    pair = [make_rollout(0, i, updates=(2,) * 4, reward=float(i)) for i in range(2)]
+    cut = [in_segments(r, 2) for r in pair]
+    _, metrics = step(name, cut)
+    assert metrics["samples"] == 2
+    assert metrics["response_length/mean"] == 4.0
+    assert np.isfinite(metrics["actor/pg_loss"])
+
+
 # ------------------------------------------------------------------------------------------ KL in the reward
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import DataError
-from asyncrl.replay.log.rows import ROWS
+from asyncrl.replay.log.rows import ROWS, ROWS_3
 from asyncrl.replay.log.segments import listing, open_closed, readable
 from asyncrl.replay.log.tail import read_tail
 
@@ -61,24 +61,31 @@ class ReplayReader:
     def _read(self, stem: str, schema: pa.Schema, columns: list[str]) -> pa.Table:
         """These columns of all that is there. Raises `DataError`, also for a closed segment whose pages are damaged."""
         wanted = pa.schema([schema.field(name) for name in columns])
+        schemas = (schema, ROWS_3) if stem == "rows" else (schema,)
         for _ in range(_ATTEMPTS):
             closed, tails = listing(self._folder, stem)
             if listing(self._folder, stem) != (closed, tails):
                 continue  # a tail that was closed between two names of a listing could be missed as both
             try:
                 # Tails first: they are small, and may be gone by the time that a long history is read.
-                ends = [batch.select(columns) for _, path in tails for batch in read_tail(path, schema)]
-                tables = [_read_closed(path, schema, columns) for _, path in closed]
+                ends = [pa.Table.from_batches([batch]) for _, path in tails for batch in read_tail(path, *schemas)]
+                tables = [_read_closed(path, schemas, columns) for _, path in closed]
             except FileNotFoundError:
                 continue  # closed or deleted meanwhile: list again
-            return pa.concat_tables([*(table.cast(wanted) for table in tables), pa.Table.from_batches(ends, wanted)])
+            return pa.concat_tables([wanted.empty_table(), *(_as(wanted, table) for table in (*tables, *ends))])
         raise DataError(f"{self._folder} changed {_ATTEMPTS} times while it was read: try again")
 
 
-def _read_closed(path: Path, schema: pa.Schema, columns: list[str]) -> pa.Table:
-    file = open_closed(path, schema)
+def _read_closed(path: Path, schemas: tuple[pa.Schema, ...], columns: list[str]) -> pa.Table:
+    file = open_closed(path, *schemas)
     with readable(path):
-        return file.read(columns).select(columns)
+        return file.read([name for name in columns if name in file.schema_arrow.names])
+
+
+def _as(wanted: pa.Schema, table: pa.Table) -> pa.Table:
+    """The wanted columns; null those that an older version did not have."""
+    columns = [table.column(f.name) if f.name in table.column_names else pa.nulls(len(table), f.type) for f in wanted]
+    return pa.Table.from_arrays(columns, schema=wanted)
 
 
 def _walk(events: pa.Table) -> dict[tuple[int, int, int], dict[str, Any]]:

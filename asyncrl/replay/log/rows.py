@@ -5,7 +5,7 @@ metadata; a store refuses rows of another one.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import msgspec
@@ -14,9 +14,9 @@ import pyarrow as pa
 from msgspec import Struct
 
 from asyncrl.errors import DataError
-from asyncrl.types import Prompt, Rollout, TrainRollout, Unscored, UnscoredLease, Version
+from asyncrl.types import Episode, Prompt, Rollout, TrainRollout, Unscored, UnscoredLease, Version
 
-SCHEMA_VERSION = "3"
+SCHEMA_VERSION = "4"
 
 _INTS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
@@ -40,6 +40,8 @@ ROWS = pa.schema(
         ("response_ids", _INTS),
         ("loss_mask", pa.list_(pa.int8())),  # 1: the policy chose the token
         ("turns", _INTS),
+        ("segments", _INTS),  # start offsets in response_ids; null: one, from 0 on
+        ("episode", pa.string()),  # types.Episode as JSON; null: a single turn
         ("logprobs", _FLOATS),  # nats, of the sampled distribution
         ("kept_logmass", _FLOATS),  # null where top-p and top-k were off
         ("span_incarnations", _INTS),
@@ -55,15 +57,18 @@ ROWS = pa.schema(
     metadata={"asyncrl.rows": SCHEMA_VERSION},
 )
 
+# How version 3 had them, which can be read, not gone on with: what came since is null.
+ROWS_3 = pa.schema([f for f in ROWS if f.name not in ("segments", "episode")], metadata={"asyncrl.rows": "3"})
+
 _PROMPT_COLUMNS = ["row", "data_source", "extra_info"]
 UNSCORED_COLUMNS = [
     "group", "rollout", "attempt", "purpose", *_PROMPT_COLUMNS, "ground_truth", "ground_truth_is_json", "response",
-    "response_ids", "turns", "finish_reason",
+    "response_ids", "turns", "finish_reason", "episode",
 ]  # fmt: skip
 TEXT_COLUMNS = ["prompt", "response", "ground_truth", "ground_truth_is_json", "finish_reason"]
 TRAIN_COLUMNS = [
     "group", "rollout", "attempt", "data_source", "prompt_ids", "response_ids", "loss_mask", "logprobs", "kept_logmass",
-    "span_updates", "span_lengths", "finish_reason", "token_rewards",
+    "span_updates", "span_lengths", "finish_reason", "token_rewards", "segments",
 ]  # fmt: skip
 
 
@@ -157,7 +162,9 @@ def _row(r: Rollout, run: str) -> tuple[Any, ...]:
     return (
         run, r.group, r.rollout, r.attempt, r.baseline, r.purpose,
         p.row, p.data_source, p.readable_truth(), not p.has_text_truth(), p.extra_info,
-        r.prompt_text, r.text, p.ids, r.response_ids, r.loss_mask, r.turns, r.logprobs, r.kept_logmass,
+        r.prompt_text, r.text, p.ids if r.prompt_ids is None else r.prompt_ids, r.response_ids, r.loss_mask, r.turns,
+        r.segments if len(r.segments) > 1 else None,
+        None if r.episode is None else msgspec.json.encode(r.episode).decode(), r.logprobs, r.kept_logmass,
         [s.version.incarnation for s in spans], [s.version.update for s in spans], [s.length for s in spans],
         oldest, newest, r.finish_reason, r.worker, list(r.times.items()), None,
     )  # fmt: skip
@@ -178,6 +185,18 @@ def _check_parallel(r: Rollout) -> None:
     if wrong:
         raise DataError(
             f"rollout {r.rollout} of group {r.group} has {length} response tokens, but {wrong}: lists must be parallel"
+        )
+    if r.segments != (0,):
+        _check_segments(r)
+
+
+def _check_segments(r: Rollout) -> None:
+    """Every segment but the first starts with a prompt of its own."""
+    rising = r.segments[:1] == (0,) and all(a < b for a, b in pairwise((*r.segments, len(r.response_ids))))
+    if not rising or any(r.loss_mask[start] for start in r.segments[1:]):
+        raise DataError(
+            f"rollout {r.rollout} of group {r.group} of {len(r.response_ids)} response tokens has segments {r.segments}: they "
+            "must rise from 0, and each but the first begin with a token that the policy did not choose"
         )
 
 
@@ -220,9 +239,8 @@ def decode_train(batch: pa.RecordBatch, scores: Iterable[TrainScore]) -> list[Tr
     logprobs, logmass = (_slices(batch.column(n), np.float32) for n in ("logprobs", "kept_logmass"))
     earned = _slices(batch.column("token_rewards"), np.float64)
     cut, earns = (batch.column(n).is_valid().to_pylist() for n in ("kept_logmass", "token_rewards"))
-    scalars = zip(
-        *(batch.column(n).to_pylist() for n in ("group", "rollout", "attempt", "data_source", "finish_reason")), strict=True
-    )
+    names = ("group", "rollout", "attempt", "data_source", "finish_reason", "segments")
+    scalars = zip(*(batch.column(n).to_pylist() for n in names), strict=True)
     return [
         TrainRollout(
             group=group,
@@ -240,8 +258,11 @@ def decode_train(batch: pa.RecordBatch, scores: Iterable[TrainScore]) -> list[Tr
             parts=score.parts,
             token_rewards=earned(i) if earns[i] else None,
             baseline=score.baseline,
+            segments=tuple(segments or (0,)),
         )
-        for i, ((group, rollout, attempt, data_source, finish_reason), score) in enumerate(zip(scalars, scores, strict=True))
+        for i, ((group, rollout, attempt, data_source, finish_reason, segments), score) in enumerate(
+            zip(scalars, scores, strict=True)
+        )
     ]
 
 
@@ -253,7 +274,11 @@ def decode_unscored(batch: pa.RecordBatch) -> tuple[Unscored, ...]:
         if not named.pop("ground_truth_is_json"):
             truth = msgspec.json.encode(truth).decode()
         prompt = Prompt(ids=(), ground_truth=truth, **{name: named.pop(name) for name in _PROMPT_COLUMNS})
-        found.append(Unscored(prompt=prompt, text=named.pop("response"), turns=tuple(named.pop("turns")), **named))
+        told = named.pop("episode")
+        episode = msgspec.json.decode(told, type=Episode) if told else None
+        found.append(
+            Unscored(prompt=prompt, text=named.pop("response"), turns=tuple(named.pop("turns")), episode=episode, **named)
+        )
     return tuple(found)
 
 

@@ -31,11 +31,12 @@ _JOIN_BATCHES = 128
 _OPEN_FILES = 8  # closed segments that are held open; the history may have thousands
 
 
-def open_closed(path: Path, schema: pa.Schema) -> pq.ParquetFile:
-    """A memory-mapped closed segment. Raises `DataError` if it can't be parsed or is of another schema."""
+def open_closed(path: Path, *schemas: pa.Schema) -> pq.ParquetFile:
+    """A memory-mapped closed segment. Raises `DataError` if it can't be parsed or is of none of these schemas."""
     with readable(path):
         file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
-    if not file.schema_arrow.equals(schema) or file.schema_arrow.metadata != schema.metadata:
+    found = file.schema_arrow
+    if not any(found.equals(schema) and found.metadata == schema.metadata for schema in schemas):
         raise other_version(path)
     return file
 

@@ -29,10 +29,11 @@ def record(message: pa.Buffer | bytes) -> bytes:
 MARK = record(b"")
 
 
-def read_tail(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
+def read_tail(path: Path, *schemas: pa.Schema) -> list[pa.RecordBatch]:
     """The batches of an open tail, one per append, up to the first record that is not whole.
 
-    Raises `DataError` if that one is damaged, or the tail is of another schema, `FileNotFoundError` if it was closed meanwhile.
+    Raises `DataError` if that one is damaged, or the tail is of none of these schemas, `FileNotFoundError` if it was closed
+    meanwhile.
     """
     data = path.read_bytes()
     messages, end = whole_messages(data)
@@ -47,9 +48,10 @@ def read_tail(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
         )
     if not messages:
         return []
-    if not pa.ipc.read_schema(messages[0]).equals(schema, check_metadata=True):
+    found = pa.ipc.read_schema(messages[0])
+    if not any(found.equals(known, check_metadata=True) for known in schemas):
         raise other_version(path)
-    return [pa.ipc.read_record_batch(pa.ipc.read_message(message), schema) for message in messages[1:]]
+    return [pa.ipc.read_record_batch(pa.ipc.read_message(message), found) for message in messages[1:]]
 
 
 def other_version(path: Path) -> DataError:

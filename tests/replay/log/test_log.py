@@ -24,6 +24,7 @@ from asyncrl.replay.log import rows as schema
 from asyncrl.replay.log import segments, snapshots
 from asyncrl.replay.log.log import ReplayLog, locked
 from asyncrl.replay.log.reader import ReplayReader
+from asyncrl.replay.log.rows import ROWS_3
 from asyncrl.replay.log.segments import Segments
 from asyncrl.replay.log.tail import record
 from asyncrl.types import Version
@@ -212,6 +213,26 @@ def test_a_log_of_another_version_is_refused(fakes: SimpleNamespace, tmp_path: P
                 DataError, match=r"rows.00000000\.\w+ was written by another version|_00000000.tail was written"
             ):
                 reads(tmp_path / name)
+
+
+def test_a_log_of_the_version_before_is_read_and_not_gone_on_with(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    log = ReplayLog(tmp_path, StoreSpec(segment_bytes=1))
+    for group in range(2):
+        submit(log, fakes, group)
+    log.close()
+    whole = ReplayReader(tmp_path).rollouts()
+    old = rows(fakes, 1).select(ROWS_3.names).replace_schema_metadata(ROWS_3.metadata)
+    closed, tail = tmp_path / "rows/00000000.parquet", tmp_path / "rows/_00000001.tail"
+    pq.write_table(pq.read_table(closed).select(ROWS_3.names).replace_schema_metadata(ROWS_3.metadata), closed)
+    for path in (tmp_path / "rows").glob("*00000001*"):
+        path.unlink()
+    tail.write_bytes(record(ROWS_3.serialize()) + record(old.serialize()))
+    read = ReplayReader(tmp_path).rollouts()
+    assert read.column_names == whole.column_names
+    assert read.equals(whole)
+    assert read["segments"].to_pylist() == [None] * len(whole)
+    with pytest.raises(DataError, match="was written by another version"):
+        ReplayLog(tmp_path)
 
 
 def test_a_missing_segment_is_named(fakes: SimpleNamespace, tmp_path: Path) -> None:

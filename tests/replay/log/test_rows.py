@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from asyncrl.errors import DataError
 from asyncrl.replay.log import rows as schema
 from asyncrl.replay.log.rows import TrainScore
-from asyncrl.types import Prompt, Rollout, Span, Version
+from asyncrl.types import Episode, Prompt, Rollout, Span, Version
 
 
 @pytest.fixture
@@ -99,6 +99,25 @@ def test_summaries_count_only_tokens_the_policy_chose(rollouts: list[Rollout]) -
 def test_lists_that_are_not_parallel_are_refused(rollouts: list[Rollout]) -> None:
     with pytest.raises(DataError, match=r"5 response tokens, but \{'logprobs': 1\}"):
         schema.encode_rollouts([replace(rollouts[0], logprobs=[0.0])], "run")
+
+
+EPISODE = Episode(reward=0.5, parts={"calls": 2.0}, stop="max_turns", messages='[{"role": "user", "content": "x"}]')
+
+
+def test_an_episodes_segments_prompt_and_outcome_come_back(rollouts: list[Rollout]) -> None:
+    cut = replace(rollouts[0], segments=(0, 2), prompt_ids=(8, 9), episode=EPISODE)
+    batch = schema.from_ipc(schema.encode_rollouts([cut, rollouts[1]], "run"))
+    a, b = schema.decode_train(batch.select(schema.TRAIN_COLUMNS), [TrainScore(1.0, {})] * 2)
+    assert (a.segments, a.prompt_ids.tolist(), b.segments, b.prompt_ids.tolist()) == ((0, 2), [8, 9], (0,), [1, 2, 0])
+    c, d = schema.decode_unscored(batch.select(schema.UNSCORED_COLUMNS))
+    assert (c.episode, d.episode) == (EPISODE, None)
+
+
+@pytest.mark.parametrize("segments", [(), (1, 3), (0, 3, 2), (0, 2, 5), (0, 1)])
+def test_segments_that_are_none_are_refused(rollouts: list[Rollout], segments: tuple[int, ...]) -> None:
+    """They rise from 0, end within the response, and begin with a prompt of their own."""
+    with pytest.raises(DataError, match="must rise from 0, and each but the first begin with a token that the policy did not"):
+        schema.encode_rollouts([replace(rollouts[0], segments=segments)], "run")
 
 
 def test_rows_of_another_schema_are_refused() -> None:

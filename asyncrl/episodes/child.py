@@ -1,0 +1,143 @@
+"""The processes that run users' environments: `python -m asyncrl.episodes.child ENVIRONMENT ARGUMENTS LIFELINE`.
+
+It loads the user's code once, then forks itself for every episode that is under way at a time: so each can be killed, and
+starts in milliseconds. Its standard input is a socket. A byte that comes with a descriptor asks for a fork, which talks over
+that; a number asks to reap one: it keeps its number until then, so that nobody kills another process in its place.
+
+    host ── Task | Reply ──► fork                frames: length in bytes, then msgpack; a Task begins the next episode
+    host ◄── Forked, Begun | Stepped | Failed ── fork
+
+No numpy, no torch: it must start quickly.
+"""
+
+import asyncio
+import inspect
+import os
+import socket
+import sys
+from collections.abc import Callable
+from io import BufferedRWPair
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from asyncrl.config.callables import describe, load_callable
+from asyncrl.episodes.environments import Message, Step, Task
+from asyncrl.errors import ConfigError
+from asyncrl.processes import end_with_owner
+
+HEADER = 8  # bytes of a frame's length
+LONGEST = 64 << 20  # bytes of a frame
+LONGEST_ERROR = 10_000  # characters
+
+
+class Reply(Struct, frozen=True, tag="reply"):
+    message: Message
+
+
+class Forked(Struct, frozen=True, tag="forked"):
+    """A process is ready: the one that forks, or a fork."""
+
+    pid: int
+
+
+class Begun(Struct, frozen=True, tag="begun"):
+    messages: tuple[Message, ...]
+
+
+class Stepped(Struct, frozen=True, tag="stepped"):
+    step: Step
+
+
+class Failed(Struct, frozen=True, tag="failed"):
+    error: str
+
+
+Told = Forked | Begun | Stepped | Failed
+decode_told = msgspec.msgpack.Decoder(Told).decode
+_decode_asked = msgspec.msgpack.Decoder(Task | Reply).decode
+
+
+def to_frame(message: object) -> bytes:
+    body = msgspec.msgpack.encode(message)
+    return len(body).to_bytes(HEADER) + body
+
+
+def serve(environment: str, arguments: str, lifeline: int) -> int:
+    """Forks episodes until the owner closes its end. Returns the exit code: 1 if the environment can't be loaded."""
+    end_with_owner(lifeline)
+    control = socket.socket(fileno=os.dup(0))
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    try:
+        make = load_callable(environment, "episode.environment")
+    except ConfigError as error:
+        control.send(msgspec.msgpack.encode(Failed(str(error)[:LONGEST_ERROR])))
+        return 1
+    named = msgspec.json.decode(arguments)
+    control.send(msgspec.msgpack.encode(Forked(os.getpid())))
+    while True:
+        asked, descriptors, _, _ = socket.recv_fds(control, 16, 1)
+        if not asked:
+            return 0
+        if not descriptors:
+            os.waitpid(int(asked), 0)
+        elif os.fork():
+            os.close(descriptors[0])
+        else:
+            control.close()
+            run_episodes(make, named, socket.socket(fileno=descriptors[0]), lifeline)
+
+
+def run_episodes(make: Callable[..., Any], arguments: dict[str, Any], peer: socket.socket, lifeline: int) -> None:
+    """In a fork: one episode after the other until the host closes its end, or one fails; then ends the process."""
+    os.setpgid(0, 0)
+    end_with_owner(lifeline, shared=True)
+    stream = peer.makefile("rwb")
+    _tell(stream, Forked(os.getpid()))
+    try:
+        with asyncio.Runner() as runner:
+
+            def awaited(value: Any) -> Any:
+                return runner.run(_wait(value)) if inspect.isawaitable(value) else value
+
+            environment: Any = None
+            while frame := _read(stream):
+                asked = _decode_asked(frame)
+                if isinstance(asked, Task):
+                    awaited(getattr(environment, "close", lambda: None)())
+                    environment = make(**arguments)
+                    _tell(stream, Begun(tuple(awaited(environment.reset(asked)))))
+                else:
+                    step = awaited(environment.step(asked.message))
+                    _tell(stream, Stepped(msgspec.convert(step, Step, from_attributes=True)))
+            awaited(getattr(environment, "close", lambda: None)())
+    except BaseException as error:  # sys.exit in a user's code must cost one episode
+        _tell(stream, Failed(describe(error, getattr(make, "__module__", ""))))
+    finally:
+        os._exit(0)
+
+
+async def _wait(value: Any) -> Any:
+    return await value
+
+
+def _tell(stream: BufferedRWPair, message: Told) -> None:
+    try:
+        frame = to_frame(message)
+    except (TypeError, UnicodeEncodeError) as error:
+        frame = to_frame(Failed(f"what the environment returned can't be sent: {error!a}"))
+    stream.write(frame)
+    stream.flush()
+
+
+def _read(stream: BufferedRWPair) -> bytes:
+    """The next frame; empty at the end."""
+    header = stream.read(HEADER)
+    return stream.read(int.from_bytes(header)) if len(header) == HEADER else b""
+
+
+if __name__ == "__main__":
+    sys.exit(serve(sys.argv[1], sys.argv[2], int(sys.argv[3])))

@@ -1,0 +1,222 @@
+"""Episodes beside an engine: the policy answers an environment, turn by turn, many at a time.
+
+ticket ─► an episode for each rollout ─► Trajectory (future)
+              environment.reset ─► prompt ─► engine ─► reply ─► environment.step ─► prompt ─► …
+              (a process of its own)                            (waits for nobody else's)
+"""
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+import msgspec
+
+from asyncrl.config import EpisodeSpec
+from asyncrl.config.callables import describe
+from asyncrl.episodes.chat import Chat
+from asyncrl.episodes.environments import Message, Step, Task
+from asyncrl.episodes.pool import EpisodeFailed, EpisodePool, Running
+from asyncrl.episodes.session import Budget, Session
+from asyncrl.interfaces import Engine
+from asyncrl.types import Episode, EpisodeStop, Generation, Status, Ticket, Trajectory, derive_seed
+
+CLOSE_TIMEOUT_S = 10.0
+T = TypeVar("T")
+
+
+class EpisodeHost:
+    """Runs the episodes of tickets in a thread of its own, with an engine that others own. Thread-safe; never waits.
+
+    record: the dataset row of a prompt as JSON, by its number and the ticket's purpose. pool: owned, and closed with it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        pool: EpisodePool,
+        chat: Chat,
+        spec: EpisodeSpec,
+        budget: Budget,
+        record: Callable[[int, str], str],
+        seed: int = 0,
+    ) -> None:
+        self._engine, self._pool, self._chat, self._spec, self._budget = engine, pool, chat, spec, budget
+        self._record, self._seed = record, seed
+        self._tasks: dict[int, set[asyncio.Task[None]]] = {}  # by group
+        self._counts: Counter[str] = Counter()
+        self._environment_s = 0.0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
+        self._thread.start()
+
+    def submit(self, ticket: Ticket) -> "list[Future[Generation]]":
+        """Begins an episode for each rollout of the ticket. The futures end as an engine's do."""
+        futures: list[Future[Generation]] = [Future() for _ in ticket.rollouts]
+
+        def begin() -> None:
+            tasks = self._tasks.setdefault(ticket.group, set())
+            for rollout, seed, future in zip(ticket.rollouts, ticket.seeds, futures, strict=True):
+                task = self._loop.create_task(self._run(ticket, rollout, seed, future))
+                tasks.add(task)
+                task.add_done_callback(lambda task: self._ended(ticket.group, task))
+
+        self._loop.call_soon_threadsafe(begin)
+        return futures
+
+    @property
+    def slots(self) -> int:
+        """Episodes that are welcome at a time: more than the engine decodes, as some wait for their environments."""
+        return self._spec.in_flight or 2 * self._engine.slots
+
+    def abort(self, group: int) -> None:
+        """Ends a group's episodes: their processes are killed, and the engine drops what it does for them."""
+        self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._tasks.get(group, ())])
+        self._engine.abort(group)
+
+    def close(self) -> None:
+        """Ends all. Futures that are left end as aborted. Idempotent."""
+        if not self._thread.is_alive():
+            return
+
+        async def end() -> None:
+            tasks = [task for tasks in self._tasks.values() for task in tasks]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result(CLOSE_TIMEOUT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSE_TIMEOUT_S)
+        self._pool.close()
+
+    def gauges(self) -> dict[str, float]:
+        """Episodes by how they stopped, turns, seconds spent in environments, processes that fork replaced: totals."""
+        counts = {name: float(count) for name, count in list(self._counts.items())}
+        return {**counts, "environment_s": self._environment_s, "pool_restarts": float(self._pool.restarts)}
+
+    def progress(self) -> int:
+        """Rises while episodes run, which have limits of their own."""
+        return self._counts["turns"] + (int(time.monotonic()) if self._tasks else 0)
+
+    def _ended(self, group: int, task: "asyncio.Task[None]") -> None:
+        self._tasks[group].discard(task)
+        if not self._tasks[group]:
+            del self._tasks[group]
+
+    async def _run(self, ticket: Ticket, rollout: int, seed: int, future: "Future[Generation]") -> None:
+        name = f"{ticket.group}/{rollout}/{ticket.attempt}"
+        sampling = ticket.sampling.greedy() if rollout == ticket.baseline else ticket.sampling
+        session = Session(name, ticket.group, sampling, seed, self._budget)
+        try:
+            future.set_result(await self._episode(self._task(ticket, rollout), session))
+        except (asyncio.CancelledError, _Aborted):  # the store has it done again, or does not want it any more
+            future.set_result(
+                Generation(id=name, token_ids=[], logprobs=[], kept_logmass=None, spans=(), finish_reason="abort")
+            )
+        except Exception as error:  # the engine's, or that no environment can be started: it ends the generator
+            future.set_exception(error)
+
+    def _task(self, ticket: Ticket, rollout: int) -> Task:
+        return Task(
+            row=msgspec.json.decode(self._record(ticket.prompt.row, ticket.purpose)),
+            group=ticket.group,
+            rollout=rollout,
+            attempt=ticket.attempt,
+            seed=derive_seed(self._seed, ticket.group),
+            purpose=ticket.purpose,
+        )
+
+    async def _episode(self, task: Task, session: Session) -> Trajectory:
+        """One episode to its end, however it ends."""
+        story, in_order = Story(), False
+        running = await self._pool.start()
+        before_s = running.busy_s
+        try:
+            async with asyncio.timeout(self._spec.deadline_s):
+                stop = await self._play(running, task, session, story)
+            episode, in_order = story.ended("ok", stop), True
+        except TimeoutError:
+            episode = story.ended("timeout", "deadline", f"no end within episode.deadline_s={self._spec.deadline_s:g}")
+        except _Late as error:
+            episode = story.ended("timeout", "deadline", str(error))
+        except EpisodeFailed as error:
+            episode = story.ended("invalid", "error", str(error))
+        finally:
+            self._pool.done(running, in_order)
+            self._environment_s += running.busy_s - before_s
+        self._counts.update({"episodes": 1, f"stop/{episode.stop}": 1})
+        return session.trajectory(episode)
+
+    async def _play(self, running: Running, task: Task, session: Session, story: "Story") -> EpisodeStop:
+        """Turns until one side ends it. Why it ended."""
+        story.messages += await self._in_time(running.begin(task))
+        prompt_ids = _shown(self._chat.prompt, story.messages)
+        for _ in range(self._spec.max_turns):
+            if not session.room(prompt_ids):
+                return "max_tokens"
+            request = session.request(prompt_ids)
+            answer = await asyncio.wrap_future(self._engine.submit_group([request])[0])
+            if answer.finish_reason == "abort":
+                raise _Aborted
+            session.record(request, answer)
+            self._counts["turns"] += 1
+            reply = self._chat.reply(answer.token_ids)
+            step = await self._in_time(running.step(reply))
+            story.add(reply, step)
+            if step.done:
+                return "done"
+            stopped = answer.finish_reason == "stop"
+            prompt_ids = [*prompt_ids, *answer.token_ids, *_shown(self._chat.following, step.messages, stopped=stopped)]
+        return "max_turns"
+
+    async def _in_time(self, call: Awaitable[T]) -> T:
+        limit_s = self._spec.step_deadline_s
+        try:
+            async with asyncio.timeout(limit_s):
+                return await call
+        except TimeoutError:
+            raise _Late(f"the environment did not answer within episode.step_deadline_s={limit_s:g}") from None
+
+
+def _shown(render: Callable[..., list[int]], messages: Sequence[Message], **how: bool) -> list[int]:
+    """Messages as token ids. What a template makes of an environment's messages is the environment's to answer for."""
+    try:
+        return render(messages, **how)
+    except Exception as error:
+        raise EpisodeFailed(f"the chat template can't show the environment's messages: {describe(error)}") from error
+
+
+class Story:
+    """What was said in an episode, and what it earned so far."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self._reward = 0.0
+        self._parts: Counter[str] = Counter()
+
+    def add(self, reply: Message, step: Step) -> None:
+        self.messages += [reply, *step.messages]
+        self._reward += step.reward
+        self._parts.update(step.parts)
+
+    def ended(self, status: Status, stop: EpisodeStop, error: str = "") -> Episode:
+        return Episode(
+            status=status,
+            reward=self._reward if status == "ok" else None,
+            parts=dict(self._parts),
+            stop=stop,
+            error=error,
+            messages=msgspec.json.encode(self.messages).decode(),
+        )
+
+
+class _Late(Exception):
+    """The environment passed the deadline of a step."""
+
+
+class _Aborted(Exception):
+    """The engine gave up an answer."""

@@ -1,0 +1,182 @@
+"""Environments in files, as users have them, and an engine that says what the test told it to."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from asyncrl.episodes.chat import Chat
+from asyncrl.types import Generation, GenerationRequest, Prompt, Sampling, Span, Ticket, Version
+
+WORDS = ["<pad>", "<eos>", "<user>", "<assistant>", "<tool>", "hello", "look", "here", "An", "answer.", "A", "question.", "nl"]
+PLAIN = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %} nl {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+ENVIRONMENT = """
+import asyncio, os, sys, time
+from asyncrl.episodes.environments import Step
+
+class Echo:
+    def __init__(self, turns=2, fail="", at=1):
+        self.turns, self.fail, self.at, self.seen = turns, fail, at, 0
+
+    def reset(self, task):
+        self.task = task
+        if self.at == 0:
+            self.break_()
+        return [{"role": "user", "content": task.row["prompt"]}]
+
+    def step(self, reply):
+        self.seen += 1
+        if self.seen >= self.at:
+            self.break_()
+        return Step(messages=({"role": "tool", "content": "here"},), reward=0.5, done=self.seen == self.turns, parts={"n": 1.0})
+
+    def break_(self):
+        if self.fail == "raise":
+            raise ValueError("no such tool")
+        if self.fail == "exit":
+            sys.exit(3)
+        if self.fail == "die":
+            os._exit(3)
+        if self.fail == "hang":
+            time.sleep(600)
+        if self.fail == "fork":
+            if os.fork() == 0:
+                print("child", os.getpid(), flush=True)
+                time.sleep(600)
+            time.sleep(600)
+        if self.fail == "print":
+            print("x" * 1_000_000)
+
+class Async:
+    async def reset(self, task):
+        await asyncio.sleep(0)
+        return [{"role": "user", "content": "hello"}]
+
+    async def step(self, reply):
+        await asyncio.sleep(0)
+        return Step(reward=1.0, done=True)
+
+    async def close(self):
+        print("closed", flush=True)
+
+class Wrong:
+    def reset(self, task):
+        return [{"role": "user", "content": object()}]
+
+class Empty:
+    def reset(self, task):
+        return []
+
+class Plain:
+    def reset(self, task):
+        return [{"role": "user", "content": "hello"}]
+
+    def step(self, reply):
+        return 5
+"""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Callable[[str], str]:
+    """environment(name): how a recipe names one of those above."""
+    file = tmp_path / "environments.py"
+    file.write_text(ENVIRONMENT)
+    return lambda name: f"{file}:{name}"
+
+
+@pytest.fixture
+def make_ticket() -> Callable[..., Ticket]:
+    def make(rollouts: Sequence[int] = (0,), group: int = 5, **fields: object) -> Ticket:
+        return Ticket(
+            group=group,
+            attempt=0,
+            prompt=Prompt(row=3, ids=(2, 5), data_source="test"),
+            rollouts=tuple(rollouts),
+            seeds=tuple(100 + r for r in rollouts),
+            sampling=Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=4, stop_token_ids=(1,)),
+            **fields,
+        )
+
+    return make
+
+
+class ScriptedEngine:
+    """Answers at once, with `words`, then the end token; or not before `release`."""
+
+    def __init__(self) -> None:
+        self.slots = 4
+        self.answers = [6, 1]
+        self.reason = "stop"
+        self.held: list[tuple[GenerationRequest, Future[Generation]]] | None = None
+        self.requests: list[GenerationRequest] = []
+        self.aborted: list[int | None] = []
+        self.arrived = threading.Semaphore(0)
+
+    def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
+        futures: list[Future[Generation]] = [Future() for _ in requests]
+        self.requests += requests
+        for request, future in zip(requests, futures, strict=True):
+            if self.held is None:
+                future.set_result(self.answer(request))
+            else:
+                self.held.append((request, future))
+            self.arrived.release()
+        return futures
+
+    def answer(self, request: GenerationRequest, reason: str = "") -> Generation:
+        ids = self.answers[: request.sampling.max_tokens]
+        return Generation(
+            id=request.id,
+            token_ids=ids,
+            logprobs=[-1.0] * len(ids),
+            kept_logmass=None,
+            spans=(Span(Version(1, 0), len(ids)),),
+            finish_reason=reason or self.reason,  # type: ignore[arg-type]
+        )
+
+    def abort(self, group: int | None = None) -> None:
+        self.aborted.append(group)
+        for request, future in self.held or ():
+            if not future.done():
+                future.set_result(self.answer(request, "abort"))
+
+
+@pytest.fixture
+def engine() -> ScriptedEngine:
+    return ScriptedEngine()
+
+
+@pytest.fixture
+def plain() -> str:
+    """A chat template that shows messages as they are."""
+    return PLAIN
+
+
+@pytest.fixture
+def ids() -> Callable[[str], list[int]]:
+    return lambda text: [WORDS.index(word) for word in text.split()]
+
+
+@pytest.fixture
+def make_chat() -> Callable[..., Chat]:
+    """make_chat(template): over a tokenizer of WORDS."""
+
+    def make(template: str = PLAIN) -> Chat:
+        backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", additional_special_tokens=WORDS[2:5]
+        )
+        tokenizer.chat_template = template
+        return Chat(tokenizer, (1,))
+
+    return make

@@ -1,0 +1,226 @@
+"""Episodes from ticket to trajectory, with real processes and a scripted engine; and what becomes of those that fail."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncrl.config import EpisodeSpec
+from asyncrl.episodes.host import EpisodeHost
+from asyncrl.episodes.pool import EpisodePool
+from asyncrl.episodes.session import Budget
+from asyncrl.errors import ConfigError, Unavailable
+from asyncrl.types import Generation, Trajectory
+
+WAIT_S = 30.0
+WIDE = Budget(tokens=1000, turn_tokens=4, context=1000)
+
+
+@pytest.fixture
+def make_host(environment, engine, make_chat, tmp_path: Path) -> Iterator[Callable[..., EpisodeHost]]:
+    hosts = []
+
+    def make(name: str = "Echo", budget: Budget = WIDE, arguments: dict[str, Any] | None = None, **spec: object) -> EpisodeHost:
+        episode = EpisodeSpec(environment=environment(name), arguments=arguments or {}, **spec)
+        pool = EpisodePool(episode, tmp_path / "log", start_timeout_s=WAIT_S)
+        row = lambda row, purpose: json.dumps({"prompt": "hello", "row": row})  # noqa: E731
+        hosts.append(EpisodeHost(engine, pool, make_chat(), episode, budget, row, seed=9))
+        return hosts[-1]
+
+    yield make
+    for host in hosts:
+        host.close()
+
+
+def run(host: EpisodeHost, ticket: Any) -> list[Trajectory]:
+    made = [future.result(WAIT_S) for future in host.submit(ticket)]
+    assert all(isinstance(one, Trajectory) for one in made)
+    return made
+
+
+def test_an_episode_of_two_turns(make_host, make_ticket, engine, ids) -> None:
+    host = make_host()
+    made, other = run(host, make_ticket([0, 3]))
+    first = ids("<user> hello nl <assistant>")
+    between = ids("nl <tool> here nl <assistant>")
+    assert made.prompt_ids == tuple(first)
+    assert made.token_ids == [6, 1, *between, 6, 1]
+    assert made.loss_mask == [1, 1, *[0] * 5, 1, 1]
+    assert (made.turns, made.segments, made.finish_reason) == ((0, 7), (0,), "stop")
+    assert (made.episode.status, made.episode.stop, made.episode.reward, made.episode.parts) == ("ok", "done", 1.0, {"n": 2.0})
+    roles = [message["role"] for message in json.loads(made.episode.messages)]
+    assert roles == ["user", "assistant", "tool", "assistant", "tool"]
+    assert other.token_ids == made.token_ids
+    assert [request.group for request in engine.requests] == [5] * 4
+    assert len({request.seed for request in engine.requests}) == 4
+    assert host.gauges() | {"environment_s": 0.0} == {
+        "episodes": 2.0, "turns": 4.0, "stop/done": 2.0, "environment_s": 0.0, "pool_restarts": 0.0
+    }  # fmt: skip
+
+
+def test_processes_are_used_again_and_environments_are_not(make_host, make_ticket, tmp_path: Path) -> None:
+    host = make_host("Async")
+    for group in range(3):
+        (made,) = run(host, make_ticket(group=group))
+        assert (made.episode.reward, made.turns) == (1.0, (0,))
+    assert (tmp_path / "log").read_text() == "closed\n" * 2  # as the next one began
+
+
+@pytest.mark.parametrize(
+    ("spec", "budget", "stop", "reason", "turns"),
+    [
+        ({"max_turns": 3}, WIDE, "max_turns", "stop", 3),
+        ({}, Budget(tokens=5, turn_tokens=4, context=1000), "max_tokens", "length", 3),
+        ({}, Budget(tokens=1000, turn_tokens=4, context=12), "max_tokens", "length", 2),
+    ],
+)
+def test_what_ends_an_episode(make_host, make_ticket, spec: dict, budget: Budget, stop: str, reason: str, turns: int) -> None:
+    (made,) = run(make_host(budget=budget, arguments={"turns": 100}, **spec), make_ticket())
+    assert (made.episode.status, made.episode.stop, made.finish_reason) == ("ok", stop, reason)
+    assert len(made.turns) == turns
+    assert made.episode.reward == 0.5 * turns
+
+
+@pytest.mark.parametrize(
+    ("fail", "status", "error"),
+    [
+        ("raise", "invalid", r"ValueError: no such tool \(.*environments.py:\d+ in break_\)"),
+        ("exit", "invalid", r"SystemExit: 3"),
+        ("die", "invalid", "process died"),
+        ("hang", "timeout", r"within episode.step_deadline_s=0.3"),
+        ("fork", "timeout", r"within episode.step_deadline_s=0.3"),
+    ],
+)
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_failure_costs_its_own_episode(
+    make_host, make_ticket, tmp_path: Path, fail: str, status: str, error: str, at: int
+) -> None:
+    host = make_host(arguments={"fail": fail, "at": at}, step_deadline_s=0.3)
+    (made,) = run(host, make_ticket())
+    assert made.episode.status == status
+    assert re.search(error, made.episode.error), made.episode.error
+    assert made.episode.reward is None
+    assert len(made.token_ids) == (0 if at == 0 else 9)  # what was sampled is kept
+    assert host.gauges()[f"stop/{made.episode.stop}"] == 1.0
+    if fail == "fork":
+        child = int((tmp_path / "log").read_text().split()[-1])
+        assert gone(child)
+    (fine,) = run(make_host(), make_ticket())
+    assert fine.episode.status == "ok"
+
+
+def gone(pid: int) -> bool:
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        os.sched_yield()
+    return False
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [("Wrong", "can't be sent"), ("Empty", "can't show the environment's messages"), ("Plain", "Expected `object`")],
+)
+def test_what_an_environment_may_not_return(make_host, make_ticket, name: str, error: str) -> None:
+    (made,) = run(make_host(name), make_ticket())
+    assert made.episode.status == "invalid"
+    assert error in made.episode.error
+
+
+def test_a_deadline_of_the_whole_episode(make_host, make_ticket, engine) -> None:
+    engine.held = []
+    (made,) = run(make_host(deadline_s=0.2), make_ticket())
+    assert (made.episode.status, made.episode.stop) == ("timeout", "deadline")
+    assert "episode.deadline_s=0.2" in made.episode.error
+
+
+def test_much_printed_text_breaks_no_frame(make_host, make_ticket) -> None:
+    (made,) = run(make_host(arguments={"fail": "print"}), make_ticket())
+    assert made.episode.status == "ok"
+
+
+def test_an_aborted_group_is_given_back(make_host, make_ticket, engine) -> None:
+    engine.held = []
+    host = make_host()
+    futures = host.submit(make_ticket([0, 1]))
+    for _ in futures:
+        assert engine.arrived.acquire(timeout=WAIT_S)
+    host.abort(5)
+    made: list[Generation] = [future.result(WAIT_S) for future in futures]
+    assert [(one.finish_reason, one.token_ids) for one in made] == [("abort", [])] * 2
+    assert engine.aborted == [5]
+    engine.held = None
+    assert run(host, make_ticket())[0].episode.status == "ok"
+
+
+def test_an_answer_that_the_engine_gave_up_ends_the_episode(make_host, make_ticket, engine) -> None:
+    engine.reason = "abort"
+    (future,) = make_host().submit(make_ticket())
+    assert future.result(WAIT_S).finish_reason == "abort"
+
+
+def test_a_killed_forker_is_replaced(make_host, make_ticket) -> None:
+    host = make_host()
+    os.kill(host._pool._forker.pid, signal.SIGKILL)
+    host._pool._forker.wait()
+    assert run(host, make_ticket())[0].episode.status == "ok"
+    assert host.gauges()["pool_restarts"] == 1.0
+
+
+def test_close_leaves_no_process(make_host, make_ticket, engine) -> None:
+    engine.held = []
+    host = make_host()
+    futures = host.submit(make_ticket([0, 1, 2]))
+    for _ in futures:
+        assert engine.arrived.acquire(timeout=WAIT_S)
+    forker = host._pool._forker.pid
+    children = [int(pid) for pid in Path(f"/proc/{forker}/task/{forker}/children").read_text().split()]
+    assert len(children) == 3
+    host.close()
+    assert [future.result(WAIT_S).finish_reason for future in futures] == ["abort"] * 3
+    assert all(gone(pid) for pid in [forker, *children])
+
+
+def test_an_environment_that_cannot_be_loaded(environment, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"episode\.environment=.*:Ecko'.*did you mean 'Echo'"):
+        EpisodePool(EpisodeSpec(environment=environment("Ecko")), tmp_path / "log", WAIT_S)
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(60)")
+    with pytest.raises(Unavailable, match=r"was not loaded after 0\.2 s"):
+        EpisodePool(EpisodeSpec(environment=f"{tmp_path}/slow.py:E"), tmp_path / "log", 0.2)
+    (tmp_path / "dies.py").write_text("import os\nos._exit(1)")
+    with pytest.raises(ConfigError, match=r"died; see .*log"):
+        EpisodePool(EpisodeSpec(environment=f"{tmp_path}/dies.py:E"), tmp_path / "log", WAIT_S)
+
+
+def test_episodes_end_with_a_killed_host(environment, tmp_path: Path) -> None:
+    """However the generator dies: its environments' processes go with it."""
+    script = """
+import asyncio, os, sys
+from asyncrl.config import EpisodeSpec
+from asyncrl.episodes.pool import EpisodePool
+async def main():
+    pool = EpisodePool(EpisodeSpec(environment=sys.argv[1]))
+    print(pool._forker.pid, (await pool.start()).pid, (await pool.start()).pid, flush=True)
+    await asyncio.sleep(600)
+asyncio.run(main())
+"""
+    owner = subprocess.Popen([sys.executable, "-c", script, environment("Echo")], stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    pids = [int(pid) for pid in owner.stdout.readline().split()]
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    assert len(pids) == 3
+    assert all(gone(pid) for pid in pids)
