@@ -18,9 +18,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 @pytest.fixture(scope="module")
 def pointers_run(local_ray, tmp_path_factory) -> RunResult:
-    """25 of the 100 updates."""
+    """20 of the 100 updates."""
     runs = tmp_path_factory.mktemp("runs")
-    overrides = ["total_steps=25", "evaluation.freq=25", "evaluation.limit=128"]
+    overrides = ["total_steps=20", "evaluation.freq=20", "evaluation.limit=128"]
     recipe, deployment = load_specs(RECIPES / "pointers.py", None, overrides)
     return launch(resolve_paths(recipe, RunDir(runs / "pointers"), RECIPES), deployment, runs_dir=runs)
 
@@ -31,16 +31,16 @@ def test_the_policy_learns_to_ask(pointers_run, metrics_of) -> None:
     assert pointers_run.last_score >= 0.8
     steps = metrics_of(pointers_run.run_dir, "step")
     assert steps[0]["reward/mean"] <= 0.25
-    assert steps[-1]["reward/mean"] >= 0.4
+    assert steps[-1]["reward/mean"] >= 0.3
     assert max(line.get("gap/logprob_max_abs", 0.0) for line in steps) <= 1e-5  # over all turns
-    assert (pointers_run.steps, pointers_run.samples, pointers_run.invalid, pointers_run.timeout) == (25, 25 * 256, 0, 0)
+    assert (pointers_run.steps, pointers_run.samples, pointers_run.invalid, pointers_run.timeout) == (20, 20 * 256, 0, 0)
 
 
 def test_rows_are_conversations_as_they_were_read_and_sampled(pointers_run) -> None:
     tokenizer = AutoTokenizer.from_pretrained(Path(pointers_run.run_dir) / "data/warm")
     columns = ["prompt_ids", "response_ids", "loss_mask", "turns", "segments", "episode", "reward", "trained_update"]
     rows = [row for row in asyncrl.replay.open(pointers_run.run_dir).rollouts(columns).to_pylist() if row["trained_update"]]
-    assert len(rows) == 25 * 256
+    assert len(rows) == 20 * 256
     whole = 0
     for row in rows:
         episode = json.loads(row["episode"])
@@ -50,7 +50,8 @@ def test_rows_are_conversations_as_they_were_read_and_sampled(pointers_run) -> N
         assert (row["segments"], len(row["turns"]), row["reward"]) == (None, len(said), episode["reward"])
         sampled = [token for token, mine in zip(row["response_ids"], row["loss_mask"], strict=True) if mine]
         assert tokenizer.decode(sampled, skip_special_tokens=True).split() == " ".join(said).split()
-        if all(reply.strip() and sampled.count(1) == len(said) for reply in said):  # every answer ended by itself
+        ended = sampled.count(1) == len(said)  # every answer by itself
+        if ended and all(said) and not {0, 2, 3, 4} & {*sampled}:  # no token in it that its text does not show
             rendered = tokenizer.apply_chat_template(messages, return_dict=False)
             assert rendered[: len(ids)] == ids
             whole += 1
