@@ -162,6 +162,7 @@ def _callables(recipe: Recipe) -> str:
     for field, name, built_in in (
         ("sampling.keep", recipe.sampling.keep, ("all", "varied")),
         ("episode.environment", recipe.episode.environment, ("",)),
+        *(("episode.tools", tool, ()) for tool in recipe.episode.tools),
         ("algorithm.adv_estimator", recipe.algorithm.adv_estimator, ESTIMATOR_NAMES),
         ("algorithm.policy_loss", recipe.algorithm.policy_loss, LOSS_NAMES),
         ("prepare", recipe.prepare, ("",)),
@@ -174,10 +175,10 @@ def _callables(recipe: Recipe) -> str:
 
 def _episode(recipe: Recipe) -> str:
     spec = recipe.episode
-    if not spec.environment:
+    if not spec.enabled:
         return "none: a rollout is one answer"
     longest = f"{spec.deadline_s:g} s, and {spec.step_deadline_s:g} s for an answer of its own"
-    return f"{spec.environment}, at most {spec.max_turns} turns in {longest}"
+    return f"{', '.join(filter(None, (spec.environment, *spec.tools)))}, at most {spec.max_turns} turns in {longest}"
 
 
 def _algorithm(recipe: Recipe) -> str:

@@ -63,6 +63,7 @@ def rename_functions(recipe: Recipe, rename: Callable[[str], str]) -> Recipe:
     data["evaluation"]["metrics"] = [rename(metric) for metric in data["evaluation"]["metrics"]]
     data["sampling"]["keep"] = rename(data["sampling"]["keep"])
     data["episode"]["environment"] = rename(data["episode"]["environment"])
+    data["episode"]["tools"] = [rename(tool) for tool in data["episode"]["tools"]]
     for key in ("adv_estimator", "policy_loss"):
         data["algorithm"][key] = rename(data["algorithm"][key])
     data["prepare"] = rename(data["prepare"])

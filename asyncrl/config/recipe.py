@@ -141,8 +141,11 @@ class RewardSpec(Spec, frozen=True, kw_only=True):
 class EpisodeSpec(Spec, frozen=True, kw_only=True):
     """A rollout of several turns, in which an environment answers the policy."""
 
-    # What makes an environment, called once per episode: see asyncrl.episodes.environments. Empty: a rollout is one answer.
+    # What makes an environment, called once per episode: see asyncrl.episodes.environments. A class of SkyRL-Gym's or
+    # gymnasium's, or TRL's `environment_factory`, works as it is. Without it and tools a rollout is one answer.
     environment: Function = ""
+    # Python functions that the policy may call until it answers without a call: typed, with a Google-style docstring.
+    tools: tuple[Function, ...] = ()
     arguments: dict[str, str | int | float | bool] = {}  # passed by keyword with every call
     max_turns: int = 8  # answers of the policy
     # Tokens that the policy may sample: in one turn (null: sampling.max_response_length), in all (null: as many as fit).
@@ -159,6 +162,7 @@ class EpisodeSpec(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         name_functions(self, "environment")
+        name_functions(self, "tools")
         rules: list[Rule] = [
             ("max_turns", lambda x: x >= 1, "< 1: nothing could be answered; use at least 1"),
             ("max_turn_tokens max_tokens", lambda x: x >= 1, "< 1: no token could be sampled; use at least 1, or null"),
@@ -166,9 +170,13 @@ class EpisodeSpec(Spec, frozen=True, kw_only=True):
             ("in_flight", lambda x: x >= 1, "< 1: no episode could begin; use at least sampling.n, or null"),
         ]
         require_fields(self, "episode.", rules)
-        if not self.environment:
+        if not self.enabled:
             settings = "max_turns max_turn_tokens max_tokens deadline_s step_deadline_s in_flight python"
-            require_unset(self, "episode.", settings, "no episode.environment: there is no episode; name what makes one")
+            require_unset(self, "episode.", settings, "neither episode.environment nor tools: there is no episode; name one")
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.environment or self.tools)
 
 
 class SamplingSpec(Spec, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""The processes that run users' environments: `python -m asyncrl.episodes.child ENVIRONMENT ARGUMENTS LIFELINE`.
+"""The processes that run users' environments: `python -m asyncrl.episodes.child EPISODE LIFELINE`, EpisodeSpec as JSON.
 
 It loads the user's code once, then forks itself for every episode that is under way at a time: so each can be killed, and
 starts in milliseconds. Its standard input is a socket. A byte that comes with a descriptor asks for a fork, which talks over
@@ -16,14 +16,18 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from io import BufferedRWPair
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
+from asyncrl.config import EpisodeSpec
 from asyncrl.config.callables import describe, load_callable
+from asyncrl.episodes.adapters import environment_of
 from asyncrl.episodes.environments import Message, Step, Task
+from asyncrl.episodes.tools import Tools
 from asyncrl.errors import ConfigError
 from asyncrl.processes import end_with_owner
 
@@ -44,6 +48,7 @@ class Forked(Struct, frozen=True, tag="forked"):
 
 class Begun(Struct, frozen=True, tag="begun"):
     messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 class Stepped(Struct, frozen=True, tag="stepped"):
@@ -64,19 +69,21 @@ def to_frame(message: object) -> bytes:
     return len(body).to_bytes(HEADER) + body
 
 
-def serve(environment: str, arguments: str, lifeline: int) -> int:
+def serve(episode: str, lifeline: int) -> int:
     """Forks episodes until the owner closes its end. Returns the exit code: 1 if the environment can't be loaded."""
     end_with_owner(lifeline)
     control = socket.socket(fileno=os.dup(0))
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
+    spec = msgspec.json.decode(episode, type=EpisodeSpec)
     try:
-        make = load_callable(environment, "episode.environment")
+        make = load_callable(spec.environment, "episode.environment") if spec.environment else None
+        tools = [load_callable(tool, "episode.tools") for tool in spec.tools]
+        Tools(tools)  # what can't be told to a model is found out now
     except ConfigError as error:
         control.send(msgspec.msgpack.encode(Failed(str(error)[:LONGEST_ERROR])))
         return 1
-    named = msgspec.json.decode(arguments)
     control.send(msgspec.msgpack.encode(Forked(os.getpid())))
     while True:
         asked, descriptors, _, _ = socket.recv_fds(control, 16, 1)
@@ -88,11 +95,13 @@ def serve(environment: str, arguments: str, lifeline: int) -> int:
             os.close(descriptors[0])
         else:
             control.close()
-            run_episodes(make, named, socket.socket(fileno=descriptors[0]), lifeline)
+            new = partial(environment_of, make, spec.arguments, tools)
+            run_episodes(new, getattr(make, "__module__", ""), socket.socket(fileno=descriptors[0]), lifeline)
 
 
-def run_episodes(make: Callable[..., Any], arguments: dict[str, Any], peer: socket.socket, lifeline: int) -> None:
-    """In a fork: one episode after the other until the host closes its end, or one fails; then ends the process."""
+def run_episodes(new: Callable[[], Any], module: str, peer: socket.socket, lifeline: int) -> None:
+    """In a fork: one episode after the other until the host closes its end, or one fails; then ends the process. module: of
+    the user's code, for errors."""
     os.setpgid(0, 0)
     end_with_owner(lifeline, shared=True)
     stream = peer.makefile("rwb")
@@ -108,14 +117,15 @@ def run_episodes(make: Callable[..., Any], arguments: dict[str, Any], peer: sock
                 asked = _decode_asked(frame)
                 if isinstance(asked, Task):
                     awaited(getattr(environment, "close", lambda: None)())
-                    environment = make(**arguments)
-                    _tell(stream, Begun(tuple(awaited(environment.reset(asked)))))
+                    environment = new()
+                    messages = tuple(awaited(environment.reset(asked)))
+                    _tell(stream, Begun(messages, tuple(getattr(environment, "tools", ()))))
                 else:
                     step = awaited(environment.step(asked.message))
                     _tell(stream, Stepped(msgspec.convert(step, Step, from_attributes=True)))
             awaited(getattr(environment, "close", lambda: None)())
     except BaseException as error:  # sys.exit in a user's code must cost one episode
-        _tell(stream, Failed(describe(error, getattr(make, "__module__", ""))))
+        _tell(stream, Failed(describe(error, module)))
     finally:
         os._exit(0)
 
@@ -140,4 +150,4 @@ def _read(stream: BufferedRWPair) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    sys.exit(serve(sys.argv[1], int(sys.argv[2])))

@@ -10,7 +10,7 @@ process to itself while it lasts; the next one in that process sees what it left
 they print goes to the run's logs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any, Protocol
 
 from msgspec import Struct
@@ -39,10 +39,12 @@ class Step(Struct, frozen=True, kw_only=True):
 
 
 class Environment(Protocol):
-    """Sync or async. An exception ends the episode as `invalid`."""
+    """Sync or async. An exception ends the episode as `invalid`. An attribute `tools` lists, as JSON schemas, what the chat
+    template tells the policy that it may call; calls are in `reply["tool_calls"]`, as in OpenAI's API, but for `arguments`,
+    which is an object."""
 
-    def reset(self, task: Task) -> Sequence[Message]:
+    def reset(self, task: Task) -> Sequence[Message] | Awaitable[Sequence[Message]]:
         """The messages that the episode starts with."""
 
-    def step(self, reply: Message) -> Step:
+    def step(self, reply: Message) -> Step | Awaitable[Step]:
         """reply: the assistant's message, with its text as `content`."""

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -153,8 +153,9 @@ class EpisodeHost:
 
     async def _play(self, running: Running, task: Task, session: Session, story: "Story") -> EpisodeStop:
         """Turns until one side ends it. Why it ended."""
-        story.messages += await self._in_time(running.begin(task))
-        prompt_ids = _shown(self._chat.prompt, story.messages)
+        begun = await self._in_time(running.begin(task))
+        story.messages += begun.messages
+        prompt_ids = _shown(self._chat.prompt, begun.messages, tools=begun.tools)
         for _ in range(self._spec.max_turns):
             if not session.room(prompt_ids):
                 return "max_tokens"
@@ -182,7 +183,7 @@ class EpisodeHost:
             raise _Late(f"the environment did not answer within episode.step_deadline_s={limit_s:g}") from None
 
 
-def _shown(render: Callable[..., list[int]], messages: Sequence[Message], **how: bool) -> list[int]:
+def _shown(render: Callable[..., list[int]], messages: Sequence[Message], **how: Any) -> list[int]:
     """Messages as token ids. What a template makes of an environment's messages is the environment's to answer for."""
     try:
         return render(messages, **how)

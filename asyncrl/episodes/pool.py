@@ -32,9 +32,10 @@ class EpisodePool:
     """
 
     def __init__(self, spec: EpisodeSpec, log: Path | None = None, start_timeout_s: float = 120.0) -> None:
-        self._command = [spec.python or sys.executable, "-m", "asyncrl.episodes.child", spec.environment]
-        self._command.append(msgspec.json.encode(spec.arguments).decode())
-        self._log, self._start_timeout_s, self._where = log, start_timeout_s, spec.environment
+        told = msgspec.json.encode(spec).decode()
+        self._command = [spec.python or sys.executable, "-m", "asyncrl.episodes.child", told]
+        self._log, self._start_timeout_s = log, start_timeout_s
+        self._where = ", ".join(filter(None, (spec.environment, *spec.tools)))
         self._idle: list[Running] = []
         self.restarts = -1
         self._open()
@@ -51,13 +52,11 @@ class EpisodePool:
             body = self._control.recv(1 << 16)
         except TimeoutError:
             self.close()
-            raise Unavailable(
-                f"episode.environment={self._where!r} was not loaded after {self._start_timeout_s:g} s; {where}"
-            ) from None
+            raise Unavailable(f"episode: {self._where} was not loaded after {self._start_timeout_s:g} s; {where}") from None
         told = decode_told(body) if body else None
         if not isinstance(told, Forked):
             self.close()
-            raise ConfigError(told.error if isinstance(told, Failed) else f"episode.environment={self._where!r}: died; {where}")
+            raise ConfigError(told.error if isinstance(told, Failed) else f"episode: {self._where}: died; {where}")
 
     async def start(self) -> "Running":
         """A process for an episode: one that an episode has left in order, or a new one. A dead forker, which somebody must
@@ -103,9 +102,9 @@ class Running:
         self.pid = 0
         self.busy_s = 0.0  # in the user's code, since its fork
 
-    async def begin(self, task: Task) -> tuple[Message, ...]:
+    async def begin(self, task: Task) -> Begun:
         self._writer.write(to_frame(task))
-        return (await self.told(Begun)).messages
+        return await self.told(Begun)
 
     async def step(self, reply: Message) -> Step:
         self._writer.write(to_frame(Reply(reply)))

@@ -68,11 +68,11 @@ class Async:
     async def close(self):
         print("closed", flush=True)
 
-class Wrong:
+class Wrong(Echo):
     def reset(self, task):
         return [{"role": "user", "content": object()}]
 
-class Empty:
+class Empty(Echo):
     def reset(self, task):
         return []
 
