@@ -47,11 +47,12 @@ class DeviceMemory(Struct, frozen=True, kw_only=True):
 
 
 class Fit(NamedTuple):
-    """A layout, why it was taken, and what it takes of a rank: lines of a table."""
+    """A layout, why it was taken, and what it takes of a rank: lines of a table, and of its device (0: not known)."""
 
     layout: Layout
     reason: str
     table: tuple[str, ...] = ()
+    device_bytes: int = 0
 
 
 class _Model(NamedTuple):
@@ -132,7 +133,7 @@ def _fit(models: Sequence[_Model], group: Group, deployment: Deployment, devices
                 why = f"; whatever is cheaper takes {as_size(cheaper)} or more" if cheaper > counted * room else ""
                 tight = "" if counted == 1.0 else "; it may not fit"
                 takes = f"a rank takes {as_size(on_device)} of the {as_size(room)} that count of its memory"
-                return Fit(layout, f"{_said(layout)}: {takes}{why}{tight}", _told(layout, models))
+                return Fit(layout, f"{_said(layout)}: {takes}{why}{tight}", _told(layout, models), on_device)
     least = min(range(len(found)), key=lambda number: needed[number])
     on_device, on_host = needed[least]
     table = "\n".join(f"  {line}" for line in _told(found[least], models))

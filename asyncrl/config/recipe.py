@@ -148,13 +148,11 @@ class EpisodeSpec(Spec, frozen=True, kw_only=True):
     tools: tuple[Function, ...] = ()
     arguments: dict[str, str | int | float | bool] = {}  # passed by keyword with every call
     max_turns: int = 8  # answers of the policy
-    # Tokens that the policy may sample: in one turn (null: sampling.max_response_length), in all (null: as many as fit).
-    max_turn_tokens: int | None = None
-    max_tokens: int | None = None
-    # Wall clock in seconds, for the whole episode, and for the environment's answer to one turn. Past them its process is
-    # killed; what was sampled is kept, and not trained.
+    max_turn_tokens: int | None = None  # tokens of one of them; null: sampling.max_response_length
+    max_tokens: int | None = None  # tokens of all of them; null: as many as fit
+    # Wall clock in seconds for the whole of it. Past it its process is killed; what was sampled is kept, and not trained.
     deadline_s: float = 300.0
-    step_deadline_s: float = 60.0
+    step_deadline_s: float = 60.0  # the same for the environment's answer to one turn
     # Episodes that each generator has under way at a time. null: twice the engine's slots, as some wait for environments.
     in_flight: int | None = None
     # The Python that runs environments; it needs asyncrl and msgspec. Empty: the generators' own.
