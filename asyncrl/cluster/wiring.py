@@ -130,9 +130,8 @@ def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") ->
         weights,
         lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         name=name,
-        poll_s=limits.poll_s,
         group_size=recipe.rollouts_per_group,
-        health_timeout_s=limits.health_timeout_s,
+        limits=limits,
         episodes=episodes,
     )
     engine.start()
@@ -145,8 +144,8 @@ def _episodes(name: str, plan: RunPlan, engine: Engine, tokenizer: Any) -> "Epis
     if not spec.enabled:
         return None
     from asyncrl.episodes.chat import Chat
+    from asyncrl.episodes.children import EpisodePool
     from asyncrl.episodes.host import EpisodeHost
-    from asyncrl.episodes.pool import EpisodePool
     from asyncrl.episodes.session import Budget
     from asyncrl.prompts.dataset import PromptFile
 

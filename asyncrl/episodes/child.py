@@ -64,12 +64,12 @@ decode_told = msgspec.msgpack.Decoder(Told).decode
 _decode_asked = msgspec.msgpack.Decoder(Task | Reply).decode
 
 
-def to_frame(message: object) -> bytes:
+def framed(message: object) -> bytes:
     body = msgspec.msgpack.encode(message)
     return len(body).to_bytes(HEADER) + body
 
 
-def serve(episode: str, lifeline: int) -> int:
+def fork_episodes(episode: str, lifeline: int) -> int:
     """Forks episodes until the owner closes its end. Returns the exit code: 1 if the environment can't be loaded."""
     end_with_owner(lifeline)
     control = socket.socket(fileno=os.dup(0))
@@ -136,9 +136,9 @@ async def _wait(value: Any) -> Any:
 
 def _tell(stream: BufferedRWPair, message: Told) -> None:
     try:
-        frame = to_frame(message)
+        frame = framed(message)
     except (TypeError, UnicodeEncodeError) as error:
-        frame = to_frame(Failed(f"what the environment returned can't be sent: {error!a}"))
+        frame = framed(Failed(f"what the environment returned can't be sent: {error!a}"))
     stream.write(frame)
     stream.flush()
 
@@ -150,4 +150,4 @@ def _read(stream: BufferedRWPair) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(sys.argv[1], int(sys.argv[2])))
+    sys.exit(fork_episodes(sys.argv[1], int(sys.argv[2])))

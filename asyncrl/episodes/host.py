@@ -18,8 +18,8 @@ import msgspec
 from asyncrl.config import EpisodeSpec
 from asyncrl.config.callables import describe
 from asyncrl.episodes.chat import Chat
+from asyncrl.episodes.children import EpisodeFailed, EpisodePool, Running
 from asyncrl.episodes.environments import Message, Step, Task
-from asyncrl.episodes.pool import EpisodeFailed, EpisodePool, Running
 from asyncrl.episodes.session import Budget, Session
 from asyncrl.interfaces import Engine
 from asyncrl.types import Episode, EpisodeStop, Generation, Status, Ticket, Trajectory, derive_seed

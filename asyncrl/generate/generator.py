@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 
+from asyncrl.config import LimitsSpec
 from asyncrl.errors import Closed, Fenced, Unavailable
 from asyncrl.generate.states import GeneratorEvent, GeneratorState, accepts, state_after
 from asyncrl.generate.workload import EndedRequest, GeneratorCounters, HeldGroup, StoreReply, Workload, tickets_wanted
@@ -33,9 +34,8 @@ class Generator:
     decode: token ids to text, special tokens left out; called once per rollout and once per group, for its prompt.
     group_size: rollouts per training ticket, its baseline included; a ticket is asked for when that many slots are free, or
     soon will be.
-    poll_s: the store hears from the generator at least this often, and the generator of cancellations, also while all slots are
-    taken.
-    health_timeout_s: an engine that has work and makes no step for so long is an error.
+    limits: the store hears from the generator every `poll_s` at least, and the generator of cancellations, also while all slots
+    are taken; an engine that has work and makes no step for `health_timeout_s` is an error.
     episodes: what makes the rollouts with the engine; None: the engine itself, an answer for each.
     """
 
@@ -47,15 +47,14 @@ class Generator:
         decode: Callable[[Sequence[int]], str],
         *,
         name: str,
-        poll_s: float,
         group_size: int,
-        health_timeout_s: float = 60.0,
+        limits: LimitsSpec = LimitsSpec(),
         episodes: Episodes | None = None,
     ) -> None:
         self._episodes = episodes
         self._engine, self._store, self._weights, self._decode = engine, store, weights, decode
-        self._name, self._poll_s, self._group_size = name, poll_s, group_size
-        self._health_timeout_s = health_timeout_s
+        self._name, self._group_size = name, group_size
+        self._poll_s, self._health_timeout_s = limits.poll_s, limits.health_timeout_s
         self._time = TimeInState()
         self._lock = threading.RLock()  # guards everything below. Reentrant: a future may end inside `submit_group`
         self._waiting: dict[threading.Condition, Callable[[], bool]] = {}  # whom to wake when what holds

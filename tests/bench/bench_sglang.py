@@ -142,7 +142,7 @@ class NoNews:
 def through_generator(engine: SGLangEngine, weights: Tensors, groups: int, tokens: int) -> float:
     """Tokens per second of a whole generator, from its start to the last rollout that the store gets."""
     store = ListStore(groups, tokens)
-    generator = Generator(engine, store, NoNews(weights), lambda ids: "", name="bench", poll_s=1.0, group_size=GROUP)
+    generator = Generator(engine, store, NoNews(weights), lambda ids: "", name="bench", group_size=GROUP)
     started = time.perf_counter()
     generator.run()
     seconds = store.last - started

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from asyncrl.config import EpisodeSpec
+from asyncrl.episodes.children import EpisodePool
 from asyncrl.episodes.host import EpisodeHost
-from asyncrl.episodes.pool import EpisodePool
 from asyncrl.episodes.session import Budget
 from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.types import Generation, Trajectory
@@ -209,7 +209,7 @@ def test_episodes_end_with_a_killed_host(environment, tmp_path: Path) -> None:
     script = """
 import asyncio, os, sys
 from asyncrl.config import EpisodeSpec
-from asyncrl.episodes.pool import EpisodePool
+from asyncrl.episodes.children import EpisodePool
 async def main():
     pool = EpisodePool(EpisodeSpec(environment=sys.argv[1]))
     print(pool._forker.pid, (await pool.start()).pid, (await pool.start()).pid, flush=True)

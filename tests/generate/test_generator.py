@@ -10,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 from transformers import PreTrainedModel
 
+from asyncrl.config import LimitsSpec
 from asyncrl.errors import Closed, Fenced, Unavailable
 from asyncrl.generate.embedded.engine import TorchEngine
 from asyncrl.generate.generator import Generator
@@ -30,7 +31,9 @@ class Running:
     """A generator in a thread of its own."""
 
     def __init__(self, engine: Any, store: Any, weights: Any, **settings: Any) -> None:
-        settings = {"poll_s": 0.2, "group_size": 2} | settings
+        waits = {name: settings.pop(name) for name in ("poll_s", "health_timeout_s") if name in settings}
+        limits = LimitsSpec(**{"poll_s": 0.2, **waits})
+        settings = {"group_size": 2, "limits": limits} | settings
         self.generator = Generator(engine, store, weights, spelt, name="generator-0", **settings)
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)

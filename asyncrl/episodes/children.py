@@ -13,7 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from asyncrl.config import EpisodeSpec
-from asyncrl.episodes.child import HEADER, LONGEST, Begun, Failed, Forked, Reply, Stepped, decode_told, to_frame
+from asyncrl.episodes.child import HEADER, LONGEST, Begun, Failed, Forked, Reply, Stepped, decode_told, framed
 from asyncrl.episodes.environments import Message, Step, Task
 from asyncrl.errors import AsyncRLError, ConfigError, Unavailable
 from asyncrl.processes import OwnedProcess
@@ -103,11 +103,11 @@ class Running:
         self.busy_s = 0.0  # in the user's code, since its fork
 
     async def begin(self, task: Task) -> Begun:
-        self._writer.write(to_frame(task))
+        self._writer.write(framed(task))
         return await self.told(Begun)
 
     async def step(self, reply: Message) -> Step:
-        self._writer.write(to_frame(Reply(reply)))
+        self._writer.write(framed(Reply(reply)))
         return (await self.told(Stepped)).step
 
     async def told(self, kind: type[T]) -> T:
