@@ -51,6 +51,10 @@ class Engine(Protocol):
         """Requests decoded together at most. May change at any time, also below what is in flight; asking never waits."""
 
     @property
+    def max_length(self) -> int:
+        """Prompt + response tokens of one request, at most."""
+
+    @property
     def version(self) -> Version | None:
         """Version of the weights now in use; None before the first `update_weights`."""
 

@@ -153,7 +153,7 @@ def _episodes(name: str, plan: RunPlan, engine: Engine, tokenizer: Any) -> "Epis
     budget = Budget(
         tokens=spec.max_tokens or sys.maxsize,
         turn_tokens=spec.max_turn_tokens or recipe.sampling.max_response_length,
-        context=plan.deployment.generators.engine.max_length,
+        context=engine.max_length,
     )
     return EpisodeHost(
         engine,

@@ -8,6 +8,7 @@ from typing import Any
 
 from asyncrl.episodes.environments import Environment, Message, Step, Task
 from asyncrl.episodes.tools import Function, Tools
+from asyncrl.errors import ConfigError
 
 Make = Callable[..., Any]
 
@@ -75,4 +76,10 @@ def environment_of(make: Make | None, arguments: dict[str, Any], tools: Sequence
         if package in packages:
             return adapter(make, arguments)
     environment: Environment = make(**arguments)
-    return environment if hasattr(environment, "step") else Tools(tools, environment)
+    if not hasattr(environment, "step"):
+        return Tools(tools, environment)
+    if tools:
+        raise ConfigError(
+            "episode.tools with an episode.environment that has a step of its own: nobody would call them; leave one out"
+        )
+    return environment

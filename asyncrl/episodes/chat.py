@@ -17,7 +17,7 @@ from asyncrl.errors import ConfigError
 
 # What one call is; the end of the last may be missing, cut by a limit.
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
-_STAND_IN = "An answer."
+_STAND_IN = "(asyncrl: here stands the answer)"  # nobody else writes that
 _QUESTION: Message = {"role": "user", "content": "A question."}
 
 

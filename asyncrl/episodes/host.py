@@ -48,7 +48,7 @@ class EpisodeHost:
         self._record, self._seed = record, seed
         self._tasks: dict[int, set[asyncio.Task[None]]] = {}  # by group
         self._counts: Counter[str] = Counter()
-        self._environment_s = 0.0
+        self._environment_s = self._alive_s = 0.0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
         self._thread.start()
@@ -100,7 +100,9 @@ class EpisodeHost:
 
     def progress(self) -> int:
         """Rises while episodes run, which have limits of their own."""
-        return self._counts["turns"] + (int(time.monotonic()) if self._tasks else 0)
+        if self._tasks:
+            self._alive_s = time.monotonic()
+        return self._counts["turns"] + int(self._alive_s)
 
     def _ended(self, group: int, task: "asyncio.Task[None]") -> None:
         self._tasks[group].discard(task)
@@ -132,11 +134,12 @@ class EpisodeHost:
 
     async def _episode(self, task: Task, session: Session) -> Trajectory:
         """One episode to its end, however it ends."""
-        story, in_order = Story(), False
-        running = await self._pool.start()
-        before_s = running.busy_s
+        story, in_order, before_s = Story(), False, 0.0
+        running: Running | None = None
         try:
             async with asyncio.timeout(self._spec.deadline_s):
+                running = await self._pool.start()
+                before_s = running.busy_s
                 stop = await self._play(running, task, session, story)
             episode, in_order = story.ended("ok", stop), True
         except TimeoutError:
@@ -146,8 +149,9 @@ class EpisodeHost:
         except EpisodeFailed as error:
             episode = story.ended("invalid", "error", str(error))
         finally:
-            self._pool.done(running, in_order)
-            self._environment_s += running.busy_s - before_s
+            if running is not None:
+                self._pool.done(running, in_order)
+                self._environment_s += running.busy_s - before_s
         self._counts.update({"episodes": 1, f"stop/{episode.stop}": 1})
         return session.trajectory(episode)
 

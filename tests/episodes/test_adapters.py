@@ -166,3 +166,12 @@ def test_a_tool_without_a_description_is_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"episode\.tools: bare can't be described to a model: .*no docstring"):
         environment_of(None, {}, [bare])
+
+
+def test_tools_that_nobody_would_call_are_refused() -> None:
+    class Own:
+        def reset(self, task: Task) -> list: ...
+        def step(self, reply: dict) -> None: ...
+
+    with pytest.raises(ConfigError, match=r"episode\.tools with an episode\.environment that has a step of its own"):
+        environment_of(Own, {}, [multiply])

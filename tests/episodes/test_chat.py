@@ -36,6 +36,11 @@ def test_a_template_that_hides_answers_is_refused(make_chat) -> None:
         make_chat("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
 
 
+def test_what_an_environment_says_of_answers_is_not_taken_for_one(make_chat, ids) -> None:
+    message = {"role": "tool", "content": "An answer. here"}
+    assert make_chat().following([message], stopped=True) == ids("nl <tool> An answer. here nl <assistant>")
+
+
 def test_tools_are_shown(make_chat, ids, plain) -> None:
     template = "{% if tools %}{{ tools[0].function.name }} {% endif %}" + plain
     chat = make_chat(template)

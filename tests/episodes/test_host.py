@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -169,6 +170,26 @@ def test_an_answer_that_the_engine_gave_up_ends_the_episode(make_host, make_tick
     engine.reason = "abort"
     (future,) = make_host().submit(make_ticket())
     assert future.result(WAIT_S).finish_reason == "abort"
+
+
+def test_a_process_that_dies_as_it_starts_costs_its_episode(make_host, make_ticket, monkeypatch) -> None:
+    host = make_host()
+    monkeypatch.setattr(socket, "send_fds", lambda *_: 1)  # and what was to be sent is closed: nobody answers
+    (made,) = run(host, make_ticket())
+    assert (made.episode.status, made.episode.error) == ("invalid", "the environment's process died")
+
+
+def test_progress_never_falls(make_host, make_ticket, engine) -> None:
+    host = make_host()
+    seen = [host.progress()]
+    engine.held = []
+    futures = host.submit(make_ticket())
+    assert engine.arrived.acquire(timeout=WAIT_S)
+    seen.append(host.progress())
+    engine.abort(5)
+    assert futures[0].result(WAIT_S).finish_reason == "abort"
+    seen.append(host.progress())
+    assert seen[0] == 0 < seen[1] <= seen[2]
 
 
 def test_a_killed_forker_is_replaced(make_host, make_ticket) -> None:
