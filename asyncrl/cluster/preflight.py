@@ -162,6 +162,7 @@ def _callables(recipe: Recipe) -> str:
     for field, name, built_in in (
         ("sampling.keep", recipe.sampling.keep, ("all", "varied")),
         ("episode.environment", recipe.episode.environment, ("",)),
+        ("episode.agent", recipe.episode.agent, ("",)),
         *(("episode.tools", tool, ()) for tool in recipe.episode.tools),
         ("algorithm.adv_estimator", recipe.algorithm.adv_estimator, ESTIMATOR_NAMES),
         ("algorithm.policy_loss", recipe.algorithm.policy_loss, LOSS_NAMES),
@@ -177,8 +178,13 @@ def _episode(recipe: Recipe) -> str:
     spec = recipe.episode
     if not spec.enabled:
         return "none: a rollout is one answer"
+    what = ", ".join(filter(None, (spec.environment, spec.agent, *spec.tools)))
+    if spec.agent and not find_spec("aiohttp"):
+        raise ConfigError(
+            f"episode.agent={spec.agent!r} reaches the policy by HTTP, which needs aiohttp: pip install 'asyncrl[agents]'"
+        )
     longest = f"{spec.deadline_s:g} s, and {spec.step_deadline_s:g} s for an answer of its own"
-    return f"{', '.join(filter(None, (spec.environment, *spec.tools)))}, at most {spec.max_turns} turns in {longest}"
+    return f"{what}, at most {spec.max_turns} turns in {longest}"
 
 
 def _algorithm(recipe: Recipe) -> str:

@@ -62,7 +62,8 @@ def rename_functions(recipe: Recipe, rename: Callable[[str], str]) -> Recipe:
         model["builder"] = rename(model["builder"])
     data["evaluation"]["metrics"] = [rename(metric) for metric in data["evaluation"]["metrics"]]
     data["sampling"]["keep"] = rename(data["sampling"]["keep"])
-    data["episode"]["environment"] = rename(data["episode"]["environment"])
+    for key in ("environment", "agent"):
+        data["episode"][key] = rename(data["episode"][key])
     data["episode"]["tools"] = [rename(tool) for tool in data["episode"]["tools"]]
     for key in ("adv_estimator", "policy_loss"):
         data["algorithm"][key] = rename(data["algorithm"][key])

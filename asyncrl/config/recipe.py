@@ -144,6 +144,9 @@ class EpisodeSpec(Spec, frozen=True, kw_only=True):
     # What makes an environment, called once per episode: see asyncrl.episodes.environments. A class of SkyRL-Gym's or
     # gymnasium's, or TRL's `environment_factory`, works as it is. Without it and tools a rollout is one answer.
     environment: Function = ""
+    # Instead, an agent: `async def f(task, *, base_url, api_key, model) -> reward | {"score": …} | None`, or a sync one, of any
+    # framework that takes the base URL of an OpenAI API; the policy is behind that.
+    agent: Function = ""
     # Python functions that the policy may call until it answers without a call: typed, with a Google-style docstring.
     tools: tuple[Function, ...] = ()
     arguments: dict[str, str | int | float | bool] = {}  # passed by keyword with every call
@@ -160,8 +163,7 @@ class EpisodeSpec(Spec, frozen=True, kw_only=True):
     python: str = ""
 
     def __post_init__(self) -> None:
-        name_functions(self, "environment")
-        name_functions(self, "tools")
+        name_functions(self, "environment agent tools")
         rules: list[Rule] = [
             ("max_turns", lambda x: x >= 1, "< 1: nothing could be answered; use at least 1"),
             ("max_turn_tokens max_tokens", lambda x: x >= 1, "< 1: no token could be sampled; use at least 1, or null"),
@@ -171,11 +173,16 @@ class EpisodeSpec(Spec, frozen=True, kw_only=True):
         require_fields(self, "episode.", rules)
         if not self.enabled:
             settings = "max_turns max_turn_tokens max_tokens deadline_s step_deadline_s in_flight python"
-            require_unset(self, "episode.", settings, "neither episode.environment nor tools: there is no episode; name one")
+            require_unset(self, "episode.", settings, "no episode.environment, agent or tools: there is no episode; name one")
+
+        require(
+            not (self.agent and (self.environment or self.tools)),
+            "episode.agent with an environment or tools: an agent brings its own, so they would be ignored; leave them out",
+        )
 
     @property
     def enabled(self) -> bool:
-        return bool(self.environment or self.tools)
+        return bool(self.environment or self.agent or self.tools)
 
 
 class SamplingSpec(Spec, frozen=True, kw_only=True):

@@ -34,10 +34,26 @@ from asyncrl.processes import end_with_owner
 HEADER = 8  # bytes of a frame's length
 LONGEST = 64 << 20  # bytes of a frame
 LONGEST_ERROR = 10_000  # characters
+MODEL = "policy"  # what agents call it
 
 
 class Reply(Struct, frozen=True, tag="reply"):
     message: Message
+
+
+class Engage(Struct, frozen=True, tag="engage"):
+    """Begins an agent's episode: where it reaches the policy."""
+
+    task: Task
+    base_url: str
+    api_key: str
+
+
+class Ended(Struct, frozen=True, tag="ended"):
+    """What an agent returned: what it earned, if it says so."""
+
+    reward: float | None
+    parts: dict[str, float]
 
 
 class Forked(Struct, frozen=True, tag="forked"):
@@ -59,9 +75,9 @@ class Failed(Struct, frozen=True, tag="failed"):
     error: str
 
 
-Told = Forked | Begun | Stepped | Failed
+Told = Forked | Begun | Stepped | Ended | Failed
 decode_told = msgspec.msgpack.Decoder(Told).decode
-_decode_asked = msgspec.msgpack.Decoder(Task | Reply).decode
+_decode_asked = msgspec.msgpack.Decoder(Task | Reply | Engage).decode
 
 
 def framed(message: object) -> bytes:
@@ -78,7 +94,8 @@ def fork_episodes(episode: str, lifeline: int) -> int:
     os.close(null)
     spec = msgspec.json.decode(episode, type=EpisodeSpec)
     try:
-        make = load_callable(spec.environment, "episode.environment") if spec.environment else None
+        named = spec.environment or spec.agent
+        make = load_callable(named, "episode.environment" if spec.environment else "episode.agent") if named else None
         tools = [load_callable(tool, "episode.tools") for tool in spec.tools]
         Tools(tools)  # what can't be told to a model is found out now
     except ConfigError as error:
@@ -95,13 +112,15 @@ def fork_episodes(episode: str, lifeline: int) -> int:
             os.close(descriptors[0])
         else:
             control.close()
-            new = partial(environment_of, make, spec.arguments, tools)
+            new: Callable[..., Any] = partial(environment_of, make, spec.arguments, tools)
+            if spec.agent and make is not None:
+                new = partial(make, **spec.arguments)
             run_episodes(new, getattr(make, "__module__", ""), socket.socket(fileno=descriptors[0]), lifeline)
 
 
-def run_episodes(new: Callable[[], Any], module: str, peer: socket.socket, lifeline: int) -> None:
-    """In a fork: one episode after the other until the host closes its end, or one fails; then ends the process. module: of
-    the user's code, for errors."""
+def run_episodes(new: Callable[..., Any], module: str, peer: socket.socket, lifeline: int) -> None:
+    """In a fork: one episode after the other until the host closes its end, or one fails; then ends the process. new: makes an
+    environment, or is the agent. module: of the user's code, for errors."""
     os.setpgid(0, 0)
     end_with_owner(lifeline, shared=True)
     stream = peer.makefile("rwb")
@@ -115,7 +134,9 @@ def run_episodes(new: Callable[[], Any], module: str, peer: socket.socket, lifel
             environment: Any = None
             while frame := _read(stream):
                 asked = _decode_asked(frame)
-                if isinstance(asked, Task):
+                if isinstance(asked, Engage):
+                    _tell(stream, _ended(awaited(engage(new, asked))))
+                elif isinstance(asked, Task):
                     awaited(getattr(environment, "close", lambda: None)())
                     environment = new()
                     messages = tuple(awaited(environment.reset(asked)))
@@ -128,6 +149,22 @@ def run_episodes(new: Callable[[], Any], module: str, peer: socket.socket, lifel
         _tell(stream, Failed(describe(error, module)))
     finally:
         os._exit(0)
+
+
+def engage(agent: Callable[..., Any], asked: Engage) -> Any:
+    """Calls an agent: with its task, and with what it names of base_url, api_key and model; the environment has them too."""
+    os.environ |= {"OPENAI_BASE_URL": asked.base_url, "OPENAI_API_KEY": asked.api_key}
+    known = {"base_url": asked.base_url, "api_key": asked.api_key, "model": MODEL}
+    parameters = inspect.signature(agent).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return agent(asked.task, **{name: value for name, value in known.items() if open_ended or name in parameters})
+
+
+def _ended(result: Any) -> Ended:
+    """A number, nothing, or a dict with `score`, whose other numbers become parts."""
+    if isinstance(result, dict):
+        return Ended(float(result["score"]), {name: float(value) for name, value in result.items() if name != "score"})
+    return Ended(None if result is None else float(result), {})
 
 
 async def _wait(value: Any) -> Any:

@@ -13,12 +13,12 @@ from typing import TypeVar
 import msgspec
 
 from asyncrl.config import EpisodeSpec
-from asyncrl.episodes.child import HEADER, LONGEST, Begun, Failed, Forked, Reply, Stepped, decode_told, framed
+from asyncrl.episodes.child import HEADER, LONGEST, Begun, Ended, Engage, Failed, Forked, Reply, Stepped, decode_told, framed
 from asyncrl.episodes.environments import Message, Step, Task
 from asyncrl.errors import AsyncRLError, ConfigError, Unavailable
 from asyncrl.processes import OwnedProcess
 
-T = TypeVar("T", Forked, Begun, Stepped)
+T = TypeVar("T", Forked, Begun, Stepped, Ended)
 
 
 class EpisodeFailed(AsyncRLError):
@@ -35,7 +35,7 @@ class EpisodePool:
         told = msgspec.json.encode(spec).decode()
         self._command = [spec.python or sys.executable, "-m", "asyncrl.episodes.child", told]
         self._log, self._start_timeout_s = log, start_timeout_s
-        self._where = ", ".join(filter(None, (spec.environment, *spec.tools)))
+        self._where = ", ".join(filter(None, (spec.environment, spec.agent, *spec.tools)))
         self._idle: list[Running] = []
         self.restarts = -1
         self._open()
@@ -109,6 +109,10 @@ class Running:
     async def step(self, reply: Message) -> Step:
         self._writer.write(framed(Reply(reply)))
         return (await self.told(Stepped)).step
+
+    async def engage(self, task: Task, base_url: str, api_key: str) -> Ended:
+        self._writer.write(framed(Engage(task, base_url, api_key)))
+        return await self.told(Ended)
 
     async def told(self, kind: type[T]) -> T:
         began = time.monotonic()

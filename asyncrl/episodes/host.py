@@ -1,16 +1,19 @@
-"""Episodes beside an engine: the policy answers an environment, turn by turn, many at a time.
+"""Episodes beside an engine: the policy answers an environment, or an agent's calls, many episodes at a time.
 
 ticket ─► an episode for each rollout ─► Trajectory (future)
               environment.reset ─► prompt ─► engine ─► reply ─► environment.step ─► prompt ─► …
+              agent ─► HTTP ─► gateway ─► prompt ─► engine ─► reply ─► agent ─► …
               (a process of its own)                            (waits for nobody else's)
 """
 
 import asyncio
+import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,10 +22,11 @@ from asyncrl.config import EpisodeSpec
 from asyncrl.config.callables import describe
 from asyncrl.episodes.chat import Chat
 from asyncrl.episodes.children import EpisodeFailed, EpisodePool, Running
+from asyncrl.episodes.conversations import Conversations
 from asyncrl.episodes.environments import Message, Step, Task
 from asyncrl.episodes.session import Budget, Session
 from asyncrl.interfaces import Engine
-from asyncrl.types import Episode, EpisodeStop, Generation, Status, Ticket, Trajectory, derive_seed
+from asyncrl.types import Episode, EpisodeStop, Generation, GenerationRequest, Status, Ticket, Trajectory, derive_seed
 
 CLOSE_TIMEOUT_S = 10.0
 T = TypeVar("T")
@@ -52,6 +56,12 @@ class EpisodeHost:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
         self._thread.start()
+        self._gateway, self._base_url = None, ""
+        if spec.agent:
+            from asyncrl.episodes.gateway import Gateway  # it needs aiohttp
+
+            self._gateway = Gateway()
+            self._base_url = asyncio.run_coroutine_threadsafe(self._gateway.start(), self._loop).result(CLOSE_TIMEOUT_S)
 
     def submit(self, ticket: Ticket) -> "list[Future[Generation]]":
         """Begins an episode for each rollout of the ticket. The futures end as an engine's do."""
@@ -87,6 +97,8 @@ class EpisodeHost:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if self._gateway is not None:
+                await self._gateway.stop()
 
         asyncio.run_coroutine_threadsafe(end(), self._loop).result(CLOSE_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -140,13 +152,16 @@ class EpisodeHost:
             async with asyncio.timeout(self._spec.deadline_s):
                 running = await self._pool.start()
                 before_s = running.busy_s
-                stop = await self._play(running, task, session, story)
+                play = self._play if self._gateway is None else self._serve
+                stop = await play(running, task, session, story)
             episode, in_order = story.ended("ok", stop), True
         except TimeoutError:
             episode = story.ended("timeout", "deadline", f"no end within episode.deadline_s={self._spec.deadline_s:g}")
         except _Late as error:
             episode = story.ended("timeout", "deadline", str(error))
         except EpisodeFailed as error:
+            if story.aborted:  # which an agent sees as a call that failed
+                raise _Aborted from error
             episode = story.ended("invalid", "error", str(error))
         finally:
             if running is not None:
@@ -164,11 +179,8 @@ class EpisodeHost:
             if not session.room(prompt_ids):
                 return "max_tokens"
             request = session.request(prompt_ids)
-            answer = await asyncio.wrap_future(self._engine.submit_group([request])[0])
-            if answer.finish_reason == "abort":
-                raise _Aborted
+            answer = await self._generated(story, request)
             session.record(request, answer)
-            self._counts["turns"] += 1
             reply = self._chat.reply(answer.token_ids)
             step = await self._in_time(running.step(reply))
             story.add(reply, step)
@@ -177,6 +189,28 @@ class EpisodeHost:
             stopped = answer.finish_reason == "stop"
             prompt_ids = [*prompt_ids, *answer.token_ids, *_shown(self._chat.following, step.messages, stopped=stopped)]
         return "max_turns"
+
+    async def _serve(self, running: Running, task: Task, session: Session, story: "Story") -> EpisodeStop:
+        """Answers what an agent asks, until it ends."""
+        assert self._gateway is not None
+        key = secrets.token_urlsafe(24)
+        conversations = Conversations(session, self._chat, partial(self._generated, story), self._spec.max_turns)
+        self._gateway.open(key, conversations)
+        try:
+            ended = await running.engage(task, self._base_url, key)
+        finally:
+            self._gateway.close(key)
+            story.messages = conversations.messages
+        story.earned(ended.reward, ended.parts)
+        return "done"
+
+    async def _generated(self, story: "Story", request: GenerationRequest) -> Generation:
+        answer = await asyncio.wrap_future(self._engine.submit_group([request])[0])
+        if answer.finish_reason == "abort":
+            story.aborted = True
+            raise _Aborted
+        self._counts["turns"] += 1
+        return answer
 
     async def _in_time(self, call: Awaitable[T]) -> T:
         limit_s = self._spec.step_deadline_s
@@ -200,13 +234,19 @@ class Story:
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
-        self._reward = 0.0
+        self.aborted = False  # the engine gave up an answer
+        self._reward: float | None = None
         self._parts: Counter[str] = Counter()
 
     def add(self, reply: Message, step: Step) -> None:
         self.messages += [reply, *step.messages]
-        self._reward += step.reward
-        self._parts.update(step.parts)
+        self.earned(step.reward, step.parts)
+
+    def earned(self, reward: float | None, parts: Mapping[str, float]) -> None:
+        """Adds to what was earned; None says nothing."""
+        if reward is not None:
+            self._reward = (self._reward or 0.0) + reward
+        self._parts.update(parts)
 
     def ended(self, status: Status, stop: EpisodeStop, error: str = "") -> Episode:
         return Episode(

@@ -1,5 +1,6 @@
 """What an episode has generated so far: every answer recorded where it was made, in the context that it was made in."""
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ class Session:
         budget = self._budget
         return max(0, min(budget.turn_tokens, budget.tokens - self.sampled, budget.context - len(prompt_ids)))
 
-    def request(self, prompt_ids: Sequence[int]) -> GenerationRequest:
+    def request(self, prompt_ids: Sequence[int], max_tokens: int = sys.maxsize) -> GenerationRequest:
         """For which there must be room. Its seed comes from the prompt, so that calls side by side may come in any order."""
         prompt = tuple(prompt_ids)
         self._asked[prompt] += 1
@@ -81,7 +82,7 @@ class Session:
             id=f"{self._name}/{self.turns}",
             group=self._group,
             prompt_ids=prompt,
-            sampling=replace(self._sampling, max_tokens=self.room(prompt)),
+            sampling=replace(self._sampling, max_tokens=min(self.room(prompt), max_tokens)),
             seed=derive_seed(self._seed, self._asked[prompt], *prompt),
         )
 

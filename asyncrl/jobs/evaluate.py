@@ -299,8 +299,8 @@ def _terms(args: argparse.Namespace, policy: Policy) -> tuple[RewardTerm, ...]:
         raise ConfigError(f"{args.model} is no run with a recipe, so nothing says how to score; add --reward file.py:name")
     if policy.recipe.episode.enabled:
         raise ConfigError(
-            f"{args.model} was trained on episodes (its recipe has episode.environment or tools), which asyncrl eval does not "
-            "run: single answers would be another task; evaluate in a run (evaluation.files), or add --reward"
+            f"{args.model} was trained on episodes (its recipe has an environment, agent or tools), which asyncrl eval does "
+            "not run: single answers would be another task; evaluate in a run (evaluation.files), or add --reward"
         )
     return policy.recipe.reward.terms()
 

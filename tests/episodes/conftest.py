@@ -76,6 +76,65 @@ class Empty(Echo):
     def reset(self, task):
         return []
 
+async def ask(client, model, messages, **how):
+    got = await client.chat.completions.create(model=model, messages=messages, **how)
+    return got.choices[0].message
+
+async def agent(task, *, base_url, api_key, model, kind=""):
+    from openai import AsyncOpenAI, APIStatusError
+    client = AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0)
+    messages = [{"role": "user", "content": "hello"}]
+    if kind == "raise":
+        raise ValueError("no idea")
+    if kind == "models":
+        assert [one.id async for one in client.models.list()] == [model]
+    if kind == "stream":
+        said, ends = "", []
+        async for chunk in await client.chat.completions.create(
+            model=model, messages=messages, stream=True, stream_options={"include_usage": True}
+        ):
+            if chunk.choices:
+                said += chunk.choices[0].delta.content or ""
+                ends.append(chunk.choices[0].finish_reason)
+            else:
+                assert (chunk.usage.prompt_tokens, chunk.usage.completion_tokens) == (4, 2)
+        assert (said, ends[-1]) == ("look", "stop"), (said, ends)
+        return 1
+    if kind == "many":  # more than max_turns
+        for _ in range(9):
+            messages += [await ask(client, model, messages), {"role": "user", "content": "here"}]
+    if kind in ("n", "long", "junk"):
+        how = {"n": {"n": 2}, "long": {}, "junk": {"messages": "x"}}[kind]
+        try:
+            await ask(client, model, how.pop("messages", messages), **how)
+        except APIStatusError as error:
+            return {"score": error.status_code, kind: 1.0}
+    first = await ask(client, model, messages, max_tokens=1 if kind == "short" else 50, temperature=0.2)
+    again = [*messages, first, {"role": "user", "content": "here"}]
+    if kind == "branch":
+        await ask(client, model, [*messages, first, {"role": "user", "content": "look"}])
+    await ask(client, model, again)
+    return {"score": 0.5, "calls": 2}
+
+def retrying(task, base_url, api_key):
+    import json, urllib.request
+    body = json.dumps({"messages": [{"role": "user", "content": "hello"}]}).encode()
+    told = []
+    for count in (0, 1, 2):
+        request = urllib.request.Request(base_url + "/chat/completions", body, {"Authorization": "Bearer " + api_key,
+            "x-stainless-retry-count": str(count)})
+        told.append(json.load(urllib.request.urlopen(request))["choices"][0]["message"]["content"])
+    assert told == ["look"] * 3
+    return None
+
+def stranger(task, base_url, api_key):
+    import os, urllib.request, urllib.error
+    assert (os.environ["OPENAI_BASE_URL"], os.environ["OPENAI_API_KEY"]) == (base_url, api_key)
+    try:
+        urllib.request.urlopen(urllib.request.Request(base_url + "/chat/completions", b"{}", {"Authorization": "Bearer x"}))
+    except urllib.error.HTTPError as error:
+        return error.code
+
 class Plain:
     def reset(self, task):
         return [{"role": "user", "content": "hello"}]
