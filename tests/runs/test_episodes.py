@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from transformers import AutoTokenizer
@@ -30,8 +31,9 @@ def test_the_policy_learns_to_ask(pointers_run, metrics_of) -> None:
     assert pointers_run.first_score <= 0.15
     assert pointers_run.last_score >= 0.8
     steps = metrics_of(pointers_run.run_dir, "step")
-    assert steps[0]["reward/mean"] <= 0.25
-    assert steps[-1]["reward/mean"] >= 0.3
+    sampled = [line["reward/mean"] for line in steps]
+    assert fmean(sampled[:4]) <= 0.25
+    assert fmean(sampled[-4:]) >= fmean(sampled[:4]) + 0.06  # greedy play is there long before
     assert max(line.get("gap/logprob_max_abs", 0.0) for line in steps) <= 1e-5  # over all turns
     assert (pointers_run.steps, pointers_run.samples, pointers_run.invalid, pointers_run.timeout) == (20, 20 * 256, 0, 0)
 
