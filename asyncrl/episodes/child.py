@@ -49,7 +49,7 @@ class Engage(Struct, frozen=True, tag="engage"):
     api_key: str
 
 
-class Ended(Struct, frozen=True, tag="ended"):
+class AgentEnded(Struct, frozen=True, tag="ended"):
     """What an agent returned: what it earned, if it says so."""
 
     reward: float | None
@@ -75,7 +75,7 @@ class Failed(Struct, frozen=True, tag="failed"):
     error: str
 
 
-Told = Forked | Begun | Stepped | Ended | Failed
+Told = Forked | Begun | Stepped | AgentEnded | Failed
 decode_told = msgspec.msgpack.Decoder(Told).decode
 _decode_asked = msgspec.msgpack.Decoder(Task | Reply | Engage).decode
 
@@ -160,11 +160,11 @@ def engage(agent: Callable[..., Any], asked: Engage) -> Any:
     return agent(asked.task, **{name: value for name, value in known.items() if open_ended or name in parameters})
 
 
-def _ended(result: Any) -> Ended:
+def _ended(result: Any) -> AgentEnded:
     """A number, nothing, or a dict with `score`, whose other numbers become parts."""
     if isinstance(result, dict):
-        return Ended(float(result["score"]), {name: float(value) for name, value in result.items() if name != "score"})
-    return Ended(None if result is None else float(result), {})
+        return AgentEnded(float(result["score"]), {name: float(value) for name, value in result.items() if name != "score"})
+    return AgentEnded(None if result is None else float(result), {})
 
 
 async def _wait(value: Any) -> Any:

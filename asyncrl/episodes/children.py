@@ -13,12 +13,24 @@ from typing import TypeVar
 import msgspec
 
 from asyncrl.config import EpisodeSpec
-from asyncrl.episodes.child import HEADER, LONGEST, Begun, Ended, Engage, Failed, Forked, Reply, Stepped, decode_told, framed
+from asyncrl.episodes.child import (
+    HEADER,
+    LONGEST,
+    AgentEnded,
+    Begun,
+    Engage,
+    Failed,
+    Forked,
+    Reply,
+    Stepped,
+    decode_told,
+    framed,
+)
 from asyncrl.episodes.environments import Message, Step, Task
 from asyncrl.errors import AsyncRLError, ConfigError, Unavailable
 from asyncrl.processes import OwnedProcess
 
-T = TypeVar("T", Forked, Begun, Stepped, Ended)
+T = TypeVar("T", Forked, Begun, Stepped, AgentEnded)
 
 
 class EpisodeFailed(AsyncRLError):
@@ -110,9 +122,9 @@ class Running:
         self._writer.write(framed(Reply(reply)))
         return (await self.told(Stepped)).step
 
-    async def engage(self, task: Task, base_url: str, api_key: str) -> Ended:
+    async def engage(self, task: Task, base_url: str, api_key: str) -> AgentEnded:
         self._writer.write(framed(Engage(task, base_url, api_key)))
-        return await self.told(Ended)
+        return await self.told(AgentEnded)
 
     async def told(self, kind: type[T]) -> T:
         began = time.monotonic()

@@ -13,7 +13,7 @@ from asyncrl.types import Generation, GenerationRequest
 Ask = Callable[[GenerationRequest], Awaitable[Generation]]
 
 
-class Refusal(AsyncRLError):
+class CallRefused(AsyncRLError):
     """A call that is the agent's mistake, or beyond the episode's budget. code: as in OpenAI's API."""
 
     def __init__(self, text: str, code: str = "invalid_request_error") -> None:
@@ -43,14 +43,14 @@ class Conversations:
         self.messages: list[Message] = []  # of the call that ended last
 
     async def complete(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], max_tokens: int) -> Answer:
-        """The policy's answer, of at most max_tokens tokens. Raises Refusal."""
+        """The policy's answer, of at most max_tokens tokens. Raises CallRefused."""
         if self._calls >= self._max_turns:
-            raise Refusal(f"episode.max_turns={self._max_turns} calls were made: there are no more", "rate_limit_exceeded")
+            raise CallRefused(f"episode.max_turns={self._max_turns} calls were made: there are no more", "rate_limit_exceeded")
         self._calls += 1
         said = tuple(map(_normal, messages))
         prompt_ids = self._prompt(messages, said, tools)
         if not (room := self._session.room(prompt_ids)):
-            raise Refusal(f"a prompt of {len(prompt_ids)} tokens leaves no room for an answer", "context_length_exceeded")
+            raise CallRefused(f"a prompt of {len(prompt_ids)} tokens leaves no room for an answer", "context_length_exceeded")
         request = self._session.request(prompt_ids, min(room, max_tokens))
         answer = await self._ask(request)
         self._session.record(request, answer)
@@ -70,7 +70,7 @@ class Conversations:
                     return [*served[0], *self._chat.following(following, stopped=served[1])]
             return self._chat.prompt([_shown(message) for message in messages], [dict(tool) for tool in tools])
         except Exception as error:  # whatever a template makes of an agent's messages
-            raise Refusal(f"the chat template can't show these messages: {error!r}") from error
+            raise CallRefused(f"the chat template can't show these messages: {error!r}") from error
 
 
 def _text(content: Any) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from aiohttp import web
 
 from asyncrl.episodes.child import MODEL
-from asyncrl.episodes.conversations import Answer, Conversations, Refusal
+from asyncrl.episodes.conversations import Answer, CallRefused, Conversations
 
 BODY_BYTES = 32 << 20
 
@@ -64,7 +64,7 @@ class Gateway:
         try:
             asked = json.loads(body)
             answer = await self._answer(key, body, asked, again=request.headers.get("x-stainless-retry-count", "0") != "0")
-        except Refusal as error:
+        except CallRefused as error:
             return _error(400, str(error), error.code)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return _error(400, f"not a chat completion's request: {error!r}", "invalid_request_error")
@@ -84,7 +84,7 @@ class Gateway:
         if task is None:
             longest = asked.get("max_completion_tokens") or asked.get("max_tokens") or sys.maxsize
             if asked.get("n", 1) != 1:
-                raise Refusal("n != 1: an episode goes on with one answer; ask again for another")
+                raise CallRefused("n != 1: an episode goes on with one answer; ask again for another")
             call = self._open[key].complete(asked["messages"], asked.get("tools") or (), longest)
             self._calls[key, body] = task = asyncio.ensure_future(call)
         return await asyncio.shield(task)  # a client that is gone may come back for it
