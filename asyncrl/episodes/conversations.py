@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from asyncrl.episodes.chat import Chat
 from asyncrl.episodes.environments import Message
@@ -21,12 +21,13 @@ class CallRefused(AsyncRLError):
         self.code = code
 
 
-class Answer:
+class Answer(NamedTuple):
     """The policy's message, and what it took."""
 
-    def __init__(self, message: Message, finish_reason: str, prompt_tokens: int, tokens: int) -> None:
-        self.message, self.finish_reason = message, finish_reason
-        self.prompt_tokens, self.tokens = prompt_tokens, tokens
+    message: Message
+    finish_reason: str
+    prompt_tokens: int
+    tokens: int
 
 
 class Conversations:
