@@ -84,17 +84,12 @@ def plain_loop(recipe, prompts, refused_dir):
 
 
 @pytest.mark.ray
-def test_synchronous_deterministic_run_equals_a_plain_loop(local_ray, tiny_recipe, tmp_path):
+def test_synchronous_deterministic_run_equals_a_plain_loop(local_ray, tiny_recipe, tmp_path, metrics_of):
     recipe = tiny_recipe(
         staleness=StalenessSpec(max_lag=0), learner=LearnerSpec(batch_groups=GROUPS, lr=1e-2), total_steps=STEPS, seed=3
     )
     deployment = Deployment(generators=GeneratorsSpec(engine=ENGINE))
-    losses = {}
-
-    def watch(run):
-        losses.update({update: record.metrics["actor/pg_loss"] for update, record in run.steps.items()})
-
-    with Trainer(recipe, deployment, runs_dir=tmp_path, observe=watch) as trainer:
+    with Trainer(recipe, deployment, runs_dir=tmp_path) as trainer:
         trainer.fit()
         result = trainer.finish()
     assert (result.steps, result.max_trained_lag) == (STEPS, 0)
@@ -105,7 +100,7 @@ def test_synchronous_deterministic_run_equals_a_plain_loop(local_ray, tiny_recip
     rows = open_replay(trainer.paths.path).rollouts().to_pylist()
     trained = sorted((row for row in rows if row["outcome"] == "trained"), key=lambda row: (row["group"], row["rollout"]))
     assert [row["response_ids"] for row in trained] == [answer for answers in expected_tokens for answer in answers]
-    assert [losses[update] for update in range(1, STEPS + 1)] == expected_losses
+    assert [line["actor/pg_loss"] for line in metrics_of(trainer.paths.path, "step")] == expected_losses
     weights = load_file(trainer.paths.checkpoint(STEPS) / "policy" / "model.safetensors")
     assert weights.keys() == expected_weights.keys()
     moved = load_model(recipe.model).state_dict()
