@@ -97,7 +97,7 @@ class Engine(Protocol):
 
 
 class Episodes(Protocol):
-    """What makes rollouts of several turns with an engine. Thread-safe; never waits."""
+    """What makes the rollouts of tickets, of one turn or several, with an engine. Thread-safe; never waits."""
 
     @property
     def slots(self) -> int:

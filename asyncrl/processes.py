@@ -17,12 +17,31 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
+
+class SupportsRead(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what ends a job in order: Ctrl-C, whoever stops it, a closed terminal
 REAP_S = 5.0  # in which the kernel has ended a killed process, unless it waits for a device
+
+
+HEADER = 8  # bytes of a frame's length
+
+
+def framed(body: bytes) -> bytes:
+    """A message as it goes through a pipe: its length, then itself."""
+    return len(body).to_bytes(HEADER) + body
+
+
+def read_frame(stream: SupportsRead) -> bytes:
+    """Waits for the next message; empty at the end."""
+    header = stream.read(HEADER)
+    return stream.read(int.from_bytes(header)) if len(header) == HEADER else b""
 
 
 class OwnedProcess(subprocess.Popen[bytes]):

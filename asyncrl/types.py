@@ -95,6 +95,13 @@ class Ticket(Struct, frozen=True, kw_only=True):
     pinned: Version | None = None  # of an eval ticket: every token must come from these weights
     baseline: int | None = None  # the rollout that is to be greedy, and is compared with, not trained (ReMax), if there is one
 
+    def name_of(self, rollout: int) -> str:
+        return f"{self.group}/{rollout}/{self.attempt}"
+
+    def sampling_of(self, rollout: int) -> Sampling:
+        """How one of the rollouts is sampled: the baseline without chance."""
+        return self.sampling.greedy() if rollout == self.baseline else self.sampling
+
 
 TOO_OLD = "weights too old"  # what only newer weights help against
 

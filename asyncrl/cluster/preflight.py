@@ -176,15 +176,14 @@ def _callables(recipe: Recipe) -> str:
 
 def _episode(recipe: Recipe) -> str:
     spec = recipe.episode
-    if not spec.enabled:
+    if not spec.what:
         return "none: a rollout is one answer"
-    what = ", ".join(filter(None, (spec.environment, spec.agent, *spec.tools)))
     if spec.agent and not find_spec("aiohttp"):
         raise ConfigError(
             f"episode.agent={spec.agent!r} reaches the policy by HTTP, which needs aiohttp: pip install 'asyncrl[agents]'"
         )
     longest = f"{spec.deadline_s:g} s, and {spec.step_deadline_s:g} s for an answer of its own"
-    return f"{what}, at most {spec.max_turns} turns in {longest}"
+    return f"{spec.what}, at most {spec.max_turns} turns in {longest}"
 
 
 def _algorithm(recipe: Recipe) -> str:

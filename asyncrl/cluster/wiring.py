@@ -141,7 +141,7 @@ def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") ->
 def _episodes(name: str, plan: RunPlan, engine: Engine, tokenizer: Any) -> "EpisodeHost | None":
     """What runs episodes with the engine, if the recipe has them."""
     recipe, spec, limits = plan.recipe, plan.recipe.episode, plan.deployment.limits
-    if not spec.enabled:
+    if not spec.what:
         return None
     from asyncrl.episodes.chat import Chat
     from asyncrl.episodes.children import EpisodePool

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import pickle
 import re
 import symtable
@@ -222,6 +223,13 @@ def _module_from(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def named_parameters(signature: inspect.Signature) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The parameters that can be passed by name, and whether `**kwargs` takes any other."""
+    parameters = signature.parameters
+    named = {name: p for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def describe(error: BaseException, module: str = "") -> str:

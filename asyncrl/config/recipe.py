@@ -171,7 +171,7 @@ class EpisodeSpec(Spec, frozen=True, kw_only=True):
             ("in_flight", lambda x: x >= 1, "< 1: no episode could begin; use at least sampling.n, or null"),
         ]
         require_fields(self, "episode.", rules)
-        if not self.enabled:
+        if not self.what:
             settings = "max_turns max_turn_tokens max_tokens deadline_s step_deadline_s in_flight python"
             require_unset(self, "episode.", settings, "no episode.environment, agent or tools: there is no episode; name one")
 
@@ -181,8 +181,9 @@ class EpisodeSpec(Spec, frozen=True, kw_only=True):
         )
 
     @property
-    def enabled(self) -> bool:
-        return bool(self.environment or self.agent or self.tools)
+    def what(self) -> str:
+        """What answers the policy, by name; empty: nothing, a rollout is one answer."""
+        return ", ".join(filter(None, (self.environment, self.agent, *self.tools)))
 
 
 class SamplingSpec(Spec, frozen=True, kw_only=True):

@@ -24,14 +24,13 @@ import msgspec
 from msgspec import Struct
 
 from asyncrl.config import EpisodeSpec
-from asyncrl.config.callables import describe, load_callable
+from asyncrl.config.callables import describe, load_callable, named_parameters
 from asyncrl.episodes.adapters import environment_of
 from asyncrl.episodes.environments import Message, Step, Task
-from asyncrl.episodes.tools import Tools
+from asyncrl.episodes.tools import prepare_tools, resolved
 from asyncrl.errors import ConfigError
-from asyncrl.processes import end_with_owner
+from asyncrl.processes import end_with_owner, framed, read_frame
 
-HEADER = 8  # bytes of a frame's length
 LONGEST = 64 << 20  # bytes of a frame
 LONGEST_ERROR = 10_000  # characters
 MODEL = "policy"  # what agents call it
@@ -80,11 +79,6 @@ decode_told = msgspec.msgpack.Decoder(Told).decode
 _decode_asked = msgspec.msgpack.Decoder(Task | Reply | Engage).decode
 
 
-def framed(message: object) -> bytes:
-    body = msgspec.msgpack.encode(message)
-    return len(body).to_bytes(HEADER) + body
-
-
 def fork_episodes(episode: str, lifeline: int) -> int:
     """Forks episodes until the owner closes its end. Returns the exit code: 1 if the environment can't be loaded."""
     end_with_owner(lifeline)
@@ -97,7 +91,7 @@ def fork_episodes(episode: str, lifeline: int) -> int:
         named = spec.environment or spec.agent
         make = load_callable(named, "episode.environment" if spec.environment else "episode.agent") if named else None
         tools = [load_callable(tool, "episode.tools") for tool in spec.tools]
-        Tools(tools)  # what can't be told to a model is found out now
+        prepare_tools(make, tools)
     except ConfigError as error:
         control.send(msgspec.msgpack.encode(Failed(str(error)[:LONGEST_ERROR])))
         return 1
@@ -129,22 +123,25 @@ def run_episodes(new: Callable[..., Any], module: str, peer: socket.socket, life
         with asyncio.Runner() as runner:
 
             def awaited(value: Any) -> Any:
-                return runner.run(_wait(value)) if inspect.isawaitable(value) else value
+                return runner.run(resolved(value)) if inspect.isawaitable(value) else value
+
+            def close() -> None:
+                awaited(getattr(environment, "close", lambda: None)())
 
             environment: Any = None
-            while frame := _read(stream):
+            while frame := read_frame(stream):
                 asked = _decode_asked(frame)
                 if isinstance(asked, Engage):
                     _tell(stream, _ended(awaited(engage(new, asked))))
                 elif isinstance(asked, Task):
-                    awaited(getattr(environment, "close", lambda: None)())
+                    close()
                     environment = new()
                     messages = tuple(awaited(environment.reset(asked)))
                     _tell(stream, Begun(messages, tuple(getattr(environment, "tools", ()))))
                 else:
                     step = awaited(environment.step(asked.message))
                     _tell(stream, Stepped(msgspec.convert(step, Step, from_attributes=True)))
-            awaited(getattr(environment, "close", lambda: None)())
+            close()
     except BaseException as error:  # sys.exit in a user's code must cost one episode
         _tell(stream, Failed(describe(error, module)))
     finally:
@@ -155,9 +152,8 @@ def engage(agent: Callable[..., Any], asked: Engage) -> Any:
     """Calls an agent: with its task, and with what it names of base_url, api_key and model; the environment has them too."""
     os.environ |= {"OPENAI_BASE_URL": asked.base_url, "OPENAI_API_KEY": asked.api_key}
     known = {"base_url": asked.base_url, "api_key": asked.api_key, "model": MODEL}
-    parameters = inspect.signature(agent).parameters
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return agent(asked.task, **{name: value for name, value in known.items() if open_ended or name in parameters})
+    named, open_ended = named_parameters(inspect.signature(agent))
+    return agent(asked.task, **{name: value for name, value in known.items() if open_ended or name in named})
 
 
 def _ended(result: Any) -> AgentEnded:
@@ -167,23 +163,13 @@ def _ended(result: Any) -> AgentEnded:
     return AgentEnded(None if result is None else float(result), {})
 
 
-async def _wait(value: Any) -> Any:
-    return await value
-
-
 def _tell(stream: BufferedRWPair, message: Told) -> None:
     try:
-        frame = framed(message)
+        body = msgspec.msgpack.encode(message)
     except (TypeError, UnicodeEncodeError) as error:
-        frame = framed(Failed(f"what the environment returned can't be sent: {error!a}"))
-    stream.write(frame)
+        body = msgspec.msgpack.encode(Failed(f"what the environment returned can't be sent: {error!a}"))
+    stream.write(framed(body))
     stream.flush()
-
-
-def _read(stream: BufferedRWPair) -> bytes:
-    """The next frame; empty at the end."""
-    header = stream.read(HEADER)
-    return stream.read(int.from_bytes(header)) if len(header) == HEADER else b""
 
 
 if __name__ == "__main__":

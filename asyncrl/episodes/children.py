@@ -13,22 +13,10 @@ from typing import TypeVar
 import msgspec
 
 from asyncrl.config import EpisodeSpec
-from asyncrl.episodes.child import (
-    HEADER,
-    LONGEST,
-    AgentEnded,
-    Begun,
-    Engage,
-    Failed,
-    Forked,
-    Reply,
-    Stepped,
-    decode_told,
-    framed,
-)
+from asyncrl.episodes.child import LONGEST, AgentEnded, Begun, Engage, Failed, Forked, Reply, Stepped, decode_told
 from asyncrl.episodes.environments import Message, Step, Task
 from asyncrl.errors import AsyncRLError, ConfigError, Unavailable
-from asyncrl.processes import OwnedProcess
+from asyncrl.processes import HEADER, OwnedProcess, framed
 
 T = TypeVar("T", Forked, Begun, Stepped, AgentEnded)
 
@@ -47,7 +35,7 @@ class EpisodePool:
         told = msgspec.json.encode(spec).decode()
         self._command = [spec.python or sys.executable, "-m", "asyncrl.episodes.child", told]
         self._log, self._start_timeout_s = log, start_timeout_s
-        self._where = ", ".join(filter(None, (spec.environment, spec.agent, *spec.tools)))
+        self._where = spec.what
         self._idle: list[Running] = []
         self.restarts = -1
         self._open()
@@ -115,16 +103,19 @@ class Running:
         self.busy_s = 0.0  # in the user's code, since its fork
 
     async def begin(self, task: Task) -> Begun:
-        self._writer.write(framed(task))
+        self._ask(task)
         return await self.told(Begun)
 
     async def step(self, reply: Message) -> Step:
-        self._writer.write(framed(Reply(reply)))
+        self._ask(Reply(reply))
         return (await self.told(Stepped)).step
 
     async def engage(self, task: Task, base_url: str, api_key: str) -> AgentEnded:
-        self._writer.write(framed(Engage(task, base_url, api_key)))
+        self._ask(Engage(task, base_url, api_key))
         return await self.told(AgentEnded)
+
+    def _ask(self, message: object) -> None:
+        self._writer.write(framed(msgspec.msgpack.encode(message)))
 
     async def told(self, kind: type[T]) -> T:
         began = time.monotonic()

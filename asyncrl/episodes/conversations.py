@@ -50,9 +50,9 @@ class Conversations:
         self._calls += 1
         said = tuple(map(_normal, messages))
         prompt_ids = self._prompt(messages, said, tools)
-        if not (room := self._session.room(prompt_ids)):
+        if not self._session.room(prompt_ids):
             raise CallRefused(f"a prompt of {len(prompt_ids)} tokens leaves no room for an answer", "context_length_exceeded")
-        request = self._session.request(prompt_ids, min(room, max_tokens))
+        request = self._session.request(prompt_ids, max_tokens)
         answer = await self._ask(request)
         self._session.record(request, answer)
         message = self._chat.reply(answer.token_ids)

@@ -122,9 +122,8 @@ class EpisodeHost:
             del self._tasks[group]
 
     async def _run(self, ticket: Ticket, rollout: int, seed: int, future: "Future[Generation]") -> None:
-        name = f"{ticket.group}/{rollout}/{ticket.attempt}"
-        sampling = ticket.sampling.greedy() if rollout == ticket.baseline else ticket.sampling
-        session = Session(name, ticket.group, sampling, seed, self._budget)
+        name = ticket.name_of(rollout)
+        session = Session(name, ticket.group, ticket.sampling_of(rollout), seed, self._budget)
         try:
             future.set_result(await self._episode(self._task(ticket, rollout), session))
         except (asyncio.CancelledError, _Aborted):  # the store has it done again, or does not want it any more

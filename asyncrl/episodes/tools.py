@@ -11,6 +11,7 @@ from asyncrl.episodes.environments import Message, Step, Task
 from asyncrl.errors import ConfigError
 
 Function = Callable[..., Any]
+_SCHEMAS: dict[Function, dict[str, Any]] = {}
 
 
 class Tools:
@@ -32,7 +33,7 @@ class Tools:
 
     async def reset(self, task: Task) -> Sequence[Message]:
         messages: list[Message] = task.row["prompt"]
-        shown = await _result(self._owner.reset(**task.row)) if self._owner is not None else None
+        shown = await resolved(self._owner.reset(**task.row)) if self._owner is not None else None
         if shown is None:
             return messages
         return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + shown}]
@@ -62,11 +63,26 @@ class Tools:
 
     async def _reward(self) -> float:
         get = getattr(self._owner, "get_reward", None)
-        return float(await _result(get())) if get is not None else 0.0
+        return float(await resolved(get())) if get is not None else 0.0
+
+
+def prepare_tools(make: Function | None, functions: Sequence[Function]) -> None:
+    """Does once, before there are episodes, what each of them would: imports, and schemas. Raises ConfigError."""
+    if inspect.isclass(make) and not hasattr(make, "step"):  # its methods will be tools
+        import transformers.utils  # noqa: F401
+    for function in functions:
+        schema(function)
 
 
 def schema(function: Function) -> dict[str, Any]:
     """A function as a model is told of it. Raises ConfigError for one without types, or without a docstring."""
+    known = getattr(function, "__func__", function)  # of a method what all objects share
+    if known not in _SCHEMAS:
+        _SCHEMAS[known] = _schema(function)
+    return _SCHEMAS[known]
+
+
+def _schema(function: Function) -> dict[str, Any]:
     from transformers.utils import get_json_schema  # it imports for a second
 
     try:
@@ -85,5 +101,6 @@ def _shown(call: Message, result: Any) -> Message:
     return {"role": "tool", "name": call["function"]["name"], "tool_call_id": call["id"], "content": text}
 
 
-async def _result(value: Any) -> Any:
+async def resolved(value: Any) -> Any:
+    """A result, also of an `async def`."""
     return await value if isinstance(value, Awaitable) else value

@@ -16,7 +16,15 @@ from functools import partial
 from asyncrl.config import LimitsSpec
 from asyncrl.errors import Closed, Fenced, Unavailable
 from asyncrl.generate.states import GeneratorEvent, GeneratorState, accepts, state_after
-from asyncrl.generate.workload import EndedRequest, GeneratorCounters, HeldGroup, StoreReply, Workload, tickets_wanted
+from asyncrl.generate.workload import (
+    EndedRequest,
+    GeneratorCounters,
+    HeldGroup,
+    SingleAnswers,
+    StoreReply,
+    Workload,
+    tickets_wanted,
+)
 from asyncrl.interfaces import Engine, Episodes, GeneratorStore, WeightSource
 from asyncrl.report.timing import TimeInState
 from asyncrl.types import TOO_OLD, Generation, Report, Reserved, Rollout, Ticket, Version
@@ -51,7 +59,7 @@ class Generator:
         limits: LimitsSpec = LimitsSpec(),
         episodes: Episodes | None = None,
     ) -> None:
-        self._episodes = episodes
+        self._episodes = episodes or SingleAnswers(engine)
         self._engine, self._store, self._weights, self._decode = engine, store, weights, decode
         self._name, self._group_size = name, group_size
         self._poll_s, self._health_timeout_s = limits.poll_s, limits.health_timeout_s
@@ -169,7 +177,7 @@ class Generator:
         too_old = self._reply.too_old == self._version and self._since_heard() < self._poll_s
         if too_old or self._reply.ended or not accepts(self._state, GeneratorEvent.RESERVE):
             return 0
-        slots = (self._episodes or self._engine).slots
+        slots = self._episodes.slots
         ahead = min(slots, int(AHEAD_S * self._work.pace(time.monotonic())))
         return tickets_wanted(slots, self._work.unfinished, self._group_size, ahead)
 
@@ -202,7 +210,7 @@ class Generator:
                 self._work.more_evals = any(ticket.pinned == version for ticket in reserved.tickets)
                 self._follow_evaluation()
         for group in reserved.cancelled:
-            (self._episodes or self._engine).abort(group)
+            self._episodes.abort(group)
         for ticket in reserved.tickets:
             if ticket.purpose == "eval" and ticket.pinned != version:
                 self._counters.add("evals_left")  # never named as held, so the store gives it to a generator at that version
@@ -222,8 +230,7 @@ class Generator:
         with self._lock:
             self._work.begin(held)
             self._changed()
-        made = self._engine.submit_group(held.requests()) if self._episodes is None else self._episodes.submit(ticket)
-        for rollout, future in zip(ticket.rollouts, made, strict=True):
+        for rollout, future in zip(ticket.rollouts, self._episodes.submit(ticket), strict=True):
             future.add_done_callback(partial(self._finished, held, rollout))
 
     # ------------------------------------------------------------------------------------------- submit
@@ -310,8 +317,6 @@ class Generator:
             gauges["update"] = float(-1 if self._version is None else self._version.update)
         gauges |= {f"engine/{name}": value for name, value in self._engine.gauges().items()}
         gauges |= {f"bus/{name}": value for name, value in self._weights.gauges().items()}
-        progress = self._engine.progress() + int(gauges.get("bus/received_bytes", 0))
-        if self._episodes is not None:
-            gauges |= {f"episode/{name}": value for name, value in self._episodes.gauges().items()}
-            progress += self._episodes.progress()
+        gauges |= {f"episode/{name}": value for name, value in self._episodes.gauges().items()}
+        progress = self._engine.progress() + self._episodes.progress() + int(gauges.get("bus/received_bytes", 0))
         return Report(name=self._name, role="generator", seconds=self._time.seconds(), gauges=gauges, progress=progress)

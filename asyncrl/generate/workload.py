@@ -8,7 +8,43 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from asyncrl.interfaces import Engine
 from asyncrl.types import Generation, GenerationRequest, Rollout, SwapReport, Ticket, Trajectory, Version
+
+
+class SingleAnswers:
+    """Episodes (asyncrl.interfaces) of one answer each, which are the engine's own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def slots(self) -> int:
+        return self._engine.slots
+
+    def submit(self, ticket: Ticket) -> "list[Future[Generation]]":
+        """One request per missing rollout of the ticket."""
+        return self._engine.submit_group(
+            [
+                GenerationRequest(
+                    id=ticket.name_of(rollout),
+                    group=ticket.group,
+                    prompt_ids=ticket.prompt.ids,
+                    sampling=ticket.sampling_of(rollout),
+                    seed=seed,
+                )
+                for rollout, seed in zip(ticket.rollouts, ticket.seeds, strict=True)
+            ]
+        )
+
+    def abort(self, group: int) -> None:
+        self._engine.abort(group)
+
+    def gauges(self) -> dict[str, float]:
+        return {}
+
+    def progress(self) -> int:
+        return 0
 
 
 @dataclass(eq=False)
@@ -19,20 +55,6 @@ class HeldGroup:
     prompt_text: str
     started: float  # seconds since the epoch: work begins as soon as the ticket is reserved
     unsubmitted: int  # rollouts that the store does not have yet
-
-    def requests(self) -> list[GenerationRequest]:
-        """One request per missing rollout of the ticket; that of the baseline is greedy."""
-        ticket = self.ticket
-        return [
-            GenerationRequest(
-                id=f"{ticket.group}/{rollout}/{ticket.attempt}",
-                group=ticket.group,
-                prompt_ids=ticket.prompt.ids,
-                sampling=ticket.sampling.greedy() if rollout == ticket.baseline else ticket.sampling,
-                seed=seed,
-            )
-            for rollout, seed in zip(ticket.rollouts, ticket.seeds, strict=True)
-        ]
 
 
 class EndedRequest(NamedTuple):

@@ -297,7 +297,7 @@ def _terms(args: argparse.Namespace, policy: Policy) -> tuple[RewardTerm, ...]:
         return (RewardTerm(function=f"{args.reward}:compute_score" if args.reward.endswith(".py") else args.reward),)
     if policy.recipe is None:
         raise ConfigError(f"{args.model} is no run with a recipe, so nothing says how to score; add --reward file.py:name")
-    if policy.recipe.episode.enabled:
+    if policy.recipe.episode.what:
         raise ConfigError(
             f"{args.model} was trained on episodes (its recipe has an environment, agent or tools), which asyncrl eval does "
             "not run: single answers would be another task; evaluate in a run (evaluation.files), or add --reward"

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from asyncrl.config import RewardTerm
-from asyncrl.config.callables import describe, load_callable
+from asyncrl.config.callables import describe, load_callable, named_parameters
 from asyncrl.errors import ConfigError
 from asyncrl.reward.results import Sample, Verdict, read_result
 
@@ -112,13 +112,6 @@ def _awaited(result: Any) -> Any:
     return asyncio.run(wait(result)) if inspect.isawaitable(result) else result
 
 
-def _keywords(signature: inspect.Signature) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The parameters that can be passed by name, and whether `**kwargs` takes any other."""
-    parameters = signature.parameters
-    named = {name: p for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return named, any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
 # ---------------------------------------------------------------------------------------- verl's convention
 
 _NAMES = ("data_source", "solution_str", "ground_truth", "extra_info")
@@ -148,7 +141,7 @@ def _verl_arguments(function: Callable[..., Any], term: RewardTerm) -> tuple[tup
         signature = inspect.signature(function)
     except ValueError:  # a compiled function that doesn't tell
         return _NAMES, 0
-    named, open_ended = _keywords(signature)
+    named, open_ended = named_parameters(signature)
     keywords = tuple(name for name in _NAMES if open_ended or name in named)
     # others must not be handed on by a `**kwargs`, nor where the recipe gives an argument of that name
     extra = tuple(name for name in _EXTRA_NAMES if name in named and name not in term.arguments)
@@ -197,7 +190,7 @@ def _trl_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Cal
     as they are. Raises TypeError for a column that the row lacks, ValueError for a result that is no list of one; and whatever
     the function raises.
     """
-    named, open_ended = _keywords(inspect.signature(function))
+    named, open_ended = named_parameters(inspect.signature(function))
     required = [name for name, parameter in named.items() if parameter.default is parameter.empty]
 
     def ask(sample: Sample) -> Any:

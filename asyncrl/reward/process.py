@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from asyncrl.config import RewardTerm
 from asyncrl.errors import ConfigError
-from asyncrl.processes import end_with_owner
+from asyncrl.processes import HEADER, end_with_owner, framed, read_frame
 from asyncrl.reward.functions import load_terms
 from asyncrl.reward.results import Sample, Verdict
 
@@ -36,14 +36,12 @@ class Broken(Struct, frozen=True, array_like=True, tag="broken"):
 
 
 Reply = Verdict | Ready | Broken
-HEADER = 8  # bytes of a frame's length
 _samples = msgspec.msgpack.Decoder(list[Sample])
 _replies = msgspec.msgpack.Decoder(Reply)
 
 
 def to_frame(message: list[Sample] | Reply) -> bytes:
-    body = msgspec.msgpack.encode(message)
-    return len(body).to_bytes(HEADER) + body
+    return framed(msgspec.msgpack.encode(message))
 
 
 def take_replies(received: bytearray) -> list[Reply]:
@@ -65,8 +63,8 @@ def serve(terms: str, lifeline: int) -> int:
         _send(results, Broken(str(error)))
         return 1
     _send(results, Ready())
-    while header := tasks.read(HEADER):
-        for sample in _samples.decode(tasks.read(int.from_bytes(header))):
+    while frame := read_frame(tasks):
+        for sample in _samples.decode(frame):
             verdict = judge(sample)
             # An alarm that the function left running would hit the next sample.
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -145,7 +145,8 @@ def test_tools_of_trl() -> None:
 
 
 def test_an_environment_of_trl() -> None:
-    environment = environment_of(Counter, {}, [multiply])
+    environment, other = (environment_of(Counter, {}, [multiply]) for _ in range(2))
+    assert all(one is another for one, another in zip(environment.tools, other.tools, strict=True))  # described once
 
     async def play() -> None:
         begun = await environment.reset(task(goal=5))
