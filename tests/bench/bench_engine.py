@@ -1,7 +1,7 @@
-"""Tokens per second of the torch engine against `model.generate`: `python tests/bench/bench_engine.py [BATCH …]`.
+"""Tokens per second of the torch engine against `model.generate`: `python tests/bench/bench_engine.py [BATCH …] [--large]`.
 
 One thread (its CPU time counts, so that a busy machine disturbs less), a 0.8M-parameter Qwen3, temperature 1. Ratios above
-1: the engine is faster. *equal*: groups of 8 rollouts per prompt, all of the same length. *distinct*: the same, every prompt
+1: the engine is faster. `--large`: 100M parameters, of which one round is run. *equal*: groups of 8 rollouts per prompt, all of the same length. *distinct*: the same, every prompt
 another. *mixed*: log-normal lengths; `generate` runs each batch to its longest, and only wanted tokens count. *refill*:
 mixed, with four batches of requests queued, so that slots are filled again as they free.
 
@@ -23,15 +23,16 @@ from asyncrl.types import GenerationRequest, Sampling, Version
 PROMPT, RESPONSE, GROUP, REPEATS = 16, 48, 8, 5
 
 
-def tiny_model(positions: int = 512) -> PreTrainedModel:
+def tiny_model(positions: int = 512, scale: int = 1) -> PreTrainedModel:
+    """scale: of the widths, above 1 with 12 layers instead of 4."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=32,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=128 * scale,
+        intermediate_size=384 * scale,
+        num_hidden_layers=4 if scale == 1 else 12,
+        num_attention_heads=4 * scale,
+        num_key_value_heads=2 * scale,
         head_dim=32,
         max_position_embeddings=positions,
         tie_word_embeddings=True,
@@ -125,11 +126,11 @@ def swap(model: PreTrainedModel) -> str:
 
 
 def compare(
-    engine: TorchEngine, plain: PreTrainedModel, batch: int, lengths: np.ndarray, prompts: np.ndarray
+    engine: TorchEngine, plain: PreTrainedModel, batch: int, lengths: np.ndarray, prompts: np.ndarray, rounds: int
 ) -> tuple[float, float]:
     """Best tokens/s of engine and of `generate`, taken in turns, so that a busy machine slows both."""
     ours, theirs = [], []
-    for _ in range(REPEATS):
+    for _ in range(rounds):
         theirs.append(generate_seconds(plain, prompts, lengths, batch))
         ours.append(engine_seconds(engine, prompts, lengths))
     return lengths.sum() / min(ours), lengths.sum() / min(theirs)
@@ -137,10 +138,13 @@ def compare(
 
 def main() -> int:
     torch.set_num_threads(1)
-    plain, rng = tiny_model(), np.random.default_rng(0)
+    batches = [int(batch) for batch in sys.argv[1:] if batch != "--large"]
+    scale, rounds = (6, 1) if "--large" in sys.argv else (1, REPEATS)
+    plain, rng = tiny_model(scale=scale), np.random.default_rng(0)
+    print(f"{plain.num_parameters() / 1e6:.1f}M parameters")
     print(f"{'batch':>5} {'lengths':>8} {'engine tok/s':>13} {'generate tok/s':>15} {'ratio':>6}")
-    for batch in map(int, sys.argv[1:] or (8, 32, 64)):
-        model = tiny_model()
+    for batch in batches or (8, 32, 64):
+        model = tiny_model(scale=scale)
         engine = TorchEngine(model, slots=batch, max_length=512)
         engine.update_weights(Version(0, 0), named_weights(model))
         mixed = np.clip(rng.lognormal(np.log(RESPONSE / 2), 0.8, size=4 * batch), 1, 256).astype(int)
@@ -154,7 +158,7 @@ def main() -> int:
             "refill": (mixed, grouped),
         }
         for name, (lengths, prompts) in cases.items():
-            ours, theirs = compare(engine, plain, batch, lengths, prompts)
+            ours, theirs = compare(engine, plain, batch, lengths, prompts, rounds)
             print(f"{batch:>5} {name:>8} {ours:>13.0f} {theirs:>15.0f} {ours / theirs:>6.2f}", flush=True)
     print(unlike(tiny_model(2048)), swap(tiny_model(2048)), sep="\n")
     return 0
