@@ -73,6 +73,58 @@ def test_gsm8k_from_its_parquet_files_and_not_twice(tiny_model, tmp_path):
         prepare_run(other, Deployment(), RunDir(tmp_path / "other"), resuming=False)
 
 
+def test_gsm8k_with_programs(tiny_model, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in GSM8K))
+    recipe = prepared("gsm8k_tools.py", tmp_path, tiny_model, RunDir(tmp_path / "run"))
+    row = next(read_rows(recipe.data))
+    assert row.prompt[0]["content"].endswith('the final answer after "####". Compute with the python tool where that helps.')
+    reward = load_callable(recipe.reward.function)
+
+    def scored(stop: str, *messages: dict[str, str]) -> dict[str, object]:
+        return reward("s", "", row.ground_truth, episode={"messages": messages, "stop": stop, "parts": {"tool_calls": 2.0}})
+
+    right, printed = {"role": "assistant", "content": "So #### 999"}, {"role": "tool", "content": "999"}
+    assert scored("done", printed, right) == {"score": 1.0, "pred": "999", "tool_calls": 2.0}
+    assert scored("done", printed, {"role": "assistant", "content": "#### 998"})["score"] == 0.0
+    assert scored("max_turns", right, printed)["score"] == 0.0  # nobody said it
+
+
+@pytest.fixture
+def python():
+    """The tool of recipes/gsm8k_tools.py."""
+    return load_callable(f"{RECIPES / 'gsm8k_tools.py'}:python")
+
+
+@pytest.mark.parametrize(
+    ("code", "printed"),
+    [
+        ("print(998 + 1)", "999"),
+        ("import math, sys\nprint(math.factorial(20))\nsys.exit()", "2432902008176640000"),
+        ("x = 1", "(the program printed nothing)"),
+        ("print('a' * 5000)", "a" * 1000),
+    ],
+)
+def test_what_a_program_printed_is_told(python, code, printed):
+    assert python(code) == printed
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("print(1\n", r"SyntaxError: '\(' was never closed"),
+        ("[0] * 10**10", "MemoryError"),
+        ("while True: print('x' * 9999)", r"OSError: \[Errno 27\] File too large"),
+        ("import os; os._exit(3)", "the program ended with exit code 3"),
+        ("while True: pass", r"the program did not end within 0\.5 seconds"),
+    ],
+)
+def test_a_program_costs_its_call_at_most(python, monkeypatch, code, error):
+    monkeypatch.setitem(python.__globals__, "LONGEST_S", 0.5 if "pass" in code else 30.0)
+    with pytest.raises((RuntimeError, TimeoutError), match=f"^{error}$"):
+        python(code)
+
+
 def test_math_from_json_lines_and_answers_that_stand_apart(tiny_model, tmp_path):
     pytest.importorskip("math_verify")
     (tmp_path / "math").mkdir()

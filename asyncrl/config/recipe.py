@@ -156,8 +156,8 @@ class EpisodeSpec(Spec, frozen=True, kw_only=True):
     # Wall clock in seconds for the whole of it. Past it its process is killed; what was sampled is kept, and not trained.
     deadline_s: float = 300.0
     step_deadline_s: float = 60.0  # the same for the environment's answer to one turn
-    # Episodes that each generator has under way at a time, with a process for each. null: twice the engine's slots, as some
-    # wait for environments.
+    # Episodes that each generator has under way at most, with a process for each: as many as its engine has slots, and one more
+    # for each that waits for its environment, up to this. null: four times the slots.
     in_flight: int | None = None
     # The Python that runs environments; it needs asyncrl and msgspec. Empty: the generators' own.
     python: str = ""

@@ -29,6 +29,7 @@ from asyncrl.interfaces import Engine
 from asyncrl.types import Episode, EpisodeStop, Generation, GenerationRequest, Status, Ticket, Trajectory, derive_seed
 
 CLOSE_TIMEOUT_S = 10.0
+MOST = 4  # episodes per slot of the engine, if the recipe says nothing
 T = TypeVar("T")
 
 
@@ -53,6 +54,7 @@ class EpisodeHost:
         self._tasks: dict[int, set[asyncio.Task[None]]] = {}  # by group
         self._counts: Counter[str] = Counter()
         self._environment_s = self._alive_s = 0.0
+        self._away = 0  # episodes that the engine has nothing to do for
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
         self._thread.start()
@@ -79,8 +81,9 @@ class EpisodeHost:
 
     @property
     def slots(self) -> int:
-        """Episodes that are welcome at a time: more than the engine decodes, as some wait for their environments."""
-        return self._spec.in_flight or 2 * self._engine.slots
+        """Episodes that are welcome at a time: those that wait for their environments leave their slots to others."""
+        slots = self._engine.slots
+        return min(self._spec.in_flight or MOST * slots, slots + self._away)
 
     def abort(self, group: int) -> None:
         """Ends a group's episodes: their processes are killed, and the engine drops what it does for them."""
@@ -150,6 +153,7 @@ class EpisodeHost:
         try:
             async with asyncio.timeout(self._spec.deadline_s):
                 running = await self._pool.start()
+                self._away += 1
                 before_s = running.busy_s
                 play = self._play if self._gateway is None else self._serve
                 stop = await play(running, task, session, story)
@@ -164,6 +168,7 @@ class EpisodeHost:
             episode = story.ended("invalid", "error", str(error))
         finally:
             if running is not None:
+                self._away -= 1
                 self._pool.done(running, in_order)
                 self._environment_s += running.busy_s - before_s
         self._counts.update({"episodes": 1, f"stop/{episode.stop}": 1})
@@ -204,7 +209,11 @@ class EpisodeHost:
         return "done"
 
     async def _generated(self, story: "Story", request: GenerationRequest) -> Generation:
-        answer = await asyncio.wrap_future(self._engine.submit_group([request])[0])
+        self._away -= 1
+        try:
+            answer = await asyncio.wrap_future(self._engine.submit_group([request])[0])
+        finally:
+            self._away += 1
         if answer.finish_reason == "abort":
             story.aborted = True
             raise _Aborted

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from asyncrl.config.callables import describe
 from asyncrl.episodes.environments import Message, Step, Task
 from asyncrl.errors import ConfigError
 
@@ -97,7 +96,7 @@ def _schema(function: Function) -> dict[str, Any]:
 
 
 def _shown(call: Message, result: Any) -> Message:
-    text = f"error: {describe(result)}" if isinstance(result, BaseException) else str(result)
+    text = f"error: {type(result).__name__}: {result}" if isinstance(result, BaseException) else str(result)
     return {"role": "tool", "name": call["function"]["name"], "tool_call_id": call["id"], "content": text}
 
 

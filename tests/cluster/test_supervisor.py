@@ -155,22 +155,22 @@ SLOW_LOSS = """
 import time
 
 def loss(logp_t, old_t, advantages_t, sequence_t):
-    time.sleep(2.0)
+    time.sleep(1.2)
     return -(logp_t - old_t).exp() * advantages_t, {}
 """
 SLOW_REWARD = """
 import time
 
-time.sleep(8.0)
+time.sleep(5.0)
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
-    time.sleep(8.0)
+    time.sleep(5.0)
     return len(solution_str)
 """
 
 
 def test_a_run_whose_every_part_takes_longer_than_the_stall_timeout_is_healthy(local_ray, tiny_recipe, tmp_path):
-    """The reward's file loads for 8 s, a sample takes 8 s, an update 12 s."""
+    """The reward's file loads for 5 s, a sample takes 5 s, an update 7 s."""
     loss, reward = tmp_path / "loss.py", tmp_path / "reward.py"
     loss.write_text(SLOW_LOSS)
     reward.write_text(SLOW_REWARD)
@@ -182,7 +182,7 @@ def test_a_run_whose_every_part_takes_longer_than_the_stall_timeout_is_healthy(l
         staleness=StalenessSpec(max_lag=0),
         total_steps=1,
     )
-    deployment = Deployment(rewards=RewardsSpec(processes=2), limits=LimitsSpec(stall_timeout_s=6.0, poll_s=0.5))
+    deployment = Deployment(rewards=RewardsSpec(processes=2), limits=LimitsSpec(stall_timeout_s=4.0, poll_s=0.5))
     assert launch(recipe, deployment, runs_dir=tmp_path).steps == 1
 
 

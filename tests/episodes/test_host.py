@@ -179,6 +179,34 @@ def test_a_process_that_dies_as_it_starts_costs_its_episode(make_host, make_tick
     assert (made.episode.status, made.episode.error) == ("invalid", "the environment's process died")
 
 
+def test_episodes_that_wait_for_their_environments_leave_their_slots_to_others(make_host, make_ticket, engine) -> None:
+    waiting = make_host(arguments={"fail": "hang"})
+    futures = waiting.submit(make_ticket([0, 1, 2]))
+    until(lambda: waiting.slots == 4 + 3)
+    engine.held = []
+    asking = make_host(in_flight=5)
+    asked = asking.submit(make_ticket([0, 1]))
+    for _ in (*futures, *asked):
+        assert engine.arrived.acquire(timeout=WAIT_S)
+    assert asking.slots == 4
+    held, engine.held = engine.held, None
+    for request, future in held:
+        future.set_result(engine.answer(request))
+    waiting.abort(5)
+    assert [future.result(WAIT_S).finish_reason for future in (*futures, *asked)] == ["abort"] * 3 + ["stop"] * 2
+    assert (waiting.slots, asking.slots) == (4, 4)
+    more = make_host(arguments={"fail": "hang"}, in_flight=5)
+    more.submit(make_ticket([0, 1, 2]))
+    until(lambda: more.slots == 5)
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < deadline
+        os.sched_yield()
+
+
 def test_progress_never_falls(make_host, make_ticket, engine) -> None:
     host = make_host()
     seen = [host.progress()]

@@ -1,16 +1,24 @@
-"""Episodes in a whole run: the shipped recipe, in a shorter form."""
+"""Episodes in whole runs: the shipped recipes, in shorter forms, one of them under faults."""
 
 import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 
 import pytest
-from transformers import AutoTokenizer
+from msgspec.structs import replace
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import asyncrl.replay
 from asyncrl import RunResult, launch
 from asyncrl.config.load import load_specs
 from asyncrl.config.paths import resolve_paths
+from asyncrl.report.summary import RunSummary
 from asyncrl.rundir import RunDir
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -58,3 +66,136 @@ def test_rows_are_conversations_as_they_were_read_and_sampled(pointers_run) -> N
             assert rendered[: len(ids)] == ids
             whole += 1
     assert whole >= len(rows) // 2
+
+
+# ------------------------------------------------------------------------------------------- under faults
+
+
+class Processes:
+    """Those of this machine, at one moment: parent and group by number."""
+
+    def __init__(self) -> None:
+        self.parents: dict[int, int] = {}
+        self.groups: dict[int, int] = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it ended meanwhile
+                state, parent, group = stat.read_text().rpartition(")")[2].split()[:3]
+                if state not in "ZX":
+                    pid = int(stat.parent.name)
+                    self.parents[pid], self.groups[pid] = int(parent), int(group)
+
+    def below(self, ancestor: int) -> set[int]:
+        found, above = set[int](), {ancestor}
+        while above:
+            above = {pid for pid, parent in self.parents.items() if parent in above}
+            found |= above
+        return found
+
+    def at_work(self, generator: int) -> list[int]:
+        """The groups of a generator's episodes that run a program, each led by the episode's process."""
+        programs = {pid for pid in self.below(generator) if "RLIMIT_FSIZE" in command(pid)}
+        return sorted({self.groups[pid] for pid in programs} - programs)
+
+
+def command(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+class Faults:
+    """While programs wait for the gate: one episode dies, one hangs, and with it the generator dies; of the next one another
+    episode hangs. The learner goes on when that has passed its deadline."""
+
+    def __init__(self, gate: Path, release: Callable[[], None]) -> None:
+        self.gate, self.release = gate, release
+        self.seen: set[int] = set()  # generators, and all below them
+        self.stage, self._killed = 0, 0
+
+    def __call__(self, run: RunSummary) -> None:
+        pid, report = run.pids.get("generator-0"), run.reports.get("generator-0")
+        if pid is None or report is None:
+            return
+        processes, stopped = Processes(), report.gauges.get
+        at_work = processes.at_work(pid)
+        self.seen |= {pid, *processes.below(pid)}
+        if self.stage == 0 and len(at_work) >= 3:
+            os.kill(at_work[0], signal.SIGKILL)
+            os.kill(at_work[1], signal.SIGSTOP)
+        elif self.stage == 1 and stopped("episode/stop/error"):
+            os.kill(pid, signal.SIGKILL)
+            self._killed = pid
+        elif self.stage == 2 and pid != self._killed and at_work:
+            os.kill(at_work[0], signal.SIGSTOP)
+            self.gate.touch()
+        elif self.stage == 3 and stopped("episode/stop/deadline"):
+            self.release()
+        else:
+            return
+        self.stage += 1
+
+
+@pytest.fixture
+def calling(tmp_path: Path) -> tuple[Path, Path]:
+    """A tokenizer whose words are calls of the tool and answers, and the file that its programs wait for."""
+    gate = tmp_path / "gate"
+    code = f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\nprint(6 * 7)"
+    calls = [{"code": code}, {"code": code + " "}, {"code": code + "  "}, {"code": "1 / 0"}, {"program": "1"}]
+    said = [f"<tool_call>{json.dumps({'name': 'python', 'arguments': one})}</tool_call>" for one in calls]
+    words = ["<pad>", "<eos>", "<user>", "<assistant>", "<tool>", *said, "42", "so", "####", "it", "is", "48", "?"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", additional_special_tokens=words[2:5]
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "calling")
+    return tmp_path / "calling", gate
+
+
+def test_programs_run_and_nothing_is_lost_or_left_when_episodes_and_their_generator_die_and_hang(
+    local_ray, tiny_model, calling, hold_after, events_of, assert_nothing_lost, tmp_path
+) -> None:
+    """recipes/gsm8k_tools.py, with a random policy."""
+    tokenizer, gate = calling
+    problems = [{"question": f"What is 6*7, {i}?", "answer": "#### 42"} for i in range(64)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    small = ["data.max_prompt_length=32", "sampling.n=4", "sampling.max_response_length=4", "sampling.temperature=3"]
+    short = ["learner.batch_groups=4", "total_steps=8", "evaluation.files=[]", "episode.step_deadline_s=3"]
+    deployed = ["deploy.generators.engine.slots=16", "deploy.limits.poll_s=0.5"]
+    names = [f"arguments={{source: {tmp_path}}}", f"model.path={tiny_model}", f"model.tokenizer={tokenizer}"]
+    recipe, deployment = load_specs(RECIPES / "gsm8k_tools.py", None, [*names, *small, *short, *deployed])
+    hold = hold_after(2)
+    faults = Faults(gate, hold.release)
+    recipe = replace(resolve_paths(recipe, RunDir(tmp_path / "run"), RECIPES), algorithm=hold.algorithm)
+    result = launch(recipe, deployment, name="run", runs_dir=tmp_path, observe=faults)
+
+    assert faults.stage == 4
+    assert (result.steps, result.restarts) == (8, {"generator-0": 1})
+    assert_nothing_lost(events_of(result.run_dir), result)
+    rows = asyncrl.replay.open(result.run_dir).rollouts().to_pylist()
+    ended = [(row["status"], row["reward"], json.loads(row["episode"])) for row in rows]
+    assert {status for status, *_ in ended} == {"ok", "invalid", "timeout"}
+    errors = {status: episode["error"] for status, _, episode in ended}
+    assert errors["invalid"] == "the environment's process died"
+    assert "within episode.step_deadline_s=3" in errors["timeout"]
+    messages = [json.loads(episode["messages"]) for *_, episode in ended]
+    heard = {message["content"] for told in messages for message in told if message["role"] == "tool"}
+    assert {"42", "error: RuntimeError: ZeroDivisionError: division by zero"} < heard
+    right = [told[-1] for told, (_, reward, _) in zip(messages, ended, strict=True) if reward == 1.0]
+    assert right
+    assert all("42" in last["content"] and "tool_calls" not in last for last in right)
+    assert {reward for status, reward, episode in ended if status == "ok" and episode["stop"] != "done"} == {0.0}
+    assert_gone(faults)
+
+
+def assert_gone(faults: Faults) -> None:
+    """The generators, all that was below them, and their groups: with them what they had open."""
+    deadline = time.monotonic() + 20
+    while left := {pid for pid, group in Processes().groups.items() if {pid, group} & faults.seen}:
+        assert time.monotonic() < deadline, {pid: command(pid) for pid in left}
+        os.sched_yield()

@@ -75,10 +75,10 @@ def run_recipe(name: str, runs_dir: Path, *overrides: str) -> RunResult:
 
 @pytest.fixture(scope="module")
 def arithmetic_run(local_ray, arithmetic_data, tmp_path_factory) -> RunResult:
-    """One seed, 40 of the 200 updates, from a warm policy that is there already."""
+    """One seed, 24 of the 200 updates, from a warm policy that is there already."""
     runs = tmp_path_factory.mktemp("runs")
     shutil.copytree(arithmetic_data, runs / "arithmetic" / "data")
-    return run_recipe("arithmetic", runs, "total_steps=40", "evaluation.freq=20")
+    return run_recipe("arithmetic", runs, "total_steps=24", "evaluation.freq=12")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def ppo_run(local_ray, arithmetic_data, tmp_path_factory) -> RunResult:
 def test_arithmetic_learns(arithmetic_run, arithmetic_data, metrics_of):
     """Held-out exact match from at most 0.5 to at least 0.7."""
     result = arithmetic_run
-    assert result.steps == 40
+    assert result.steps == 24
     assert result.first_score is not None
     assert result.first_score <= 0.5
     assert result.last_score is not None
@@ -111,11 +111,11 @@ def test_arithmetic_learns(arithmetic_run, arithmetic_data, metrics_of):
         "reward_model",
         "extra_info",
     ]
-    assert [line["step"] for line in metrics_of(run, "step")] == list(range(1, 41))
+    assert [line["step"] for line in metrics_of(run, "step")] == list(range(1, 25))
     evaluated = [line["step"] for line in metrics_of(run, "eval")]
-    assert (evaluated[0], evaluated[-1], len(evaluated)) == (0, 40, 3)
+    assert (evaluated[0], evaluated[-1], len(evaluated)) == (0, 24, 3)
     # a generator that never held the very version asked for is evaluated at the next one it takes
-    assert all(0 <= step - due <= 4 for step, due in zip(evaluated, [0, 20, 40], strict=True))
+    assert all(0 <= step - due <= 4 for step, due in zip(evaluated, [0, 12, 24], strict=True))
     made, found = (folder / "warm" / "made.json" for folder in (arithmetic_data, run / "data"))
     assert found.stat().st_mtime_ns == made.stat().st_mtime_ns, "the warm-up was done again"
 

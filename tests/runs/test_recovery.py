@@ -4,7 +4,6 @@ import logging
 import os
 import re
 import signal
-from collections import Counter
 from collections.abc import Container
 from itertools import pairwise
 from pathlib import Path
@@ -52,17 +51,6 @@ class Killer:
                 self._hold.release()
 
 
-def surviving_commits(events) -> list[ev.BatchCommitted]:
-    """The commits that the last learner's lineage stands on, in order."""
-    lineage: list[ev.BatchCommitted] = []
-    for event in events:
-        if isinstance(event, ev.LearnerFenced):
-            lineage = [commit for commit in lineage if commit.version.update <= event.committed]
-        elif isinstance(event, ev.BatchCommitted):
-            lineage.append(event)
-    return lineage
-
-
 def unsealed(events: Path) -> Path:
     """The newest closed segment of the events as the tail that it was, a record per call; as if the run had been killed."""
     (notes,), closed = events.glob("*.tail"), max(events.glob("*.parquet"))
@@ -82,19 +70,10 @@ def run(recipe, tmp_path, killer, deployment=None):
         return trainer.finish()
 
 
-def assert_nothing_lost(events, result):
-    commits = surviving_commits(events)
-    assert [commit.version.update for commit in commits] == list(range(1, result.steps + 1))
-    trained = Counter(group for commit in commits for group in commit.groups)
-    assert max(trained.values()) == 1, "a group was trained twice"
-    reserved = {e.group for e in events if isinstance(e, ev.GroupReserved) and e.purpose == "train"}
-    assert result.pending == 0
-    assert len(reserved) == result.trained + result.filtered + result.evicted + result.failed + result.unused
-    assert len(trained) == result.trained
-
-
 @pytest.mark.timeout(240)
-def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_recipe, hold_after, events_of, tmp_path):
+def test_every_actor_is_killed_in_turn_and_the_run_recovers(
+    local_ray, tiny_recipe, hold_after, events_of, surviving_commits, assert_nothing_lost, tmp_path
+):
     """At max_lag = 0, where nobody can work ahead while another is gone; tests/test_remax.py kills with max_lag = 4."""
     hold = hold_after(STEPS - 30)
     killer = Killer({2: "generator-0", 10: "reward-0", 20: "store", 35: "learner"}, hold)
@@ -123,7 +102,7 @@ def test_every_actor_is_killed_in_turn_and_the_run_recovers(local_ray, tiny_reci
 
 
 @pytest.mark.timeout(180)
-def test_actors_that_hang_are_replaced(local_ray, tiny_recipe, hold_after, events_of, tmp_path):
+def test_actors_that_hang_are_replaced(local_ray, tiny_recipe, hold_after, events_of, assert_nothing_lost, tmp_path):
     hold = hold_after(20)
     killer = Killer({2: "generator-0", 5: "store"}, hold, hangs=(2, 5))
     limits = LimitsSpec(poll_s=0.5, health_timeout_s=10.0)
@@ -135,7 +114,7 @@ def test_actors_that_hang_are_replaced(local_ray, tiny_recipe, hold_after, event
 
 @pytest.mark.timeout(300)
 def test_ranks_start_anew_together_when_one_of_them_dies_or_hangs(
-    local_ray, tiny_recipe, hold_after, events_of, tmp_path, caplog
+    local_ray, tiny_recipe, hold_after, events_of, assert_nothing_lost, tmp_path, caplog
 ):
     """The run saves every update, so that kills may fall into a save."""
     hold = hold_after(16)
@@ -202,7 +181,9 @@ def test_a_checkpoint_is_gone_back_to_and_exported(led):
     assert AutoTokenizer.from_pretrained(led.folder / "at-5").chat_template
 
 
-def test_a_stopped_run_resumes_where_it_was_and_a_learner_that_dies_between_two_fits_is_replaced(led, events_of):
+def test_a_stopped_run_resumes_where_it_was_and_a_learner_that_dies_between_two_fits_is_replaced(
+    led, events_of, surviving_commits, assert_nothing_lost
+):
     assert (led.result.steps, led.result.samples, led.result.restarts) == (9, 9 * 16, {"learner": 1})
     events = events_of(led.result.run_dir)
     assert_nothing_lost(events, led.result)
@@ -216,7 +197,9 @@ def test_a_stopped_run_resumes_where_it_was_and_a_learner_that_dies_between_two_
         assert made[Version(3, update)] == made[Version(first_made_by, update)], "another batch than before was trained"
 
 
-def test_resuming_asks_for_the_same_groups_and_a_new_run_sets_the_old_aside(led, events_of, caplog):
+def test_resuming_asks_for_the_same_groups_and_a_new_run_sets_the_old_aside(
+    led, events_of, surviving_commits, assert_nothing_lost, caplog
+):
     recipe, folder = led.recipe, led.folder
     recorded = (folder / "tiny" / "recipe.json").read_bytes()
     with pytest.raises(ConfigError, match=r"seed=1, but it began with 0"):
