@@ -11,7 +11,6 @@ crowd   512 episodes in flight, with a stand-in engine that answers at once and 
 
 import argparse
 import json
-import os
 import tempfile
 import threading
 import time
@@ -154,15 +153,24 @@ def measure(engine: Watched, store: Endless, seconds: float, host: EpisodeHost |
     thread.start()
 
     def now() -> list[float]:
-        return [time.monotonic(), engine.busy_s, engine.filled_s, store.received, store.age_s]
+        waited_s = host.gauges()["environment_s"] if host else 0.0
+        return [time.monotonic(), engine.busy_s, engine.filled_s, store.received, store.age_s, waited_s]
 
     time.sleep(seconds)
     before = now()
     time.sleep(seconds)
-    wall, busy, filled, rollouts, age = (b - a for a, b in zip(before, now(), strict=True))
+    wall, busy, filled, rollouts, age, waited = (b - a for a, b in zip(before, now(), strict=True))
     generator.stop()
     thread.join()
-    return {"busy": busy / wall, "filled": filled / wall, "per_s": rollouts / wall, "in_flight": age / wall}
+    turns = rollouts * TURNS / 1e3
+    return {
+        "busy": busy / wall,
+        "filled": filled / wall,
+        "per_s": rollouts / wall,
+        "in_flight": age / wall,
+        "waited": waited / turns,
+        "decoded": (age - waited) / turns,
+    }
 
 
 def tools(folder: Path, seconds: float, in_flight: int | None) -> None:
@@ -182,7 +190,8 @@ def tools(folder: Path, seconds: float, in_flight: int | None) -> None:
         print(
             f"tools, {'none  ' if ms is None else f'{ms:3d} ms'}  engine busy {got['busy']:.2f}, slots filled "
             f"{got['filled']:.2f}; {got['per_s']:.1f} rollouts/s, {got['per_s'] / plain:.2f} × those without tools; "
-            f"{got['in_flight'] / SLOTS:.1f} × slots in flight",
+            f"{got['in_flight'] / SLOTS:.1f} × slots in flight; of a turn {got['waited']:.0f} ms in the environment, "
+            f"{got['decoded']:.0f} ms in the engine and its queue",
             flush=True,
         )
 
@@ -235,9 +244,8 @@ def processes(forker: int) -> list[int]:
 
 
 def cpu_s(pids: Sequence[int]) -> float:
-    """Of those processes, from the kernel's counts."""
-    fields = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids)
-    return sum(int(one[11]) + int(one[12]) for one in fields) / os.sysconf("SC_CLK_TCK")
+    """Of those processes' main threads."""
+    return sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) for pid in pids) / 1e9
 
 
 def pss_mib(pid: int) -> float:
