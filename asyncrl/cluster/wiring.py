@@ -69,7 +69,8 @@ def build_store(plan: RunPlan) -> "ReplayStore":
         baseline=recipe.algorithm.wants_baseline,
         evaluation=evaluation,
         lease_s=plan.deployment.limits.lease_s,
-        reward="reward " + ", ".join(term.function for term in recipe.reward.terms()),
+        reward=(f"episode {recipe.episode.what} with " if recipe.episode.what else "")
+        + f"reward {', '.join(term.function for term in recipe.reward.terms())}",
     )
     return ReplayStore(store_plan, plan.paths.replay, plan.deployment.store)
 

@@ -179,6 +179,9 @@ class EpisodeHost:
         begun = await self._in_time(running.begin(task))
         story.messages += begun.messages
         prompt_ids = _shown(self._chat.prompt, begun.messages, tools=begun.tools)
+        if not session.room(prompt_ids):
+            room = f"engine.max_length={self._budget.context}"
+            raise EpisodeFailed(f"its prompt of {len(prompt_ids)} tokens leaves no room for an answer in {room}; raise that")
         for _ in range(self._spec.max_turns):
             if not session.room(prompt_ids):
                 return "max_tokens"

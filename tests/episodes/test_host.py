@@ -140,6 +140,12 @@ def test_what_an_environment_may_not_return(make_host, make_ticket, name: str, e
     assert error in made.episode.error
 
 
+def test_a_prompt_that_leaves_no_room(make_host, make_ticket) -> None:
+    (made,) = run(make_host(budget=Budget(tokens=1000, turn_tokens=4, context=4)), make_ticket())
+    assert (made.episode.status, made.token_ids) == ("invalid", [])
+    assert "its prompt of 4 tokens leaves no room for an answer in engine.max_length=4" in made.episode.error
+
+
 def test_a_deadline_of_the_whole_episode(make_host, make_ticket, engine) -> None:
     engine.held = []
     (made,) = run(make_host(deadline_s=0.2), make_ticket())
