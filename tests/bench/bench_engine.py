@@ -1,9 +1,10 @@
 """Tokens per second of the torch engine against `model.generate`: `python tests/bench/bench_engine.py [BATCH …] [--large]`.
 
 One thread (its CPU time counts, so that a busy machine disturbs less), a 0.8M-parameter Qwen3, temperature 1. Ratios above
-1: the engine is faster. `--large`: 100M parameters, of which one round is run. *equal*: groups of 8 rollouts per prompt, all of the same length. *distinct*: the same, every prompt
-another. *mixed*: log-normal lengths; `generate` runs each batch to its longest, and only wanted tokens count. *refill*:
-mixed, with four batches of requests queued, so that slots are filled again as they free.
+1: the engine is faster. `--large`: 100M parameters, of which one round is run. *equal*: groups of 8 rollouts per prompt, all
+of the same length. *distinct*: the same, every prompt another. *mixed*: log-normal lengths; `generate` runs each batch to its
+longest, and only wanted tokens count. *refill*: mixed, with four batches of requests queued, so that slots are filled again
+as they free.
 
 *unlike*: a step of 63 short rows and one of 1,900 tokens against one of 64 short rows, and the memory of the cache for what is
 used. *swap*: 8 groups of 8 with prompts of 400 tokens, computed anew.
