@@ -64,7 +64,8 @@ class Engine(Protocol):
     def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
         """Queues requests together, so that they may share the work on their common prompt.
 
-        Returns futures in the same order. Each ends when its rollout does; `abort` ends it with finish_reason `abort`.
+        Returns futures in the same order. Each ends when its rollout does; `abort` ends it with finish_reason `abort`. One
+        that its holder cancels gives its slot back soon.
         """
 
     def update_weights(self, version: Version, tensors: Tensors) -> SwapReport:

@@ -145,7 +145,7 @@ class EpisodeSpec(Spec, frozen=True, kw_only=True):
     # gymnasium's, or TRL's `environment_factory`, works as it is. Without it and tools a rollout is one answer.
     environment: Function = ""
     # Instead, an agent: `async def f(task, *, base_url, api_key, model) -> reward | {"score": …} | None`, or a sync one, of any
-    # framework that takes the base URL of an OpenAI API; the policy is behind that.
+    # framework that takes the base URL of OpenAI's API or Anthropic's; the policy is behind that.
     agent: Function = ""
     # Python functions that the policy may call until it answers without a call: typed, with a Google-style docstring.
     tools: tuple[Function, ...] = ()

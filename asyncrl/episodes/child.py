@@ -151,6 +151,7 @@ def run_episodes(new: Callable[..., Any], module: str, peer: socket.socket, life
 def engage(agent: Callable[..., Any], asked: Engage) -> Any:
     """Calls an agent: with its task, and with what it names of base_url, api_key and model; the environment has them too."""
     os.environ |= {"OPENAI_BASE_URL": asked.base_url, "OPENAI_API_KEY": asked.api_key}
+    os.environ |= {"ANTHROPIC_BASE_URL": asked.base_url.removesuffix("/v1"), "ANTHROPIC_API_KEY": asked.api_key}
     known = {"base_url": asked.base_url, "api_key": asked.api_key, "model": MODEL}
     named, open_ended = named_parameters(inspect.signature(agent))
     return agent(asked.task, **{name: value for name, value in known.items() if open_ended or name in named})

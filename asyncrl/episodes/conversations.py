@@ -1,8 +1,12 @@
-"""What an agent asks of the policy: chat messages in, a message out; all of it recorded by the token in a session."""
+"""What an agent asks of the policy: chat messages in, messages out; all of it recorded by the token in a session."""
 
+import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import Struct
 
 from asyncrl.episodes.chat import Chat
 from asyncrl.episodes.environments import Message
@@ -14,16 +18,28 @@ Ask = Callable[[GenerationRequest], Awaitable[Generation]]
 
 
 class CallRefused(AsyncRLError):
-    """A call that is the agent's mistake, or beyond the episode's budget. code: as in OpenAI's API."""
+    """A call that is the agent's mistake, or beyond the episode's budget. code: as in OpenAI's API; status: of HTTP."""
 
-    def __init__(self, text: str, code: str = "invalid_request_error") -> None:
+    def __init__(self, text: str, code: str = "invalid_request_error", status: int = 400) -> None:
         super().__init__(text)
-        self.code = code
+        self.code, self.status = code, status
+
+
+class Asked(Struct, frozen=True, kw_only=True):
+    """A call, whichever API it came by. Messages and tools are as in OpenAI's chat completions."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] = []
+    system: str = ""  # stands before all messages
+    follows: str = ""  # the number of an answer: the conversation up to it, without its `system`, comes before the messages
+    max_tokens: int | None = None  # None: as many as there is room for
+    n: int = 1  # answers
 
 
 class Answer(NamedTuple):
     """The policy's message, and what it took."""
 
+    number: int  # in its episode
     message: Message
     finish_reason: str
     prompt_tokens: int
@@ -34,63 +50,100 @@ class Conversations:
     """An agent's calls within one episode, one after the other or side by side.
 
     Messages that begin with a conversation as it was served go on with its tokens; others are rendered from their beginning.
-    That saves segments, no more: what is trained is right by the tokens alone (`Session`). max_turns: calls at most.
+    That saves segments, no more: what is trained is right by the tokens alone (`Session`). max_turns: answers at most.
     """
 
     def __init__(self, session: Session, chat: Chat, ask: Ask, max_turns: int) -> None:
         self._session, self._chat, self._ask, self._max_turns = session, chat, ask, max_turns
         self._served: dict[tuple[Any, ...], tuple[list[int], bool]] = {}  # tokens, and whether their end was sampled
+        self._said: dict[str, list[Message]] = {}  # by number of the answer
         self._calls = 0
         self.messages: list[Message] = []  # of the call that ended last
 
-    async def complete(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], max_tokens: int) -> Answer:
-        """The policy's answer, of at most max_tokens tokens. Raises CallRefused."""
-        if self._calls >= self._max_turns:
+    async def complete(self, asked: Asked) -> list[Answer]:
+        """The policy's answers. A call that is cancelled leaves nothing. Raises CallRefused."""
+        before, self._calls = self._calls, self._calls + asked.n
+        if self._calls > self._max_turns:
             raise CallRefused(f"episode.max_turns={self._max_turns} calls were made: there are no more", "rate_limit_exceeded")
-        self._calls += 1
-        said = tuple(map(_normal, messages))
-        prompt_ids = self._prompt(messages, said, tools)
-        if not self._session.room(prompt_ids):
-            raise CallRefused(f"a prompt of {len(prompt_ids)} tokens leaves no room for an answer", "context_length_exceeded")
-        request = self._session.request(prompt_ids, max_tokens)
-        answer = await self._ask(request)
-        self._session.record(request, answer)
-        message = self._chat.reply(answer.token_ids)
-        for call in message.get("tool_calls", ()):
-            call["id"] = f"{call['id']}_{self._calls}"
-        self._served[(*said, _normal(message))] = [*prompt_ids, *answer.token_ids], answer.finish_reason == "stop"
-        self.messages = [*messages, message]
-        reason = "tool_calls" if "tool_calls" in message else answer.finish_reason
-        return Answer(message, reason, len(prompt_ids), len(answer.token_ids))
+        messages, prompt_ids = self._read(asked)
+        if not (room := self._session.room(prompt_ids)):
+            raise CallRefused(
+                f"prompt is too long: {len(prompt_ids)} tokens leave no room to answer", "context_length_exceeded"
+            )
+        requests = [self._session.request(prompt_ids, asked.max_tokens or room) for _ in range(asked.n)]
+        generations = await asyncio.gather(*map(self._ask, requests))
+        made = zip(requests, generations, strict=True)
+        return [self._answer(number, asked, messages, *one) for number, one in enumerate(made, start=before + 1)]
 
-    def _prompt(self, messages: Sequence[Message], said: tuple[Any, ...], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+    def count(self, asked: Asked) -> int:
+        """Tokens of its prompt."""
+        return len(self._read(asked)[1])
+
+    def _answer(
+        self, number: int, asked: Asked, messages: list[Message], request: GenerationRequest, made: Generation
+    ) -> Answer:
+        self._session.record(request, made)
+        message = self._chat.reply(made.token_ids)
+        for call in message.get("tool_calls", ()):
+            call["id"] = f"{call['id']}_{number}"
+        self.messages = [*messages, message]
+        self._served[_name(asked, self.messages)] = [*request.prompt_ids, *made.token_ids], made.finish_reason == "stop"
+        self._said[str(number)] = self.messages[bool(asked.system) :]
+        reason = "tool_calls" if "tool_calls" in message else made.finish_reason
+        return Answer(number, message, reason, len(request.prompt_ids), len(made.token_ids))
+
+    def _read(self, asked: Asked) -> tuple[list[Message], list[int]]:
+        """The whole conversation, and its tokens."""
+        if asked.follows and asked.follows not in self._said:
+            raise CallRefused("what it follows (previous_response_id) is no answer of this episode", status=404)
+        system: list[Message] = [{"role": "system", "content": asked.system}] if asked.system else []
+        messages = [*system, *self._said.get(asked.follows, ()), *asked.messages]
+        if len(messages) == len(system):
+            raise CallRefused("there are no messages")
         try:
-            for count in range(len(said) - 1, 0, -1):
-                if (served := self._served.get(said[:count])) is not None:
-                    following = [_shown(message) for message in messages[count:]]
-                    return [*served[0], *self._chat.following(following, stopped=served[1])]
-            return self._chat.prompt([_shown(message) for message in messages], [dict(tool) for tool in tools])
+            return messages, self._tokens(asked, messages)
+        except CallRefused:
+            raise
         except Exception as error:  # whatever a template makes of an agent's messages
             raise CallRefused(f"the chat template can't show these messages: {error!r}") from error
 
+    def _tokens(self, asked: Asked, messages: list[Message]) -> list[int]:
+        tools, *said = _name(asked, messages)
+        for count in range(len(said) - 1, 0, -1):
+            if (served := self._served.get((tools, *said[:count]))) is not None:
+                following = [_shown(message) for message in messages[count:]]
+                return [*served[0], *self._chat.following(following, stopped=served[1])]
+        return self._chat.prompt([_shown(message) for message in messages], asked.tools)
 
-def _text(content: Any) -> str:
-    """Of a message's content: a text, nothing, or a list of parts."""
-    if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content)
-    return content or ""
+
+def text_of(content: Any) -> str:
+    """Of a message's content: a text, nothing, or a list of parts. Raises CallRefused for what is no text."""
+    parts = content if isinstance(content, list) else [{"text": content or ""}]
+    for part in parts:
+        if not isinstance(part.get("text"), str):
+            raise CallRefused(f"content of type {part.get('type')!r} is not taken: the policy reads text alone")
+    return "".join(part["text"] for part in parts)
+
+
+def _name(asked: Asked, messages: Sequence[Message]) -> tuple[Any, ...]:
+    """What tells conversations apart, however a client echoes them: the tools, then the messages."""
+    return msgspec.json.encode(asked.tools), *map(_normal, messages)
 
 
 def _normal(message: Message) -> tuple[Any, ...]:
-    """What tells messages apart, however a client echoes them."""
     calls = tuple(call["id"] for call in message.get("tool_calls") or ())
-    return message["role"], _text(message.get("content")), message.get("tool_call_id"), calls
+    return message["role"], text_of(message.get("content")), message.get("tool_call_id"), calls
 
 
 def _shown(message: Message) -> Message:
     """As templates take it: content as text, arguments of calls as objects."""
-    shown = {name: value for name, value in message.items() if value is not None} | {"content": _text(message.get("content"))}
+    shown = {name: value for name, value in message.items() if value is not None} | {"content": text_of(message.get("content"))}
+    if message["role"] == "developer":  # as newer models call it
+        shown["role"] = "system"
     if calls := message.get("tool_calls"):
-        functions = [{**call["function"], "arguments": json.loads(call["function"]["arguments"])} for call in calls]
-        shown["tool_calls"] = [{**call, "function": function} for call, function in zip(calls, functions, strict=True)]
+        shown["tool_calls"] = [{**call, "function": _called(**call["function"])} for call in calls]
     return shown
+
+
+def _called(name: str, arguments: Any, **more: Any) -> dict[str, Any]:
+    return {"name": name, "arguments": json.loads(arguments or "{}") if isinstance(arguments, str) else arguments}

@@ -1,36 +1,66 @@
-"""OpenAI's chat API before the policy: an agent, of whatever framework, is trained by changing its base URL.
+"""The policy behind the APIs that agents speak: of whatever framework, they are trained by changing their base URL.
 
-POST /v1/chat/completions (tools, streaming), GET /v1/models. An episode has a key of its own, by which its calls are told.
+    POST /v1/chat/completions, /v1/responses      OpenAI's, with tools and streaming; GET /v1/models
+    POST /v1/messages, /v1/messages/count_tokens  Anthropic's, the same
 
-Sampling is the recipe's: temperature, top_p, stop and the like of a request are not heeded, for they would change the policy
-that is trained; max_tokens may only shrink an answer. A call that a client repeats (its x-stainless-retry-count) joins the
-one under way, or is answered as that was.
+An episode has a key of its own, by which its calls are told: as the API's key, or in the URL, /sessions/KEY/v1/…, for a
+framework that drops keys. Keys are never logged.
+
+Sampling is the recipe's: temperature, top_p, tool_choice and the like of a request are counted, and not heeded, for they would
+change the policy that is trained; max_tokens may only shrink an answer. A call that a client repeats (its
+x-stainless-retry-count) joins the one under way, or is answered as that was. One for which nobody waits any more is given up.
 """
 
 import asyncio
-import json
-import sys
-import time
-from collections.abc import Iterator
-from typing import Any
+import hashlib
+import secrets
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
+import msgspec
 from aiohttp import web
 
+from asyncrl.episodes.apis import APIS, CHAT, MESSAGES, Body, told_error
 from asyncrl.episodes.child import MODEL
-from asyncrl.episodes.conversations import Answer, CallRefused, Conversations
+from asyncrl.episodes.conversations import Answer, Asked, CallRefused, Conversations
 
 BODY_BYTES = 32 << 20
+RETURN_S = 10.0  # in which a client that is gone may come back for its call: SDKs do within 8 s
+NOT_HEEDED = """temperature top_p top_k stop stop_sequences seed frequency_penalty presence_penalty logit_bias tool_choice
+    response_format text thinking reasoning reasoning_effort"""
+USUAL = (None, "auto", {"type": "auto"}, {"type": "text"}, {"format": {"type": "text"}})  # values that ask for nothing
+
+
+class Call:
+    """A call under way or answered, and how many connections wait for it."""
+
+    def __init__(self, work: Awaitable[list[Answer]]) -> None:
+        self.answers, self.waiting = asyncio.ensure_future(work), 0
+
+
+class Served(NamedTuple):
+    """An episode that is open, and its calls by what was asked."""
+
+    conversations: Conversations
+    calls: dict[tuple[str, bytes], Call]
 
 
 class Gateway:
-    """Serves the episodes that are open. For one event loop."""
+    """Serves the episodes that are open. For one event loop. counts: where it counts what it did not heed."""
 
-    def __init__(self) -> None:
-        self._open: dict[str, Conversations] = {}  # by key
-        self._calls: dict[tuple[str, bytes], asyncio.Task[Answer]] = {}
-        app = web.Application(client_max_size=BODY_BYTES)
-        app.add_routes([web.post("/v1/chat/completions", self._chat), web.get("/v1/models", self._models)])
-        self._runner = web.AppRunner(app, access_log=None)
+    def __init__(self, counts: Counter[str], return_s: float = RETURN_S) -> None:
+        self._counts, self._return_s = counts, return_s
+        self._open: dict[str, Served] = {}  # by key
+        self._mark = secrets.token_urlsafe(6)  # keys of this gateway begin with it
+        app = web.Application(client_max_size=BODY_BYTES, middlewares=[_shape_errors])
+        for prefix in ("", "/sessions/{key}"):
+            for path in APIS:
+                app.router.add_post(prefix + path, self._call)
+            app.router.add_post(prefix + "/v1/messages/count_tokens", self._count)
+            app.router.add_get(prefix + "/v1/models", self._models)
+        app.router.add_route("*", "/{path:.*}", self._nothing)
+        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
 
     async def start(self, host: str = "127.0.0.1") -> str:
         """Listens on a free port; returns the base URL."""
@@ -39,14 +69,17 @@ class Gateway:
         await site.start()
         return f"http://{host}:{self._runner.addresses[0][1]}/v1"
 
-    def open(self, key: str, conversations: Conversations) -> None:
-        self._open[key] = conversations
+    def open(self, conversations: Conversations) -> str:
+        """Begins an episode; returns its key."""
+        key = self._mark + secrets.token_urlsafe(24)
+        self._open[key] = Served(conversations, {})
+        return key
 
     def close(self, key: str) -> None:
-        """Ends an episode: calls under way are dropped, later ones refused."""
-        self._open.pop(key, None)
-        for name in [name for name in self._calls if name[0] == key]:
-            self._calls.pop(name).cancel()
+        """Ends an episode: calls under way are given up, later ones refused."""
+        if (served := self._open.pop(key, None)) is not None:
+            for call in served.calls.values():
+                call.answers.cancel()
 
     async def stop(self) -> None:
         for key in list(self._open):
@@ -54,77 +87,99 @@ class Gateway:
         await self._runner.cleanup()
 
     async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "asyncrl"}]})
+        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "asyncrl", "type": "model", "display_name": MODEL}
+        return _json({"object": "list", "data": [model], "has_more": False})
 
-    async def _chat(self, request: web.Request) -> web.StreamResponse:
-        key = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if key not in self._open:
-            return _error(410, "this key is of no episode that is under way", "episode_ended")
-        body = await request.read()
-        try:
-            asked = json.loads(body)
-            answer = await self._answer(key, body, asked, again=request.headers.get("x-stainless-retry-count", "0") != "0")
-        except CallRefused as error:
-            return _error(400, str(error), error.code)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return _error(400, f"not a chat completion's request: {error!r}", "invalid_request_error")
-        except asyncio.CancelledError:
-            return _error(410, "the episode has ended", "episode_ended")
-        if not asked.get("stream"):
-            return web.json_response(_completion(answer))
+    async def _nothing(self, request: web.Request) -> web.Response:
+        raise CallRefused(
+            f"{request.method} {request.path} is not served; there are POST {', '.join(APIS)}, GET /v1/models", "not_found", 404
+        )
+
+    def _served(self, request: web.Request) -> Served:
+        """The episode that is asked for."""
+        bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        key = request.match_info.get("key") or request.headers.get("x-api-key") or bearer
+        if key in self._open:
+            return self._open[key]
+        if key.startswith(self._mark):
+            raise CallRefused("the episode of this key has ended", "episode_ended", 410)
+        raise CallRefused("this key is of no episode of this gateway", "invalid_api_key", 401)
+
+    async def _count(self, request: web.Request) -> web.Response:
+        served = self._served(request)
+        _, asked = _parsed(MESSAGES, await _body(request))
+        return _json({"input_tokens": served.conversations.count(asked)})
+
+    async def _call(self, request: web.Request) -> web.StreamResponse:
+        served, path = self._served(request), request.path[request.path.index("/v1/") :]
+        written = await _body(request)
+        body, asked = _parsed(path, written)
+        name = path, hashlib.blake2b(written).digest()
+        call = served.calls.get(name) if request.headers.get("x-stainless-retry-count", "0") != "0" else None
+        if call is None or call.answers.cancelled():
+            ignored = [field for field in NOT_HEEDED.split() if body.get(field) not in USUAL]
+            self._counts.update(f"not_heeded/{field}" for field in ignored)
+            call = served.calls[name] = Call(served.conversations.complete(asked))
+        answers = await self._answers(call)
+        if not body.get("stream"):
+            return _json(APIS[path].whole(body, answers))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        for chunk in _chunks(answer, (asked.get("stream_options") or {}).get("include_usage", False)):
-            await response.write(f"data: {json.dumps(chunk)}\n\n".encode())
-        await response.write(b"data: [DONE]\n\n")
+        for event in APIS[path].events(body, answers):
+            named = f"event: {event['type']}\n".encode() if "type" in event else b""
+            await response.write(named + b"data: " + msgspec.json.encode(event) + b"\n\n")
+        if path == CHAT:
+            await response.write(b"data: [DONE]\n\n")
         return response
 
-    async def _answer(self, key: str, body: bytes, asked: dict[str, Any], again: bool) -> Answer:
-        task = self._calls.get((key, body)) if again else None
-        if task is None:
-            longest = asked.get("max_completion_tokens") or asked.get("max_tokens") or sys.maxsize
-            if asked.get("n", 1) != 1:
-                raise CallRefused("n != 1: an episode goes on with one answer; ask again for another")
-            call = self._open[key].complete(asked["messages"], asked.get("tools") or (), longest)
-            self._calls[key, body] = task = asyncio.ensure_future(call)
-        return await asyncio.shield(task)  # a client that is gone may come back for it
+    async def _answers(self, call: Call) -> list[Answer]:
+        call.waiting += 1
+        try:
+            return await asyncio.shield(call.answers)
+        except asyncio.CancelledError:
+            if call.answers.cancelled():
+                raise CallRefused("the episode has ended", "episode_ended", 410) from None
+            raise  # the client is gone
+        finally:
+            call.waiting -= 1
+            if not call.waiting and not call.answers.done():
+                asyncio.get_running_loop().call_later(self._return_s, self._give_up, call)
+
+    def _give_up(self, call: Call) -> None:
+        if not call.waiting and call.answers.cancel():
+            self._counts["calls_given_up"] += 1
 
 
-def _error(status: int, text: str, code: str) -> web.Response:
-    return web.json_response({"error": {"message": text, "type": code, "code": code, "param": None}}, status=status)
+async def _body(request: web.Request) -> bytes:
+    """Raises HTTPRequestEntityTooLarge before it has read more than BODY_BYTES."""
+    if (size := request.content_length or 0) > BODY_BYTES:
+        raise web.HTTPRequestEntityTooLarge(BODY_BYTES, size)
+    return await request.read()
 
 
-def _message(answer: Answer) -> dict[str, Any]:
-    """As OpenAI's API has it: arguments as JSON text."""
-    message = dict(answer.message)
-    if "tool_calls" in message:
-        message["tool_calls"] = [
-            {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
-            for call in message["tool_calls"]
-        ]
-    return message
+def _parsed(path: str, written: bytes) -> tuple[Body, Asked]:
+    try:
+        body = msgspec.json.decode(written, type=Body)
+        return body, APIS[path].read(body)
+    except (msgspec.MsgspecError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CallRefused(f"not a request of {path}: {error!r}") from error
 
 
-def _usage(answer: Answer) -> dict[str, int]:
-    total = answer.prompt_tokens + answer.tokens
-    return {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.tokens, "total_tokens": total}
+def _json(value: Body, status: int = 200, **headers: str) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json", headers=headers)
 
 
-def _completion(answer: Answer) -> dict[str, Any]:
-    choice = {"index": 0, "message": _message(answer), "finish_reason": answer.finish_reason, "logprobs": None}
-    head = {"id": "chatcmpl-0", "object": "chat.completion", "created": int(time.time()), "model": MODEL}
-    return {**head, "choices": [choice], "usage": _usage(answer)}
-
-
-def _chunks(answer: Answer, with_usage: bool) -> Iterator[dict[str, Any]]:
-    """A whole answer as a stream: the role, what it says, its calls, why it ended."""
-    head = {"id": "chatcmpl-0", "object": "chat.completion.chunk", "created": int(time.time()), "model": MODEL}
-    message = _message(answer)
-    calls = [{"index": index, **call} for index, call in enumerate(message.get("tool_calls", ()))]
-    deltas = [{"role": "assistant", "content": ""}, {"content": message["content"]}]
-    deltas += [{"tool_calls": calls}] if calls else []
-    for delta in deltas:
-        yield {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
-    yield {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": answer.finish_reason}]}
-    if with_usage:
-        yield {**head, "choices": [], "usage": _usage(answer)}
+@web.middleware
+async def _shape_errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Errors as the API has them that was spoken. None is worth a retry."""
+    try:
+        return await handler(request)
+    except CallRefused as error:
+        refused = error
+    except web.HTTPRequestEntityTooLarge:
+        refused = CallRefused(f"a request may have {BODY_BYTES:,} bytes", "request_too_large", 413)
+    except Exception as error:
+        refused = CallRefused(f"{type(error).__name__}: {error}", "server_error", 500)
+    return _json(told_error(request.path, refused), refused.status, **{"x-should-retry": "false"})

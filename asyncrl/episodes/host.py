@@ -7,7 +7,6 @@ ticket ─► an episode for each rollout ─► Trajectory (future)
 """
 
 import asyncio
-import secrets
 import threading
 import time
 from collections import Counter
@@ -62,7 +61,7 @@ class EpisodeHost:
         if spec.agent:
             from asyncrl.episodes.gateway import Gateway  # it needs aiohttp
 
-            self._gateway = Gateway()
+            self._gateway = Gateway(self._counts)
             self._base_url = asyncio.run_coroutine_threadsafe(self._gateway.start(), self._loop).result(CLOSE_TIMEOUT_S)
 
     def submit(self, ticket: Ticket) -> "list[Future[Generation]]":
@@ -163,8 +162,8 @@ class EpisodeHost:
         except _Late as error:
             episode = story.ended("timeout", "deadline", str(error))
         except EpisodeFailed as error:
-            if story.aborted:  # which an agent sees as a call that failed
-                raise _Aborted from error
+            if story.broken:
+                raise story.broken from error
             episode = story.ended("invalid", "error", str(error))
         finally:
             if running is not None:
@@ -200,14 +199,15 @@ class EpisodeHost:
     async def _serve(self, running: Running, task: Task, session: Session, story: "Story") -> EpisodeStop:
         """Answers what an agent asks, until it ends."""
         assert self._gateway is not None
-        key = secrets.token_urlsafe(24)
         conversations = Conversations(session, self._chat, partial(self._generated, story), self._spec.max_turns)
-        self._gateway.open(key, conversations)
+        key = self._gateway.open(conversations)
         try:
             ended = await running.engage(task, self._base_url, key)
         finally:
             self._gateway.close(key)
             story.messages = conversations.messages
+        if story.broken:
+            raise story.broken
         story.earned(ended.reward, ended.parts)
         return "done"
 
@@ -215,11 +215,13 @@ class EpisodeHost:
         self._away -= 1
         try:
             answer = await asyncio.wrap_future(self._engine.submit_group([request])[0])
+            if answer.finish_reason == "abort":
+                raise _Aborted
+        except Exception as error:  # an agent sees a call that failed, and may go on
+            story.broken = error
+            raise
         finally:
             self._away += 1
-        if answer.finish_reason == "abort":
-            story.aborted = True
-            raise _Aborted
         self._counts["turns"] += 1
         return answer
 
@@ -245,7 +247,7 @@ class Story:
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
-        self.aborted = False  # the engine gave up an answer
+        self.broken: Exception | None = None  # what the engine answered with: then the episode is worth nothing
         self._reward: float | None = None
         self._parts: Counter[str] = Counter()
 

@@ -79,7 +79,7 @@ class Session:
         prompt = tuple(prompt_ids)
         self._asked[prompt] += 1
         return GenerationRequest(
-            id=f"{self._name}/{self.turns}",
+            id=f"{self._name}/{self._asked.total()}",
             group=self._group,
             prompt_ids=prompt,
             sampling=replace(self._sampling, max_tokens=min(self.room(prompt), max_tokens)),

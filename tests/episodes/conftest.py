@@ -1,22 +1,35 @@
 """Environments in files, as users have them, and an engine that says what the test told it to."""
 
+import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from asyncrl.episodes.chat import Chat
-from asyncrl.types import Generation, GenerationRequest, Prompt, Sampling, Span, Ticket, Version
+from asyncrl.episodes.conversations import Conversations
+from asyncrl.episodes.session import Budget, Session
+from asyncrl.types import Episode, Generation, GenerationRequest, Prompt, Sampling, Span, Ticket, Trajectory, Version
 
+if TYPE_CHECKING:
+    from asyncrl.episodes.gateway import Gateway
+
+WIDE = Budget(tokens=1000, turn_tokens=4, context=1000)
+CALL = '<tool_call>{"name":"look","arguments":{"at":"here"}}</tool_call>'  # a word of its own
 WORDS = ["<pad>", "<eos>", "<user>", "<assistant>", "<tool>", "hello", "look", "here", "An", "answer.", "A", "question.", "nl"]
+WORDS += ["<system>", CALL]
 PLAIN = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %} nl {% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+WITH_TOOLS = "{% for t in tools or [] %}<system>{{ t.function.name }} nl {% endfor %}" + PLAIN
 
 
 ENVIRONMENT = """
@@ -103,8 +116,8 @@ async def agent(task, *, base_url, api_key, model, kind=""):
     if kind == "many":  # more than max_turns
         for _ in range(9):
             messages += [await ask(client, model, messages), {"role": "user", "content": "here"}]
-    if kind in ("n", "long", "junk"):
-        how = {"n": {"n": 2}, "long": {}, "junk": {"messages": "x"}}[kind]
+    if kind in ("long", "junk", "hide"):
+        how = {"messages": "x"} if kind == "junk" else {}
         try:
             await ask(client, model, how.pop("messages", messages), **how)
         except APIStatusError as error:
@@ -130,6 +143,7 @@ def retrying(task, base_url, api_key):
 def stranger(task, base_url, api_key):
     import os, urllib.request, urllib.error
     assert (os.environ["OPENAI_BASE_URL"], os.environ["OPENAI_API_KEY"]) == (base_url, api_key)
+    assert (os.environ["ANTHROPIC_BASE_URL"] + "/v1", os.environ["ANTHROPIC_API_KEY"]) == (base_url, api_key)
     try:
         urllib.request.urlopen(urllib.request.Request(base_url + "/chat/completions", b"{}", {"Authorization": "Bearer x"}))
     except urllib.error.HTTPError as error:
@@ -174,16 +188,19 @@ class ScriptedEngine:
     def __init__(self) -> None:
         self.slots = 4
         self.answers = [6, 1]
+        self.script: list[list[int]] = []  # before these
         self.reason = "stop"
         self.held: list[tuple[GenerationRequest, Future[Generation]]] | None = None
         self.requests: list[GenerationRequest] = []
         self.aborted: list[int | None] = []
         self.arrived = threading.Semaphore(0)
+        self.cancelled = threading.Semaphore(0)
 
     def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
         futures: list[Future[Generation]] = [Future() for _ in requests]
         self.requests += requests
         for request, future in zip(requests, futures, strict=True):
+            future.add_done_callback(lambda future: self.cancelled.release() if future.cancelled() else None)
             if self.held is None:
                 future.set_result(self.answer(request))
             else:
@@ -192,7 +209,8 @@ class ScriptedEngine:
         return futures
 
     def answer(self, request: GenerationRequest, reason: str = "") -> Generation:
-        ids = self.answers[: request.sampling.max_tokens]
+        script = self.script.pop(0) if self.script else self.answers
+        ids = script[: request.sampling.max_tokens]
         return Generation(
             id=request.id,
             token_ids=ids,
@@ -214,6 +232,44 @@ def engine() -> ScriptedEngine:
     return ScriptedEngine()
 
 
+class Serving:
+    """A gateway with one open episode."""
+
+    def __init__(self, gateway: "Gateway", session: Session, key: str, base_url: str) -> None:
+        self.gateway, self.session, self.key, self.base_url = gateway, session, key, base_url
+        self.headers = {"Authorization": f"Bearer {key}"}
+
+    def trajectory(self) -> Trajectory:
+        return self.session.trajectory(Episode())
+
+
+@pytest.fixture
+def serve(engine: ScriptedEngine, make_chat: Callable[..., Chat]) -> Callable[..., AbstractAsyncContextManager[Serving]]:
+    """serve(template, max_turns, budget, return_s): with the scripted engine, without processes."""
+
+    @asynccontextmanager
+    async def serving(
+        template: str = WITH_TOOLS, max_turns: int = 8, budget: Budget = WIDE, counts: Counter[str] | None = None, **how: float
+    ) -> AsyncIterator[Serving]:
+        from asyncrl.episodes.gateway import Gateway
+
+        sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=4, stop_token_ids=(1,))
+        session = Session("5/0/0", 5, sampling, 77, budget)
+        gateway = Gateway(Counter() if counts is None else counts, **how)
+        base_url = await gateway.start()
+
+        async def ask(request: GenerationRequest) -> Generation:
+            return await asyncio.wrap_future(engine.submit_group([request])[0])
+
+        key = gateway.open(Conversations(session, make_chat(template), ask, max_turns))
+        try:
+            yield Serving(gateway, session, key, base_url)
+        finally:
+            await gateway.stop()
+
+    return serving
+
+
 @pytest.fixture
 def plain() -> str:
     """A chat template that shows messages as they are."""
@@ -233,7 +289,7 @@ def make_chat() -> Callable[..., Chat]:
         backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", additional_special_tokens=WORDS[2:5]
+            tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", additional_special_tokens=[*WORDS[2:5], "<system>"]
         )
         tokenizer.chat_template = template
         return Chat(tokenizer, (1,))

@@ -1,6 +1,8 @@
 """Agents that reach the policy through an OpenAI API, with the real SDK."""
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 
 from asyncrl.config import EpisodeSpec
 from asyncrl.episodes.children import EpisodePool
+from asyncrl.episodes.gateway import RETURN_S
 from asyncrl.episodes.host import EpisodeHost
 from asyncrl.episodes.session import Budget
 from asyncrl.types import Trajectory
@@ -19,22 +22,32 @@ WIDE = Budget(tokens=1000, turn_tokens=4, context=1000)
 
 
 @pytest.fixture
-def play(environment, engine, make_chat, make_ticket, tmp_path: Path) -> Iterator[Callable[..., Trajectory]]:
-    """play(agent, kind): its episode."""
+def make_host(environment, engine, make_chat, tmp_path: Path) -> Iterator[Callable[..., EpisodeHost]]:
     hosts = []
 
-    def run(name: str = "agent", kind: str = "", budget: Budget = WIDE, **spec: Any) -> Trajectory:
+    def make(name: str = "agent", kind: str = "", budget: Budget = WIDE, **spec: Any) -> EpisodeHost:
         episode = EpisodeSpec(agent=environment(name), arguments={"kind": kind} if name == "agent" else {}, **spec)
         pool = EpisodePool(episode, tmp_path / "log", start_timeout_s=WAIT_S)
         hosts.append(EpisodeHost(engine, pool, make_chat(), episode, budget, lambda row, purpose: "{}", seed=9))
-        (future,) = hosts[-1].submit(make_ticket())
-        made = future.result(WAIT_S)
-        assert hosts[-1]._gateway._open == hosts[-1]._gateway._calls == {}
-        return made
+        return hosts[-1]
 
-    yield run
+    yield make
     for host in hosts:
         host.close()
+
+
+@pytest.fixture
+def play(make_host, make_ticket) -> Callable[..., Trajectory]:
+    """play(agent, kind): its episode."""
+
+    def run(*names: str, **how: Any) -> Trajectory:
+        host = make_host(*names, **how)
+        (future,) = host.submit(make_ticket())
+        made = future.result(WAIT_S)
+        assert host._gateway._open == {}
+        return made
+
+    return run
 
 
 def test_an_agent_of_the_openai_sdk(play, ids) -> None:
@@ -69,7 +82,7 @@ def test_streams_and_the_list_of_models(play, kind: str) -> None:
     assert made.token_ids[:2] == [6, 1]
 
 
-@pytest.mark.parametrize(("kind", "status"), [("n", 400), ("long", 400), ("junk", 400)])
+@pytest.mark.parametrize(("kind", "status"), [("long", 400), ("junk", 400)])
 def test_calls_that_are_refused(play, kind: str, status: int) -> None:
     budget = Budget(tokens=1000, turn_tokens=4, context=4) if kind == "long" else WIDE
     made = play(kind=kind, budget=budget)
@@ -94,7 +107,32 @@ def test_a_call_that_is_repeated_is_answered_once(play, engine) -> None:
 
 
 def test_a_stranger_is_refused(play) -> None:
-    assert play("stranger").episode.reward == 410
+    assert play("stranger").episode.reward == 401
+
+
+def test_an_agent_that_waits_too_long_gives_its_slot_back(play, engine) -> None:
+    engine.held = []
+    assert play(deadline_s=2.0).episode.status == "timeout"
+    assert len(engine.requests) == 1
+    assert engine.cancelled.acquire(timeout=RETURN_S / 2)  # it waits for no client to come back
+
+
+def test_an_agent_that_dies_in_a_call_gives_its_slot_back(make_host, make_ticket, engine) -> None:
+    engine.held = []
+    host = make_host()
+    (future,) = host.submit(make_ticket())
+    assert engine.arrived.acquire(timeout=WAIT_S)
+    forker = host._pool._forker.pid
+    (child,) = Path(f"/proc/{forker}/task/{forker}/children").read_text().split()
+    os.kill(int(child), signal.SIGKILL)
+    made = future.result(WAIT_S)
+    assert (made.episode.status, made.episode.error, made.token_ids) == ("invalid", "the environment's process died", [])
+    assert engine.cancelled.acquire(timeout=RETURN_S / 2)  # it waits for no client to come back
+
+
+def test_an_agent_that_hides_that_the_engine_failed_is_not_believed(play, engine) -> None:
+    engine.reason = "abort"
+    assert play(kind="hide").finish_reason == "abort"
 
 
 def test_an_answer_that_the_engine_gave_up_ends_the_episode(play, engine) -> None:

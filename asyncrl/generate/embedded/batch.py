@@ -5,7 +5,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -200,9 +200,9 @@ class DecodeBatch:
             self._drop_ended()
         return finished
 
-    def abort(self, group: int | None) -> list[Finished]:
-        """Ends the rows of a group, or all of them."""
-        finished = self._rows.abort(group)
+    def abort(self, doomed: Callable[[Job], bool]) -> list[Finished]:
+        """Ends the rows of these jobs."""
+        finished = self._rows.abort(doomed)
         self._drop_ended()
         return finished
 

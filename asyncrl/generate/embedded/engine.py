@@ -10,7 +10,7 @@ After Orca (Yu et al., OSDI 2022) for iteration-level batching, and PipelineRL f
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 
@@ -66,6 +66,7 @@ class TorchEngine:
         self.version: Version | None = None  # of the weights now in use
         self._paused = self._draining = False
         self._ended: AsyncRLError | None = None  # why the engine ended: failure or close
+        self._cancelled = False  # some future since the last step
         self._beats = 0  # steps and swaps so far
         self._discarded = 0  # tokens lost with rows that began anew, since the last swap
         self._thread: threading.Thread | None = None
@@ -75,9 +76,12 @@ class TorchEngine:
     def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
         """Queues requests together, so that they can join the same step and share one prefill of their prompt.
 
-        The future of one raises ConfigError if it can't fit, Closed after `close`, Unavailable on failure.
+        The future of one raises ConfigError if it can't fit, Closed after `close`, Unavailable on failure. One that is
+        cancelled gives its slot back at the next step.
         """
         jobs = [Job(request, Future()) for request in requests]
+        for job in jobs:
+            job.future.add_done_callback(self._note_cancelled)
         refusals = [self._refusal(request, requests) for request in requests]
         with self._cond:
             errors = [refusal or self._ended for refusal in refusals]
@@ -102,16 +106,27 @@ class TorchEngine:
     def abort(self, group: int | None = None) -> None:
         """Ends a group's unfinished requests, or all, with finish_reason `abort` and the tokens so far. Waits for one step."""
         with self._gate.between_steps():
-            with self._cond:
-                queued = [job for job in self._queue if group in (None, job.request.group)]
-                self._queue = deque(job for job in self._queue if group not in (None, job.request.group))
-            finished = self._batch.abort(group)
+            finished = self._take_out(lambda job: group in (None, job.request.group))
+        self._deliver(finished)
+
+    def _note_cancelled(self, future: "Future[Generation]") -> None:
+        """Called by whoever ends a future."""
+        if future.cancelled():
+            self._cancelled = True
+
+    def _take_out(self, doomed: Callable[[Job], bool]) -> list[Finished]:
+        """Inside the gate: ends these jobs, wherever they are, as aborted."""
+        finished = self._batch.abort(doomed)
+        with self._cond:
+            queued = [job for job in self._queue if doomed(job)]
+            self._queue = deque(job for job in self._queue if not doomed(job))
+            self._cond.notify_all()  # `drain` may have waited for them
         for job in queued:
             nothing = Generation(
                 id=job.request.id, token_ids=[], logprobs=[], kept_logmass=None, spans=(), finish_reason="abort"
             )
             finished.append(Finished(job, nothing))
-        self._deliver(finished)
+        return finished
 
     # ----------------------------------------------------------------------------------------- stepping
 
@@ -144,6 +159,9 @@ class TorchEngine:
         joining: list[Job] = []
         try:
             with self._gate.step():
+                if self._cancelled:
+                    self._cancelled = False
+                    self._take_out(lambda job: job.future.cancelled())
                 with self._cond:
                     version = self.version
                     if self._ended is not None or version is None or not self._has_work():

@@ -1,6 +1,6 @@
 """What is known of the requests being decoded: one row each, as arrays, so that a step has no Python loop over rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -124,10 +124,9 @@ class Rows:
             self._end(int(row), "stop" if stop else "length") for row, stop in zip(rows[ended], stopped[ended], strict=True)
         ]
 
-    def abort(self, group: int | None) -> list[Finished]:
-        """Ends the living rows of a group, or all of them."""
-        doomed = [r for r in range(self.count) if self.alive[r] and group in (None, self._jobs[r].request.group)]
-        return [self._end(row, "abort") for row in doomed]
+    def abort(self, doomed: Callable[[Job], bool]) -> list[Finished]:
+        """Ends the living rows of these jobs."""
+        return [self._end(row, "abort") for row in range(self.count) if self.alive[row] and doomed(self._jobs[row])]
 
     def _end(self, row: int, reason: FinishReason) -> Finished:
         self.alive[row] = False

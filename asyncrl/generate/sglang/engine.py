@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotInTime
+from functools import partial
 
 from asyncrl.config import EngineSpec, LimitsSpec
 from asyncrl.errors import AsyncRLError, Closed, Unavailable
@@ -71,9 +72,12 @@ class SGLangEngine:
     def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
         """Queues requests together: they go to one server as one batch. Returns futures in the same order.
 
-        The future of one raises ConfigError if it can't fit, Closed after `close`, Unavailable on failure.
+        The future of one raises ConfigError if it can't fit, Closed after `close`, Unavailable on failure. One that is
+        cancelled gives its slot back soon.
         """
         rows = [RequestRow(request, self._vocabulary) for request in requests]
+        for row in rows:
+            row.future.add_done_callback(partial(self._note_cancelled, row))
         sound = []
         for row in rows:
             refusal = check_request(row.request, max_length=self.max_length, vocabulary=self._vocabulary)
@@ -86,6 +90,11 @@ class SGLangEngine:
             for row in sound:
                 row.future.set_exception(ended)
         return [row.future for row in rows]
+
+    def _note_cancelled(self, row: RequestRow, future: "Future[Generation]") -> None:
+        """Called by whoever ends a future."""
+        if future.cancelled():
+            self._loop.call(self._cancel, row)
 
     def abort(self, group: int | None = None) -> None:
         """Ends a group's unfinished requests, or all, with finish_reason `abort` and the tokens reported so far, soon."""
@@ -129,6 +138,12 @@ class SGLangEngine:
         self._changes.notify()
         for replica in self._replicas:
             await replica.cancel()
+
+    def _cancel(self, row: RequestRow) -> None:
+        row.cancelled = True
+        self._settle(row, row.generation("abort"))
+        for replica in self._replicas:
+            self._loop.spawn(replica.cancel())
 
     # ------------------------------------------------------------------------------------------ weights
 

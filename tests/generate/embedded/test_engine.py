@@ -364,6 +364,35 @@ def test_abort_ends_running_and_queued_requests_of_a_group_only(
     assert finish(engine, other)[0].finish_reason == "length"
 
 
+def test_a_cancelled_request_gives_its_slot_back(make_engine: Callable[..., TorchEngine], make_request: MakeRequest) -> None:
+    engine = make_engine(slots=1)
+    running, queued, other = (submit(engine, make_request(id, max_tokens=20)) for id in "abc")
+    engine.step()
+    running.cancel()
+    queued.cancel()
+    engine.step()
+    assert engine.gauges() == {"active": 1.0, "queued": 0.0}  # of `other`, which has the only slot
+    assert finish(engine, other)[0].finish_reason == "length"
+
+
+def test_a_drain_does_not_wait_for_a_cancelled_request(
+    make_engine: Callable[..., TorchEngine], make_request: MakeRequest
+) -> None:
+    engine = make_engine(update_mode="drain")
+    future = submit(engine, make_request(max_tokens=20))
+    engine.step()
+    drain = threading.Thread(target=engine._drain, daemon=True)
+    engine._thread = drain  # as if the engine stepped by itself: then a drain waits
+    drain.start()
+    while not engine._draining:
+        time.sleep(0)
+    future.cancel()
+    while engine.step():
+        pass
+    drain.join(WAIT_S)
+    assert not drain.is_alive()
+
+
 @pytest.mark.parametrize(
     ("bad", "words"),
     [

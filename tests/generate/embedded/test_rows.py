@@ -30,7 +30,7 @@ def test_ended_rows_are_filled_from_the_back(make_request: Callable[..., Generat
     assert rows.sampling().temperature.tolist() == [4.0, 2.0, 5.0]
     rows.mark(V1)
     rows.record(np.arange(20, 23), np.full(3, -0.5), None)
-    (aborted, *_) = rows.abort(None)
+    (aborted, *_) = rows.abort(lambda job: True)
     assert aborted.generation.token_ids == [13, 20]
     assert aborted.generation.logprobs == [-1.0, -0.5]
     assert aborted.generation.spans == (Span(V0, 1), Span(V1, 1))

@@ -261,6 +261,17 @@ def test_an_abort_ends_a_group_and_no_other(open_engine: Open) -> None:
     assert {answer.finish_reason for answer in results(kept)} == {"length"}
 
 
+def test_a_cancelled_request_leaves_its_server(open_engine: Open) -> None:
+    engine, farm = open_engine()
+    doomed, kept = ask(engine, 1, tokens=1500), ask(engine, 2, tokens=100)
+    decoded(engine, 40)
+    for future in doomed:
+        future.cancel()
+    assert {answer.finish_reason for answer in results(kept)} == {"length"}
+    until(lambda: len(farm[0].aborted) == len(doomed) and not farm[0].running)
+    assert engine.gauges()["in_flight"] == 0.0
+
+
 def test_pause_interrupts_and_resume_goes_on(open_engine: Open) -> None:
     engine, farm = open_engine()
     futures = ask(engine, tokens=100)
