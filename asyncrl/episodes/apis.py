@@ -147,12 +147,10 @@ def _response(body: Body, answers: Sequence[Answer]) -> Body:
     echoed = {name: body.get(name) for name in ("instructions", "max_output_tokens", "previous_response_id", "metadata")}
     said = {"tools": body.get("tools") or [], "tool_choice": "auto", "parallel_tool_calls": True, "output": _to_items(answer)}
     read, sampled = answer.prompt_tokens, answer.tokens
-    usage: Body = {"input_tokens": read, "output_tokens": sampled, "total_tokens": read + sampled}
-    usage |= {
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-        "output_tokens_details": {"reasoning_tokens": 0},
-    }
-    return {**head, "incomplete_details": None, **status, **echoed, **said, "usage": usage}
+    usage = {"input_tokens": read, "output_tokens": sampled, "total_tokens": read + sampled}
+    of_input, of_output = {"cached_tokens": 0, "cache_write_tokens": 0}, {"reasoning_tokens": 0}
+    details = {"input_tokens_details": of_input, "output_tokens_details": of_output}
+    return {**head, "incomplete_details": None, **status, **echoed, **said, "usage": {**usage, **details}}
 
 
 def _to_items(answer: Answer) -> list[Body]:
@@ -248,13 +246,10 @@ def _anthropic_events(body: Body, answers: Sequence[Answer]) -> Iterator[Body]:
     begun = {**message, "content": [], "stop_reason": None, "usage": {**message["usage"], "output_tokens": 0}}
     yield {"type": "message_start", "message": begun}
     for index, block in enumerate(message["content"]):
-        said = block["type"] == "text"
-        empty: Body = {"text": ""} if said else {"input": {}}
-        delta = (
-            {"type": "text_delta", "text": block["text"]}
-            if said
-            else {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
-        )
+        empty: Body = {"input": {}}
+        delta = {"type": "input_json_delta", "partial_json": json.dumps(block.get("input"))}
+        if block["type"] == "text":
+            empty, delta = {"text": ""}, {"type": "text_delta", "text": block["text"]}
         yield {"type": "content_block_start", "index": index, "content_block": block | empty}
         yield {"type": "content_block_delta", "index": index, "delta": delta}
         yield {"type": "content_block_stop", "index": index}

@@ -62,14 +62,12 @@ class Conversations:
 
     async def complete(self, asked: Asked) -> list[Answer]:
         """The policy's answers. A call that is cancelled leaves nothing. Raises CallRefused."""
-        before, self._calls = self._calls, self._calls + asked.n
-        if self._calls > self._max_turns:
+        if self._calls + asked.n > self._max_turns:
             raise CallRefused(f"episode.max_turns={self._max_turns} calls were made: there are no more", "rate_limit_exceeded")
+        before, self._calls = self._calls, self._calls + asked.n
         messages, prompt_ids = self._read(asked)
         if not (room := self._session.room(prompt_ids)):
-            raise CallRefused(
-                f"prompt is too long: {len(prompt_ids)} tokens leave no room to answer", "context_length_exceeded"
-            )
+            raise CallRefused(f"prompt is too long: {len(prompt_ids)} tokens leave no room", "context_length_exceeded")
         requests = [self._session.request(prompt_ids, asked.max_tokens or room) for _ in range(asked.n)]
         generations = await asyncio.gather(*map(self._ask, requests))
         made = zip(requests, generations, strict=True)
@@ -109,7 +107,7 @@ class Conversations:
 
     def _tokens(self, asked: Asked, messages: list[Message]) -> list[int]:
         tools, *said = _name(asked, messages)
-        for count in range(len(said) - 1, 0, -1):
+        for count in range(len(said), 0, -1):
             if (served := self._served.get((tools, *said[:count]))) is not None:
                 following = [_shown(message) for message in messages[count:]]
                 return [*served[0], *self._chat.following(following, stopped=served[1])]

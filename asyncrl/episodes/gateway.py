@@ -25,6 +25,7 @@ from asyncrl.episodes.apis import APIS, CHAT, MESSAGES, Body, told_error
 from asyncrl.episodes.child import MODEL
 from asyncrl.episodes.conversations import Answer, Asked, CallRefused, Conversations
 
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 BODY_BYTES = 32 << 20
 RETURN_S = 10.0  # in which a client that is gone may come back for its call: SDKs do within 8 s
 NOT_HEEDED = """temperature top_p top_k stop stop_sequences seed frequency_penalty presence_penalty logit_bias tool_choice
@@ -91,9 +92,8 @@ class Gateway:
         return _json({"object": "list", "data": [model], "has_more": False})
 
     async def _nothing(self, request: web.Request) -> web.Response:
-        raise CallRefused(
-            f"{request.method} {request.path} is not served; there are POST {', '.join(APIS)}, GET /v1/models", "not_found", 404
-        )
+        there = f"there are POST {', '.join(APIS)}, GET /v1/models"
+        raise CallRefused(f"{request.method} {request.path} is not served; {there}", "not_found", 404)
 
     def _served(self, request: web.Request) -> Served:
         """The episode that is asked for."""
@@ -170,9 +170,7 @@ def _json(value: Body, status: int = 200, **headers: str) -> web.Response:
 
 
 @web.middleware
-async def _shape_errors(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
+async def _shape_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Errors as the API has them that was spoken. None is worth a retry."""
     try:
         return await handler(request)

@@ -145,6 +145,7 @@ UNREADABLE = [
     ("/chat/completions", {"messages": "x"}, r"Expected `array`.*\$\.messages"),
     ("/chat/completions", {"messages": ["x"]}, r"Expected `object`.*\$\.messages\[0\]"),
     ("/chat/completions", {"messages": [{"content": "x"}]}, "'role'"),
+    ("/chat/completions", {"messages": [{**HELLO[0], "tool_call_id": []}]}, "unhashable"),
     ("/chat/completions", {"messages": [{"role": "user", "content": 5}]}, "text alone"),
     ("/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'image_url' is not taken"),
     ("/chat/completions", {"messages": [CALLED, {"role": "user", "content": "x"}]}, "can't show these messages"),
@@ -236,6 +237,9 @@ def test_several_answers_to_one_question(serve, engine) -> None:
             _, told = await post(served.base_url + "/chat/completions", {**BODY, "n": 3}, served.headers)
             assert [choice["message"]["content"] for choice in told["choices"]] == ["look", "here", "look here"]
             assert told["usage"] == {"prompt_tokens": 4, "completion_tokens": 7, "total_tokens": 11}
+            assert (await post(served.base_url + "/chat/completions", {**BODY, "n": 2}, served.headers))[
+                0
+            ] == 400  # one is left
             chosen = [*HELLO, told["choices"][1]["message"], *HELLO]
             assert (await post(served.base_url + "/chat/completions", {"messages": chosen}, served.headers))[0] == 200
             assert (await post(served.base_url + "/chat/completions", BODY, served.headers))[0] == 400
@@ -256,6 +260,18 @@ def test_what_would_change_the_policy_is_counted_and_not_heeded(serve, engine) -
     asyncio.run(talk())
     assert counts == {"not_heeded/temperature": 2, "not_heeded/response_format": 2, "not_heeded/tool_choice": 1}
     assert {request.sampling.temperature for request in engine.requests} == {1.0}
+
+
+def test_a_conversation_may_go_on_without_a_question(serve, ids) -> None:
+    async def talk() -> Any:
+        async with serve() as served:
+            url = served.base_url + "/chat/completions"
+            _, told = await post(url, BODY, served.headers)
+            await post(url, {"messages": [*HELLO, told["choices"][0]["message"]]}, served.headers)
+            return served.trajectory()
+
+    made = asyncio.run(talk())
+    assert (made.segments, made.token_ids) == ((0,), [6, 1, *ids("nl <assistant>"), 6, 1])
 
 
 def test_new_tools_are_shown(serve, ids) -> None:
