@@ -47,6 +47,7 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.exports = self.path / "exports"
         self.logs = self.path / "logs"
+        self.rewards = self.path / "rewards"  # what each reward model and judge is
         self.driver_log = self.path / "driver.log"  # of detached runs; those of one name follow each other
 
     @property

@@ -226,6 +226,7 @@ class Score(Struct, frozen=True, kw_only=True):
     parts: dict[str, float] = {}
     error: str = ""
     token_rewards: list[float] | None = None  # what each response token earns beside it, one number per token
+    said: dict[str, str] = {}  # what judges wrote, by the name of their term
 
 
 class BatchLease(Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from asyncrl.cluster.placement import Placement, beside_driver, reserve
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import call_store
 from asyncrl.cluster.watchdog import Clock, RestartBudget
-from asyncrl.config import LimitsSpec, PlaceSpec
+from asyncrl.config import QUESTIONS, LimitsSpec, PlaceSpec
 from asyncrl.errors import Unavailable
 from asyncrl.interfaces import VERBS
 from asyncrl.types import Report, StoreReport
@@ -77,7 +77,8 @@ class Member:
             actor = ray.remote(concurrency_groups=STORE_GROUPS)(StoreActor)
             self.handle = actor.options(**options).remote(plan)
             return
-        actor = ray.remote(max_concurrency=8)(StageActor)
+        calls = 8 + (QUESTIONS * plan.deployment.rewards.count if self.role == "model" else 0)
+        actor = ray.remote(max_concurrency=calls)(StageActor)
         self.handle = actor.options(**options).remote(self.role, self.name, self.restart_count, plan, self.place.threads)
         for peer, (restart_count, value) in known.items():
             self.connect(peer, restart_count, value)

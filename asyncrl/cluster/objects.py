@@ -152,4 +152,6 @@ def _term(reward: Any) -> RewardTerm:
 
 
 def _of_trl(term: RewardTerm) -> bool:
+    if not term.function:  # it needs no ground truth
+        return True
     return term.style == "trl" or (term.style == "auto" and is_trl(load_callable(term.function, "reward")))

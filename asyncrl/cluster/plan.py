@@ -7,7 +7,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from asyncrl.config import Deployment, Recipe
+from asyncrl.config import Deployment, Recipe, RewardTerm
 from asyncrl.errors import ConfigError
 from asyncrl.rundir import RunDir, write_atomic
 
@@ -29,6 +29,13 @@ class RunPlan(Struct, frozen=True, kw_only=True):
     @property
     def paths(self) -> RunDir:
         return RunDir(self.run_dir)
+
+    @property
+    def models(self) -> dict[str, RewardTerm]:
+        """What the actors that serve models of rewards are called, and the term of each."""
+        served = [term for term in self.recipe.reward.terms() if term.served]
+        count = self.deployment.rewards.models.count
+        return {f"model-{number}.{i}": term for number, term in enumerate(served) for i in range(count)}
 
     def incarnation(self, restart_count: int) -> int:
         """An actor's incarnation for the store: rises with restarts of the actor, and of the driver."""

@@ -3,6 +3,7 @@
 No torch, no Ray: well under two seconds. All problems are reported at once, not one per attempt.
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,19 +12,34 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from asyncrl.cluster.fit import device_memory, fit_layouts
 from asyncrl.cluster.resources import check_placement, named_cluster
 from asyncrl.cluster.space import check_space, update_bytes
-from asyncrl.config import ESTIMATOR_NAMES, LOSS_NAMES, SETTINGS, UNGROUPED, Deployment, LoraSpec, ModelSpec, Recipe, run_dtypes
+from asyncrl.config import (
+    ESTIMATOR_NAMES,
+    LOSS_NAMES,
+    SETTINGS,
+    UNGROUPED,
+    Deployment,
+    GeneratorsSpec,
+    LoraSpec,
+    ModelSpec,
+    Recipe,
+    RewardTerm,
+    run_dtypes,
+)
 from asyncrl.config.callables import check_callable
 from asyncrl.disk import as_size, existing
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.generate.engines import engine_kind
 from asyncrl.learn.policies import newest_complete, require_resumable
-from asyncrl.models.architectures import differing_shapes, named, not_causal, read_config
+from asyncrl.models.architectures import differing_shapes, named, not_a_classifier, not_causal, read_config
 from asyncrl.models.hub import require_model
 from asyncrl.models.sizes import size_of
 from asyncrl.prompts.reading import check_columns, read_rows
+from asyncrl.reward.opinions import read_prompt
 from asyncrl.rundir import RunDir
 
 Check = Callable[[], str]  # a line of the plan; raises ConfigError or DataError
@@ -77,6 +93,9 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
         for file in files:
             yield label, partial(_data_file, file, recipe, run_dir)
     yield "reward", lambda: _callables(recipe)
+    for term in recipe.reward.terms():
+        if not term.function:
+            yield "reward", partial(_asked, term, recipe, deployment, run_dir)
     yield "algorithm", lambda: _algorithm(recipe)
     yield "sampling", lambda: _sampling(recipe)
     yield "episode", lambda: _episode(recipe)
@@ -86,7 +105,7 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
     yield "history", lambda: _history(recipe, deployment)
     yield "dtypes", lambda: _dtypes(recipe, deployment)
     yield "engine", lambda: engine_kind(deployment.generators.engine.kind).check(deployment)
-    yield "placement", lambda: check_placement(deployment)
+    yield "placement", lambda: check_placement(deployment, served=sum(bool(term.served) for term in recipe.reward.terms()))
     yield "learner", lambda: _learner(recipe, deployment)
     yield "disk", lambda: check_space(recipe, deployment, run_dir)
 
@@ -158,7 +177,8 @@ def _data_file(file: str, recipe: Recipe, run_dir: RunDir) -> str:
 def _callables(recipe: Recipe) -> str:
     terms = recipe.reward.terms()
     for term in terms:
-        check_callable(term.function, "reward.function")
+        if term.function:
+            check_callable(term.function, "reward.function")
     for field, name, built_in in (
         ("sampling.keep", recipe.sampling.keep, ("all", "varied")),
         ("episode.environment", recipe.episode.environment, ("",)),
@@ -171,7 +191,34 @@ def _callables(recipe: Recipe) -> str:
     ):
         if name not in built_in:
             check_callable(name, field)
-    return f"{', '.join(term.function for term in terms)}, at most {recipe.reward.deadline_s:g} s a sample"
+    return f"{', '.join(term.what for term in terms)}, at most {recipe.reward.deadline_s:g} s a sample"
+
+
+def _asked(term: RewardTerm, recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
+    """A reward model or judge, as far as that is known before it is loaded."""
+    judge, model, models = term.judge, term.served, deployment.rewards.models
+    if judge:
+        read_prompt(judge)
+        if judge.parse:
+            check_callable(judge.parse, "reward.judge.parse")
+        if judge.pairwise and recipe.evaluation.files and len(recipe.reward.terms()) == 1:
+            raise ConfigError(
+                f"evaluation.files with nothing but {term.named}, which compares responses of one policy with each other: "
+                "every score would be a half; leave evaluation.files out, or add a term that scores each response"
+            )
+        if judge.key_env and judge.key_env not in os.environ and not named_cluster(deployment):
+            raise ConfigError(f"reward.judge.key_env={judge.key_env!r} is not set here, so nobody could be asked; export it")
+        if not model:
+            key = f"with the key in {judge.key_env}" if judge.key_env else "without a key"
+            return f"{term.named}: {judge.url} {key}, asked what {judge.prompt} says"
+    assert model is not None
+    line = _model("reward model", model, recipe, run_dir)
+    if not judge and (problem := not_a_classifier(read_config(model.path, model.revision))):
+        raise ConfigError(f"reward model {model.path!r} {problem}")
+    engine_kind(models.engine.kind).check(
+        replace(deployment, generators=GeneratorsSpec(place=models.place, engine=models.engine))
+    )
+    return f"{term.named}: {line}, served by {models.count} × {models.engine.kind}"
 
 
 def _episode(recipe: Recipe) -> str:

@@ -12,14 +12,17 @@ from asyncrl.config import Deployment
 from asyncrl.errors import ConfigError
 
 
-def check_placement(deployment: Deployment, environ: Mapping[str, str] = os.environ, dev: Path = Path("/dev")) -> str:
-    """One sentence of the plan. Raises ConfigError with demanded against available, by group.
+def check_placement(
+    deployment: Deployment, environ: Mapping[str, str] = os.environ, dev: Path = Path("/dev"), *, served: int = 0
+) -> str:
+    """One sentence of the plan. Raises ConfigError with demanded against available, by group. served: models of rewards.
 
     Only a local Ray can be judged beforehand; a cluster answers when it is joined (`PlacementError`).
     """
     groups = [
         ("generators", deployment.generators.count, deployment.generators.place),
         ("rewards", deployment.rewards.count, deployment.rewards.place),
+        *([("models", served * (models := deployment.rewards.models).count, models.place)] if served else []),
         *((group, of.ranks, of.place) for group, of in deployment.groups.items()),
         ("store", 1, deployment.store.place),
     ]

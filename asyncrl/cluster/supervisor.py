@@ -65,6 +65,7 @@ class Supervisor:
         generators, rewards = deployment.generators, deployment.rewards
         slots = [("generator", f"generator-{i}", generators.place) for i in range(generators.count)]
         slots += [("reward", f"reward-{i}", rewards.place) for i in range(rewards.count)]
+        slots += [("model", name, rewards.models.place) for name in self._plan.models]
         first, *others = ((name, deployment.groups[group].place) for name, group in deployment.ranks.items())
         lead = Member("learner", *first, *watch, [Member("rank", *other, *watch) for other in others])
         store = Member("store", "store", deployment.store.place, *watch)
@@ -248,6 +249,8 @@ class Supervisor:
         log.info("%s is up (pid %d)", member.name, member.pid)
         if member is self._store:
             self._announce("store", member.restart_count, member.handle)
+        if member.role == "model":
+            self._announce(member.name, member.restart_count, member.handle)
         if member is not self._learner:
             member.run()
             self._tell_deaths()

@@ -1,5 +1,7 @@
 """How an actor finds its peers, and calls the store over Ray across the store's restarts."""
 
+import asyncio
+import itertools
 import threading
 import time
 from collections import defaultdict
@@ -34,8 +36,12 @@ class Peers:
 
     def peek(self, name: str) -> Any:
         """The newest value, or None."""
+        return self.known(name)[1]
+
+    def known(self, name: str) -> tuple[int, Any]:
+        """The newest restart_count and value; (-1, None) if there is none."""
         with self._changed:
-            return self._known[name][1]
+            return self._known[name]
 
     def wait(self, name: str, newer_than: int, deadline: float) -> tuple[int, Any]:
         """Blocks until `name` has a restart_count above `newer_than`; `put` wakes it.
@@ -92,3 +98,29 @@ class RayCall:
         except (RayActorError, OutOfMemoryError):  # the latter: killed by Ray's memory monitor
             self._peers.wait("store", restart_count, deadline)
             raise Unavailable(f"store: it died at {verb}, and was restarted") from None
+
+
+class RayModel:
+    """Asks the actors that serve a reward's model, one after the other. Call it from one event loop.
+
+    deadline_s: for an answer of an actor that is up. patience_s: how long none may be.
+    """
+
+    def __init__(self, peers: Peers, names: Sequence[str], deadline_s: float, patience_s: float) -> None:
+        self._peers, self._names = peers, itertools.cycle(names)
+        self._deadline_s, self._patience_s = deadline_s, patience_s
+
+    async def __call__(self, chat: Any) -> Any:
+        """Its answer. Raises TimeoutError; Unavailable when the actor that was asked has died and another is there; Closed."""
+        name, deadline = next(self._names), time.monotonic() + self._patience_s
+        restart_count, handle = self._peers.known(name)
+        if handle is None:
+            restart_count, handle = await asyncio.to_thread(self._peers.wait, name, -1, deadline)
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await handle.ask.remote("answer", chat)
+        except ActorUnavailableError as error:
+            raise Unavailable(f"{name}: out of reach: {error}") from None
+        except (RayActorError, OutOfMemoryError):
+            await asyncio.to_thread(self._peers.wait, name, restart_count, deadline)
+            raise Unavailable(f"{name}: it died while it was asked, and was restarted") from None

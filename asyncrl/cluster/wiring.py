@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from asyncrl.cluster.fit import DeviceMemory, agree, device_memory, fit_layouts
 from asyncrl.cluster.plan import RunPlan
-from asyncrl.cluster.transport import Peers, RayCall, ask_ranks
-from asyncrl.config import Group, Layout, run_dtypes
+from asyncrl.cluster.transport import Peers, RayCall, RayModel, ask_ranks
+from asyncrl.config import Group, Layout, RewardTerm, run_dtypes
 from asyncrl.config.callables import load_callable
 from asyncrl.interfaces import Engine, Stage
 from asyncrl.types import Sampling
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from asyncrl.learn.parallel.rank import Rank
     from asyncrl.replay.client import ReplayClient
     from asyncrl.replay.store import ReplayStore
+    from asyncrl.reward.asking import AskFirst
+    from asyncrl.reward.pool import RewardPool
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,8 @@ def build_store(plan: RunPlan) -> "ReplayStore":
         evaluation=evaluation,
         lease_s=plan.deployment.limits.lease_s,
         reward=(f"episode {recipe.episode.what} with " if recipe.episode.what else "")
-        + f"reward {', '.join(term.function for term in recipe.reward.terms())}",
+        + f"reward {', '.join(term.what for term in recipe.reward.terms())}",
+        whole_groups=recipe.reward.pairwise,
     )
     return ReplayStore(store_plan, plan.paths.replay, plan.deployment.store)
 
@@ -83,12 +86,14 @@ def build(role: str, name: str, restart_count: int, plan: RunPlan, peers: Peers,
     actors of a learner's other ranks."""
     if role == "rank":
         return _follower(name, plan)
+    if role == "model":
+        return _model(name, plan)
     from asyncrl.replay.client import ReplayClient
 
     incarnation = plan.incarnation(restart_count)
     store = ReplayClient(RayCall(peers), name, incarnation, run=plan.paths.run_id, retry_s=_patience_s(plan))
     if role == "reward":
-        return _reward(name, plan, store)
+        return _reward(name, plan, peers, store)
     return _generator(name, plan, peers, store) if role == "generator" else _learner(plan, store, followers)
 
 
@@ -172,7 +177,7 @@ def _purposes(plan: RunPlan) -> tuple[str, ...]:
     return ("train", "eval") if plan.recipe.evaluation.files else ("train",)
 
 
-def _reward(name: str, plan: RunPlan, store: "ReplayClient") -> Built:
+def _reward(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") -> Built:
     from asyncrl.prompts.dataset import PromptFile
     from asyncrl.reward.pool import RewardPool
     from asyncrl.reward.shaping import shape
@@ -185,7 +190,7 @@ def _reward(name: str, plan: RunPlan, store: "ReplayClient") -> Built:
     )
     worker = RewardWorker(
         store,
-        pool,
+        _behind_models(name, plan, peers, pool),
         name=name,
         record=lambda item: prompts[item.purpose].record(item.prompt.row),
         shape=lambda reward, ids: shape(reward, ids, spec.shaping, recipe.sampling.max_response_length),
@@ -193,6 +198,35 @@ def _reward(name: str, plan: RunPlan, store: "ReplayClient") -> Built:
         poll_s=plan.deployment.limits.poll_s,
     )
     return Built(worker, None, (store.close,))
+
+
+def _behind_models(name: str, plan: RunPlan, peers: Peers, pool: "RewardPool[Any]") -> "RewardPool[Any] | AskFirst[Any]":
+    """The pool alone, where nothing but functions scores."""
+    spec = plan.recipe.reward
+    if all(term.function for term in spec.terms()):
+        return pool
+    from asyncrl.cluster.serving import note
+    from asyncrl.reward.asking import behind_models
+
+    for term in spec.terms():
+        if term.judge and term.judge.url and name == "reward-0":
+            note(plan.paths.rewards, term, {})
+
+    def served(term: RewardTerm) -> RayModel:
+        actors = [actor for actor, of in plan.models.items() if of == term]
+        return RayModel(peers, actors, spec.deadline_s, _patience_s(plan))
+
+    return behind_models(pool, spec, served)
+
+
+def _model(name: str, plan: RunPlan) -> Built:
+    from asyncrl.cluster.serving import note, serve
+    from asyncrl.reward.served import ServedModel
+
+    term = plan.models[name]
+    served = serve(name, term, plan.deployment.rewards.models, plan.deployment.limits, plan.paths.logs)
+    note(plan.paths.rewards, term, served.facts)
+    return Built(ServedModel(name, served.respond, served.health), None, (served.close,))
 
 
 def _learner(plan: RunPlan, store: "ReplayClient", followers: Sequence[Any]) -> Built:

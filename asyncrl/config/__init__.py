@@ -7,6 +7,8 @@ from asyncrl.config.algorithm import *
 from asyncrl.config.deployment import *
 from asyncrl.config.dtypes import *
 from asyncrl.config.learner import *
+from asyncrl.config.limits import *
 from asyncrl.config.parallel import *
 from asyncrl.config.recipe import *
+from asyncrl.config.rewards import *
 from asyncrl.config.sft import *

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
-from msgspec import Struct, structs
+from msgspec import NODEFAULT, Struct, structs
 
 from asyncrl.errors import ConfigError
 
@@ -40,6 +40,8 @@ def require_fields(spec: object, where: str, rules: Iterable[Rule]) -> None:
 def require_unset(spec: Struct, where: str, names: str, why: str) -> None:
     """Raises ConfigError for the first of the named fields that has not its default. why: with what it would be ignored."""
     for field in _fields(type(spec)):
-        value = getattr(spec, field.name)
-        if field.name in names.split() and value != field.default:
-            raise ConfigError(f"{where}{field.name}={value!r} with {why} (its default is {field.default!r})")
+        value, default = getattr(spec, field.name), field.default
+        if default is NODEFAULT and field.default_factory is not NODEFAULT:
+            default = field.default_factory()
+        if field.name in names.split() and value != default:
+            raise ConfigError(f"{where}{field.name}={value!r} with {why} (its default is {default!r})")

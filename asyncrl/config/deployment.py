@@ -8,6 +8,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from asyncrl.config.base import Rule, Spec, require, require_fields, require_unset
+from asyncrl.config.limits import LimitsSpec
 from asyncrl.config.parallel import Group, ParallelSpec, layouts
 
 
@@ -259,6 +260,20 @@ class GeneratorsSpec(Spec, frozen=True, kw_only=True):
         return self.count * servers * self.engine.slots
 
 
+class ModelsSpec(Spec, frozen=True, kw_only=True):
+    """The actors that serve the models of rewards, if a recipe has any. Each model has its own."""
+
+    count: int = 1  # actors of each model
+    place: PlaceSpec = PlaceSpec()  # of each actor
+    # `torch` serves classifiers and judges in the actor, `sglang` by servers of the actor's. Longer questions are `invalid`.
+    engine: EngineSpec = EngineSpec()
+    max_tokens_per_pack: int = 16384  # tokens that a classifier scores in one forward pass (on CPU at most 2,048)
+
+    def __post_init__(self) -> None:
+        rule: Rule = ("count max_tokens_per_pack", lambda x: x >= 1, "< 1: nothing would be scored; use >= 1")
+        require_fields(self, "rewards.models.", [rule])
+
+
 class RewardsSpec(Spec, frozen=True, kw_only=True):
     """The actors that score."""
 
@@ -266,6 +281,7 @@ class RewardsSpec(Spec, frozen=True, kw_only=True):
     processes: int = 1  # killable scoring processes of each
     lease_size: int = 64  # the most rollouts that an actor asks for at a time
     place: PlaceSpec = PlaceSpec()  # of each actor
+    models: ModelsSpec = ModelsSpec()  # actors beside them, only for a recipe with reward models or judges of its own
 
     def __post_init__(self) -> None:
         rule: Rule = ("count processes lease_size", lambda x: x >= 1, "< 1: nothing would be scored; use >= 1")
@@ -329,37 +345,6 @@ class BusSpec(Spec, frozen=True, kw_only=True):
             ("credit", lambda x: x >= 1, "< 1: no bucket would ever be asked for; use at least 1"),
         ]
         require_fields(self, "bus.", rules)
-
-
-class LimitsSpec(Spec, frozen=True, kw_only=True):
-    """How long anybody waits for anything, in seconds, and how often an actor is replaced."""
-
-    max_restarts: int = 3  # of each actor within restart_window_s; one more failure ends the run
-    # A restart counts until the actor has been up for so long since. Time in which it was down lets none be forgotten: an actor
-    # that never gets far ends the run, however long each of its starts takes.
-    restart_window_s: float = 3600.0
-    lease_s: float = 30.0  # silence after which a worker's work is reassigned
-    poll_s: float = 2.0  # the longest that one call to the store waits
-    start_timeout_s: float = 180.0  # for an actor to be up
-    # An actor that answers nothing for so long, or whose engine makes no step, is replaced.
-    health_timeout_s: float = 60.0
-    # A run in which nothing moves for so long, not a token, a pack, a verdict or a piece of weights, is stopped, with a dump of
-    # who waits for what. A server that starts and a sample that is scored have limits of their own, which may be longer.
-    stall_timeout_s: float = 300.0
-    # For what the learner saves when it is asked to; at an interrupt (Ctrl-C, SIGTERM, SIGHUP) the update under way included.
-    save_timeout_s: float = 600.0
-    # For an SGLang server to take new weights; then it is replaced. Below stall_timeout_s.
-    update_timeout_s: float = 180.0
-    stop_timeout_s: float = 15.0  # for actors to end by themselves, before they are killed
-
-    def __post_init__(self) -> None:
-        waits = "restart_window_s lease_s poll_s start_timeout_s health_timeout_s stall_timeout_s save_timeout_s"
-        rules: list[Rule] = [
-            ("max_restarts", lambda x: x >= 0, "< 0; use 0 to end the run with the first actor that dies"),
-            (f"{waits} update_timeout_s", lambda x: x > 0, "<= 0 s: it would be over before it began; use seconds > 0"),
-            ("stop_timeout_s", lambda x: x >= 0, "< 0 s; use 0 to kill actors at once"),
-        ]
-        require_fields(self, "limits.", rules)
 
 
 class Deployment(Spec, frozen=True, kw_only=True):

@@ -35,7 +35,11 @@ def resolve_paths(recipe: Recipe, run_dir: RunDir, folder: str | Path | None = N
     _require_finite("", data)
     for section in ("data", "evaluation"):
         data[section]["files"] = [_file(name, folders) for name in data[section]["files"]]
-    for model in filter(None, (data["model"], data["critic"]["model"])):
+    terms = data["reward"]["functions"]
+    judges = [term["judge"] for term in terms if term["judge"]]
+    for judge in judges:
+        judge["prompt"] = _file(judge["prompt"], folders)
+    for model in filter(None, (data["model"], data["critic"]["model"], *(of["model"] for of in (*terms, *judges)))):
         for key in ("path", "tokenizer"):
             model[key] = _model(model[key], folders)
     return rename_functions(msgspec.convert(data, Recipe), lambda name: _callable(name, folders))
@@ -58,6 +62,8 @@ def rename_functions(recipe: Recipe, rename: Callable[[str], str]) -> Recipe:
     data = msgspec.to_builtins(recipe)
     for reward in (data["reward"], *data["reward"]["functions"]):
         reward["function"] = rename(reward["function"])
+        if judge := reward.get("judge"):
+            judge["parse"] = rename(judge["parse"])
     for model in filter(None, (data["model"], data["critic"]["model"])):
         model["builder"] = rename(model["builder"])
     data["evaluation"]["metrics"] = [rename(metric) for metric in data["evaluation"]["metrics"]]

@@ -9,20 +9,16 @@ import math
 import re
 from typing import Literal
 
-from msgspec.structs import asdict, replace
+from msgspec.structs import asdict
 
 from asyncrl.config.algorithm import AlgorithmSpec
 from asyncrl.config.base import SEED_RULE, Rule, Spec, require, require_fields, require_unset
 from asyncrl.config.callables import Function, name_functions
 from asyncrl.config.learner import CriticSpec, LearnerSpec, ModelSpec
-from asyncrl.errors import ConfigError
+from asyncrl.config.rewards import RewardSpec
 from asyncrl.staleness import OnStale, SelectorName, Staleness
 
-RewardStyle = Literal["auto", "verl", "trl"]
-# Under these names shaping logs what it adds, and the reward before it.
-SHAPING_PARTS = ("unshaped", "overlong_penalty", "length_penalty", "repetition_penalty")
 AUTO_IN_FLIGHT = 4  # batches that `reserve_ahead: auto` lets be in flight at most, however many slots there are
-_TAKEN = ("mean", "std", "token_sum", "baseline", *SHAPING_PARTS)
 
 
 class DataSpec(Spec, frozen=True, kw_only=True):
@@ -46,96 +42,6 @@ class DataSpec(Spec, frozen=True, kw_only=True):
             ("epochs", lambda x: x >= 1, "< 1: nothing would be trained; use null or >= 1"),
         ]
         require_fields(self, "data.", rules)
-
-
-class RewardTerm(Spec, frozen=True, kw_only=True):
-    """One of several rewards, whose weighted sum is the reward."""
-
-    function: Function  # as RewardSpec.function
-    weight: float = 1.0  # times its value enters the sum
-    # Its unweighted value is logged as `reward/<name>`. Empty: the function's own name.
-    name: str = ""
-    style: RewardStyle = "auto"  # as RewardSpec.style
-    arguments: dict[str, str | int | float | bool] = {}  # passed by keyword with every call
-
-    def __post_init__(self) -> None:
-        name_functions(self, "function")
-        require_fields(self, "reward.functions: ", [("weight", math.isfinite, "would make no sum; use a finite number")])
-
-
-class ShapingSpec(Spec, frozen=True, kw_only=True):
-    """What is added to the rewards of training rollouts, after the functions.
-
-    Evaluation is never shaped, nor are turn- and token-level rewards.
-    """
-
-    # DAPO's soft punishment: nothing up to max_response_length − overlong_buffer tokens, then linear down to
-    # −overlong_penalty at max_response_length. 0 turns it off.
-    overlong_buffer: int = 0
-    overlong_penalty: float = 1.0  # what that costs at most
-    # What a response of max_response_length tokens costs, shorter ones in proportion. 0 turns it off.
-    length_penalty: float = 0.0
-    # What a response costs by the share of its token n-grams that stood in it before. 0 turns it off.
-    repetition_penalty: float = 0.0
-    repetition_ngram: int = 4  # tokens of such an n-gram
-    clip: tuple[float, float] | None = None  # [low, high]: bounds of the result, last of all
-
-    def __post_init__(self) -> None:
-        penalties = "overlong_penalty length_penalty repetition_penalty"
-        rules: list[Rule] = [
-            ("overlong_buffer", lambda x: x >= 0, "< 0 tokens; 0 turns it off"),
-            (penalties, lambda x: x >= 0, "< 0: it is subtracted, so this would pay for it; use >= 0"),
-            ("repetition_ngram", lambda x: x >= 1, "< 1 token: nothing could repeat; use at least 1"),
-        ]
-        require_fields(self, "reward.shaping.", rules)
-        require(
-            self.clip is None or self.clip[0] < self.clip[1],
-            f"reward.shaping.clip={self.clip}: low is not below high, so all rewards would be equal; write [low, high]",
-        )
-
-
-class RewardSpec(Spec, frozen=True, kw_only=True):
-    """What scores a response: one function, or the weighted sum of several."""
-
-    # verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`, a float or a dict with `score` and, for
-    # turn- and token-level rewards, `turn_rewards` or `token_rewards`; or TRL's `f(prompts, completions, **columns) ->
-    # list[float | None]`, called with lists of one.
-    function: Function = ""
-    # Several instead: the reward is their weighted sum.
-    functions: tuple[RewardTerm, ...] = ()
-    # The convention of `function`; `auto` tells it by the names of the parameters.
-    style: RewardStyle = "auto"
-    shaping: ShapingSpec = ShapingSpec()  # penalties for length and repetition, and bounds
-    # Wall clock for one sample, in seconds; past it the process is killed and the sample is `timeout`.
-    deadline_s: float = 10.0
-
-    def __post_init__(self) -> None:
-        name_functions(self, "function")
-        require_fields(self, "reward.", [("deadline_s", lambda x: x > 0, "<= 0: every sample would time out; use seconds > 0")])
-        require(
-            bool(self.function) != bool(self.functions),
-            f"reward.function={self.function!r} and {len(self.functions)} reward.functions: it is not clear what scores; set "
-            "one of the two",
-        )
-        require(
-            not self.functions or self.style == "auto",
-            f"reward.style={self.style!r} with reward.functions would be ignored; set the style of each function instead",
-        )
-        names = [term.name for term in self.terms()]
-        taken = [name for name in names if name in _TAKEN or names.count(name) > 1]
-        if taken:
-            raise ConfigError(
-                f"reward.functions: the name {taken[0]!r} is taken, so two figures would be logged as one; set the function's "
-                "`name`"
-            )
-
-    def terms(self) -> tuple[RewardTerm, ...]:
-        """What scores: the functions, each with a name; or the one function, whose name is empty: its parts keep theirs."""
-        if self.function:
-            return (RewardTerm(function=self.function, style=self.style),)
-        return tuple(
-            replace(term, name=term.name or term.function.replace(":", ".").rpartition(".")[2]) for term in self.functions
-        )
 
 
 class EpisodeSpec(Spec, frozen=True, kw_only=True):

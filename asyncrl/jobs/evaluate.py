@@ -302,7 +302,13 @@ def _terms(args: argparse.Namespace, policy: Policy) -> tuple[RewardTerm, ...]:
             f"{args.model} was trained on episodes (its recipe has an environment, agent or tools), which asyncrl eval does "
             "not run: single answers would be another task; evaluate in a run (evaluation.files), or add --reward"
         )
-    return policy.recipe.reward.terms()
+    terms = policy.recipe.reward.terms()
+    if asked := [term.what for term in terms if not term.function]:
+        raise ConfigError(
+            f"{args.model} was rewarded by {', '.join(asked)}, which asyncrl eval does not ask: evaluate in a run "
+            "(evaluation.files), or add --reward file.py:name"
+        )
+    return terms
 
 
 def _data(args: argparse.Namespace, policy: Policy) -> DataSpec:

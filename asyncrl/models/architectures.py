@@ -79,6 +79,17 @@ def not_causal(config: Mapping[str, Any]) -> str:
     return ""
 
 
+def not_a_classifier(config: Mapping[str, Any]) -> str:
+    """Why the architecture is no sequence classifier with one label, and what to do; empty if it is, or may be, one."""
+    kinds = config.get("architectures") or []
+    labels = len(config.get("id2label") or ()) or config.get("num_labels", 2)
+    if kinds and not any("Classification" in kind or "Reward" in kind for kind in kinds):
+        return f"is a {kinds[0]}: the head that scores would be random; name a model that was trained as a sequence classifier"
+    if config and labels != 1:
+        return f"has num_labels={labels}: which of them is the reward is not known; name one with a single label"
+    return ""
+
+
 def not_served(config: Mapping[str, Any]) -> str:
     """Why the embedded engine can't serve the architecture, and what to do; empty if it can, or nothing is known against it."""
     text = _text(config)

@@ -2,13 +2,16 @@
 
 import contextlib
 import difflib
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from asyncrl.errors import ConfigError
+from asyncrl.rundir import sha256
 
 ANSWER_S = 5.0  # for the hub to connect, and again to answer; loaders try for about a minute
+_OTHER_FRAMEWORKS = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "original/*"]
 
 
 def require_model(name: str, field: str, *files: str, revision: str = "", endpoint: str | None = None) -> str:
@@ -40,6 +43,23 @@ def cached_file(name: str, file: str, revision: str = "") -> Path | None:
     except ValueError:
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def frozen_folder(name: str, revision: str = "") -> tuple[Path, str]:
+    """Where the files of a folder or id are, downloaded if they are not yet, and a digest of the weights among them.
+
+    Of an id the folder is called after the commit: whatever is loaded from it is what the digest is of. Raises ConfigError.
+    """
+    from huggingface_hub import snapshot_download
+
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(name, revision=revision or None, ignore_patterns=_OTHER_FRAMEWORKS))
+        except Exception as error:  # of the HTTP library, or of the hub
+            raise ConfigError(f"{name!r} could not be had from Hugging Face: {type(error).__name__}: {error}") from error
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return folder, hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in weights).encode()).hexdigest()
 
 
 def _missing_on_hub(name: str, files: Sequence[str], revision: str, endpoint: str | None) -> str:

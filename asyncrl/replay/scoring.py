@@ -36,7 +36,7 @@ class Scoring:
         self._holders = holders
         self._evaluations = evaluations
         self._queue = OrderedDict.fromkeys(
-            (g.id, i) for g in self._ledger.outstanding() for i, r in enumerate(g.rollouts) if r.row >= 0 and r.status is None
+            item for g in self._ledger.outstanding() for i in range(len(g.rollouts)) for item in self._to_score(g.id, i)
         )
         self.leases: dict[int, RewardLease] = {}  # in the order in which they run out
         self._next_lease = 1
@@ -97,8 +97,7 @@ class Scoring:
             self._context.record(event)
             if s.problem:
                 self._verdict(ev.RolloutScored(s.group, s.rollout, s.attempt, "invalid", None, {}, s.problem))
-            else:
-                self._queue[(s.group, s.rollout)] = None
+            self._queue.update(dict.fromkeys(self._to_score(s.group, s.rollout)))
         self._context.stir("unscored")
         self._evaluations.finish_if_complete()
 
@@ -127,7 +126,7 @@ class Scoring:
     def lease(self, k: int, caller: Key) -> tuple[int, list[tuple[int, int]]]:
         """(lease, up to k (group, rollout)), oldest first; (0, []) if there is nothing to score."""
         items: list[tuple[int, int]] = []
-        while self._queue and len(items) < k:
+        while self._queue and (len(items) < k or self._belongs(items)):
             item, _ = self._queue.popitem(last=False)
             if self._unscored(*item) is not None:
                 items.append(item)
@@ -136,6 +135,17 @@ class Scoring:
         lease, self._next_lease = self._next_lease, self._next_lease + 1
         self.leases[lease] = RewardLease(caller, self._context.lease_end(), set(items))
         return lease, items
+
+    def _to_score(self, group: int, rollout: int) -> list[tuple[int, int]]:
+        """What can be scored now that a rollout is there: itself, or its whole group if that is complete."""
+        together: Sequence[int] = (rollout,)
+        if self._context.plan.whole_groups and (found := self._ledger.find(group)) is not None:
+            together = range(len(found.rollouts)) if all(r.row >= 0 for r in found.rollouts) else ()
+        return [(group, i) for i in together if self._unscored(group, i) is not None]
+
+    def _belongs(self, items: Sequence[tuple[int, int]]) -> bool:
+        """Whether the first in the queue has to be leased with the last of these."""
+        return self._context.plan.whole_groups and bool(items) and next(iter(self._queue))[0] == items[-1][0]
 
     def extend(self, caller: Key, lease: int) -> None:
         """Renews a lease. One that expired, or was given before the store restarted, is ignored: its rollouts are queued."""
@@ -188,7 +198,7 @@ class Scoring:
         rows = count(first_row)
         for s in verdicts:
             self._watch.note(self._ledger.get(s.group), s)
-            event = ev.RolloutScored(s.group, s.rollout, s.attempt, s.status, s.reward, s.parts, s.error)
+            event = ev.RolloutScored(s.group, s.rollout, s.attempt, s.status, s.reward, s.parts, s.error, said=s.said)
             if s.token_rewards:
                 event = replace(event, row=next(rows), token_sum=math.fsum(s.token_rewards))
             self._verdict(event)

@@ -1,6 +1,7 @@
 """How users' reward functions are called, one or several weighted ones, by verl's convention or TRL's.
 
 A judge takes a sample and returns a verdict; `load_terms` makes the judge of a recipe. What functions return: results.py.
+Models were asked before (asking.py): their answers come with the sample, and are read here, too (opinions.py).
 """
 
 import asyncio
@@ -14,6 +15,7 @@ import msgspec
 from asyncrl.config import RewardTerm
 from asyncrl.config.callables import describe, load_callable, named_parameters
 from asyncrl.errors import ConfigError
+from asyncrl.reward.opinions import reader
 from asyncrl.reward.results import Sample, Verdict, read_result
 
 Judge = Callable[[Sample], Verdict]
@@ -48,10 +50,12 @@ def weighted(terms: Sequence[RewardTerm], judges: Sequence[Judge]) -> Judge:
         parts: dict[str, float] = {}
         answer: str | None = None
         token_rewards: list[float] | None = None
+        said: dict[str, str] = {}
         for term, judge in zip(terms, judges, strict=True):
             one = judge(sample)
+            said |= one.said
             if one.status != "ok":
-                return Verdict(one.status, error=f"{term.name}: {one.error}")
+                return Verdict(one.status, error=f"{term.name}: {one.error}", said=said)
             if one.reward is None:
                 continue
             total = (total or 0.0) + term.weight * one.reward
@@ -61,7 +65,7 @@ def weighted(terms: Sequence[RewardTerm], judges: Sequence[Judge]) -> Judge:
             if one.token_rewards is not None:
                 before = token_rewards or [0.0] * len(one.token_rewards)
                 token_rewards = [sum_ + term.weight * more for sum_, more in zip(before, one.token_rewards, strict=True)]
-        return _applied(Verdict("ok", total, parts, answer=answer, token_rewards=token_rewards))
+        return _applied(Verdict("ok", total, parts, answer=answer, token_rewards=token_rewards, said=said))
 
     return verdict
 
@@ -78,8 +82,12 @@ def _applied(verdict: Verdict) -> Verdict:
 def load_judge(term: RewardTerm) -> Judge:
     """Loads the reward function and returns what turns a sample into a verdict. Raises ConfigError.
 
-    A function may carry an attribute `warm_up`, called here: slow imports in it cost no sample its deadline.
+    A function may carry an attribute `warm_up`, called here: slow imports in it cost no sample its deadline. Of a model: what
+    reads its answer.
     """
+    if not term.function:
+        read = reader(term)
+        return lambda sample: read(sample.asked[term.name])
     function = load_callable(term.function, "reward.function")
     getattr(function, "warm_up", lambda: None)()
     return judge(function, term)

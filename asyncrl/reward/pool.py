@@ -47,7 +47,7 @@ class RewardPool(Generic[T]):
         self.restarts = 0
         self.polls = 0  # rises while processes load or score, which both have a limit of their own
         terms = (RewardTerm(function=rewards),) if isinstance(rewards, str) else tuple(rewards)
-        self._functions = ", ".join(term.function for term in terms)
+        self._functions = ", ".join(term.what for term in terms)
         self._terms = msgspec.json.encode(terms).decode()
         self._count = processes
         self._deadline_s = deadline_s

@@ -8,6 +8,18 @@ from typing import Any, Literal
 from msgspec import Struct
 
 
+class Answer(Struct, frozen=True, array_like=True):
+    """What a model said of a sample: a classifier a score, a judge texts. Only `ok` has them.
+
+    Texts of a pairwise judge come in twos, one per other response of the group: with this one as A, and with it as B.
+    """
+
+    status: Literal["ok", "invalid", "timeout"]
+    score: float | None = None
+    texts: list[str] = []
+    error: str = ""
+
+
 class Sample(Struct, frozen=True, array_like=True):
     """One response to score. ground_truth, extra_info and record are JSON texts."""
 
@@ -20,6 +32,8 @@ class Sample(Struct, frozen=True, array_like=True):
     response_ids: list[int] = []  # the response's tokens, the stop token included
     turns: tuple[int, ...] = (0,)  # offsets in response_ids where turns start
     episode: str = "null"  # types.Episode as JSON, its messages decoded; null: the response was a single turn
+    group: int = 0  # equal for responses to one prompt
+    asked: dict[str, Answer] = {}  # what models said, by the name of their term
 
 
 class Verdict(Struct, frozen=True, array_like=True, tag="verdict"):
@@ -32,6 +46,7 @@ class Verdict(Struct, frozen=True, array_like=True, tag="verdict"):
     # What the function took out of the response as its answer (`pred` in its dict); majority votes count these.
     answer: str | None = None
     token_rewards: list[float] | None = None  # one per response token, beside the reward; None: nothing was said
+    said: dict[str, str] = {}  # what judges wrote, by the name of their term
 
 
 _SCORE = "a finite number or a dict with 'score'"

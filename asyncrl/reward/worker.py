@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -16,6 +17,9 @@ from asyncrl.reward.pool import RewardPool
 from asyncrl.reward.results import Sample, Verdict
 from asyncrl.rundir import redact
 from asyncrl.types import Report, Score, Status, Unscored, UnscoredLease
+
+if TYPE_CHECKING:
+    from asyncrl.reward.asking import AskFirst
 
 log = logging.getLogger(__name__)
 _LOGGED_ERRORS = 20  # the first of them; all are in the replay log
@@ -54,7 +58,7 @@ class RewardWorker:
     def __init__(
         self,
         store: RewardStore,
-        pool: RewardPool[Tag],
+        pool: "RewardPool[Tag] | AskFirst[Tag]",
         *,
         name: str,
         record: Callable[[Unscored], str] = lambda item: "{}",
@@ -138,7 +142,8 @@ class RewardWorker:
             told = msgspec.json.encode(
                 {**msgspec.to_builtins(item.episode), "messages": msgspec.Raw(item.episode.messages.encode())}
             ).decode()
-        return Sample(p.data_source, item.text, p.ground_truth, p.extra_info, record, item.response_ids, item.turns, told)
+        texts = p.data_source, item.text, p.ground_truth, p.extra_info, record
+        return Sample(*texts, item.response_ids, item.turns, told, item.group)
 
     def _deliver(self, verdicts: list[tuple[Tag, Verdict]]) -> None:
         by_lease: dict[ScoringLease, list[Score]] = {}
@@ -174,4 +179,5 @@ class RewardWorker:
             parts=parts,
             error=redact(verdict.error) if verdict.error else "",
             token_rewards=verdict.token_rewards if item.purpose == "train" else None,
+            said=verdict.said,
         )

@@ -17,11 +17,13 @@ from asyncrl.config import (
     EngineSpec,
     EvaluationSpec,
     GeneratorsSpec,
+    JudgeSpec,
     LearnerSpec,
     LoraSpec,
     ModelSpec,
     Recipe,
     RewardSpec,
+    RewardTerm,
     SamplingSpec,
     SGLangSpec,
     StalenessSpec,
@@ -384,3 +386,32 @@ def test_what_can_not_be_gone_on_from_is_named(recipe: Recipe, run: RunDir, chec
 def test_a_run_with_a_critic_needs_a_checkpoint_with_one(recipe: Recipe, run: RunDir, checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="step_000003 holds no critic, but the recipe has one"):
         check_resumed(replace(recipe, algorithm=AlgorithmSpec(adv_estimator="gae")), run)
+
+
+def test_reward_models_and_judges_are_told_before_anything_is_loaded(recipe: Recipe, run: RunDir, tmp_path: Path, monkeypatch):
+    (tmp_path / "rm").mkdir()
+    config = tmp_path / "rm" / "config.json"
+    (tmp_path / "ask.txt").write_text("Is {response} good?")
+    judge = JudgeSpec(prompt=f"{tmp_path}/ask.txt", url="http://judge/v1", key_env="MY_JUDGE")
+    terms = RewardTerm(model=ModelSpec(path=f"{tmp_path}/rm"), name="rm"), RewardTerm(judge=judge)
+    asked = replace(recipe, reward=RewardSpec(functions=terms))
+    config.write_text(json.dumps({"architectures": ["Qwen3ForSequenceClassification"], "id2label": {"0": "good"}}))
+    monkeypatch.setenv("MY_JUDGE", "sesame")
+    plan = "\n".join(check_run(asked, Deployment(), run))
+    assert f"rm: {tmp_path}/rm, served by 1 × torch" in plan
+    assert f"judge/ask: http://judge/v1 with the key in MY_JUDGE, asked what {tmp_path}/ask.txt says" in plan
+    assert "5 actors" in plan
+    assert "sesame" not in plan
+
+    monkeypatch.delenv("MY_JUDGE")
+    config.write_text(json.dumps({"architectures": ["Qwen3ForCausalLM"]}))
+    with pytest.raises(ConfigError, match=r"(?s)is a Qwen3ForCausalLM: .*key_env='MY_JUDGE' is not set here"):
+        check_run(asked, Deployment(), run)
+    pairs = RewardTerm(judge=JudgeSpec(prompt=f"{tmp_path}/ask.txt", url="http://judge/v1", pairwise=True))
+    compared = replace(recipe, reward=RewardSpec(functions=(pairs,)))
+    with pytest.raises(ConfigError, match=r"has no \{response_a\}"):
+        check_run(compared, Deployment(), run)
+    (tmp_path / "ask.txt").write_text("{response_a} or {response_b}?")
+    held_out = EvaluationSpec(files=recipe.data.files)
+    with pytest.raises(ConfigError, match="nothing but judge/ask, which compares responses of one policy"):
+        check_run(replace(compared, evaluation=held_out), Deployment(), run)

@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import pytest
+from msgspec.structs import replace
 
 from asyncrl.replay.plan import GROUP_FILTERS
 from asyncrl.types import Score
@@ -98,3 +99,25 @@ def test_keep_functions_by_name() -> None:
     assert GROUP_FILTERS["all"]([1.0, 1.0])
     assert GROUP_FILTERS["varied"]([1.0, 0.0])
     assert not GROUP_FILTERS["varied"]([1.0, 1.0])
+
+
+def test_a_group_that_is_compared_is_leased_whole_once_it_is_complete(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(replace(fakes.plan(n=3), whole_groups=True))
+    a, b = bench.reserve(2, 0).tickets
+    bench.submit(a, 0, rollouts=[0, 2])
+    bench.submit(b, 0)
+    assert bench.lease_unscored(1, "r", 1)[1] == [2, 3, 4], "b's three, more than asked for; a is not complete"
+    assert bench.lease_unscored(9, "r", 1) == (0, [])
+    bench.submit(a, 0, rollouts=[1])
+    lease, rows = bench.lease_unscored(1, "r", 1)
+    assert sorted(rows) == [0, 1, 5]
+    bench.scored(lease, [fakes.score(a, i, 1.0) for i in range(3)])
+    assert bench.lease_unscored(9, "r", 1) == (0, [])
+
+
+def test_a_groups_last_rollout_that_is_of_no_use_lets_the_others_be_scored(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(replace(fakes.plan(n=3, min_valid=2), whole_groups=True))
+    (a,) = bench.reserve(1, 0).tickets
+    bench.submit(a, 0, rollouts=[0, 1])
+    bench.submit(a, 0, rollouts=[2], problem="finish_reason=abort")
+    assert sorted(bench.lease_unscored(1, "r", 1)[1]) == [0, 1]

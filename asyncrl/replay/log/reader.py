@@ -25,6 +25,7 @@ _JOINED = pa.schema(
         ("reward", pa.float64()),
         ("parts", pa.map_(pa.string(), pa.float64())),
         ("error", pa.string()),
+        ("said", pa.map_(pa.string(), pa.string())),  # by judges, by the name of their term
         ("outcome", pa.string()),  # of the group; null: pending
         ("trained_update", pa.int64()),  # null unless trained
         ("submitted_time", pa.float64()),
@@ -102,7 +103,8 @@ def _walk(events: pa.Table) -> dict[tuple[int, int, int], dict[str, Any]]:
             lines[event.group, event.rollout, event.attempt] = {"submitted_time": time}
         elif isinstance(event, ev.RolloutScored):
             verdict = {"status": event.status, "reward": event.reward, "parts": list(event.parts.items()), "error": event.error}
-            lines[event.group, event.rollout, event.attempt] |= {**verdict, "scored_time": time}
+            said = list(event.said.items())
+            lines[event.group, event.rollout, event.attempt] |= {**verdict, "said": said, "scored_time": time}
         elif isinstance(event, ev.GroupSettled):
             outcomes[event.group] = event.outcome
         elif isinstance(event, ev.BatchCommitted):

@@ -1,0 +1,101 @@
+"""From specs to the models that rewards ask: what serves one, what asks it, and what the run directory says of it. No Ray."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from msgspec.structs import replace
+
+from asyncrl.config import CPU_PACK_TOKENS, GeneratorsSpec, JudgeSpec, LimitsSpec, ModelsSpec, RewardTerm
+from asyncrl.errors import ConfigError
+from asyncrl.generate.engines import EngineSite, engine_kind
+from asyncrl.models.architectures import not_a_classifier, read_config
+from asyncrl.models.hub import frozen_folder
+from asyncrl.reward.opinions import read_prompt
+from asyncrl.reward.served import Classifier, Judge, Respond
+from asyncrl.rundir import write_atomic
+from asyncrl.types import Sampling, Version
+
+log = logging.getLogger(__name__)
+
+
+class Served(NamedTuple):
+    """A model that is up, what looks after it and ends it, and what it is."""
+
+    respond: Respond
+    health: Callable[[], None]
+    close: Callable[[], None]
+    facts: dict[str, str]
+
+
+def serve(name: str, term: RewardTerm, spec: ModelsSpec, limits: LimitsSpec, logs: Path) -> Served:
+    """Loads the model of a term, downloading it first if need be. Raises ConfigError."""
+    assert term.served is not None
+    from asyncrl.models.loading import use_threads
+    from asyncrl.models.tokenizing import load_tokenizer
+
+    use_threads(spec.place.threads)
+    folder, digest = frozen_folder(term.served.path, term.served.revision)
+    dtype = term.served.dtype if spec.engine.dtype == "auto" else spec.engine.dtype
+    model = replace(term.served, path=str(folder), revision="", dtype=dtype)
+    generators = GeneratorsSpec(place=spec.place, engine=spec.engine)
+    site = EngineSite(generators=generators, model=model, limits=limits, name=name, logs=logs)
+    tokenizer = load_tokenizer(model)
+    commit = "" if Path(term.served.path).expanduser().is_dir() else folder.name
+    facts = {"model": term.served.path, "commit": commit, "weights": digest, "dtype": dtype}
+    facts["chat_template"] = _hash(str(tokenizer.chat_template))
+    up = _judge(site, term.judge, tokenizer) if term.judge else _classifier(site, spec, tokenizer)
+    return Served(*up, facts)
+
+
+Up = tuple[Respond, Callable[[], None], Callable[[], None]]
+
+
+def _classifier(site: EngineSite, spec: ModelsSpec, tokenizer: Any) -> Up:
+    from asyncrl.models.classifier import chat_encoder, load_classifier, logits_of, padding_of
+
+    if problem := not_a_classifier(read_config(site.model.path)):
+        raise ConfigError(f"reward model {site.model.path!r} {problem}")
+    limits = {"max_length": spec.engine.max_length, "pack_tokens": spec.max_tokens_per_pack}
+    encode = chat_encoder(tokenizer)
+    if spec.engine.kind == "sglang":
+        raise ConfigError("rewards.models.engine.kind='sglang' serves judges, no classifiers yet; use kind: torch")
+    if not spec.place.gpus:
+        limits["pack_tokens"] = min(limits["pack_tokens"], CPU_PACK_TOKENS)
+    model = load_classifier(site.model, "cuda" if spec.place.gpus else "cpu")
+    nothing = lambda: None  # noqa: E731
+    return Classifier(encode, logits_of(model, padding_of(tokenizer, site.model)), **limits), nothing, nothing
+
+
+def _judge(site: EngineSite, judge: JudgeSpec, tokenizer: Any) -> Up:
+    from asyncrl.models.loading import load_model, named_weights
+    from asyncrl.models.tokenizing import stop_token_ids
+    from asyncrl.prompts.encoding import encoder
+
+    stops, most = stop_token_ids(tokenizer, site.model), judge.max_tokens
+    sampling = Sampling(temperature=judge.temperature, top_p=1.0, top_k=0, max_tokens=most, stop_token_ids=stops)
+    engine = engine_kind(site.generators.engine.kind).build(site)
+    engine.start()
+    engine.update_weights(Version(0, 0), named_weights(load_model(site.model)))
+    respond = Judge(engine, encoder(tokenizer), lambda ids: tokenizer.decode(ids, skip_special_tokens=True), sampling)
+    return respond, lambda: engine.health(site.limits.health_timeout_s), engine.close
+
+
+# --------------------------------------------------------------------------------------------- what they are
+
+
+def note(folder: Path, term: RewardTerm, facts: Mapping[str, Any]) -> None:
+    """Writes down, once per run, what a reward model or judge is; warns where it is not what the run began with."""
+    judge = {"url": term.judge.url, "served_name": term.judge.served_name} if term.judge and term.judge.url else {}
+    asked = {"prompt": _hash(read_prompt(term.judge))} if term.judge else {}
+    path, said = folder / f"{term.named.replace('/', '-')}.json", {**judge, **facts, **asked}
+    if path.is_file() and (before := json.loads(path.read_text())) != said:
+        log.warning("reward %s is not what this run began with: %s, which was %s", term.named, said, before)
+    write_atomic(path, json.dumps(said, indent=1))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

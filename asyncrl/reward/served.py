@@ -1,0 +1,130 @@
+"""A model that a run serves for its rewards, frozen: reward workers ask it, whoever and wherever they are."""
+
+import itertools
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from asyncrl.errors import ConfigError, Unavailable
+from asyncrl.interfaces import Engine
+from asyncrl.report.timing import TimeInState
+from asyncrl.reward.opinions import Chat
+from asyncrl.reward.results import Answer
+from asyncrl.types import GenerationRequest, Report, Sampling, Status
+
+_WATCH_S = 1.0  # between two looks at its health
+
+Encode = Callable[[Chat], list[int]]  # raises ValueError for what can't be written with the model's template
+Respond = Callable[[Chat], Answer]  # thread-safe; waits
+
+
+class ServedModel:
+    """A stage (interfaces.Stage): `run` only watches over the model, questions come by `answer`.
+
+    health: raises Unavailable if the model can't answer any more.
+    """
+
+    def __init__(self, name: str, respond: Respond, health: Callable[[], None]) -> None:
+        self._name, self._respond, self._health = name, respond, health
+        self._stop = threading.Event()
+        self._counts: Counter[Status] = Counter()
+        self._time, self._lock, self._asked = TimeInState(), threading.Lock(), 0
+
+    def run(self) -> None:
+        """Until `stop`. Raises what the model's health raises."""
+        while not self._stop.wait(_WATCH_S):
+            self._health()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def answer(self, chat: Chat) -> Answer:
+        """Waits for it. Called from several threads."""
+        with self._lock:
+            self._asked += 1
+            self._time.enter("busy")
+        try:
+            answer = self._respond(chat)
+            with self._lock:
+                self._counts[answer.status] += 1
+            return answer
+        finally:
+            with self._lock:
+                self._asked -= 1
+                if not self._asked:
+                    self._time.enter("wait:questions")
+
+    def report(self) -> Report:
+        """Answers so far, and how many were none."""
+        answered = self._counts.total()
+        gauges = {"answered": float(answered), "invalid": float(self._counts["invalid"])}
+        return Report(name=self._name, role="model", seconds=self._time.seconds(), gauges=gauges, progress=answered)
+
+
+class Classifier:
+    """Scores conversations in packs: whoever comes while one is computed waits, and all that has gathered goes next.
+
+    logits: of sequences of token ids. pack_tokens: of a pack, its padding included.
+    """
+
+    def __init__(
+        self, encode: Encode, logits: Callable[[Sequence[list[int]]], list[float]], *, max_length: int, pack_tokens: int
+    ) -> None:
+        self._encode, self._logits, self._max_length, self._pack_tokens = encode, logits, max_length, pack_tokens
+        self._waiting = deque[tuple[list[int], Future[float]]]()
+        self._encoding, self._computing = threading.Lock(), threading.Lock()
+
+    def __call__(self, chat: Chat) -> Answer:
+        try:
+            with self._encoding:
+                ids = self._encode(chat)
+        except ValueError as error:
+            return Answer("invalid", error=str(error))
+        if not 0 < len(ids) <= self._max_length:
+            return Answer("invalid", error=f"{len(ids)} tokens: rewards.models.engine.max_length={self._max_length}")
+        score = Future[float]()
+        self._waiting.append((ids, score))
+        with self._computing:
+            while not score.done():
+                self._score_pack()
+        return Answer("ok", score.result())
+
+    def _score_pack(self) -> None:
+        pack, longest = [self._waiting.popleft()], 0
+        while self._waiting:
+            longest = max(longest, len(pack[-1][0]), len(self._waiting[0][0]))
+            if longest * (len(pack) + 1) > self._pack_tokens:
+                break
+            pack.append(self._waiting.popleft())
+        try:
+            values = self._logits([ids for ids, _ in pack])
+        except BaseException as error:
+            for _, score in pack:
+                score.set_exception(error)
+            return
+        for (_, score), value in zip(pack, values, strict=True):
+            score.set_result(value)
+
+
+class Judge:
+    """Writes texts with an engine whose weights stay as they are."""
+
+    def __init__(self, engine: Engine, encode: Encode, decode: Callable[[list[int]], str], sampling: Sampling) -> None:
+        self._engine, self._encode, self._decode, self._sampling = engine, encode, decode, sampling
+        self._numbers, self._encoding = itertools.count(1), threading.Lock()
+
+    def __call__(self, chat: Chat) -> Answer:
+        with self._encoding:
+            number, ids = next(self._numbers), self._encode([{"role": "user", "content": chat}])
+        request = GenerationRequest(
+            id=f"judge-{number}", group=number, prompt_ids=tuple(ids), sampling=self._sampling, seed=number
+        )
+        try:
+            generation = self._engine.submit_group([request])[0].result()
+        except ConfigError as error:  # too long for the engine
+            return Answer("invalid", error=str(error))
+        if generation.finish_reason == "abort":
+            raise Unavailable("the engine gave up a judge's text")
+        with self._encoding:
+            return Answer("ok", texts=[self._decode(generation.token_ids)])
