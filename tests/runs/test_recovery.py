@@ -24,7 +24,7 @@ from asyncrl.report.summary import RunSummary
 from asyncrl.types import Version
 
 pytestmark = pytest.mark.ray
-STEPS = 120
+STEPS = 80
 
 
 class Killer:
@@ -105,7 +105,7 @@ def test_every_actor_is_killed_in_turn_and_the_run_recovers(
 def test_actors_that_hang_are_replaced(local_ray, tiny_recipe, hold_after, events_of, assert_nothing_lost, tmp_path):
     hold = hold_after(20)
     killer = Killer({2: "generator-0", 5: "store"}, hold, hangs=(2, 5))
-    limits = LimitsSpec(poll_s=0.5, health_timeout_s=10.0)
+    limits = LimitsSpec(poll_s=0.5, health_timeout_s=8.0)
     result = run(tiny_recipe(algorithm=hold.algorithm, total_steps=30), tmp_path, killer, Deployment(limits=limits))
     assert killer.killed == ["generator-0", "store"]
     assert (result.restarts, result.steps) == ({"generator-0": 1, "store": 1}, 30)
