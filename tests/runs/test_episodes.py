@@ -113,22 +113,22 @@ class Faults:
         self.stage, self._killed = 0, 0
 
     def __call__(self, run: RunSummary) -> None:
-        pid, report = run.pids.get("generator-0"), run.reports.get("generator-0")
-        if pid is None or report is None:
+        pid = run.pids.get("generator-0")
+        if pid is None:
             return
-        processes, stopped = Processes(), report.gauges.get
+        processes = Processes()
         at_work = processes.at_work(pid)
         self.seen |= {pid, *processes.below(pid)}
         if self.stage == 0 and len(at_work) >= 3:
             os.kill(at_work[0], signal.SIGKILL)
             os.kill(at_work[1], signal.SIGSTOP)
-        elif self.stage == 1 and stopped("episode/stop/error"):
+        elif self.stage == 1 and run.failures.invalid:
             os.kill(pid, signal.SIGKILL)
             self._killed = pid
         elif self.stage == 2 and pid != self._killed and at_work:
             os.kill(at_work[0], signal.SIGSTOP)
             self.gate.touch()
-        elif self.stage == 3 and stopped("episode/stop/deadline"):
+        elif self.stage == 3 and run.failures.timeout:
             self.release()
         else:
             return
