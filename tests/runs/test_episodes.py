@@ -142,7 +142,7 @@ def calling(tmp_path: Path) -> tuple[Path, Path]:
     code = f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\nprint(6 * 7)"
     calls = [{"code": code}, {"code": code + " "}, {"code": code + "  "}, {"code": "1 / 0"}, {"program": "1"}]
     said = [f"<tool_call>{json.dumps({'name': 'python', 'arguments': one})}</tool_call>" for one in calls]
-    words = ["<pad>", "<eos>", "<user>", "<assistant>", "<tool>", *said, "42", "so", "####", "it", "is", "48", "?"]
+    words = ["<pad>", "<eos>", "<user>", "<assistant>", "<tool>", *said, "42", "so", "####", "it", "is", "42.0", "?"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -164,8 +164,8 @@ def test_programs_run_and_nothing_is_lost_or_left_when_episodes_and_their_genera
     problems = [{"question": f"What is 6*7, {i}?", "answer": "#### 42"} for i in range(64)]
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
-    small = ["data.max_prompt_length=32", "sampling.n=4", "sampling.max_response_length=4", "sampling.temperature=3"]
-    short = ["learner.batch_groups=4", "total_steps=8", "evaluation.files=[]", "episode.step_deadline_s=3"]
+    small = ["data.max_prompt_length=32", "sampling.n=2", "sampling.max_response_length=4", "sampling.temperature=3"]
+    short = ["learner.batch_groups=4", "total_steps=6", "evaluation.files=[]", "episode.step_deadline_s=3"]
     deployed = ["deploy.generators.engine.slots=16", "deploy.limits.poll_s=0.5"]
     names = [f"arguments={{source: {tmp_path}}}", f"model.path={tiny_model}", f"model.tokenizer={tokenizer}"]
     recipe, deployment = load_specs(RECIPES / "gsm8k_tools.py", None, [*names, *small, *short, *deployed])
@@ -175,13 +175,13 @@ def test_programs_run_and_nothing_is_lost_or_left_when_episodes_and_their_genera
     result = launch(recipe, deployment, name="run", runs_dir=tmp_path, observe=faults)
 
     assert faults.stage == 4
-    assert (result.steps, result.restarts) == (8, {"generator-0": 1})
+    assert (result.steps, result.restarts) == (6, {"generator-0": 1})
     assert_nothing_lost(events_of(result.run_dir), result)
     rows = [row for row in asyncrl.replay.open(result.run_dir).rollouts().to_pylist() if row["status"]]  # scored by the end
     ended = [(row["status"], row["reward"], json.loads(row["episode"])) for row in rows]
     assert {status for status, *_ in ended} == {"ok", "invalid", "timeout"}
     errors = {status: episode["error"] for status, _, episode in ended}
-    assert errors["invalid"] == "the environment's process died"
+    assert errors["invalid"].startswith("the environment's process died")
     assert "within episode.step_deadline_s=3" in errors["timeout"]
     messages = [json.loads(episode["messages"]) for *_, episode in ended]
     heard = {message["content"] for told in messages for message in told if message["role"] == "tool"}
