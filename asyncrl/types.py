@@ -123,6 +123,7 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     seed: int
+    goes_on: bool = False  # another prompt of the group may begin with this one and its answer
 
 
 class Generation(Struct, frozen=True, kw_only=True):

@@ -84,6 +84,7 @@ class Session:
             prompt_ids=prompt,
             sampling=replace(self._sampling, max_tokens=min(self.room(prompt), max_tokens)),
             seed=derive_seed(self._seed, self._asked[prompt], *prompt),
+            goes_on=True,
         )
 
     def record(self, request: GenerationRequest, answer: Generation) -> None:

@@ -123,7 +123,8 @@ class DecodeBatch:
     """Requests in rows of the model's cache. Not thread-safe: the engine's gate lets one caller in at a time.
 
     keep_ended: rows that end stay as dummies until all have ended, so that the shape of every forward depends on who
-    joined, not on who ended when.
+    joined, not on who ended when. Otherwise what was computed of a request that may go on is kept for its next turn, as far as
+    the running rows leave room for it.
     """
 
     def __init__(
@@ -134,6 +135,8 @@ class DecodeBatch:
         self._keep_ended = keep_ended
         self._cache = self._decoder.cache
         self._cache.budget = kv_bytes or device_budget(self._decoder.device)
+        self._reuse = not keep_ended
+        self.prefilled = self.reused = 0  # tokens of prompts, so far
 
     @property
     def count(self) -> int:
@@ -152,10 +155,13 @@ class DecodeBatch:
         return self._cache.bytes_for(np.concatenate([running, np.array(longest, dtype=np.int64)]))
 
     def room(self, jobs: Sequence[Job]) -> int:
-        """How many of the jobs, from the first on, may join the running rows: whatever they sample, there is memory for it."""
+        """How many of the jobs, from the first on, may join the running rows: whatever they sample, there is memory for it, and
+        what is kept of ended ones gives way."""
         limits, requests = self._rows.limit[: self.count], [job.request for job in jobs]
         fitting = (n for n in range(len(jobs), 0, -1) if self._need(requests[:n], limits) <= self._cache.budget)
-        return next(fitting, 0)
+        count = next(fitting, 0)
+        self._cache.prefixes.shrink(int(self._cache.budget) - self._need(requests[:count], limits))
+        return count
 
     def too_large(self, requests: Sequence[GenerationRequest]) -> ConfigError | None:
         """Why the requests can never run side by side; None if they can."""
@@ -177,12 +183,28 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def join(self, jobs: Sequence[Job], version: Version) -> None:
-        """Adds a row per job; a prompt that several of them share is computed once."""
+        """Adds a row per job; a prompt that several of them share is computed once; of one that goes on, only what is new."""
         shared: dict[tuple[int, ...], list[int]] = {}
-        for row, job in zip(self._rows.add(jobs, version), jobs, strict=True):
+        rows = self._rows.add(jobs, version)
+        for row, job in zip(rows, jobs, strict=True):
             shared.setdefault(job.request.prompt_ids, []).append(row)
+        self._cache.fit(np.array(rows), self._rows.length[rows])
         targets = list(shared.values())
-        self._decoder.fill([self._rows.known(rows[0]) for rows in targets], targets)
+        known = [self._rows.known(of[0]) for of in targets]
+        starts = [self._begin(of, ids) for of, ids in zip(targets, known, strict=True)]
+        whole = [i for i, start in enumerate(starts) if start == 0]
+        if whole:
+            self.prefilled += self._decoder.fill([known[i] for i in whole], [targets[i] for i in whole])
+        if rest := [i for i, start in enumerate(starts) if start > 0]:
+            begun = np.array([starts[i] for i in rest])
+            self.prefilled += self._decoder.fill([known[i][starts[i] :] for i in rest], [targets[i] for i in rest], begun)
+            self.reused += int(begun.sum())
+
+    def _begin(self, rows: Sequence[int], ids: np.ndarray) -> int:
+        """How many of ids [T] the rows' cache holds as they were computed for another turn; what several rows share is not
+        looked for."""
+        request = self._rows.request(rows[0])
+        return self._cache.begin(rows[0], request.group, ids) if request.goes_on and len(rows) == 1 else 0
 
     @torch.inference_mode()
     def advance(self, version: Version) -> list[Finished]:
@@ -197,6 +219,8 @@ class DecodeBatch:
             )
         finished = rows.record(ids, logprobs, kept[0] if kept else None)
         if finished:
+            if self._reuse:
+                self._keep_ended_turns()
             self._drop_ended()
         return finished
 
@@ -205,6 +229,13 @@ class DecodeBatch:
         finished = self._rows.abort(doomed)
         self._drop_ended()
         return finished
+
+    def _keep_ended_turns(self) -> None:
+        """What was computed of the rows that ended, where they may go on."""
+        need = self._need((), self._rows.limit[: self.count])
+        for row in np.flatnonzero(~self._rows.alive[: self.count]).tolist():
+            if (request := self._rows.request(row)).goes_on:
+                self._cache.keep(row, request.group, self._rows.known(row).copy(), need)
 
     @torch.inference_mode()
     def _drop_ended(self) -> None:
@@ -218,6 +249,8 @@ class DecodeBatch:
         """Later tokens come from `version`. recompute: computes the cache of every row again, generated tokens included, but a
         prompt that rows share only once. Returns how many tokens were computed."""
         self._rows.mark(version)
+        self._cache.prefixes.clear()
+        self._reuse = self._reuse and recompute  # else rows hold what other weights computed
         if not recompute or self.count == 0:
             return 0
         known = [self._rows.known(row) for row in range(self.count)]
@@ -238,5 +271,6 @@ class DecodeBatch:
         many tokens had been sampled for them."""
         jobs = self._rows.clear()
         nothing = np.arange(0)
+        self._cache.prefixes.clear()
         self._cache.drop(nothing, nothing, 0)
         return jobs

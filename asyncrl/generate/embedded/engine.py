@@ -37,6 +37,7 @@ class TorchEngine:
     `keep_kv` does not, which is faster and outside that guarantee; `drain` swaps when the running rows have ended;
     `restart` regenerates unfinished rows from their prompts, so that a rollout is of one version and its work so far lost.
     deterministic: one group at a time, rows constant until all of it has ended; results repeat to the bit.
+    Otherwise the turns of an episode go on with what was computed for the last one, unless a swap came between them.
     kv_bytes: what the cache may take; None: a share of what the device has left (`device_budget`). A request joins when there
     is room for the longest that it and all running rows may get, so that no row ever has to leave; until then it waits.
     """
@@ -306,8 +307,14 @@ class TorchEngine:
                 )
 
     def gauges(self) -> dict[str, float]:
-        """active: rows in every step. queued: requests that wait for a slot."""
-        return {"active": float(self._batch.count), "queued": float(len(self._queue))}
+        """active: rows in every step. queued: requests that wait for a slot. Of prompts so far, prefilled_tokens: computed;
+        reused_tokens: known from the turn before."""
+        return {
+            "active": float(self._batch.count),
+            "queued": float(len(self._queue)),
+            "prefilled_tokens": float(self._batch.prefilled),
+            "reused_tokens": float(self._batch.reused),
+        }
 
     def progress(self) -> int:
         """Steps and swaps so far."""

@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from asyncrl.errors import ConfigError
 from asyncrl.generate.embedded.masks import MASKED, layer_kinds
 from asyncrl.generate.embedded.places import Places
+from asyncrl.generate.embedded.prefixes import Prefixes
 from asyncrl.models.architectures import REMEDY, needs_eager, not_served
 
 ATTENTION = "asyncrl_slots"
@@ -171,11 +172,15 @@ class SlotCache(Cache):
         self.places.together |= not all(layer.reached for layer in self.used)
         tensors = [of[0] for layer in self.used for of in (layer.keys, layer.values)]
         self._position_bytes = sum(of.shape[1] * of.shape[3] * of.element_size() for of in tensors)
+        self.prefixes = Prefixes(self._position_bytes)
 
     def bytes_for(self, lengths: np.ndarray) -> int:
         """What rows that grow so long take at the most."""
         positions = self.places.capacities[self.places.needed(lengths)].sum()
         return int(positions * self._position_bytes * SPARE)
+
+    def _bytes_of(self, slots: np.ndarray) -> int:
+        return int((slots * self.places.capacities).sum() * self._position_bytes)
 
     # ------------------------------------------------------------------------------------------- rows
 
@@ -203,7 +208,7 @@ class SlotCache(Cache):
             return
         wanted, slots = rows + rows // 8, self._slots
         more = np.where(rows > slots, wanted, slots)
-        if (more * self.places.capacities).sum() * self._position_bytes > self.budget:
+        if self._bytes_of(more) > self.budget - self.prefixes.bytes:
             more = np.minimum(more, wanted)
         for kind in np.flatnonzero(more != slots).tolist():
             for layer in self.used:
@@ -220,6 +225,23 @@ class SlotCache(Cache):
         for layer in self.used:
             for of in (layer.keys, layer.values):
                 of[kind][to, :, :end] = of[source][at, :, :end]
+
+    def keep(self, row: int, group: int, ids: np.ndarray, need: int) -> None:
+        """Keeps what the row holds of ids [T] for prompts of the group that begin so, if that leaves rows `need` bytes."""
+        kind, slot = self.places.kind[row], self.places.slot[row]
+        parts = ((of[kind][slot, :, : len(ids)] for of in (layer.keys, layer.values)) for layer in self.used)
+        room = int(self.budget) - max(need, self._bytes_of(self._slots))
+        self.prefixes.keep(group, ids, lambda: [(keys.clone(), values.clone()) for keys, values in parts], room)
+
+    def begin(self, row: int, group: int, ids: np.ndarray) -> int:
+        """Puts into the row, for which there is room, what is kept of ids [T]: of how many, from the first on."""
+        size, layers = self.prefixes.find(group, ids)
+        kind, slot = self.places.kind[row], self.places.slot[row]
+        for layer, (keys, values) in zip(self.used, layers, strict=False):
+            layer.keys[kind][slot, :, :size] = keys[:, :size]
+            layer.values[kind][slot, :, :size] = values[:, :size]
+        self._reach[kind] = max(self._reach[kind], size)
+        return size
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
         """The array on the model's device."""

@@ -177,6 +177,9 @@ class Rows:
         self.count, self._sampling = 0, None
         return jobs, sampled
 
+    def request(self, row: int) -> GenerationRequest:
+        return self._jobs[row].request
+
     def jobs(self) -> list[Job]:
         """The jobs of the living rows."""
         return [self._jobs[row] for row in range(self.count) if self.alive[row]]

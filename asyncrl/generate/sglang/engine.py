@@ -111,7 +111,7 @@ class SGLangEngine:
         """Until every row has ended: finds a replica for those that have not, and has it take them further."""
         while rows := [row for row in rows if not row.done]:
             cancelled = [row for row in rows if row.cancelled]
-            replica = self._least_loaded()
+            replica = self._next_replica(rows[0].request)
             if cancelled:
                 for row in cancelled:
                     self._settle(row, row.generation("abort"))
@@ -120,12 +120,13 @@ class SGLangEngine:
             else:
                 await replica.segment(rows, self._settle)
 
-    def _least_loaded(self) -> Replica | None:
-        """The replica that takes the next rows (of equals, the first). None while no server is up, there are no weights, or
-        something waits for the servers to be idle."""
-        if self.version is None or self._paused or self._swapping:
+    def _next_replica(self, request: GenerationRequest) -> Replica | None:
+        """The replica that takes rows like this: the least loaded one (of equals, the first); of episodes the same one for all
+        turns of a group. None while no server is up, there are no weights, or something waits for the servers to be idle."""
+        up = self._up()
+        if not up or self.version is None or self._paused or self._swapping:
             return None
-        return min(self._up(), key=lambda replica: len(replica.rows), default=None)
+        return up[request.group % len(up)] if request.goes_on else min(up, key=lambda replica: len(replica.rows))
 
     def _settle(self, row: RequestRow, outcome: Generation | AsyncRLError) -> None:
         self._rows.discard(row)

@@ -290,30 +290,45 @@ def test_length_is_bounded_by_the_model_and_slots_are_per_server(build: Build) -
     assert build(max_length=32).max_length == 32
 
 
+def request_of(group: int, goes_on: bool = False) -> GenerationRequest:
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=8, stop_token_ids=())
+    return GenerationRequest(id="a", group=group, prompt_ids=(1,), sampling=sampling, seed=0, goes_on=goes_on)
+
+
 def test_the_least_loaded_server_that_is_up_takes_the_next_rows_once_there_are_weights(build: Build) -> None:
-    engine = build(servers=3)
+    engine, single = build(servers=3), request_of(4)
     first, second, third = engine._replicas
     second.up = third.up = True
     assert engine.slots == 128
-    assert engine._least_loaded() is None  # nothing is decoded before the first weights
+    assert engine._next_replica(single) is None  # nothing is decoded before the first weights
     engine.version = Version(1, 1)
-    assert engine._least_loaded() is second  # of equals, the first
+    assert engine._next_replica(single) is second  # of equals, the first
     second.rows.update({object(), object()})
     third.rows.add(object())
-    assert engine._least_loaded() is third
+    assert engine._next_replica(single) is third
     first.up = True
-    assert engine._least_loaded() is first
+    assert engine._next_replica(single) is first
     second.up = first.up = third.up = False
-    assert engine._least_loaded() is None
+    assert engine._next_replica(single) is None
     assert engine.slots == 192
     first.up, engine._paused = True, True
-    assert engine._least_loaded() is None
+    assert engine._next_replica(single) is None
+
+
+def test_turns_of_a_groups_episodes_go_to_one_server(build: Build) -> None:
+    """Where what was computed for the turn before is."""
+    engine = build(servers=3)
+    engine.version = Version(1, 1)
+    for replica in engine._replicas:
+        replica.up = True
+    engine._replicas[1].rows.update({object(), object()})
+    assert [engine._next_replica(request_of(group, goes_on=True)) for group in (4, 4, 5)] == [
+        engine._replicas[index] for index in (1, 1, 2)
+    ]
 
 
 def test_before_its_start_an_engine_has_no_process_and_after_its_end_it_says_closed(build: Build) -> None:
-    engine = build()
-    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=8, stop_token_ids=())
-    request = GenerationRequest(id="a", group=0, prompt_ids=(1,), sampling=sampling, seed=0)
+    engine, request = build(), request_of(0)
     assert (engine.pids(), engine.servers()) == ([], [])
     engine.close()
     assert "closed" in str(engine.submit_group([request])[0].exception(0))

@@ -1,0 +1,66 @@
+"""Keys and values of requests that have ended, kept for those that go on where they did: the next turn of an episode."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+LEAST = 64  # tokens; fewer are computed again in no time
+Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values [kv_heads, T, head_dim]
+
+
+class Prefix(NamedTuple):
+    """What each layer computed of ids [T] int64."""
+
+    group: int
+    ids: np.ndarray
+    layers: Layers
+
+
+class Prefixes:
+    """Of the weights in use alone: `clear` it when others come. Those that were not asked for longest go first."""
+
+    def __init__(self, position_bytes: int) -> None:
+        self._position_bytes = position_bytes
+        self._kept: list[Prefix] = []  # in the order in which they were last used
+        self.bytes = 0
+
+    def find(self, group: int, ids: np.ndarray) -> tuple[int, Layers]:
+        """With how many tokens of ids [T] something of the group begins, and what was computed of them; 0: not worth it."""
+        size, best = max(((_shared(p.ids, ids), i) for i, p in enumerate(self._kept) if p.group == group), default=(0, 0))
+        if size < LEAST:
+            return 0, ()
+        self._kept.append(found := self._kept.pop(best))
+        return size, found.layers
+
+    def keep(self, group: int, ids: np.ndarray, copy: Callable[[], Layers], room: int) -> None:
+        """A copy of what was computed of ids [T], instead of any that it begins with, if that fits into `room` bytes."""
+        for old in [p for p in self._kept if p.group == group and _shared(p.ids, ids) == len(p.ids)]:
+            self._forget(old)
+        bytes_ = len(ids) * self._position_bytes
+        if len(ids) < LEAST or bytes_ > room:
+            return
+        self.shrink(room - bytes_)
+        self._kept.append(Prefix(group, ids, copy()))
+        self.bytes += bytes_
+
+    def shrink(self, room: int) -> None:
+        """Forgets until there are so many bytes at the most."""
+        while self._kept and self.bytes > room:
+            self._forget(self._kept[0])
+
+    def clear(self) -> None:
+        self._kept.clear()
+        self.bytes = 0
+
+    def _forget(self, prefix: Prefix) -> None:
+        self._kept = [kept for kept in self._kept if kept is not prefix]
+        self.bytes -= len(prefix.ids) * self._position_bytes
+
+
+def _shared(first: np.ndarray, second: np.ndarray) -> int:
+    """With how many equal tokens both begin."""
+    size = min(len(first), len(second))
+    different = np.flatnonzero(first[:size] != second[:size])
+    return int(different[0]) if len(different) else size
