@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncrl.episodes.session import Budget, Session
-from asyncrl.types import Episode, Generation, Sampling, Span, Trajectory, Version
+from asyncrl.learn.batch import make_batch
+from asyncrl.staleness import Staleness
+from asyncrl.types import Episode, Generation, Sampling, Span, TrainRollout, Trajectory, Version
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=4, stop_token_ids=(1,))
 WIDE = Budget(tokens=1 << 20, turn_tokens=8, context=1 << 20)
@@ -39,6 +41,14 @@ def contexts(made: Trajectory) -> dict[float, tuple[int, ...]]:
                 assert made.logprobs[place] not in found, "trained twice"
                 found[made.logprobs[place]] = (*prompt, *made.token_ids[start : place + 1])
     return found
+
+
+def learned(row: TrainRollout) -> dict[float, tuple[int, ...]]:
+    """The same, of what the learner trains."""
+    batch = make_batch([row], Staleness(max_lag=0, batch_groups=1), 0)
+    found = [tuple(sequence.ids[: at + 1]) for sequence in batch.sequences for at in sequence.scored]
+    assert len({*batch.behaviour_n.tolist()}) == len(found), "trained twice"
+    return dict(zip(batch.behaviour_n.tolist(), found, strict=True))
 
 
 def test_turns_that_follow_each_other_are_one_segment() -> None:
@@ -115,7 +125,7 @@ def test_where_sampling_was_cut_context_has_no_mass_cut() -> None:
 
 
 @given(st.data())
-def test_every_sampled_token_is_trained_once_in_its_context(data: st.DataObject) -> None:
+def test_every_sampled_token_is_trained_once_in_its_context(row_of, data: st.DataObject) -> None:
     """With branches, shortened histories and calls repeated; few different tokens, so that prefixes meet by chance."""
     session, wanted, histories = make_session(), {}, [[2]]
     token = st.integers(2, 4)
@@ -131,6 +141,7 @@ def test_every_sampled_token_is_trained_once_in_its_context(data: st.DataObject)
             wanted[logprob] = (*prompt, *made.token_ids[: place + 1])
     made = session.trajectory(Episode())
     assert contexts(made) == wanted
+    assert learned(row_of(made)) == wanted
     assert len(made.loss_mask) == len(made.logprobs) == len(made.token_ids) == sum(span.length for span in made.spans)
     assert all(made.loss_mask[start] == 0 for start in made.segments[1:])
     assert [made.loss_mask[turn] for turn in made.turns] == [1] * len(made.turns)

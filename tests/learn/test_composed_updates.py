@@ -1,13 +1,20 @@
 """Whole optimizer steps of composed algorithms: nothing that is only layout may change them."""
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from asyncrl.algorithms.kl import adapted
+from asyncrl.learn.batch import make_batch, make_packs
+from asyncrl.models.packed import PackedModel
+from asyncrl.models.ranks import Ranks
+from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
 
 TEMPERATURE = 0.8  # as in make_trainer
@@ -96,18 +103,25 @@ def test_neither_the_order_of_rows_nor_masked_tokens_at_their_ends_change_the_st
     assert_same(whole, step(name, padded))
 
 
-def in_segments(r: TrainRollout, cut: int) -> TrainRollout:
-    """The same rollout, its tokens from `cut` on in a segment of their own, with all that stood before them as its prompt."""
+def in_segments(r: TrainRollout, *cuts: int) -> TrainRollout:
+    """The same rollout, its tokens from each cut on in a segment of their own, behind all that stood before them."""
 
-    def spread(column: np.ndarray | None) -> np.ndarray | None:
+    def spread(column: np.ndarray | None, context: np.ndarray | None = None) -> np.ndarray | None:
+        """context: what each segment begins with, so much of it as stands before."""
         if column is None:
             return None
-        context = np.zeros(len(r.prompt_ids) + cut, dtype=column.dtype)
-        return np.concatenate((column[:cut], context, column[cut:]))
+        if context is None:
+            context = np.zeros(len(r.prompt_ids) + len(column), dtype=column.dtype)
+        parts = [
+            (context[: len(r.prompt_ids) + start], column[start:end])
+            for start, end in itertools.pairwise((0, *cuts, len(column)))
+        ]
+        return np.concatenate([piece for part in parts for piece in part][1:])  # the first one's prompt stands outside
 
     columns = {name: spread(getattr(r, name)) for name in ("loss_mask", "logprobs", "kept_logmass", "updates", "token_rewards")}
-    ids = np.concatenate((r.response_ids[:cut], r.prompt_ids, r.response_ids))
-    return replace(r, response_ids=ids, segments=(0, cut), **columns)
+    ids = spread(r.response_ids, np.concatenate((r.prompt_ids, r.response_ids)))
+    starts = itertools.accumulate((len(r.prompt_ids) + cut for cut in cuts[1:]), initial=cuts[0])
+    return replace(r, response_ids=ids, segments=(0, *starts), **columns)
 
 
 OF_SEQUENCES = ("gspo", "gmpo", "dppo_kl", "sapo", "icepop_sequence", "deepseek")  # a ratio or a mask is of a whole segment
@@ -117,9 +131,61 @@ OF_SEQUENCES = ("gspo", "gmpo", "dppo_kl", "sapo", "icepop_sequence", "deepseek"
 def test_rollouts_cut_into_segments_make_the_same_step(name: str, step, awkward) -> None:
     """Advantages, aggregation and preferences are a rollout's, however many contexts it has."""
     rng = np.random.default_rng(0)
-    cut = [in_segments(r, int(rng.integers(1, len(r.response_ids)))) if len(r.response_ids) > 1 else r for r in awkward]
-    assert sum(len(r.segments) for r in cut) > len(awkward)
+    cut = [
+        in_segments(r, *sorted(rng.permutation(np.arange(1, len(r.response_ids)))[: rng.integers(1, 4)].tolist()))
+        if len(r.response_ids) > 1
+        else r
+        for r in awkward
+    ]
+    assert sum(len(r.segments) for r in cut) > len(awkward) + 5
     assert_same(step(name, awkward), step(name, cut))
+
+
+@st.composite
+def cut_at_turns(draw: st.DrawFn) -> tuple[TrainRollout, TrainRollout]:
+    """A rollout of several turns, and the same one cut at some of them, or all: where an answer begins, or what follows it."""
+    lengths = draw(st.lists(st.integers(1, 3), min_size=2, max_size=7))  # of answers and of what is read, in turn
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    mask, count = np.repeat(np.arange(len(lengths)) % 2 == 0, lengths), sum(lengths)
+    turns = np.cumsum(lengths)[:-1].tolist()
+    whole = TrainRollout(
+        group=0,
+        rollout=0,
+        attempt=0,
+        data_source="test",
+        prompt_ids=rng.integers(0, 16, 3),
+        response_ids=rng.integers(0, 16, count),
+        loss_mask=mask,
+        logprobs=np.where(mask, rng.uniform(-4, -1, count), 0.0).astype(np.float32),
+        kept_logmass=None,
+        updates=rng.integers(0, 3, count),
+        reward=1.0,
+        parts={},
+        finish_reason="stop",
+    )
+    return whole, in_segments(whole, *sorted(draw(st.sets(st.sampled_from(turns), min_size=1))))
+
+
+@given(st.lists(cut_at_turns(), min_size=2, max_size=4))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_cut_at_any_turn_loss_and_gradient_are_the_same(make_model, pairs: list[tuple[TrainRollout, TrainRollout]]) -> None:
+    """Of a ratio for each token, which weighs as much as its number says: where it stands must not matter."""
+    model = PackedModel(make_model(), TEMPERATURE)
+    found = []
+    for rollouts in zip(*pairs, strict=True):
+        batch = make_batch(rollouts, Staleness(max_lag=2, batch_groups=1), 2)
+        packs = make_packs(batch.sequences, range(len(batch.sequences)), 64, torch.device("cpu"), Ranks())
+        model.model.zero_grad()
+        ratios = [(model.logprobs(pack) - batch.behaviour_n[pack.flat_t]).exp() for pack in packs]
+        loss = sum(ratio_t.square().dot(pack.flat_t + 1.0) for ratio_t, pack in zip(ratios, packs, strict=True))
+        loss.backward()
+        found.append((loss.detach(), [parameter.grad.clone() for parameter in model.model.parameters()], batch))
+    (loss, gradients, batch), (cut_loss, cut_gradients, cut_batch) = found
+    torch.testing.assert_close(loss, cut_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients, cut_gradients, rtol=1e-4, atol=1e-5)
+    assert torch.equal(batch.behaviour_n, cut_batch.behaviour_n)
+    assert torch.equal(batch.rollouts_s[batch.sequence_n], cut_batch.rollouts_s[cut_batch.sequence_n])
+    assert len(cut_batch.sequences) >= len(batch.sequences)
 
 
 @pytest.mark.parametrize("name", OF_SEQUENCES)
