@@ -149,8 +149,8 @@ def _episodes(name: str, plan: RunPlan, engine: Engine, tokenizer: Any) -> "Epis
     recipe, spec, limits = plan.recipe, plan.recipe.episode, plan.deployment.limits
     if not spec.what:
         return None
-    from asyncrl.episodes.chat import Chat
     from asyncrl.episodes.children import EpisodePool
+    from asyncrl.episodes.families import chat_of
     from asyncrl.episodes.host import EpisodeHost
     from asyncrl.episodes.session import Budget
     from asyncrl.prompts.dataset import PromptFile
@@ -164,7 +164,7 @@ def _episodes(name: str, plan: RunPlan, engine: Engine, tokenizer: Any) -> "Epis
     return EpisodeHost(
         engine,
         EpisodePool(spec, plan.paths.logs / f"{name}.episodes.log", limits.start_timeout_s),
-        Chat(tokenizer, plan.stop_token_ids),
+        chat_of(tokenizer, plan.stop_token_ids, spec.chat),
         spec,
         budget,
         lambda row, purpose: prompts[purpose].record(row),

@@ -56,6 +56,9 @@ class EpisodeSpec(Spec, frozen=True, kw_only=True):
     # Python functions that the policy may call until it answers without a call: typed, with a Google-style docstring.
     tools: tuple[Function, ...] = ()
     arguments: dict[str, str | int | float | bool] = {}  # passed by keyword with every call
+    # How the model's family writes conversations and calls of tools, by its name in the package `renderers`: llama-3, glm-5,
+    # deepseek-v3, kimi-k2, gpt-oss, gemma4, qwen3.5 and others. Empty: by the tokenizer's chat template.
+    chat: str = ""
     max_turns: int = 8  # answers of the policy
     max_turn_tokens: int | None = None  # tokens of one of them; null: sampling.max_response_length
     max_tokens: int | None = None  # tokens of all of them; null: as many as fit
@@ -78,7 +81,7 @@ class EpisodeSpec(Spec, frozen=True, kw_only=True):
         ]
         require_fields(self, "episode.", rules)
         if not self.what:
-            settings = "max_turns max_turn_tokens max_tokens deadline_s step_deadline_s in_flight python"
+            settings = "chat max_turns max_turn_tokens max_tokens deadline_s step_deadline_s in_flight python"
             require_unset(self, "episode.", settings, "no episode.environment, agent or tools: there is no episode; name one")
 
         require(

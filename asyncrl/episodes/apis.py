@@ -48,6 +48,11 @@ def _function(kind: str, tool: Body, told: Body, parameters: str = "parameters")
     return {"type": "function", "function": {name: value for name, value in shown.items() if value is not None}}
 
 
+def _written(arguments: Body | str) -> str:
+    """As JSON; a text is what the policy wrote and nobody can read: it goes to the client as it is, as OpenAI's do."""
+    return arguments if isinstance(arguments, str) else json.dumps(arguments)
+
+
 def _called(name: str, function: str, arguments: Any) -> Body:
     return {"id": name, "type": "function", "function": {"name": function, "arguments": arguments}}
 
@@ -90,7 +95,7 @@ def _chat_head(kind: str, answers: Sequence[Answer]) -> Body:
 def _chat_message(answer: Answer) -> Message:
     """Arguments of calls are JSON text."""
     calls = [
-        _called(call["id"], call["function"]["name"], json.dumps(call["function"]["arguments"]))
+        _called(call["id"], call["function"]["name"], _written(call["function"]["arguments"]))
         for call in answer.message.get("tool_calls", ())
     ]
     return answer.message | ({"tool_calls": calls} if calls else {})
@@ -160,7 +165,7 @@ def _to_items(answer: Answer) -> list[Body]:
     said = {"id": f"msg_{answer.number}", "type": "message", "status": "completed", "role": "assistant", "content": [part]}
     items: list[Body] = [said] if text or not calls else []
     for call in calls:
-        function = {"name": call["function"]["name"], "arguments": json.dumps(call["function"]["arguments"])}
+        function = {"name": call["function"]["name"], "arguments": _written(call["function"]["arguments"])}
         name = {"id": f"fc_{call['id']}", "call_id": call["id"]}
         items.append({"type": "function_call", "status": "completed", **name, **function})
     return items
@@ -234,8 +239,9 @@ def _anthropic_message(body: Body, answers: Sequence[Answer]) -> Body:
     calls, text = answer.message.get("tool_calls", ()), answer.message["content"]
     blocks: list[Body] = [{"type": "text", "text": text}] if text or not calls else []
     for call in calls:
-        function = call["function"]
-        blocks.append({"type": "tool_use", "id": call["id"], "name": function["name"], "input": function["arguments"]})
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        shown = arguments if isinstance(arguments, dict) else {"unreadable": arguments}  # it must be an object
+        blocks.append({"type": "tool_use", "id": call["id"], "name": name, "input": shown})
     head = {"id": f"msg_{answer.number}", "type": "message", "role": "assistant", "model": MODEL, "content": blocks}
     usage = {"input_tokens": answer.prompt_tokens, "output_tokens": answer.tokens}
     return {**head, "stop_reason": _STOPS[answer.finish_reason], "stop_sequence": None, "usage": usage}

@@ -2,13 +2,14 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Struct
 
-from asyncrl.episodes.chat import Chat
+from asyncrl.episodes.chat import Chat, Turn
 from asyncrl.episodes.environments import Message
 from asyncrl.episodes.session import Session
 from asyncrl.errors import AsyncRLError
@@ -55,9 +56,12 @@ class Conversations:
 
     def __init__(self, session: Session, chat: Chat, ask: Ask, max_turns: int) -> None:
         self._session, self._chat, self._ask, self._max_turns = session, chat, ask, max_turns
-        self._served: dict[tuple[Any, ...], tuple[list[int], bool]] = {}  # tokens, and whether their end was sampled
+        self._served: dict[tuple[Any, ...], Turn] = {}
         self._said: dict[str, list[Message]] = {}  # by number of the answer
         self._calls = 0
+        self._made: dict[str, Any] = {}  # the policy's calls of functions, by id
+        # Where there are tools: `tool_calls` that the policy made, and of them `tool_failures`, which can't be read.
+        self.parts: Counter[str] = Counter()
         self.messages: list[Message] = []  # of the call that ended last
 
     async def complete(self, asked: Asked) -> list[Answer]:
@@ -81,11 +85,17 @@ class Conversations:
         self, number: int, asked: Asked, messages: list[Message], request: GenerationRequest, made: Generation
     ) -> Answer:
         self._session.record(request, made)
-        message = self._chat.reply(made.token_ids)
-        for call in message.get("tool_calls", ()):
+        turn = Turn(request.prompt_ids, made.token_ids, made.finish_reason == "stop")
+        message = self._chat.reply(turn, asked.tools)
+        calls = message.get("tool_calls", ())
+        for call in calls:
             call["id"] = f"{call['id']}_{number}"
+            self._made[call["id"]] = call["function"]
+        if asked.tools:
+            failures = sum(isinstance(call["function"]["arguments"], str) for call in calls)
+            self.parts.update({"tool_calls": len(calls), "tool_failures": failures})
         self.messages = [*messages, message]
-        self._served[_name(asked, self.messages)] = [*request.prompt_ids, *made.token_ids], made.finish_reason == "stop"
+        self._served[_name(asked, self.messages)] = turn
         self._said[str(number)] = self.messages[bool(asked.system) :]
         reason = "tool_calls" if "tool_calls" in message else made.finish_reason
         return Answer(number, message, reason, len(request.prompt_ids), len(made.token_ids))
@@ -108,10 +118,24 @@ class Conversations:
     def _tokens(self, asked: Asked, messages: list[Message]) -> list[int]:
         tools, *said = _name(asked, messages)
         for count in range(len(said), 0, -1):
-            if (served := self._served.get((tools, *said[:count]))) is not None:
-                following = [_shown(message) for message in messages[count:]]
-                return [*served[0], *self._chat.following(following, stopped=served[1])]
-        return self._chat.prompt([_shown(message) for message in messages], asked.tools)
+            turn = self._served.get((tools, *said[:count]))
+            if turn and (ids := self._chat.next_prompt(turn, list(map(self._shown, messages[count:])), asked.tools)):
+                return ids
+        return self._chat.prompt(list(map(self._shown, messages)), asked.tools)
+
+    def _shown(self, message: Message) -> Message:
+        """As templates take it: content as text, arguments of calls as objects, but those of the policy as it made them. What a
+        tool answers stands under its name, which clients leave out."""
+        shown = {name: value for name, value in message.items() if value is not None}
+        shown["content"] = text_of(message.get("content"))
+        if (made := self._made.get(message.get("tool_call_id") or "")) is not None:
+            shown.setdefault("name", made["name"])
+        if message["role"] == "developer":  # as newer models call it
+            shown["role"] = "system"
+        if calls := message.get("tool_calls"):
+            functions = [self._made.get(call["id"]) or _called(**call["function"]) for call in calls]
+            shown["tool_calls"] = [{**call, "function": function} for call, function in zip(calls, functions, strict=True)]
+        return shown
 
 
 def text_of(content: Any) -> str:
@@ -131,16 +155,6 @@ def _name(asked: Asked, messages: Sequence[Message]) -> tuple[Any, ...]:
 def _normal(message: Message) -> tuple[Any, ...]:
     calls = tuple(call["id"] for call in message.get("tool_calls") or ())
     return message["role"], text_of(message.get("content")), message.get("tool_call_id"), calls
-
-
-def _shown(message: Message) -> Message:
-    """As templates take it: content as text, arguments of calls as objects."""
-    shown = {name: value for name, value in message.items() if value is not None} | {"content": text_of(message.get("content"))}
-    if message["role"] == "developer":  # as newer models call it
-        shown["role"] = "system"
-    if calls := message.get("tool_calls"):
-        shown["tool_calls"] = [{**call, "function": _called(**call["function"])} for call in calls]
-    return shown
 
 
 def _called(name: str, arguments: Any, **more: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ import msgspec
 
 from asyncrl.config import EpisodeSpec
 from asyncrl.config.callables import describe
-from asyncrl.episodes.chat import Chat
+from asyncrl.episodes.chat import Chat, Turn
 from asyncrl.episodes.children import EpisodeFailed, EpisodePool, Running
 from asyncrl.episodes.conversations import Conversations
 from asyncrl.episodes.environments import Message, Step, Task
@@ -177,7 +177,7 @@ class EpisodeHost:
         """Turns until one side ends it. Why it ended."""
         begun = await self._in_time(running.begin(task))
         story.messages += begun.messages
-        prompt_ids = _shown(self._chat.prompt, begun.messages, tools=begun.tools)
+        prompt_ids = _shown(self._chat.prompt, begun.messages, begun.tools)
         if not session.room(prompt_ids):
             room = f"engine.max_length={self._budget.context}"
             raise EpisodeFailed(f"its prompt of {len(prompt_ids)} tokens leaves no room for an answer in {room}; raise that")
@@ -187,13 +187,14 @@ class EpisodeHost:
             request = session.request(prompt_ids)
             answer = await self._generated(story, request)
             session.record(request, answer)
-            reply = self._chat.reply(answer.token_ids)
+            turn = Turn(prompt_ids, answer.token_ids, answer.finish_reason == "stop")
+            reply = self._chat.reply(turn, begun.tools)
             step = await self._in_time(running.step(reply))
             story.add(reply, step)
             if step.done:
                 return "done"
-            stopped = answer.finish_reason == "stop"
-            prompt_ids = [*prompt_ids, *answer.token_ids, *_shown(self._chat.following, step.messages, stopped=stopped)]
+            following = _shown(self._chat.next_prompt, turn, step.messages, begun.tools)
+            prompt_ids = following or _shown(self._chat.prompt, story.messages, begun.tools)
         return "max_turns"
 
     async def _serve(self, running: Running, task: Task, session: Session, story: "Story") -> EpisodeStop:
@@ -208,7 +209,7 @@ class EpisodeHost:
             story.messages = conversations.messages
         if story.broken:
             raise story.broken
-        story.earned(ended.reward, ended.parts)
+        story.earned(ended.reward, {**conversations.parts, **ended.parts})
         return "done"
 
     async def _generated(self, story: "Story", request: GenerationRequest) -> Generation:
@@ -234,10 +235,10 @@ class EpisodeHost:
             raise _Late(f"the environment did not answer within episode.step_deadline_s={limit_s:g}") from None
 
 
-def _shown(render: Callable[..., list[int]], messages: Sequence[Message], **how: Any) -> list[int]:
+def _shown(render: Callable[..., T], *what: Any) -> T:
     """Messages as token ids. What a template makes of an environment's messages is the environment's to answer for."""
     try:
-        return render(messages, **how)
+        return render(*what)
     except Exception as error:
         raise EpisodeFailed(f"the chat template can't show the environment's messages: {describe(error)}") from error
 

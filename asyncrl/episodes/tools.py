@@ -53,6 +53,8 @@ class Tools:
 
     async def _call(self, call: Message) -> Any:
         named = call["function"]
+        if not isinstance(named["arguments"], dict):
+            raise ValueError(f"the call can't be read: {named['arguments']!r}; write a tool's name and all of its arguments")
         if named["name"] not in self._functions:
             raise ValueError(f"there is no tool {named['name']!r}; there are {', '.join(self._functions)}")
         function = self._functions[named["name"]]

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from asyncrl.config import EpisodeSpec
-from asyncrl.episodes.chat import Chat
+from asyncrl.episodes.chat import TemplateChat
 from asyncrl.episodes.children import EpisodePool
 from asyncrl.episodes.host import EpisodeHost
 from asyncrl.episodes.session import Budget, Session
@@ -63,7 +63,7 @@ TEMPLATE = (
 PROMPT = [{"role": "user", "content": " ".join(f"w{i}" for i in range(16))}]
 
 
-def make_chat(kind: type[Chat] = Chat) -> Chat:
+def make_chat(kind: type[TemplateChat] = TemplateChat) -> TemplateChat:
     """Of 32 words, as many as the model has tokens."""
     words = ["<pad>", "<eos>", "<user>", "<assistant>", "<tool>", *(f"w{i}" for i in range(27))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
@@ -76,7 +76,7 @@ def make_chat(kind: type[Chat] = Chat) -> Chat:
 
 
 @contextmanager
-def hosting(engine: Any, folder: Path, ms: int, in_flight: int | None, chat: Chat) -> Iterator[EpisodeHost]:
+def hosting(engine: Any, folder: Path, ms: int, in_flight: int | None, chat: TemplateChat) -> Iterator[EpisodeHost]:
     file = folder / "slow.py"
     file.write_text(ENVIRONMENT)
     arguments: dict[str, Any] = {"ms": ms, "turns": TURNS}
@@ -290,8 +290,8 @@ class Feeder:
 
 def crowd(folder: Path, episodes: int) -> None:
     for kind, names, what in (
-        (Chat, ("prompt", "following"), "template and tokenizer"),
-        (Chat, ("reply",), "answers as messages"),
+        (TemplateChat, ("prompt", "next_prompt"), "template and tokenizer"),
+        (TemplateChat, ("reply",), "answers as messages"),
         (Session, ("request", "record", "room", "trajectory"), "record of tokens"),
     ):
         for name in names:

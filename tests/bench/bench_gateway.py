@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from asyncrl.episodes.chat import Chat
+from asyncrl.episodes.chat import TemplateChat
 from asyncrl.episodes.conversations import Conversations
 from asyncrl.episodes.gateway import Gateway
 from asyncrl.episodes.session import Budget, Session
@@ -37,7 +37,7 @@ def serve(pipe: Any) -> None:
     pointers = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pointers)
     tokenizer = pointers.make_tokenizer()
-    chat = Chat(tokenizer, (1,))
+    chat = TemplateChat(tokenizer, (1,))
     answer = [*tokenizer.encode("call b", add_special_tokens=False), 1]
 
     async def generate(request: GenerationRequest) -> Generation:

@@ -17,7 +17,7 @@ from asyncrl.generate.embedded.engine import TorchEngine
 from asyncrl.models.loading import named_weights
 from asyncrl.types import GenerationRequest, Sampling, Version
 
-EPISODES, ROUNDS = 64, 5
+EPISODES, ROUNDS = 64, 3
 # Turns, tokens of an answer, tokens that are read after it.
 SHAPES = [(4, 3, 3), (4, 24, 24), (16, 3, 3), (16, 24, 24), (16, 24, 96)]
 

@@ -7,16 +7,29 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from asyncrl.episodes.chat import Chat
+from asyncrl.episodes.chat import TemplateChat
 from asyncrl.episodes.conversations import Conversations
 from asyncrl.episodes.session import Budget, Session
-from asyncrl.types import Episode, Generation, GenerationRequest, Prompt, Sampling, Span, Ticket, Trajectory, Version
+from asyncrl.generate.workload import EndedRequest, HeldGroup
+from asyncrl.replay.log.rows import TRAIN_COLUMNS, TrainScore, decode_train, encode_rollouts, read_submitted
+from asyncrl.types import (
+    Episode,
+    Generation,
+    GenerationRequest,
+    Prompt,
+    Sampling,
+    Span,
+    Ticket,
+    TrainRollout,
+    Trajectory,
+    Version,
+)
 
 if TYPE_CHECKING:
     from asyncrl.episodes.gateway import Gateway
@@ -182,6 +195,26 @@ def make_ticket() -> Callable[..., Ticket]:
     return make
 
 
+@pytest.fixture(scope="session")
+def row_of() -> Callable[[Trajectory], TrainRollout]:
+    """What the learner gets of an episode, by way of the store's rows."""
+
+    def make(made: Trajectory) -> TrainRollout:
+        ticket = Ticket(
+            group=5,
+            attempt=0,
+            prompt=Prompt(row=3, ids=(2, 5), data_source="test"),
+            rollouts=(0,),
+            seeds=(100,),
+            sampling=Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=4, stop_token_ids=(1,)),
+        )
+        ended = EndedRequest(HeldGroup(ticket, "", 0.0, 1), 0, Future(), 0.0)
+        rows = read_submitted(encode_rollouts([ended.as_rollout(made, "", "g0")], "run"))
+        return decode_train(rows.select(TRAIN_COLUMNS), [TrainScore(1.0, {})])[0]
+
+    return make
+
+
 class ScriptedEngine:
     """Answers at once, with `words`, then the end token; or not before `release`."""
 
@@ -244,7 +277,7 @@ class Serving:
 
 
 @pytest.fixture
-def serve(engine: ScriptedEngine, make_chat: Callable[..., Chat]) -> Callable[..., AbstractAsyncContextManager[Serving]]:
+def serve(engine: ScriptedEngine, make_chat: Callable[..., Any]) -> Callable[..., AbstractAsyncContextManager[Serving]]:
     """serve(template, max_turns, budget, return_s): with the scripted engine, without processes."""
 
     @asynccontextmanager
@@ -282,16 +315,16 @@ def ids() -> Callable[[str], list[int]]:
 
 
 @pytest.fixture
-def make_chat() -> Callable[..., Chat]:
+def make_chat() -> Callable[..., TemplateChat]:
     """make_chat(template): over a tokenizer of WORDS."""
 
-    def make(template: str = PLAIN) -> Chat:
+    def make(template: str = PLAIN) -> TemplateChat:
         backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", additional_special_tokens=[*WORDS[2:5], "<system>"]
         )
         tokenizer.chat_template = template
-        return Chat(tokenizer, (1,))
+        return TemplateChat(tokenizer, (1,))
 
     return make

@@ -177,12 +177,13 @@ def test_cut_at_any_turn_loss_and_gradient_are_the_same(make_model, pairs: list[
         packs = make_packs(batch.sequences, range(len(batch.sequences)), 64, torch.device("cpu"), Ranks())
         model.model.zero_grad()
         ratios = [(model.logprobs(pack) - batch.behaviour_n[pack.flat_t]).exp() for pack in packs]
-        loss = sum(ratio_t.square().dot(pack.flat_t + 1.0) for ratio_t, pack in zip(ratios, packs, strict=True))
+        loss = sum((ratio_t.square() * (pack.flat_t + 1.0)).sum() for ratio_t, pack in zip(ratios, packs, strict=True))
         loss.backward()
         found.append((loss.detach(), [parameter.grad.clone() for parameter in model.model.parameters()], batch))
     (loss, gradients, batch), (cut_loss, cut_gradients, cut_batch) = found
     torch.testing.assert_close(loss, cut_loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradients, cut_gradients, rtol=1e-4, atol=1e-5)
+    largest = max(gradient.abs().max().item() for gradient in gradients)
+    torch.testing.assert_close(gradients, cut_gradients, rtol=1e-4, atol=2e-5 * largest)
     assert torch.equal(batch.behaviour_n, cut_batch.behaviour_n)
     assert torch.equal(batch.rollouts_s[batch.sequence_n], cut_batch.rollouts_s[cut_batch.sequence_n])
     assert len(cut_batch.sequences) >= len(batch.sequences)

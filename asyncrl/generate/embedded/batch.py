@@ -155,13 +155,10 @@ class DecodeBatch:
         return self._cache.bytes_for(np.concatenate([running, np.array(longest, dtype=np.int64)]))
 
     def room(self, jobs: Sequence[Job]) -> int:
-        """How many of the jobs, from the first on, may join the running rows: whatever they sample, there is memory for it, and
-        what is kept of ended ones gives way."""
+        """How many of the jobs, from the first on, may join the running rows: whatever they sample, there is memory for it."""
         limits, requests = self._rows.limit[: self.count], [job.request for job in jobs]
         fitting = (n for n in range(len(jobs), 0, -1) if self._need(requests[:n], limits) <= self._cache.budget)
-        count = next(fitting, 0)
-        self._cache.prefixes.shrink(int(self._cache.budget) - self._need(requests[:count], limits))
-        return count
+        return next(fitting, 0)
 
     def too_large(self, requests: Sequence[GenerationRequest]) -> ConfigError | None:
         """Why the requests can never run side by side; None if they can."""
@@ -232,10 +229,9 @@ class DecodeBatch:
 
     def _keep_ended_turns(self) -> None:
         """What was computed of the rows that ended, where they may go on."""
-        need = self._need((), self._rows.limit[: self.count])
         for row in np.flatnonzero(~self._rows.alive[: self.count]).tolist():
             if (request := self._rows.request(row)).goes_on:
-                self._cache.keep(row, request.group, self._rows.known(row).copy(), need)
+                self._cache.keep(row, request.group, self._rows.known(row).copy())
 
     @torch.inference_mode()
     def _drop_ended(self) -> None:

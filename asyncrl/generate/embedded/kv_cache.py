@@ -208,8 +208,9 @@ class SlotCache(Cache):
             return
         wanted, slots = rows + rows // 8, self._slots
         more = np.where(rows > slots, wanted, slots)
-        if self._bytes_of(more) > self.budget - self.prefixes.bytes:
+        if self._bytes_of(more) > self.budget:
             more = np.minimum(more, wanted)
+        self.prefixes.shrink(self.budget - self._bytes_of(more))
         for kind in np.flatnonzero(more != slots).tolist():
             for layer in self.used:
                 layer.resize(kind, int(more[kind]))
@@ -226,11 +227,11 @@ class SlotCache(Cache):
             for of in (layer.keys, layer.values):
                 of[kind][to, :, :end] = of[source][at, :, :end]
 
-    def keep(self, row: int, group: int, ids: np.ndarray, need: int) -> None:
-        """Keeps what the row holds of ids [T] for prompts of the group that begin so, if that leaves rows `need` bytes."""
+    def keep(self, row: int, group: int, ids: np.ndarray) -> None:
+        """Keeps what the row holds of ids [T] for prompts of the group that begin so, where slots leave room for it."""
         kind, slot = self.places.kind[row], self.places.slot[row]
         parts = ((of[kind][slot, :, : len(ids)] for of in (layer.keys, layer.values)) for layer in self.used)
-        room = int(self.budget) - max(need, self._bytes_of(self._slots))
+        room = self.budget - self._bytes_of(self._slots)
         self.prefixes.keep(group, ids, lambda: [(keys.clone(), values.clone()) for keys, values in parts], room)
 
     def begin(self, row: int, group: int, ids: np.ndarray) -> int:

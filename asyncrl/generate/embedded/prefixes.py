@@ -24,7 +24,10 @@ class Prefixes:
     def __init__(self, position_bytes: int) -> None:
         self._position_bytes = position_bytes
         self._kept: list[Prefix] = []  # in the order in which they were last used
-        self.bytes = 0
+
+    @property
+    def bytes(self) -> int:
+        return self._position_bytes * sum(len(prefix.ids) for prefix in self._kept)
 
     def find(self, group: int, ids: np.ndarray) -> tuple[int, Layers]:
         """With how many tokens of ids [T] something of the group begins, and what was computed of them; 0: not worth it."""
@@ -34,29 +37,21 @@ class Prefixes:
         self._kept.append(found := self._kept.pop(best))
         return size, found.layers
 
-    def keep(self, group: int, ids: np.ndarray, copy: Callable[[], Layers], room: int) -> None:
+    def keep(self, group: int, ids: np.ndarray, copy: Callable[[], Layers], room: float) -> None:
         """A copy of what was computed of ids [T], instead of any that it begins with, if that fits into `room` bytes."""
-        for old in [p for p in self._kept if p.group == group and _shared(p.ids, ids) == len(p.ids)]:
-            self._forget(old)
-        bytes_ = len(ids) * self._position_bytes
-        if len(ids) < LEAST or bytes_ > room:
-            return
-        self.shrink(room - bytes_)
-        self._kept.append(Prefix(group, ids, copy()))
-        self.bytes += bytes_
+        self._kept = [p for p in self._kept if p.group != group or _shared(p.ids, ids) < len(p.ids)]
+        left = room - len(ids) * self._position_bytes
+        if len(ids) >= LEAST and left >= 0:
+            self.shrink(left)
+            self._kept.append(Prefix(group, ids, copy()))
 
-    def shrink(self, room: int) -> None:
+    def shrink(self, room: float) -> None:
         """Forgets until there are so many bytes at the most."""
         while self._kept and self.bytes > room:
-            self._forget(self._kept[0])
+            self._kept.pop(0)
 
     def clear(self) -> None:
         self._kept.clear()
-        self.bytes = 0
-
-    def _forget(self, prefix: Prefix) -> None:
-        self._kept = [kept for kept in self._kept if kept is not prefix]
-        self.bytes -= len(prefix.ids) * self._position_bytes
 
 
 def _shared(first: np.ndarray, second: np.ndarray) -> int:

@@ -371,7 +371,7 @@ def test_a_cancelled_request_gives_its_slot_back(make_engine: Callable[..., Torc
     running.cancel()
     queued.cancel()
     engine.step()
-    assert engine.gauges() == {"active": 1.0, "queued": 0.0}  # of `other`, which has the only slot
+    assert (engine.gauges()["active"], engine.gauges()["queued"]) == (1.0, 0.0)  # of `other`, which has the only slot
     assert finish(engine, other)[0].finish_reason == "length"
 
 

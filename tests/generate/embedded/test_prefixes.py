@@ -155,26 +155,31 @@ def test_where_it_would_not_be_exact_nothing_is_kept(make_engine, settings: dict
     assert engine.gauges()["reused_tokens"] == 0
 
 
-def test_what_is_kept_gives_way_to_requests(make_engine) -> None:
-    """There is room for two rows of up to 128 positions: beside one for one that has ended, beside two for none."""
-    cache = make_engine()._batch._decoder.cache
-    engine = make_engine(kv_bytes=cache.bytes_for(np.array([128, 128])))
+def test_what_is_kept_gives_way_to_rows(make_engine) -> None:
+    """Room for 440 positions: for a slot of 128 and the 74 that it left, not for one of 256 beside them."""
+    position = make_engine()._batch._decoder.cache._position_bytes
+    engine = make_engine(kv_bytes=440 * position)
     cache = engine._batch._decoder.cache
+
+    def ask(tokens: int) -> Generation:
+        sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=tokens, stop_token_ids=())
+        request = GenerationRequest(id="a", group=9, prompt_ids=tuple(range(1, 21)) * 5, sampling=sampling, seed=0)
+        future = engine.submit_group([request])[0]
+        while engine.step():
+            held = sum(of.nbytes for layer in cache.used for of in (*layer.keys, *layer.values))
+            assert held + cache.prefixes.bytes <= cache.budget
+        return future.result(0)
+
     play(engine, 1)
-    kept = cache.prefixes.bytes
-    assert kept == 74 * cache._position_bytes
-    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=40, stop_token_ids=())
-    requests = [
-        GenerationRequest(id=str(i), group=i, prompt_ids=tuple(range(1, 20)) * 4, sampling=sampling, seed=i, goes_on=True)
-        for i in (4, 5, 6)
-    ]
-    futures = engine.submit_group(requests[:1])
-    engine.step()
-    assert cache.prefixes.bytes == kept
-    futures += engine.submit_group(requests[1:])
-    engine.step()
-    assert (engine.gauges()["active"], cache.prefixes.bytes) == (2, 0)
-    while engine.step():
-        held = sum(of.nbytes for layer in cache.used for of in (*layer.keys, *layer.values))
-        assert held + cache.prefixes.bytes <= cache.budget
-    assert [len(future.result(0).token_ids) for future in futures] == [40] * 3
+    assert cache.prefixes.bytes == 74 * position
+    assert len(ask(20).token_ids) == 20
+    assert cache.prefixes.bytes == 74 * position
+    assert len(ask(100).token_ids) == 100
+    assert cache.prefixes.bytes == 0
+
+
+def test_what_there_is_no_room_for_is_not_kept(make_engine) -> None:
+    cache = make_engine()._batch._decoder.cache
+    engine = make_engine(kv_bytes=cache.bytes_for(np.array([128])))
+    play(engine, 3)
+    assert engine.gauges()["reused_tokens"] == engine._batch._decoder.cache.prefixes.bytes == 0
