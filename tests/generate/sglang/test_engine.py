@@ -341,6 +341,12 @@ def test_abort_ends_one_group_or_all(rig: Rig) -> None:
     rig.engine.abort()  # before, while or after the server has read them
     assert all(len(answer.token_ids) < 1000 for answer in rig.check(doomed, reason="abort"))
     rig.steps()
+    before = rig.engine.gauges()["tokens"]
+    for _, future in rig.ask(2, 8, length=1000):
+        future.cancel()  # by their holder
+    until(lambda: rig.engine.gauges()["in_flight"] == 0 and not any(replica.rows for replica in rig.engine._replicas))
+    assert rig.engine.gauges()["tokens"] - before < 16 * 1000
+    rig.steps()
 
 
 def test_with_a_prefix_cache_no_old_prefix_is_reused(open_rig: Open) -> None:
