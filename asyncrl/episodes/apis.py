@@ -11,6 +11,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 from msgspec import Meta, Struct
 
+from asyncrl.episodes.chat import call_of
 from asyncrl.episodes.child import MODEL
 from asyncrl.episodes.conversations import Answer, Asked, CallRefused, text_of
 from asyncrl.episodes.environments import Message
@@ -53,10 +54,6 @@ def _written(arguments: Body | str) -> str:
     return arguments if isinstance(arguments, str) else json.dumps(arguments)
 
 
-def _called(name: str, function: str, arguments: Any) -> Body:
-    return {"id": name, "type": "function", "function": {"name": function, "arguments": arguments}}
-
-
 # ------------------------------------------------------------------------------------------- OpenAI's chat completions
 
 
@@ -95,7 +92,7 @@ def _chat_head(kind: str, answers: Sequence[Answer]) -> Body:
 def _chat_message(answer: Answer) -> Message:
     """Arguments of calls are JSON text."""
     calls = [
-        _called(call["id"], call["function"]["name"], _written(call["function"]["arguments"]))
+        call_of(call["id"], call["function"]["name"], _written(call["function"]["arguments"]))
         for call in answer.message.get("tool_calls", ())
     ]
     return answer.message | ({"tool_calls": calls} if calls else {})
@@ -133,7 +130,7 @@ def _from_items(items: list[Body]) -> list[Message]:
             case "function_call":
                 if not messages or messages[-1]["role"] != "assistant":
                     messages.append({"role": "assistant", "content": ""})
-                call = _called(item["call_id"], item["name"], item["arguments"])
+                call = call_of(item["call_id"], item["name"], item["arguments"])
                 messages[-1].setdefault("tool_calls", []).append(call)
             case "function_call_output":
                 messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": text_of(item["output"])})
@@ -225,7 +222,7 @@ def _from_blocks(role: str, content: str | list[Body]) -> list[Message]:
                 text = text_of(block.get("content"))
                 results.append({"role": "tool", "tool_call_id": block["tool_use_id"], "content": text})
             case "tool_use":
-                calls.append(_called(block["id"], block["name"], block["input"]))
+                calls.append(call_of(block["id"], block["name"], block["input"]))
             case "thinking" | "redacted_thinking":
                 pass
             case _:
