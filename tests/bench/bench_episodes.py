@@ -63,7 +63,7 @@ TEMPLATE = (
 PROMPT = [{"role": "user", "content": " ".join(f"w{i}" for i in range(16))}]
 
 
-def make_chat(kind: type[TemplateChat] = TemplateChat) -> TemplateChat:
+def make_chat() -> TemplateChat:
     """Of 32 words, as many as the model has tokens."""
     words = ["<pad>", "<eos>", "<user>", "<assistant>", "<tool>", *(f"w{i}" for i in range(27))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
@@ -72,7 +72,7 @@ def make_chat(kind: type[TemplateChat] = TemplateChat) -> TemplateChat:
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", additional_special_tokens=words[2:5]
     )
     tokenizer.chat_template = TEMPLATE
-    return kind(tokenizer, (1,))
+    return TemplateChat(tokenizer, (1,))
 
 
 @contextmanager
