@@ -3,7 +3,6 @@
 No torch, no Ray: well under two seconds. All problems are reported at once, not one per attempt.
 """
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,34 +11,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from msgspec.structs import replace
-
 from asyncrl.cluster.fit import device_memory, fit_layouts
 from asyncrl.cluster.resources import check_placement, named_cluster
+from asyncrl.cluster.serving import check_asked
 from asyncrl.cluster.space import check_space, update_bytes
-from asyncrl.config import (
-    ESTIMATOR_NAMES,
-    LOSS_NAMES,
-    SETTINGS,
-    UNGROUPED,
-    Deployment,
-    GeneratorsSpec,
-    LoraSpec,
-    ModelSpec,
-    Recipe,
-    RewardTerm,
-    run_dtypes,
-)
+from asyncrl.config import ESTIMATOR_NAMES, LOSS_NAMES, SETTINGS, UNGROUPED, Deployment, LoraSpec, ModelSpec, Recipe, run_dtypes
 from asyncrl.config.callables import check_callable
 from asyncrl.disk import as_size, existing
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.generate.engines import engine_kind
 from asyncrl.learn.policies import newest_complete, require_resumable
-from asyncrl.models.architectures import differing_shapes, named, not_a_classifier, not_causal, read_config
+from asyncrl.models.architectures import differing_shapes, named, not_causal, read_config
 from asyncrl.models.hub import require_model
 from asyncrl.models.sizes import size_of
 from asyncrl.prompts.reading import check_columns, read_rows
-from asyncrl.reward.opinions import read_prompt
 from asyncrl.rundir import RunDir
 
 Check = Callable[[], str]  # a line of the plan; raises ConfigError or DataError
@@ -95,7 +80,8 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
     yield "reward", lambda: _callables(recipe)
     for term in recipe.reward.terms():
         if not term.function:
-            yield "reward", partial(_asked, term, recipe, deployment, run_dir)
+            model = partial(_model, "reward model", recipe=recipe, run_dir=run_dir)
+            yield "reward", partial(check_asked, term, recipe, deployment, model)
     yield "algorithm", lambda: _algorithm(recipe)
     yield "sampling", lambda: _sampling(recipe)
     yield "episode", lambda: _episode(recipe)
@@ -192,33 +178,6 @@ def _callables(recipe: Recipe) -> str:
         if name not in built_in:
             check_callable(name, field)
     return f"{', '.join(term.what for term in terms)}, at most {recipe.reward.deadline_s:g} s a sample"
-
-
-def _asked(term: RewardTerm, recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
-    """A reward model or judge, as far as that is known before it is loaded."""
-    judge, model, models = term.judge, term.served, deployment.rewards.models
-    if judge:
-        read_prompt(judge)
-        if judge.parse:
-            check_callable(judge.parse, "reward.judge.parse")
-        if judge.pairwise and recipe.evaluation.files and len(recipe.reward.terms()) == 1:
-            raise ConfigError(
-                f"evaluation.files with nothing but {term.named}, which compares responses of one policy with each other: "
-                "every score would be a half; leave evaluation.files out, or add a term that scores each response"
-            )
-        if judge.key_env and judge.key_env not in os.environ and not named_cluster(deployment):
-            raise ConfigError(f"reward.judge.key_env={judge.key_env!r} is not set here, so nobody could be asked; export it")
-        if not model:
-            key = f"with the key in {judge.key_env}" if judge.key_env else "without a key"
-            return f"{term.named}: {judge.url} {key}, asked what {judge.prompt} says"
-    assert model is not None
-    line = _model("reward model", model, recipe, run_dir)
-    if not judge and (problem := not_a_classifier(read_config(model.path, model.revision))):
-        raise ConfigError(f"reward model {model.path!r} {problem}")
-    engine_kind(models.engine.kind).check(
-        replace(deployment, generators=GeneratorsSpec(place=models.place, engine=models.engine))
-    )
-    return f"{term.named}: {line}, served by {models.count} × {models.engine.kind}"
 
 
 def _episode(recipe: Recipe) -> str:

@@ -3,20 +3,33 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from asyncrl.config import CPU_PACK_TOKENS, GeneratorsSpec, JudgeSpec, LimitsSpec, ModelsSpec, RewardTerm
+from asyncrl.cluster.resources import named_cluster
+from asyncrl.config import (
+    CPU_PACK_TOKENS,
+    Deployment,
+    GeneratorsSpec,
+    JudgeSpec,
+    LimitsSpec,
+    ModelSpec,
+    ModelsSpec,
+    Recipe,
+    RewardTerm,
+)
+from asyncrl.config.callables import check_callable
 from asyncrl.errors import ConfigError
 from asyncrl.generate.engines import EngineSite, engine_kind
 from asyncrl.models.architectures import not_a_classifier, read_config
 from asyncrl.models.hub import frozen_folder
 from asyncrl.reward.opinions import read_prompt
 from asyncrl.reward.served import Classifier, Judge, Respond
-from asyncrl.rundir import write_atomic
+from asyncrl.rundir import redact, write_atomic
 from asyncrl.types import Sampling, Version
 
 log = logging.getLogger(__name__)
@@ -62,7 +75,10 @@ def _classifier(site: EngineSite, spec: ModelsSpec, tokenizer: Any) -> Up:
     limits = {"max_length": spec.engine.max_length, "pack_tokens": spec.max_tokens_per_pack}
     encode = chat_encoder(tokenizer)
     if spec.engine.kind == "sglang":
-        raise ConfigError("rewards.models.engine.kind='sglang' serves judges, no classifiers yet; use kind: torch")
+        from asyncrl.generate.sglang.classifier import SGLangClassifier
+
+        server = SGLangClassifier(site)
+        return Classifier(encode, server, **limits), server.health, server.close
     if not spec.place.gpus:
         limits["pack_tokens"] = min(limits["pack_tokens"], CPU_PACK_TOKENS)
     model = load_classifier(site.model, "cuda" if spec.place.gpus else "cpu")
@@ -87,11 +103,38 @@ def _judge(site: EngineSite, judge: JudgeSpec, tokenizer: Any) -> Up:
 # --------------------------------------------------------------------------------------------- what they are
 
 
+def check_asked(term: RewardTerm, recipe: Recipe, deployment: Deployment, find: Callable[[ModelSpec], str]) -> str:
+    """What a dry run says of a reward model or judge. Raises ConfigError for what is known to fail before it is loaded. find:
+    proves that a model is there."""
+    judge, model, models = term.judge, term.served, deployment.rewards.models
+    if judge:
+        read_prompt(judge)
+        if judge.parse:
+            check_callable(judge.parse, "reward.judge.parse")
+        if judge.pairwise and recipe.evaluation.files and len(recipe.reward.terms()) == 1:
+            raise ConfigError(
+                f"evaluation.files with nothing but {term.named}, which compares responses of one policy with each other: "
+                "every score would be a half; leave evaluation.files out, or add a term that scores each response"
+            )
+        if judge.key_env and judge.key_env not in os.environ and not named_cluster(deployment):
+            raise ConfigError(f"reward.judge.key_env={judge.key_env!r} is not set here, so nobody could be asked; export it")
+        if not model:
+            key = f"with the key in {judge.key_env}" if judge.key_env else "without a key"
+            return f"{term.named}: {judge.url} {key}, asked what {judge.prompt} says"
+    assert model is not None
+    line = find(model)
+    if not judge and (problem := not_a_classifier(read_config(model.path, model.revision))):
+        raise ConfigError(f"reward model {model.path!r} {problem}")
+    generators = GeneratorsSpec(place=models.place, engine=models.engine)
+    engine_kind(models.engine.kind).check(replace(deployment, generators=generators))
+    return f"{term.named}: {line}, served by {models.count} × {models.engine.kind}"
+
+
 def note(folder: Path, term: RewardTerm, facts: Mapping[str, Any]) -> None:
     """Writes down, once per run, what a reward model or judge is; warns where it is not what the run began with."""
     judge = {"url": term.judge.url, "served_name": term.judge.served_name} if term.judge and term.judge.url else {}
     asked = {"prompt": _hash(read_prompt(term.judge))} if term.judge else {}
-    path, said = folder / f"{term.named.replace('/', '-')}.json", {**judge, **facts, **asked}
+    path, said = folder / f"{term.named.replace('/', '-')}.json", redact({**judge, **facts, **asked})
     if path.is_file() and (before := json.loads(path.read_text())) != said:
         log.warning("reward %s is not what this run began with: %s, which was %s", term.named, said, before)
     write_atomic(path, json.dumps(said, indent=1))

@@ -101,26 +101,29 @@ class RayCall:
 
 
 class RayModel:
-    """Asks the actors that serve a reward's model, one after the other. Call it from one event loop.
+    """Asks the actors that serve a reward's model in turn, those that are up. Call it from one event loop.
 
-    deadline_s: for an answer of an actor that is up. patience_s: how long none may be.
+    deadline_s: for an answer. patience_s: how long none of them may be up.
     """
 
     def __init__(self, peers: Peers, names: Sequence[str], deadline_s: float, patience_s: float) -> None:
-        self._peers, self._names = peers, itertools.cycle(names)
+        self._peers, self._names, self._turns = peers, names, itertools.count()
         self._deadline_s, self._patience_s = deadline_s, patience_s
+        self._dead = dict.fromkeys(names, -1)  # restart_count of the last one that is gone
 
     async def __call__(self, chat: Any) -> Any:
-        """Its answer. Raises TimeoutError; Unavailable when the actor that was asked has died and another is there; Closed."""
-        name, deadline = next(self._names), time.monotonic() + self._patience_s
+        """Its answer. Waits while none is up. Raises TimeoutError, Closed, and Unavailable where another one may answer."""
+        up = [name for name in self._names if self._peers.known(name)[0] > self._dead[name]] or self._names
+        name = up[next(self._turns) % len(up)]
         restart_count, handle = self._peers.known(name)
-        if handle is None:
-            restart_count, handle = await asyncio.to_thread(self._peers.wait, name, -1, deadline)
+        if restart_count == self._dead[name]:
+            deadline = time.monotonic() + self._patience_s
+            restart_count, handle = await asyncio.to_thread(self._peers.wait, name, restart_count, deadline)
         try:
             async with asyncio.timeout(self._deadline_s):
                 return await handle.ask.remote("answer", chat)
         except ActorUnavailableError as error:
             raise Unavailable(f"{name}: out of reach: {error}") from None
         except (RayActorError, OutOfMemoryError):
-            await asyncio.to_thread(self._peers.wait, name, restart_count, deadline)
-            raise Unavailable(f"{name}: it died while it was asked, and was restarted") from None
+            self._dead[name] = max(restart_count, self._dead[name])
+            raise Unavailable(f"{name}: it died while it was asked") from None

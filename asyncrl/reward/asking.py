@@ -31,8 +31,8 @@ T = TypeVar("T")
 Send = Callable[[Chat], Awaitable[Answer]]  # raises Unavailable where it is worth while to ask again; TimeoutError
 Ask = Callable[[Sequence[Sample]], Awaitable[list[Answer]]]  # about samples of one group; answers in their order
 
-TRIES = 4
-_AGAIN_S = 0.5  # before the second try; then twice as long each time
+TRIES = 5
+_AGAIN_S = 1.0  # before the second try; then twice as long each time
 _HAND_OVER_S = 0.02  # how long answered samples may lie while functions work on others
 _ANSWER_BYTES = 1 << 20
 

@@ -1,5 +1,6 @@
 """Where peers are, and calls to a store that is not there, under the errors that Ray has for it."""
 
+import asyncio
 import threading
 import time
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
 
-from asyncrl.cluster.transport import Peers, RayCall
+from asyncrl.cluster.transport import Peers, RayCall, RayModel
 from asyncrl.errors import Closed, Unavailable
 from asyncrl.interfaces import VERBS
 from asyncrl.replay.client import ReplayClient
@@ -136,3 +137,62 @@ def test_close_wakes_a_waiter():
     peers.close()
     waiter.join(timeout=10)
     assert raised == ["stopped while waiting for store"]
+
+
+class FakeModel:
+    """The handle of an actor that answers with its name; dead once it is told so."""
+
+    def __init__(self, name: str, dead: bool = False, silent: bool = False) -> None:
+        self.name, self.dead, self.silent = name, dead, silent
+        self.ask = SimpleNamespace(remote=self._remote)
+
+    async def _remote(self, method: str, chat: str) -> str:
+        if self.dead:
+            raise ActorDiedError()
+        await asyncio.sleep(60 * self.silent)
+        return f"{self.name} {method}s {chat}"
+
+
+def test_models_are_asked_in_turn_and_a_dead_one_when_another_is_there_in_its_place():
+    peers = Peers()
+    a, b = FakeModel("a"), FakeModel("b")
+    peers.put("a", 0, a)
+    peers.put("b", 0, b)
+    model = RayModel(peers, ["a", "b"], deadline_s=20.0, patience_s=20.0)
+
+    async def asked(count: int) -> list[str]:
+        return [await model("x") for _ in range(count)]
+
+    assert asyncio.run(asked(4)) == ["a answers x", "b answers x"] * 2
+    a.dead = True
+    with pytest.raises(Unavailable, match="a: it died while it was asked"):
+        asyncio.run(asked(2))
+    assert asyncio.run(asked(3)) == ["b answers x"] * 3, "nobody waits for the dead one while another is up"
+    peers.put("a", 1, FakeModel("a2"))
+    assert {*asyncio.run(asked(2))} == {"a2 answers x", "b answers x"}
+
+
+def test_while_no_model_is_up_a_question_waits_and_its_deadline_does_not_run():
+    peers = Peers()
+    model = RayModel(peers, ["a"], deadline_s=0.2, patience_s=20.0)
+
+    async def ask() -> str:
+        asked = asyncio.ensure_future(model("x"))
+        await asyncio.sleep(0.4)  # twice its deadline
+        assert not asked.done()
+        peers.put("a", 0, FakeModel("a"))
+        return await asked
+
+    assert asyncio.run(ask()) == "a answers x"
+    peers.put("a", 1, FakeModel("a", silent=True))
+    with pytest.raises(TimeoutError):
+        asyncio.run(model("x"))
+
+
+def test_a_question_that_waits_for_a_model_ends_with_the_run_or_the_patience():
+    peers = Peers()
+    with pytest.raises(Unavailable, match="no living incarnation"):
+        asyncio.run(RayModel(peers, ["a"], deadline_s=1.0, patience_s=0.05)("x"))
+    peers.close()
+    with pytest.raises(Closed):
+        asyncio.run(RayModel(peers, ["a"], deadline_s=1.0, patience_s=20.0)("x"))
