@@ -99,7 +99,7 @@ class TemplateChat:
         return message
 
     def _opens_reasoning(self, prompt_ids: Sequence[int]) -> bool:
-        return str(self._tokenizer.decode(prompt_ids[-8:])).rstrip().endswith("<think>")
+        return str(self._tokenizer.decode([*prompt_ids[-8:]])).rstrip().endswith("<think>")
 
     def _tell_what_is_otherwise(self) -> None:
         """Than what is done here: how the template shows an answer in a longer conversation, and how calls of tools."""

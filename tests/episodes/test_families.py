@@ -48,6 +48,19 @@ FAMILIES: dict[str, tuple[str, str, str, str | None]] = {
         "Hm.\n</think>\n\n<tool_call>\n<function=look>\n<parameter=at>\n1\n</parameter>\n</function>\n</tool_call><|im_end|>",
         "Hm.\n</think>\n\n<tool_call>\nlook(1)\n</tool_call><|im_end|>",
     ),
+    "qwen3": (
+        IM,
+        "<|im_end|> <|endoftext|>",
+        '<think>\nHm.\n</think>\n\n<tool_call>\n{"name": "look", "arguments": {"at": 1}}\n</tool_call><|im_end|>',
+        '<tool_call>\n{"name": "look", "arguments": {"at": \n</tool_call><|im_end|>',
+    ),
+    "minimax-m2": (
+        "]~!b[ ]~b] [e~[ <think> </think> <minimax:tool_call> </minimax:tool_call>",
+        "[e~[",
+        'Hm.\n</think>\n\n<minimax:tool_call>\n<invoke name="look">\n<parameter name="at">1</parameter>\n</invoke>\n'
+        "</minimax:tool_call>[e~[",
+        "Hm.\n</think>\n\n<minimax:tool_call>\nlook(1)\n</minimax:tool_call>[e~[",
+    ),
     "kimi-k2": (
         "<|im_user|> <|im_assistant|> <|im_system|> <|im_middle|> <|im_end|> <|tool_calls_section_begin|> "
         "<|tool_calls_section_end|> <|tool_call_begin|> <|tool_call_argument_begin|> <|tool_call_end|>",
@@ -95,7 +108,7 @@ def test_a_call_is_read_and_its_answer_follows_the_very_tokens(family: str) -> N
     assert call["function"] == {"name": "look", "arguments": {"at": 1}}
     assert reply["content"].strip() == ""
     assert reply.get("reasoning_content", "Hm.") == "Hm."
-    assert ("reasoning_content" in reply) == written.startswith("Hm.")
+    assert ("reasoning_content" in reply) == ("Hm." in written)
     answer = {"role": "tool", "name": "look", "tool_call_id": call["id"], "content": "Behind you."}
     following = chat.next_prompt(turn, [answer], TOOLS)
     so_far = [*turn.prompt_ids, *turn.ids]
