@@ -69,6 +69,28 @@ def test_a_client_that_comes_back_in_time_joins_its_call(serve, engine) -> None:
     assert len(engine.requests) == 1
 
 
+@pytest.mark.slow
+def test_the_sdk_comes_back_after_its_timeout(serve, engine) -> None:
+    openai = pytest.importorskip("openai", reason="needs openai (pip install 'asyncrl[test]')")
+    engine.held = []
+
+    async def talk() -> None:
+        async with serve() as served, openai.AsyncOpenAI(base_url=served.base_url, api_key=served.key) as client:
+            patient = client.with_options(timeout=0.3, max_retries=20)
+            asked = asyncio.create_task(patient.chat.completions.create(model="policy", messages=HELLO))
+            assert await arrived(engine)
+            (call,) = served.gateway._open[served.key].calls.values()
+            for waiting in (0, 1):  # it is gone, and back
+                while call.waiting != waiting:
+                    await asyncio.sleep(0.01)
+            ((request, future),) = engine.held
+            future.set_result(engine.answer(request))
+            assert (await asked).choices[0].message.content == "look"
+
+    asyncio.run(talk())
+    assert len(engine.requests) == 1
+
+
 def test_the_same_question_again_is_another_call(serve, engine) -> None:
     async def talk() -> None:
         async with serve() as served:
