@@ -92,7 +92,7 @@ class Ticket(Struct, frozen=True, kw_only=True):
     seeds: tuple[int, ...]  # parallel to rollouts
     sampling: Sampling
     purpose: Purpose = "train"
-    pinned: Version | None = None  # of an eval ticket: every token must come from these weights
+    pinned: Version | None = None  # of an eval ticket, unless it is an episode's: every token must come from these weights
     baseline: int | None = None  # the rollout that is to be greedy, and is compared with, not trained (ReMax), if there is one
 
     def name_of(self, rollout: int) -> str:
@@ -141,16 +141,32 @@ class Generation(Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason
 
 
-class Episode(Struct, frozen=True, kw_only=True):
-    """How an episode ended, and what it earned by itself."""
+class EpisodeSummary(Struct, frozen=True, kw_only=True):
+    """How an episode ended, and how it went, in numbers."""
 
     status: Status = "ok"  # past its deadline it is `timeout`, after an error `invalid`: never a silent 0
-    reward: float | None = None  # None: the reward stage alone scores it
-    parts: dict[str, float] = {}
-    turn_rewards: tuple[float, ...] | None = None  # what each turn earned beside `reward`
     stop: EpisodeStop = "done"
     error: str = ""
+    turn_rewards: tuple[float, ...] | None = None  # what each turn earned of the reward; None: nobody said
+    figures: dict[str, float] = {}  # turns, segments, tokens sampled and read, calls of tools and of these failures, seconds
+
+    def measures(self) -> dict[str, float]:
+        """All that is counted of it, by name."""
+        earned = {f"turn_reward/{turn}": reward for turn, reward in enumerate(self.turn_rewards or (), start=1)}
+        return {**self.figures, f"stop/{self.stop}": 1.0, **earned}
+
+
+class Episode(EpisodeSummary, frozen=True, kw_only=True):
+    """What an episode earned by itself, and what was said."""
+
+    reward: float | None = None  # None: the reward stage alone scores it
+    parts: dict[str, float] = {}
     messages: str = "[]"  # JSON, for judges and readers; not for training
+
+    def for_rewards(self, purpose: Purpose) -> str:
+        """As reward functions see it: JSON, with what it was for."""
+        told = {**msgspec.to_builtins(self), "messages": msgspec.Raw(self.messages.encode()), "purpose": purpose}
+        return msgspec.json.encode(told).decode()
 
 
 class Trajectory(Generation, frozen=True, kw_only=True):
@@ -295,7 +311,8 @@ class Lineage(Struct, frozen=True, kw_only=True):
 
 
 class EvalResult(Struct, frozen=True, kw_only=True):
-    """Mean held-out score of one pinned version. Rollouts without a verdict count as 0 in the means."""
+    """Mean held-out score of a version; of episodes `more` has the oldest and newest whose tokens are in it. Rollouts without a
+    verdict count as 0 in the means."""
 
     version: Version
     score: float
@@ -304,7 +321,7 @@ class EvalResult(Struct, frozen=True, kw_only=True):
     by_source: dict[str, float]  # mean score by data source
     mean_length: float  # response tokens
     timeout: int = 0  # of them, those whose reward function took too long
-    more: dict[str, float] = {}  # `pass@k` of several rollouts per prompt, and `metric/…` of the user's own
+    more: dict[str, float] = {}  # `pass@k` of several rollouts per prompt, `metric/…` of the user's own, how episodes went
 
 
 class GroupCounts(Struct, frozen=True, kw_only=True):

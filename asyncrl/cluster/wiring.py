@@ -1,7 +1,6 @@
 """From specs to stages. The one place that knows every stage's constructor; each function runs inside its actor."""
 
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -62,6 +61,7 @@ def build_store(plan: RunPlan) -> "ReplayStore":
                 *(EvalSetting(a.name, _sampling(plan, a.temperature, a.top_p, a.top_k), a.n) for a in held_out.also),
             ),
             metrics=tuple(load_callable(metric, "evaluation.metrics") for metric in held_out.metrics),
+            pinned=not recipe.episode.what,
         )
     store_plan = StorePlan(
         rule=recipe.staleness_rule(plan.deployment.generators.slots),
@@ -149,26 +149,20 @@ def _episodes(name: str, plan: RunPlan, engine: Engine, tokenizer: Any) -> "Epis
     recipe, spec, limits = plan.recipe, plan.recipe.episode, plan.deployment.limits
     if not spec.what:
         return None
-    from asyncrl.episodes.children import EpisodePool
-    from asyncrl.episodes.families import chat_of
-    from asyncrl.episodes.host import EpisodeHost
-    from asyncrl.episodes.session import Budget
+    from asyncrl.episodes.build import episode_host
     from asyncrl.prompts.dataset import PromptFile
 
     prompts = {purpose: PromptFile(plan.paths.data / f"{purpose}.arrow") for purpose in _purposes(plan)}
-    budget = Budget(
-        tokens=spec.max_tokens or sys.maxsize,
-        turn_tokens=spec.max_turn_tokens or recipe.sampling.max_response_length,
-        context=engine.max_length,
-    )
-    return EpisodeHost(
+    return episode_host(
         engine,
-        EpisodePool(spec, plan.paths.logs / f"{name}.episodes.log", limits.start_timeout_s),
-        chat_of(tokenizer, plan.stop_token_ids, spec.chat),
         spec,
-        budget,
-        lambda row, purpose: prompts[purpose].record(row),
-        recipe.seed,
+        tokenizer,
+        plan.stop_token_ids,
+        turn_tokens=recipe.sampling.max_response_length,
+        record=lambda row, purpose: prompts[purpose].record(row),
+        seed=recipe.seed,
+        log=plan.paths.logs / f"{name}.episodes.log",
+        start_timeout_s=limits.start_timeout_s,
     )
 
 

@@ -44,7 +44,7 @@ class EpisodePool:
         """Starts the process that forks, and waits until it has loaded the environment."""
         self._control, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
         with theirs, open(self._log, "ab") if self._log else contextlib.nullcontext() as output:
-            self._forker = OwnedProcess(self._command, stdin=theirs, stdout=output or sys.stderr, stderr=output)
+            self._forker = OwnedProcess(self._command, stdin=theirs, stdout=output or 2, stderr=output)
         self.restarts += 1
         self._control.settimeout(self._start_timeout_s)
         where = f"see {self._log}" if self._log else "see standard error"

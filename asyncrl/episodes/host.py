@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from asyncrl.config import EpisodeSpec
 from asyncrl.config.callables import describe
@@ -52,7 +53,7 @@ class EpisodeHost:
         self._record, self._seed = record, seed
         self._tasks: dict[int, set[asyncio.Task[None]]] = {}  # by group
         self._counts: Counter[str] = Counter()
-        self._environment_s = self._alive_s = 0.0
+        self._environment_s = self._engine_s = self._alive_s = 0.0
         self._away = 0  # episodes that the engine has nothing to do for
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
@@ -108,9 +109,11 @@ class EpisodeHost:
         self._pool.close()
 
     def gauges(self) -> dict[str, float]:
-        """Episodes by how they stopped, turns, seconds spent in environments, processes that fork replaced: totals."""
+        """Episodes by how they stopped, turns, seconds spent in environments and in the engine (summed over episodes side by
+        side), processes that fork replaced: totals."""
         counts = {name: float(count) for name, count in list(self._counts.items())}
-        return {**counts, "environment_s": self._environment_s, "pool_restarts": float(self._pool.restarts)}
+        seconds = {"environment_s": self._environment_s, "engine_s": self._engine_s}
+        return {**counts, **seconds, "pool_restarts": float(self._pool.restarts)}
 
     def progress(self) -> int:
         """Rises while episodes run, which have limits of their own."""
@@ -169,9 +172,12 @@ class EpisodeHost:
             if running is not None:
                 self._away -= 1
                 self._pool.done(running, in_order)
-                self._environment_s += running.busy_s - before_s
+                # An agent's process is busy while it waits for the policy, too.
+                story.environment_s = max(0.0, running.busy_s - before_s - (story.engine_s if self._gateway else 0.0))
+            self._environment_s += story.environment_s
+            self._engine_s += story.engine_s
         self._counts.update({"episodes": 1, f"stop/{episode.stop}": 1})
-        return session.trajectory(episode)
+        return session.trajectory(replace(episode, figures=story.figures()))
 
     async def _play(self, running: Running, task: Task, session: Session, story: "Story") -> EpisodeStop:
         """Turns until one side ends it. Why it ended."""
@@ -207,13 +213,15 @@ class EpisodeHost:
         finally:
             self._gateway.close(key)
             story.messages = conversations.messages
+            story.calls.update({**conversations.parts, "malformed_calls": conversations.parts["tool_failures"]})
         if story.broken:
             raise story.broken
-        story.earned(ended.reward, {**conversations.parts, **ended.parts})
+        story.earned(ended.reward, ended.parts)
         return "done"
 
     async def _generated(self, story: "Story", request: GenerationRequest) -> Generation:
         self._away -= 1
+        began = time.monotonic()
         try:
             answer = await asyncio.wrap_future(self._engine.submit_group([request])[0])
             if answer.finish_reason == "abort":
@@ -223,6 +231,7 @@ class EpisodeHost:
             raise
         finally:
             self._away += 1
+            story.engine_s += time.monotonic() - began
         self._counts["turns"] += 1
         return answer
 
@@ -249,11 +258,19 @@ class Story:
     def __init__(self) -> None:
         self.messages: list[Message] = []
         self.broken: Exception | None = None  # what the engine answered with: then the episode is worth nothing
+        self.environment_s = self.engine_s = 0.0  # in the user's code, and waiting for answers
+        self.calls: Counter[str] = Counter(tool_calls=0, tool_failures=0, malformed_calls=0)
         self._reward: float | None = None
+        self._turn_rewards: list[float] = []
         self._parts: Counter[str] = Counter()
 
     def add(self, reply: Message, step: Step) -> None:
         self.messages += [reply, *step.messages]
+        self._turn_rewards.append(step.reward)
+        calls = reply.get("tool_calls", ())
+        unread = sum(isinstance(call["function"]["arguments"], str) for call in calls)
+        failed = step.parts.get("tool_failures", 0.0)
+        self.calls.update({"tool_calls": len(calls), "tool_failures": failed, "malformed_calls": unread})
         self.earned(step.reward, step.parts)
 
     def earned(self, reward: float | None, parts: Mapping[str, float]) -> None:
@@ -266,11 +283,16 @@ class Story:
         return Episode(
             status=status,
             reward=self._reward if status == "ok" else None,
-            parts=dict(self._parts),
+            parts={name: value for name, value in self._parts.items() if name not in self.calls},
+            turn_rewards=tuple(self._turn_rewards) or None,
             stop=stop,
             error=error,
             messages=msgspec.json.encode(self.messages).decode(),
         )
+
+    def figures(self) -> dict[str, float]:
+        """Calls of tools, and seconds."""
+        return {**self.calls, "environment_s": self.environment_s, "engine_s": self.engine_s}
 
 
 class _Late(Exception):

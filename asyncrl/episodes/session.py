@@ -102,7 +102,8 @@ class Session:
         segment.wrote(answer)
 
     def trajectory(self, episode: Episode) -> Trajectory:
-        """All of it as one response: later segments stand after the first, each behind its own prompt."""
+        """All of it as one response: later segments stand after the first, each behind its own prompt. Its counts are added to
+        the episode's figures."""
         whole = Segment([])
         starts = []
         for number, segment in enumerate(self._segments):
@@ -115,6 +116,8 @@ class Session:
             whole.logprobs += segment.logprobs
             whole.logmass += segment.logmass
             whole.spans += segment.spans
+        read = len(whole.ids) - self.sampled
+        counts = {"turns": self.turns, "segments": len(starts), "tokens": self.sampled, "read_tokens": read}
         cuts = self._sampling.top_p < 1 or self._sampling.top_k > 0
         return Trajectory(
             id=self._name,
@@ -127,5 +130,5 @@ class Session:
             turns=tuple(whole.turns) or (0,),
             segments=tuple(starts) or (0,),
             prompt_ids=tuple(self._segments[0].prompt_ids) if self._segments else (),
-            episode=episode,
+            episode=replace(episode, figures={**episode.figures, **counts}),
         )

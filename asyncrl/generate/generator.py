@@ -212,7 +212,7 @@ class Generator:
         for group in reserved.cancelled:
             self._episodes.abort(group)
         for ticket in reserved.tickets:
-            if ticket.purpose == "eval" and ticket.pinned != version:
+            if ticket.pinned not in (None, version):
                 self._counters.add("evals_left")  # never named as held, so the store gives it to a generator at that version
             else:
                 self._begin(ticket)

@@ -152,7 +152,7 @@ class Workload:
 
     def _count(self, held: HeldGroup, change: int) -> None:
         self.unfinished += change
-        if held.ticket.purpose == "eval":
+        if held.ticket.pinned is not None:
             self._unfinished_evals += change
 
     def wanted(self, held: HeldGroup) -> bool:

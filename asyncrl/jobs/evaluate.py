@@ -1,38 +1,37 @@
 """`asyncrl eval`: a model's or checkpoint's score on held-out data, by any engine, without Ray. One JSON line at the end."""
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import wait
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import msgspec
 import yaml
 
-from asyncrl.config import DataSpec, Deployment, EvalSettingSpec, GeneratorsSpec, LimitsSpec, RewardTerm
+from asyncrl.config import DataSpec, Deployment, EpisodeSpec, EvalSettingSpec, Recipe, RewardTerm
 from asyncrl.config.base import Rule, require_fields
 from asyncrl.config.callables import check_callable, load_callable
-from asyncrl.config.load import load_deployment
+from asyncrl.config.load import load_deployment, load_recipe
+from asyncrl.config.paths import resolve_paths
 from asyncrl.errors import ConfigError, DataError
-from asyncrl.generate.engines import EngineSite, engine_kind
-from asyncrl.interfaces import Engine
-from asyncrl.jobs.statistics import ScoredResponse, eval_summary, write_samples
-from asyncrl.learn.policies import Policy, load, locate
+from asyncrl.generate.engines import engine_kind
+from asyncrl.jobs.responses import generated, tickets
+from asyncrl.jobs.statistics import ScoredResponse, eval_summary, write_samples, write_transcripts
+from asyncrl.learn.policies import Policy, locate
 from asyncrl.prompts.dataset import as_prompt, as_record
 from asyncrl.prompts.encoding import encoder
 from asyncrl.prompts.reading import check_columns, read_rows
 from asyncrl.replay.plan import EvalSetting, Evaluation
 from asyncrl.report.scores import powers
 from asyncrl.reward.pool import RewardPool
-from asyncrl.reward.results import Sample
-from asyncrl.scratch import ScratchFolder
-from asyncrl.types import Generation, GenerationRequest, Prompt, Sampling, Version, derive_seed
+from asyncrl.reward.results import Sample, Verdict
+from asyncrl.rundir import RunDir, resolve_run_dir
+from asyncrl.types import Episode, Generation, Prompt, Sampling, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,11 +45,10 @@ def eval_job(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL_OR_CHECKPOINT", help="Hugging Face id or folder, runs/NAME, or …/checkpoints/step_N"
     )
     parser.add_argument(
-        "--data",
-        action="append",
-        metavar="F",
-        help="parquet or JSONL file; repeatable (default: the run's held-out files)",
+        "--recipe", type=Path, metavar="F", help="recipe file or runs/NAME that says all that a run does (default: the run's)"
     )
+    held_out = "parquet or JSONL file; repeatable (default: the run's held-out files)"
+    parser.add_argument("--data", action="append", metavar="F", help=held_out)
     parser.add_argument(
         "--reward",
         metavar="F",
@@ -79,7 +77,9 @@ def eval_job(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, metavar="SLOTS", help="responses decoded together (default: the engine's slots, 256)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, metavar="SAMPLES.parquet", help="where to write every response with its score")
+    parser.add_argument(
+        "--out", type=Path, metavar="SAMPLES.parquet", help="writes all responses; of episodes a .jsonl beside it"
+    )
     parser.add_argument("--tokenizer", default="", help="Hugging Face folder or id (default: the model's, or the run's)")
     parser.add_argument(
         "--dtype", default="", choices=["", "float32", "bfloat16"], help="default: the checkpoint's; else float32"
@@ -101,16 +101,21 @@ def eval_job(parser: argparse.ArgumentParser) -> None:
 def _eval(args: argparse.Namespace) -> int:
     """Whatever can be known to fail does so before a model is loaded.
 
-    The line on standard output, and the samples, are the same each time: seeds fix the responses, batches the rounding.
+    The line on standard output, and the samples, are the same each time: seeds fix the responses, batches the rounding. (Those
+    of episodes are not: which of them meet in a batch depends on their environments.)
     """
     began = time.monotonic()
     _check_numbers(args)
     ks = _ks(args.k, args.n)
     also = [_also(text) for text in args.also]
     policy = locate(args.model, args.tokenizer, args.dtype)
+    if args.recipe is not None:
+        policy = msgspec.structs.replace(policy, recipe=_recipe(args.recipe))
     terms, data = _terms(args, policy), _data(args, policy)
     for term in terms:
         check_callable(term.function, "--reward")
+    for name in filter(None, _episode(args, policy).what.split(", ")):
+        check_callable(name, "episode")
     named = args.metric or (policy.recipe.evaluation.metrics if policy.recipe else ())
     metrics = [load_callable(metric, "--metric") for metric in named]
     check_columns(data.files, data)
@@ -124,6 +129,7 @@ def _eval(args: argparse.Namespace) -> int:
     responses = _evaluate(args, also, policy, data, terms, deployment)
     if args.out is not None:
         write_samples(args.out, responses)
+        write_transcripts(args.out.with_suffix(".jsonl"), responses)
     of = {name: [one for one in responses if one.setting == name] for name in ("", *(setting.name for setting in also))}
     figures = eval_summary(of[""], ks, args.pass_score, metrics)
     for setting in also:
@@ -133,22 +139,6 @@ def _eval(args: argparse.Namespace) -> int:
     print(json.dumps({**report, "seed": args.seed}))
     print(f"{len(responses)} samples in {time.monotonic() - began:.1f} s", file=sys.stderr)
     return 0
-
-
-def _generate(engine: Engine, requests: Sequence[GenerationRequest], health_timeout_s: float) -> list[Generation]:
-    """The responses to `requests`, in order. Raises what ended the engine, and Unavailable if it makes no progress.
-
-    requests: those of a group together. The same seeds give the same responses of an engine in this process: all requests are
-    there before its first step, so that the batches, and with them the rounding, repeat.
-    """
-    engine.pause()
-    futures = []
-    for _, group in itertools.groupby(requests, key=lambda request: request.group):
-        futures += engine.submit_group(list(group))
-    engine.resume()
-    while wait(futures, timeout=health_timeout_s).not_done:
-        engine.health(health_timeout_s)
-    return [future.result() for future in futures]
 
 
 def _evaluate(
@@ -167,102 +157,69 @@ def _evaluate(
         encode = encoder(tokenizer)
         rows = [(as_prompt(row, encode), as_record(row)) for row in itertools.islice(read_rows(data), args.limit)]
         records = {prompt.row: record for prompt, record in rows}
-        longest = max(len(prompt.ids) for prompt, _ in rows)
-        sampling = _sampling(args, policy, tokenizer, longest)
+        sampling = _sampling(args, policy, tokenizer, longest=max(len(prompt.ids) for prompt, _ in rows))
         settings = [EvalSetting("", sampling, args.n)]
         for a in also:
             other = msgspec.structs.replace(sampling, temperature=a.temperature, top_p=a.top_p, top_k=a.top_k)
             settings.append(EvalSetting(a.name, other, a.n))
-        per_prompt = sum(setting.n for setting in settings)
-        generators = _generators(args, deployment, max_length=longest + sampling.max_tokens, responses=per_prompt * len(rows))
-        where = f"{generators.engine.kind} engine on {'cuda' if generators.place.gpus else 'cpu'}"
-        print(f"{len(rows)} prompts × {per_prompt}, at most {sampling.max_tokens} tokens each, by the {where}", file=sys.stderr)
-        asked = list(_asked(Evaluation(prompts=[prompt for prompt, _ in rows], settings=tuple(settings)), args.seed))
-        requests = [one.request for one in asked]
-        with _engine(policy, generators, deployment.limits) as engine:
-            generations = _generate(engine, requests, deployment.limits.health_timeout_s)
+        held_out = Evaluation(prompts=[prompt for prompt, _ in rows], settings=tuple(settings))
+        asked = tickets(held_out, args.seed)
+        generations = generated(policy, _episode(args, policy), _place(args, deployment), asked, records, args.seed)
         texts = [tokenizer.decode(generation.token_ids, skip_special_tokens=True) for generation in generations]
-        verdicts = pool.map(
-            [
-                Sample(of.data_source, text, of.ground_truth, of.extra_info, records[of.row], generation.token_ids)
-                for of, text, generation in zip((one.prompt for one in asked), texts, generations, strict=True)
-            ]
-        )
+        each = [(ticket, *one) for ticket in asked for one in zip(ticket.rollouts, ticket.seeds, strict=True)]
+        samples = [
+            _sample(ticket.prompt, text, generation, records[ticket.prompt.row])
+            for (ticket, *_), text, generation in zip(each, texts, generations, strict=True)
+        ]
+        verdicts = _verdicts(pool, samples, generations)
         prompt_texts = {prompt.row: tokenizer.decode(prompt.ids, skip_special_tokens=True) for prompt, _ in rows}
     return [
         ScoredResponse(
-            prompt=one.prompt,
-            rollout=one.rollout,
-            seed=one.request.seed,
+            prompt=ticket.prompt,
+            rollout=rollout,
+            seed=seed,
             generation=generation,
-            prompt_text=prompt_texts[one.prompt.row],
+            prompt_text=prompt_texts[ticket.prompt.row],
             text=text,
             verdict=verdict,
-            setting=one.setting,
+            setting=held_out.at(ticket.group)[0].name,
         )
-        for one, generation, text, verdict in zip(asked, generations, texts, verdicts, strict=True)
+        for (ticket, rollout, seed), generation, text, verdict in zip(each, generations, texts, verdicts, strict=True)
     ]
 
 
-class _Asked(NamedTuple):
-    prompt: Prompt
-    setting: str
-    rollout: int
-    request: GenerationRequest
+def _verdicts(pool: RewardPool[int], samples: Sequence[Sample], generations: Sequence[Generation]) -> list[Verdict]:
+    """On each response. An episode that did not come to an end has its own, as in a run."""
+    lost = [_lost(generation) for generation in generations]
+    scored = iter(pool.map([sample for sample, verdict in zip(samples, lost, strict=True) if verdict is None]))
+    return [verdict or next(scored) for verdict in lost]
 
 
-def _asked(held_out: Evaluation, seed: int) -> Iterator[_Asked]:
-    """Every response that is asked for, those of a prompt and setting together."""
-    for position in range(held_out.total):
-        setting, prompt = held_out.at(position)
-        for rollout in range(setting.n):
-            request = GenerationRequest(
-                id=f"{position}.{rollout}",
-                group=position,
-                prompt_ids=prompt.ids,
-                sampling=setting.sampling,
-                seed=derive_seed(seed, prompt.row, rollout),
-            )
-            yield _Asked(prompt, setting.name, rollout, request)
+def _lost(generation: Generation) -> Verdict | None:
+    end = generation.episode if isinstance(generation, Trajectory) else Episode()
+    if end.status == "ok":
+        return None if generation.token_ids else Verdict("invalid", error="no token chosen by the policy")
+    return Verdict(end.status, error=end.error)
 
 
-@contextlib.contextmanager
-def _engine(policy: Policy, generators: GeneratorsSpec, limits: LimitsSpec) -> Iterator[Engine]:
-    """An engine as a generator of a run has one: started, and given the policy's weights."""
-    from asyncrl.models.loading import export, named_weights
-
-    with contextlib.closing(ScratchFolder()) as scratch:
-        spec = policy.spec
-        model, tokenizer = load(policy)
-        if policy.checkpoint is not None and not spec.builder:  # an engine loads Hugging Face folders only
-            dtype = str(model.dtype).removeprefix("torch.")
-            spec = msgspec.structs.replace(spec, path=f"{scratch.path}/model", dtype=dtype)
-            export(model, tokenizer, Path(spec.path))
-        if (served := generators.engine.dtype) != "auto":
-            spec = msgspec.structs.replace(spec, dtype=served)
-        site = EngineSite(generators=generators, model=spec, limits=limits, name="eval", logs=scratch.path)
-        engine = engine_kind(generators.engine.kind).build(site)
-        try:
-            engine.start()
-            engine.update_weights(Version(0, 0), named_weights(model))
-            del model  # the engine has its own
-            yield engine
-        finally:
-            engine.close()
+def _sample(of: Prompt, text: str, generation: Generation, record: str) -> Sample:
+    sample = Sample(of.data_source, text, of.ground_truth, of.extra_info, record, generation.token_ids)
+    if not isinstance(generation, Trajectory):
+        return sample
+    return msgspec.structs.replace(sample, turns=generation.turns, episode=generation.episode.for_rewards("eval"))
 
 
-def _generators(args: argparse.Namespace, deployment: Deployment, *, max_length: int, responses: int) -> GeneratorsSpec:
-    """One generator of the deployment, as long and as wide as this evaluation needs it."""
+def _place(args: argparse.Namespace, deployment: Deployment) -> Deployment:
+    """The same with the slots and the device of the command line."""
     generators = deployment.generators
-    slots = min(args.batch or generators.engine.slots, responses)
-    engine = msgspec.structs.replace(generators.engine, slots=slots, max_length=max_length)
+    engine = msgspec.structs.replace(generators.engine, slots=args.batch or generators.engine.slots)
     place = generators.place
     if args.device or args.deploy is None:
         import torch
 
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         place = msgspec.structs.replace(place, gpus=max(place.gpus, 1.0) if device == "cuda" else 0.0)
-    return msgspec.structs.replace(generators, count=1, engine=engine, place=place)
+    return msgspec.structs.replace(deployment, generators=msgspec.structs.replace(generators, engine=engine, place=place))
 
 
 def _sampling(args: argparse.Namespace, policy: Policy, tokenizer: "PreTrainedTokenizerBase", longest: int) -> Sampling:
@@ -292,16 +249,19 @@ def _sampling(args: argparse.Namespace, policy: Policy, tokenizer: "PreTrainedTo
     )
 
 
+def _recipe(path: Path) -> Recipe:
+    """Of a run, or a file; `{run}` in it is the run of its name."""
+    if (saved := RunDir(path).recipe).is_file():
+        return msgspec.json.decode(saved.read_bytes(), type=Recipe)
+    recipe = load_recipe(path)
+    return resolve_paths(recipe, resolve_run_dir(recipe.name), path.resolve().parent)
+
+
 def _terms(args: argparse.Namespace, policy: Policy) -> tuple[RewardTerm, ...]:
     if args.reward is not None:
         return (RewardTerm(function=f"{args.reward}:compute_score" if args.reward.endswith(".py") else args.reward),)
     if policy.recipe is None:
         raise ConfigError(f"{args.model} is no run with a recipe, so nothing says how to score; add --reward file.py:name")
-    if policy.recipe.episode.what:
-        raise ConfigError(
-            f"{args.model} was trained on episodes (its recipe has an environment, agent or tools), which asyncrl eval does "
-            "not run: single answers would be another task; evaluate in a run (evaluation.files), or add --reward"
-        )
     terms = policy.recipe.reward.terms()
     if asked := [term.what for term in terms if not term.function]:
         raise ConfigError(
@@ -309,6 +269,12 @@ def _terms(args: argparse.Namespace, policy: Policy) -> tuple[RewardTerm, ...]:
             "(evaluation.files), or add --reward file.py:name"
         )
     return terms
+
+
+def _episode(args: argparse.Namespace, policy: Policy) -> EpisodeSpec:
+    """What a response is."""
+    episode = policy.recipe.episode if policy.recipe else EpisodeSpec()
+    return episode if args.max_response_length is None else msgspec.structs.replace(episode, max_turn_tokens=None)
 
 
 def _data(args: argparse.Namespace, policy: Policy) -> DataSpec:

@@ -12,10 +12,11 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from asyncrl.report.episodes import episode_metrics
 from asyncrl.report.scores import Metric, Scored, check_drawable, mean_scores, measured, pass_at_k
 from asyncrl.reward.results import Verdict
 from asyncrl.rundir import atomic_file
-from asyncrl.types import Generation, Prompt, Version
+from asyncrl.types import Episode, Generation, Prompt, Trajectory, Version
 
 Z95 = 1.959963984540054  # the 97.5% quantile of the normal distribution
 
@@ -113,18 +114,28 @@ class ScoredResponse(Struct, frozen=True, kw_only=True):
     setting: str = ""  # how it was sampled; empty: as the command's own flags say
 
     @property
+    def episode(self) -> Episode | None:
+        """How it was said, if it was in several turns."""
+        return self.generation.episode if isinstance(self.generation, Trajectory) else None
+
+    @property
+    def length(self) -> int:
+        """Tokens that the policy chose."""
+        return sum(self.generation.loss_mask) if isinstance(self.generation, Trajectory) else len(self.generation.token_ids)
+
+    @property
     def scored(self) -> Scored:
         """As metrics see it."""
-        generation, prompt = self.generation, self.prompt
         return Scored(
-            prompt.data_source,
+            self.prompt.data_source,
             self.score,
             self.verdict.status,
-            len(generation.token_ids),
+            self.length,
             self.prompt_text,
             self.text,
-            msgspec.json.decode(prompt.ground_truth),
-            generation.finish_reason,
+            msgspec.json.decode(self.prompt.ground_truth),
+            self.generation.finish_reason,
+            self.episode.measures() | {f"status/{self.verdict.status}": 1.0} if self.episode else {},
         )
 
     @property
@@ -151,6 +162,7 @@ def eval_summary(
     for group in groups:
         by_source.setdefault(group[0].prompt.data_source, []).append(group)
     means = mean_scores(Version(0, 0), [[response.scored for response in group] for group in groups])
+    episodes = episode_metrics([response.scored.figures for response in responses if response.episode])
     estimates = {
         "overall": _estimates(groups, ks, pass_score, metrics),
         "by_source": {source: _estimates(of, ks, pass_score, metrics) for source, of in sorted(by_source.items())},
@@ -163,6 +175,7 @@ def eval_summary(
         "invalid": means.invalid,
         "timeout": means.timeout,
         "mean_length": means.mean_length,
+        **({"episodes": episodes} if episodes else {}),
         "estimates": msgspec.to_builtins(estimates),
     }
 
@@ -200,7 +213,7 @@ def write_samples(path: Path, responses: Sequence[ScoredResponse]) -> None:
             "parts": json.dumps(one.verdict.parts),
             "status": one.verdict.status,
             "error": one.verdict.error,
-            "response_length": len(one.generation.token_ids),
+            "response_length": one.length,
             "finish_reason": one.generation.finish_reason,
             "seed": one.seed,
         }
@@ -208,3 +221,29 @@ def write_samples(path: Path, responses: Sequence[ScoredResponse]) -> None:
     ]
     with atomic_file(path) as beside:
         pq.write_table(pa.Table.from_pylist(rows), beside)
+
+
+def write_transcripts(path: Path, responses: Sequence[ScoredResponse]) -> None:
+    """What was said in each episode, as a line of JSON; no file where there are none."""
+    lines = [
+        {
+            "setting": one.setting,
+            "row": one.prompt.row,
+            "rollout": one.rollout,
+            "data_source": one.prompt.data_source,
+            "status": one.verdict.status,
+            "error": one.verdict.error,
+            "reward": one.verdict.reward,
+            "parts": one.verdict.parts,
+            "stop": episode.stop,
+            "turn_rewards": episode.turn_rewards,
+            **episode.figures,
+            "messages": msgspec.Raw(episode.messages.encode()),
+            "seed": one.seed,
+        }
+        for one in responses
+        if (episode := one.episode) is not None
+    ]
+    if lines:
+        with atomic_file(path) as beside:
+            beside.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))

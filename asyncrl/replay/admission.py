@@ -302,7 +302,8 @@ def ticket(context: StoreContext, group: Group) -> Ticket:
     """The ticket for what a group still misses."""
     source, sampling, pinned, running = context.plan.source, context.plan.source.sampling, None, context.ledger.round
     if group.purpose == "eval" and running is not None:
-        sampling, pinned = context.plan.evaluation.at(group.position)[0].sampling, running.version
+        sampling = context.plan.evaluation.at(group.position)[0].sampling
+        pinned = running.version if context.plan.evaluation.pinned else None
     missing = group.missing()
     return Ticket(
         group=group.id,

@@ -11,6 +11,7 @@ from asyncrl.replay.context import Poll, StoreContext
 from asyncrl.replay.ledger import Ledger
 from asyncrl.replay.log.rows import TRAIN_COLUMNS, TrainRows, TrainScore, to_ipc
 from asyncrl.replay.state import Group
+from asyncrl.report.episodes import episode_metrics
 from asyncrl.report.timing import TimeInState
 from asyncrl.staleness import Staleness
 from asyncrl.types import BatchLease, Fence, Key, Lineage, Version, derive_seed
@@ -193,7 +194,9 @@ class Batches:
                 f"commit(lease={lease}, version={version}) at {ledger.committed} updates: only the lease for update "
                 f"{ledger.committed + 1} can be committed now; commit in the order of leasing"
             )
-        metrics = {name: float(value) for name, value in metrics.items()}
+        sampled = [r for group in held.groups for r in ledger.groups[group].sampled()]
+        episodes = episode_metrics([r.figures | {f"status/{r.status}": 1.0} for r in sampled if r.figures is not None])
+        metrics = {name: float(value) for name, value in (*metrics.items(), *episodes.items())}
         self._context.record(ev.BatchCommitted(lease, version, held.groups, metrics, self._context.wall()))
 
     def checkpointed(self, caller: Key, oldest_retained: int) -> None:

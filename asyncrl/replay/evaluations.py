@@ -1,14 +1,15 @@
-"""Held-out evaluation over the same hops: tickets outside admission, pinned to one version."""
+"""Held-out evaluation over the same hops: tickets outside admission, pinned to one version; those of episodes are not."""
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import ConfigError
 from asyncrl.replay.admission import Holders, ticket
 from asyncrl.replay.context import StoreContext
 from asyncrl.replay.log.rows import TEXT_COLUMNS, decode_texts
-from asyncrl.replay.state import EvalRound, Group
+from asyncrl.replay.state import EvalRound, Group, RolloutState
 from asyncrl.report.scores import Metric, Scored, mean_scores
 from asyncrl.types import EvalResult, Key, Ticket, Version
 
@@ -20,6 +21,9 @@ class Evaluations:
 
     The pin moves to a newer version, and partial results are dropped, only when prompts are left to generate and no live
     holder works at the old one.
+
+    Where it is not pinned, anybody with the version asked for or a newer one goes on with it, and the result says how old and
+    how new the weights were. It starts over only for a learner that was restored: nothing is mixed with what that undid.
     """
 
     def __init__(self, context: StoreContext, holders: Holders) -> None:
@@ -38,15 +42,15 @@ class Evaluations:
             self._context.record(ev.EvalRequested(version))
 
     def tickets(self, k: int, caller: Key, version: Version) -> list[Ticket]:
-        """Up to k eval tickets for a caller at exactly the pinned version."""
+        """Up to k eval tickets for a caller at exactly the pinned version; or at a newer one, where it is not pinned."""
         running = self._ledger.round
         if running is None or k < 1:
             return []
-        if version > running.version and self._abandoned(running):
+        if version > running.version and self._left_behind(running, version):
             self._context.record(ev.EvalPinned(version))
             running = self._ledger.round
             assert running is not None
-        if version != running.version:
+        if version < running.version or (self._plan.pinned and version > running.version):
             return []
         tickets: list[Ticket] = []
         for group in [g for g in self._holders.lost() if g.purpose == "eval"]:
@@ -90,12 +94,10 @@ class Evaluations:
         plan = self._plan
         rows = [rollout.row for group in groups for rollout in group.rollouts if rollout.row >= 0 and plan.metrics]
         texts = dict(zip(rows, decode_texts(self._context.log.take(rows, TEXT_COLUMNS)), strict=True)) if rows else {}
+        sources = [plan.at(group.position)[1].data_source for group in groups]
         return [
-            [
-                Scored(plan.at(group.position)[1].data_source, r.reward, r.status, r.length, **texts.get(r.row, {}))
-                for r in group.rollouts
-            ]
-            for group in groups
+            [_scored(source, rollout, texts.get(rollout.row, {})) for rollout in group.rollouts]
+            for group, source in zip(groups, sources, strict=True)
         ]
 
     def _results(self, version: Version, groups: list[list[Scored]], metrics: Sequence[Metric]) -> dict[str, EvalResult]:
@@ -105,8 +107,19 @@ class Evaluations:
             for i, setting in enumerate(self._plan.settings)
         }
 
-    def _abandoned(self, running: EvalRound) -> bool:
+    def _left_behind(self, running: EvalRound, version: Version) -> bool:
+        """Whether it is to start over at this newer version."""
         in_flight = [g for g in running.groups.values() if g.in_flight()]
         if not in_flight and len(running.groups) == self._plan.total:
             return False  # only verdicts are missing
+        if not self._plan.pinned:
+            return not running.groups or version.incarnation > running.version.incarnation
         return all(self._holders.is_lost(g.id) for g in in_flight)
+
+
+def _scored(source: str, rollout: RolloutState, texts: dict[str, Any]) -> Scored:
+    figures = rollout.figures or {}
+    if figures.get("tokens"):
+        figures = figures | {"oldest_update": rollout.oldest, "newest_update": rollout.newest}
+    length = int(figures.get("tokens", rollout.length))
+    return Scored(source, rollout.reward, rollout.status, length, figures=figures, **texts)

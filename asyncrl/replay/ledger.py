@@ -150,6 +150,7 @@ class Ledger:
         group = self.get(e.group)
         r = group.rollouts[e.rollout]
         r.row, r.attempt, r.oldest, r.newest, r.length = e.row, e.attempt, e.oldest, e.newest, e.length
+        r.figures = e.figures
         group.unsubmitted -= 1
         if not group.in_flight():
             self.deaths.pop(group.prompt, None)  # it has done no harm

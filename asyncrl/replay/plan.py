@@ -73,6 +73,7 @@ class Evaluation(Struct, frozen=True, kw_only=True):
     prompts: Sequence[Prompt] = ()
     settings: tuple[EvalSetting, ...] = ()
     metrics: tuple[Metric, ...] = ()  # of the user's own
+    pinned: bool = True  # to one version, which every response comes from. Episodes are not: no swap is to wait for them
 
     @property
     def total(self) -> int:

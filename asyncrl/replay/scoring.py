@@ -79,7 +79,8 @@ class Scoring:
         rollout ran; or where a pin was broken."""
         ledger = self._ledger
         if group.purpose == "eval":
-            return ledger.round is not None and s.version != ledger.round.version
+            pinned = self._context.plan.evaluation.pinned
+            return pinned and ledger.round is not None and s.version != ledger.round.version
         if not self._context.plan.rule.holds or s.rollout >= group.n:  # a baseline has nothing to train
             return False
         if not self._holders.regain(group):
@@ -93,10 +94,13 @@ class Scoring:
     def submitted(self, summaries: Sequence[schema.Summary], first_row: int) -> None:
         """Counts accepted rows, which the log holds from number `first_row` on."""
         for row, s in enumerate(summaries, first_row):
-            event = ev.RolloutSubmitted(s.group, s.rollout, s.attempt, row, s.oldest, s.newest, s.length)
+            event = ev.RolloutSubmitted(s.group, s.rollout, s.attempt, row, s.oldest, s.newest, s.length, s.figures)
             self._context.record(event)
+            if s.problem and s.figures is not None:  # an environment that never works ends the run, as a reward does
+                verdict = Score(group=s.group, rollout=s.rollout, attempt=s.attempt, status=s.status, error=s.problem)
+                self._watch.note(self._ledger.get(s.group), verdict)
             if s.problem:
-                self._verdict(ev.RolloutScored(s.group, s.rollout, s.attempt, "invalid", None, {}, s.problem))
+                self._verdict(ev.RolloutScored(s.group, s.rollout, s.attempt, s.status, None, {}, s.problem))
             self._queue.update(dict.fromkeys(self._to_score(s.group, s.rollout)))
         self._context.stir("unscored")
         self._evaluations.finish_if_complete()

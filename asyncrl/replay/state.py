@@ -20,6 +20,7 @@ class RolloutState(Struct, gc=False, array_like=True):
     reward: float = 0.0
     parts: dict[str, float] = {}
     token_sum: float = 0.0  # what its tokens earned beside `reward`
+    figures: dict[str, float] | None = None  # how its episode went; None: a single turn
 
     @property
     def earned(self) -> float:

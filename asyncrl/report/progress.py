@@ -104,6 +104,8 @@ def _facts(run: RunSummary, pace: Pace) -> list[tuple[str, str | Shares]]:
         ("reward", f"{run.metrics['reward/mean']:.3g}" if "reward/mean" in run.metrics else ""),
         ("held-out", " → ".join(ends[:1] + ends[1:][-1:])),
         ("response", f"{run.metrics['response_length/mean']:.3g} tokens" if "response_length/mean" in run.metrics else ""),
+        ("episodes", _episodes(run.metrics) if "num_turns/mean" in run.metrics else ""),
+        ("stopped", _shares(run.metrics, "episode/stop/")),
         ("lag", {str(lag): share for lag, share in lags}),
         ("groups", f"{run.counts.reserved} = {groups}" if run.counts.reserved else ""),
         (
@@ -112,6 +114,20 @@ def _facts(run: RunSummary, pace: Pace) -> list[tuple[str, str | Shares]]:
         ),
         ("restarts", ", ".join(f"{name} ×{count}" for name, count in sorted(run.restarts.items()))),
     ]
+
+
+def _episodes(figures: Shares) -> str:
+    """How many turns and calls of tools, and how long each side took."""
+    turns = f"{figures['num_turns/mean']:.3g} turns ({figures['num_turns/max']:.0f} at most)"
+    calls, failed = figures["tools/call_frequency"], figures["tools/failure_frequency"]
+    tools = f", {calls:.3g} calls of tools ({failed:.0%} failed)" if calls else ""
+    seconds = f"{figures['episode/environment_s']:.3g} s outside and {figures['episode/engine_s']:.3g} s in the engine"
+    return f"{turns}{tools}, {seconds}"
+
+
+def _shares(figures: Shares, prefix: str) -> Shares:
+    """Those of that name that are not 0, without it."""
+    return {name.removeprefix(prefix): share for name, share in figures.items() if name.startswith(prefix) and share}
 
 
 def _brief(error: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from asyncrl.config.callables import describe
 from asyncrl.errors import ConfigError
+from asyncrl.report.episodes import episode_metrics
 from asyncrl.types import EvalResult, Status, Version
 
 
@@ -15,11 +16,12 @@ class Scored(NamedTuple):
     data_source: str
     reward: float  # 0 where there is no verdict
     status: Status | None
-    length: int  # tokens
+    length: int  # tokens that the policy chose
     prompt: str = ""  # both texts are without special tokens
     response: str = ""
     ground_truth: Any = None
     finish_reason: str = ""
+    figures: Mapping[str, float] = {}  # how its episode went, if it is one (types.EpisodeSummary.measures)
 
 
 Metric = Callable[[Sequence[Scored]], Mapping[str, float]]
@@ -28,7 +30,8 @@ Metric = Callable[[Sequence[Scored]], Mapping[str, float]]
 def mean_scores(version: Version, groups: Sequence[Sequence[Scored]], metrics: Sequence[Metric] = ()) -> EvalResult:
     """Means over all responses, and over those of each data source. Those without a verdict count as 0, and are counted.
 
-    groups: the responses to each prompt. With several, pass@k too: a response passes with a reward of 1 or more.
+    groups: the responses to each prompt. With several, pass@k too: a response passes with a reward of 1 or more. Of episodes
+    also how they went.
     Raises ConfigError as `measured`.
     """
     responses = [response for group in groups for response in group]
@@ -47,7 +50,8 @@ def mean_scores(version: Version, groups: Sequence[Sequence[Scored]], metrics: S
         timeout=sum(response.status == "timeout" for response in responses),
         by_source={source: sum(rewards) / len(rewards) for source, rewards in sorted(by_source.items())},
         mean_length=sum(response.length for response in responses) / count,
-        more={name: math.fsum(values) / len(values) for name, values in per_prompt.items()},
+        more={name: math.fsum(values) / len(values) for name, values in per_prompt.items()}
+        | episode_metrics([response.figures for response in responses if response.figures]),
     )
 
 

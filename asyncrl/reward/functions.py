@@ -143,7 +143,7 @@ def _verl_arguments(function: Callable[..., Any], term: RewardTerm) -> tuple[tup
 
     A function may take fewer than the four, as verl's own `gsm8k.compute_score(solution_str, ground_truth, …)` does. Beside
     them it may name `response_ids`, the response's tokens, `turns`, the offsets in them where turns start, and `episode`: a
-    dict of what its environment said (reward, parts, stop, messages), None for a single turn.
+    dict of what its environment said (reward, turn_rewards, parts, stop, messages, figures, purpose), None for a single turn.
     """
     try:
         signature = inspect.signature(function)

@@ -31,7 +31,7 @@ class Sample(Struct, frozen=True, array_like=True):
     record: str = "{}"
     response_ids: list[int] = []  # the response's tokens, the stop token included
     turns: tuple[int, ...] = (0,)  # offsets in response_ids where turns start
-    episode: str = "null"  # types.Episode as JSON, its messages decoded; null: the response was a single turn
+    episode: str = "null"  # as types.Episode.for_rewards makes it; null: the response was a single turn
     group: int = 0  # equal for responses to one prompt
     asked: dict[str, Answer] = {}  # what models said, by the name of their term
 

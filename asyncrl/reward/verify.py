@@ -135,9 +135,18 @@ def _final_number(text: str) -> Fraction | None:
         return None
 
 
-def episode(solution_str: str, episode: Mapping[str, Any]) -> Result:
-    """What an episode's environment gave: the sum of its steps' rewards, and their named parts."""
-    return {**episode["parts"], "score": episode["reward"]}
+def episode(solution_str: str, episode: Mapping[str, Any], by_turn: bool = False) -> Result:
+    """What an episode's environment gave: the sum of its steps' rewards, and their named parts.
+
+    by_turn: of training rollouts each step's reward stands at the end of its own turn, which tells estimators at token level
+    what it was for; the score is that of the last.
+    """
+    if not by_turn or episode["purpose"] == "eval":
+        return {**episode["parts"], "score": episode["reward"]}
+    if episode["turn_rewards"] is None:
+        raise ValueError("by_turn=True of an episode whose turns have no rewards of their own, as an agent's: leave it out")
+    *earlier, last = episode["turn_rewards"]
+    return {**episode["parts"], "score": last, "turn_rewards": [*earlier, 0.0]}
 
 
 def _last_box(text: str) -> str:

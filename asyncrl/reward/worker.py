@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from asyncrl.errors import Closed
 from asyncrl.interfaces import RewardStore
 from asyncrl.report.timing import TimeInState
@@ -137,11 +135,8 @@ class RewardWorker:
         self._pool.submit(((held, item), self._sample(item)) for item in whole)
 
     def _sample(self, item: Unscored) -> Sample:
-        p, record, told = item.prompt, self._record(item), "null"
-        if item.episode is not None:
-            told = msgspec.json.encode(
-                {**msgspec.to_builtins(item.episode), "messages": msgspec.Raw(item.episode.messages.encode())}
-            ).decode()
+        p, record = item.prompt, self._record(item)
+        told = "null" if item.episode is None else item.episode.for_rewards(item.purpose)
         texts = p.data_source, item.text, p.ground_truth, p.extra_info, record
         return Sample(*texts, item.response_ids, item.turns, told, item.group)
 

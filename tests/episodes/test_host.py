@@ -16,7 +16,8 @@ import pytest
 
 from asyncrl.config import EpisodeSpec
 from asyncrl.episodes.children import EpisodePool
-from asyncrl.episodes.host import EpisodeHost
+from asyncrl.episodes.environments import Step
+from asyncrl.episodes.host import EpisodeHost, Story
 from asyncrl.episodes.session import Budget
 from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.types import Generation, Trajectory
@@ -62,9 +63,27 @@ def test_an_episode_of_two_turns(make_host, make_ticket, engine, ids) -> None:
     assert other.token_ids == made.token_ids
     assert [request.group for request in engine.requests] == [5] * 4
     assert len({request.seed for request in engine.requests}) == 4
-    assert host.gauges() | {"environment_s": 0.0} == {
-        "episodes": 2.0, "turns": 4.0, "stop/done": 2.0, "environment_s": 0.0, "pool_restarts": 0.0
+    assert host.gauges() | {"environment_s": 0.0, "engine_s": 0.0} == {
+        "episodes": 2.0, "turns": 4.0, "stop/done": 2.0, "environment_s": 0.0, "engine_s": 0.0, "pool_restarts": 0.0
     }  # fmt: skip
+    assert made.episode.turn_rewards == (0.5, 0.5)
+    figures = made.episode.figures
+    assert figures.pop("environment_s") > 0
+    assert figures.pop("engine_s") > 0
+    assert figures == {
+        "turns": 2, "segments": 1, "tokens": 4, "read_tokens": 5, "tool_calls": 0, "tool_failures": 0, "malformed_calls": 0
+    }  # fmt: skip
+
+
+def test_calls_of_tools_are_counted_beside_what_was_earned() -> None:
+    story = Story()
+    calls = [{"function": {"name": "look", "arguments": arguments}} for arguments in ({}, {"at": 1}, "{")]
+    told = {"tool_calls": 3.0, "tool_failures": 2.0, "n": 1.0}  # the environment's own count of calls is not needed
+    story.add({"role": "assistant", "content": "", "tool_calls": calls}, Step(parts=told))
+    story.add({"role": "assistant", "content": "done"}, Step(parts={"n": 1.0}))
+    assert story.ended("ok", "done").parts == {"n": 2.0}
+    figures = story.figures()
+    assert (figures["tool_calls"], figures["tool_failures"], figures["malformed_calls"]) == (3, 2, 1)
 
 
 def test_processes_are_used_again_and_environments_are_not(make_host, make_ticket, tmp_path: Path) -> None:

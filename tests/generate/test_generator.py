@@ -14,9 +14,9 @@ from asyncrl.config import LimitsSpec
 from asyncrl.errors import Closed, Fenced, Unavailable
 from asyncrl.generate.embedded.engine import TorchEngine
 from asyncrl.generate.generator import Generator
-from asyncrl.generate.workload import EndedRequest, HeldGroup, Workload
+from asyncrl.generate.workload import EndedRequest, HeldGroup, SingleAnswers, Workload
 from asyncrl.models.loading import named_weights
-from asyncrl.types import Span, Ticket, Version
+from asyncrl.types import Generation, Span, Ticket, Version
 
 V0, V1, V2 = Version(0, 0), Version(0, 1), Version(0, 2)
 WAIT_S = 10.0
@@ -305,6 +305,37 @@ def test_a_swap_waits_for_eval_requests(
     assert [span.version for r in evals for span in r.spans] == [V0, V0]
     fake_store.wait(lambda: fake_store.calls[-1][1] == V1)  # the swap is over
     assert one.generator.report().gauges["pause_s_total"] == 0.5
+
+
+class Waiting(SingleAnswers):
+    """Episodes whose environments do not answer."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self.futures: list[Future[Any]] = []
+
+    def submit(self, ticket: Ticket) -> "list[Future[Any]]":
+        self.futures += [Future() for _ in ticket.rollouts]
+        return self.futures[-len(ticket.rollouts) :]
+
+
+def test_a_swap_does_not_wait_for_evaluations_that_are_not_pinned(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    episodes = Waiting(fake_engine)
+    start(episodes=episodes)
+    fake_weights.publish(V0)
+    fake_store.put(make_ticket(9, purpose="eval"))
+    fake_store.wait(lambda: len(fake_store.calls) > 0 and fake_store.calls[-1][2] == (9,))  # it is under way
+    fake_weights.publish(V1)
+    fake_engine.wait(lambda: fake_engine.swaps == [V0, V1])
+    for rollout, future in enumerate(episodes.futures):
+        future.set_result(Generation(
+            id=f"9/{rollout}/0", token_ids=[5, 6], logprobs=[-1.0] * 2, kept_logmass=None,
+            spans=(Span(V0, 1), Span(V1, 1)), finish_reason="stop",
+        ))  # fmt: skip
+    fake_store.wait(lambda: len(fake_store.rollouts) == 2)
+    assert {r.purpose for r in fake_store.rollouts} == {"eval"}
 
 
 def test_a_swap_waits_for_the_whole_evaluation_even_with_few_slots(

@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
 from asyncrl.config import DataSpec, EvaluationSpec, ModelSpec, Recipe, RewardSpec, RewardTerm, SamplingSpec, ShapingSpec
+from asyncrl.config.load import load_recipe
+from asyncrl.config.paths import resolve_paths
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.jobs.evaluate import eval_job
 from asyncrl.learn.checkpoint import Checkpoints
@@ -277,6 +279,71 @@ def test_a_run_brings_its_rewards_and_its_held_out_files(model, data, reward, tm
     parts = json.loads(rows[0]["parts"])
     assert (parts["prompted"], parts["compute_score"]) == (1.0, 0.5)
     assert rows[2]["error"].startswith("compute_score: ValueError: unreadable")
+
+
+ENVIRONMENT = """
+from asyncrl.episodes.environments import Step
+
+class Sums:
+    def reset(self, task):
+        assert task.purpose == "eval"
+        self.left = self.index = task.row["extra_info"]["index"]
+        return task.row["prompt"]
+
+    def step(self, reply):
+        if self.index == 2:
+            raise ValueError("no idea")
+        self.left -= 1
+        return Step(messages=({"role": "user", "content": "1+1"},), reward=0.25, done=self.left <= 0)
+"""
+RECIPE = """
+from asyncrl import Recipe
+from asyncrl.config import DataSpec, EpisodeSpec, EvaluationSpec, ModelSpec, RewardSpec, SamplingSpec
+
+recipe = Recipe(
+    name="sums",
+    model=ModelSpec(path="none"),
+    data=DataSpec(files=("train.parquet",)),
+    reward=RewardSpec(function="asyncrl.reward.verify:episode"),
+    episode=EpisodeSpec(environment="sums.py:Sums", max_turns=4),
+    evaluation=EvaluationSpec(files=("test.parquet",)),
+    sampling=SamplingSpec(max_response_length=5),
+    total_steps=1,
+)
+"""
+
+
+def test_episodes_are_played_scored_and_told(model, data, tmp_path, capsys):
+    (tmp_path / "sums.py").write_text(ENVIRONMENT)
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    run = RunDir(tmp_path / "run").create()
+    recipe = resolve_paths(load_recipe(tmp_path / "recipe.py"), run, tmp_path)
+    run.recipe.write_bytes(msgspec.json.encode(recipe))
+    out = tmp_path / "samples.parquet"
+    sampled = ("--n", 2, "--temperature", 1.0, "--pass-score", 0.75, "--batch", 3, "--out", out)
+    assert evaluate(model, "--recipe", run.path, *sampled) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["samples"], report["invalid"]) == (8, 2)
+    assert report["score"] == (0.25 + 0.25 + 0.0 + 0.75) / 4
+    figures = report["estimates"]["overall"]
+    assert (figures["pass@2"]["mean"], figures["score"]["mean"]) == (0.25, 0.3125)
+    episodes = report["episodes"]
+    assert (episodes["num_turns/mean"], episodes["num_turns/max"]) == (1.5, 3.0)
+    assert (episodes["episode/stop/done"], episodes["episode/stop/error"]) == (0.75, 0.25)
+    assert episodes["episode/status/invalid"] == 0.25
+    rows, told = pq.read_table(out).to_pylist(), [json.loads(line) for line in out.with_suffix(".jsonl").open()]
+    assert [(one["row"], one["rollout"], one["reward"]) for one in told] == [(r["row"], r["rollout"], r["score"]) for r in rows]
+    assert [one["tokens"] for one in told] == [row["response_length"] for row in rows]
+    last = told[-1]
+    assert (last["turns"], last["turn_rewards"], last["stop"], last["status"]) == (3, [0.25] * 3, "done", "ok")
+    assert [message["role"] for message in last["messages"]] == ["user", "assistant"] * 3 + ["user"]
+    assert last["messages"][0]["content"] == "3+3"
+    assert (told[4]["status"], told[4]["stop"], told[4]["turn_rewards"]) == ("invalid", "error", None)
+    assert "ValueError: no idea" in told[4]["error"]
+    assert told[0]["messages"][1]["content"] == rows[0]["response"]
+
+    assert evaluate(model, "--recipe", tmp_path / "recipe.py", "--limit", 1) == 0  # greedy, and as the file says
+    assert json.loads(capsys.readouterr().out)["score"] == 0.25
 
 
 @pytest.mark.timeout(300)

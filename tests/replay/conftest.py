@@ -68,6 +68,7 @@ def plan(
     baseline: bool = False,
     also: tuple[EvalSetting, ...] = (),
     metrics: tuple[Any, ...] = (),
+    pinned: bool = True,
 ) -> StorePlan:
     rule = Staleness(
         max_lag=max_lag,
@@ -78,14 +79,14 @@ def plan(
         max_masked_share=masked,
     )
     settings = (EvalSetting("", SAMPLING), *also)
-    evaluation = Evaluation(prompts=prompts(evals), settings=settings, metrics=metrics) if evals else Evaluation()
+    held_out = Evaluation(prompts=prompts(evals), settings=settings, metrics=metrics, pinned=pinned)
     return StorePlan(
         rule=rule,
         source=Source(prompts=prompts(size), sampling=SAMPLING, seed=7, shuffle=shuffle, epochs=epochs),
         sampling=SamplingSpec(n=n, min_valid=min_valid, max_attempts=max_attempts, max_empty_batches=max_empty_batches),
         keep=keep,
         baseline=baseline,
-        evaluation=evaluation,
+        evaluation=held_out if evals else Evaluation(),
         lease_s=lease_s,
     )
 
@@ -206,12 +207,29 @@ class Bench:
         self.rows += len(accepted)
         return len(accepted)
 
-    def submit(self, ticket: Ticket, *updates: int, rollouts: Sequence[int] | None = None, problem: str = "") -> int:
-        """Rollouts whose tokens have these updates (one per token); how many were taken."""
+    def submit(
+        self,
+        ticket: Ticket,
+        *updates: int,
+        rollouts: Sequence[int] | None = None,
+        problem: str = "",
+        figures: dict[str, float] | None = None,
+    ) -> int:
+        """Rollouts whose tokens have these updates (one per token); how many were taken. figures: how their episodes went."""
         version = Version(self.core.ledger.incarnation, updates[0]) if len(set(updates)) == 1 else None
         return self.take(
             [
-                Summary(ticket.group, i, ticket.attempt, min(updates), max(updates), len(updates), version, problem)
+                Summary(
+                    ticket.group,
+                    i,
+                    ticket.attempt,
+                    min(updates),
+                    max(updates),
+                    len(updates),
+                    version,
+                    problem,
+                    figures=figures,
+                )
                 for i in (ticket.rollouts if rollouts is None else rollouts)
             ]
         )

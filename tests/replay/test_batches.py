@@ -508,3 +508,29 @@ def test_what_is_due_goes_before_what_was_excused(fakes: SimpleNamespace) -> Non
         bench.submit(ticket, *updates)
         bench.score(ticket, 1.0, 0.0)
     assert [bench.train(3), bench.train(4)] == [(due.group,), (late.group,)]
+
+
+def test_a_commit_says_how_the_episodes_of_its_groups_went(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(batch=1, n=2))
+    bench.fence(0)
+    (ticket,) = bench.reserve(1, 0).tickets
+    bench.submit(ticket, 0, rollouts=[0], figures={"turns": 3.0, "stop/done": 1.0})
+    bench.submit(ticket, 0, rollouts=[1], figures={"turns": 1.0, "stop/deadline": 1.0})
+    bench.score(ticket, 1.0, None)
+    bench.train(0)
+    (record,) = bench.report(0).records
+    assert (record.metrics["num_turns/mean"], record.metrics["num_turns/max"]) == (2.0, 3.0)
+    assert (record.metrics["episode/status/ok"], record.metrics["episode/status/invalid"]) == (0.5, 0.5)
+    assert record.metrics["episode/stop/deadline"] == 0.5  # which was not trained
+    again = fakes.Bench(bench.plan)
+    again.log.extend(bench.log)
+    assert again.build().ledger.commits[1].groups[0].rollouts[0].figures == {"turns": 3.0, "stop/done": 1.0}
+
+
+def test_a_commit_of_single_answers_has_the_learners_metrics_alone(fakes: SimpleNamespace) -> None:
+    bench = fakes.Bench(fakes.plan(batch=1))
+    bench.fence(0)
+    bench.ready(1, 0)
+    bench.train(0)
+    (record,) = bench.report(0).records
+    assert record.metrics == {"loss": 1.0}

@@ -168,3 +168,50 @@ def test_a_metric_that_fails_costs_its_figures_and_not_the_run(
     assert record.metrics["eval/score"] == 1
     assert not [name for name in record.metrics if "metric" in name]
     assert "evaluation.metrics: <lambda> failed: ZeroDivisionError" in caplog.text
+
+
+EPISODE = {"turns": 2.0, "tokens": 3.0, "stop/done": 1.0}
+
+
+def test_episodes_go_on_with_newer_weights_and_say_with_which(fakes: SimpleNamespace) -> None:
+    bench = bench_with_evals(fakes, pinned=False)
+    bench.request_eval(Version(1, 1))
+    assert eval_tickets(bench, 3, 0, "old") == []
+    (first,) = eval_tickets(bench, 1, 1, "a")
+    second, third = eval_tickets(bench, 3, 3, "b")
+    assert [(t.prompt.row, t.pinned) for t in (first, second, third)] == [(100 + i, None) for i in range(3)]
+    assert bench.submit(first, 1, 1, 1, 2, 2, figures=EPISODE) == 1  # swapped in the middle of it
+    assert bench.submit(second, 3, 3, 3, figures=EPISODE | {"turns": 4.0}) == 1
+    assert bench.submit(third, 0, 0, problem="late", figures={"turns": 0.0, "tokens": 0.0, "stop/deadline": 1.0}) == 1
+    for ticket in (first, second):
+        bench.score(ticket, 1.0)
+    (record,) = bench.report(0).records
+    assert record.version == Version(1, 1)  # that it was asked for
+    found = record.metrics
+    assert (found["eval/oldest_update"], found["eval/newest_update"]) == (1, 3)
+    assert (found["eval/num_turns/mean"], found["eval/num_turns/max"]) == (2.0, 4.0)
+    assert (found["eval/length"], found["eval/invalid"]) == (2.0, 1)  # tokens that the policy chose
+    assert (found["eval/episode/stop/done"], found["eval/episode/stop/deadline"]) == (
+        pytest.approx(2 / 3),
+        pytest.approx(1 / 3),
+    )
+
+
+def test_an_evaluation_of_episodes_begins_with_the_weights_that_are_there(fakes: SimpleNamespace) -> None:
+    bench = bench_with_evals(fakes, pinned=False)
+    bench.request_eval(Version(1, 1))
+    assert len(eval_tickets(bench, 3, 2, "a")) == 3
+    assert bench.core.ledger.round.version == Version(1, 2)
+
+
+def test_what_a_restore_undid_is_in_no_evaluation_of_episodes(fakes: SimpleNamespace) -> None:
+    bench = bench_with_evals(fakes, pinned=False)
+    bench.request_eval(Version(1, 3))
+    done, _, _ = undone = eval_tickets(bench, 3, 3, "a")
+    bench.submit(done, 3, figures=EPISODE)
+    bench.fence(0)
+    again = eval_tickets(bench, 3, 1, "b")
+    assert [t.prompt.row for t in again] == [t.prompt.row for t in undone]
+    assert bench.core.ledger.round.version == Version(2, 1)
+    assert bench.submit(undone[1], 3, figures=EPISODE) == 0
+    assert set(bench.reserve(0, 3, "a", held=[t.group for t in undone]).cancelled) == {t.group for t in undone}

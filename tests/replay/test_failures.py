@@ -158,6 +158,18 @@ def test_rollouts_that_were_never_scored_are_no_failures_of_the_reward(fakes: Si
     assert bench.report(0).failures.invalid == 0
 
 
+def test_an_environment_that_never_works_ends_the_run_and_is_named(fakes: SimpleNamespace) -> None:
+    """Nothing is sampled in its episodes, so that no reward function sees them."""
+    bench = fakes.Bench(fakes.plan(batch=8, n=2))
+    for _ in range(8):
+        (ticket,) = bench.reserve(1, 0).tickets
+        assert not bench.report(0).failures.broken
+        bench.submit(ticket, 0, problem="KeyError: 'table' (pointers.py:60 in reset)", figures={"turns": 0.0})
+    failures = bench.report(0).failures
+    assert failures.invalid == 16
+    assert "row 100 of the data): invalid: KeyError: 'table' (pointers.py:60 in reset)" in failures.broken
+
+
 def test_errors_of_a_kind_are_counted_together_and_few_kinds_are_kept(fakes: SimpleNamespace) -> None:
     bench = fakes.Bench(fakes.plan(n=1, min_valid=1, size=64, max_lag=400))
     bench.ready(1, 0)

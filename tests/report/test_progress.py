@@ -246,3 +246,23 @@ def test_in_a_notebook_one_output_is_drawn_anew(monkeypatch: pytest.MonkeyPatch)
         progress.update(run)
     progress.close()
     assert drawn == ["first", "anew", "anew"]
+
+
+def test_a_run_of_episodes_says_how_they_go() -> None:
+    figures = {
+        "num_turns/mean": 2.4,
+        "num_turns/max": 8.0,
+        "tools/call_frequency": 1.5,
+        "tools/failure_frequency": 0.04,
+        "episode/environment_s": 0.25,
+        "episode/engine_s": 1.5,
+        "episode/stop/done": 0.9,
+        "episode/stop/max_turns": 0.1,
+        "episode/stop/deadline": 0.0,
+    }
+    run = replace(NOW, steps={40: record(40, **figures)})
+    assert (
+        " · episodes 2.4 turns (8 at most), 1.5 calls of tools (4% failed), 0.25 s outside and 1.5 s in the engine · "
+        "stopped done:90% max_turns:10% · "
+    ) in one_line(run, Pace())
+    assert not {"episodes", "stopped"} & {*one_line(NOW, Pace()).split()}

@@ -193,3 +193,12 @@ def test_a_wrong_schema_is_no_wrong_answer():
     jsonschema = pytest.importorskip("jsonschema")
     with pytest.raises(jsonschema.SchemaError):
         score(verify.json_schema, "{}", {"type": "objekt"})
+
+
+def test_what_an_episode_earned_in_all_or_turn_by_turn():
+    told = {"parts": {"n": 2.0}, "reward": 1.75, "turn_rewards": [0.5, 0.25, 1.0], "purpose": "train"}
+    assert verify.episode("", told) == {"n": 2.0, "score": 1.75}
+    assert verify.episode("", told, by_turn=True) == {"n": 2.0, "score": 1.0, "turn_rewards": [0.5, 0.25, 0.0]}
+    assert verify.episode("", told | {"purpose": "eval"}, by_turn=True)["score"] == 1.75  # evaluations count no turns
+    with pytest.raises(ValueError, match="leave it out"):
+        verify.episode("", told | {"turn_rewards": None}, by_turn=True)

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import asyncrl.replay
 from asyncrl import RunResult, launch
+from asyncrl.cli import main
 from asyncrl.config.load import load_specs
 from asyncrl.config.paths import resolve_paths
 from asyncrl.report.summary import RunSummary
@@ -66,6 +67,34 @@ def test_rows_are_conversations_as_they_were_read_and_sampled(pointers_run) -> N
             assert rendered[: len(ids)] == ids
             whole += 1
     assert whole >= len(rows) // 2
+
+
+def test_the_run_says_how_its_episodes_went(pointers_run, metrics_of) -> None:
+    for line in metrics_of(pointers_run.run_dir, "step"):
+        assert 1 <= line["num_turns/min"] <= line["num_turns/mean"] <= line["num_turns/max"] <= 4
+        assert line["episode/stop/done"] + line["episode/stop/max_turns"] == pytest.approx(1.0)
+        assert (line["episode/status/ok"], line["episode/segments"], line["tools/call_frequency"]) == (1.0, 1.0, 0.0)
+        assert line["episode/tokens"] == pytest.approx(line["response_length/mean"])
+        assert line["episode/environment_s"] > 0
+    evaluations = metrics_of(pointers_run.run_dir, "eval")
+    assert [line["step"] for line in evaluations] == [0, 20]
+    assert all(line["step"] <= line["eval/oldest_update"] <= line["eval/newest_update"] for line in evaluations)
+    assert evaluations[1]["eval/newest_update"] == 20  # nothing is newer
+    assert evaluations[1]["eval/num_turns/mean"] > evaluations[0]["eval/num_turns/mean"] + 0.5  # it has learned to ask
+
+
+def test_asyncrl_eval_plays_what_the_run_played(pointers_run, tmp_path, capsys) -> None:
+    out = tmp_path / "samples.parquet"
+    asked = ["eval", pointers_run.run_dir, "--limit", "128", "--reward-processes", "1", "--device", "cpu", "--out", str(out)]
+    assert main(asked) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["score"] == pytest.approx(pointers_run.last_score, abs=0.05)  # greedy, in other batches
+    told = [json.loads(line) for line in out.with_suffix(".jsonl").open()]
+    assert len(told) == report["samples"] == 128
+    for one in told:
+        said = [message["content"] for message in one["messages"] if message["role"] == "assistant"]
+        assert len(said) == one["turns"] == len(one["turn_rewards"])
+        assert one["reward"] == sum(one["turn_rewards"])
 
 
 # ------------------------------------------------------------------------------------------- under faults

@@ -3,7 +3,9 @@
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from asyncrl.algorithms.advantages import advantages
 from asyncrl.algorithms.rewards import Outcomes
@@ -13,10 +15,12 @@ from asyncrl.learn.metrics import rollout_metrics
 from asyncrl.replay.client import ReplayClient
 from asyncrl.replay.plan import Source, StorePlan
 from asyncrl.replay.store import LocalTransport, ReplayStore
+from asyncrl.reward.functions import load_judge
 from asyncrl.reward.pool import RewardPool
+from asyncrl.reward.results import Sample
 from asyncrl.reward.worker import RewardWorker
 from asyncrl.staleness import Staleness
-from asyncrl.types import Prompt, Rollout, Sampling, Span, Ticket, TrainRollout, Version
+from asyncrl.types import Episode, Prompt, Rollout, Sampling, Span, Ticket, TrainRollout, Version
 
 REWARDS = """
 def right(solution_str, ground_truth, turns):
@@ -88,9 +92,9 @@ def trained(tmp_path: Any) -> list[TrainRollout]:
     return found
 
 
-def outcomes(trained: list[TrainRollout]) -> Outcomes:
-    """At update 1 with a bound of 0: the first token of the first rollout is too old."""
-    return make_batch(trained, Staleness(max_lag=0, batch_groups=1), 1).outcomes
+def outcomes_of(trained: list[TrainRollout], committed: int) -> Outcomes:
+    """With a bound of 0."""
+    return make_batch(trained, Staleness(max_lag=0, batch_groups=1), committed).outcomes
 
 
 @pytest.mark.timeout(90)
@@ -107,10 +111,43 @@ def test_token_rewards_from_the_function_to_the_advantages(trained: list[TrainRo
     assert rollout_metrics(trained)["reward/token_sum"] == (8.75 + 1.5) / 2
 
     # Trained are tokens 1, 3, 4 | 0, 1. The tool's 1.75 belongs to token 1; the stale token's −0.25 to the rollout alone.
-    found = outcomes(trained)
+    found = outcomes_of(trained, committed=1)  # the first token of the first rollout is too old
     assert found.token_rewards_n.tolist() == [1.5, -0.25, 7.75, -0.25, 1.75]
     whole, _ = advantages(AlgorithmSpec(adv_estimator="grpo_no_std"), found)
     assert whole.tolist() == [3.625] * 3 + [-3.625] * 2  # 10.75 and 3.5
     # Returns: 2 + 9, 2 + 7.5, 2 + 7.75 | 2 + 1.5, 2 + 1.75, less 3.75.
     remax, _ = advantages(AlgorithmSpec(adv_estimator="remax"), found)
     assert remax.tolist() == [7.25, 5.75, 6.0, -0.25, 0.0]
+
+
+def test_what_the_turns_of_an_episode_earned_reaches_gae_at_their_ends() -> None:
+    """Three turns, with what was read between them; what the first two earned stands at their last tokens."""
+    term = RewardTerm(function="asyncrl.reward.verify:episode", arguments={"by_turn": True})
+    episode = Episode(reward=1.75, turn_rewards=(0.5, 0.25, 1.0))
+    mask, turns, ids = [1, 1, 0, 1, 0, 1, 1], (0, 3, 5), [3, 4, 9, 5, 9, 6, 7]
+    verdict = load_judge(term)(Sample("test", "", "null", "null", "{}", ids, turns, episode.for_rewards("train")))
+    assert (verdict.status, verdict.reward) == ("ok", 1.0)
+    assert verdict.token_rewards == [0.0, 0.0, 0.5, 0.0, 0.25, 0.0, 0.0]
+    row = TrainRollout(
+        group=0,
+        rollout=0,
+        attempt=0,
+        data_source="test",
+        prompt_ids=np.array([1, 2]),
+        response_ids=np.array(ids),
+        loss_mask=np.array(mask, dtype=bool),
+        logprobs=np.full(7, -1.0, dtype=np.float32),
+        kept_logmass=None,
+        updates=np.zeros(7, dtype=np.int64),
+        reward=verdict.reward,
+        parts={},
+        finish_reason="stop",
+        token_rewards=np.array(verdict.token_rewards),
+    )
+    found = outcomes_of([row], committed=0)
+    assert found.token_rewards_n.tolist() == [0.0, 0.5, 0.25, 0.0, 0.0]  # of the trained tokens: those before what was read
+    values_n = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5], dtype=torch.float64)
+    _, returns_n = advantages(AlgorithmSpec(adv_estimator="gae", lam=0.5), found._replace(values_n=values_n))
+    # δ = r + V' − V: 0.1, 0.6, 0.35, 0.1, 0.5; A = δ + A'/2: 0.53125, 0.8625, 0.525, 0.35, 0.5; returns are A + V.
+    assert returns_n is not None
+    assert returns_n.tolist() == pytest.approx([0.63125, 1.0625, 0.825, 0.75, 1.0])

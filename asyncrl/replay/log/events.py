@@ -64,6 +64,7 @@ class RolloutSubmitted(Event, tag="submitted", frozen=True):
     oldest: int  # updates of the tokens that the policy chose
     newest: int
     length: int
+    figures: dict[str, float] | None = None  # how its episode went; None: a single turn
 
 
 class RolloutScored(Event, tag="scored", frozen=True):

@@ -14,7 +14,7 @@ import pyarrow as pa
 from msgspec import Struct
 
 from asyncrl.errors import DataError
-from asyncrl.types import Episode, Prompt, Rollout, TrainRollout, Unscored, UnscoredLease, Version
+from asyncrl.types import Episode, EpisodeSummary, Prompt, Rollout, Status, TrainRollout, Unscored, UnscoredLease, Version
 
 SCHEMA_VERSION = "4"
 
@@ -96,6 +96,8 @@ class Summary(Struct, frozen=True, gc=False):
     length: int
     version: Version | None  # of all its tokens; None if they differ
     problem: str  # why it can't be used, else empty
+    status: Status = "invalid"  # what it is then
+    figures: dict[str, float] | None = None  # how its episode went; None: a single turn
 
 
 class RowLease(Struct, frozen=True):
@@ -208,17 +210,29 @@ def _chosen_updates(r: Rollout) -> set[int]:
     return {s.version.update for s, end in zip(r.spans, ends, strict=True) if any(r.loss_mask[end - s.length : end])}
 
 
+_summary = msgspec.json.Decoder(EpisodeSummary).decode  # skips what was said
+
+
 def summaries(batch: pa.RecordBatch) -> list[Summary]:
     """What the core needs of submitted rows; reads no token."""
-    names = ("group", "rollout", "attempt", "oldest", "newest", "finish_reason", "span_incarnations", "span_updates")
+    names = ("group", "rollout", "attempt", "oldest", "newest", "finish_reason", "episode", "span_incarnations", "span_updates")
     lengths = np.diff(batch.column("response_ids").offsets.to_numpy()).tolist()
     columns = [batch.column(name).to_pylist() for name in names]
     found = []
-    for group, rollout, attempt, oldest, newest, reason, incarnations, updates, length in zip(*columns, lengths, strict=True):
+    for group, rollout, attempt, oldest, newest, reason, told, incarnations, updates, length in zip(
+        *columns, lengths, strict=True
+    ):
         versions = set(zip(incarnations, updates, strict=True))
         version = Version(*versions.pop()) if len(versions) == 1 else None
         problem = "finish_reason=abort" if reason == "abort" else "" if oldest is not None else "no token chosen by the policy"
-        found.append(Summary(group, rollout, attempt, oldest or 0, newest or 0, length, version, problem))
+        status: Status = "invalid"
+        figures = None
+        if told is not None:
+            episode = _summary(told)
+            figures = episode.measures()
+            if problem and episode.status != "ok":
+                status, problem = episode.status, episode.error
+        found.append(Summary(group, rollout, attempt, oldest or 0, newest or 0, length, version, problem, status, figures))
     return found
 
 

@@ -128,3 +128,14 @@ def test_rows_of_another_schema_are_refused() -> None:
 def test_what_is_no_arrow_stream_is_refused() -> None:
     with pytest.raises(DataError, match="not a readable Arrow stream"):
         schema.read_submitted(b"garbage")
+
+
+def test_summaries_tell_how_episodes_went_and_why_one_sampled_nothing(rollouts: list[Rollout]) -> None:
+    went = Episode(stop="max_turns", turn_rewards=(0.0, 0.5), figures={"turns": 2.0}, messages='[{"role": "user"}]')
+    late = Episode(status="timeout", stop="deadline", error="no answer in time", figures={"turns": 0.0})
+    nothing = {"response_ids": [], "logprobs": [], "loss_mask": [], "spans": ()}
+    episodes = [replace(rollouts[0], episode=went), replace(rollouts[0], episode=late, **nothing), rollouts[0]]
+    a, b, c = schema.summaries(schema.from_ipc(schema.encode_rollouts(episodes, "run")))
+    assert a.figures == {"turns": 2.0, "stop/max_turns": 1.0, "turn_reward/1": 0.0, "turn_reward/2": 0.5}
+    assert (b.status, b.problem, b.figures) == ("timeout", "no answer in time", {"turns": 0.0, "stop/deadline": 1.0})
+    assert (c.problem, c.figures) == ("", None)
