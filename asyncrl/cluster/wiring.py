@@ -64,7 +64,7 @@ def build_store(plan: RunPlan) -> "ReplayStore":
             pinned=not recipe.episode.what,
         )
     store_plan = StorePlan(
-        rule=recipe.staleness_rule(plan.deployment.generators.slots),
+        rule=recipe.staleness_rule(plan.deployment.generators.slots, plan.deployment.generators.count),
         source=source,
         sampling=sampling,
         keep=GROUP_FILTERS.get(sampling.keep) or load_callable(sampling.keep, "sampling.keep"),

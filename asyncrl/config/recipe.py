@@ -147,7 +147,7 @@ class StalenessSpec(Spec, frozen=True, kw_only=True):
     # η: the most versions between a token and the update that trains it, ever; 0 is synchronous on-policy.
     max_lag: int = 16
     # Batches that are in flight, ready and in training at the most. Tokens are usually about one less versions old. `auto`:
-    # two more than the slots of all engines hold, which count as four batches at most.
+    # two more than the slots of all engines hold, or `episode.in_flight`, if that is more: these count as four batches at most.
     reserve_ahead: int | Literal["auto"] = "auto"
     # What happens when a slow group would pass the bound. `hold` (always for max_lag 0): the learner waits, but only if some
     # group would certainly be late otherwise. `wait`: the same with as much reserved ahead as the bound admits. `mask`: overdue
@@ -290,12 +290,13 @@ class Recipe(Spec, frozen=True, kw_only=True):
         """Those generated together: the sampled ones and, where the estimator wants it, their baseline."""
         return self.sampling.n + self.algorithm.wants_baseline
 
-    def staleness_rule(self, slots: int | None = None) -> Staleness:
+    def staleness_rule(self, slots: int | None = None, generators: int = 1) -> Staleness:
         """The staleness rule that the store and the learner both run. slots: of all engines together, which `reserve_ahead:
         auto` is made from; None, where only the bound matters, leaves it out."""
         spec, batch = self.staleness, self.learner.batch_groups
         ahead = None if spec.reserve_ahead == "auto" else spec.reserve_ahead
         if ahead is None and slots is not None and spec.on_stale != "wait":
-            in_flight = math.ceil(slots / (batch * self.rollouts_per_group))
+            rollouts = max(slots, generators * (self.episode.in_flight or 0))
+            in_flight = math.ceil(rollouts / (batch * self.rollouts_per_group))
             ahead = min(spec.max_lag + 1, min(in_flight, AUTO_IN_FLIGHT) + 2)
         return Staleness(batch_groups=batch, **asdict(spec) | {"reserve_ahead": ahead})

@@ -68,7 +68,7 @@ class World:
     def __init__(self, recipe: Recipe, deployment: Deployment, costs: Costs, lengths: Lengths) -> None:
         self.recipe, self.deployment, self.costs, self._lengths = recipe, deployment, costs, lengths
         self.rng, self.now = random.Random(recipe.seed), 0.0
-        self.rule = recipe.staleness_rule(deployment.generators.slots)
+        self.rule = recipe.staleness_rule(deployment.generators.slots, deployment.generators.count)
         self.spent = defaultdict[str, float](float)  # seconds of work, by name, and what else adds up
         self.lag_max, self._scored_at = 0, 0.0
         # Of rollouts that are not trained yet: (update of the weights, tokens from them).

@@ -17,6 +17,7 @@ from asyncrl.config import (
     DataSpec,
     Deployment,
     EngineSpec,
+    EpisodeSpec,
     EvalSettingSpec,
     EvaluationSpec,
     GeneratorsSpec,
@@ -196,6 +197,13 @@ def test_the_reserve_ahead_follows_from_the_slots(spec: dict, slots: int | None,
     made = recipe(learner=LearnerSpec(batch_groups=8), sampling=SamplingSpec(n=4), staleness=StalenessSpec(**spec))
     rule = made.staleness_rule(slots)
     assert (rule.max_lag, rule.most_outstanding) == (spec.get("max_lag", 16), 8 * ahead)
+
+
+def test_the_reserve_ahead_counts_episodes_that_wait() -> None:
+    episode = EpisodeSpec(agent="agent.py:solve", in_flight=48)
+    made = recipe(learner=LearnerSpec(batch_groups=8), sampling=SamplingSpec(n=4), episode=episode)
+    assert made.staleness_rule(64, generators=2).most_outstanding == 8 * 5  # 96 rollouts are three batches
+    assert made.staleness_rule(100, generators=2).most_outstanding == 8 * 6
 
 
 def test_slots_are_those_of_all_servers() -> None:

@@ -45,7 +45,7 @@ def test_a_gpu_deployment_passes_the_checks_of_a_machine_that_has_as_many(
             (tmp_path / f"nvidia{index}").touch()
         monkeypatch.setattr("asyncrl.cluster.resources.metadata.version", lambda name: "2.13.0")
         assert f"{gpus} of {gpus} GPUs" in check_placement(deployment, {}, tmp_path)
-    monkeypatch.setattr("asyncrl.cluster.preflight.check_placement", lambda deployment: "checked")
+    monkeypatch.setattr("asyncrl.cluster.preflight.check_placement", lambda deployment, served: "checked")
     monkeypatch.setattr(fit, "gpu_bytes", lambda: 80 << 30)
     engine = replace(deployment.generators.engine, sglang=SGLangSpec(command=(sys.executable,)))  # SGLang may not be here
     deployment = replace(deployment, generators=replace(deployment.generators, engine=engine))
