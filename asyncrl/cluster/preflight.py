@@ -188,6 +188,11 @@ def _episode(recipe: Recipe) -> str:
         raise ConfigError(
             f"episode.agent={spec.agent!r} reaches the policy by HTTP, which needs aiohttp: pip install 'asyncrl[agents]'"
         )
+    if spec.chat and not find_spec("renderers"):
+        raise ConfigError(
+            f"episode.chat={spec.chat!r} needs renderers, which is not installed: pip install 'asyncrl[agents]', or leave it "
+            "empty, for the tokenizer's own chat template"
+        )
     longest = f"{spec.deadline_s:g} s, and {spec.step_deadline_s:g} s for an answer of its own"
     return f"{spec.what}, at most {spec.max_turns} turns in {longest}"
 

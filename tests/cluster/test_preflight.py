@@ -15,6 +15,7 @@ from asyncrl.config import (
     DataSpec,
     Deployment,
     EngineSpec,
+    EpisodeSpec,
     EvaluationSpec,
     GeneratorsSpec,
     JudgeSpec,
@@ -78,6 +79,15 @@ def test_lora_is_told_and_needs_peft(recipe: Recipe, run: RunDir, tmp_path: Path
     monkeypatch.setattr("asyncrl.cluster.preflight.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"learner\.lora needs peft, which is not installed: pip install 'asyncrl\[lora\]'"):
         plan()
+
+
+def test_a_family_of_chats_needs_renderers(
+    recipe: Recipe, run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    episode = EpisodeSpec(tools=(f"{tmp_path}/rewards.py:score",), chat="llama-3")
+    monkeypatch.setattr("asyncrl.cluster.preflight.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"episode\.chat='llama-3' needs renderers.*: pip install 'asyncrl\[agents\]'"):
+        check_run(replace(recipe, episode=episode), Deployment(num_cpus=2), run)
 
 
 def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:

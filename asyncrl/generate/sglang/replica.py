@@ -166,7 +166,8 @@ class Replica:
                     if reason != "abort" or row.cancelled or not self._interrupting:
                         self._losses = 0
                         settle(row, row.generation(reason))
-                        self._explain(row, chunk)
+                        if reason == "abort":
+                            self._explain(row, chunk)
         except Unavailable as error:
             self._fall(server, error)
             self._count_losses(self.rows.intersection(rows))
