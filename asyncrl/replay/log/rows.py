@@ -232,6 +232,8 @@ def summaries(batch: pa.RecordBatch) -> list[Summary]:
             figures = episode.measures()
             if problem and episode.status != "ok":
                 status, problem = episode.status, episode.error
+            elif problem:
+                problem = "the episode ended before the policy had answered anything"
         found.append(Summary(group, rollout, attempt, oldest or 0, newest or 0, length, version, problem, status, figures))
     return found
 

@@ -134,8 +134,10 @@ def test_summaries_tell_how_episodes_went_and_why_one_sampled_nothing(rollouts: 
     went = Episode(stop="max_turns", turn_rewards=(0.0, 0.5), figures={"turns": 2.0}, messages='[{"role": "user"}]')
     late = Episode(status="timeout", stop="deadline", error="no answer in time", figures={"turns": 0.0})
     nothing = {"response_ids": [], "logprobs": [], "loss_mask": [], "spans": ()}
-    episodes = [replace(rollouts[0], episode=went), replace(rollouts[0], episode=late, **nothing), rollouts[0]]
-    a, b, c = schema.summaries(schema.from_ipc(schema.encode_rollouts(episodes, "run")))
+    ended = [replace(rollouts[0], episode=late, **nothing), replace(rollouts[0], episode=Episode(), **nothing)]
+    episodes = [replace(rollouts[0], episode=went), *ended, rollouts[0]]
+    a, b, silent, c = schema.summaries(schema.from_ipc(schema.encode_rollouts(episodes, "run")))
     assert a.figures == {"turns": 2.0, "stop/max_turns": 1.0, "turn_reward/1": 0.0, "turn_reward/2": 0.5}
     assert (b.status, b.problem, b.figures) == ("timeout", "no answer in time", {"turns": 0.0, "stop/deadline": 1.0})
+    assert (silent.status, silent.problem) == ("invalid", "the episode ended before the policy had answered anything")
     assert (c.problem, c.figures) == ("", None)
