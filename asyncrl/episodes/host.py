@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
@@ -23,10 +23,11 @@ from asyncrl.config.callables import describe
 from asyncrl.episodes.chat import Chat, Turn
 from asyncrl.episodes.children import EpisodeFailed, EpisodePool, Running
 from asyncrl.episodes.conversations import Conversations
-from asyncrl.episodes.environments import Message, Step, Task
+from asyncrl.episodes.environments import Task
 from asyncrl.episodes.session import Budget, Session
+from asyncrl.episodes.story import Story
 from asyncrl.interfaces import Engine
-from asyncrl.types import Episode, EpisodeStop, Generation, GenerationRequest, Status, Ticket, Trajectory, derive_seed
+from asyncrl.types import EpisodeStop, Generation, GenerationRequest, Ticket, Trajectory, derive_seed
 
 CLOSE_TIMEOUT_S = 10.0
 MOST = 4  # episodes per slot of the engine, if the recipe says nothing
@@ -179,7 +180,7 @@ class EpisodeHost:
         self._counts.update({"episodes": 1, f"stop/{episode.stop}": 1})
         return session.trajectory(replace(episode, figures=story.figures()))
 
-    async def _play(self, running: Running, task: Task, session: Session, story: "Story") -> EpisodeStop:
+    async def _play(self, running: Running, task: Task, session: Session, story: Story) -> EpisodeStop:
         """Turns until one side ends it. Why it ended."""
         begun = await self._in_time(running.begin(task))
         story.messages += begun.messages
@@ -203,7 +204,7 @@ class EpisodeHost:
             prompt_ids = following or _shown(self._chat.prompt, story.messages, begun.tools)
         return "max_turns"
 
-    async def _serve(self, running: Running, task: Task, session: Session, story: "Story") -> EpisodeStop:
+    async def _serve(self, running: Running, task: Task, session: Session, story: Story) -> EpisodeStop:
         """Answers what an agent asks, until it ends."""
         assert self._gateway is not None
         conversations = Conversations(session, self._chat, partial(self._generated, story), self._spec.max_turns)
@@ -219,7 +220,7 @@ class EpisodeHost:
         story.earned(ended.reward, ended.parts)
         return "done"
 
-    async def _generated(self, story: "Story", request: GenerationRequest) -> Generation:
+    async def _generated(self, story: Story, request: GenerationRequest) -> Generation:
         self._away -= 1
         began = time.monotonic()
         try:
@@ -250,49 +251,6 @@ def _shown(render: Callable[..., T], *what: Any) -> T:
         return render(*what)
     except Exception as error:
         raise EpisodeFailed(f"the chat template can't show the environment's messages: {describe(error)}") from error
-
-
-class Story:
-    """What was said in an episode, and what it earned so far."""
-
-    def __init__(self) -> None:
-        self.messages: list[Message] = []
-        self.broken: Exception | None = None  # what the engine answered with: then the episode is worth nothing
-        self.environment_s = self.engine_s = 0.0  # in the user's code, and waiting for answers
-        self.calls: Counter[str] = Counter(tool_calls=0, tool_failures=0, malformed_calls=0)
-        self._reward: float | None = None
-        self._turn_rewards: list[float] = []
-        self._parts: Counter[str] = Counter()
-
-    def add(self, reply: Message, step: Step) -> None:
-        self.messages += [reply, *step.messages]
-        self._turn_rewards.append(step.reward)
-        calls = reply.get("tool_calls", ())
-        unread = sum(isinstance(call["function"]["arguments"], str) for call in calls)
-        failed = step.parts.get("tool_failures", 0.0)
-        self.calls.update({"tool_calls": len(calls), "tool_failures": failed, "malformed_calls": unread})
-        self.earned(step.reward, step.parts)
-
-    def earned(self, reward: float | None, parts: Mapping[str, float]) -> None:
-        """Adds to what was earned; None says nothing."""
-        if reward is not None:
-            self._reward = (self._reward or 0.0) + reward
-        self._parts.update(parts)
-
-    def ended(self, status: Status, stop: EpisodeStop, error: str = "") -> Episode:
-        return Episode(
-            status=status,
-            reward=self._reward if status == "ok" else None,
-            parts={name: value for name, value in self._parts.items() if name not in self.calls},
-            turn_rewards=tuple(self._turn_rewards) or None,
-            stop=stop,
-            error=error,
-            messages=msgspec.json.encode(self.messages).decode(),
-        )
-
-    def figures(self) -> dict[str, float]:
-        """Calls of tools, and seconds."""
-        return {**self.calls, "environment_s": self.environment_s, "engine_s": self.engine_s}
 
 
 class _Late(Exception):

@@ -16,8 +16,7 @@ import pytest
 
 from asyncrl.config import EpisodeSpec
 from asyncrl.episodes.children import EpisodePool
-from asyncrl.episodes.environments import Step
-from asyncrl.episodes.host import EpisodeHost, Story
+from asyncrl.episodes.host import EpisodeHost
 from asyncrl.episodes.session import Budget
 from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.types import Generation, Trajectory
@@ -73,17 +72,6 @@ def test_an_episode_of_two_turns(make_host, make_ticket, engine, ids) -> None:
     assert figures == {
         "turns": 2, "segments": 1, "tokens": 4, "read_tokens": 5, "tool_calls": 0, "tool_failures": 0, "malformed_calls": 0
     }  # fmt: skip
-
-
-def test_calls_of_tools_are_counted_beside_what_was_earned() -> None:
-    story = Story()
-    calls = [{"function": {"name": "look", "arguments": arguments}} for arguments in ({}, {"at": 1}, "{")]
-    told = {"tool_calls": 3.0, "tool_failures": 2.0, "n": 1.0}  # the environment's own count of calls is not needed
-    story.add({"role": "assistant", "content": "", "tool_calls": calls}, Step(parts=told))
-    story.add({"role": "assistant", "content": "done"}, Step(parts={"n": 1.0}))
-    assert story.ended("ok", "done").parts == {"n": 2.0}
-    figures = story.figures()
-    assert (figures["tool_calls"], figures["tool_failures"], figures["malformed_calls"]) == (3, 2, 1)
 
 
 def test_processes_are_used_again_and_environments_are_not(make_host, make_ticket, tmp_path: Path) -> None:
