@@ -27,15 +27,6 @@ def episode_host(
 ) -> EpisodeHost:
     """turn_tokens: of one answer, unless the recipe says. record, seed: as of EpisodeHost. log, start_timeout_s: as of
     EpisodePool. Raises ConfigError for code that can't be loaded, or a chat template that does not show what is said."""
-    budget = Budget(
-        tokens=spec.max_tokens or sys.maxsize, turn_tokens=spec.max_turn_tokens or turn_tokens, context=engine.max_length
-    )
-    return EpisodeHost(
-        engine,
-        EpisodePool(spec, log, start_timeout_s),
-        chat_of(tokenizer, stop_token_ids, spec.chat),
-        spec,
-        budget,
-        record,
-        seed,
-    )
+    budget = Budget(spec.max_tokens or sys.maxsize, spec.max_turn_tokens or turn_tokens, context=engine.max_length)
+    pool, chat = EpisodePool(spec, log, start_timeout_s), chat_of(tokenizer, stop_token_ids, spec.chat)
+    return EpisodeHost(engine, pool, chat, spec, budget, record, seed)

@@ -52,12 +52,9 @@ def generated(
     engine = deployment.generators.engine
     engine = replace(engine, slots=min(engine.slots, rollouts), max_length=engine.max_length if episode.what else longest)
     generators = replace(deployment.generators, count=1, engine=engine)
-    how = f"turn with {episode.what}, {engine.max_length} in all" if episode.what else "response"
-    where = f"{engine.kind} engine on {'cuda' if generators.place.gpus else 'cpu'}"
-    print(
-        f"{prompts} prompts × {rollouts // prompts}, at most {sampling.max_tokens} tokens a {how}, by the {where}",
-        file=sys.stderr,
-    )
+    how = f"a turn with {episode.what}, {engine.max_length} in all" if episode.what else "each"
+    how += f", by the {engine.kind} engine on {'cuda' if generators.place.gpus else 'cpu'}"
+    print(f"{prompts} prompts × {rollouts // prompts}, at most {sampling.max_tokens} tokens {how}", file=sys.stderr)
     with _engine(policy, generators, limits) as running:
         if not episode.what:
             return _answer(running, asked, limits.health_timeout_s)
