@@ -124,6 +124,11 @@ class AskFirst(Generic[T]):
         return self._asking + self._pool.pending
 
     @property
+    def asking(self) -> bool:
+        """Whether everything that is pending waits for models."""
+        return self._asking > 0 and not self._pool.pending
+
+    @property
     def has_capacity(self) -> bool:
         """Whether more samples are welcome."""
         return self._asking < QUESTIONS and self._pool.has_capacity

@@ -35,6 +35,8 @@ class RewardPool(Generic[T]):
     error.
     """
 
+    asking = False  # whether everything pending waits for models (AskFirst)
+
     def __init__(
         self,
         rewards: str | Sequence[RewardTerm],

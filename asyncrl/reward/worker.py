@@ -46,7 +46,7 @@ class RewardWorker:
 
     Verdicts are delivered as they come: a slow sample holds up nobody else's. New rollouts are leased as soon as a
     process is free, and leases are renewed at a third of their time. The main loop waits for the store (`wait:store`)
-    or works (`busy`). `run` starts the pool and closes it.
+    or for models (`wait:models`), or works (`busy`). `run` starts the pool and closes it.
 
     record: the dataset row of a rollout as JSON, for TRL's functions.
     shape: what becomes of the reward of a training rollout, given its response's tokens, and named parts to add to the
@@ -117,7 +117,7 @@ class RewardWorker:
             self._accept(lease)
         if not self._pool.pending:
             return
-        self._time.enter("busy")
+        self._time.enter("wait:models" if self._pool.asking else "busy")
         wait_s = _ASK_AGAIN_S if self._pool.has_capacity and not self._ended else self._poll_s
         renew_in_s = min((held.renew_at for held in self._held), default=0.0) - time.monotonic()
         self._deliver(self._pool.poll(max(0.0, min(wait_s, renew_in_s))))

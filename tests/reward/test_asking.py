@@ -225,6 +225,7 @@ def test_samples_reach_functions_with_the_answers_and_a_slow_one_holds_up_no_oth
         assert first.pending == 2
         [[(tag, verdict)]] = poll_all(first, 1)
         assert (tag, verdict.reward, verdict.parts) == ("b", 2.0, {"slow": 1.0, "j": 1.0})
+        assert (first.pending, first.asking) == (1, True)
         gate.set()
         [[(tag, verdict)]] = poll_all(first, 1)
         assert (tag, verdict.reward, first.pending) == ("a", 5.0, 0)
