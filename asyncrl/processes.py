@@ -74,19 +74,23 @@ class OwnedProcess(subprocess.Popen[bytes]):
             return None
         return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
 
-    def kill(self) -> None:
+    def kill(self, after_s: float = 0.0) -> None:
         """SIGKILL to the child and its group; then reaps the child and frees the descriptors. Idempotent, thread-safe.
 
         Waits for the child's end for REAP_S at the most. One that waits for a device may need longer: it is left to the kernel.
+        after_s: how long the child may take to end by itself what it started, once its lifeline has closed.
         """
         with self._killing:
+            if self._lifeline >= 0:
+                os.close(self._lifeline)
+                self._lifeline = -1
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if after_s:
+                    self.wait(after_s)
             if self.returncode is None:
                 os.killpg(self.pid, signal.SIGKILL)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.wait(REAP_S)
-            if self._lifeline >= 0:
-                os.close(self._lifeline)
-                self._lifeline = -1
             for stream in (self.stdin, self.stdout):
                 if stream is not None:
                     stream.close()
@@ -150,11 +154,11 @@ def _tell(work: Callable[[], object], told: Any) -> None:
         told.send((None, error))
 
 
-def end_with_owner(lifeline: int, *, shared: bool = False) -> None:
+def end_with_owner(lifeline: int) -> None:
     """Called by a Python child first of all: from now on its process group is killed when its owner ends.
 
     A thread waits for that. Where a C function holds the GIL for ever (a catastrophic regular expression), the thread can't
-    run: so Linux is also asked to signal the group by itself; once for each lifeline, not for a fork that shares another's.
+    run: so Linux is also asked to signal the group by itself.
     """
 
     def wait() -> None:
@@ -162,10 +166,9 @@ def end_with_owner(lifeline: int, *, shared: bool = False) -> None:
         os.killpg(0, signal.SIGKILL)
 
     os.set_inheritable(lifeline, False)
-    if not shared:
-        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
-        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
 
 

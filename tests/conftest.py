@@ -10,6 +10,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
+import select
 import shutil
 import signal
 import sys
@@ -35,6 +36,7 @@ from asyncrl.config import (
     SamplingSpec,
     StalenessSpec,
 )
+from asyncrl.containment import SWITCH, refused
 from asyncrl.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +63,51 @@ def loss(logp_t, old_t, advantages_t, sequence_t):
             time.sleep(0.01)
     return -(logp_t - old_t).exp() * advantages_t, {{}}
 """
+
+
+class Fifo:
+    """Tells whether any process holds it open that has written to it: whatever its number, and wherever it has hidden."""
+
+    def __init__(self, path: Path) -> None:
+        os.mkfifo(path)
+        self.path = str(path)
+        self._events = select.poll()
+        self._reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self._events.register(self._reading, select.POLLIN)
+
+    def wait_held(self) -> None:
+        assert self._events.poll(30_000) == [(self._reading, select.POLLIN)]
+        os.read(self._reading, 100)
+        assert not self._events.poll(0)
+
+    def wait_free(self) -> None:
+        self._events.modify(self._reading, 0)  # a hang-up is told all the same, if somebody has ever held it
+        assert self._events.poll(30_000) == [(self._reading, select.POLLHUP)]
+
+    def close(self) -> None:
+        os.close(self._reading)
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> Iterator[Fifo]:
+    made = Fifo(tmp_path / "fifo")
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=["namespaces", "no namespaces"])
+def contained(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of keeping processes together; that of the machine comes with every other test."""
+    if request.param == "no namespaces":
+        monkeypatch.setenv(SWITCH, "off")
+    elif why := refused():
+        pytest.skip(f"this machine gives no namespaces: {why}")
+
+
+@pytest.fixture
+def plain_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that rewards and episodes run in have the numbers that they think they have."""
+    monkeypatch.setenv(SWITCH, "off")
 
 
 @dataclass(frozen=True)

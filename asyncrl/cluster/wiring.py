@@ -180,7 +180,11 @@ def _reward(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") -> Bu
     recipe, spec, rewards = plan.recipe, plan.recipe.reward, plan.deployment.rewards
     prompts = {purpose: PromptFile(plan.paths.data / f"{purpose}.arrow") for purpose in _purposes(plan)}
     pool: RewardPool[Any] = RewardPool(
-        spec.terms(), processes=rewards.processes, deadline_s=spec.deadline_s, log=plan.paths.logs / f"{name}.reward.log"
+        spec.terms(),
+        processes=rewards.processes,
+        deadline_s=spec.deadline_s,
+        log=plan.paths.logs / f"{name}.reward.log",
+        memory_bytes=spec.memory_bytes,
     )
     worker = RewardWorker(
         store,

@@ -16,6 +16,7 @@ SEED_RULE: Rule = (
     lambda x: 0 <= x < 1 << 63,
     "is outside [0, 2**63): torch takes no such seed; use a smaller one, >= 0",
 )
+MEMORY_RULE: Rule = ("memory_bytes", lambda x: x >= 1 << 24, "< 16 MiB: no Python would run; use null for any")
 _fields = cache(structs.fields)  # of a type; looking them up takes longer than all checks
 
 

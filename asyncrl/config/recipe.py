@@ -12,7 +12,7 @@ from typing import Literal
 from msgspec.structs import asdict
 
 from asyncrl.config.algorithm import AlgorithmSpec
-from asyncrl.config.base import SEED_RULE, Rule, Spec, require, require_fields, require_unset
+from asyncrl.config.base import MEMORY_RULE, SEED_RULE, Rule, Spec, require, require_fields, require_unset
 from asyncrl.config.callables import Function, name_functions
 from asyncrl.config.learner import CriticSpec, LearnerSpec, ModelSpec
 from asyncrl.config.rewards import RewardSpec
@@ -70,6 +70,8 @@ class EpisodeSpec(Spec, frozen=True, kw_only=True):
     in_flight: int | None = None
     # The Python that runs environments; it needs asyncrl and msgspec. Empty: the generators' own.
     python: str = ""
+    # Memory that each process of an episode may have for itself, its code included; past it allocations fail. null: any.
+    memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         name_functions(self, "environment agent tools")
@@ -78,10 +80,11 @@ class EpisodeSpec(Spec, frozen=True, kw_only=True):
             ("max_turn_tokens max_tokens", lambda x: x >= 1, "< 1: no token could be sampled; use at least 1, or null"),
             ("deadline_s step_deadline_s", lambda x: x > 0, "<= 0: every episode would time out; use seconds > 0"),
             ("in_flight", lambda x: x >= 1, "< 1: no episode could begin; use at least sampling.n, or null"),
+            MEMORY_RULE,
         ]
         require_fields(self, "episode.", rules)
         if not self.what:
-            settings = "chat max_turns max_turn_tokens max_tokens deadline_s step_deadline_s in_flight python"
+            settings = "chat max_turns max_turn_tokens max_tokens deadline_s step_deadline_s in_flight python memory_bytes"
             require_unset(self, "episode.", settings, "no episode.environment, agent or tools: there is no episode; name one")
 
         require(

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from msgspec.structs import replace
 
-from asyncrl.config.base import Rule, Spec, require, require_fields, require_unset
+from asyncrl.config.base import MEMORY_RULE, Rule, Spec, require, require_fields, require_unset
 from asyncrl.config.callables import Function, name_functions
 from asyncrl.config.learner import ModelSpec
 from asyncrl.errors import ConfigError
@@ -167,10 +167,13 @@ class RewardSpec(Spec, frozen=True, kw_only=True):
     # Wall clock in seconds for a function on one sample, past which its process is killed, and for each answer of a model; the
     # sample is `timeout` then.
     deadline_s: float = 10.0
+    # Memory that each process which scores may have for itself, its code included; past it allocations fail. null: any.
+    memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         name_functions(self, "function")
-        require_fields(self, "reward.", [("deadline_s", lambda x: x > 0, "<= 0: every sample would time out; use seconds > 0")])
+        deadline: Rule = ("deadline_s", lambda x: x > 0, "<= 0: every sample would time out; use seconds > 0")
+        require_fields(self, "reward.", [deadline, MEMORY_RULE])
         require(
             bool(self.function) != bool(self.functions),
             f"reward.function={self.function!r} and {len(self.functions)} reward.functions: it is not clear what scores; set "

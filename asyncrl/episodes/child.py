@@ -1,11 +1,8 @@
-"""The processes that run users' environments: `python -m asyncrl.episodes.child EPISODE LIFELINE`, EpisodeSpec as JSON.
+"""The processes that run users' environments: `python -m asyncrl.episodes.child EPISODE …`, EpisodeSpec as JSON; see
+`asyncrl.forks`. Each fork runs one episode after the other.
 
-It loads the user's code once, then forks itself for every episode that is under way at a time: so each can be killed, and
-starts in milliseconds. Its standard input is a socket. A byte that comes with a descriptor asks for a fork, which talks over
-that; a number asks to reap one: it keeps its number until then, so that nobody kills another process in its place.
-
-    host ── Task | Reply ──► fork                frames: length in bytes, then msgpack; a Task begins the next episode
-    host ◄── Forked, Begun | Stepped | Failed ── fork
+    host ── Task | Reply | Engage ──► fork      a Task or an Engage begins the next episode
+    host ◄── Begun | Stepped | AgentEnded | Failed ── fork
 
 No numpy, no torch: it must start quickly.
 """
@@ -28,11 +25,9 @@ from asyncrl.config.callables import describe, load_callable, named_parameters
 from asyncrl.episodes.adapters import environment_of
 from asyncrl.episodes.environments import Message, Step, Task
 from asyncrl.episodes.tools import prepare_tools, resolved
-from asyncrl.errors import ConfigError
-from asyncrl.processes import end_with_owner, framed, read_frame
+from asyncrl.forks import Broken, Died, Loaded, fork_for
+from asyncrl.processes import framed, read_frame
 
-LONGEST = 64 << 20  # bytes of a frame
-LONGEST_ERROR = 10_000  # characters
 MODEL = "policy"  # what agents call it
 
 
@@ -55,12 +50,6 @@ class AgentEnded(Struct, frozen=True, tag="ended"):
     parts: dict[str, float]
 
 
-class Forked(Struct, frozen=True, tag="forked"):
-    """A process is ready: the one that forks, or a fork."""
-
-    pid: int
-
-
 class Begun(Struct, frozen=True, tag="begun"):
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
@@ -74,51 +63,28 @@ class Failed(Struct, frozen=True, tag="failed"):
     error: str
 
 
-Told = Forked | Begun | Stepped | AgentEnded | Failed
+Told = Loaded | Broken | Died | Begun | Stepped | AgentEnded | Failed
 decode_told = msgspec.msgpack.Decoder(Told).decode
 _decode_asked = msgspec.msgpack.Decoder(Task | Reply | Engage).decode
 
 
-def fork_episodes(episode: str, lifeline: int) -> int:
-    """Forks episodes until the owner closes its end. Returns the exit code: 1 if the environment can't be loaded."""
-    end_with_owner(lifeline)
-    control = socket.socket(fileno=os.dup(0))
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
+def load(episode: str) -> Callable[[socket.socket], None]:
+    """What runs episodes in a fork. Raises ConfigError if the user's code can't be loaded."""
     spec = msgspec.json.decode(episode, type=EpisodeSpec)
-    try:
-        named = spec.environment or spec.agent
-        make = load_callable(named, "episode.environment" if spec.environment else "episode.agent") if named else None
-        tools = [load_callable(tool, "episode.tools") for tool in spec.tools]
-        prepare_tools(make, tools)
-    except ConfigError as error:
-        control.send(msgspec.msgpack.encode(Failed(str(error)[:LONGEST_ERROR])))
-        return 1
-    control.send(msgspec.msgpack.encode(Forked(os.getpid())))
-    while True:
-        asked, descriptors, _, _ = socket.recv_fds(control, 16, 1)
-        if not asked:
-            return 0
-        if not descriptors:
-            os.waitpid(int(asked), 0)
-        elif os.fork():
-            os.close(descriptors[0])
-        else:
-            control.close()
-            new: Callable[..., Any] = partial(environment_of, make, spec.arguments, tools)
-            if spec.agent and make is not None:
-                new = partial(make, **spec.arguments)
-            run_episodes(new, getattr(make, "__module__", ""), socket.socket(fileno=descriptors[0]), lifeline)
+    named = spec.environment or spec.agent
+    make = load_callable(named, "episode.environment" if spec.environment else "episode.agent") if named else None
+    tools = [load_callable(tool, "episode.tools") for tool in spec.tools]
+    prepare_tools(make, tools)
+    new: Callable[..., Any] = partial(environment_of, make, spec.arguments, tools)
+    if spec.agent and make is not None:
+        new = partial(make, **spec.arguments)
+    return partial(run_episodes, new, getattr(make, "__module__", ""))
 
 
-def run_episodes(new: Callable[..., Any], module: str, peer: socket.socket, lifeline: int) -> None:
-    """In a fork: one episode after the other until the host closes its end, or one fails; then ends the process. new: makes an
-    environment, or is the agent. module: of the user's code, for errors."""
-    os.setpgid(0, 0)
-    end_with_owner(lifeline, shared=True)
+def run_episodes(new: Callable[..., Any], module: str, peer: socket.socket) -> None:
+    """One episode after the other until the host closes its end, or one fails. new: makes an environment, or is the agent.
+    module: of the user's code, for errors."""
     stream = peer.makefile("rwb")
-    _tell(stream, Forked(os.getpid()))
     try:
         with asyncio.Runner() as runner:
 
@@ -144,8 +110,6 @@ def run_episodes(new: Callable[..., Any], module: str, peer: socket.socket, life
             close()
     except BaseException as error:  # sys.exit in a user's code must cost one episode
         _tell(stream, Failed(describe(error, module)))
-    finally:
-        os._exit(0)
 
 
 def engage(agent: Callable[..., Any], asked: Engage) -> Any:
@@ -174,4 +138,4 @@ def _tell(stream: BufferedRWPair, message: Told) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(fork_episodes(sys.argv[1], int(sys.argv[2])))
+    fork_for(partial(load, sys.argv[1]), *map(int, sys.argv[2:]))

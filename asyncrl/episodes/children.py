@@ -2,10 +2,7 @@
 
 import asyncio
 import contextlib
-import os
-import signal
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import TypeVar
@@ -13,12 +10,13 @@ from typing import TypeVar
 import msgspec
 
 from asyncrl.config import EpisodeSpec
-from asyncrl.episodes.child import LONGEST, AgentEnded, Begun, Engage, Failed, Forked, Reply, Stepped, decode_told
+from asyncrl.episodes.child import AgentEnded, Begun, Engage, Failed, Reply, Stepped, decode_told
 from asyncrl.episodes.environments import Message, Step, Task
-from asyncrl.errors import AsyncRLError, ConfigError, Unavailable
-from asyncrl.processes import HEADER, OwnedProcess, framed
+from asyncrl.errors import AsyncRLError, ConfigError
+from asyncrl.forks import LONGEST, Broken, Died, Forks, Loaded, died
+from asyncrl.processes import HEADER, framed
 
-T = TypeVar("T", Forked, Begun, Stepped, AgentEnded)
+T = TypeVar("T", Loaded, Begun, Stepped, AgentEnded)
 
 
 class EpisodeFailed(AsyncRLError):
@@ -28,54 +26,40 @@ class EpisodeFailed(AsyncRLError):
 class EpisodePool:
     """Starts episodes. For one event loop. log: where the environments' prints go; None: standard error.
 
-    Raises ConfigError if the environment can't be loaded, Unavailable if that takes longer than start_timeout_s.
+    Raises ConfigError if the environment can't be loaded in start_timeout_s, Unavailable if the process was killed.
     """
 
     def __init__(self, spec: EpisodeSpec, log: Path | None = None, start_timeout_s: float = 120.0) -> None:
-        told = msgspec.json.encode(spec).decode()
-        self._command = [spec.python or sys.executable, "-m", "asyncrl.episodes.child", told]
-        self._log, self._start_timeout_s = log, start_timeout_s
-        self._where = spec.what
+        self._forks = Forks(
+            "asyncrl.episodes.child",
+            msgspec.json.encode(spec),
+            f"episode: {spec.what}",
+            python=spec.python,
+            log=log,
+            start_timeout_s=start_timeout_s,
+            memory_bytes=spec.memory_bytes,
+        )
         self._idle: list[Running] = []
-        self.restarts = -1
-        self._open()
+        self._forks.open()
+        if not self._forks.loaded(start_timeout_s):
+            raise self._forks.failed(None)
 
-    def _open(self) -> None:
-        """Starts the process that forks, and waits until it has loaded the environment."""
-        self._control, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
-        with theirs, open(self._log, "ab") if self._log else contextlib.nullcontext() as output:
-            self._forker = OwnedProcess(self._command, stdin=theirs, stdout=output or 2, stderr=output)
-        self.restarts += 1
-        self._control.settimeout(self._start_timeout_s)
-        where = f"see {self._log}" if self._log else "see standard error"
-        try:
-            body = self._control.recv(1 << 16)
-        except TimeoutError:
-            self.close()
-            raise Unavailable(f"episode: {self._where} was not loaded after {self._start_timeout_s:g} s; {where}") from None
-        told = decode_told(body) if body else None
-        if not isinstance(told, Forked):
-            self.close()
-            raise ConfigError(told.error if isinstance(told, Failed) else f"episode: {self._where}: died; {where}")
+    @property
+    def restarts(self) -> int:
+        """How often the process that forks was replaced."""
+        return self._forks.restarts
 
     async def start(self) -> "Running":
-        """A process for an episode: one that an episode has left in order, or a new one. A dead forker, which somebody must
-        have killed, is replaced."""
+        """A process for an episode: one that an episode has left in order, or a new one."""
         if self._idle:
             return self._idle.pop()
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                socket.send_fds(self._control, [b"+"], [theirs.fileno()])
-            except OSError:
-                self.close()
-                self._open()
-                socket.send_fds(self._control, [b"+"], [theirs.fileno()])
-        running = Running(self._control, *await asyncio.open_connection(sock=ours))
+        peer = self._forks.fork()
+        running = Running(peer, *await asyncio.open_connection(sock=peer))
         try:
-            running.pid = (await running.told(Forked)).pid
+            await running.told(Loaded)
         except BaseException:
             running.kill()
+            self._forks.loaded(0.0)  # raises if that is why
             raise
         return running
 
@@ -90,16 +74,14 @@ class EpisodePool:
         """Kills all of them. Idempotent."""
         while self._idle:
             self._idle.pop().kill()
-        self._forker.kill()
-        self._control.close()
+        self._forks.close()
 
 
 class Running:
     """One episode's process. Each call waits for its answer; raises EpisodeFailed."""
 
-    def __init__(self, control: socket.socket, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._control, self._reader, self._writer = control, reader, writer
-        self.pid = 0
+    def __init__(self, peer: socket.socket, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._peer, self._reader, self._writer = peer, reader, writer
         self.busy_s = 0.0  # in the user's code, since its fork
 
     async def begin(self, task: Task) -> Begun:
@@ -132,14 +114,13 @@ class Running:
             self.busy_s += time.monotonic() - began
         if isinstance(told, kind):
             return told
-        raise EpisodeFailed(told.error if isinstance(told, Failed) else f"the environment's process said {told}")
+        if isinstance(told, Broken):
+            raise ConfigError(told.error)
+        how = f"the environment's {died(told.code)}" if isinstance(told, Died) else f"the environment's process said {told}"
+        raise EpisodeFailed(told.error if isinstance(told, Failed) else how)
 
     def kill(self) -> None:
-        """Ends the process and its group, and lets the forker reap it."""
-        self._writer.close()
-        if self.pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
-            with contextlib.suppress(OSError):  # a forker that has ended took them along
-                self._control.send(b"%d" % self.pid)
-            self.pid = 0
+        """Ends the process with all that it started."""
+        with contextlib.suppress(OSError):  # it has ended
+            self._peer.shutdown(socket.SHUT_RDWR)  # which uvloop's transports can't
+        self._writer.transport.abort()

@@ -88,7 +88,8 @@ class EpisodeHost:
 
     def abort(self, group: int) -> None:
         """Ends a group's episodes: their processes are killed, and the engine drops what it does for them."""
-        self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._tasks.get(group, ())])
+        # later, as a task that has not taken its first step would end without answering for its future
+        self._loop.call_soon_threadsafe(lambda: [self._loop.call_soon(task.cancel) for task in self._tasks.get(group, ())])
         self._engine.abort(group)
 
     def close(self) -> None:

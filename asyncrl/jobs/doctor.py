@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from asyncrl.cluster.resources import count_gpus
 from asyncrl.config.deployment import ENGINES
+from asyncrl.containment import NEWNET, SWITCH, refused
 from asyncrl.disk import as_size, free_bytes
 from asyncrl.generate.engines import engine_kind
 from asyncrl.jobs.accelerators import all_reduce, kernels, matching
@@ -65,6 +66,7 @@ def examine() -> Iterator[Finding]:
         ("shared memory", shared_memory, ""),
         ("large pages", large_pages, ""),
         ("leftovers", leftovers, ""),
+        ("containment", containment, ""),
         *((name, partial(optional, name, use, fix), "") for name, (use, fix) in OPTIONAL.items()),
         ("zeromq", zeromq, "pyzmq"),
         ("arrow", lambda: package("pyarrow"), "pyarrow"),
@@ -213,6 +215,20 @@ def leftovers(found: Sequence[Trace] | None = None) -> Finding:
     counts = Counter(trace.what for trace in left)
     size, kinds = as_size(sum(trace.size_bytes for trace in left)), ", ".join(f"{what} ({counts[what]})" for what in counts)
     return Finding(detail=f"dead runs left {size}: {kinds}; `asyncrl clean` lists and removes it; {living}")
+
+
+def containment() -> Finding:
+    """What keeps the processes of rewards and episodes together, so that nothing survives its kill."""
+    if why := refused():
+        detail = f"no PID namespaces ({why}): what rewards and episodes start dies with them, but sees the whole machine"
+        fix = (
+            "sysctl kernel.apparmor_restrict_unprivileged_userns=0   (container: docker run --cap-add SYS_ADMIN --security-opt"
+        )
+        return Finding(status="missing", detail=detail, fix=f"{fix} apparmor=unconfined; not {SWITCH}=off)", required=False)
+    network = "can't" if refused(NEWNET) else "can"
+    return Finding(
+        detail=f"a PID namespace for each process of rewards and episodes; network {network} be cut off here, and is not"
+    )
 
 
 def optional(name: str, use: str, fix: str) -> Finding:

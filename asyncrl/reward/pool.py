@@ -1,7 +1,6 @@
 """Killable scoring processes. A reward function can raise, hang, exit or crash: it costs its own sample only."""
 
 import selectors
-import signal
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -11,28 +10,28 @@ from typing import Generic, Self, TypeVar
 import msgspec
 
 from asyncrl.config import RewardTerm
-from asyncrl.errors import ConfigError, Unavailable
+from asyncrl.forks import Forks
 from asyncrl.reward.results import Sample, Verdict
-from asyncrl.reward.scorer import Scorer, died
+from asyncrl.reward.scorer import Scorer
 
 T = TypeVar("T")
 
 # A process is given as many samples as take about this long: enough to hide the hand-over, too few to hold others up.
 _BATCH_S = 0.01
 _BATCH_SAMPLES = 64
-# A process can die while something it forked keeps its pipe open: so deaths are looked for, not only read off pipes.
-_TICK_S = 0.1
+_LOADING_S = 0.1  # how often `polls` rises while processes load
 
 
 class RewardPool(Generic[T]):
-    """`processes` interpreters, each scoring one sample at a time with a deadline of `deadline_s` wall-clock seconds.
+    """`processes` forks of one that has loaded the functions, each scoring one sample at a time with a deadline of `deadline_s`
+    wall-clock seconds.
 
-    The clock of a sample starts when its process turns to it; spawning is not counted. Past it the process and all it
+    The clock of a sample starts when its process turns to it; loading is not counted. Past it the process and all it
     started are killed and replaced, and the sample is `timeout`. A process that dies leaves its sample `invalid`.
     Samples that waited behind it in the same process are scored again from their start. `T` tags a sample.
 
     Use from one thread. rewards: one function, or `RewardSpec.terms()`. log: where the functions' prints go; None: standard
-    error.
+    error. memory_bytes: as RewardSpec.memory_bytes.
     """
 
     asking = False  # whether everything pending waits for models (AskFirst)
@@ -45,28 +44,35 @@ class RewardPool(Generic[T]):
         deadline_s: float = 10.0,
         start_timeout_s: float = 120.0,
         log: Path | None = None,
+        memory_bytes: int | None = None,
     ) -> None:
         self.restarts = 0
         self.polls = 0  # rises while processes load or score, which both have a limit of their own
         terms = (RewardTerm(function=rewards),) if isinstance(rewards, str) else tuple(rewards)
-        self._functions = ", ".join(term.what for term in terms)
-        self._terms = msgspec.json.encode(terms).decode()
+        self._forks = Forks(
+            "asyncrl.reward.process",
+            msgspec.json.encode(terms),
+            f"reward.function={', '.join(term.what for term in terms)!r}",
+            log=log,
+            start_timeout_s=start_timeout_s,
+            memory_bytes=memory_bytes,
+        )
         self._count = processes
         self._deadline_s = deadline_s
         self._start_timeout_s = start_timeout_s
-        self._log = log
         self._selector = selectors.DefaultSelector()
         self._queue: deque[tuple[T, Sample]] = deque()
         self._scorers: list[Scorer[T]] = []
-        self._loaded = False  # by any process, ever: then the file is not to blame for one that could not
 
     def __enter__(self) -> Self:
         """Spawns the processes and waits until all have loaded the function. Raises as `poll` does."""
+        self._forks.open()
         try:
             while len(self._scorers) < self._count:
                 self._scorers.append(self._spawn())
             while not all(scorer.ready for scorer in self._scorers):
-                self.poll(_TICK_S)
+                self.poll(_LOADING_S)
+            self._forks.loaded(_LOADING_S)
         except BaseException:
             self.close()
             raise
@@ -131,47 +137,43 @@ class RewardPool(Generic[T]):
         while self._scorers:
             self._scorers.pop().kill()
         self._queue.clear()
+        self._forks.close()
         self._selector.close()
 
     def _spawn(self) -> Scorer[T]:
-        return Scorer(self._terms, self._log, self._selector)
+        return Scorer(self._forks.fork(), self._selector)
 
     def _hand_out(self) -> None:
         for scorer in self._scorers:
             if not self._queue:
                 return
-            if scorer.idle and scorer.exit_code() is None:  # a dead one is replaced, at the next look for deaths
+            if scorer.idle:
+                scorer.read()  # that it has died, perhaps: then it is replaced when it is attended to
+            if scorer.idle:
                 fair = -(-len(self._queue) // len(self._scorers))
                 count = min(_BATCH_SAMPLES, fair, max(1, int(_BATCH_S / max(scorer.mean_s, 1e-6))))
                 scorer.send([self._queue.popleft() for _ in range(min(count, len(self._queue)))])
 
     def _next_event(self) -> float:
-        """When to look even if no pipe stirs: the nearest deadline, or the next look for deaths."""
-        deadlines = [scorer.since + self._limit(scorer) for scorer in self._scorers if not scorer.idle]
-        return min([time.monotonic() + _TICK_S, *deadlines])
+        """When to look even if no socket stirs: the nearest deadline."""
+        return min((scorer.since + self._limit(scorer) for scorer in self._scorers if not scorer.idle), default=float("inf"))
 
     def _limit(self, scorer: Scorer[T]) -> float:
         return self._deadline_s if scorer.ready else self._start_timeout_s
 
     def _attend(self, scorer: Scorer[T]) -> list[tuple[T, Verdict]]:
         """Reads one process's verdicts, and replaces it if it died or passed its deadline."""
-        code = scorer.exit_code()  # before reading: what it wrote before its death still counts
         verdicts = scorer.read()
-        self._loaded |= scorer.ready
         overdue = not scorer.idle and time.monotonic() >= scorer.since + self._limit(scorer)
-        if code is None and not overdue:
+        if not scorer.lost and not overdue:
             return verdicts
         if not scorer.ready:
-            how = died(code) if code is not None else f"not loaded after start_timeout_s={self._start_timeout_s:g}"
-            where = f"see {self._log}" if self._log else "see standard error"
-            blameless = self._loaded or code == -signal.SIGKILL
-            raise (Unavailable if blameless else ConfigError)(
-                f"reward.function={self._functions!r}: {how} while its file was being loaded; {where}"
-            )
+            self._forks.loaded(_LOADING_S)  # raises if that is why
+            raise self._forks.failed(scorer.code)
         if scorer.flight:
             tag, _ = scorer.flight.popleft()
             late = Verdict("timeout", error=f"no score within reward.deadline_s={self._deadline_s:g}")
-            verdicts.append((tag, late if code is None else Verdict("invalid", error=died(code))))
+            verdicts.append((tag, Verdict("invalid", error=scorer.lost) if scorer.lost else late))
         self._queue.extendleft(reversed(scorer.flight))
         scorer.kill()
         self._scorers[self._scorers.index(scorer)] = self._spawn()

@@ -36,7 +36,7 @@ class Sample(Struct, frozen=True, array_like=True):
     asked: dict[str, Answer] = {}  # what models said, by the name of their term
 
 
-class Verdict(Struct, frozen=True, array_like=True, tag="verdict"):
+class Verdict(Struct, frozen=True, tag="verdict"):
     """What became of one sample. Only `ok` carries a reward."""
 
     status: Literal["ok", "invalid", "timeout"]

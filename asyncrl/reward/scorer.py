@@ -1,85 +1,81 @@
-"""The pool's handle on one scoring process: spawn, send, read, and kill with everything it started."""
+"""The pool's handle on one scoring process: send, read, and kill with everything it started."""
 
-import contextlib
-import os
 import selectors
 import signal
-import subprocess
-import sys
+import socket
 import time
 from collections import deque
-from pathlib import Path
 from typing import Generic, TypeVar
 
 from asyncrl.errors import ConfigError
-from asyncrl.processes import OwnedProcess
-from asyncrl.reward.process import Broken, Ready, take_replies, to_frame
+from asyncrl.forks import LONGEST, Broken, Died, Loaded, died
+from asyncrl.reward.process import take_replies, to_frame
 from asyncrl.reward.results import Sample, Verdict
 
 T = TypeVar("T")
 
 
-class Scorer(OwnedProcess, Generic[T]):
-    """One scoring process. Owned by one thread; never blocks, but for the reaping in `kill`.
+class Scorer(Generic[T]):
+    """One scoring process, at the other end of `peer`. Owned by one thread; never blocks.
 
-    terms: the reward terms as JSON, for its command line. flight: the samples that it was given and has not scored, in order;
-    it scores the first, since `since` (monotonic seconds).
+    flight: the samples that it was given and has not scored, in order; it scores the first, since `since` (monotonic seconds).
     """
 
-    def __init__(self, terms: str, log: Path | None, selector: selectors.BaseSelector) -> None:
+    def __init__(self, peer: socket.socket, selector: selectors.BaseSelector) -> None:
         self.flight: deque[tuple[T, Sample]] = deque()
         self.since = time.monotonic()
         self.ready = False
+        self.code: int | None = None  # how the process ended
+        self.lost = ""  # why nothing more will come, once that is so
         self.mean_s = float("inf")  # running mean of seconds per sample; unknown before the first
-        self._selector = selector
+        self._peer, self._selector = peer, selector
         self._received = bytearray()
         self._unsent = memoryview(b"")
-        command = [sys.executable, "-m", "asyncrl.reward.process", terms]
-        with open(log, "ab") if log else contextlib.nullcontext() as output:
-            super().__init__(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output)
-        assert self.stdin is not None
-        assert self.stdout is not None
-        self._tasks, self._results = self.stdin.fileno(), self.stdout.fileno()
-        os.set_blocking(self._tasks, False)
-        os.set_blocking(self._results, False)
-        selector.register(self._results, selectors.EVENT_READ, self)
+        peer.setblocking(False)
+        selector.register(peer, selectors.EVENT_READ, self)
 
     @property
     def idle(self) -> bool:
-        return self.ready and not self.flight
+        return self.ready and not self.flight and not self.lost
 
     def send(self, batch: list[tuple[T, Sample]]) -> None:
         """Gives an idle process samples to score; the first one's clock starts now."""
         self.flight.extend(batch)
         self.since = time.monotonic()
         self._unsent = memoryview(to_frame([sample for _, sample in batch]))
-        self._selector.register(self._tasks, selectors.EVENT_WRITE, self)
+        self._selector.modify(self._peer, selectors.EVENT_READ | selectors.EVENT_WRITE, self)
         self.flush()
 
     def flush(self) -> None:
-        """Writes what the pipe takes; the selector tells when it takes more."""
+        """Writes what the socket takes; the selector tells when it takes more."""
         try:
             while self._unsent:
-                self._unsent = self._unsent[os.write(self._tasks, self._unsent) :]
+                self._unsent = self._unsent[self._peer.send(self._unsent) :]
         except BlockingIOError:
             return
-        except BrokenPipeError:  # died; `exit_code` will say how
+        except ConnectionError:  # it died, as `read` will say
             self._unsent = memoryview(b"")
-        self._unregister(self._tasks)
+        self._selector.modify(self._peer, selectors.EVENT_READ, self)
 
     def read(self) -> list[tuple[T, Verdict]]:
         """The verdicts that have arrived. Raises ConfigError if the function can't be loaded."""
-        with contextlib.suppress(BlockingIOError):
-            while data := os.read(self._results, 1 << 16):
-                self._received += data
         verdicts: list[tuple[T, Verdict]] = []
-        for reply in take_replies(self._received):
-            if isinstance(reply, Broken):
-                raise ConfigError(reply.error)
-            if isinstance(reply, Ready):
-                self.ready = True
-            else:
-                verdicts.append((self.flight.popleft()[0], reply))
+        try:
+            more = self._receive()
+            for reply in take_replies(self._received):
+                if isinstance(reply, Broken):
+                    raise ConfigError(reply.error)
+                if isinstance(reply, Verdict):
+                    verdicts.append((self.flight.popleft()[0], reply))
+                else:
+                    self.ready |= isinstance(reply, Loaded)
+                    self.code = reply.code if isinstance(reply, Died) else None
+            if not more and self.code is None:
+                self.code = -signal.SIGKILL
+            if self.code is not None:
+                self.lost = died(self.code)
+        except (ValueError, IndexError) as error:  # IndexError: more verdicts than samples
+            self.lost = f"the process sent what can't be read: {error}"
         if verdicts:
             now = time.monotonic()
             each = (now - self.since) / len(verdicts)
@@ -87,19 +83,22 @@ class Scorer(OwnedProcess, Generic[T]):
             self.since = now
         return verdicts
 
+    def _receive(self) -> bool:
+        """Whether more may come, after what has."""
+        try:
+            while data := self._peer.recv(1 << 20):
+                self._received += data
+                if len(self._received) > 2 * LONGEST:
+                    return True
+        except BlockingIOError:
+            return True
+        except ConnectionError:
+            pass
+        return False
+
     def kill(self) -> None:
-        self._unregister(self._tasks)
-        self._unregister(self._results)
-        super().kill()
-
-    def _unregister(self, descriptor: int) -> None:
-        if descriptor in self._selector.get_map():
-            self._selector.unregister(descriptor)
-
-
-def died(code: int) -> str:
-    """How a process ended, in words."""
-    if code >= 0:
-        return f"process died: exit code {code}"
-    named = {number.value: number.name for number in signal.Signals}
-    return f"process died: {named.get(-code, f'signal {-code}')}"
+        """Idempotent."""
+        if self._peer.fileno() >= 0:
+            self._selector.unregister(self._peer)
+            self._peer.shutdown(socket.SHUT_RDWR)
+            self._peer.close()

@@ -46,12 +46,12 @@ WITH_TOOLS = "{% for t in tools or [] %}<system>{{ t.function.name }} nl {% endf
 
 
 ENVIRONMENT = """
-import asyncio, os, sys, time
+import asyncio, contextlib, os, re, signal, sys, threading, time
 from asyncrl.episodes.environments import Step
 
 class Echo:
-    def __init__(self, turns=2, fail="", at=1):
-        self.turns, self.fail, self.at, self.seen = turns, fail, at, 0
+    def __init__(self, turns=2, fail="", at=1, fifo=""):
+        self.turns, self.fail, self.at, self.fifo, self.seen = turns, fail, at, fifo, 0
 
     def reset(self, task):
         self.task = task
@@ -79,6 +79,27 @@ class Echo:
                 print("child", os.getpid(), flush=True)
                 time.sleep(600)
             time.sleep(600)
+        if self.fail == "flee":  # a double fork into a session of its own; and no signal helps
+            if os.fork() == 0:
+                os.setsid()
+                if os.fork() == 0:
+                    os.write(os.open(self.fifo, os.O_WRONLY), b"x")
+                    time.sleep(600)
+                os._exit(0)
+            os.wait()
+            for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
+                signal.signal(number, signal.SIG_IGN)
+            re.match("(a+)+$", "a" * 60 + "b")  # holds the GIL for years
+        if self.fail == "leave":
+            threading.Thread(target=time.sleep, args=(600,)).start()
+        if self.fail == "memory":
+            b"x" * (8 << 30)
+        if self.fail == "close":
+            os.closerange(3, 256)
+        if self.fail in ("huge", "junk"):
+            for number in range(3, 64):
+                with contextlib.suppress(OSError):
+                    os.write(number, bytes({"huge": [255] * 64, "junk": [0] * 7 + [1, 193]}[self.fail]))
         if self.fail == "print":
             print("x" * 1_000_000)
 

@@ -71,8 +71,17 @@ for finding in examine():
     print(finding.name, *sorted({"torch", "ray", "transformers"} & set(sys.modules)), sep=",")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    rows = ["python", "disk", "shared memory", "large pages", "leftovers", *doctor.OPTIONAL, "zeromq", "arrow"]
+    rows = ["python", "disk", "shared memory", "large pages", "leftovers", "containment", *doctor.OPTIONAL, "zeromq", "arrow"]
     assert done.stdout.splitlines() == rows
+
+
+def test_containment_says_whether_there_are_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "refused", lambda more=0: "unshare: No space left on device" if more else "")
+    assert doctor.containment().detail.endswith("; network can't be cut off here, and is not")
+    monkeypatch.setattr(doctor, "refused", lambda more=0: "unshare: Operation not permitted")
+    found = doctor.containment()
+    assert (found.status, found.required) == ("missing", False)
+    assert "no PID namespaces (unshare: Operation not permitted)" in found.detail
 
 
 def test_leftovers_name_the_command_that_removes_them() -> None:

@@ -72,6 +72,61 @@ def do_child(value):
     while True:
         pass
 
+def do_flee(value):
+    """Double-forks into a session of its own a process that ignores signals and holds a FIFO open; then never returns."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+            os.write(os.open(value, os.O_WRONLY), b"x")
+            time.sleep(1000)
+        os._exit(0)
+    os.wait()
+    for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_IGN)
+    do_regex(None)
+
+def do_leave(value):
+    """As `do_flee`, and a thread; but returns."""
+    import threading
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.write(os.open(value, os.O_WRONLY), b"x")
+            time.sleep(1000)
+        os._exit(0)
+    return 1.0
+
+def do_memory(value):
+    return float(len(b"x" * (8 << 30)))
+
+def do_flood(value):
+    while True:
+        os.write(1, b"x" * 100_000)
+        time.sleep(0.01)
+
+def do_close(value):
+    os.closerange(3, 256)
+    return 1.0
+
+def do_write(value):
+    """Writes bytes to whatever it has open."""
+    for number in range(3, 64):
+        try:
+            os.write(number, bytes(value))
+        except OSError:
+            pass
+    return 1.0
+
+def do_kill_keeper(value):
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(1000)
+
+def do_seen(value):
+    return float(sum(name.isdigit() for name in os.listdir("/proc")))
+
 def do_pid(value):
     return os.getpid()
 

@@ -1,5 +1,6 @@
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import time
 
 import pytest
 
+from asyncrl import forks
+from asyncrl.containment import refused
 from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.reward.pool import RewardPool
 from asyncrl.reward.results import Sample, Verdict
@@ -116,6 +119,7 @@ def test_two_processes_share_sleep_bound_work_evenly(function):
     assert walls[1] < 0.75 * walls[0]
 
 
+@pytest.mark.usefixtures("plain_numbers")
 def test_a_deadline_kills_what_the_reward_started(function, tmp_path):
     with RewardPool(function, deadline_s=1.5) as pool:
         [verdict] = pool.map([sample("child", str(tmp_path / "pid"))])
@@ -123,6 +127,7 @@ def test_a_deadline_kills_what_the_reward_started(function, tmp_path):
     until(lambda: not alive(int((tmp_path / "pid").read_text())))
 
 
+@pytest.mark.usefixtures("plain_numbers")
 def test_close_leaves_no_process_even_in_mid_sample(function, tmp_path):
     pool = RewardPool(function, processes=2, deadline_s=60.0)
     with pool:
@@ -140,13 +145,15 @@ from asyncrl.reward.pool import RewardPool
 from asyncrl.reward.results import Sample
 with RewardPool(sys.argv[1], deadline_s=600.0) as pool:
     [verdict] = pool.map([Sample("", "pid", "null", "null")])
-    pool.submit([(0, Sample("", sys.argv[2], "null", "null"))])
+    pool.submit([(0, Sample("", sys.argv[2], json.dumps(sys.argv[-1]), "null"))])
     pool.poll(0.0)
     print(int(verdict.reward), flush=True)
-    pool.poll(600.0)
+    while True:
+        pool.poll(600.0)
 """
 
 
+@pytest.mark.usefixtures("plain_numbers")
 @pytest.mark.parametrize("do", ["loop", "regex"])
 def test_a_hanging_process_dies_with_its_killed_parent(function, do):
     parent = subprocess.Popen([sys.executable, "-c", PARENT, function, do], stdout=subprocess.PIPE, text=True)
@@ -157,6 +164,14 @@ def test_a_hanging_process_dies_with_its_killed_parent(function, do):
     parent.stdout.close()
     until(lambda: not alive(scoring))
 
+
+THREADED = """
+import threading, time
+threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+
+def compute_score(*sample):
+    return float(threading.active_count())
+"""
 
 ONCE = """
 import os
@@ -182,7 +197,7 @@ def test_a_function_that_cannot_be_loaded_is_fatal_and_not_respawned(tmp_path):
     ("body", "error", "how"),
     [
         ("import os\nos._exit(7)\n", ConfigError, "exit code 7"),
-        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n", Unavailable, "SIGKILL"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n", Unavailable, r"SIGKILL \(out of memory\?\)"),
     ],
     ids=["ends itself: fatal", "killed: not the function's fault"],
 )
@@ -194,22 +209,114 @@ def test_a_process_that_ends_while_its_file_is_being_loaded(tmp_path, body, erro
         pass
 
 
+@pytest.mark.usefixtures("plain_numbers")
 def test_a_process_that_died_while_it_had_nothing_to_do_costs_no_sample(function):
     with RewardPool(function) as pool:
         [verdict] = pool.map([sample("pid")])
         os.kill(int(verdict.reward), signal.SIGKILL)
-        os.waitid(os.P_PID, int(verdict.reward), os.WEXITED | os.WNOWAIT)
+        assert select.select([scorer._peer for scorer in pool._scorers], [], [], 20.0)[0]
         assert pool.map([sample("number", 1.0)]) == [Verdict("ok", 1.0)]
         assert pool.restarts == 1
 
 
-def test_a_file_that_could_be_loaded_once_is_not_to_blame_later(tmp_path):
+def test_a_file_is_loaded_once_and_that_it_could_be_is_remembered(tmp_path):
     path = tmp_path / "once.py"
     path.write_text(ONCE.format(mark=str(tmp_path / "loaded")))
-    with RewardPool(f"{path}:compute_score") as pool:
-        assert pool.map([sample("number")]) == [Verdict("invalid", error="process died: exit code 3")]
+    with RewardPool(f"{path}:compute_score", processes=2) as pool:
+        assert pool.map([sample("number")] * 3) == [Verdict("invalid", error="process died: exit code 3")] * 3
+        until(lambda: not pool.poll(0.01) and all(scorer.ready for scorer in pool._scorers))
+        pool._forks._forker.kill()
         with pytest.raises(Unavailable, match="exit code 7 while its file was being loaded"):
-            pool.map([sample("number")])
+            until(lambda: pool.poll(0.01))
+
+
+def test_code_that_leaves_threads_is_loaded_by_each_process(tmp_path):
+    """A fork would not have its threads, nor end their locks."""
+    path = tmp_path / "threaded.py"
+    path.write_text(THREADED)
+    with RewardPool(f"{path}:compute_score", processes=2) as pool:
+        assert [verdict.reward for verdict in pool.map([sample("number")] * 3)] == [2.0] * 3
+
+
+def test_threads_of_an_allocator_are_no_reason_to_load_twice(tmp_path):
+    path = tmp_path / "arrow.py"
+    path.write_text(f"import pyarrow\nopen({str(tmp_path / 'loads')!r}, 'a').write('x')\ncompute_score = lambda *sample: 1.0")
+    with RewardPool(f"{path}:compute_score", processes=2) as pool:
+        assert pool.map([sample("number")])[0].reward == 1.0
+    assert (tmp_path / "loads").read_text() == "x"
+
+
+@pytest.mark.usefixtures("contained")
+def test_nothing_survives_its_deadline(function, fifo):
+    """Neither a double fork in a session of its own, nor signals ignored, nor a C function that holds the GIL."""
+    with RewardPool(function, deadline_s=0.5) as pool:
+        first, second = pool.map([sample("flee", fifo.path), sample("number", 1.0)])
+        fifo.wait_free()
+        assert (first.status, second.status) == ("timeout", "ok")
+
+
+@pytest.mark.usefixtures("contained")
+def test_what_a_function_leaves_running_ends_with_its_process(function, fifo):
+    with RewardPool(function) as pool:
+        assert [v.status for v in pool.map([sample("leave", fifo.path), sample("number", 1.0)])] == ["ok", "ok"]
+        fifo.wait_held()
+        assert pool.restarts == 0
+        assert pool.map([sample("exit")])[0].status == "invalid"
+        fifo.wait_free()
+
+
+@pytest.mark.usefixtures("contained")
+def test_nothing_survives_a_killed_owner(function, fifo):
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, function, "leave", fifo.path], stdout=subprocess.PIPE)
+    fifo.wait_held()
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    fifo.wait_free()
+
+
+@pytest.mark.skipif(bool(refused()), reason="this machine gives no namespaces")
+def test_processes_see_themselves_alone_and_have_numbers_of_their_own(function):
+    with RewardPool(function) as pool, RewardPool(function) as other:
+        assert pool.map([sample("seen")])[0].reward == 2.0  # and the keeper
+        numbers = [one.map([sample("pid")])[0].reward for one in (pool, other)]
+        assert pool.map([sample("exit")])[0].status == "invalid"
+        numbers += [pool.map([sample("pid")])[0].reward]
+    assert len(set(numbers)) == 3
+
+
+@pytest.mark.usefixtures("contained")
+def test_a_function_that_kills_its_keeper_costs_itself_alone(function):
+    with RewardPool(function, deadline_s=1.0) as pool:
+        first, second = pool.map([sample("kill_keeper"), sample("number", 1.0)])
+        assert (first.status in ("invalid", "timeout"), second.status) == (True, "ok")
+
+
+@pytest.mark.parametrize(
+    ("do", "value", "error"),
+    [
+        ("close", None, "process died: exit code 1"),
+        ("write", [255] * 64, "at once; at most 67,108,864 are read"),
+        ("write", [0] * 7 + [1, 0xC1], "sent what can't be read"),
+        ("memory", None, "MemoryError"),
+    ],
+    ids=["closes what is open", "a huge frame", "no frame", "memory"],
+)
+def test_what_a_function_may_break(function, do, value, error):
+    with RewardPool(function, memory_bytes=4 << 30, deadline_s=5.0) as pool:
+        first, second = pool.map([sample(do, value), sample("number", 1.0)])
+        assert first.status == "invalid"
+        assert error in first.error
+        assert second.status == "ok"
+
+
+def test_a_flooded_log_is_begun_anew(function, tmp_path, monkeypatch):
+    monkeypatch.setattr(forks, "_LOG_BYTES", 1 << 20)
+    log = tmp_path / "log"
+    with RewardPool(function, deadline_s=30.0, log=log) as pool:
+        pool.submit([(0, sample("flood"))])
+        until(lambda: not pool.poll(0.01) and log.stat().st_size > 1 << 20)
+        until(lambda: not pool.poll(0.01) and log.stat().st_size < 1 << 20)
 
 
 def test_a_file_that_never_finishes_loading_is_fatal(tmp_path):

@@ -4,7 +4,8 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncrl.reward.process import HEADER, Broken, Ready, take_replies, to_frame
+from asyncrl.forks import Broken, Died, Loaded
+from asyncrl.reward.process import HEADER, take_replies, to_frame
 from asyncrl.reward.results import Sample, Verdict
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -18,7 +19,7 @@ verdicts = st.builds(
     st.none() | text,
     st.none() | st.lists(finite),
 )
-replies = verdicts | st.just(Ready()) | st.builds(Broken, text)
+replies = verdicts | st.just(Loaded()) | st.builds(Broken, text) | st.builds(Died, st.integers(-64, 255))
 
 
 @given(st.lists(replies, max_size=8), st.data())
