@@ -92,7 +92,13 @@ class Forks:
         self._control, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
         with theirs, open(self._log, "ab") if self._log else contextlib.nullcontext(2) as output:
             environment = os.environ | _ONE_THREAD
-            self._forker = OwnedProcess(self._command, stdin=theirs, stdout=output, stderr=output, env=environment)
+            try:
+                self._forker = OwnedProcess(self._command, stdin=theirs, stdout=output, stderr=output, env=environment)
+            except OSError as error:
+                self._control.close()
+                raise ConfigError(
+                    f"{self._what}: {self._command[0]!r} can't be started ({error.strerror}); name a Python that has asyncrl"
+                ) from error
         self._ending.callback(self._forker.kill, REAP_S)
         self._ending.enter_context(self._control)
         self._loaded = False

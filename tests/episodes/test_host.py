@@ -306,6 +306,8 @@ def test_close_leaves_no_process(make_host, make_ticket, engine) -> None:
 def test_an_environment_that_cannot_be_loaded(environment, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"episode\.environment=.*:Ecko'.*did you mean 'Echo'"):
         EpisodePool(EpisodeSpec(environment=environment("Ecko")), tmp_path / "log", WAIT_S)
+    with pytest.raises(ConfigError, match=r"Echo: '/no/python' can't be started \(No such file or directory\); name a Python"):
+        EpisodePool(EpisodeSpec(environment=environment("Echo"), python="/no/python"), tmp_path / "log", WAIT_S)
     (tmp_path / "slow.py").write_text("import time\ntime.sleep(60)")
     with pytest.raises(ConfigError, match=r"not loaded after start_timeout_s=0\.2"):
         EpisodePool(EpisodeSpec(environment=f"{tmp_path}/slow.py:E"), tmp_path / "log", 0.2)
