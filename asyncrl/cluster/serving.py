@@ -35,7 +35,7 @@ from asyncrl.types import Sampling, Version
 log = logging.getLogger(__name__)
 
 
-class Served(NamedTuple):
+class ModelServer(NamedTuple):
     """A model that is up, what looks after it and ends it, and what it is."""
 
     respond: Respond
@@ -44,7 +44,7 @@ class Served(NamedTuple):
     facts: dict[str, str]
 
 
-def serve(name: str, term: RewardTerm, spec: ModelsSpec, limits: LimitsSpec, logs: Path) -> Served:
+def serve_model(name: str, term: RewardTerm, spec: ModelsSpec, limits: LimitsSpec, logs: Path) -> ModelServer:
     """Loads the model of a term, downloading it first if need be. Raises ConfigError."""
     assert term.served is not None
     from asyncrl.models.loading import use_threads
@@ -61,7 +61,7 @@ def serve(name: str, term: RewardTerm, spec: ModelsSpec, limits: LimitsSpec, log
     facts = {"model": term.served.path, "commit": commit, "weights": digest, "dtype": dtype}
     facts["chat_template"] = _hash(str(tokenizer.chat_template))
     up = _judge(site, term.judge, tokenizer) if term.judge else _classifier(site, spec, tokenizer)
-    return Served(*up, facts)
+    return ModelServer(*up, facts)
 
 
 Up = tuple[Respond, Callable[[], None], Callable[[], None]]

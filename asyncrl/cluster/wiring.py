@@ -218,11 +218,11 @@ def _behind_models(name: str, plan: RunPlan, peers: Peers, pool: "RewardPool[Any
 
 
 def _model(name: str, plan: RunPlan) -> Built:
-    from asyncrl.cluster.serving import note, serve
+    from asyncrl.cluster.serving import note, serve_model
     from asyncrl.reward.served import ServedModel
 
     term = plan.models[name]
-    served = serve(name, term, plan.deployment.rewards.models, plan.deployment.limits, plan.paths.logs)
+    served = serve_model(name, term, plan.deployment.rewards.models, plan.deployment.limits, plan.paths.logs)
     note(plan.paths.rewards, term, served.facts)
     return Built(ServedModel(name, served.respond, served.health), None, (served.close,))
 

@@ -24,12 +24,12 @@ from asyncrl.config import QUESTIONS, JudgeSpec, RewardSpec, RewardTerm
 from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.reward.opinions import Chat, conversation, question, read_prompt
 from asyncrl.reward.pool import RewardPool
-from asyncrl.reward.results import Answer, Sample, Verdict
+from asyncrl.reward.results import Opinion, Sample, Verdict
 from asyncrl.rundir import MASK
 
 T = TypeVar("T")
-Send = Callable[[Chat], Awaitable[Answer]]  # raises Unavailable where it is worth while to ask again; TimeoutError
-Ask = Callable[[Sequence[Sample]], Awaitable[list[Answer]]]  # about samples of one group; answers in their order
+Send = Callable[[Chat], Awaitable[Opinion]]  # raises Unavailable where it is worth while to ask again; TimeoutError
+Ask = Callable[[Sequence[Sample]], Awaitable[list[Opinion]]]  # about samples of one group; answers in their order
 
 TRIES = 5
 _AGAIN_S = 1.0  # before the second try; then twice as long each time
@@ -185,17 +185,17 @@ def ask_by(send: Send, write: Callable[..., Chat], *, n: int = 1, pairwise: bool
     """
     room = asyncio.Semaphore(QUESTIONS)
 
-    async def one(*samples: Sample) -> Answer:
+    async def one(*samples: Sample) -> Opinion:
         try:
             return await _insistent(send, write(*samples), room)
         except ValueError as error:
-            return Answer("invalid", error=str(error))
+            return Opinion("invalid", error=str(error))
 
-    async def each(samples: Sequence[Sample]) -> list[Answer]:
+    async def each(samples: Sequence[Sample]) -> list[Opinion]:
         answers = await asyncio.gather(*(one(sample) for sample in samples for _ in range(n)))
         return [_joined(answers[place : place + n]) for place in range(0, len(answers), n)]
 
-    async def pairs(samples: Sequence[Sample]) -> list[Answer]:
+    async def pairs(samples: Sequence[Sample]) -> list[Opinion]:
         orders = list(permutations(range(len(samples)), 2))
         of = dict(zip(orders, await asyncio.gather(*(one(samples[a], samples[b]) for a, b in orders)), strict=True))
         return [_joined([of[pair] for a, b in orders if a == i for pair in ((a, b), (b, a))]) for i in range(len(samples))]
@@ -203,15 +203,15 @@ def ask_by(send: Send, write: Callable[..., Chat], *, n: int = 1, pairwise: bool
     return pairs if pairwise else each
 
 
-def _joined(answers: Sequence[Answer]) -> Answer:
+def _joined(answers: Sequence[Opinion]) -> Opinion:
     """All their texts; or the first failure among them. A single one as it is."""
     failed = next((answer for answer in answers if answer.status != "ok"), None)
     if failed or len(answers) == 1:
         return failed or answers[0]
-    return Answer("ok", texts=[text for answer in answers for text in answer.texts])
+    return Opinion("ok", texts=[text for answer in answers for text in answer.texts])
 
 
-async def _insistent(send: Send, chat: Chat, room: asyncio.Semaphore) -> Answer:
+async def _insistent(send: Send, chat: Chat, room: asyncio.Semaphore) -> Opinion:
     """Asks, when there is room, and again where that may help; what does not is `timeout` or `invalid`."""
     for attempt in range(TRIES):
         if attempt:
@@ -220,10 +220,10 @@ async def _insistent(send: Send, chat: Chat, room: asyncio.Semaphore) -> Answer:
             async with room:
                 return await send(chat)
         except TimeoutError:
-            return Answer("timeout", error="no answer within reward.deadline_s")
+            return Opinion("timeout", error="no answer within reward.deadline_s")
         except Unavailable as error:
             why = str(error)
-    return Answer("invalid", error=f"no answer to {TRIES} requests: {why}")
+    return Opinion("invalid", error=f"no answer to {TRIES} requests: {why}")
 
 
 # -------------------------------------------------------------------------------------------------- an API
@@ -243,7 +243,7 @@ class ChatAPI:
             raise ConfigError(f"reward.judge.key_env={judge.key_env!r} is not set here, so nobody could be asked; export it")
         self._session: aiohttp.ClientSession | None = None
 
-    async def __call__(self, chat: Chat) -> Answer:
+    async def __call__(self, chat: Chat) -> Opinion:
         """The text of its answer. Raises TimeoutError, and Unavailable where it can't be reached or has trouble of its own."""
         if self._session is None:
             headers = {"authorization": f"Bearer {self._key}"} if self._key else None
@@ -259,17 +259,17 @@ class ChatAPI:
                 async for piece in response.content.iter_any():
                     text += piece
                     if len(text) > _ANSWER_BYTES:
-                        return Answer("invalid", error=f"{self._url}: an answer of more than {_ANSWER_BYTES} bytes")
+                        return Opinion("invalid", error=f"{self._url}: an answer of more than {_ANSWER_BYTES} bytes")
         except aiohttp.ClientError as error:
             raise Unavailable(f"{self._url}: {type(error).__name__}: {error}") from error
         if response.status == 429 or response.status >= 500:
             raise Unavailable(self._shown(response.status, text))
         try:
             if response.status == 200 and isinstance(said := json.loads(text)["choices"][0]["message"]["content"], str):
-                return Answer("ok", texts=[said])
+                return Opinion("ok", texts=[said])
         except (ValueError, LookupError, TypeError, RecursionError):
             pass  # told as it came
-        return Answer("invalid", error=self._shown(response.status, text))
+        return Opinion("invalid", error=self._shown(response.status, text))
 
     def _shown(self, status: int, text: bytes) -> str:
         said = text.decode(errors="replace")

@@ -16,7 +16,7 @@ import msgspec
 from asyncrl.config import JudgeSpec, RewardTerm
 from asyncrl.config.callables import describe, load_callable
 from asyncrl.errors import ConfigError
-from asyncrl.reward.results import Answer, Sample, Verdict
+from asyncrl.reward.results import Opinion, Sample, Verdict
 
 Chat = str | list[dict[str, Any]]  # what a model reads: a text, or messages
 
@@ -98,7 +98,7 @@ def _readable(chat: Chat) -> str:
 # ------------------------------------------------------------------------------------------------ answers
 
 
-def reader(term: RewardTerm) -> Callable[[Answer], Verdict]:
+def reader(term: RewardTerm) -> Callable[[Opinion], Verdict]:
     """What turns answers of a term's model or judge into verdicts. Raises ConfigError for a `parse` that can't be loaded."""
     judge = term.judge
     if judge is None:
@@ -106,7 +106,7 @@ def reader(term: RewardTerm) -> Callable[[Answer], Verdict]:
     read = load_callable(judge.parse, "reward.judge.parse") if judge.parse else _last(judge)
     worth = _share_of_wins if judge.pairwise else _AGGREGATES[judge.aggregate]
 
-    def verdict(answer: Answer) -> Verdict:
+    def verdict(answer: Opinion) -> Verdict:
         said = {term.name: "\n\n---\n\n".join(answer.texts)[:_RECORDED]} if answer.texts else {}
         if answer.status != "ok" or not answer.texts:  # there may be no other response to compare with: it does not apply
             return Verdict(answer.status, error=answer.error, said=said)

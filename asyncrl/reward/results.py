@@ -8,7 +8,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 
-class Answer(Struct, frozen=True, array_like=True):
+class Opinion(Struct, frozen=True, array_like=True):
     """What a model said of a sample: a classifier a score, a judge texts. Only `ok` has them.
 
     Texts of a pairwise judge come in twos, one per other response of the group: with this one as A, and with it as B.
@@ -33,7 +33,7 @@ class Sample(Struct, frozen=True, array_like=True):
     turns: tuple[int, ...] = (0,)  # offsets in response_ids where turns start
     episode: str = "null"  # as types.Episode.for_rewards makes it; null: the response was a single turn
     group: int = 0  # equal for responses to one prompt
-    asked: dict[str, Answer] = {}  # what models said, by the name of their term
+    asked: dict[str, Opinion] = {}  # what models said, by the name of their term
 
 
 class Verdict(Struct, frozen=True, tag="verdict"):

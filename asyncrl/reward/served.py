@@ -10,13 +10,13 @@ from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.interfaces import Engine
 from asyncrl.report.timing import TimeInState
 from asyncrl.reward.opinions import Chat
-from asyncrl.reward.results import Answer
+from asyncrl.reward.results import Opinion
 from asyncrl.types import GenerationRequest, Report, Sampling, Status
 
 _WATCH_S = 1.0  # between two looks at its health
 
 Encode = Callable[[Chat], list[int]]  # raises ValueError for what can't be written with the model's template
-Respond = Callable[[Chat], Answer]  # thread-safe; waits
+Respond = Callable[[Chat], Opinion]  # thread-safe; waits
 
 
 class ServedModel:
@@ -39,7 +39,7 @@ class ServedModel:
     def stop(self) -> None:
         self._stop.set()
 
-    def answer(self, chat: Chat) -> Answer:
+    def answer(self, chat: Chat) -> Opinion:
         """Waits for it. Called from several threads."""
         with self._lock:
             self._asked += 1
@@ -75,20 +75,20 @@ class Classifier:
         self._waiting = deque[tuple[list[int], Future[float]]]()
         self._encoding, self._computing = threading.Lock(), threading.Lock()
 
-    def __call__(self, chat: Chat) -> Answer:
+    def __call__(self, chat: Chat) -> Opinion:
         try:
             with self._encoding:
                 ids = self._encode(chat)
         except ValueError as error:
-            return Answer("invalid", error=str(error))
+            return Opinion("invalid", error=str(error))
         if not 0 < len(ids) <= self._max_length:
-            return Answer("invalid", error=f"{len(ids)} tokens: rewards.models.engine.max_length={self._max_length}")
+            return Opinion("invalid", error=f"{len(ids)} tokens: rewards.models.engine.max_length={self._max_length}")
         score = Future[float]()
         self._waiting.append((ids, score))
         with self._computing:
             while not score.done():
                 self._score_pack()
-        return Answer("ok", score.result())
+        return Opinion("ok", score.result())
 
     def _score_pack(self) -> None:
         pack, longest = [self._waiting.popleft()], 0
@@ -114,7 +114,7 @@ class Judge:
         self._engine, self._encode, self._decode, self._sampling = engine, encode, decode, sampling
         self._numbers, self._encoding = itertools.count(1), threading.Lock()
 
-    def __call__(self, chat: Chat) -> Answer:
+    def __call__(self, chat: Chat) -> Opinion:
         with self._encoding:
             number, ids = next(self._numbers), self._encode([{"role": "user", "content": chat}])
         request = GenerationRequest(
@@ -123,8 +123,8 @@ class Judge:
         try:
             generation = self._engine.submit_group([request])[0].result()
         except ConfigError as error:  # too long for the engine
-            return Answer("invalid", error=str(error))
+            return Opinion("invalid", error=str(error))
         if generation.finish_reason == "abort":
             raise Unavailable("the engine gave up a judge's text")
         with self._encoding:
-            return Answer("ok", texts=[self._decode(generation.token_ids)])
+            return Opinion("ok", texts=[self._decode(generation.token_ids)])

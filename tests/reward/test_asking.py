@@ -16,7 +16,7 @@ from asyncrl.reward import asking
 from asyncrl.reward.asking import AskFirst, ChatAPI, ask_by
 from asyncrl.reward.opinions import question, reader
 from asyncrl.reward.pool import RewardPool
-from asyncrl.reward.results import Answer, Sample
+from asyncrl.reward.results import Opinion, Sample
 from asyncrl.rundir import MASK
 
 PAIR = "1. {response_a} 2. {response_b}"
@@ -83,7 +83,7 @@ def test_what_an_api_is_asked_with_its_key_and_what_it_says(monkeypatch):
         return completion("score: 4")
 
     answer = answer_of(respond, key_env="MY_JUDGE", served_name="big", max_tokens=9)
-    assert answer == Answer("ok", texts=["score: 4"])
+    assert answer == Opinion("ok", texts=["score: 4"])
     [(path, authorization, body)] = seen
     assert (path, authorization) == ("/v1/chat/completions", "Bearer sesame-of-40-thieves")
     messages = [{"role": "user", "content": "Q: red"}]
@@ -151,7 +151,7 @@ def test_an_answer_past_the_deadline_is_a_timeout_also_when_it_drips():
         return response
 
     for respond in (silent, drip):
-        assert answer_of(respond, deadline_s=0.2) == Answer("timeout", error="no answer within reward.deadline_s")
+        assert answer_of(respond, deadline_s=0.2) == Opinion("timeout", error="no answer within reward.deadline_s")
 
 
 def test_a_key_that_is_not_there_is_refused(monkeypatch):
@@ -165,7 +165,7 @@ def test_a_key_that_is_not_there_is_refused(monkeypatch):
 
 def pairs_of(responses, say):
     async def send(chat):
-        return Answer("ok", texts=[say(*chat.removeprefix("1. ").split(" 2. "))])
+        return Opinion("ok", texts=[say(*chat.removeprefix("1. ").split(" 2. "))])
 
     ask = ask_by(send, partial(question, PAIR), pairwise=True)
     return asyncio.run(ask([sample(response) for response in responses]))
@@ -175,7 +175,7 @@ def test_each_two_are_compared_in_both_orders():
     answers = pairs_of(["aa", "b", "c"], lambda a, b: f"{a}>{b}")
     assert answers[0].texts == ["aa>b", "b>aa", "aa>c", "c>aa"]  # first as A, then as B
     assert answers[2].texts == ["c>aa", "aa>c", "c>b", "b>c"]
-    assert pairs_of(["aa"], lambda a, b: "")[0] == Answer("ok")  # nobody to compare with: it does not apply
+    assert pairs_of(["aa"], lambda a, b: "")[0] == Opinion("ok")  # nobody to compare with: it does not apply
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_samples_reach_functions_with_the_answers_and_a_slow_one_holds_up_no_oth
     async def ask(samples):
         if samples[0].solution_str == "late":
             await asyncio.to_thread(gate.wait, 20)
-        return [Answer("ok", texts=[f"score: {len(one.solution_str)}"]) for one in samples]
+        return [Opinion("ok", texts=[f"score: {len(one.solution_str)}"]) for one in samples]
 
     with AskFirst(pool(), {"j": ask}) as first:
         first.submit([("a", sample("late")), ("b", sample("x"))])
@@ -236,7 +236,7 @@ def test_a_group_is_asked_about_and_returned_whole(pool):
 
     async def ask(samples):
         asked.append([one.solution_str for one in samples])
-        return [Answer("ok", texts=["score: 1"]) for _ in samples]
+        return [Opinion("ok", texts=["score: 1"]) for _ in samples]
 
     with AskFirst(pool(deadline_s=0.5), {"j": ask}, by_group=True) as first:
         first.submit([(1, sample("x", 7)), (2, sample("slow", 7)), (3, sample("y", 8))])
@@ -264,7 +264,7 @@ def test_an_actor_that_dies_is_asked_again_when_it_is_back():
     async def send(chat):
         for death in deaths:
             raise death
-        return Answer("ok", 0.5)
+        return Opinion("ok", 0.5)
 
     ask = ask_by(send, lambda of: of.solution_str)
-    assert asyncio.run(ask([sample("x")])) == [Answer("ok", 0.5)]
+    assert asyncio.run(ask([sample("x")])) == [Opinion("ok", 0.5)]

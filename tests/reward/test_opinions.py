@@ -8,7 +8,7 @@ from asyncrl.config import JudgeSpec, RewardTerm
 from asyncrl.errors import ConfigError
 from asyncrl.reward.functions import load_terms
 from asyncrl.reward.opinions import conversation, question, read_prompt, reader
-from asyncrl.reward.results import Answer, Sample
+from asyncrl.reward.results import Opinion, Sample
 
 PROMPT = [{"role": "user", "content": "Name a {colour}."}]
 TURNS = [
@@ -59,13 +59,13 @@ def test_of_an_episode_the_judge_reads_all_that_followed_the_prompt_and_a_classi
     ],
 )
 def test_the_last_match_counts_and_several_texts_become_one_value(fields, texts, value):
-    verdict = reader(judge(**fields))(Answer("ok", texts=texts))
+    verdict = reader(judge(**fields))(Opinion("ok", texts=texts))
     assert (verdict.status, verdict.reward) == ("ok", pytest.approx(value))
     assert verdict.said == {"j": "\n\n---\n\n".join(texts)}
 
 
 def test_what_cannot_be_read_is_invalid_and_its_text_kept():
-    verdict = reader(judge())(Answer("ok", texts=["I would rather not say."]))
+    verdict = reader(judge())(Opinion("ok", texts=["I would rather not say."]))
     assert (verdict.status, verdict.reward, verdict.said) == ("invalid", None, {"j": "I would rather not say."})
     assert "rather not say" in verdict.error
 
@@ -74,8 +74,8 @@ def test_your_own_parse_is_called_and_what_it_raises_is_invalid(tmp_path):
     path = tmp_path / "parse.py"
     path.write_text("def parse(text):\n    return {'good': 1, 'nan': float('nan')}[text]\n")
     read = reader(judge(parse=f"{path}:parse"))
-    assert read(Answer("ok", texts=["good"])).reward == 1.0
-    verdict = read(Answer("ok", texts=["bad"]))
+    assert read(Opinion("ok", texts=["good"])).reward == 1.0
+    verdict = read(Opinion("ok", texts=["bad"]))
     assert verdict.status == "invalid"
     assert "KeyError: 'bad'" in verdict.error
     with pytest.raises(ConfigError, match="has no 'other'"):
@@ -87,11 +87,11 @@ def test_models_and_functions_are_one_weighted_sum(tmp_path):
     path.write_text("def length(solution_str):\n    return {'score': len(solution_str), 'chars': 3}\n")
     model = RewardTerm(judge=JudgeSpec(prompt="p.txt", url="http://judge/v1"), name="rm/x", weight=2.0)
     verdict = load_terms([RewardTerm(function=f"{path}:length", name="length", weight=0.5), model, judge()])
-    asked = {"rm/x": Answer("ok", texts=["score: 1.5"]), "j": Answer("ok", texts=["score: -1"])}
+    asked = {"rm/x": Opinion("ok", texts=["score: 1.5"]), "j": Opinion("ok", texts=["score: -1"])}
     one = verdict(Sample("", "red", '""', "null", asked=asked))
     assert (one.reward, one.parts) == (0.5 * 3 + 2 * 1.5 - 1, {"length": 3.0, "length/chars": 3.0, "rm/x": 1.5, "j": -1.0})
     assert one.said == {"rm/x": "score: 1.5", "j": "score: -1"}
-    late = verdict(Sample("", "red", '""', "null", asked={**asked, "j": Answer("timeout", error="no answer")}))
+    late = verdict(Sample("", "red", '""', "null", asked={**asked, "j": Opinion("timeout", error="no answer")}))
     assert (late.status, late.reward, late.error) == ("timeout", None, "j: no answer")
 
 
@@ -99,8 +99,8 @@ def test_a_classifiers_answer_is_its_score():
     from asyncrl.config import ModelSpec
 
     read = reader(RewardTerm(model=ModelSpec(path="m"), name="rm"))
-    assert read(Answer("ok", -0.25)).reward == -0.25
-    assert read(Answer("invalid", error="9 tokens")).error == "9 tokens"
+    assert read(Opinion("ok", -0.25)).reward == -0.25
+    assert read(Opinion("invalid", error="9 tokens")).error == "9 tokens"
 
 
 def test_a_prompt_without_the_response_is_refused(tmp_path):

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from asyncrl.errors import ConfigError, Unavailable
-from asyncrl.reward.results import Answer
+from asyncrl.reward.results import Opinion
 from asyncrl.reward.served import Classifier, Judge, ServedModel
 from asyncrl.types import Generation, Sampling
 
@@ -44,7 +44,7 @@ def test_whoever_comes_while_a_pack_is_computed_is_in_the_next_within_the_tokens
         while len(classifier._waiting) < 4:
             pass
         scorer.gate.set()
-        assert first.result() == Answer("ok", 1.0)
+        assert first.result() == Opinion("ok", 1.0)
         assert [future.result().score for future in others] == [4.0, 12.0, 4.0, 20.0]
     assert scorer.packs[0] == [1]
     assert sum(map(len, scorer.packs)) == 5
@@ -55,8 +55,8 @@ def test_whoever_comes_while_a_pack_is_computed_is_in_the_next_within_the_tokens
 def test_what_cannot_be_asked_is_invalid_and_never_cut():
     scorer = Scorer()
     classifier = Classifier(encode, scorer, max_length=3, pack_tokens=8)
-    assert classifier("") == Answer("invalid", error="the template refuses it")
-    assert classifier("aaaa") == Answer("invalid", error="4 tokens: rewards.models.engine.max_length=3")
+    assert classifier("") == Opinion("invalid", error="the template refuses it")
+    assert classifier("aaaa") == Opinion("invalid", error="4 tokens: rewards.models.engine.max_length=3")
     assert scorer.packs == []
 
 
@@ -88,7 +88,7 @@ class FakeEngine:
 def test_a_judge_writes_with_the_engine_what_its_template_makes_of_the_question():
     engine = FakeEngine("stop", ConfigError("request: 99 tokens > max_length"), "abort")
     judge = Judge(engine, lambda chat: [len(chat), len(chat[0]["content"])], str, SAMPLING)
-    assert judge("Good?") == Answer("ok", texts=["[7, 8]"])
+    assert judge("Good?") == Opinion("ok", texts=["[7, 8]"])
     assert (engine.requests[0].prompt_ids, engine.requests[0].sampling) == ((1, 5), SAMPLING)
     assert judge("long").status == "invalid"
     with pytest.raises(Unavailable):
@@ -102,8 +102,8 @@ def test_the_stage_answers_counts_and_ends_with_its_model():
         looked.set()
         raise Unavailable("the server died")
 
-    served = ServedModel("model-0.0", lambda chat: Answer("ok" if chat else "invalid", 1.0), health)
-    assert served.answer("x") == Answer("ok", 1.0)
+    served = ServedModel("model-0.0", lambda chat: Opinion("ok" if chat else "invalid", 1.0), health)
+    assert served.answer("x") == Opinion("ok", 1.0)
     served.answer("")
     report = served.report()
     assert (report.gauges, report.progress) == ({"answered": 2.0, "invalid": 1.0}, 2)
