@@ -167,9 +167,7 @@ def _callables(recipe: Recipe) -> str:
             check_callable(term.function, "reward.function")
     for field, name, built_in in (
         ("sampling.keep", recipe.sampling.keep, ("all", "varied")),
-        ("episode.environment", recipe.episode.environment, ("",)),
-        ("episode.agent", recipe.episode.agent, ("",)),
-        *(("episode.tools", tool, ()) for tool in recipe.episode.tools),
+        *((f"episode.{field}", name, ()) for field, name in recipe.episode.found_here),
         ("algorithm.adv_estimator", recipe.algorithm.adv_estimator, ESTIMATOR_NAMES),
         ("algorithm.policy_loss", recipe.algorithm.policy_loss, LOSS_NAMES),
         ("prepare", recipe.prepare, ("",)),

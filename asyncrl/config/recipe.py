@@ -13,7 +13,7 @@ from msgspec.structs import asdict
 
 from asyncrl.config.algorithm import AlgorithmSpec
 from asyncrl.config.base import MEMORY_RULE, SEED_RULE, Rule, Spec, require, require_fields, require_unset
-from asyncrl.config.callables import Function, name_functions
+from asyncrl.config.callables import Function, is_file, name_functions
 from asyncrl.config.learner import CriticSpec, LearnerSpec, ModelSpec
 from asyncrl.config.rewards import RewardSpec
 from asyncrl.staleness import OnStale, SelectorName, Staleness
@@ -96,6 +96,12 @@ class EpisodeSpec(Spec, frozen=True, kw_only=True):
     def what(self) -> str:
         """What answers the policy, by name; empty: nothing, a rollout is one answer."""
         return ", ".join(filter(None, (self.environment, self.agent, *self.tools)))
+
+    @property
+    def found_here(self) -> list[tuple[str, str]]:
+        """Its functions, each after its field, but for those of modules that only `python` may have."""
+        named = [("environment", self.environment), ("agent", self.agent), *(("tools", tool) for tool in self.tools)]
+        return [(field, name) for field, name in named if name and not (self.python and not is_file(name.rpartition(":")[0]))]
 
 
 class SamplingSpec(Spec, frozen=True, kw_only=True):

@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from asyncrl.config import EpisodeSpec
 from asyncrl.config.callables import describe, load_callable, named_parameters
-from asyncrl.episodes.adapters import environment_of
+from asyncrl.episodes.adapters import agent_of, environment_of
 from asyncrl.episodes.environments import Message, Step, Task
 from asyncrl.episodes.tools import prepare_tools, resolved
 from asyncrl.forks import Broken, Died, Loaded, fork_for
@@ -74,10 +74,11 @@ def load(episode: str) -> Callable[[socket.socket], None]:
     named = spec.environment or spec.agent
     make = load_callable(named, "episode.environment" if spec.environment else "episode.agent") if named else None
     tools = [load_callable(tool, "episode.tools") for tool in spec.tools]
-    prepare_tools(make, tools)
-    new: Callable[..., Any] = partial(environment_of, make, spec.arguments, tools)
     if spec.agent and make is not None:
-        new = partial(make, **spec.arguments)
+        new = agent_of(make, spec.arguments)
+    else:
+        prepare_tools(make, tools)
+        new = partial(environment_of, make, spec.arguments, tools)
     return partial(run_episodes, new, getattr(make, "__module__", ""))
 
 

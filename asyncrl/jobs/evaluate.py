@@ -114,8 +114,8 @@ def _eval(args: argparse.Namespace) -> int:
     terms, data = _terms(args, policy), _data(args, policy)
     for term in terms:
         check_callable(term.function, "--reward")
-    for name in filter(None, _episode(args, policy).what.split(", ")):
-        check_callable(name, "episode")
+    for field, name in _episode(args, policy).found_here:
+        check_callable(name, f"episode.{field}")
     named = args.metric or (policy.recipe.evaluation.metrics if policy.recipe else ())
     metrics = [load_callable(metric, "--metric") for metric in named]
     check_columns(data.files, data)

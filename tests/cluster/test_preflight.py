@@ -90,6 +90,14 @@ def test_a_family_of_chats_needs_renderers(
         check_run(replace(recipe, episode=episode), Deployment(num_cpus=2), run)
 
 
+def test_modules_of_an_interpreter_of_its_own_are_not_looked_for_here(recipe: Recipe, run: RunDir) -> None:
+    episode = EpisodeSpec(agent="only_there:solve", python="/elsewhere/bin/python")
+    check_run(replace(recipe, episode=episode), Deployment(num_cpus=2), run)
+    for wrong in (replace(episode, python=""), replace(episode, agent="nowhere.py:solve")):
+        with pytest.raises(ConfigError, match=r"episode\.agent='.*': no (module|file)"):
+            check_run(replace(recipe, episode=wrong), Deployment(num_cpus=2), run)
+
+
 def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
     recipe = replace(recipe, staleness=StalenessSpec(max_lag=9))
     plan = check_run(recipe, Deployment(num_cpus=2), run)

@@ -61,6 +61,14 @@ def test_an_agent_of_the_openai_sdk(play, ids) -> None:
     assert [message["role"] for message in json.loads(made.episode.messages)] == ["user", "assistant", "user", "assistant"]
 
 
+def test_the_gateway_is_reached_past_a_proxy(play, monkeypatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    assert play().episode.error == ""
+
+
 def test_a_branch_is_a_segment(play, ids) -> None:
     made = play(kind="branch")
     assert made.segments == (0, 9)
