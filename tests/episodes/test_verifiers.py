@@ -104,7 +104,7 @@ def test_reasoning_gym_of_verifiers_0_3(interpreter, play, tokenizer) -> None:
     assert ends(made) == [("ok", "")] * 3
     assert made[0].episode.reward == 1.0
     assert made[1].episode.reward < 0.1
-    assert [one.episode.parts["format_reward_func"] for one in made] == [1.0, 1.0, 0.0]
+    assert [one.episode.parts["format_reward_func"] for one in made] == [1.0, 1.0, 0.2]
     for one, answer in zip(made, answers, strict=True):
         prompt = tokenizer.decode(one.prompt_ids)
         assert prompt.startswith("<system>Given a problem")
