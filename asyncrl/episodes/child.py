@@ -68,7 +68,7 @@ decode_told = msgspec.msgpack.Decoder(Told).decode
 _decode_asked = msgspec.msgpack.Decoder(Task | Reply | Engage).decode
 
 
-def load(episode: str) -> Callable[[socket.socket], None]:
+def load_episodes(episode: str) -> Callable[[socket.socket], None]:
     """What runs episodes in a fork. Raises ConfigError if the user's code can't be loaded."""
     spec = msgspec.json.decode(episode, type=EpisodeSpec)
     named = spec.environment or spec.agent
@@ -139,4 +139,4 @@ def _tell(stream: BufferedRWPair, message: Told) -> None:
 
 
 if __name__ == "__main__":
-    fork_for(partial(load, sys.argv[1]), *map(int, sys.argv[2:]))
+    fork_for(partial(load_episodes, sys.argv[1]), *map(int, sys.argv[2:]))

@@ -43,7 +43,7 @@ def take_replies(received: bytearray) -> list[Reply]:
     return replies
 
 
-def load(terms: str) -> Callable[[socket.socket], None]:
+def load_scoring(terms: str) -> Callable[[socket.socket], None]:
     """What scores in a fork. Raises ConfigError if a function can't be loaded."""
     return partial(serve, load_terms(msgspec.json.decode(terms, type=tuple[RewardTerm, ...])))
 
@@ -64,4 +64,4 @@ def serve(judge: Callable[[Sample], Verdict], peer: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    fork_for(partial(load, sys.argv[1]), *map(int, sys.argv[2:]))
+    fork_for(partial(load_scoring, sys.argv[1]), *map(int, sys.argv[2:]))
