@@ -104,6 +104,8 @@ class Namespaces:
         if not (pid := os.fork()):
             try:
                 self._settle()
+                for descriptor in (self._machine, self._home):  # what the user's code is to know nothing of
+                    os.close(descriptor)
             except OSError as error:
                 os.write(2, f"asyncrl: {error}\n".encode())
                 os._exit(1)

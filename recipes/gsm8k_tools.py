@@ -8,6 +8,9 @@ Data as for recipes/gsm8k.py. Any model does whose chat template shows tools and
     asyncrl run recipes/gsm8k_tools.py 'arguments={source: /data/gsm8k}' model.path=Qwen/Qwen2.5-0.5B-Instruct --dry-run
 """
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,11 +54,16 @@ def python(code: str) -> str:
         code: The program. It prints its results.
     """
     with tempfile.TemporaryFile("w+", errors="replace") as output, tempfile.TemporaryFile("w+", errors="replace") as errors:
-        try:
-            command = [sys.executable, "-I", "-c", _PROGRAM]
-            ended = subprocess.run(command, input=code, stdout=output, stderr=errors, text=True, timeout=LONGEST_S)
-        except subprocess.TimeoutExpired:
-            raise TimeoutError(f"the program did not end within {LONGEST_S:g} seconds") from None
+        command = [sys.executable, "-I", "-c", _PROGRAM]
+        files = {"stdin": subprocess.PIPE, "stdout": output, "stderr": errors}
+        with subprocess.Popen(command, **files, text=True, start_new_session=True) as ended:
+            try:
+                ended.communicate(code, LONGEST_S)
+            except subprocess.TimeoutExpired:
+                raise TimeoutError(f"the program did not end within {LONGEST_S:g} seconds") from None
+            finally:
+                with contextlib.suppress(ProcessLookupError):  # what it started, too
+                    os.killpg(ended.pid, signal.SIGKILL)
         output.seek(0)
         errors.seek(0)
         printed, error = output.read().strip()[-SHOWN:], errors.read().strip()[-SHOWN:]
@@ -67,9 +75,9 @@ def python(code: str) -> str:
 def last_answer(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None, *, episode: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """GSM8K's verifier on the answer that ended the episode, and how often tools were called."""
+    """GSM8K's verifier on the answer that ended the episode."""
     answer = episode["messages"][-1]["content"] if episode["stop"] == "done" else ""
-    return {**episode["parts"], **verify.gsm8k(data_source, answer, ground_truth)}
+    return verify.gsm8k(data_source, answer, ground_truth)
 
 
 def prepare(recipe: Recipe, run_dir: Path) -> None:

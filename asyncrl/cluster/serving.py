@@ -3,8 +3,8 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from asyncrl.errors import ConfigError
 from asyncrl.generate.engines import EngineSite, engine_kind
 from asyncrl.models.architectures import not_a_classifier, read_config
 from asyncrl.models.hub import frozen_folder
-from asyncrl.reward.opinions import read_prompt
+from asyncrl.reward.opinions import api_key, read_prompt
 from asyncrl.reward.served import Classifier, Judge, Respond
 from asyncrl.rundir import redact, write_atomic
 from asyncrl.types import Sampling, Version
@@ -44,8 +44,10 @@ class ModelServer(NamedTuple):
     facts: dict[str, str]
 
 
-def serve_model(name: str, term: RewardTerm, spec: ModelsSpec, limits: LimitsSpec, logs: Path) -> ModelServer:
-    """Loads the model of a term, downloading it first if need be. Raises ConfigError."""
+def serve_model(
+    name: str, term: RewardTerm, spec: ModelsSpec, limits: LimitsSpec, logs: Path, deadline_s: float
+) -> ModelServer:
+    """Loads the model of a term, downloading it first if need be. deadline_s: for each answer. Raises ConfigError."""
     assert term.served is not None
     from asyncrl.models.loading import use_threads
     from asyncrl.models.tokenizing import load_tokenizer
@@ -60,33 +62,31 @@ def serve_model(name: str, term: RewardTerm, spec: ModelsSpec, limits: LimitsSpe
     commit = "" if Path(term.served.path).expanduser().is_dir() else folder.name
     facts = {"model": term.served.path, "commit": commit, "weights": digest, "dtype": dtype}
     facts["chat_template"] = _hash(str(tokenizer.chat_template))
-    up = _judge(site, term.judge, tokenizer) if term.judge else _classifier(site, spec, tokenizer)
+    up = _judge(site, term.judge, tokenizer, deadline_s) if term.judge else _classifier(site, spec, tokenizer, deadline_s)
     return ModelServer(*up, facts)
 
 
 Up = tuple[Respond, Callable[[], None], Callable[[], None]]
 
 
-def _classifier(site: EngineSite, spec: ModelsSpec, tokenizer: Any) -> Up:
+def _classifier(site: EngineSite, spec: ModelsSpec, tokenizer: Any, deadline_s: float) -> Up:
     from asyncrl.models.classifier import chat_encoder, load_classifier, logits_of, padding_of
 
     if problem := not_a_classifier(read_config(site.model.path)):
         raise ConfigError(f"reward model {site.model.path!r} {problem}")
-    limits = {"max_length": spec.engine.max_length, "pack_tokens": spec.max_tokens_per_pack}
-    encode = chat_encoder(tokenizer)
+    make = partial(Classifier, chat_encoder(tokenizer), max_length=spec.engine.max_length, deadline_s=deadline_s)
     if spec.engine.kind == "sglang":
         from asyncrl.generate.sglang.classifier import SGLangClassifier
 
         server = SGLangClassifier(site)
-        return Classifier(encode, server, **limits), server.health, server.close
-    if not spec.place.gpus:
-        limits["pack_tokens"] = min(limits["pack_tokens"], CPU_PACK_TOKENS)
+        return make(server, pack_tokens=spec.max_tokens_per_pack), server.health, server.close
+    pack_tokens = spec.max_tokens_per_pack if spec.place.gpus else min(spec.max_tokens_per_pack, CPU_PACK_TOKENS)
     model = load_classifier(site.model, "cuda" if spec.place.gpus else "cpu")
     nothing = lambda: None  # noqa: E731
-    return Classifier(encode, logits_of(model, padding_of(tokenizer, site.model)), **limits), nothing, nothing
+    return make(logits_of(model, padding_of(tokenizer, site.model)), pack_tokens=pack_tokens), nothing, nothing
 
 
-def _judge(site: EngineSite, judge: JudgeSpec, tokenizer: Any) -> Up:
+def _judge(site: EngineSite, judge: JudgeSpec, tokenizer: Any, deadline_s: float) -> Up:
     from asyncrl.models.loading import load_model, named_weights
     from asyncrl.models.tokenizing import stop_token_ids
     from asyncrl.prompts.encoding import encoder
@@ -96,7 +96,8 @@ def _judge(site: EngineSite, judge: JudgeSpec, tokenizer: Any) -> Up:
     engine = engine_kind(site.generators.engine.kind).build(site)
     engine.start()
     engine.update_weights(Version(0, 0), named_weights(load_model(site.model)))
-    respond = Judge(engine, encoder(tokenizer), lambda ids: tokenizer.decode(ids, skip_special_tokens=True), sampling)
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    respond = Judge(engine, encoder(tokenizer), decode, sampling, deadline_s)
     return respond, lambda: engine.health(site.limits.health_timeout_s), engine.close
 
 
@@ -116,8 +117,8 @@ def check_asked(term: RewardTerm, recipe: Recipe, deployment: Deployment, find: 
                 f"evaluation.files with nothing but {term.named}, which compares responses of one policy with each other: "
                 "every score would be a half; leave evaluation.files out, or add a term that scores each response"
             )
-        if judge.key_env and judge.key_env not in os.environ and not named_cluster(deployment):
-            raise ConfigError(f"reward.judge.key_env={judge.key_env!r} is not set here, so nobody could be asked; export it")
+        if not named_cluster(deployment):
+            api_key(judge)
         if not model:
             key = f"with the key in {judge.key_env}" if judge.key_env else "without a key"
             return f"{term.named}: {judge.url} {key}, asked what {judge.prompt} says"

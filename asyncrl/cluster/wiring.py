@@ -183,6 +183,7 @@ def _reward(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") -> Bu
         spec.terms(),
         processes=rewards.processes,
         deadline_s=spec.deadline_s,
+        start_timeout_s=plan.deployment.limits.start_timeout_s,
         log=plan.paths.logs / f"{name}.reward.log",
         memory_bytes=spec.memory_bytes,
     )
@@ -221,8 +222,9 @@ def _model(name: str, plan: RunPlan) -> Built:
     from asyncrl.cluster.serving import note, serve_model
     from asyncrl.reward.served import ServedModel
 
-    term = plan.models[name]
-    served = serve_model(name, term, plan.deployment.rewards.models, plan.deployment.limits, plan.paths.logs)
+    term, deployment = plan.models[name], plan.deployment
+    deadline_s = plan.recipe.reward.deadline_s
+    served = serve_model(name, term, deployment.rewards.models, deployment.limits, plan.paths.logs, deadline_s)
     note(plan.paths.rewards, term, served.facts)
     return Built(ServedModel(name, served.respond, served.health), None, (served.close,))
 

@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from asyncrl.config import EpisodeSpec
 from asyncrl.config.callables import describe, load_callable, named_parameters
-from asyncrl.episodes.adapters import agent_of, environment_of
+from asyncrl.episodes.adapters import KEY, agent_of, environment_of
 from asyncrl.episodes.environments import Message, Step, Task
 from asyncrl.episodes.tools import prepare_tools, resolved
 from asyncrl.forks import Broken, Died, Loaded, fork_for
@@ -41,6 +41,10 @@ class Engage(Struct, frozen=True, tag="engage"):
     task: Task
     base_url: str
     api_key: str
+
+
+class Close(Struct, frozen=True, tag="close"):
+    """The episode has ended. Nothing answers this."""
 
 
 class AgentEnded(Struct, frozen=True, tag="ended"):
@@ -65,7 +69,7 @@ class Failed(Struct, frozen=True, tag="failed"):
 
 Told = Loaded | Broken | Died | Begun | Stepped | AgentEnded | Failed
 decode_told = msgspec.msgpack.Decoder(Told).decode
-_decode_asked = msgspec.msgpack.Decoder(Task | Reply | Engage).decode
+_decode_asked = msgspec.msgpack.Decoder(Task | Reply | Engage | Close).decode
 
 
 def load_episodes(episode: str) -> Callable[[socket.socket], None]:
@@ -100,22 +104,23 @@ def run_episodes(new: Callable[..., Any], module: str, peer: socket.socket) -> N
                 asked = _decode_asked(frame)
                 if isinstance(asked, Engage):
                     _tell(stream, _ended(awaited(engage(new, asked))))
-                elif isinstance(asked, Task):
+                elif isinstance(asked, Close):
                     close()
+                    environment = None
+                elif isinstance(asked, Task):
                     environment = new()
                     messages = tuple(awaited(environment.reset(asked)))
                     _tell(stream, Begun(messages, tuple(getattr(environment, "tools", ()))))
                 else:
                     step = awaited(environment.step(asked.message))
                     _tell(stream, Stepped(msgspec.convert(step, Step, from_attributes=True)))
-            close()
     except BaseException as error:  # sys.exit in a user's code must cost one episode
         _tell(stream, Failed(describe(error, module)))
 
 
 def engage(agent: Callable[..., Any], asked: Engage) -> Any:
     """Calls an agent: with its task, and with what it names of base_url, api_key and model; the environment has them too."""
-    os.environ |= {"OPENAI_BASE_URL": asked.base_url, "OPENAI_API_KEY": asked.api_key}
+    os.environ |= {"OPENAI_BASE_URL": asked.base_url, KEY: asked.api_key}
     os.environ |= {"ANTHROPIC_BASE_URL": asked.base_url.removesuffix("/v1"), "ANTHROPIC_API_KEY": asked.api_key}
     known = {"base_url": asked.base_url, "api_key": asked.api_key, "model": MODEL}
     named, open_ended = named_parameters(inspect.signature(agent))

@@ -4,13 +4,14 @@ import asyncio
 import contextlib
 import socket
 import time
+from collections import deque
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from asyncrl.config import EpisodeSpec
-from asyncrl.episodes.child import AgentEnded, Begun, Engage, Failed, Reply, Stepped, decode_told
+from asyncrl.episodes.child import AgentEnded, Begun, Close, Engage, Failed, Reply, Stepped, decode_told
 from asyncrl.episodes.environments import Message, Step, Task
 from asyncrl.errors import AsyncRLError, ConfigError
 from asyncrl.forks import LONGEST, Broken, Died, Forks, Loaded, died
@@ -39,7 +40,7 @@ class EpisodePool:
             start_timeout_s=start_timeout_s,
             memory_bytes=spec.memory_bytes,
         )
-        self._idle: list[Running] = []
+        self._idle = deque[Running]()
         self._forks.open()
         if not self._forks.loaded(start_timeout_s):
             raise self._forks.failed(None)
@@ -51,8 +52,11 @@ class EpisodePool:
 
     async def start(self) -> "Running":
         """A process for an episode: one that an episode has left in order, or a new one."""
-        if self._idle:
-            return self._idle.pop()
+        while self._idle:
+            running = self._idle.popleft()  # that has had most time to tidy up
+            if await running.wake():
+                return running
+            running.kill()
         peer = self._forks.fork()
         running = Running(peer, *await asyncio.open_connection(sock=peer))
         try:
@@ -66,6 +70,7 @@ class EpisodePool:
     def done(self, running: "Running", in_order: bool) -> None:
         """Takes a process back, or kills it."""
         if in_order:
+            running.rest()
             self._idle.append(running)
         else:
             running.kill()
@@ -83,6 +88,7 @@ class Running:
     def __init__(self, peer: socket.socket, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._peer, self._reader, self._writer = peer, reader, writer
         self.busy_s = 0.0  # in the user's code, since its fork
+        self._news: asyncio.Future[bytes] | None = None  # while nothing is asked, nothing is to come but its end
 
     async def begin(self, task: Task) -> Begun:
         self._ask(task)
@@ -95,6 +101,20 @@ class Running:
     async def engage(self, task: Task, base_url: str, api_key: str) -> AgentEnded:
         self._ask(Engage(task, base_url, api_key))
         return await self.told(AgentEnded)
+
+    def rest(self) -> None:
+        """Has it close its environment, until the next episode."""
+        self._ask(Close())
+        self._news = asyncio.ensure_future(self._reader.read(1))
+
+    async def wake(self) -> bool:
+        """False: it has died meanwhile."""
+        if (news := self._news) is None or news.done():
+            return news is None
+        self._news = None
+        news.cancel()
+        await asyncio.wait([news])
+        return news.cancelled()
 
     def _ask(self, message: object) -> None:
         self._writer.write(framed(msgspec.msgpack.encode(message)))
@@ -123,4 +143,6 @@ class Running:
         """Ends the process with all that it started."""
         with contextlib.suppress(OSError):  # it has ended
             self._peer.shutdown(socket.SHUT_RDWR)  # which uvloop's transports can't
+        if self._news is not None:
+            self._news.cancel()
         self._writer.transport.abort()

@@ -1,6 +1,7 @@
 """What an agent asks of the policy: chat messages in, messages out; all of it recorded by the token in a session."""
 
 import asyncio
+import itertools
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -58,24 +59,29 @@ class Conversations:
         self._session, self._chat, self._ask, self._max_turns = session, chat, ask, max_turns
         self._served: dict[tuple[Any, ...], Turn] = {}
         self._said: dict[str, list[Message]] = {}  # by number of the answer
-        self._calls = 0
+        self._calls = 0  # answered or under way
+        self._numbers = itertools.count(1)  # of answers
         self._made: dict[str, Any] = {}  # the policy's calls of functions, by id
         # Where there are tools: `tool_calls` that the policy made, and of them `tool_failures`, which can't be read.
         self.parts: Counter[str] = Counter()
         self.messages: list[Message] = []  # of the call that ended last
 
     async def complete(self, asked: Asked) -> list[Answer]:
-        """The policy's answers. A call that is cancelled leaves nothing. Raises CallRefused."""
+        """The policy's answers. A call that is refused or cancelled leaves nothing. Raises CallRefused."""
         if self._calls + asked.n > self._max_turns:
             raise CallRefused(f"episode.max_turns={self._max_turns} calls were made: there are no more", "rate_limit_exceeded")
-        before, self._calls = self._calls, self._calls + asked.n
         messages, prompt_ids = self._read(asked)
         if not (room := self._session.room(prompt_ids)):
             raise CallRefused(f"prompt is too long: {len(prompt_ids)} tokens leave no room", "context_length_exceeded")
         requests = [self._session.request(prompt_ids, asked.max_tokens or room) for _ in range(asked.n)]
-        generations = await asyncio.gather(*map(self._ask, requests))
+        self._calls += asked.n
+        try:
+            generations = await asyncio.gather(*map(self._ask, requests))
+        except BaseException:
+            self._calls -= asked.n
+            raise
         made = zip(requests, generations, strict=True)
-        return [self._answer(number, asked, messages, *one) for number, one in enumerate(made, start=before + 1)]
+        return [self._answer(next(self._numbers), asked, messages, *one) for one in made]
 
     def count(self, asked: Asked) -> int:
         """Tokens of its prompt."""

@@ -14,8 +14,9 @@ x-stainless-retry-count) joins the one under way, or is answered as that was. On
 import asyncio
 import hashlib
 import secrets
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
+from itertools import chain
 from typing import NamedTuple
 
 import msgspec
@@ -41,10 +42,10 @@ class Call:
 
 
 class Served(NamedTuple):
-    """An episode that is open, and its calls by what was asked."""
+    """An episode that is open, and its calls by what was asked, the newest last."""
 
     conversations: Conversations
-    calls: dict[tuple[str, bytes], Call]
+    calls: defaultdict[tuple[str, bytes], list[Call]]
 
 
 class Gateway:
@@ -73,13 +74,13 @@ class Gateway:
     def open(self, conversations: Conversations) -> str:
         """Begins an episode; returns its key."""
         key = self._mark + secrets.token_urlsafe(24)
-        self._open[key] = Served(conversations, {})
+        self._open[key] = Served(conversations, defaultdict(list))
         return key
 
     def close(self, key: str) -> None:
         """Ends an episode: calls under way are given up, later ones refused."""
         if (served := self._open.pop(key, None)) is not None:
-            for call in served.calls.values():
+            for call in chain.from_iterable(served.calls.values()):
                 call.answers.cancel()
 
     async def stop(self) -> None:
@@ -88,6 +89,7 @@ class Gateway:
         await self._runner.cleanup()
 
     async def _models(self, request: web.Request) -> web.Response:
+        self._served(request)
         model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "asyncrl", "type": "model", "display_name": MODEL}
         return _json({"object": "list", "data": [model], "has_more": False})
 
@@ -115,11 +117,12 @@ class Gateway:
         written = await _body(request)
         body, asked = _parsed(path, written)
         name = path, hashlib.blake2b(written).digest()
-        call = served.calls.get(name) if request.headers.get("x-stainless-retry-count", "0") != "0" else None
+        calls, again = served.calls[name], request.headers.get("x-stainless-retry-count", "0") != "0"
+        call = calls[-1] if again and calls else None
         if call is None or call.answers.cancelled():
             ignored = [field for field in NOT_HEEDED.split() if body.get(field) not in USUAL]
             self._counts.update(f"not_heeded/{field}" for field in ignored)
-            call = served.calls[name] = Call(served.conversations.complete(asked))
+            calls.append(call := Call(served.conversations.complete(asked)))
         answers = await self._answers(call)
         if not body.get("stream"):
             return _json(APIS[path].whole(body, answers))

@@ -101,14 +101,16 @@ class EpisodeHost:
             tasks = [task for tasks in self._tasks.values() for task in tasks]
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            if self._gateway is not None:
-                await self._gateway.stop()
+            try:
+                await asyncio.gather(*tasks, return_exceptions=True)
+                if self._gateway is not None:
+                    await self._gateway.stop()
+            finally:
+                self._pool.close()
 
         asyncio.run_coroutine_threadsafe(end(), self._loop).result(CLOSE_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_TIMEOUT_S)
-        self._pool.close()
 
     def gauges(self) -> dict[str, float]:
         """Episodes by how they stopped, turns, seconds spent in environments and in the engine (summed over episodes side by

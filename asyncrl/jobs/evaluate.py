@@ -119,6 +119,10 @@ def _eval(args: argparse.Namespace) -> int:
     named = args.metric or (policy.recipe.evaluation.metrics if policy.recipe else ())
     metrics = [load_callable(metric, "--metric") for metric in named]
     check_columns(data.files, data)
+    if args.out and {args.out.resolve(), args.out.with_suffix(".jsonl").resolve()} & {
+        Path(file).resolve() for file in data.files
+    }:
+        raise ConfigError(f"--out {args.out} and its transcripts would replace the held-out data; name another file")
 
     deployment = load_deployment(args.deploy, args.overrides)
     kind = engine_kind(deployment.generators.engine.kind)
@@ -149,7 +153,10 @@ def _evaluate(
     terms: Sequence[RewardTerm],
     deployment: Deployment,
 ) -> list[ScoredResponse]:
-    pool: RewardPool[int] = RewardPool(terms, processes=args.reward_processes, deadline_s=args.reward_deadline)
+    memory = policy.recipe.reward.memory_bytes if policy.recipe and args.reward is None else None
+    pool: RewardPool[int] = RewardPool(
+        terms, processes=args.reward_processes, deadline_s=args.reward_deadline, memory_bytes=memory
+    )
     with pool:  # first: a reward that can't be loaded is known before the model is
         from asyncrl.models.tokenizing import load_tokenizer
 

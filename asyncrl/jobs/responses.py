@@ -59,6 +59,7 @@ def generated(
         if not episode.what:
             return _answer(running, asked, limits.health_timeout_s)
         from asyncrl.episodes.build import episode_host
+        from asyncrl.episodes.host import MOST
         from asyncrl.models.tokenizing import load_tokenizer
 
         host = episode_host(
@@ -72,7 +73,7 @@ def generated(
             start_timeout_s=limits.start_timeout_s,
         )
         with contextlib.closing(host):
-            at_once = episode.in_flight or 2 * engine.slots  # some wait for their environments
+            at_once = episode.in_flight or MOST * engine.slots  # some wait for their environments
             return _play(running, host, asked, at_once, limits.health_timeout_s)
 
 

@@ -7,8 +7,6 @@ Everything that waits for models is a coroutine, in one thread beside the reward
 """
 
 import asyncio
-import json
-import os
 import queue
 import threading
 import time
@@ -18,11 +16,12 @@ from itertools import chain, groupby, permutations
 from typing import Any, Generic, Self, TypeVar
 
 import aiohttp
+import msgspec
 from msgspec.structs import replace
 
 from asyncrl.config import QUESTIONS, JudgeSpec, RewardSpec, RewardTerm
-from asyncrl.errors import ConfigError, Unavailable
-from asyncrl.reward.opinions import Chat, conversation, question, read_prompt
+from asyncrl.errors import Unavailable
+from asyncrl.reward.opinions import Chat, api_key, conversation, question, read_prompt
 from asyncrl.reward.pool import RewardPool
 from asyncrl.reward.results import Opinion, Sample, Verdict
 from asyncrl.rundir import MASK
@@ -238,9 +237,7 @@ class ChatAPI:
     def __init__(self, judge: JudgeSpec, deadline_s: float) -> None:
         self._judge, self._deadline_s = judge, deadline_s
         self._url = f"{judge.url.rstrip('/')}/chat/completions"
-        self._key = os.environ.get(judge.key_env, "").strip() if judge.key_env else ""
-        if judge.key_env and not self._key:
-            raise ConfigError(f"reward.judge.key_env={judge.key_env!r} is not set here, so nobody could be asked; export it")
+        self._key = api_key(judge)
         self._session: aiohttp.ClientSession | None = None
 
     async def __call__(self, chat: Chat) -> Opinion:
@@ -265,9 +262,12 @@ class ChatAPI:
         if response.status == 429 or response.status >= 500:
             raise Unavailable(self._shown(response.status, text))
         try:
-            if response.status == 200 and isinstance(said := json.loads(text)["choices"][0]["message"]["content"], str):
+            choice = msgspec.json.decode(text)["choices"][0]  # it refuses what could not be encoded again
+            if response.status == 200 and isinstance(said := choice["message"]["content"], str):
+                if choice.get("finish_reason") == "length":  # what it quotes could be taken for its score
+                    return Opinion("invalid", error=f"the judge's text was cut at max_tokens={self._judge.max_tokens}")
                 return Opinion("ok", texts=[said])
-        except (ValueError, LookupError, TypeError, RecursionError):
+        except (msgspec.MsgspecError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             pass  # told as it came
         return Opinion("invalid", error=self._shown(response.status, text))
 

@@ -5,6 +5,7 @@ and nothing that a response says about braces or placeholders is filled in again
 """
 
 import json
+import os
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -27,6 +28,14 @@ _RECORDED = 10_000  # characters of a text that the log keeps
 
 
 # ---------------------------------------------------------------------------------------------- questions
+
+
+def api_key(judge: JudgeSpec) -> str:
+    """Of a judge's API; empty if it needs none. Raises ConfigError if it is not in the environment."""
+    key = os.environ.get(judge.key_env, "").strip() if judge.key_env else ""
+    if judge.key_env and not key:
+        raise ConfigError(f"reward.judge.key_env={judge.key_env!r} is not set here, so nobody could be asked; export it")
+    return key
 
 
 def conversation(sample: Sample) -> Chat:

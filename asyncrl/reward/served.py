@@ -2,11 +2,12 @@
 
 import itertools
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from asyncrl.errors import ConfigError, Unavailable
+from asyncrl.errors import AsyncRLError, ConfigError, Unavailable
 from asyncrl.interfaces import Engine
 from asyncrl.report.timing import TimeInState
 from asyncrl.reward.opinions import Chat
@@ -14,6 +15,7 @@ from asyncrl.reward.results import Opinion
 from asyncrl.types import GenerationRequest, Report, Sampling, Status
 
 _WATCH_S = 1.0  # between two looks at its health
+_LATE = Opinion("timeout", error="no answer within reward.deadline_s")
 
 Encode = Callable[[Chat], list[int]]  # raises ValueError for what can't be written with the model's template
 Respond = Callable[[Chat], Opinion]  # thread-safe; waits
@@ -27,13 +29,15 @@ class ServedModel:
 
     def __init__(self, name: str, respond: Respond, health: Callable[[], None]) -> None:
         self._name, self._respond, self._health = name, respond, health
-        self._stop = threading.Event()
+        self._stop, self._broken = threading.Event(), Future[None]()
         self._counts: Counter[Status] = Counter()
         self._time, self._lock, self._asked = TimeInState(), threading.Lock(), 0
 
     def run(self) -> None:
-        """Until `stop`. Raises what the model's health raises."""
+        """Until `stop`. Raises what the model's health raises, or what made an answer fail: the model is to start anew."""
         while not self._stop.wait(_WATCH_S):
+            if self._broken.done():
+                self._broken.result()
             self._health()
 
     def stop(self) -> None:
@@ -49,6 +53,13 @@ class ServedModel:
             with self._lock:
                 self._counts[answer.status] += 1
             return answer
+        except AsyncRLError:
+            raise
+        except Exception as error:
+            with self._lock:
+                if not self._broken.done():
+                    self._broken.set_exception(error)
+            raise Unavailable(f"{self._name}: {type(error).__name__}: {error}") from error
         finally:
             with self._lock:
                 self._asked -= 1
@@ -65,17 +76,26 @@ class ServedModel:
 class Classifier:
     """Scores conversations in packs: whoever comes while one is computed waits, and all that has gathered goes next.
 
-    logits: of sequences of token ids. pack_tokens: of a pack, its padding included.
+    logits: of sequences of token ids. pack_tokens: of a pack, its padding included. deadline_s: after which nobody waits for an
+    answer any more.
     """
 
     def __init__(
-        self, encode: Encode, logits: Callable[[Sequence[list[int]]], list[float]], *, max_length: int, pack_tokens: int
+        self,
+        encode: Encode,
+        logits: Callable[[Sequence[list[int]]], list[float]],
+        *,
+        max_length: int,
+        pack_tokens: int,
+        deadline_s: float,
     ) -> None:
         self._encode, self._logits, self._max_length, self._pack_tokens = encode, logits, max_length, pack_tokens
+        self._deadline_s = deadline_s
         self._waiting = deque[tuple[list[int], Future[float]]]()
         self._encoding, self._computing = threading.Lock(), threading.Lock()
 
     def __call__(self, chat: Chat) -> Opinion:
+        until = time.monotonic() + self._deadline_s
         try:
             with self._encoding:
                 ids = self._encode(chat)
@@ -86,6 +106,9 @@ class Classifier:
         score = Future[float]()
         self._waiting.append((ids, score))
         with self._computing:
+            if time.monotonic() > until and not score.done():
+                self._waiting.remove((ids, score))
+                return _LATE
             while not score.done():
                 self._score_pack()
         return Opinion("ok", score.result())
@@ -108,10 +131,13 @@ class Classifier:
 
 
 class Judge:
-    """Writes texts with an engine whose weights stay as they are."""
+    """Writes texts with an engine whose weights stay as they are. deadline_s: for each."""
 
-    def __init__(self, engine: Engine, encode: Encode, decode: Callable[[list[int]], str], sampling: Sampling) -> None:
+    def __init__(
+        self, engine: Engine, encode: Encode, decode: Callable[[list[int]], str], sampling: Sampling, deadline_s: float
+    ) -> None:
         self._engine, self._encode, self._decode, self._sampling = engine, encode, decode, sampling
+        self._deadline_s = deadline_s
         self._numbers, self._encoding = itertools.count(1), threading.Lock()
 
     def __call__(self, chat: Chat) -> Opinion:
@@ -120,11 +146,17 @@ class Judge:
         request = GenerationRequest(
             id=f"judge-{number}", group=number, prompt_ids=tuple(ids), sampling=self._sampling, seed=number
         )
+        future = self._engine.submit_group([request])[0]
         try:
-            generation = self._engine.submit_group([request])[0].result()
+            generation = future.result(self._deadline_s)
         except ConfigError as error:  # too long for the engine
             return Opinion("invalid", error=str(error))
+        except TimeoutError:
+            future.cancel()  # which gives its slot back
+            return _LATE
         if generation.finish_reason == "abort":
             raise Unavailable("the engine gave up a judge's text")
+        if generation.finish_reason == "length":  # what it quotes could be taken for its score
+            return Opinion("invalid", error=f"the judge's text was cut at max_tokens={self._sampling.max_tokens}")
         with self._encoding:
             return Opinion("ok", texts=[self._decode(generation.token_ids)])

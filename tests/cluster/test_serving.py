@@ -17,7 +17,7 @@ def test_a_judge_of_the_runs_own_writes_what_its_model_writes(tiny_model, tmp_pa
     term = RewardTerm(
         judge=JudgeSpec(prompt=str(prompt), model=ModelSpec(path=str(tiny_model)), max_tokens=6), name="judge/own"
     )
-    served = serve_model("model-0.0", term, SPEC, LimitsSpec(), tmp_path)
+    served = serve_model("model-0.0", term, SPEC, LimitsSpec(), tmp_path, 60.0)
     try:
         answer = served.respond("12+34=")
         served.health()

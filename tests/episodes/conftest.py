@@ -1,7 +1,10 @@
 """Environments in files, as users have them, and an engine that says what the test told it to."""
 
 import asyncio
+import os
+import subprocess
 import threading
+import venv
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
@@ -34,6 +37,9 @@ from asyncrl.types import (
 if TYPE_CHECKING:
     from asyncrl.episodes.gateway import Gateway
 
+ROOT = Path(__file__).resolve().parents[2]
+INSTALL_S = 400.0
+TOLD = ("msgspec", "numpy")  # what asyncrl needs in another interpreter
 WIDE = Budget(tokens=1000, turn_tokens=4, context=1000)
 CALL = '<tool_call>{"name":"look","arguments":{"at":"here"}}</tool_call>'  # a word of its own
 WORDS = ["<pad>", "<eos>", "<user>", "<assistant>", "<tool>", "hello", "look", "here", "An", "answer.", "A", "question.", "nl"]
@@ -322,6 +328,28 @@ def serve(engine: ScriptedEngine, make_chat: Callable[..., Any]) -> Callable[...
             await gateway.stop()
 
     return serving
+
+
+@pytest.fixture
+def interpreter(request, monkeypatch) -> Callable[..., str]:
+    """interpreter(*packages): a Python that has them, made once, from PyPI, in pytest's cache folder. Skips where it is not
+    there, unless CI says that it must be."""
+
+    def make(*packages: str) -> str:
+        folder = Path(request.config.cache.mkdir("-".join(packages).replace("==", "-")))
+        python = folder / "bin/python"
+        if not (folder / "made").exists():
+            if "ASYNCRL_REQUIRE_AGENTS" not in os.environ:
+                pytest.skip(f"{' '.join(packages)} is not there yet, and takes a minute: set ASYNCRL_REQUIRE_AGENTS=1")
+            venv.create(folder, clear=True, with_pip=True)
+            install = [python, "-m", "pip", "install", "-q", *packages, *TOLD]
+            subprocess.run(install, check=True, timeout=INSTALL_S)
+            (folder / "made").touch()
+        monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{Path(__file__).parent / 'public'}")
+        monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+        return str(python)
+
+    return make
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def test_the_sdk_comes_back_after_its_timeout(serve, engine) -> None:
             patient = client.with_options(timeout=0.3, max_retries=20)
             asked = asyncio.create_task(patient.chat.completions.create(model="policy", messages=HELLO))
             assert await arrived(engine)
-            (call,) = served.gateway._open[served.key].calls.values()
+            ((call,),) = served.gateway._open[served.key].calls.values()
             for waiting in (0, 1):  # it is gone, and back
                 while call.waiting != waiting:
                     await asyncio.sleep(0.01)
@@ -222,11 +222,12 @@ def test_beyond_the_budget(serve, engine) -> None:
                 assert (status, told["error"]["code"]) == (400, "context_length_exceeded")
             status, told = await post(served.base_url + "/messages", {"messages": long, "max_tokens": 5}, served.headers)
             assert (status, told["error"]["message"][:18]) == (400, "prompt is too long")
-            status, told = await post(served.base_url + "/chat/completions", BODY, served.headers)
-            assert (status, told["error"]["code"]) == (400, "rate_limit_exceeded")
+            calls = [await post(served.base_url + "/chat/completions", BODY, served.headers) for _ in range(4)]
+            assert [status for status, _ in calls] == [200, 200, 200, 400]  # what was refused was no turn
+            assert calls[-1][1]["error"]["code"] == "rate_limit_exceeded"
 
     asyncio.run(talk())
-    assert engine.requests == []
+    assert len(engine.requests) == 3
 
 
 def test_calls_side_by_side(serve, engine) -> None:
@@ -249,6 +250,22 @@ def test_calls_side_by_side(serve, engine) -> None:
     made = asyncio.run(talk())
     assert (len(made.turns), sum(made.loss_mask), len(made.segments)) == (count, 2 * count, count)
     assert len({request.seed for request in engine.requests}) == len({request.id for request in engine.requests}) == count
+
+
+def test_the_end_of_an_episode_gives_up_equal_calls_too(serve, engine) -> None:
+    engine.held = []
+
+    async def talk() -> None:
+        async with serve() as served:
+            url = served.base_url + "/chat/completions"
+            calls = [asyncio.create_task(post(url, BODY, served.headers)) for _ in range(2)]
+            for _ in calls:
+                assert await arrived(engine)
+            served.gateway.close(served.key)
+            assert [(await call)[0] for call in calls] == [410, 410]
+
+    asyncio.run(talk())
+    assert all(future.cancelled() for _, future in engine.held)
 
 
 def test_several_answers_to_one_question(serve, engine) -> None:

@@ -1,12 +1,7 @@
-"""Environments of verifiers, unmodified, in interpreters of their own: to 0.3.1, and of `verifiers.v1` (0.4).
-
-Each interpreter is made once, from PyPI, in pytest's cache folder.
-"""
+"""Environments of verifiers, unmodified, in interpreters of their own: to 0.3.1, and of `verifiers.v1` (0.4)."""
 
 import json
-import os
 import subprocess
-import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,31 +17,8 @@ from asyncrl.episodes.host import EpisodeHost
 from asyncrl.episodes.session import Budget
 from asyncrl.types import Trajectory
 
-ROOT = Path(__file__).resolve().parents[2]
-INSTALL_S, WAIT_S = 400.0, 120.0
-TOLD = ("msgspec", "numpy")  # what asyncrl needs there
+WAIT_S = 120.0
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture
-def interpreter(request, monkeypatch) -> Callable[..., str]:
-    """interpreter(*packages): a Python that has them. Skips where it is not there, unless CI says that it must be."""
-
-    def make(*packages: str) -> str:
-        folder = Path(request.config.cache.mkdir("-".join(packages).replace("==", "-")))
-        python = folder / "bin/python"
-        if not (folder / "made").exists():
-            if "ASYNCRL_REQUIRE_VERIFIERS" not in os.environ:
-                pytest.skip(f"{' '.join(packages)} is not there yet, and takes a minute: set ASYNCRL_REQUIRE_VERIFIERS=1")
-            venv.create(folder, clear=True, with_pip=True)
-            install = [python, "-m", "pip", "install", "-q", *packages, *TOLD]
-            subprocess.run(install, check=True, timeout=INSTALL_S)
-            (folder / "made").touch()
-        monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{Path(__file__).parent / 'public'}")
-        monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
-        return str(python)
-
-    return make
 
 
 @pytest.fixture

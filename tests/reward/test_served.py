@@ -1,6 +1,7 @@
 """A served model: questions from many threads become packs, and each has its own answer."""
 
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
@@ -36,7 +37,7 @@ def encode(chat):
 
 def test_whoever_comes_while_a_pack_is_computed_is_in_the_next_within_the_tokens():
     scorer = Scorer()
-    classifier = Classifier(encode, scorer, max_length=8, pack_tokens=8)
+    classifier = Classifier(encode, scorer, max_length=8, pack_tokens=8, deadline_s=60.0)
     with ThreadPoolExecutor(8) as threads:
         first = threads.submit(classifier, "a")
         assert scorer.entered.wait(20)
@@ -54,7 +55,7 @@ def test_whoever_comes_while_a_pack_is_computed_is_in_the_next_within_the_tokens
 
 def test_what_cannot_be_asked_is_invalid_and_never_cut():
     scorer = Scorer()
-    classifier = Classifier(encode, scorer, max_length=3, pack_tokens=8)
+    classifier = Classifier(encode, scorer, max_length=3, pack_tokens=8, deadline_s=60.0)
     assert classifier("") == Opinion("invalid", error="the template refuses it")
     assert classifier("aaaa") == Opinion("invalid", error="4 tokens: rewards.models.engine.max_length=3")
     assert scorer.packs == []
@@ -63,10 +64,28 @@ def test_what_cannot_be_asked_is_invalid_and_never_cut():
 def test_a_pack_that_fails_fails_all_of_it_and_no_other():
     scorer = Scorer()
     scorer.gate.set()
-    classifier = Classifier(encode, scorer, max_length=3, pack_tokens=8)
+    classifier = Classifier(encode, scorer, max_length=3, pack_tokens=8, deadline_s=60.0)
     with pytest.raises(RuntimeError, match="out of memory"):
         classifier("m")
     assert classifier("a").score == 1.0
+
+
+def test_a_question_whose_deadline_has_passed_is_not_computed():
+    scorer = Scorer()
+    classifier = Classifier(encode, scorer, max_length=8, pack_tokens=1, deadline_s=0.05)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(classifier, "a")
+        assert scorer.entered.wait(20)
+        late = threads.submit(classifier, "bb")
+        while not classifier._waiting:
+            pass
+        asked = time.monotonic()
+        while time.monotonic() < asked + 0.05:
+            pass
+        scorer.gate.set()
+        assert first.result() == Opinion("ok", 1.0)
+        assert late.result().status == "timeout"
+    assert scorer.packs == [[1]]
 
 
 class FakeEngine:
@@ -77,6 +96,9 @@ class FakeEngine:
         self.requests += requests
         future = Future()
         ending = self.endings.pop(0)
+        self.future = future
+        if ending is None:
+            return [future]
         if isinstance(ending, Exception):
             future.set_exception(ending)
         else:
@@ -86,13 +108,28 @@ class FakeEngine:
 
 
 def test_a_judge_writes_with_the_engine_what_its_template_makes_of_the_question():
-    engine = FakeEngine("stop", ConfigError("request: 99 tokens > max_length"), "abort")
-    judge = Judge(engine, lambda chat: [len(chat), len(chat[0]["content"])], str, SAMPLING)
+    engine = FakeEngine("stop", ConfigError("request: 99 tokens > max_length"), "abort", "length", None)
+    judge = Judge(engine, lambda chat: [len(chat), len(chat[0]["content"])], str, SAMPLING, 60.0)
     assert judge("Good?") == Opinion("ok", texts=["[7, 8]"])
     assert (engine.requests[0].prompt_ids, engine.requests[0].sampling) == ((1, 5), SAMPLING)
     assert judge("long").status == "invalid"
     with pytest.raises(Unavailable):
-        judge("cut off")
+        judge("given up")
+    assert judge("cut") == Opinion("invalid", error="the judge's text was cut at max_tokens=4")
+    judge._deadline_s = 0.01
+    assert judge("late").status == "timeout"
+    assert engine.future.cancelled(), "it gives its slot back"
+
+
+def test_a_model_that_fails_is_started_anew_and_its_question_asked_again():
+    def respond(chat):
+        raise RuntimeError("CUDA error")
+
+    served = ServedModel("model-0.0", respond, lambda: None)
+    with pytest.raises(Unavailable, match="model-0.0: RuntimeError: CUDA error"):
+        served.answer("x")
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        served.run()
 
 
 def test_the_stage_answers_counts_and_ends_with_its_model():

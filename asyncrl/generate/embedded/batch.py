@@ -171,8 +171,11 @@ class DecodeBatch:
         )
 
     def cut_budget(self) -> None:
-        """The device had no room for the running rows: from now on there is at most three quarters of what they may need."""
-        self._cache.budget = min(self._cache.budget, self._need((), self._rows.limit[: self.count])) * 3 // 4
+        """The device had no room: from now on there is at most three quarters of what the running rows may need, and of what is
+        kept of ended ones, which goes."""
+        held = self._need((), self._rows.limit[: self.count]) + self._cache.prefixes.bytes
+        self._cache.budget = min(self._cache.budget, held) * 3 // 4
+        self._cache.prefixes.clear()
         if self._decoder.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -228,10 +231,15 @@ class DecodeBatch:
         return finished
 
     def _keep_ended_turns(self) -> None:
-        """What was computed of the rows that ended, where they may go on."""
-        for row in np.flatnonzero(~self._rows.alive[: self.count]).tolist():
-            if (request := self._rows.request(row)).goes_on:
-                self._cache.keep(row, request.group, self._rows.known(row).copy())
+        """What was computed of the rows that ended, where they may go on and the device has room for it."""
+        try:
+            for row in np.flatnonzero(~self._rows.alive[: self.count]).tolist():
+                if (request := self._rows.request(row)).goes_on:
+                    self._cache.keep(row, request.group, self._rows.known(row).copy())
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            self._cache.prefixes.clear()
 
     @torch.inference_mode()
     def _drop_ended(self) -> None:

@@ -138,13 +138,13 @@ class SGLangEngine:
             row.cancelled = row.cancelled or group in (None, row.request.group)
         self._changes.notify()
         for replica in self._replicas:
-            await replica.cancel()
+            await replica.cancel(replica.rows)
 
     def _cancel(self, row: RequestRow) -> None:
         row.cancelled = True
         self._settle(row, row.generation("abort"))
         for replica in self._replicas:
-            self._loop.spawn(replica.cancel())
+            self._loop.spawn(replica.cancel([row]))
 
     # ------------------------------------------------------------------------------------------ weights
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -134,7 +134,7 @@ class Replica:
 
     async def _look(self, server: SGLangServer) -> None:
         self.load = await server.load()
-        await self.cancel()  # again: it misses requests that the server had not yet read
+        await self.cancel(self.rows)  # again: it misses requests that the server had not yet read
         if time.monotonic() - self._heard > self._probe_s and not self._interrupting:
             await server.probe(self._probe_s)
             self._heard = time.monotonic()
@@ -209,9 +209,9 @@ class Replica:
         if finish is not None and finish.type == "abort" and not row.cancelled:
             log.warning("the server aborted request %s: %s", row.request.id, finish.message)
 
-    async def cancel(self) -> None:
-        """Tells the server which of its rows nobody wants any more."""
-        for request in [request_id(row) for row in self.rows if row.cancelled]:
+    async def cancel(self, rows: Iterable[RequestRow]) -> None:
+        """Tells the server which of these nobody wants any more, as far as they are its own."""
+        for request in [request_id(row) for row in rows if row.cancelled and row in self.rows]:
             await self._abort({"rid": request})
 
     async def _abort(self, whom: dict[str, str | bool]) -> None:

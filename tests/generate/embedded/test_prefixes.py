@@ -183,3 +183,27 @@ def test_what_there_is_no_room_for_is_not_kept(make_engine) -> None:
     engine = make_engine(kv_bytes=cache.bytes_for(np.array([128])))
     play(engine, 3)
     assert engine.gauges()["reused_tokens"] == engine._batch._decoder.cache.prefixes.bytes == 0
+
+
+def test_no_memory_to_keep_a_turn_costs_nothing_but_the_turn(make_engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+
+    def keep(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine._batch._cache, "keep", keep)
+    turns = play(engine, 2)
+    assert [len(answer.token_ids) for _, answer in turns] == [5, 5]
+    assert gap(turns, engine._model) < 1e-5
+    assert engine.gauges()["reused_tokens"] == 0
+
+
+def test_what_is_kept_counts_when_memory_runs_out(make_engine) -> None:
+    """So a row that fitted beside kept turns may fit without them."""
+    engine = make_engine()
+    play(engine, 2)
+    cache = engine._batch._cache
+    held = cache.prefixes.bytes
+    assert held > 0
+    engine._batch.cut_budget()
+    assert (cache.budget, cache.prefixes.bytes) == (held * 3 // 4, 0)
