@@ -82,10 +82,10 @@ def test_gsm8k_with_programs(tiny_model, tmp_path):
     reward = load_callable(recipe.reward.function)
 
     def scored(stop: str, *messages: dict[str, str]) -> dict[str, object]:
-        return reward("s", "", row.ground_truth, episode={"messages": messages, "stop": stop, "parts": {"tool_calls": 2.0}})
+        return reward("s", "", row.ground_truth, episode={"messages": messages, "stop": stop})
 
     right, printed = {"role": "assistant", "content": "So #### 999"}, {"role": "tool", "content": "999"}
-    assert scored("done", printed, right) == {"score": 1.0, "pred": "999", "tool_calls": 2.0}
+    assert scored("done", printed, right) == {"score": 1.0, "pred": "999"}
     assert scored("done", printed, {"role": "assistant", "content": "#### 998"})["score"] == 0.0
     assert scored("max_turns", right, printed)["score"] == 0.0  # nobody said it
 

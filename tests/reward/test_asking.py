@@ -105,7 +105,10 @@ CUT = {"finish_reason": "length"}
         (lambda: web.json_response([[[]]]), "status 200"),
         (lambda: web.Response(status=200, text="[" * 100_000), "status 200"),
         (lambda: web.Response(text=r'{"choices": [{"message": {"content": "half a \ud83d score: 9"}}]}'), "status 200"),
-        (lambda: web.json_response({"choices": [{**CUT, "message": {"content": "it says score: 10"}}]}), "was cut at max_tokens"),
+        (
+            lambda: web.json_response({"choices": [{**CUT, "message": {"content": "it says score: 10"}}]}),
+            "was cut at max_tokens",
+        ),
         (lambda: completion("x" * 10_000_000), "more than 1048576 bytes"),
         (lambda: web.Response(status=503, text="busy"), "status 503: busy"),
     ],
