@@ -35,7 +35,7 @@ def test_the_agent_is_trained_as_it_is(local_ray, script, tmp_path: Path, metric
     result = launch(resolve_paths(recipe, run, RECIPE.parent), deployment, runs_dir=tmp_path)
     assert (result.steps, result.samples, result.invalid, result.timeout) == (6, 6 * 128, 0, 0)
     steps = metrics_of(run.path, "step")
-    assert max(line.get("gap/logprob_max_abs", 0.0) for line in steps) <= 1e-5  # over all turns, through HTTP
+    assert max(line.get("gap/logprob_max_abs", 0.0) for line in steps) <= 3e-5  # over all turns, through HTTP; some are -13
     columns = ["response_ids", "loss_mask", "turns", "segments", "episode", "trained_update"]
     rows = [row for row in asyncrl.replay.open(run.path).rollouts(columns).to_pylist() if row["trained_update"]]
     assert len(rows) == 6 * 128
