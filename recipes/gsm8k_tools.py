@@ -8,9 +8,6 @@ Data as for recipes/gsm8k.py. Any model does whose chat template shows tools and
     asyncrl run recipes/gsm8k_tools.py 'arguments={source: /data/gsm8k}' model.path=Qwen/Qwen2.5-0.5B-Instruct --dry-run
 """
 
-import contextlib
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -54,16 +51,11 @@ def python(code: str) -> str:
         code: The program. It prints its results.
     """
     with tempfile.TemporaryFile("w+", errors="replace") as output, tempfile.TemporaryFile("w+", errors="replace") as errors:
-        command = [sys.executable, "-I", "-c", _PROGRAM]
-        files = {"stdin": subprocess.PIPE, "stdout": output, "stderr": errors}
-        with subprocess.Popen(command, **files, text=True, start_new_session=True) as ended:
-            try:
-                ended.communicate(code, LONGEST_S)
-            except subprocess.TimeoutExpired:
-                raise TimeoutError(f"the program did not end within {LONGEST_S:g} seconds") from None
-            finally:
-                with contextlib.suppress(ProcessLookupError):  # what it started, too
-                    os.killpg(ended.pid, signal.SIGKILL)
+        try:
+            command = [sys.executable, "-I", "-c", _PROGRAM]
+            ended = subprocess.run(command, input=code, stdout=output, stderr=errors, text=True, timeout=LONGEST_S)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"the program did not end within {LONGEST_S:g} seconds") from None
         output.seek(0)
         errors.seek(0)
         printed, error = output.read().strip()[-SHOWN:], errors.read().strip()[-SHOWN:]
