@@ -5,11 +5,13 @@ table = asyncrl.replay.open("runs/arithmetic").rollouts()   # a pyarrow.Table; .
 Closed segments are Parquet files in replay/rows/ and replay/events/, which other tools read by themselves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import DataError
@@ -18,6 +20,7 @@ from asyncrl.replay.log.segments import listing, open_closed, readable
 from asyncrl.replay.log.tail import read_tail
 
 _ATTEMPTS = 10  # a segment may be closed or deleted between listing and reading
+Read = TypeVar("Read")
 _KEYS = ["group", "rollout", "attempt"]
 _JOINED = pa.schema(
     [
@@ -59,22 +62,41 @@ class ReplayReader:
             table = table.append_column(field, pa.array([lines[i].get(field.name) for i in sorted(lines)], field.type))
         return table.select(names)
 
+    def decoded(self, *kinds: type[ev.Event]) -> Iterator[ev.Event]:
+        """All events of these kinds, oldest first; objects are made as they are asked for."""
+        events, names = self._read("events", ev.EVENTS, ["kind", "payload"]), [kind.__struct_config__.tag for kind in kinds]
+        chosen = events.filter(pc.is_in(events["kind"], pa.array(names)))["payload"]
+        return map(ev.decode, chain.from_iterable(chunk.to_pylist() for chunk in chosen.chunks))
+
     def _read(self, stem: str, schema: pa.Schema, columns: list[str]) -> pa.Table:
         """These columns of all that is there. Raises `DataError`, also for a closed segment whose pages are damaged."""
         wanted = pa.schema([schema.field(name) for name in columns])
         schemas = (schema, ROWS_3) if stem == "rows" else (schema,)
-        for _ in range(_ATTEMPTS):
-            closed, tails = listing(self._folder, stem)
-            if listing(self._folder, stem) != (closed, tails):
-                continue  # a tail that was closed between two names of a listing could be missed as both
-            try:
-                # Tails first: they are small, and may be gone by the time that a long history is read.
-                ends = [pa.Table.from_batches([batch]) for _, path in tails for batch in read_tail(path, *schemas)]
-                tables = [_read_closed(path, schemas, columns) for _, path in closed]
-            except FileNotFoundError:
-                continue  # closed or deleted meanwhile: list again
-            return pa.concat_tables([wanted.empty_table(), *(_as(wanted, table) for table in (*tables, *ends))])
-        raise DataError(f"{self._folder} changed {_ATTEMPTS} times while it was read: try again")
+
+        def read(closed: Listed, tails: Listed) -> pa.Table:
+            # Tails first: they are small, and may be gone by the time that a long history is read.
+            ends = [pa.Table.from_batches([batch]) for _, path in tails for batch in read_tail(path, *schemas)]
+            tables = [_read_closed(path, schemas, columns) for _, path in closed]
+            return pa.concat_tables([wanted.empty_table(), *(as_columns(wanted, table) for table in (*tables, *ends))])
+
+        return at_rest(self._folder, stem, read)
+
+
+Listed = list[tuple[int, Path]]  # number and path of each segment of a stream, in order
+
+
+def at_rest(folder: Path, stem: str, read: Callable[[Listed, Listed], Read]) -> Read:
+    """What `read` makes of a stream's closed segments and its tails. It is called again where one was closed or deleted
+    meanwhile. Raises `DataError` if that never ends."""
+    for _ in range(_ATTEMPTS):
+        closed, tails = listing(folder, stem)
+        if listing(folder, stem) != (closed, tails):
+            continue  # a tail that was closed between two names of a listing could be missed as both
+        try:
+            return read(closed, tails)
+        except FileNotFoundError:
+            continue  # closed or deleted meanwhile: list again
+    raise DataError(f"{folder} changed {_ATTEMPTS} times while it was read: try again")
 
 
 def _read_closed(path: Path, schemas: tuple[pa.Schema, ...], columns: list[str]) -> pa.Table:
@@ -83,7 +105,7 @@ def _read_closed(path: Path, schemas: tuple[pa.Schema, ...], columns: list[str])
         return file.read([name for name in columns if name in file.schema_arrow.names])
 
 
-def _as(wanted: pa.Schema, table: pa.Table) -> pa.Table:
+def as_columns(wanted: pa.Schema, table: pa.Table) -> pa.Table:
     """The wanted columns; null those that an older version did not have."""
     columns = [table.column(f.name) if f.name in table.column_names else pa.nulls(len(table), f.type) for f in wanted]
     return pa.Table.from_arrays(columns, schema=wanted)
@@ -122,9 +144,14 @@ def _walk(events: pa.Table) -> dict[tuple[int, int, int], dict[str, Any]]:
 
 def open_run(run_dir: str | Path) -> ReplayReader:
     """The replay log of a run directory. Raises `DataError` if there is none."""
+    return ReplayReader(replay_folder(run_dir))
+
+
+def replay_folder(run_dir: str | Path) -> Path:
+    """Where the log of a run directory is. Raises `DataError` if there is none."""
     folder = Path(run_dir) / "replay"
     if not folder.is_dir():
         raise DataError(
             f"{folder} is not a folder: {run_dir} is no run directory of asyncrl; name the folder that holds replay/"
         )
-    return ReplayReader(folder)
+    return folder
