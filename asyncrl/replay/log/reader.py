@@ -8,33 +8,25 @@ Closed segments are Parquet files in replay/rows/ and replay/events/, which othe
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import DataError
 from asyncrl.replay.log.rows import ROWS, ROWS_3
 from asyncrl.replay.log.segments import listing, open_closed, readable
 from asyncrl.replay.log.tail import read_tail
+from asyncrl.replay.log.verdicts import EVENT_COLUMNS, JOINED, KEYS, Verdicts, join_verdicts, only_groups
 
 _ATTEMPTS = 10  # a segment may be closed or deleted between listing and reading
+
 Read = TypeVar("Read")
-_KEYS = ["group", "rollout", "attempt"]
-_JOINED = pa.schema(
-    [
-        ("status", pa.string()),  # null: not scored yet
-        ("reward", pa.float64()),
-        ("parts", pa.map_(pa.string(), pa.float64())),
-        ("error", pa.string()),
-        ("said", pa.map_(pa.string(), pa.string())),  # by judges, by the name of their term
-        ("outcome", pa.string()),  # of the group; null: pending
-        ("trained_update", pa.int64()),  # null unless trained
-        ("submitted_time", pa.float64()),
-        ("scored_time", pa.float64()),
-    ]
-)
+Made = TypeVar("Made")
+Make = Callable[[pa.Table], Made]
+Each = Callable[[pa.Table], pa.Table]
 
 
 class ReplayReader:
@@ -45,39 +37,56 @@ class ReplayReader:
 
     def events(self) -> pa.Table:
         """All events in order, typed columns; `payload` is the whole event as msgpack."""
-        return self._read("events", ev.EVENTS, ev.EVENTS.names)
+        return pa.concat_tables(self._read("events", ev.EVENTS, ev.EVENTS.names, _same))
 
-    def rollouts(self, columns: Sequence[str] | None = None) -> pa.Table:
+    def rollouts(
+        self, columns: Sequence[str] | None = None, *, groups: Sequence[int] | None = None, each: Each | None = None
+    ) -> pa.Table:
         """One line per rollout that counts, baselines included: the row (rows.ROWS), its verdict, and what happened to its
-        group. columns: only these, which reads a fraction where no tokens are among them."""
-        names = [*ROWS.names, *_JOINED.names] if columns is None else list(columns)
-        joined = _walk(self._read("events", ev.EVENTS, ["time", "payload"]))  # first: the rows that they count are then there
-        rows = self._read("rows", ROWS, [*_KEYS, *(n for n in names if n in ROWS.names and n not in _KEYS)])
-        keys = zip(*(rows.column(name).to_pylist() for name in _KEYS), strict=True)
-        last = {key: i for i, key in enumerate(keys) if key in joined}  # a later row of a rollout also has its token rewards
-        lines = {i: joined[key] for key, i in last.items()}
-        # Not `take`, which joins the texts of all of it to one array, and fails where these have more than 2 GiB.
-        table = rows.filter(pa.array([i in lines for i in range(len(rows))], pa.bool_()))
-        for field in _JOINED:
-            table = table.append_column(field, pa.array([lines[i].get(field.name) for i in sorted(lines)], field.type))
-        return table.select(names)
+        group (verdicts.JOINED). columns: only these, which reads a fraction where no tokens are among them. groups: only
+        theirs.
+
+        each: what to make of the rows of a piece of the log, some MiB, before the next is read, so that not all tokens are held
+        at once. It gets the keys and those of the columns that are the rows' own; it may drop some, and append others.
+        """
+        names = [*ROWS.names, *JOINED.names] if columns is None else list(columns)
+        wanted = [*KEYS, *(n for n in names if n in ROWS.names and n not in KEYS)]
+        # First the events: the rows that they count are then there.
+        events = self._read("events", ev.EVENTS, EVENT_COLUMNS, lambda piece: Verdicts(piece, names, groups))
+        rows = pa.concat_tables(self._read("rows", ROWS, wanted, each or _same, groups))
+        made = [name for name in rows.column_names if name not in wanted]
+        table = join_verdicts(rows, events)
+        return table.select([*(name for name in names if name in table.column_names), *made])
 
     def decoded(self, *kinds: type[ev.Event]) -> Iterator[ev.Event]:
         """All events of these kinds, oldest first; objects are made as they are asked for."""
-        events, names = self._read("events", ev.EVENTS, ["kind", "payload"]), [kind.__struct_config__.tag for kind in kinds]
-        chosen = events.filter(pc.is_in(events["kind"], pa.array(names)))["payload"]
-        return map(ev.decode, chain.from_iterable(chunk.to_pylist() for chunk in chosen.chunks))
+        names = pa.array([kind.__struct_config__.tag for kind in kinds])
 
-    def _read(self, stem: str, schema: pa.Schema, columns: list[str]) -> pa.Table:
-        """These columns of all that is there. Raises `DataError`, also for a closed segment whose pages are damaged."""
+        def chosen(events: pa.Table) -> pa.ChunkedArray:
+            return events.filter(pc.is_in(events["kind"], names))["payload"]
+
+        found = self._read("events", ev.EVENTS, ["kind", "payload"], chosen)
+        return map(ev.decode, chain.from_iterable(payloads.to_pylist() for payloads in found))
+
+    def _read(
+        self, stem: str, schema: pa.Schema, columns: list[str], make: Make[Made], groups: Sequence[int] | None = None
+    ) -> list[Made]:
+        """What is made of these columns of each piece of all that is there, in order: chunks of segments, tails, then nothing.
+
+        groups: only the rows of these. Raises `DataError`, also for a closed segment whose pages are damaged.
+        """
         wanted = pa.schema([schema.field(name) for name in columns])
         schemas = (schema, ROWS_3) if stem == "rows" else (schema,)
 
-        def read(closed: Listed, tails: Listed) -> pa.Table:
+        def made(table: pa.Table) -> Made:
+            table = as_columns(wanted, table)
+            return make(table if groups is None else only_groups(table, groups))
+
+        def read(closed: Listed, tails: Listed) -> list[Made]:
             # Tails first: they are small, and may be gone by the time that a long history is read.
-            ends = [pa.Table.from_batches([batch]) for _, path in tails for batch in read_tail(path, *schemas)]
-            tables = [_read_closed(path, schemas, columns) for _, path in closed]
-            return pa.concat_tables([wanted.empty_table(), *(as_columns(wanted, table) for table in (*tables, *ends))])
+            ends = [pa.Table.from_batches(batches) for _, path in tails if (batches := read_tail(path, *schemas))]
+            pieces = chain.from_iterable(_chunks(path, schemas, columns, groups) for _, path in closed)
+            return [made(table) for table in chain(pieces, ends, [wanted.empty_table()])]
 
         return at_rest(self._folder, stem, read)
 
@@ -99,47 +108,29 @@ def at_rest(folder: Path, stem: str, read: Callable[[Listed, Listed], Read]) -> 
     raise DataError(f"{folder} changed {_ATTEMPTS} times while it was read: try again")
 
 
-def _read_closed(path: Path, schemas: tuple[pa.Schema, ...], columns: list[str]) -> pa.Table:
+def _same(table: pa.Table) -> pa.Table:
+    return table
+
+
+def _chunks(path: Path, schemas: tuple[pa.Schema, ...], columns: list[str], groups: Sequence[int] | None) -> Iterator[pa.Table]:
+    """Of a closed segment, one after the other; those that can hold rows of these groups."""
     file = open_closed(path, *schemas)
     with readable(path):
-        return file.read([name for name in columns if name in file.schema_arrow.names])
+        there = [name for name in columns if name in file.schema_arrow.names]
+        for chunk in range(file.num_row_groups):
+            if groups is None or _may_hold(file.metadata.row_group(chunk), groups):
+                yield file.read_row_group(chunk, there)
+
+
+def _may_hold(chunk: pq.RowGroupMetaData, groups: Sequence[int]) -> bool:
+    (known,) = (c.statistics for c in map(chunk.column, range(chunk.num_columns)) if c.path_in_schema == "group")
+    return known is None or not known.has_min_max or any(known.min <= group <= known.max for group in groups)
 
 
 def as_columns(wanted: pa.Schema, table: pa.Table) -> pa.Table:
     """The wanted columns; null those that an older version did not have."""
     columns = [table.column(f.name) if f.name in table.column_names else pa.nulls(len(table), f.type) for f in wanted]
     return pa.Table.from_arrays(columns, schema=wanted)
-
-
-def _walk(events: pa.Table) -> dict[tuple[int, int, int], dict[str, Any]]:
-    """The values of _JOINED by (group, rollout, attempt)."""
-    lines: dict[tuple[int, int, int], dict[str, Any]] = {}
-    outcomes: dict[int, str] = {}
-    trained: dict[int, int] = {}
-    reserved: set[int] = set()
-    for payload, time in zip(events.column("payload").to_pylist(), events.column("time").to_pylist(), strict=True):
-        event = ev.decode(payload)
-        if isinstance(event, ev.GroupReserved) and event.purpose == "train":
-            reserved.add(event.group)
-        elif isinstance(event, ev.RolloutSubmitted):
-            lines[event.group, event.rollout, event.attempt] = {"submitted_time": time}
-        elif isinstance(event, ev.RolloutScored):
-            verdict = {"status": event.status, "reward": event.reward, "parts": list(event.parts.items()), "error": event.error}
-            said = list(event.said.items())
-            lines[event.group, event.rollout, event.attempt] |= {**verdict, "said": said, "scored_time": time}
-        elif isinstance(event, ev.GroupSettled):
-            outcomes[event.group] = event.outcome
-        elif isinstance(event, ev.BatchCommitted):
-            outcomes.update(dict.fromkeys(event.groups, "trained"))
-            trained.update(dict.fromkeys(event.groups, event.version.update))
-        elif isinstance(event, ev.LearnerFenced):
-            for group in [g for g, update in trained.items() if update > event.committed]:
-                del trained[group], outcomes[group]
-        elif isinstance(event, ev.Ended):
-            outcomes.update(dict.fromkeys(reserved - outcomes.keys(), "unused"))
-    for (group, _, _), line in lines.items():
-        line["outcome"], line["trained_update"] = outcomes.get(group), trained.get(group)
-    return lines
 
 
 def open_run(run_dir: str | Path) -> ReplayReader:

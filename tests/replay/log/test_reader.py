@@ -4,6 +4,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 import asyncrl.replay
@@ -76,3 +78,29 @@ def test_a_run_that_has_just_begun_is_empty(fakes: SimpleNamespace, tmp_path: Pa
 def test_a_folder_without_a_log_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no run directory"):
         asyncrl.replay.open(tmp_path)
+
+
+@pytest.mark.parametrize("segment_bytes", [1, 1 << 20])
+def test_some_groups_and_what_is_made_of_pieces(
+    fakes: SimpleNamespace, tmp_path: Path, loop: Any, segment_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = StoreSpec(segment_bytes=segment_bytes)
+    client = ReplayClient(loop.transport(ReplayStore(fakes.plan(max_lag=4), tmp_path / "replay", spec)), "all", 1)
+    tickets = client.reserve(3, V, [], 1.0).tickets
+    for t in tickets:
+        client.submit([fakes.rollout(t, i, V, tokens=3 + t.group) for i in t.rollouts])
+        client.score(0, [fakes.score(t, i, 1.0) for i in t.rollouts])
+    log, (_, second, third) = asyncrl.replay.open(tmp_path), (t.group for t in tickets)
+    opened: list[Path] = []
+    real = reader.open_closed
+    monkeypatch.setattr(reader, "open_closed", lambda path, *schemas: opened.append(path) or real(path, *schemas))
+
+    def each(rows: pa.Table) -> pa.Table:
+        return rows.drop_columns("logprobs").append_column("n", pc.list_value_length(rows["logprobs"]))
+
+    table = log.rollouts(["rollout", "logprobs", "reward"], groups=[second, third], each=each)
+    assert table.column_names == ["rollout", "reward", "n"]
+    assert table.to_pylist() == [{"rollout": i, "reward": 1.0, "n": 3 + g} for g in (second, third) for i in (0, 1)]
+    assert log.rollouts(["group"], groups=[]).num_rows == 0
+    assert log.rollouts(["group"], groups=[second])["group"].to_pylist() == [second] * 2
+    assert len([path for path in opened if path.parent.name == "rows"]) == (9 if segment_bytes == 1 else 0)
