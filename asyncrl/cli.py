@@ -1,4 +1,4 @@
-"""`asyncrl {run,sft,simulate,eval,export,merge,clean,doctor}`. Only the chosen job is imported: a mistake costs no torch.
+"""`asyncrl {run,sft,simulate,eval,samples,…}`. Only the chosen job is imported: a mistake costs no torch.
 
 Exit status: 0 done; 1 the job failed; 2 what was asked for can't work (a spec, an argument, a data file); 130 Ctrl-C, SIGTERM
 or SIGHUP; 141 whoever read standard output has left (`| head -1`).
@@ -24,6 +24,7 @@ JOBS = {
     "sft": ("asyncrl.jobs.sft:sft_job", "SFT warm start: train a model on demonstrations"),
     "simulate": ("asyncrl.jobs.simulate:simulate_job", "how fast a recipe would run on which machines, and how stale"),
     "eval": ("asyncrl.jobs.evaluate:eval_job", "score a model or checkpoint on held-out data"),
+    "samples": ("asyncrl.jobs.samples:samples_job", "prompts, responses and rewards of a run, picked and sorted"),
     "export": ("asyncrl.jobs.export:export_job", "write a policy as a Hugging Face folder"),
     "merge": ("asyncrl.jobs.export:export_job", "the same, also of verl's FSDP shards"),
     "clean": ("asyncrl.jobs.clean:clean_job", "list and remove what dead runs left on this machine"),

@@ -9,6 +9,7 @@
 Nothing here reads a log. Lines of `surprise` need the tokens: they are read with SCALARS_AND_TOKENS instead of SCALARS.
 """
 
+import re
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Literal
@@ -34,6 +35,9 @@ DETAILS = [
     "span_updates", "finish_reason", "worker", "times", "parts", "error", "said",
 ]  # fmt: skip
 _LISTS = ("span_lengths", "token_rewards", "loss_mask", "logprobs")  # what `summed` makes numbers of
+
+# Control characters, marks of writing direction, separators, and halves of surrogate pairs.
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Message(Struct, frozen=True):
@@ -97,7 +101,6 @@ class RolloutSample(Struct, frozen=True, kw_only=True):
 def summed(rows: pa.Table) -> pa.Table:
     """Rows, with numbers in place of lists of tokens: `length`, `token_sum` (what they earned beside the reward) and, if the
     tokens' columns are there, `surprise`. For pieces of a log while it is read."""
-    rows = rows.combine_chunks()
     lists = {name: _Lists(rows.column(name)) for name in _LISTS if name in rows.column_names}
     found = rows.drop_columns(list(lists))
     found = found.append_column("length", pa.array(lists["span_lengths"].sums().astype(np.int32)))
@@ -183,6 +186,12 @@ def described(rows: pa.Table, lines: pa.Table | None = None) -> list[RolloutSamp
     return [_sample(*found[key]) for key in keys]
 
 
+def visible(text: str) -> str:
+    """The text with whatever would move a terminal's cursor or change its state, or the order of letters, written as escapes;
+    line feeds and tabs as they are."""
+    return _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def by_group(samples: Sequence[RolloutSample]) -> list[list[RolloutSample]]:
     """The samples of each group together; groups in the order of their first."""
     found: dict[int, list[RolloutSample]] = {}
@@ -241,7 +250,7 @@ class _Lists:
     """A column of lists of numbers: all values, and which line each is of. A null counts as an empty list."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
-        lists = pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
+        lists = column.combine_chunks()
         lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
         self.values = lists.flatten().to_numpy(zero_copy_only=False)
         self._lines, self._of = len(lists), np.repeat(np.arange(len(lists)), lengths)
