@@ -7,7 +7,6 @@ ticket ─► an episode for each rollout ─► Trajectory (future)
 """
 
 import asyncio
-import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -26,7 +25,9 @@ from asyncrl.episodes.conversations import Conversations
 from asyncrl.episodes.environments import Task
 from asyncrl.episodes.session import Budget, Session
 from asyncrl.episodes.story import Story
+from asyncrl.errors import Closed
 from asyncrl.interfaces import Engine
+from asyncrl.loops import LoopThread
 from asyncrl.types import EpisodeStop, Generation, GenerationRequest, Ticket, Trajectory, derive_seed
 
 CLOSE_TIMEOUT_S = 10.0
@@ -56,15 +57,14 @@ class EpisodeHost:
         self._counts: Counter[str] = Counter()
         self._environment_s = self._engine_s = self._alive_s = 0.0
         self._away = 0  # episodes that the engine has nothing to do for
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
-        self._thread.start()
+        self._loop = LoopThread("episodes")
+        self._loop.start()
         self._gateway, self._base_url = None, ""
         if spec.agent:
             from asyncrl.episodes.gateway import Gateway  # it needs aiohttp
 
             self._gateway = Gateway(self._counts)
-            self._base_url = asyncio.run_coroutine_threadsafe(self._gateway.start(), self._loop).result(CLOSE_TIMEOUT_S)
+            self._base_url = self._loop.ask(self._gateway.start()).result(CLOSE_TIMEOUT_S)
 
     def submit(self, ticket: Ticket) -> "list[Future[Generation]]":
         """Begins an episode for each rollout of the ticket. The futures end as an engine's do."""
@@ -73,11 +73,13 @@ class EpisodeHost:
         def begin() -> None:
             tasks = self._tasks.setdefault(ticket.group, set())
             for rollout, seed, future in zip(ticket.rollouts, ticket.seeds, futures, strict=True):
-                task = self._loop.create_task(self._run(ticket, rollout, seed, future))
+                task = self._loop.spawn(self._run(ticket, rollout, seed, future))
                 tasks.add(task)
                 task.add_done_callback(lambda task: self._ended(ticket.group, task))
 
-        self._loop.call_soon_threadsafe(begin)
+        if (ended := self._loop.call(begin)) is not None:
+            for future in futures:
+                future.set_exception(ended)
         return futures
 
     @property
@@ -88,29 +90,24 @@ class EpisodeHost:
 
     def abort(self, group: int) -> None:
         """Ends a group's episodes: their processes are killed, and the engine drops what it does for them."""
-        # later, as a task that has not taken its first step would end without answering for its future
-        self._loop.call_soon_threadsafe(lambda: [self._loop.call_soon(task.cancel) for task in self._tasks.get(group, ())])
+
+        def end() -> None:
+            for task in self._tasks.get(group, ()):
+                self._loop.call(task.cancel)  # later: before its first step it would not answer for its future
+
+        self._loop.call(end)
         self._engine.abort(group)
 
     def close(self) -> None:
         """Ends all. Futures that are left end as aborted. Idempotent."""
-        if not self._thread.is_alive():
-            return
+        self._loop.close(Closed("the episodes were ended"), self._end, CLOSE_TIMEOUT_S)
 
-        async def end() -> None:
-            tasks = [task for tasks in self._tasks.values() for task in tasks]
-            for task in tasks:
-                task.cancel()
-            try:
-                await asyncio.gather(*tasks, return_exceptions=True)
-                if self._gateway is not None:
-                    await self._gateway.stop()
-            finally:
-                self._pool.close()
-
-        asyncio.run_coroutine_threadsafe(end(), self._loop).result(CLOSE_TIMEOUT_S)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(CLOSE_TIMEOUT_S)
+    async def _end(self) -> None:
+        try:
+            if self._gateway is not None:
+                await self._gateway.stop()
+        finally:
+            self._pool.close()
 
     def gauges(self) -> dict[str, float]:
         """Episodes by how they stopped, turns, seconds spent in environments and in the engine (summed over episodes side by

@@ -8,7 +8,6 @@ Everything that waits for models is a coroutine, in one thread beside the reward
 
 import asyncio
 import queue
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -20,7 +19,8 @@ import msgspec
 from msgspec.structs import replace
 
 from asyncrl.config import QUESTIONS, JudgeSpec, RewardSpec, RewardTerm
-from asyncrl.errors import Unavailable
+from asyncrl.errors import Closed, Unavailable
+from asyncrl.loops import LoopThread
 from asyncrl.reward.opinions import Chat, api_key, conversation, question, read_prompt
 from asyncrl.reward.pool import RewardPool
 from asyncrl.reward.results import Opinion, Sample, Verdict
@@ -34,6 +34,7 @@ TRIES = 5
 _AGAIN_S = 1.0  # before the second try; then twice as long each time
 _HAND_OVER_S = 0.02  # how long answered samples may lie while functions work on others
 _ANSWER_BYTES = 1 << 20
+_CLOSE_S = 30.0
 
 
 class _Unit(Generic[T]):
@@ -61,28 +62,19 @@ class AskFirst(Generic[T]):
         self._pool, self._asks, self._apis, self._by_group = pool, asks, apis, by_group
         self._answered = queue.SimpleQueue[_Unit[T] | BaseException]()
         self._asking = 0  # samples
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="asking", daemon=True)
+        self._loop = LoopThread("asking")
 
     def __enter__(self) -> Self:
         """As the pool's."""
         self._pool.__enter__()
-        self._thread.start()
+        self._loop.start()
         return self
 
     def __exit__(self, *raised: object) -> None:
         self._pool.close()
-        if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        self._loop.close(Closed("nobody is asked any more"), self._end, _CLOSE_S)
 
     async def _end(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         for api in self._apis:
             await api.close()
 
@@ -93,7 +85,10 @@ class AskFirst(Generic[T]):
             units = [list(members) for _, members in groupby(chain(*units), key=lambda of: of[1].group)]
         for unit in map(_Unit, units):
             self._asking += len(unit.samples)
-            asyncio.run_coroutine_threadsafe(self._ask(unit), self._loop)
+            self._loop.call(self._begin, unit)
+
+    def _begin(self, unit: _Unit[T]) -> None:
+        self._loop.spawn(self._ask(unit))
 
     async def _ask(self, unit: _Unit[T]) -> None:
         about = [sample for _, sample in unit.samples]

@@ -9,10 +9,10 @@ from msgspec.structs import replace
 from asyncrl.errors import Closed, ConfigError, Unavailable
 from asyncrl.generate.engines import EngineSite
 from asyncrl.generate.sglang.build import launch_command
-from asyncrl.generate.sglang.loop import LoopThread
 from asyncrl.generate.sglang.process import require_command
 from asyncrl.generate.sglang.server import CALL_S, SGLangServer
 from asyncrl.generate.sglang.transfer import SharedMemory, StagedWeights
+from asyncrl.loops import LoopThread
 from asyncrl.models.architectures import read_config
 from asyncrl.types import Version
 
@@ -31,7 +31,7 @@ class SGLangClassifier:
         frozen = replace(engine, sglang=replace(engine.sglang, args={"is-embedding": True, **engine.sglang.args}))
         log = site.logs / f"{site.name}.sglang.log"
         command = launch_command(frozen, site.model, place, 0, engine.max_length, log=log)
-        self._loop = LoopThread(site.name, lambda reason: None)
+        self._loop = LoopThread(site.name)
         self._loop.start()
         biased = not _BIASED.isdisjoint(read_config(site.model.path).get("architectures") or ())
         make = partial(SGLangServer, command, partial(SharedMemory, device="cuda" if place.gpus else "cpu"))

@@ -19,12 +19,12 @@ from asyncrl.errors import AsyncRLError, Closed, Unavailable
 from asyncrl.generate.requests import check_request, settle
 from asyncrl.generate.sglang.client import check_top_k
 from asyncrl.generate.sglang.keys import RunningServer
-from asyncrl.generate.sglang.loop import LoopThread
 from asyncrl.generate.sglang.replica import Replica, ServerCounters
 from asyncrl.generate.sglang.segments import RequestRow
 from asyncrl.generate.sglang.server import SGLangServer
 from asyncrl.generate.sglang.transfer import StagedWeights
 from asyncrl.interfaces import Tensors
+from asyncrl.loops import LoopThread
 from asyncrl.types import Generation, GenerationRequest, SwapReport, Version
 
 CLOSE_S = 30.0

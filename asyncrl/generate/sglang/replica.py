@@ -10,11 +10,11 @@ from typing import Literal
 from asyncrl.config import EngineSpec, LimitsSpec
 from asyncrl.errors import AsyncRLError, ConfigError, Unavailable
 from asyncrl.generate.sglang.client import request_id
-from asyncrl.generate.sglang.loop import Changes
 from asyncrl.generate.sglang.segments import RequestRow
 from asyncrl.generate.sglang.server import CALL_S, SGLangServer
 from asyncrl.generate.sglang.transfer import StagedWeights
 from asyncrl.generate.sglang.wire import Chunk, ServerLoad
+from asyncrl.loops import Changes
 from asyncrl.types import FinishReason, Generation, SwapReport, Version
 
 log = logging.getLogger(__name__)

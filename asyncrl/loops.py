@@ -39,13 +39,13 @@ class LoopThread:
     """Thread-safe, except `spawn` and `changes`: use these only from the loop. `on_end` is called in the loop's thread (before
     the loop runs, in that of whoever ends it) with the first reason, each time that `end` is called."""
 
-    def __init__(self, name: str, on_end: Callable[[AsyncRLError], None]) -> None:
+    def __init__(self, name: str, on_end: Callable[[AsyncRLError], None] = lambda reason: None) -> None:
         self.changes = Changes()
         self.ended: AsyncRLError | None = None
         self._name, self._on_end = name, on_end
         self._lock = threading.Lock()  # between `ended` and what is handed in
         self._loop = asyncio.new_event_loop()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # spawned, and not at their end
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -83,11 +83,12 @@ class LoopThread:
             raise self.ended
         return task.result()
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Runs `work` beside everything else. What it raises ends the loop."""
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
+        return task
 
     def _finished(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
