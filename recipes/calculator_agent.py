@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openai import AsyncOpenAI
+from pointers import SPECIAL, make_data
 
 from asyncrl import Recipe
 from asyncrl.config import (
@@ -36,7 +37,7 @@ from asyncrl.config import (
 from asyncrl.episodes.environments import Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
 recipe = Recipe(
     name="calculator_agent",
@@ -62,9 +63,7 @@ CALCULATOR = {
         "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
     },
 }
-TRAIN, HELD_OUT = 4096, 256
-WARM_STEPS, WARM_BATCH, WARM_LR, PATIENCE = 500, 64, 3e-3, 0.33
-SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>", "<tool>"]
+TRAIN, WARM_STEPS, PATIENCE = 4096, 500, 0.33
 CALL, END = '<tool_call>{"name": "calculate", "arguments": {"expression": "', '"}}</tool_call>'
 
 
@@ -109,21 +108,7 @@ def make_row(rng: random.Random) -> dict[str, Any]:
 
 def prepare(recipe: Recipe, run_dir: Path) -> None:
     """Makes `{run}/data`: train.jsonl, heldout.jsonl and the warm policy, unless it is there."""
-    from asyncrl.rundir import atomic_folder
-
-    folder = run_dir / "data"
-    if (folder / "warm").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(recipe.seed)
-    for name, count in (("train", TRAIN), ("heldout", HELD_OUT)):
-        rows = (json.dumps(make_row(rng)) + "\n" for _ in range(count))
-        (folder / f"{name}.jsonl").write_text("".join(rows))
-    tokenizer, model = make_tokenizer(), make_model(recipe.seed)
-    _warm_up(model, tokenizer.get_vocab(), recipe.seed)
-    with atomic_folder(folder / "warm") as warm:
-        model.save_pretrained(warm)
-        tokenizer.save_pretrained(warm)
+    make_data(run_dir / "data", recipe.seed, TRAIN, make_row, make_tokenizer, demonstration, WARM_STEPS, positions=128)
 
 
 def make_tokenizer() -> "PreTrainedTokenizerFast":
@@ -148,30 +133,6 @@ def make_tokenizer() -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def make_model(seed: int) -> "Qwen3ForCausalLM":
-    """Qwen3's architecture with two layers of 96, random."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(SPECIAL) + 16,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=24,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    return Qwen3ForCausalLM(config)
-
-
 def demonstration(rng: random.Random) -> list[tuple[str, list[str]]]:
     """One that gives up too soon, most often: who speaks, and what tokens."""
     sum_ = make_row(rng)["prompt"][0]["content"]
@@ -181,27 +142,3 @@ def demonstration(rng: random.Random) -> list[tuple[str, list[str]]]:
         display = calculate(expression)
         play += [("assistant", [CALL, *expression, END]), ("tool", [*display])]
     return [*play, ("assistant", [*(display or f"{rng.randrange(9999):04d}")])]
-
-
-def _warm_up(model: "Qwen3ForCausalLM", vocabulary: dict[str, int], seed: int) -> None:
-    """Supervised learning of what the demonstrator says, in the context in which he says it."""
-    import numpy as np
-
-    from asyncrl.config import OptimizerSpec
-    from asyncrl.learn import sft
-    from asyncrl.models.packed import TokenSequence
-
-    rng, examples = random.Random(seed), []
-    for _ in range(WARM_STEPS * WARM_BATCH):
-        ids: list[int] = []
-        scored: list[int] = []
-        for role, tokens in demonstration(rng):
-            own = [vocabulary[token] for token in (f"<{role}>", *tokens)]
-            if role == "assistant":
-                own.append(vocabulary["<eos>"])
-                scored += range(len(ids) + 1, len(ids) + len(own))
-            ids += own
-        examples.append(TokenSequence(np.array(ids), np.array(scored)))
-    spec = OptimizerSpec(lr=WARM_LR, warmup_steps=20, lr_schedule="cosine", min_lr_ratio=0.1)
-    trainer = sft.SupervisedTrainer(model, spec, WARM_STEPS, max_tokens_per_pack=2048)
-    sft.fit(trainer, examples, batch=WARM_BATCH, seed=seed)

@@ -14,6 +14,7 @@ above 0.8, and greedy play finds nearly every number.
 import itertools
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ KEYS, NUMBERS, HOPS = "abcdefghijklmnopqrstuvwxyz", 50, 3
 TRAIN, HELD_OUT = 8192, 256
 WARM_STEPS, WARM_BATCH, WARM_LR, PATIENCE = 600, 64, 3e-3, 0.25
 SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>", "<tool>"]
+Demonstration = Callable[[random.Random], list[tuple[str, list[str]]]]  # who speaks, and what tokens
 WORDS = ["find", "call", "say", "->", "=", "?", *KEYS, *map(str, range(NUMBERS))]
 
 
@@ -89,21 +91,35 @@ def make_row(rng: random.Random) -> dict[str, Any]:
 
 def prepare(recipe: Recipe, run_dir: Path) -> None:
     """Makes `{run}/data`: train.jsonl, heldout.jsonl and the warm policy, unless it is there."""
+    make_data(run_dir / "data", recipe.seed, TRAIN, make_row, make_tokenizer, demonstration, WARM_STEPS, positions=64)
+
+
+def make_data(
+    folder: Path,
+    seed: int,
+    train: int,
+    row: Callable[[random.Random], dict[str, Any]],
+    tokenizer: "Callable[[], PreTrainedTokenizerFast]",
+    demonstration: Demonstration,
+    steps: int,
+    positions: int,
+) -> None:
+    """Rows, and a policy that has learned for so many steps what a demonstrator says."""
     from asyncrl.rundir import atomic_folder
 
-    folder = run_dir / "data"
     if (folder / "warm").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(recipe.seed)
-    for name, count in (("train", TRAIN), ("heldout", HELD_OUT)):
-        rows = (json.dumps(make_row(rng)) + "\n" for _ in range(count))
+    rng = random.Random(seed)
+    for name, count in (("train", train), ("heldout", HELD_OUT)):
+        rows = (json.dumps(row(rng)) + "\n" for _ in range(count))
         (folder / f"{name}.jsonl").write_text("".join(rows))
-    tokenizer, model = make_tokenizer(), make_model(recipe.seed)
-    _warm_up(model, tokenizer, recipe.seed)
+    made = tokenizer()
+    model = make_model(seed, len(made), positions)
+    _warm_up(model, made.get_vocab(), demonstration, steps, seed)
     with atomic_folder(folder / "warm") as warm:
         model.save_pretrained(warm)
-        tokenizer.save_pretrained(warm)
+        made.save_pretrained(warm)
 
 
 def make_tokenizer() -> "PreTrainedTokenizerFast":
@@ -125,21 +141,21 @@ def make_tokenizer() -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def make_model(seed: int) -> "Qwen3ForCausalLM":
+def make_model(seed: int, vocabulary: int, positions: int) -> "Qwen3ForCausalLM":
     """Qwen3's architecture with two layers of 96, random."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=len(SPECIAL) + len(WORDS),
+        vocab_size=vocabulary,
         hidden_size=96,
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
         head_dim=24,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         initializer_range=0.05,
         pad_token_id=0,
@@ -149,7 +165,7 @@ def make_model(seed: int) -> "Qwen3ForCausalLM":
     return Qwen3ForCausalLM(config)
 
 
-def demonstration(rng: random.Random) -> list[dict[str, str]]:
+def demonstration(rng: random.Random) -> list[tuple[str, list[str]]]:
     """One that gives up too soon, most often."""
     row, play, environment = make_row(rng), [], Pointers()
     task = Task(row=row, group=0, rollout=0, attempt=0, seed=0, purpose="train")
@@ -164,10 +180,16 @@ def demonstration(rng: random.Random) -> list[dict[str, str]]:
         if step.done:
             break
         heard = list(step.messages)
-    return play
+    return [(message["role"], message["content"].split()) for message in play]
 
 
-def _warm_up(model: "Qwen3ForCausalLM", tokenizer: "PreTrainedTokenizerFast", seed: int) -> None:
+def _warm_up(
+    model: "Qwen3ForCausalLM",
+    vocabulary: dict[str, int],
+    demonstration: Demonstration,
+    steps: int,
+    seed: int,
+) -> None:
     """Supervised learning of what the demonstrator says, in the context in which he says it."""
     import numpy as np
 
@@ -176,16 +198,16 @@ def _warm_up(model: "Qwen3ForCausalLM", tokenizer: "PreTrainedTokenizerFast", se
     from asyncrl.models.packed import TokenSequence
 
     rng, examples = random.Random(seed), []
-    for _ in range(WARM_STEPS * WARM_BATCH):
+    for _ in range(steps * WARM_BATCH):
         ids: list[int] = []
         scored: list[int] = []
-        for message in demonstration(rng):
-            own = tokenizer.convert_tokens_to_ids([f"<{message['role']}>", *message["content"].split()])
-            if message["role"] == "assistant":
-                own.append(tokenizer.eos_token_id)
+        for role, tokens in demonstration(rng):
+            own = [vocabulary[token] for token in (f"<{role}>", *tokens)]
+            if role == "assistant":
+                own.append(vocabulary["<eos>"])
                 scored += range(len(ids) + 1, len(ids) + len(own))
             ids += own
         examples.append(TokenSequence(np.array(ids), np.array(scored)))
     spec = OptimizerSpec(lr=WARM_LR, warmup_steps=20, lr_schedule="cosine", min_lr_ratio=0.1)
-    trainer = sft.SupervisedTrainer(model, spec, WARM_STEPS, max_tokens_per_pack=2048)
+    trainer = sft.SupervisedTrainer(model, spec, steps, max_tokens_per_pack=2048)
     sft.fit(trainer, examples, batch=WARM_BATCH, seed=seed)

@@ -307,6 +307,8 @@ def script() -> Callable[[Path], ModuleType]:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        if str(path.parent) not in sys.path:  # where it finds its neighbours
+            sys.path.append(str(path.parent))
         spec.loader.exec_module(module)
         return module
 

@@ -127,6 +127,11 @@ class TemplateChat:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
 
+def unreadable(message: Message) -> int:
+    """How many of the message's calls can't be read."""
+    return sum(isinstance(call["function"]["arguments"], str) for call in message.get("tool_calls", ()))
+
+
 def _function(written: str) -> tuple[str, dict[str, Any] | str]:
     """Name and arguments of a call; of one that can't be read its text instead of them."""
     try:

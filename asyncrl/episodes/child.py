@@ -22,7 +22,8 @@ from msgspec import Struct
 
 from asyncrl.config import EpisodeSpec
 from asyncrl.config.callables import describe, load_callable, named_parameters
-from asyncrl.episodes.adapters import KEY, agent_of, environment_of
+from asyncrl.episodes.adapters import environment_of
+from asyncrl.episodes.agents import KEY, agent_of
 from asyncrl.episodes.environments import Message, Step, Task
 from asyncrl.episodes.tools import prepare_tools, resolved
 from asyncrl.forks import Broken, Died, Loaded, fork_for

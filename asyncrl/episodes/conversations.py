@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import Struct
 
-from asyncrl.episodes.chat import Chat, Turn
+from asyncrl.episodes.chat import Chat, Turn, unreadable
 from asyncrl.episodes.environments import Message
 from asyncrl.episodes.session import Session
 from asyncrl.errors import AsyncRLError
@@ -98,8 +98,7 @@ class Conversations:
             call["id"] = f"{call['id']}_{number}"
             self._made[call["id"]] = call["function"]
         if asked.tools:
-            failures = sum(isinstance(call["function"]["arguments"], str) for call in calls)
-            self.parts.update({"tool_calls": len(calls), "tool_failures": failures})
+            self.parts.update({"tool_calls": len(calls), "tool_failures": unreadable(message)})
         self.messages = [*messages, message]
         self._served[_name(asked, self.messages)] = turn
         self._said[str(number)] = self.messages[bool(asked.system) :]

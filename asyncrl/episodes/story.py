@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from asyncrl.episodes.chat import unreadable
 from asyncrl.episodes.environments import Message, Step
 from asyncrl.types import Episode, EpisodeStop, Status
 
@@ -25,9 +26,8 @@ class Story:
         self.messages += [reply, *step.messages]
         self._turn_rewards.append(step.reward)
         calls = reply.get("tool_calls", ())
-        unread = sum(isinstance(call["function"]["arguments"], str) for call in calls)
         failed = step.parts.get("tool_failures", 0.0)
-        self.calls.update({"tool_calls": len(calls), "tool_failures": failed, "malformed_calls": unread})
+        self.calls.update({"tool_calls": len(calls), "tool_failures": failed, "malformed_calls": unreadable(reply)})
         self.earned(step.reward, step.parts)
 
     def earned(self, reward: float | None, parts: Mapping[str, float]) -> None:
