@@ -40,7 +40,7 @@ class JudgeSpec(Spec, frozen=True, kw_only=True):
     temperature: float = 0.0  # 0 is greedy
     max_tokens: int = 1024  # of a text
     # The reward is the share of its own group that a response is better than: each two are compared in both orders, and count
-    # half each time; so does a tie.
+    # half each time; so does a tie. Evaluations leave it out: their score is that of the other terms.
     pairwise: bool = False
 
     def __post_init__(self) -> None:

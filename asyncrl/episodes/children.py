@@ -67,9 +67,9 @@ class EpisodePool:
             raise
         return running
 
-    def done(self, running: "Running", in_order: bool) -> None:
-        """Takes a process back, or kills it."""
-        if in_order:
+    def done(self, running: "Running") -> None:
+        """Takes a process back, and has it close its environment; or kills it in the middle of the user's code."""
+        if running.idle:
             running.rest()
             self._idle.append(running)
         else:
@@ -88,6 +88,7 @@ class Running:
     def __init__(self, peer: socket.socket, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._peer, self._reader, self._writer = peer, reader, writer
         self.busy_s = 0.0  # in the user's code, since its fork
+        self.idle = True  # everything was answered
         self._news: asyncio.Future[bytes] | None = None  # while nothing is asked, nothing is to come but its end
 
     async def begin(self, task: Task) -> Begun:
@@ -104,7 +105,7 @@ class Running:
 
     def rest(self) -> None:
         """Has it close its environment, until the next episode."""
-        self._ask(Close())
+        self._send(Close())
         self._news = asyncio.ensure_future(self._reader.read(1))
 
     async def wake(self) -> bool:
@@ -117,6 +118,10 @@ class Running:
         return news.cancelled()
 
     def _ask(self, message: object) -> None:
+        self.idle = False
+        self._send(message)
+
+    def _send(self, message: object) -> None:
         self._writer.write(framed(msgspec.msgpack.encode(message)))
 
     async def told(self, kind: type[T]) -> T:
@@ -133,6 +138,7 @@ class Running:
         finally:
             self.busy_s += time.monotonic() - began
         if isinstance(told, kind):
+            self.idle = True
             return told
         if isinstance(told, Broken):
             raise ConfigError(told.error)

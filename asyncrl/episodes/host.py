@@ -151,7 +151,7 @@ class EpisodeHost:
 
     async def _episode(self, task: Task, session: Session) -> Trajectory:
         """One episode to its end, however it ends."""
-        story, in_order, before_s = Story(), False, 0.0
+        story, before_s = Story(), 0.0
         running: Running | None = None
         try:
             async with asyncio.timeout(self._spec.deadline_s):
@@ -160,7 +160,7 @@ class EpisodeHost:
                 before_s = running.busy_s
                 play = self._play if self._gateway is None else self._serve
                 stop = await play(running, task, session, story)
-            episode, in_order = story.ended("ok", stop), True
+            episode = story.ended("ok", stop)
         except TimeoutError:
             episode = story.ended("timeout", "deadline", f"no end within episode.deadline_s={self._spec.deadline_s:g}")
         except _Late as error:
@@ -172,7 +172,7 @@ class EpisodeHost:
         finally:
             if running is not None:
                 self._away -= 1
-                self._pool.done(running, in_order)
+                self._pool.done(running)
                 # An agent's process is busy while it waits for the policy, too.
                 story.environment_s = max(0.0, running.busy_s - before_s - (story.engine_s if self._gateway else 0.0))
             self._environment_s += story.environment_s

@@ -8,7 +8,7 @@ import asyncrl.replay.log.events as ev
 from asyncrl.errors import ConfigError
 from asyncrl.replay.admission import Holders, ticket
 from asyncrl.replay.context import StoreContext
-from asyncrl.replay.log.rows import TEXT_COLUMNS, decode_texts
+from asyncrl.replay.log.rows import TEXT_COLUMNS, Summary, decode_texts
 from asyncrl.replay.state import EvalRound, Group, RolloutState
 from asyncrl.report.scores import Metric, Scored, mean_scores
 from asyncrl.types import EvalResult, Key, Ticket, Version
@@ -75,6 +75,10 @@ class Evaluations:
         self._context.record(ev.GroupSettled(group, "failed", False, message))
         self.finish_if_complete()
         return []
+
+    def takes(self, row: Summary, running: EvalRound) -> bool:
+        """Whether its tokens come from the pinned weights; where there is no pin, from no learner restored since."""
+        return row.version == running.version if self._plan.pinned else row.incarnation <= running.version.incarnation
 
     def finish_if_complete(self) -> None:
         """Records the result once every rollout has a verdict. Rollouts without a reward count as 0."""

@@ -76,11 +76,11 @@ class Scoring:
 
     def _breaks_bound(self, group: Group, s: schema.Summary, older: dict[int, int]) -> bool:
         """Only of a group that was lost; after a restore, where the weights in use fell back to the checkpoint while the
-        rollout ran; or where a pin was broken."""
+        rollout ran; or of an evaluation, with weights that its round does not take."""
         ledger = self._ledger
         if group.purpose == "eval":
-            pinned = self._context.plan.evaluation.pinned
-            return pinned and ledger.round is not None and s.version != ledger.round.version
+            assert ledger.round is not None
+            return not self._evaluations.takes(s, ledger.round)
         if not self._context.plan.rule.holds or s.rollout >= group.n:  # a baseline has nothing to train
             return False
         if not self._holders.regain(group):

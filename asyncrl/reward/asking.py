@@ -173,7 +173,8 @@ def behind_models(pool: RewardPool[Any], spec: RewardSpec, served: Callable[[Rew
 
 
 def ask_by(send: Send, write: Callable[..., Chat], *, n: int = 1, pairwise: bool = False) -> Ask:
-    """Asks `n` times about each sample what `write(sample)` says; or about each two, in both orders.
+    """Asks `n` times about each sample what `write(sample)` says; or about each two, in both orders: of an evaluation about
+    none, as answers of one policy say nothing of it when they are compared with each other.
 
     write: raises ValueError for what can't be asked.
     """
@@ -190,7 +191,8 @@ def ask_by(send: Send, write: Callable[..., Chat], *, n: int = 1, pairwise: bool
         return [_joined(answers[place : place + n]) for place in range(0, len(answers), n)]
 
     async def pairs(samples: Sequence[Sample]) -> list[Opinion]:
-        orders = list(permutations(range(len(samples)), 2))
+        compared = samples if samples[0].purpose == "train" else ()
+        orders = list(permutations(range(len(compared)), 2))
         of = dict(zip(orders, await asyncio.gather(*(one(samples[a], samples[b]) for a, b in orders)), strict=True))
         return [_joined([of[pair] for a, b in orders if a == i for pair in ((a, b), (b, a))]) for i in range(len(samples))]
 

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
+from asyncrl.types import Purpose
+
 
 class Opinion(Struct, frozen=True, array_like=True):
     """What a model said of a sample: a classifier a score, a judge texts. Only `ok` has them.
@@ -34,6 +36,7 @@ class Sample(Struct, frozen=True, array_like=True):
     episode: str = "null"  # as types.Episode.for_rewards makes it; null: the response was a single turn
     group: int = 0  # equal for responses to one prompt
     asked: dict[str, Opinion] = {}  # what models said, by the name of their term
+    purpose: Purpose = "train"
 
 
 class Verdict(Struct, frozen=True, tag="verdict"):

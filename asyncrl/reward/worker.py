@@ -138,7 +138,7 @@ class RewardWorker:
         p, record = item.prompt, self._record(item)
         told = "null" if item.episode is None else item.episode.for_rewards(item.purpose)
         texts = p.data_source, item.text, p.ground_truth, p.extra_info, record
-        return Sample(*texts, item.response_ids, item.turns, told, item.group)
+        return Sample(*texts, item.response_ids, item.turns, told, item.group, purpose=item.purpose)
 
     def _deliver(self, verdicts: list[tuple[Tag, Verdict]]) -> None:
         by_lease: dict[ScoringLease, list[Score]] = {}

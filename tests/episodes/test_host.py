@@ -236,6 +236,18 @@ def test_an_aborted_group_is_given_back(make_host, make_ticket, engine) -> None:
     assert run(host, make_ticket())[0].episode.status == "ok"
 
 
+def test_an_episode_that_is_killed_while_the_policy_answers_closes_its_environment(
+    make_host, make_ticket, engine, tmp_path: Path
+) -> None:
+    engine.held = []
+    host = make_host("Async")
+    (future,) = host.submit(make_ticket())
+    assert engine.arrived.acquire(timeout=WAIT_S)
+    host.abort(5)
+    assert future.result(WAIT_S).finish_reason == "abort"
+    until(lambda: (tmp_path / "log").read_text() == "closed\n")
+
+
 def test_an_answer_that_the_engine_gave_up_ends_the_episode(make_host, make_ticket, engine) -> None:
     engine.reason = "abort"
     (future,) = make_host().submit(make_ticket())

@@ -229,6 +229,7 @@ class Bench:
                     version,
                     problem,
                     figures=figures,
+                    incarnation=self.core.ledger.incarnation,
                 )
                 for i in (ticket.rollouts if rollouts is None else rollouts)
             ]

@@ -215,3 +215,23 @@ def test_what_a_restore_undid_is_in_no_evaluation_of_episodes(fakes: SimpleNames
     assert bench.core.ledger.round.version == Version(2, 1)
     assert bench.submit(undone[1], 3, figures=EPISODE) == 0
     assert set(bench.reserve(0, 3, "a", held=[t.group for t in undone]).cancelled) == {t.group for t in undone}
+
+
+def test_an_episode_that_ends_with_weights_of_a_restored_learner_is_in_no_evaluation_of_the_one_before(
+    fakes: SimpleNamespace,
+) -> None:
+    """Its generator swapped in the middle of it, and has had nothing to ask the store since."""
+    bench = bench_with_evals(fakes, pinned=False)
+    bench.request_eval(Version(1, 3))
+    first, second, third = eval_tickets(bench, 3, 3, "a")
+    assert bench.submit(first, 3, figures=EPISODE) == 1
+    bench.fence(0)
+    assert eval_tickets(bench, 0, 1, "a", held=(second.group, third.group)) == []  # no slot is free
+    assert bench.submit(second, 3, 1, figures=EPISODE) == 0
+    again = eval_tickets(bench, 3, 1, "a", held=(third.group,))
+    assert [t.prompt.row for t in again] == [t.prompt.row for t in (first, second, third)]
+    for ticket in again:
+        assert bench.submit(ticket, 1, figures=EPISODE) == 1
+        bench.score(ticket, 1.0)
+    (record,) = bench.report(0).records
+    assert (record.version, record.metrics["eval/newest_update"]) == (Version(2, 1), 1)

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 from aiohttp import web
+from msgspec.structs import replace
 
 from asyncrl.config import JudgeSpec, RewardTerm
 from asyncrl.errors import Closed, ConfigError, Unavailable
@@ -16,7 +17,7 @@ from asyncrl.reward import asking
 from asyncrl.reward.asking import AskFirst, ChatAPI, ask_by
 from asyncrl.reward.opinions import question, reader
 from asyncrl.reward.pool import RewardPool
-from asyncrl.reward.results import Opinion, Sample
+from asyncrl.reward.results import Opinion, Sample, Verdict
 from asyncrl.rundir import MASK
 
 PAIR = "1. {response_a} 2. {response_b}"
@@ -184,6 +185,20 @@ def test_each_two_are_compared_in_both_orders():
     assert answers[0].texts == ["aa>b", "b>aa", "aa>c", "c>aa"]  # first as A, then as B
     assert answers[2].texts == ["c>aa", "aa>c", "c>b", "b>c"]
     assert pairs_of(["aa"], lambda a, b: "")[0] == Opinion("ok")  # nobody to compare with: it does not apply
+
+
+def test_evaluations_compare_nothing():
+    """Of several answers of one policy to one prompt."""
+    term = RewardTerm(judge=JudgeSpec(prompt="p", url="http://judge/v1", pairwise=True), name="better")
+    asked = []
+
+    async def send(chat):
+        asked.append(chat)
+        return Opinion("ok", texts=["[[A]]"])
+
+    ask = ask_by(send, partial(question, PAIR), pairwise=True)
+    answers = asyncio.run(ask([replace(sample(response), purpose="eval") for response in ("a", "b")]))
+    assert (asked, [reader(term)(answer) for answer in answers]) == ([], [Verdict("ok")] * 2)  # it does not apply
 
 
 @pytest.mark.parametrize(

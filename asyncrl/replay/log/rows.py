@@ -98,6 +98,7 @@ class Summary(Struct, frozen=True, gc=False):
     problem: str  # why it can't be used, else empty
     status: Status = "invalid"  # what it is then
     figures: dict[str, float] | None = None  # how its episode went; None: a single turn
+    incarnation: int = 0  # of the learner that made the newest of its weights
 
 
 class RowLease(Struct, frozen=True):
@@ -234,7 +235,8 @@ def summaries(batch: pa.RecordBatch) -> list[Summary]:
                 status, problem = episode.status, episode.error
             elif problem:
                 problem = "the episode ended before the policy had answered anything"
-        found.append(Summary(group, rollout, attempt, oldest or 0, newest or 0, length, version, problem, status, figures))
+        of, made = (group, rollout, attempt), max(incarnations, default=0)
+        found.append(Summary(*of, oldest or 0, newest or 0, length, version, problem, status, figures, made))
     return found
 
 
