@@ -20,6 +20,7 @@ from asyncrl.config import (
     ModelSpec,
     ModelsSpec,
     Recipe,
+    RewardSpec,
     RewardTerm,
 )
 from asyncrl.config.callables import check_callable
@@ -112,11 +113,8 @@ def check_asked(term: RewardTerm, recipe: Recipe, deployment: Deployment, find: 
         read_prompt(judge)
         if judge.parse:
             check_callable(judge.parse, "reward.judge.parse")
-        if judge.pairwise and recipe.evaluation.files and len(recipe.reward.terms()) == 1:
-            raise ConfigError(
-                f"evaluation.files with nothing but {term.named}, which compares responses of one policy with each other: "
-                "every score would be a half; leave evaluation.files out, or add a term that scores each response"
-            )
+        if recipe.evaluation.files:
+            require_scored_alone(recipe.reward)
         if not named_cluster(deployment):
             api_key(judge)
         if not model:
@@ -131,14 +129,36 @@ def check_asked(term: RewardTerm, recipe: Recipe, deployment: Deployment, find: 
     return f"{term.named}: {line}, served by {models.count} × {models.engine.kind}"
 
 
-def note(folder: Path, term: RewardTerm, facts: Mapping[str, Any]) -> None:
-    """Writes down, once per run, what a reward model or judge is; warns where it is not what the run began with."""
+def require_scored_alone(reward: RewardSpec) -> None:
+    """Raises ConfigError for a reward that an evaluation can't have: one that only compares."""
+    if all(term.judge and term.judge.pairwise for term in reward.terms()):
+        raise ConfigError(
+            f"evaluation.files with nothing but {reward.terms()[0].named}, which compares responses of one policy with each "
+            "other: every score would be a half; leave evaluation.files out, or add a term that scores each response (for "
+            "asyncrl eval: --reward file.py:name)"
+        )
+
+
+def provenance(term: RewardTerm, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reward model or judge is. facts: of the model that is served for it."""
     judge = {"url": term.judge.url, "served_name": term.judge.served_name} if term.judge and term.judge.url else {}
     asked = {"prompt": _hash(read_prompt(term.judge))} if term.judge else {}
-    path, said = folder / f"{term.named.replace('/', '-')}.json", redact({**judge, **facts, **asked})
+    said: dict[str, Any] = redact({**judge, **facts, **asked})
+    return said
+
+
+def tell_changes(folder: Path, term: RewardTerm, said: Mapping[str, Any]) -> Path:
+    """Warns where a reward model or judge is not what the run with this folder noted. Returns the file of the note."""
+    path = folder / f"{term.named.replace('/', '-')}.json"
     if path.is_file() and (before := json.loads(path.read_text())) != said:
         log.warning("reward %s is not what this run began with: %s, which was %s", term.named, said, before)
-    write_atomic(path, json.dumps(said, indent=1))
+    return path
+
+
+def note(folder: Path, term: RewardTerm, facts: Mapping[str, Any]) -> None:
+    """Writes down, once per run, what a reward model or judge is; warns where it is not what the run began with."""
+    said = provenance(term, facts)
+    write_atomic(tell_changes(folder, term, said), json.dumps(said, indent=1))
 
 
 def _hash(text: str) -> str:

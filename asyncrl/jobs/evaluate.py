@@ -8,18 +8,19 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import yaml
 
-from asyncrl.config import DataSpec, Deployment, EpisodeSpec, EvalSettingSpec, Recipe, RewardTerm
+from asyncrl.config import DataSpec, Deployment, EpisodeSpec, EvalSettingSpec, Recipe, RewardSpec
 from asyncrl.config.base import Rule, require_fields
 from asyncrl.config.callables import check_callable, load_callable
 from asyncrl.config.load import load_deployment, load_recipe
 from asyncrl.config.paths import resolve_paths
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.generate.engines import engine_kind
+from asyncrl.jobs.judging import Pool, reward_of, scoring
 from asyncrl.jobs.responses import generated, tickets
 from asyncrl.jobs.statistics import ScoredResponse, eval_summary, write_samples, write_transcripts
 from asyncrl.learn.policies import Policy, locate
@@ -28,10 +29,10 @@ from asyncrl.prompts.encoding import encoder
 from asyncrl.prompts.reading import check_columns, read_rows
 from asyncrl.replay.plan import EvalSetting, Evaluation
 from asyncrl.report.scores import powers
-from asyncrl.reward.pool import RewardPool
+from asyncrl.reward.pool import score_all
 from asyncrl.reward.results import Sample, Verdict
 from asyncrl.rundir import RunDir, resolve_run_dir
-from asyncrl.types import Episode, Generation, Prompt, Sampling, Trajectory
+from asyncrl.types import Episode, Generation, Sampling, Ticket, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +90,7 @@ def eval_job(parser: argparse.ArgumentParser) -> None:
         "--device", default="", choices=["", "cpu", "cuda"], help="default: as --deploy says; without it cuda, if there is one"
     )
     parser.add_argument("--reward-processes", type=int, default=min(4, os.cpu_count() or 1), metavar="N")
-    parser.add_argument("--reward-deadline", type=float, default=10.0, metavar="S", help="seconds for one sample (default 10)")
+    parser.add_argument("--reward-deadline", type=float, metavar="S", help="seconds for one sample (default: the run's, or 10)")
     for key in ("prompt_key", "answer_key", "source_key"):
         parser.add_argument(
             f"--{key.replace('_', '-')}", metavar="KEY", help="as data.{key} of a recipe (default: the run's, or verl's)"
@@ -111,9 +112,7 @@ def _eval(args: argparse.Namespace) -> int:
     policy = locate(args.model, args.tokenizer, args.dtype)
     if args.recipe is not None:
         policy = msgspec.structs.replace(policy, recipe=_recipe(args.recipe))
-    terms, data = _terms(args, policy), _data(args, policy)
-    for term in terms:
-        check_callable(term.function, "--reward")
+    reward, data = reward_of(args, policy), _data(args, policy)
     for field, name in _episode(args, policy).found_here:
         check_callable(name, f"episode.{field}")
     named = args.metric or (policy.recipe.evaluation.metrics if policy.recipe else ())
@@ -130,7 +129,7 @@ def _eval(args: argparse.Namespace) -> int:
     if problem := kind.not_served(policy.spec, {}):
         raise ConfigError(f"{args.model} can't be served by this engine: {problem}")
 
-    responses = _evaluate(args, also, policy, data, terms, deployment)
+    models, responses = _evaluate(args, also, policy, data, reward, deployment)
     if args.out is not None:
         write_samples(args.out, responses)
         write_transcripts(args.out.with_suffix(".jsonl"), responses)
@@ -140,7 +139,7 @@ def _eval(args: argparse.Namespace) -> int:
         more = eval_summary(of[setting.name], powers(setting.n), args.pass_score, metrics)
         figures[setting.name] = more | {"n": setting.n, "temperature": setting.temperature}
     report = {"model": args.model, "data": list(data.files), **figures, "n": args.n, "temperature": args.temperature}
-    print(json.dumps({**report, "seed": args.seed}))
+    print(json.dumps({**report, "seed": args.seed, **({"rewards": models} if models else {})}))
     print(f"{len(responses)} samples in {time.monotonic() - began:.1f} s", file=sys.stderr)
     return 0
 
@@ -150,14 +149,14 @@ def _evaluate(
     also: Sequence[EvalSettingSpec],
     policy: Policy,
     data: DataSpec,
-    terms: Sequence[RewardTerm],
+    reward: RewardSpec,
     deployment: Deployment,
-) -> list[ScoredResponse]:
-    memory = policy.recipe.reward.memory_bytes if policy.recipe and args.reward is None else None
-    pool: RewardPool[int] = RewardPool(
-        terms, processes=args.reward_processes, deadline_s=args.reward_deadline, memory_bytes=memory
-    )
-    with pool:  # first: a reward that can't be loaded is known before the model is
+) -> tuple[dict[str, Any], list[ScoredResponse]]:
+    """What the reward's models and judges are, by name; and all responses."""
+    place = _place(args, deployment)
+    run = args.recipe or (policy.checkpoint.parents[1] if policy.checkpoint else Path(args.model))
+    # first: a reward that can't be loaded is known before the model is
+    with scoring(reward, place, args.reward_processes, run) as (pool, models):
         from asyncrl.models.tokenizing import load_tokenizer
 
         tokenizer = load_tokenizer(policy.spec)
@@ -171,16 +170,16 @@ def _evaluate(
             settings.append(EvalSetting(a.name, other, a.n))
         held_out = Evaluation(prompts=[prompt for prompt, _ in rows], settings=tuple(settings))
         asked = tickets(held_out, args.seed)
-        generations = generated(policy, _episode(args, policy), _place(args, deployment), asked, records, args.seed)
+        generations = generated(policy, _episode(args, policy), place, asked, records, args.seed)
         texts = [tokenizer.decode(generation.token_ids, skip_special_tokens=True) for generation in generations]
         each = [(ticket, *one) for ticket in asked for one in zip(ticket.rollouts, ticket.seeds, strict=True)]
         samples = [
-            _sample(ticket.prompt, text, generation, records[ticket.prompt.row])
+            _sample(ticket, text, generation, records[ticket.prompt.row])
             for (ticket, *_), text, generation in zip(each, texts, generations, strict=True)
         ]
         verdicts = _verdicts(pool, samples, generations)
         prompt_texts = {prompt.row: tokenizer.decode(prompt.ids, skip_special_tokens=True) for prompt, _ in rows}
-    return [
+    return models, [
         ScoredResponse(
             prompt=ticket.prompt,
             rollout=rollout,
@@ -195,10 +194,10 @@ def _evaluate(
     ]
 
 
-def _verdicts(pool: RewardPool[int], samples: Sequence[Sample], generations: Sequence[Generation]) -> list[Verdict]:
+def _verdicts(pool: Pool, samples: Sequence[Sample], generations: Sequence[Generation]) -> list[Verdict]:
     """On each response. An episode that did not come to an end has its own, as in a run."""
     lost = [_lost(generation) for generation in generations]
-    scored = iter(pool.map([sample for sample, verdict in zip(samples, lost, strict=True) if verdict is None]))
+    scored = iter(score_all(pool, [sample for sample, verdict in zip(samples, lost, strict=True) if verdict is None]))
     return [verdict or next(scored) for verdict in lost]
 
 
@@ -209,24 +208,30 @@ def _lost(generation: Generation) -> Verdict | None:
     return Verdict(end.status, error=end.error)
 
 
-def _sample(of: Prompt, text: str, generation: Generation, record: str) -> Sample:
-    sample = Sample(of.data_source, text, of.ground_truth, of.extra_info, record, generation.token_ids)
+def _sample(ticket: Ticket, text: str, generation: Generation, record: str) -> Sample:
+    of = ticket.prompt
+    texts = of.data_source, text, of.ground_truth, of.extra_info, record
+    sample = Sample(*texts, generation.token_ids, group=ticket.group, purpose="eval")
     if not isinstance(generation, Trajectory):
         return sample
     return msgspec.structs.replace(sample, turns=generation.turns, episode=generation.episode.for_rewards("eval"))
 
 
 def _place(args: argparse.Namespace, deployment: Deployment) -> Deployment:
-    """The same with the slots and the device of the command line."""
-    generators = deployment.generators
-    engine = msgspec.structs.replace(generators.engine, slots=args.batch or generators.engine.slots)
-    place = generators.place
-    if args.device or args.deploy is None:
-        import torch
+    """The same with the slots and the device of the command line. All models compute with this process's threads."""
+    import torch
 
+    replace, generators, rewards = msgspec.structs.replace, deployment.generators, deployment.rewards
+    engine = replace(generators.engine, slots=args.batch or generators.engine.slots)
+    place, models_place = generators.place, replace(rewards.models.place, threads=torch.get_num_threads())
+    if args.device or args.deploy is None:
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        place = msgspec.structs.replace(place, gpus=max(place.gpus, 1.0) if device == "cuda" else 0.0)
-    return msgspec.structs.replace(deployment, generators=msgspec.structs.replace(generators, engine=engine, place=place))
+        place, models_place = (
+            replace(one, gpus=max(one.gpus, 1.0) if device == "cuda" else 0.0) for one in (place, models_place)
+        )
+    generators = replace(generators, engine=engine, place=place)
+    rewards = replace(rewards, models=replace(rewards.models, place=models_place))
+    return replace(deployment, generators=generators, rewards=rewards)
 
 
 def _sampling(args: argparse.Namespace, policy: Policy, tokenizer: "PreTrainedTokenizerBase", longest: int) -> Sampling:
@@ -262,20 +267,6 @@ def _recipe(path: Path) -> Recipe:
         return msgspec.json.decode(saved.read_bytes(), type=Recipe)
     recipe = load_recipe(path)
     return resolve_paths(recipe, resolve_run_dir(recipe.name), path.resolve().parent)
-
-
-def _terms(args: argparse.Namespace, policy: Policy) -> tuple[RewardTerm, ...]:
-    if args.reward is not None:
-        return (RewardTerm(function=f"{args.reward}:compute_score" if args.reward.endswith(".py") else args.reward),)
-    if policy.recipe is None:
-        raise ConfigError(f"{args.model} is no run with a recipe, so nothing says how to score; add --reward file.py:name")
-    terms = policy.recipe.reward.terms()
-    if asked := [term.what for term in terms if not term.function]:
-        raise ConfigError(
-            f"{args.model} was rewarded by {', '.join(asked)}, which asyncrl eval does not ask: evaluate in a run "
-            "(evaluation.files), or add --reward file.py:name"
-        )
-    return terms
 
 
 def _episode(args: argparse.Namespace, policy: Policy) -> EpisodeSpec:

@@ -211,6 +211,7 @@ def write_samples(path: Path, responses: Sequence[ScoredResponse]) -> None:
             "answer": one.vote,
             "score": one.verdict.reward,
             "parts": json.dumps(one.verdict.parts),
+            "said": json.dumps(one.verdict.said),
             "status": one.verdict.status,
             "error": one.verdict.error,
             "response_length": one.length,

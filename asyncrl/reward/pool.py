@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import msgspec
 
@@ -19,7 +19,19 @@ T = TypeVar("T")
 # A process is given as many samples as take about this long: enough to hide the hand-over, too few to hold others up.
 _BATCH_S = 0.01
 _BATCH_SAMPLES = 64
+_WAIT_S = 10.0
 _LOADING_S = 0.1  # how often `polls` rises while processes load
+
+
+def score_all(pool: Any, samples: Sequence[Sample]) -> list[Verdict]:
+    """Verdicts on samples, in their order. pool: a `RewardPool[int]`, or what is used as one, that has nothing else to do."""
+    if pool.pending:
+        raise RuntimeError(f"map on a pool with {pool.pending} pending samples would swallow their verdicts; poll them first")
+    pool.submit(enumerate(samples))
+    verdicts: dict[int, Verdict] = {}
+    while pool.pending:
+        verdicts.update(pool.poll(_WAIT_S))
+    return [verdicts[index] for index in range(len(samples))]
 
 
 class RewardPool(Generic[T]):
@@ -122,15 +134,7 @@ class RewardPool(Generic[T]):
 
     def map(self, samples: Sequence[Sample]) -> list[Verdict]:
         """Scores samples and returns their verdicts in order. Needs an otherwise unused `RewardPool[int]`."""
-        if self.pending:
-            raise RuntimeError(
-                f"map on a pool with {self.pending} pending samples would swallow their verdicts; poll them first"
-            )
-        self.submit(enumerate(samples))  # type: ignore[arg-type]  # T is int here
-        verdicts: dict[T, Verdict] = {}
-        while self.pending:
-            verdicts.update(self.poll(self._deadline_s))
-        return [verdicts[index] for index in range(len(samples))]  # type: ignore[index]
+        return score_all(self, samples)
 
     def close(self) -> None:
         """Kills every process and all they started, for good. Pending samples are forgotten. Idempotent."""

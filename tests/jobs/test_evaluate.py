@@ -1,6 +1,8 @@
 import argparse
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +12,26 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
-from asyncrl.config import DataSpec, EvaluationSpec, ModelSpec, Recipe, RewardSpec, RewardTerm, SamplingSpec, ShapingSpec
+from asyncrl.config import (
+    DataSpec,
+    EvaluationSpec,
+    JudgeSpec,
+    ModelSpec,
+    Recipe,
+    RewardSpec,
+    RewardTerm,
+    SamplingSpec,
+    ShapingSpec,
+)
 from asyncrl.config.load import load_recipe
 from asyncrl.config.paths import resolve_paths
 from asyncrl.errors import ConfigError, DataError
@@ -79,6 +98,29 @@ def data(tmp_path):
 def reward(tmp_path):
     (tmp_path / "reward.py").write_text(REWARD)
     return tmp_path / "reward.py"
+
+
+@pytest.fixture
+def judge():
+    """An API of a judge that likes what is long, and notes what it is asked."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(json.loads(self.rfile.read(int(self.headers["content-length"])))["messages"][0]["content"])
+            body = json.dumps({"choices": [{"message": {"content": f"score: {len(asked[-1])}"}}]}).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    asked = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_address[1]}/v1", asked=asked)
+        server.shutdown()
 
 
 def evaluate(*argv):
@@ -251,15 +293,13 @@ def test_verls_shards_are_a_model_too(model, data, reward, tmp_path, capsys):
     assert of_shards == {**of_model, "model": str(tmp_path)}
 
 
-def test_a_run_brings_its_rewards_and_its_held_out_files(model, data, reward, tmp_path, capsys):
-    path = tmp_path / "trl.py"
-    path.write_text("def prompted(prompts, completions, **columns):\n    return [float(len(prompts[0]))]\n")
-    terms = (RewardTerm(function=f"{path}:prompted", weight=2.0), RewardTerm(function=f"{reward}:compute_score", weight=4.0))
+def run_of(model, data, reward, tmp_path):
+    """A run with a first checkpoint, of the model as it is."""
     recipe = Recipe(
         name="r",
         model=ModelSpec(path=str(model)),
         data=DataSpec(files=("train.parquet",)),
-        reward=RewardSpec(functions=terms, shaping=ShapingSpec(length_penalty=9.0)),
+        reward=reward,
         evaluation=EvaluationSpec(files=(str(data),)),
         sampling=SamplingSpec(max_response_length=3),
         total_steps=1,
@@ -272,6 +312,77 @@ def test_a_run_brings_its_rewards_and_its_held_out_files(model, data, reward, tm
     checkpoints = Checkpoints(run, keep_last_n=1)
     checkpoints.save(trainer, Version(0, 0))
     checkpoints.wait()
+    return run
+
+
+def judged(url, path, **fields):
+    path.write_text("{response_a} {response_b}" if fields.get("pairwise") else "{response}")
+    return RewardTerm(judge=JudgeSpec(prompt=str(path), url=url, **fields))
+
+
+@pytest.fixture
+def classifier(model, tmp_path):
+    """A tiny random one that reads as the policy does."""
+    folder, config = tmp_path / "likes", AutoConfig.from_pretrained(model)
+    torch.manual_seed(1)
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
+def test_a_classifier_and_judges_score_as_in_the_run(model, data, classifier, judge, tmp_path, capsys, caplog):
+    """The judge's API gives a point for each character; the one that compares is not asked."""
+    terms = (
+        RewardTerm(model=ModelSpec(path=str(classifier)), name="rm", weight=2.0),
+        judged(judge.url, tmp_path / "long.txt"),
+        judged(judge.url, tmp_path / "pair.txt", pairwise=True),
+    )
+    run, out = run_of(model, data, RewardSpec(functions=terms), tmp_path), tmp_path / "samples.parquet"
+    run.rewards.mkdir()
+    (run.rewards / "rm.json").write_text(json.dumps({"model": "another"}))
+    assert evaluate(run.path, "--n", 2, "--temperature", 1, "--out", out) == 0
+    told = capsys.readouterr()
+    report, rows = json.loads(told.out), pq.read_table(out).to_pylist()
+    assert (len(judge.asked), report["invalid"], report["timeout"]) == (8, 0, 0)
+    reads, tokenizer = AutoModelForSequenceClassification.from_pretrained(classifier), AutoTokenizer.from_pretrained(model)
+    for row in rows:
+        parts = json.loads(row["parts"])
+        said = [{"role": "user", "content": f"{row['row']}+{row['row']}"}, {"role": "assistant", "content": row["response"]}]
+        ids = tokenizer.apply_chat_template(said, return_tensors="pt", return_dict=False)
+        with torch.no_grad():
+            assert parts["rm"] == pytest.approx(reads(input_ids=ids).logits[0, 0].item(), abs=1e-5)
+        assert parts == {"rm": parts["rm"], "judge/long": len(row["response"])}
+        assert row["score"] == pytest.approx(2.0 * parts["rm"] + parts["judge/long"])
+        assert json.loads(row["said"]) == {"judge/long": f"score: {len(row['response'])}"}
+    assert report["score"] == pytest.approx(sum(row["score"] for row in rows) / 8)
+    assert (len(report["rewards"]["rm"].pop("weights")), report["rewards"]["judge/long"]["url"]) == (64, judge.url)
+    assert report["rewards"]["rm"]["model"] == str(classifier)
+    assert "judge/pair is not asked" in told.err
+    assert "reward rm is not what this run began with" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("url", "fields", "said"),
+    [
+        ("http://127.0.0.1:1/v1", {}, r"judge.url='http://127.0.0.1:1/v1' can't be reached from here \(.*refused"),
+        ("http://127.0.0.1:99999/v1", {}, "can't be reached from here"),
+        ("http://127.0.0.1:1/v1", {"key_env": "NO_SUCH_KEY"}, "key_env='NO_SUCH_KEY' is not set here"),
+        ("http://127.0.0.1:1/v1", {"pairwise": True}, "nothing but judge/ask, which compares responses of one policy"),
+    ],
+)
+def test_judges_that_can_not_be_asked_are_named_before_anything_is_loaded(model, data, url, fields, said, tmp_path, capsys):
+    run = run_of(model, data, RewardSpec(functions=(judged(url, tmp_path / "ask.txt", **fields),)), tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        evaluate(run.path)
+    assert "prompts ×" not in capsys.readouterr().err
+
+
+def test_a_run_brings_its_rewards_and_its_held_out_files(model, data, reward, tmp_path, capsys):
+    path = tmp_path / "trl.py"
+    path.write_text("def prompted(prompts, completions, **columns):\n    return [float(len(prompts[0]))]\n")
+    terms = (RewardTerm(function=f"{path}:prompted", weight=2.0), RewardTerm(function=f"{reward}:compute_score", weight=4.0))
+    run = run_of(model, data, RewardSpec(functions=terms, shaping=ShapingSpec(length_penalty=9.0)), tmp_path)
     evaluate(run.path, "--out", tmp_path / "samples.parquet")
     assert json.loads(capsys.readouterr().out)["data"] == [str(data)]
     rows = pq.read_table(tmp_path / "samples.parquet").to_pylist()

@@ -9,13 +9,16 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from aiohttp import web
+from msgspec.structs import replace
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
 
 from asyncrl import launch
-from asyncrl.config import AlgorithmSpec, JudgeSpec, LearnerSpec, ModelSpec, RewardSpec, RewardTerm
+from asyncrl.cli import main
+from asyncrl.config import AlgorithmSpec, EvaluationSpec, JudgeSpec, LearnerSpec, ModelSpec, RewardSpec, RewardTerm
 from asyncrl.replay import open as open_replay
 
 pytestmark = pytest.mark.ray
@@ -42,7 +45,9 @@ def likes_sevens(tmp_path_factory, arithmetic) -> Path:
     return folder
 
 
-def test_a_policy_learns_what_a_classifier_likes_through_its_death(local_ray, tiny_recipe, likes_sevens, tmp_path, metrics_of):
+def test_a_policy_learns_what_a_classifier_likes_through_its_death(
+    local_ray, tiny_recipe, likes_sevens, tmp_path, metrics_of, capsys
+):
     killed = []
 
     def kill(run) -> None:
@@ -55,6 +60,8 @@ def test_a_policy_learns_what_a_classifier_likes_through_its_death(local_ray, ti
         RewardTerm(function="asyncrl.reward.verify:regex", name="seven", arguments={"pattern": "7"}),
     )
     recipe = tiny_recipe(reward=RewardSpec(functions=rewards), learner=LearnerSpec(batch_groups=8, lr=3e-3), total_steps=16)
+    held_out = EvaluationSpec(files=recipe.data.files, limit=32, freq=16)
+    recipe = replace(recipe, evaluation=held_out)
     result = launch(recipe, runs_dir=tmp_path, observe=kill)
     assert (result.steps, result.invalid, result.timeout, result.restarts) == (16, 0, 0, {"model-0.0": 1})
     steps = [line["reward/rm"] for line in metrics_of(result.run_dir, "step")]
@@ -70,6 +77,19 @@ def test_a_policy_learns_what_a_classifier_likes_through_its_death(local_ray, ti
         assert row["reward"] == pytest.approx(2.0 * parts["rm"] + parts["seven"])
     noted = json.loads((Path(result.run_dir) / "rewards" / "rm.json").read_text())
     assert (noted["model"], noted["commit"], len(noted["weights"])) == (str(likes_sevens), "", 64)
+
+    capsys.readouterr()
+    out = tmp_path / "samples.parquet"
+    asked = ["eval", result.run_dir, "--limit", "32", "--reward-processes", "1", "--device", "cpu", "--out", str(out)]
+    assert main(asked) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["score"] == pytest.approx(result.last_score, abs=0.05)  # greedy, in other batches
+    assert report["rewards"] == {"rm": noted}
+    known = {(row["prompt"], row["response"]): row["reward"] for row in rows if row["purpose"] == "eval"}
+    said = [(one["score"], known.get((one["prompt"], one["response"]))) for one in parquet.read_table(out).to_pylist()]
+    again = [both for both in said if both[1] is not None]
+    assert len(again) >= 28
+    assert all(score == pytest.approx(before, abs=1e-5) for score, before in again)
 
 
 class JudgeServer:
