@@ -78,6 +78,13 @@ FAMILIES: dict[str, tuple[str, str, str, str | None]] = {
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>look\n```json\n"
         '{"at": \n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>',
     ),
+    "gemma4": (
+        "<bos> <eos> <|turn> <turn|> <|channel> <channel|> <|think|> <|tool> <tool|> <|tool_call> <tool_call|> "
+        '<|tool_response> <tool_response|> <|image> <|image|> <image|> <|"|>',
+        "<turn|> <|tool_response> <eos>",
+        "<|tool_call>call:look{at:1}<tool_call|><|tool_response>",
+        "<|tool_call>look(1)<tool_call|><|tool_response>",
+    ),
 }
 
 
