@@ -8,7 +8,7 @@ Closed segments are Parquet files in replay/rows/ and replay/events/, which othe
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -67,6 +67,11 @@ class ReplayReader:
 
         found = self._read("events", ev.EVENTS, ["kind", "payload"], chosen)
         return map(ev.decode, chain.from_iterable(payloads.to_pylist() for payloads in found))
+
+    def pieces(self, stem: Literal["events", "rows"], columns: list[str], make: Make[Made]) -> list[Made]:
+        """What is made of these columns of each piece of the log, some MiB, in order, before the next is read; rows that don't
+        count are among them. It may be made again, where a piece was deleted meanwhile. Raises as `rollouts`."""
+        return self._read(stem, ev.EVENTS if stem == "events" else ROWS, columns, make)
 
     def _read(
         self, stem: str, schema: pa.Schema, columns: list[str], make: Make[Made], groups: Sequence[int] | None = None
