@@ -27,6 +27,7 @@ JOBS = {
     "samples": ("asyncrl.jobs.samples:samples_job", "prompts, responses and rewards of a run, picked and sorted"),
     "export": ("asyncrl.jobs.export:export_job", "write a policy as a Hugging Face folder"),
     "merge": ("asyncrl.jobs.export:export_job", "the same, also of verl's FSDP shards"),
+    "report": ("asyncrl.jobs.report:report_job", "one page of what runs did, to open in a browser"),
     "clean": ("asyncrl.jobs.clean:clean_job", "list and remove what dead runs left on this machine"),
     "doctor": ("asyncrl.jobs.doctor:doctor_job", "check this machine, and say what fixes it"),
 }

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl.jobs.statistics import Estimate, ScoredResponse, estimate, eval_summary, maj_at_k, pass_at_k, write_samples
+from asyncrl.jobs.statistics import ScoredResponse, eval_summary, maj_at_k, pass_at_k, write_samples
+from asyncrl.report.estimates import Estimate, estimate
 from asyncrl.reward.results import Verdict
 from asyncrl.types import Generation, Prompt
 
