@@ -304,7 +304,7 @@ def crowd(folder: Path, episodes: int) -> None:
         first.begin(CROWD // GROUP)
         first.over.wait()
         started_s, pids = time.monotonic() - began, processes()
-        clock = time.pthread_getcpuclockid(host._thread.ident or 0)
+        clock = time.pthread_getcpuclockid(host._loop._thread.ident or 0)
         SPENT.clear()
         before = time.monotonic(), time.clock_gettime(clock), cpu_s(pids)
         rest = Feeder(host, episodes)

@@ -1,6 +1,7 @@
 """Models are asked before functions score, over a real API of a fake judge; whatever that does, a sample has a verdict."""
 
 import asyncio
+import gc
 import itertools
 import json
 import threading
@@ -104,7 +105,7 @@ CUT = {"finish_reason": "length"}
         (lambda: web.json_response({"choices": []}), "status 200"),
         (lambda: web.json_response({"choices": [{"message": {"content": None}}]}), "status 200"),
         (lambda: web.json_response([[[]]]), "status 200"),
-        (lambda: web.Response(status=200, text="[" * 100_000), "status 200"),
+        (lambda: (gc.collect(), web.Response(status=200, text="[" * 100_000))[1], "status 200"),  # no finalizers that deep
         (lambda: web.Response(text=r'{"choices": [{"message": {"content": "half a \ud83d score: 9"}}]}'), "status 200"),
         (
             lambda: web.json_response({"choices": [{**CUT, "message": {"content": "it says score: 10"}}]}),
