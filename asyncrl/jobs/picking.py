@@ -98,7 +98,8 @@ def token_pieces(model: dict[str, Any]) -> Pieces | None:
         return known[before, token]
 
     def pieces(tokens: Sequence[int]) -> list[str]:
-        return [text(before, token) for before, token in pairwise((tokens[0], *tokens))] if tokens else []
+        first = [tokenizer.decode(tokens[:1], skip_special_tokens=False)] if tokens else []
+        return first + [text(before, token) for before, token in pairwise(tokens)]
 
     return pieces
 

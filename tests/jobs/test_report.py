@@ -78,6 +78,12 @@ def write_run(folder: Path, **settings: Any) -> Path:
     (folder / "recipe.json").write_text(json.dumps(recipe))
     (folder / "deployment.yaml").write_text("generators: {count: 1}\nhf_token: hf_aaaaaaaaaaaaaaaaaaaaaaaa\n")
     (folder / "logs").mkdir()
+    log_lines = [
+        "12:00:00 INFO x: fine",
+        "12:00:01 ERROR asyncrl.learn: api_key=sk-aaaaaaaaaaaaaaaaaaaa refused",
+        "  a line of it",
+    ]
+    (folder / "logs" / "reward-0.log").write_text("\n".join(log_lines))
     (folder / "logs" / "learner.error").write_text(f"Traceback\nValueError: {BAD}\n")
     lines = [{"kind": "eval", "step": 0, "time": 1000.0, "eval/score": 0.5, "eval/count": 8}]
     for update in (1, 2, 3):
@@ -114,7 +120,8 @@ def test_what_is_read_of_a_run(runs: tuple[Path, Path]) -> None:
         "generator-0 died with 1 groups in flight, which are generated again",
         "the learner started again from update 2 (incarnation 2)",
     ]
-    assert [mark["text"] for mark in run["marks"] if mark["kind"] == "error"] == [f"learner: ValueError: {BAD}"]
+    errors = {mark["text"] for mark in run["marks"] if mark["kind"] == "error"}
+    assert errors == {f"learner: ValueError: {BAD}", "reward-0: asyncrl.learn: api_key=[redacted] refused"}
     lost = {name: sum(counts) for name, counts in run["tables"]["lost"]["columns"].items()}
     assert lost == {"failed": 1, "invalid": 1, "timeout": 2}
     assert run["tables"]["waits/learner"]["columns"]["wait:store"] == [0.5, 0.5, 0.5]
