@@ -34,6 +34,7 @@ _SAMPLE_BYTES = 2 << 20  # of all runs
 _SPLIT_COLUMNS = ["group", "rollout", "attempt", "span_updates", "span_lengths"]
 _ERROR = re.compile(r"(\d\d):(\d\d):(\d\d) (?:ERROR|CRITICAL) (.*)")
 _ERRORS = 100  # of a run
+_CORE_SHARE = 0.02  # of a core, that watching takes at most
 
 
 def report_job(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +42,8 @@ def report_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, overlaid in one page")
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="(default report.html)")
     parser.add_argument("--watch", action="store_true", help="write it again while a run goes on; an open page shows it")
-    parser.add_argument("--every", type=float, default=10.0, metavar="S", help="seconds between two writes (default 10)")
+    every = "seconds between two writes (default 10); more, where that would take over 2%% of a core"
+    parser.add_argument("--every", type=float, default=10.0, metavar="S", help=every)
     parser.set_defaults(job=_report)
 
 
@@ -52,7 +54,7 @@ def _report(args: argparse.Namespace) -> int:
     if args.out.is_dir():
         raise ConfigError(f"--out {args.out} is a folder; name a file, such as {args.out / 'report.html'}")
     while True:
-        began = time.monotonic()
+        began, computed = time.monotonic(), time.process_time()
         going = args.watch and any(map(is_running, args.runs))
         page = make_report(args.runs, renew_s=args.every if going else None)
         write_atomic(args.out, page)
@@ -60,7 +62,7 @@ def _report(args: argparse.Namespace) -> int:
         print(f"{args.out}: {len(page.encode()) / 1e6:.2f} MB of {len(args.runs)} runs in {spent:.1f} s", flush=True)
         if not going:
             return 0
-        time.sleep(max(args.every, 4 * spent))  # never more than a fifth of a core
+        time.sleep(max(args.every, (time.process_time() - computed) / _CORE_SHARE))
 
 
 def make_report(runs: Sequence[Path], renew_s: float | None = None) -> str:
