@@ -8,8 +8,10 @@ import signal
 import stat
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec.structs import replace
@@ -23,7 +25,10 @@ from asyncrl.jobs.detach import detach, tell_ready
 from asyncrl.processes import ENDING
 from asyncrl.report.progress import Progress
 from asyncrl.report.summary import RunResult, RunSummary
-from asyncrl.rundir import RAY_JOB_ENV, redact, resolve_run_dir
+from asyncrl.rundir import RAY_JOB_ENV, RunDir, redact, resolve_run_dir
+
+if TYPE_CHECKING:
+    from asyncrl.report.samples import RolloutSample
 
 
 def run_job(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +69,7 @@ def _run(args: argparse.Namespace) -> int:
     # Ray tells of every death in a paragraph of guesses; the supervisor has a line. Read when ray is imported.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed")
     _at_interrupt(_end_in_order)
-    watch = _Watch(args.ready)
+    watch = _Watch(args.ready, paths)
     try:
         # A recipe's `prepare` prints, and so does Ray.
         with contextlib.redirect_stdout(sys.stderr), contextlib.closing(watch.progress):
@@ -99,8 +104,8 @@ def _words(args: argparse.Namespace, file: str, overrides: list[str], resume: bo
 class _Watch:
     """What the command does with a run's state: shows it and, where it was detached, tells by a pipe that the run is up."""
 
-    def __init__(self, ready: int | None) -> None:
-        self.progress = Progress()
+    def __init__(self, ready: int | None, paths: RunDir) -> None:
+        self.progress = Progress(partial(newest_samples, paths))
         self._ready = ready
 
     def __call__(self, run: RunSummary) -> None:
@@ -108,6 +113,18 @@ class _Watch:
         if self._ready is not None and not run.starting:
             tell_ready(self._ready)
             self._ready = None
+
+
+def newest_samples(paths: RunDir, count: int = 6) -> "list[RolloutSample]":
+    """The newest rollouts of a run that are for training, of as many groups, newest first; from its log."""
+    from asyncrl.replay import open as open_log  # pyarrow takes a while to import, and most runs are never asked
+    from asyncrl.report.samples import DETAILS, chosen, described, groups_of
+
+    log = open_log(paths.path)
+    lines = chosen(log.rollouts(["group", "purpose"]))
+    newest = groups_of(lines)[: -count - 1 : -1]
+    found = {sample.group: sample for sample in described(log.rollouts(DETAILS, groups=newest)) if sample.purpose == "train"}
+    return [found[group] for group in newest if group in found]
 
 
 def _tell(result: RunResult) -> None:

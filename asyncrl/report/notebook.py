@@ -31,6 +31,10 @@ class CellView:
         else:
             self._output.update(view)
 
+    def pressed(self) -> str:
+        """A cell has no keys."""
+        return ""
+
     def stop(self) -> None:
         """Leaves the last view where it is; another one would get an output of its own."""
         self._output = None
