@@ -28,6 +28,8 @@ JOBS = {
     "export": ("asyncrl.jobs.export:export_job", "write a policy as a Hugging Face folder"),
     "merge": ("asyncrl.jobs.export:export_job", "the same, also of verl's FSDP shards"),
     "report": ("asyncrl.jobs.report:report_job", "one page of what runs did, to open in a browser"),
+    "replay": ("asyncrl.jobs.replay:replay_job", "train again from a run's log, and compare to the bit"),
+    "audit": ("asyncrl.jobs.audit:audit_job", "what other algorithms would have made of a run's batches"),
     "clean": ("asyncrl.jobs.clean:clean_job", "list and remove what dead runs left on this machine"),
     "doctor": ("asyncrl.jobs.doctor:doctor_job", "check this machine, and say what fixes it"),
 }

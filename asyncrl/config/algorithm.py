@@ -4,6 +4,7 @@ The functions themselves are in asyncrl/algorithms, each in a table by its name 
 settings if it has any with its line in SETTINGS, in this file; and by its function and its line in the table in the other.
 """
 
+import contextlib
 import difflib
 from typing import Any, Literal
 
@@ -160,6 +161,16 @@ class AlgorithmSpec(Spec, frozen=True, kw_only=True):
         """The same with every null written out that means a value. Of a recipe as it is run, not as it is overridden: what is
         written out stays when another loss is named."""
         return structs.replace(self, **{field: self.setting(field) for field in self.__struct_fields__})
+
+    @property
+    def unresolved(self) -> "AlgorithmSpec":
+        """The same with null for what null would mean: the one to override, if all that is known is the `resolved` one."""
+        spec, resolved = self, self.resolved
+        for field in (f.name for f in structs.fields(self) if f.default is None and f.name != "loss_scale_factor"):
+            with contextlib.suppress(ConfigError):  # others need what is written there
+                bare = structs.replace(spec, **{field: None})
+                spec = bare if bare.resolved == resolved else spec
+        return spec
 
 
 _RULES: tuple[Rule, ...] = (

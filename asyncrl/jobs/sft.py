@@ -23,7 +23,7 @@ from asyncrl.config import DemonstrationsSpec, ModelSpec, SFTSpec
 from asyncrl.config.load import override
 from asyncrl.errors import ConfigError
 from asyncrl.jobs.export import require_free
-from asyncrl.jobs.sft_ranks import device_of, join_at, together
+from asyncrl.jobs.local_ranks import device_of, join_at, ranks_of, together
 from asyncrl.learn.policies import Policy, load, locate
 from asyncrl.processes import end_with_owner
 from asyncrl.prompts.demonstrations import check_demonstrations, read_demonstrations
@@ -98,7 +98,7 @@ def train(spec: SFTSpec, *, resume: bool = False, force: bool = False, observe: 
     with work.lock(work.checkpoints):
         _begin(work, spec, resume, force)
         try:
-            with together(spec, work, __name__) as ranks:
+            with together(ranks_of(spec), work, __name__) as ranks:
                 result = _train(spec, policy, work, ranks, observe)
         except KeyboardInterrupt:
             steps = work.steps()
@@ -205,5 +205,5 @@ if __name__ == "__main__":  # a rank that `together` started
     set_up_logging(StandardError())
     work = RunDir(Path(folder))
     spec = msgspec.json.decode((work.path / "sft.json").read_bytes(), type=SFTSpec)
-    _train(spec, _start(spec), work, join_at(int(port), spec, int(rank)))
+    _train(spec, _start(spec), work, join_at(int(port), ranks_of(spec), int(rank)))
     os._exit(0)  # the first rank may have left the group already: nothing here needs it any more

@@ -5,7 +5,7 @@ packs ─► proximal logprobs (and values, of a head on the policy) ─► (adv
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -40,8 +40,9 @@ class Actor:
         self.optimization = Optimization(policy.model, learner, total_steps, "learner.lr")
         self._ranks = policy.ranks
         self._learner = learner
-        self._algorithm = algorithm
-        self._kl = kl
+        self.algorithm = algorithm
+        self.kl = kl
+        self.before_step: Callable[[Update, Minibatch], None] | None = None  # sees the update as it is then; see learn.audit
         self._critic = critic
         self._head = critic.shared if critic is not None else None
         self._refused = RefusedSteps(refused_dir, learner.max_refused_steps, self._ranks.leads)
@@ -72,6 +73,8 @@ class Actor:
             joint[update.critic] = self._critic.optimization
         sums, norms, cause = {}, [math.nan] * len(joint), "a behaviour logprob is not finite"
         if update.batch.behaviour_n[update.batch.tokens_of(members)].isfinite().all():
+            if self.before_step is not None:
+                self.before_step(update, minibatch)
             with update.timed("timing_s/forward_backward"):
                 sums = self._backward(update, minibatch)
             with update.timed("timing_s/optimizer"):
@@ -80,10 +83,29 @@ class Actor:
 
     def _backward(self, update: Update, minibatch: Minibatch) -> dict[str, float]:
         """Accumulates the minibatch's gradient pack by pack; returns sums over its tokens, the loss among them."""
-        spec, (members, packs) = self._algorithm, minibatch
+        spec, (members, packs) = self.algorithm, minibatch
+        columns_n, preferred = self.columns(update, minibatch)
+        totals = Sums()
+        for pack in packs:
+            logp_t, entropy_t, hidden_th = self.policy.forward(pack, entropy_grad=bool(spec.entropy_coef))
+            if not update.recomputed and not update.actor.tried:
+                update.proximal_n[pack.flat_t] = logp_t.detach()  # which is also in columns_n
+            columns = columns_n.take(pack.flat_t)
+            loss, sums, counted = objective(spec, columns, logp_t, entropy_t, self.kl.coef, update.weight_mean)
+            if self._critic is not None and self._head is not None:
+                value_loss, value_sums = self._critic.loss(update, members, pack, self._head.of(hidden_th, pack))
+                loss, sums = loss + self._critic.value_coef * value_loss, {**sums, **value_sums}
+            loss.backward()
+            update.remember(pack, counted)
+            totals.add({**sums, "loss": loss.detach()})
+        return totals.over(self._ranks) | preferred
+
+    def columns(self, update: Update, minibatch: Minibatch) -> tuple[Columns, dict[str, float]]:
+        """What a minibatch's loss reads of each token of the batch [N], as the update stands. A preference loss makes the
+        advantages here: its sums come with them."""
+        spec, batch, (members, _) = self.algorithm, update.batch, minibatch
         coefficient_s = self._coefficients(update, members)
         preferred = prefer(spec, self.policy, update, minibatch, coefficient_s) if spec.learns_preferences else {}
-        batch = update.batch
         columns_n = Columns(
             coefficients_t=coefficient_s[batch.sequence_n],
             advantages_t=update.advantages_n,
@@ -94,20 +116,7 @@ class Actor:
             reference_t=update.reference_n if spec.kl_coef > 0 and spec.kl_in == "loss" else None,
             kept_t=self._keep(update, members, spec.m2po_bound) if "m2po" in spec.masks else None,
         )
-        totals = Sums()
-        for pack in packs:
-            logp_t, entropy_t, hidden_th = self.policy.forward(pack, entropy_grad=bool(spec.entropy_coef))
-            if not update.recomputed and not update.actor.tried:
-                update.proximal_n[pack.flat_t] = logp_t.detach()
-            columns = columns_n.take(pack.flat_t)
-            loss, sums, counted = objective(spec, columns, logp_t, entropy_t, self._kl.coef, update.weight_mean)
-            if self._critic is not None and self._head is not None:
-                value_loss, value_sums = self._critic.loss(update, members, pack, self._head.of(hidden_th, pack))
-                loss, sums = loss + self._critic.value_coef * value_loss, {**sums, **value_sums}
-            loss.backward()
-            update.remember(pack, counted)
-            totals.add({**sums, "loss": loss.detach()})
-        return totals.over(self._ranks) | preferred
+        return columns_n, preferred
 
     def _coefficients(self, update: Update, members: Sequence[int]) -> Tensor:
         """What a token of each sequence weighs in this minibatch's loss [S]: what one of its rollout does; 0 for sequences of
@@ -115,8 +124,8 @@ class Actor:
         batch, coefficient_s = update.batch, torch.zeros_like(update.batch.counts_s)
         rollouts_r, rollout_m = batch.rollouts_s[members].unique_consecutive(return_inverse=True)
         counts_r = coefficient_s.new_zeros(len(rollouts_r)).index_add(0, rollout_m, batch.counts_s[members])
-        weigh = AGGREGATIONS[self._algorithm.setting("loss_agg")]
-        coefficient_s[members] = weigh(self._algorithm, counts_r)[rollout_m]
+        weigh = AGGREGATIONS[self.algorithm.setting("loss_agg")]
+        coefficient_s[members] = weigh(self.algorithm, counts_r)[rollout_m]
         return coefficient_s
 
     @staticmethod

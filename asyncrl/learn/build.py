@@ -4,7 +4,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from asyncrl.config import Recipe
+from asyncrl.config import AlgorithmSpec, Recipe
 from asyncrl.errors import ConfigError
 from asyncrl.learn.critic import Critic
 from asyncrl.learn.trainer import PolicyTrainer
@@ -32,7 +32,7 @@ def policy_trainer(recipe: Recipe, *, device: str, refused_dir: Path, ranks: Ran
         recipe.staleness_rule(),
         total_steps=recipe.total_steps,
         refused_dir=refused_dir,
-        reference=_reference(recipe, policy, device, ranks) if referred else None,
+        reference=reference_model(recipe, policy, device, ranks) if referred else None,
         critic=_critic(recipe, policy, device, ranks, refused_dir / "critic") if recipe.algorithm.needs_critic else None,
     )
 
@@ -45,7 +45,22 @@ def _policy(recipe: Recipe, device: str, ranks: Ranks) -> PackedModel:
     return PackedModel(policy, recipe.sampling.temperature, ranks)
 
 
-def _reference(recipe: Recipe, policy: PackedModel | None, device: str, ranks: Ranks) -> PackedModel:
+def other_trainer(recipe: Recipe, own: PolicyTrainer, algorithm: AlgorithmSpec, reference: PackedModel | None) -> PolicyTrainer:
+    """One with another algorithm and the models of `own`, which alone may step. reference: where the algorithm asks for one."""
+    assert own.actor is not None, "asked of a rank without the policy"
+    return PolicyTrainer(
+        own.actor.policy,
+        recipe.learner,
+        algorithm,
+        recipe.staleness_rule(),
+        total_steps=recipe.total_steps,
+        refused_dir=Path(),
+        reference=reference,
+        critic=own.critic if algorithm.needs_critic else None,
+    )
+
+
+def reference_model(recipe: Recipe, policy: PackedModel | None, device: str, ranks: Ranks) -> PackedModel:
     """A copy of the starting policy; under adapters it is there already."""
     if recipe.learner.lora is not None and policy is not None:
         return WithoutAdapters(policy.model, recipe.sampling.temperature, ranks)

@@ -149,7 +149,7 @@ def require_resumable(folder: Path, *kinds: str) -> None:
 
 
 def _checkpoint(folder: Path, manifest: dict[str, Any], tokenizer: str, dtype: str) -> Policy:
-    recipe = _recipe(folder.absolute().parent.parent / "recipe.json")
+    recipe = run_recipe(folder.absolute().parent.parent / "recipe.json")
     if not tokenizer and recipe is None:
         raise ConfigError(
             f"checkpoint {folder} lies in no run directory, so its recipe, which names the tokenizer, is unknown; "
@@ -169,7 +169,8 @@ def _checkpoint(folder: Path, manifest: dict[str, Any], tokenizer: str, dtype: s
     return Policy(spec=spec, checkpoint=folder, recipe=recipe)
 
 
-def _recipe(path: Path) -> Recipe | None:
+def run_recipe(path: Path) -> Recipe | None:
+    """The recipe.json of a run; None if it is not there. Raises ConfigError for one of another version of asyncrl."""
     if not path.is_file():
         return None
     try:

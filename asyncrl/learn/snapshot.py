@@ -4,11 +4,14 @@ Nothing in the files is code: they are safetensors and JSON. Any number of ranks
 """
 
 import json
+import math
+import platform
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 import torch
 from safetensors import safe_open
@@ -20,6 +23,7 @@ from asyncrl.manifests import FileSum, file_sum
 from asyncrl.models.lora import adapter_texts, learned_pieces, require_adapters
 from asyncrl.models.pieces import Piece, adamw_pieces, read_adamw, read_pieces, written
 from asyncrl.models.ranks import Ranks
+from asyncrl.models.shards import same_bits
 from asyncrl.models.stored import StoredTensors
 
 Content = tuple[dict[str, torch.Tensor], dict[str, str]]  # of a safetensors file: tensors by name, and metadata
@@ -30,6 +34,13 @@ class Checkpointed(Protocol):
 
     trained: dict[str, Optimization]  # `policy`, `critic`: those of which this rank has a part; the first rank has the policy
     state: dict[str, float]  # its own figures, equal on all ranks
+
+
+class Difference(NamedTuple):
+    """What is not the same, to the bit, in a trainer and in a checkpoint."""
+
+    name: str  # `policy/lm_head.weight`, `optimizer/policy/lm_head.weight.exp_avg`, `figures/kl_coef`
+    largest: float  # of the absolute differences; infinite where only one of the two has it
 
 
 class Snapshot:
@@ -76,6 +87,39 @@ def restore(trainer: Checkpointed, folder: Path, ranks: Ranks) -> None:
     _set_random_state(states[ranks.index % len(states)])
 
 
+@torch.no_grad()
+def differences(trainer: Checkpointed, folder: Path, ranks: Ranks) -> Iterator[Difference]:
+    """What this rank's part of a checkpoint has otherwise than the trainer: weights, optimizer, figures. Copies no more than a
+    tensor at a time. No rank waits for another."""
+    for name, trained in trainer.trained.items():
+        optimizer = adamw_pieces(trained.adamw, trained.module, ranks)
+        for what, pieces in ((name, learned_pieces(trained.module, ranks)), (f"optimizer/{name}", optimizer)):
+            stored = StoredTensors(folder / what)
+            for missing in sorted(stored.keys() ^ {piece.name for piece in pieces}):
+                yield Difference(f"{what}/{missing}", math.inf)
+            for piece in (piece for piece in pieces if piece.name in stored):
+                own = piece.local.cpu()
+                stored.read_into(there := torch.empty_like(own), piece.name, piece.offsets)
+                if not same_bits(own, there):
+                    yield Difference(f"{what}/{piece.name}", float((own.double() - there.double()).abs().max()))
+    figures = json.loads((folder / "training_state.json").read_text())["figures"]
+    for name, value in trainer.state.items():
+        if value != figures.get(name):
+            yield Difference(f"figures/{name}", abs(value - figures.get(name, math.inf)))
+
+
+def made_on(trainer: Checkpointed, ranks: Ranks) -> dict[str, Any]:
+    """On what an update is computed: what decides over its last bits, besides what goes in."""
+    gpu = next(trainer.trained["policy"].module.parameters()).device.type == "cuda"
+    cpu = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "device": torch.cuda.get_device_name() if gpu else cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "layouts": msgspec.to_builtins(ranks.layouts),
+    }
+
+
 def size_bytes(trainer: Checkpointed) -> int:
     """Of the tensors of a checkpoint, those of models of which this rank has a part: weights and optimizers."""
     trained = trainer.trained.values()
@@ -95,7 +139,8 @@ def copies_to_write(pieces: Sequence[Piece]) -> Content:
 def _texts(trainer: Checkpointed, update: int, ranks: Ranks) -> dict[str, str]:
     """Content of the files that hold no tensor, by name."""
     model = trainer.trained["policy"].module
-    texts = {"training_state.json": _json({"update": update, "ranks": ranks.count, "figures": trainer.state})}
+    said = {"update": update, "ranks": ranks.count, "figures": trainer.state, "made_on": made_on(trainer, ranks)}
+    texts = {"training_state.json": _json(said)}
     texts["policy/config.json"] = model.config.to_json_string()
     if model.generation_config is not None:
         texts["policy/generation_config.json"] = model.generation_config.to_json_string()

@@ -75,18 +75,18 @@ class PolicyTrainer:
         self.state = self._kl.state  # figures for the checkpoint: the KL coefficient, where it adapts; moments of the rewards
         self._normalizer = RewardNormalizer(algorithm.reward_normalization, self.state)
         self.critic = critic
-        self._reference = reference if algorithm.needs_reference else None
-        self._actor: Actor | None = None
+        self.reference = reference if algorithm.needs_reference else None
+        self.actor: Actor | None = None
         self.trained: dict[str, Optimization] = {}  # what this rank trains
         if policy is not None:
-            self._actor = Actor(
+            self.actor = Actor(
                 policy, learner, algorithm, self._kl, total_steps=total_steps, refused_dir=refused_dir, critic=critic
             )
-            self.trained["policy"] = self._actor.optimization
+            self.trained["policy"] = self.actor.optimization
         if critic is not None and critic.optimization is not None:
             self.trained["critic"] = critic.optimization
         self._learner = learner
-        self._algorithm = algorithm
+        self.algorithm = algorithm
         self._rule = bound
         self._total_steps = total_steps
 
@@ -99,8 +99,8 @@ class PolicyTrainer:
     @property
     def packs(self) -> int:
         """Packs, dummies too, that this rank's models were given so far: what moves within an update. From any thread."""
-        policy = self._actor.policy if self._actor is not None else None
-        return sum(model.packs for model in (policy, self._reference, self.critic) if model is not None)
+        policy = self.actor.policy if self.actor is not None else None
+        return sum(model.packs for model in (policy, self.reference, self.critic) if model is not None)
 
     def update(self, rollouts: Sequence[TrainRollout], committed: int) -> dict[str, float]:
         """Makes update `committed + 1` and returns its metrics; with nothing to train the weights stay as they are.
@@ -110,23 +110,17 @@ class PolicyTrainer:
         started = time.perf_counter()
         for optimization in self.trained.values():
             optimization.schedule(committed)
-        batch = make_batch(rollouts, self._rule, committed)
-        update = Update(batch.to(self._device), committed + 1)
-        steps = [
-            (members, make_packs(batch.sequences, members, self._learner.max_tokens_per_pack, self._device, self._ranks))
-            for members in minibatches(batch.groups, self._learner.mini_batch_groups)
-        ]
-        self._score(update, steps)
-        self._estimate(update)
+        update, steps = self.prepare(rollouts, committed)
         self._train(update, steps)
         update.merge(self._ranks)
+        batch = update.batch.to(torch.device("cpu"))
         update.timings["timing_s/update"] = time.perf_counter() - started
         return {
             **rollout_metrics(rollouts),
             **staleness_metrics(rollouts, batch, self._rule, committed),
             **gap_metrics(batch, update.proximal_n.cpu()),
             **correction_metrics(batch.lag_n, *(column_n.cpu() for column_n in update.counted)),
-            **({"correction/weight_mean": update.weight_mean} if self._algorithm.normalize_weights else {}),
+            **({"correction/weight_mean": update.weight_mean} if self.algorithm.normalize_weights else {}),
             **loss_metrics(update.actor.sums, update.actor.accepted),
             **preference_metrics(update.actor.sums),
             **self._kl.control(update, len(rollouts) if update.actor.tried else 0),  # 0: while a critic learns alone
@@ -137,9 +131,21 @@ class PolicyTrainer:
             **update.timings,
         }
 
+    def prepare(self, rollouts: Sequence[TrainRollout], committed: int) -> tuple[Update, list[Minibatch]]:
+        """Update `committed + 1` as it is before its first step, scored and with its advantages; and its minibatches."""
+        batch = make_batch(rollouts, self._rule, committed)
+        update = Update(batch.to(self._device), committed + 1)
+        steps: list[Minibatch] = [
+            (members, make_packs(batch.sequences, members, self._learner.max_tokens_per_pack, self._device, self._ranks))
+            for members in minibatches(batch.groups, self._learner.mini_batch_groups)
+        ]
+        self._score(update, steps)
+        self._estimate(update)
+        return update, steps
+
     def _score(self, update: Update, steps: Sequence[Minibatch]) -> None:
         """What the models say at the start of the update: proximal and reference logprobs, and values, where needed."""
-        spec, packs = self._algorithm, [pack for _, minibatch in steps for pack in minibatch]
+        spec, packs = self.algorithm, [pack for _, minibatch in steps for pack in minibatch]
         # A single step's own forward pass is made by the proximal policy: no extra pass is needed.
         several = len(steps) * self._learner.ppo_epochs > 1
         asked = "m2po" in spec.masks or spec.normalize_weights or spec.kl_in == "reward" or spec.learns_preferences
@@ -147,11 +153,11 @@ class PolicyTrainer:
         update.recomputed = (several and needs_proximal(spec)) or asked
         if spec.needs_reference:
             update.reference_n = torch.full_like(update.proximal_n, math.nan)
-        if self._actor is not None:
-            self._actor.score(update, packs)
-        if self._reference is not None and update.reference_n is not None:
+        if self.actor is not None:
+            self.actor.score(update, packs)
+        if self.reference is not None and update.reference_n is not None:
             with update.timed("timing_s/old_log_prob"):
-                self._reference.score(packs, update.reference_n)
+                self.reference.score(packs, update.reference_n)
         if self.critic is not None:
             self.critic.score(update, packs)
         if self.critic is not None and spec.bootstrap_truncated:
@@ -163,7 +169,7 @@ class PolicyTrainer:
 
     def _estimate(self, update: Update) -> None:
         """Makes the batch's advantages, and returns for a critic. (A preference loss makes its own, step by step.)"""
-        spec, outcomes = self._algorithm, update.batch.outcomes
+        spec, outcomes = self.algorithm, update.batch.outcomes
         if spec.learns_preferences:
             return
         outcomes = outcomes._replace(rewards_s=self._normalizer(outcomes.rewards_s))
@@ -183,5 +189,5 @@ class PolicyTrainer:
         alone = self.critic is not None and self.critic.alone(update)
         if self.critic is not None and (alone or self.critic.shared is None):
             self.critic.train(update, steps)
-        if self._actor is not None and not alone:
-            self._actor.train(update, steps)
+        if self.actor is not None and not alone:
+            self.actor.train(update, steps)

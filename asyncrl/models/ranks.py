@@ -78,7 +78,7 @@ class Ranks:
 
     def __init__(self, layouts: Layouts | None = None, device: str = "cpu", store: dist.Store | None = None) -> None:
         """layouts: of the process group that this process has joined, by `store`; one rank needs neither."""
-        by_group = _by_group(layouts or Layout())
+        self.layouts = by_group = _by_group(layouts or Layout())
         self._starts: dict[Group, int] = {}  # index of each group's first rank; what has no group is the learner's
         self.count = 0  # ranks of all groups
         for group, layout in by_group.items():

@@ -206,6 +206,22 @@ def test_a_loss_named_on_the_command_line_has_its_own_settings_too() -> None:
     assert override(AlgorithmSpec(clip_ratio=0.2), ["policy_loss=gmpo"]).resolved.clip_ratio == 0.2
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"policy_loss": "gspo"},
+        {"policy_loss": "dppo_kl", "clip_ratio": 0.1},
+        {"clip_ratio": 0.1, "clip_ratio_high": 0.3, "loss_agg": "seq-mean-token-sum-norm", "loss_scale_factor": 8},
+        {"kl_coef": 0.1, "kl_in": "reward"},
+    ],
+)
+def test_what_is_written_out_of_nulls_can_be_taken_back(fields: dict[str, Any]) -> None:
+    resolved = AlgorithmSpec(**fields).resolved
+    assert resolved.unresolved == AlgorithmSpec(**fields)
+    assert resolved.unresolved.resolved == resolved
+
+
 def test_every_built_in_choice_that_has_settings_is_named_as_it_is_elsewhere() -> None:
     names = {"adv_estimator": ESTIMATOR_NAMES, "policy_loss": LOSS_NAMES, "correction": get_args(CorrectionName)}
     names |= {"masks": get_args(MaskName), "loss_agg": get_args(AggregationName), "kl_control": ("fixed", "adaptive")}

@@ -75,7 +75,7 @@ def test_a_shared_critic_is_a_head_and_trains_with_the_policy(make, make_rollout
 def in_bfloat16(ranks: Ranks, recipe: Recipe, rollouts: list[TrainRollout], folder: Path) -> tuple[object, ...]:
     """Dtypes of the policy, the reference, the critic and AdamW; the KL in the loss of the first step."""
     trainer = policy_trainer(recipe, device="cpu", refused_dir=folder, ranks=ranks)
-    dtypes = [model.dtype for model in (trainer.model, trainer._reference.model, trainer.trained["critic"].module)]
+    dtypes = [model.dtype for model in (trainer.model, trainer.reference.model, trainer.trained["critic"].module)]
     metrics = trainer.update(rollouts, 1)
     return (
         dtypes,

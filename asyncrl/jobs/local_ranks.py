@@ -1,4 +1,4 @@
-"""The ranks of a warm start on several devices of this machine. This process is the first one, and starts the others.
+"""Ranks that train together on this machine, without Ray. This process is the first one, and starts the others.
 
 They end with it, however it ends. What one of them has to say goes to `rank-<number>.log`.
 """
@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from asyncrl.config import SFTSpec
+from msgspec import Struct
+
+from asyncrl.config import Group, Layout, SFTSpec
 from asyncrl.config.parallel import layouts
 from asyncrl.errors import ActorFailed
 from asyncrl.processes import OwnedProcess
@@ -28,9 +30,27 @@ LOOK_S = 0.1  # between two looks for ranks that start
 TIMEOUT_S = 1800.0  # for which a rank waits for another: a model may have to be loaded
 
 
+class LocalRanks(Struct, frozen=True, kw_only=True):
+    """Who they are. layouts: as `Ranks` takes them. threads: of each."""
+
+    layouts: dict[Group, Layout]
+    device: str
+    threads: int
+
+    @property
+    def count(self) -> int:
+        return sum(layout.ranks for layout in self.layouts.values())
+
+
+def ranks_of(spec: SFTSpec) -> LocalRanks:
+    """Those of a warm start: each has its device, and its share of the machine's cores."""
+    threads = max(1, len(os.sched_getaffinity(0)) // spec.ranks)
+    return LocalRanks(layouts={"learner": layouts(spec.parallel, spec.ranks)[0]}, device=device_of(spec), threads=threads)
+
+
 @contextlib.contextmanager
-def together(spec: SFTSpec, work: RunDir, module: str) -> Iterator["Ranks"]:
-    """This process among spec.ranks, all of which train while the block runs.
+def together(local: LocalRanks, work: RunDir, module: str) -> Iterator["Ranks"]:
+    """This process among the ranks, all of which train while the block runs.
 
     module: what the others run; it is given the working folder, the rank, the port to `join_at`, and a lifeline.
     Where one of them dies, or fails alone, the block ends at once: raises ActorFailed, which names its log.
@@ -39,18 +59,18 @@ def together(spec: SFTSpec, work: RunDir, module: str) -> Iterator["Ranks"]:
 
     others: dict[int, OwnedProcess] = {}
     try:
-        if spec.ranks == 1:
-            yield Ranks(layouts(spec.parallel, 1)[0])
+        if local.count == 1:
+            yield Ranks(local.layouts)
             return
         rendezvous = open_rendezvous(HOST)
-        for rank in range(1, spec.ranks):
+        for rank in range(1, local.count):
             with _log(work, rank).open("wb") as log:
                 command = [sys.executable, "-m", module, str(work.path), str(rank), str(rendezvous.port)]
                 others[rank] = OwnedProcess(command, stdout=log, stderr=log)
         while not rendezvous.check([f"here/{rank}" for rank in others]):  # then all of them will join
             _require_alive(others, work)
             time.sleep(LOOK_S)
-        ranks = _join(spec, 0, rendezvous)
+        ranks = _join(local, 0, rendezvous)
         ranks.require_others = partial(_require_alive, others, work)
         yield ranks
     except RuntimeError:  # a collective's: it does not know who
@@ -72,28 +92,26 @@ def _log(work: RunDir, rank: int) -> Path:
     return work.path / f"rank-{rank}.log"
 
 
-def join_at(port: int, spec: SFTSpec, rank: int) -> "Ranks":
+def join_at(port: int, local: LocalRanks, rank: int) -> "Ranks":
     """Makes a process that `together` started the rank that it is. Waits for the others."""
     from asyncrl.models.ranks import reach_rendezvous
 
     rendezvous = reach_rendezvous(HOST, port, TIMEOUT_S)
     rendezvous.set(f"here/{rank}", "")
-    return _join(spec, rank, rendezvous)
+    return _join(local, rank, rendezvous)
 
 
-def _join(spec: SFTSpec, rank: int, rendezvous: "TCPStore") -> "Ranks":
-    """With the rank's device, and its share of the machine's cores."""
+def _join(local: LocalRanks, rank: int, rendezvous: "TCPStore") -> "Ranks":
     import torch
 
     from asyncrl.models.loading import use_threads
     from asyncrl.models.ranks import join, talk_over
 
     talk_over(HOST)
-    use_threads(max(1, len(os.sched_getaffinity(0)) // spec.ranks))
-    device = device_of(spec)
-    if device == "cuda":
+    use_threads(local.threads)
+    if local.device == "cuda":
         torch.cuda.set_device(rank)
-    return join(rendezvous, rank, layouts(spec.parallel, spec.ranks)[0], device=device, timeout_s=TIMEOUT_S)
+    return join(rendezvous, rank, local.layouts, device=local.device, timeout_s=TIMEOUT_S)
 
 
 def device_of(spec: SFTSpec) -> str:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from asyncrl.config import DemonstrationsSpec, LoraSpec, ModelSpec, ParallelSpec, SFTSpec
 from asyncrl.errors import ActorFailed, ConfigError
-from asyncrl.jobs import sft_ranks
+from asyncrl.jobs import local_ranks
 from asyncrl.jobs.sft import train
 from asyncrl.processes import OwnedProcess
 
@@ -64,7 +64,7 @@ def test_a_rank_that_dies_is_named_and_the_others_go_on_from_the_last_checkpoint
     lora = LoraSpec(rank=4, alpha=8.0)
     train(make_spec("whole", ranks=2, lora=lora))
     spec = make_spec("cut", ranks=2, lora=lora)
-    monkeypatch.setattr(sft_ranks, "OwnedProcess", Seen)
+    monkeypatch.setattr(local_ranks, "OwnedProcess", Seen)
     with pytest.raises(ActorFailed, match=r"rank 1 ended with exit code -9; its log is .*/cut\.sft/rank-1\.log"):
         train(spec, observe=kill_one)
     train(spec, resume=True)
@@ -72,7 +72,7 @@ def test_a_rank_that_dies_is_named_and_the_others_go_on_from_the_last_checkpoint
 
 
 def test_a_rank_that_can_not_start_is_named(make_spec, monkeypatch):
-    monkeypatch.setattr(sft_ranks.sys, "executable", "/bin/false")
+    monkeypatch.setattr(local_ranks.sys, "executable", "/bin/false")
     with pytest.raises(ActorFailed, match=r"rank 1 ended with exit code 1; its log is"):
         train(make_spec("out", ranks=2))
 
