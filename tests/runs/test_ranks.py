@@ -1,8 +1,11 @@
 """Runs whose learner is several ranks."""
 
+import json
+
 import pytest
 
 from asyncrl import launch
+from asyncrl.cli import main
 from asyncrl.config import Deployment, EngineSpec, GeneratorsSpec, LearnerSpec, LimitsSpec, RanksSpec, StalenessSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -16,7 +19,7 @@ def deployment(ranks: int, **limits: float) -> Deployment:
     )
 
 
-def test_two_ranks_make_the_run_of_one(local_ray, tiny_recipe, metrics_of, tmp_path):
+def test_two_ranks_make_the_run_of_one_and_are_replayed_to_the_bit(local_ray, tiny_recipe, metrics_of, tmp_path, capsys):
     recipe = tiny_recipe(
         staleness=StalenessSpec(max_lag=0), learner=LearnerSpec(batch_groups=4, lr=1e-2, max_tokens_per_pack=32)
     )
@@ -28,3 +31,7 @@ def test_two_ranks_make_the_run_of_one(local_ray, tiny_recipe, metrics_of, tmp_p
     assert max(line["gap/logprob_max_abs"] for line in two) < 5e-5
     told = metrics_of(runs[1].run_dir, "actors")[-1]
     assert min(told[f"{rank}/busy_s"] for rank in ("learner", "learner-1")) > 0
+    capsys.readouterr()
+    assert main(["replay", runs[1].run_dir]) == 0
+    replayed = json.loads(capsys.readouterr().out)
+    assert (replayed["ranks"], replayed["begin"], replayed["checkpoints"]) == (2, 3, [5])
