@@ -25,6 +25,7 @@ JOBS = {
     "simulate": ("asyncrl.jobs.simulate:simulate_job", "how fast a recipe would run on which machines, and how stale"),
     "eval": ("asyncrl.jobs.evaluate:eval_job", "score a model or checkpoint on held-out data"),
     "samples": ("asyncrl.jobs.samples:samples_job", "prompts, responses and rewards of a run, picked and sorted"),
+    "trace": ("asyncrl.jobs.trace:trace_job", "who did what when in a run, for Perfetto"),
     "export": ("asyncrl.jobs.export:export_job", "write a policy as a Hugging Face folder"),
     "merge": ("asyncrl.jobs.export:export_job", "the same, also of verl's FSDP shards"),
     "report": ("asyncrl.jobs.report:report_job", "one page of what runs did, to open in a browser"),

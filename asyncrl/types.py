@@ -201,7 +201,7 @@ class Rollout(Struct, frozen=True, kw_only=True):
     spans: tuple[Span, ...]
     finish_reason: FinishReason
     worker: str
-    times: dict[str, float]  # seconds since the epoch, at each hop's name ("reserved", "started", "finished")
+    times: dict[str, float]  # seconds since the epoch, at each hop: "reserved", "started", "finished", "swap 12"
     text: str = ""  # of the response, and of the prompt, without special tokens
     prompt_text: str = ""
     purpose: Purpose = "train"
@@ -244,6 +244,7 @@ class Score(Struct, frozen=True, kw_only=True):
     error: str = ""
     token_rewards: list[float] | None = None  # what each response token earns beside it, one number per token
     said: dict[str, str] = {}  # what judges wrote, by the name of their term
+    scoring: tuple[str, float, float] | None = None  # the process (WORKER/NUMBER), from when to when: seconds since the epoch
 
 
 class BatchLease(Struct, frozen=True, kw_only=True):

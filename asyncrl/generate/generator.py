@@ -290,6 +290,7 @@ class Generator:
             with self._lock:
                 self._version = swap.version
                 self._counters.swap(swap)
+                self._work.swapped(swap.version, time.time())
                 self._step(GeneratorEvent.SWAPPED)
         self._store.recall()  # so that the end of the run does not wait for it
 

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from asyncrl.interfaces import Engine
@@ -55,6 +55,7 @@ class HeldGroup:
     prompt_text: str
     started: float  # seconds since the epoch: work begins as soon as the ticket is reserved
     unsubmitted: int  # rollouts that the store does not have yet
+    swaps: dict[str, float] = field(default_factory=dict)  # by "swap UPDATE", while it was held; replaced, never changed
 
 
 class EndedRequest(NamedTuple):
@@ -85,7 +86,8 @@ class EndedRequest(NamedTuple):
             spans=generation.spans,
             finish_reason=generation.finish_reason,
             worker=worker,
-            times={"reserved": held.started, "started": held.started, "finished": self.finished},
+            times={"reserved": held.started, "started": held.started, "finished": self.finished}
+            | {swap: at for swap, at in held.swaps.items() if at < self.finished},
             text=text,
             prompt_text=held.prompt_text,
             purpose=ticket.purpose,
@@ -149,6 +151,11 @@ class Workload:
         self._pace, self._paced = self.pace(now) + 1.0, now
         self._count(request.held, -1)
         self.ended.append(request)
+
+    def swapped(self, version: Version, at: float) -> None:
+        """Notes with what is under way that the weights were swapped then (seconds since the epoch)."""
+        for held in self._groups.values():
+            held.swaps = {**held.swaps, f"swap {version.update}": at}
 
     def _count(self, held: HeldGroup, change: int) -> None:
         self.unfinished += change

@@ -202,10 +202,9 @@ class Scoring:
         rows = count(first_row)
         for s in verdicts:
             self._watch.note(self._ledger.get(s.group), s)
-            event = ev.RolloutScored(s.group, s.rollout, s.attempt, s.status, s.reward, s.parts, s.error, said=s.said)
-            if s.token_rewards:
-                event = replace(event, row=next(rows), token_sum=math.fsum(s.token_rewards))
-            self._verdict(event)
+            row, total = (next(rows), math.fsum(s.token_rewards)) if s.token_rewards else (None, 0.0)
+            said = s.status, s.reward, s.parts, s.error, row, total, s.said, s.scoring
+            self._verdict(ev.RolloutScored(s.group, s.rollout, s.attempt, *said))
             self._queue.pop((s.group, s.rollout), None)
         self._evaluations.finish_if_complete()
 

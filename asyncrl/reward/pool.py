@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from asyncrl.config import RewardTerm
 from asyncrl.forks import Forks
@@ -24,14 +25,17 @@ _LOADING_S = 0.1  # how often `polls` rises while processes load
 
 
 def score_all(pool: Any, samples: Sequence[Sample]) -> list[Verdict]:
-    """Verdicts on samples, in their order. pool: a `RewardPool[int]`, or what is used as one, that has nothing else to do."""
+    """Verdicts on samples, in their order, without who scored them when.
+
+    pool: a `RewardPool[int]`, or what is used as one, that has nothing else to do.
+    """
     if pool.pending:
         raise RuntimeError(f"map on a pool with {pool.pending} pending samples would swallow their verdicts; poll them first")
     pool.submit(enumerate(samples))
     verdicts: dict[int, Verdict] = {}
     while pool.pending:
         verdicts.update(pool.poll(_WAIT_S))
-    return [verdicts[index] for index in range(len(samples))]
+    return [replace(verdicts[index], scoring=None) for index in range(len(samples))]
 
 
 class RewardPool(Generic[T]):
@@ -81,7 +85,7 @@ class RewardPool(Generic[T]):
         self._forks.open()
         try:
             while len(self._scorers) < self._count:
-                self._scorers.append(self._spawn())
+                self._scorers.append(self._spawn(len(self._scorers)))
             while not all(scorer.ready for scorer in self._scorers):
                 self.poll(_LOADING_S)
             self._forks.loaded(_LOADING_S)
@@ -144,8 +148,8 @@ class RewardPool(Generic[T]):
         self._forks.close()
         self._selector.close()
 
-    def _spawn(self) -> Scorer[T]:
-        return Scorer(self._forks.fork(), self._selector)
+    def _spawn(self, number: int) -> Scorer[T]:
+        return Scorer(number, self._forks.fork(), self._selector)
 
     def _hand_out(self) -> None:
         for scorer in self._scorers:
@@ -177,9 +181,11 @@ class RewardPool(Generic[T]):
         if scorer.flight:
             tag, _ = scorer.flight.popleft()
             late = Verdict("timeout", error=f"no score within reward.deadline_s={self._deadline_s:g}")
-            verdicts.append((tag, Verdict("invalid", error=scorer.lost) if scorer.lost else late))
+            ended = Verdict("invalid", error=scorer.lost) if scorer.lost else late
+            verdicts.append((tag, scorer.timed(ended, time.monotonic() - scorer.since)))
         self._queue.extendleft(reversed(scorer.flight))
         scorer.kill()
-        self._scorers[self._scorers.index(scorer)] = self._spawn()
+        number = self._scorers.index(scorer)
+        self._scorers[number] = self._spawn(number)
         self.restarts += 1
         return verdicts

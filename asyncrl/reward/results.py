@@ -50,6 +50,8 @@ class Verdict(Struct, frozen=True, tag="verdict"):
     answer: str | None = None
     token_rewards: list[float] | None = None  # one per response token, beside the reward; None: nothing was said
     said: dict[str, str] = {}  # what judges wrote, by the name of their term
+    # Which process of the pool scored it, from when to when (seconds since the epoch): set where the verdict is received.
+    scoring: tuple[int, float, float] | None = None
 
 
 _SCORE = "a finite number or a dict with 'score'"

@@ -7,6 +7,8 @@ import time
 from collections import deque
 from typing import Generic, TypeVar
 
+from msgspec.structs import replace
+
 from asyncrl.errors import ConfigError
 from asyncrl.forks import LONGEST, Broken, Died, Loaded, died
 from asyncrl.reward.process import take_replies, to_frame
@@ -21,7 +23,8 @@ class Scorer(Generic[T]):
     flight: the samples that it was given and has not scored, in order; it scores the first, since `since` (monotonic seconds).
     """
 
-    def __init__(self, peer: socket.socket, selector: selectors.BaseSelector) -> None:
+    def __init__(self, number: int, peer: socket.socket, selector: selectors.BaseSelector) -> None:
+        self._number = number  # in the pool, also of what replaces it
         self.flight: deque[tuple[T, Sample]] = deque()
         self.since = time.monotonic()
         self.ready = False
@@ -76,12 +79,17 @@ class Scorer(Generic[T]):
                 self.lost = died(self.code)
         except (ValueError, IndexError) as error:  # IndexError: more verdicts than samples
             self.lost = f"the process sent what can't be read: {error}"
-        if verdicts:
-            now = time.monotonic()
-            each = (now - self.since) / len(verdicts)
-            self.mean_s = each if self.mean_s == float("inf") else 0.7 * self.mean_s + 0.3 * each
-            self.since = now
-        return verdicts
+        if not verdicts:
+            return []
+        each = (time.monotonic() - self.since) / len(verdicts)
+        self.mean_s = each if self.mean_s == float("inf") else 0.7 * self.mean_s + 0.3 * each
+        return [(tag, self.timed(verdict, each)) for tag, verdict in verdicts]
+
+    def timed(self, verdict: Verdict, took_s: float) -> Verdict:
+        """With what it took since `since`, which moves on by that: so much for each of several that came together."""
+        began = time.time() - time.monotonic() + self.since
+        self.since += took_s
+        return replace(verdict, scoring=(self._number, began, began + took_s))
 
     def _receive(self) -> bool:
         """Whether more may come, after what has."""

@@ -175,4 +175,5 @@ class RewardWorker:
             error=redact(verdict.error) if verdict.error else "",
             token_rewards=verdict.token_rewards if item.purpose == "train" else None,
             said=verdict.said,
+            scoring=verdict.scoring and (f"{self._name}/{verdict.scoring[0]}", *verdict.scoring[1:]),
         )

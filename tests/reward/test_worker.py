@@ -77,8 +77,14 @@ def worker(tmp_path):
 
 def test_every_rollout_gets_one_verdict_and_the_end_is_clean(worker, caplog):
     store = FakeStore([rollout(0, "12"), rollout(1, "9"), rollout(2, "2")], [rollout(3, "12")])
-    reward = worker(store)
+    reward, before = worker(store), time.time()
     reward.run()
+    scored = [score.scoring for _, score in store.scores]
+    assert [name for name, _, _ in scored] == ["reward-0/0"] * 4
+    times = [at for _, began, ended in scored for at in (began, ended)]
+    assert times == pytest.approx(sorted(times), abs=1e-5)  # one after the other
+    assert before < times[0] < times[-1] < time.time() + 1e-5
+    store.scores = [(lease, msgspec.structs.replace(score, scoring=None)) for lease, score in store.scores]
     ids = {"rollout": 0, "attempt": 1}
     (lease, right), (_, raised), (_, wrong), (last, later) = sorted(store.scores, key=lambda pair: pair[1].group)
     assert (lease, last) == (0, 1)

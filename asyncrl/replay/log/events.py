@@ -80,6 +80,7 @@ class RolloutScored(Event, tag="scored", frozen=True):
     row: int | None = None  # of the log, where the rollout stands once more, with what each token earned; None: only `reward`
     token_sum: float = 0.0  # of what they earned
     said: dict[str, str] = {}  # what judges wrote, by the name of their term
+    scoring: tuple[str, float, float] | None = None  # as in `Score`
 
 
 class GroupSettled(Event, tag="settled", frozen=True):

@@ -35,9 +35,15 @@ class ReplayReader:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def events(self) -> pa.Table:
-        """All events in order, typed columns; `payload` is the whole event as msgpack."""
-        return pa.concat_tables(self._read("events", ev.EVENTS, ev.EVENTS.names, _same))
+    def events(self, columns: Sequence[str] | None = None, kinds: Sequence[str] | None = None) -> pa.Table:
+        """All events in order, typed columns; `payload` is the whole event as msgpack. columns, kinds: only these."""
+        names = ev.EVENTS.names if columns is None else list(columns)
+        wanted = None if kinds is None else pa.array(kinds, pa.string())
+
+        def some(events: pa.Table) -> pa.Table:
+            return (events if wanted is None else events.filter(pc.is_in(events["kind"], wanted))).select(names)
+
+        return pa.concat_tables(self._read("events", ev.EVENTS, list(dict.fromkeys([*names, "kind"])), some))
 
     def rollouts(
         self, columns: Sequence[str] | None = None, *, groups: Sequence[int] | None = None, each: Each | None = None

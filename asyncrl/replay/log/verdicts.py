@@ -1,6 +1,6 @@
 """What the events of a log say of its rollouts, column by column, and joined to their rows: no object per rollout."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,12 @@ JOINED = pa.schema(
         ("parts", pa.map_(pa.string(), pa.float64())),
         ("error", pa.string()),
         ("said", pa.map_(pa.string(), pa.string())),  # by judges, by the name of their term
+        (
+            "scorer",
+            pa.string(),
+        ),  # the process that scored it, from when to when; null: none, or not known
+        ("scoring_began", pa.float64()),
+        ("scoring_ended", pa.float64()),
         ("outcome", pa.string()),  # of the group; null: pending
         ("trained_update", pa.int64()),  # null unless trained
         ("submitted_time", pa.float64()),
@@ -25,7 +31,14 @@ JOINED = pa.schema(
 )
 EVENT_COLUMNS = ["kind", "time", *KEYS, "status", "reward", "payload"]  # what a `Verdicts` is made of
 
-_TOLD = ("parts", "error", "said")  # of a verdict; only the payload of its event has them
+_TOLD: dict[str, Callable[[Any], Any]] = {  # of a verdict's event; only its payload has them
+    "parts": lambda event: list(event.parts.items()),
+    "error": lambda event: event.error,
+    "said": lambda event: list(event.said.items()),
+    "scorer": lambda event: event.scoring and event.scoring[0],
+    "scoring_began": lambda event: event.scoring and event.scoring[1],
+    "scoring_ended": lambda event: event.scoring and event.scoring[2],
+}
 _FATES = (ev.GroupReserved, ev.GroupSettled, ev.BatchCommitted, ev.LearnerFenced, ev.Ended)
 _JOINED_BYTES = 1 << 30  # Arrow takes from a column by joining it, which fails for texts of more than 2 GiB
 
@@ -45,9 +58,8 @@ class Verdicts:
         self.scored = scored.select([*KEYS, "time", "status", "reward"])
         verdicts = [ev.decode(payload) for payload in scored.column("payload").to_pylist()] if told else []
         for name in told:
-            values = [getattr(verdict, name) for verdict in verdicts]
-            as_items = [list(value.items()) if isinstance(value, dict) else value for value in values]
-            self.scored = self.scored.append_column(name, pa.array(as_items, JOINED.field(name).type))
+            values = pa.array(map(_TOLD[name], verdicts), JOINED.field(name).type)
+            self.scored = self.scored.append_column(name, values)
 
 
 def only_groups(table: pa.Table, groups: Sequence[int]) -> pa.Table:

@@ -17,10 +17,13 @@ Line = dict[str, Any]
 _groups, _rollouts, _attempts = st.integers(0, 3), st.integers(0, 2), st.integers(0, 1)
 _keys = st.tuples(_groups, _rollouts, _attempts)
 _scored = st.builds(
-    lambda key, reward, said: ev.RolloutScored(*key, "ok" if reward else "invalid", reward, {"x": 1.0}, said, said={said: "y"}),
+    lambda key, reward, said, scoring: ev.RolloutScored(
+        *key, "ok" if reward else "invalid", reward, {"x": 1.0}, said, said={said: "y"}, scoring=scoring
+    ),
     _keys,
     st.none() | st.floats(0.1, 1),
     st.sampled_from(["", "a"]),
+    st.none() | st.just(("reward-0/1", 1.0, 2.5)),
 )
 _events = st.one_of(
     _groups.map(lambda g: ev.GroupReserved(g, "eval" if g == 3 else "train", g, 0, 3, 0, "gen", 1)),
@@ -45,7 +48,9 @@ def _walked(events: Sequence[ev.Event]) -> dict[tuple[int, int, int], Line]:
         elif isinstance(e, ev.RolloutScored):
             same = {name: getattr(e, name) for name in ("status", "reward", "error")}
             maps = {"parts": list(e.parts.items()), "said": list(e.said.items()), "scored_time": time}
-            lines[e.group, e.rollout, e.attempt] |= same | maps
+            scorer, began, ended = e.scoring or (None, None, None)
+            scoring = {"scorer": scorer, "scoring_began": began, "scoring_ended": ended}
+            lines[e.group, e.rollout, e.attempt] |= same | maps | scoring
         elif isinstance(e, ev.GroupSettled):
             outcomes[e.group] = e.outcome
         elif isinstance(e, ev.BatchCommitted):
