@@ -22,7 +22,7 @@ class TrainedBatch(Protocol):
     metrics: dict[str, float]
 
 
-class History(Protocol):
+class PastBatches(Protocol):
     """What a run's log tells: replay.log.history.RunHistory. Its verbs raise DataError for rows that are gone."""
 
     commits: Any  # TrainedBatch by update
@@ -32,7 +32,7 @@ class History(Protocol):
     def holds(self, groups: Sequence[int]) -> bool: ...
 
 
-def own_checkpoints(run: RunDir, history: History) -> list[int]:
+def own_checkpoints(run: RunDir, history: PastBatches) -> list[int]:
     """Updates of the checkpoints of a run's surviving lineage. One saved by hand may be of another."""
     found = []
     for folder in run.steps():
@@ -47,7 +47,7 @@ def own_checkpoints(run: RunDir, history: History) -> list[int]:
     return found
 
 
-def choose_updates(run: RunDir, history: History, begin: int | None, end: int | None) -> tuple[int, int]:
+def choose_updates(run: RunDir, history: PastBatches, begin: int | None, end: int | None) -> tuple[int, int]:
     """The update whose checkpoint is gone on from, and the last update to make. begin: None: the oldest from which all rows
     are there. end: None: the newest update. Raises ConfigError or DataError, which names what is missing."""
     newest = max(history.commits, default=0)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from asyncrl.learn.past import History, said_made_on
+from asyncrl.learn.past import PastBatches, said_made_on
 from asyncrl.learn.snapshot import Difference, differences, made_on, restore
 from asyncrl.learn.trainer import PolicyTrainer
 from asyncrl.manifests import verify_manifest
@@ -39,7 +39,7 @@ class PastRun:
     history: of the run. Every rank of several has one, and makes the same calls.
     """
 
-    def __init__(self, run: RunDir, history: History, trainer: PolicyTrainer, ranks: Ranks | None = None) -> None:
+    def __init__(self, run: RunDir, history: PastBatches, trainer: PolicyTrainer, ranks: Ranks | None = None) -> None:
         """trainer: as it was built from the run's recipe: those are the weights of update 0."""
         self.trainer = trainer
         self.committed = 0  # updates that the weights have had
