@@ -19,7 +19,7 @@ from asyncrl.cluster.preflight import check_resumed, check_run
 from asyncrl.cluster.preparation import prepare_run, save_functions
 from asyncrl.config import Deployment, Recipe
 from asyncrl.config.paths import resolve_paths
-from asyncrl.errors import ConfigError, DiskFull
+from asyncrl.errors import ConfigError, DiskFull, SentinelFired
 from asyncrl.processes import aside, undisturbed
 from asyncrl.report.callbacks import CallbackQueue, Callbacks
 from asyncrl.report.metrics_log import MetricsLog
@@ -29,6 +29,7 @@ from asyncrl.rundir import log_shown, resolve_run_dir
 from asyncrl.types import Record
 
 if TYPE_CHECKING:
+    from asyncrl.cluster.lookout import Lookout
     from asyncrl.cluster.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Trainer:
         self._observer = observe
         self._show_progress = progress
         self._progress: Progress | None = None  # while `fit` goes on
+        self._lookout: Lookout | None = None  # where there are sentinels
         self._began = self._actors_due = time.monotonic()
         self._resources = contextlib.ExitStack()
         try:
@@ -120,6 +122,9 @@ class Trainer:
         until = total if steps is None else min(self._summary.committed + steps, total)
         with self._shown(), self._resumable():
             self._supervisor.train(until)
+            if self._lookout is not None:
+                self._lookout.drain()
+                self._between()
         return self.result()
 
     def finish(self) -> RunResult:
@@ -194,14 +199,18 @@ class Trainer:
 
     @contextlib.contextmanager
     def _resumable(self) -> Iterator[None]:
-        """An interrupt inside, or what a callback raises, is raised when a checkpoint is written, and says from where the run
-        can be resumed."""
+        """An interrupt inside, a sentinel that stops, and what a callback raises, are raised when a checkpoint is written, and
+        say from where the run can be resumed."""
         try:
             yield
         except KeyboardInterrupt:
             interrupt = KeyboardInterrupt(self._halt("interrupted"))
             interrupt.add_note(self._way_on)
             raise interrupt from None
+        except SentinelFired as fired:
+            stopped = SentinelFired(f"{fired}\n{self._halt('a sentinel fired')}")
+            stopped.add_note(self._way_on)
+            raise stopped from None
         except Exception as error:
             if error is self._callbacks.failure:
                 error.add_note(f"{self._halt('a callback raised an error')}\n{self._way_on}")
@@ -266,8 +275,12 @@ class Trainer:
             log_level=logging.getLogger("asyncrl").getEffectiveLevel(),
         )
         plan.mark_start()
-        supervisor = Supervisor(plan, self._summary, self._observe, self._callbacks.run)
+        supervisor = Supervisor(plan, self._summary, self._observe, self._between)
         self._resources.callback(supervisor.close)
+        if self._recipe.sentinels:
+            from asyncrl.cluster.lookout import Lookout
+
+            self._lookout = self._resources.enter_context(contextlib.closing(Lookout(self._recipe.sentinels, self.paths)))
         found = self.paths.steps()
         supervisor.start()
         self._summary.starting = False
@@ -289,7 +302,10 @@ class Trainer:
         """Called by the supervisor after each round: keeps the figures in metrics.jsonl, and shows the run's state."""
         now = time.monotonic()
         self._summary.elapsed_s = now - self._began
-        self._callbacks.note(self._summary.counts, [record for record in records if self._metrics.append(record)])
+        new = [record for record in records if self._metrics.append(record)]
+        self._callbacks.note(self._summary.counts, new)
+        if self._lookout is not None:
+            self._lookout.note(new)
         if self._progress is not None:
             self._progress.update(self._summary)
         if now >= self._actors_due:
@@ -297,6 +313,12 @@ class Trainer:
             self._actors_due = now + ACTORS_EVERY_S
         if self._observer is not None:
             self._observer(self._summary)
+
+    def _between(self) -> None:
+        """Called by the supervisor between two rounds, where what is raised ends the run in order."""
+        self._callbacks.run()
+        if self._lookout is not None:
+            self._lookout.settle(self._supervisor.save_soon, self._summary.fired)
 
     def _write_actors(self) -> None:
         if self._summary.reports:

@@ -47,3 +47,7 @@ class ActorFailed(AsyncRLError):
 
 class PlacementError(AsyncRLError):
     """Actors that fit nowhere in the cluster; prints demanded against available resources."""
+
+
+class SentinelFired(AsyncRLError):
+    """A sentinel of the recipe ended the run, in order. Carries its condition, the rows that fired it, and what is saved."""

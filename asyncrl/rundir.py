@@ -48,6 +48,7 @@ class RunDir:
         self.exports = self.path / "exports"
         self.logs = self.path / "logs"
         self.rewards = self.path / "rewards"  # what each reward model and judge is
+        self.sentinels = self.path / "sentinels.jsonl"  # when each fired, and the rows that it fired for
         self.driver_log = self.path / "driver.log"  # of detached runs; those of one name follow each other
 
     @property

@@ -56,6 +56,7 @@ EXPLAINED = {
     "CriticSpec": "algorithms.md#classic-ppo",
     "EvaluationSpec": "checkpoints.md#evaluation",
     "CheckpointSpec": "checkpoints.md#checkpoints",
+    "SentinelSpec": "sentinels.md",
     "SGLangSpec": "sglang.md",
 }
 

@@ -25,6 +25,8 @@ from asyncrl.models.architectures import differing_shapes, named, not_causal, re
 from asyncrl.models.hub import require_model
 from asyncrl.models.sizes import size_of
 from asyncrl.prompts.reading import check_columns, read_rows
+from asyncrl.replay.log.recent import COLUMNS
+from asyncrl.report.sentry import check_sentinels
 from asyncrl.rundir import RunDir
 
 Check = Callable[[], str]  # a line of the plan; raises ConfigError or DataError
@@ -93,6 +95,8 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
     yield "engine", lambda: engine_kind(deployment.generators.engine.kind).check(deployment)
     yield "placement", lambda: check_placement(deployment, served=sum(bool(term.served) for term in recipe.reward.terms()))
     yield "learner", lambda: _learner(recipe, deployment)
+    if recipe.sentinels:
+        yield "sentinels", lambda: check_sentinels(recipe, COLUMNS)
     yield "disk", lambda: check_space(recipe, deployment, run_dir)
 
 

@@ -56,6 +56,7 @@ class Supervisor:
         self._dead: list[tuple[str, int]] = []  # workers and incarnations that the store must be told of
         self._until: int | None = None  # the update that the learner is running to
         self._finishing = False
+        self._save_after: int | None = None  # an update: until a later one is saved, a checkpoint is asked for
         self._stop_timeout_s = self._limits.stop_timeout_s
         self._stall = StallWatch(self._limits.stall_timeout_s, self._clock)
         self._gang_stall = StallWatch(self._limits.stall_timeout_s, self._clock)
@@ -144,6 +145,20 @@ class Supervisor:
             return ray.get(ended[0] if ended else asked, timeout=0)
         except (RayActorError, GetTimeoutError) as error:
             raise Unavailable(f"learner: no answer to {method}: {brief(error)}") from error
+
+    def save_soon(self) -> None:
+        """Has the learner save by hand after the update under way. Waits for nothing; a learner that dies meanwhile is asked
+        again."""
+        self._save_after = self._summary.committed
+        self._ask_save()
+
+    def _ask_save(self) -> None:
+        if self._save_after is not None:
+            newest = max(map(self._plan.paths.update_of, self._plan.paths.steps()), default=0)
+            if newest > self._save_after:
+                self._save_after = None
+            elif self._learner.phase in ("idle", "running"):
+                self._learner.handle.ask.remote("save_soon")
 
     def restart_learner(self, checkpoint: int | None) -> None:
         """Replaces the idle learner by one that starts from `checkpoint` (None: the newest); later commits are reopened."""
@@ -258,6 +273,7 @@ class Supervisor:
         self._announce("bus", member.restart_count, address)
         self._plan = msgspec.structs.replace(self._plan, resume_at=None)  # a later restart takes the newest checkpoint
         member.phase, member.task = "idle", None
+        self._ask_save()
         if self._until is not None:
             member.run(self._until)
 

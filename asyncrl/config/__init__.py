@@ -11,4 +11,5 @@ from asyncrl.config.limits import *
 from asyncrl.config.parallel import *
 from asyncrl.config.recipe import *
 from asyncrl.config.rewards import *
+from asyncrl.config.sentinels import *
 from asyncrl.config.sft import *

@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import msgspec
 
 _UNKNOWN_FIELD = re.compile(r"unknown field `(.*?)`")
+_MISSING = re.compile(r"missing required field `(.*?)`")
 _AT = re.compile(r" - at `(?:key in )?\$(.*)`$")
 
 
@@ -20,13 +21,18 @@ def explain(error: msgspec.ValidationError, spec: type[msgspec.Struct], data: An
     kind: Any = spec
     for name in filter(None, path.split(".")):
         kind = struct_in({field.name: field.type for field in msgspec.structs.fields(kind)}[name]) if is_struct(kind) else Any
-        data = data[name] if isinstance(data, dict) else data
+        data = data.get(name, data) if isinstance(data, dict) else data  # of groups under names of the user's: all of them
     if (unknown := _UNKNOWN_FIELD.search(text)) and is_struct(kind):
         full = f"{path}.{unknown[1]}".strip(".")
         value = data.get(unknown[1]) if isinstance(data, dict) else None
         return full, f"{full}={value!r}: {path or spec.__name__} has no field {unknown[1]!r}" + nearest(unknown[1], kind, spec)
     if is_struct(kind) and not isinstance(data, dict):
         return path, f"{path or spec.__name__}={data!r} must be a group of fields: {names(kind)}"
+    if (missing := _MISSING.search(text)) and isinstance(data, dict) and missing[1] not in data:
+        without = [name for name, one in data.items() if isinstance(one, dict) and missing[1] not in one]
+        if without:
+            there = ", ".join(sorted(data.keys() - without)) or "none"
+            return path, f"{path}.{without[0]} has no {missing[1]!r}, which it needs; of {path} there are: {there}"
     if not path or is_struct(kind):
         return path, f"{path or spec.__name__}: {text}"
     return path, f"{path}={data!r} must be {expected(kind)}: {text}"

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import msgspec
 import yaml
@@ -149,7 +149,10 @@ def _field_type(spec: type[msgspec.Struct], path: str, text: str) -> Any:
     kind: Any = spec
     for depth, name in enumerate(path.split(".")):
         parent = ".".join(path.split(".")[:depth])
-        kind = struct_in(kind)
+        if get_origin(kind) is dict and is_struct(get_args(kind)[1]):  # of groups, each under a name of the user's
+            kind = get_args(kind)[1]
+            continue
+        kind = kind if get_origin(kind) in (list, tuple) else struct_in(kind)
         if not is_struct(kind):
             raise ConfigError(f"override {text!r}: {parent} is {expected(kind)} and has no field {name!r}")
         fields = {field.name: field.type for field in msgspec.structs.fields(kind)}

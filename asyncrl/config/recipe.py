@@ -16,6 +16,7 @@ from asyncrl.config.base import MEMORY_RULE, SEED_RULE, Rule, Spec, require, req
 from asyncrl.config.callables import Function, is_file, name_functions
 from asyncrl.config.learner import CriticSpec, LearnerSpec, ModelSpec
 from asyncrl.config.rewards import RewardSpec
+from asyncrl.config.sentinels import SentinelSpec
 from asyncrl.staleness import OnStale, SelectorName, Staleness
 
 AUTO_IN_FLIGHT = 4  # batches that `reserve_ahead: auto` lets be in flight at most, however many slots there are
@@ -261,6 +262,8 @@ class Recipe(Spec, frozen=True, kw_only=True):
     critic: CriticSpec = CriticSpec()  # only with algorithm.adv_estimator="gae"
     evaluation: EvaluationSpec = EvaluationSpec()  # on held-out prompts
     checkpoint: CheckpointSpec = CheckpointSpec()  # how often, and how many are kept
+    # What is watched for while it goes on, by name; needs the extra `[sentinels]`.
+    sentinels: dict[str, SentinelSpec] = {}
 
     def __post_init__(self) -> None:
         name_functions(self, "prepare")
@@ -269,6 +272,8 @@ class Recipe(Spec, frozen=True, kw_only=True):
             SEED_RULE,
         ]
         require_fields(self, "", rules)
+        unsayable = [name for name in self.sentinels if not re.fullmatch(r"[\w-]+", name)]
+        require(not unsayable, f"sentinels: {unsayable} could not be overridden by name; use letters, digits, _ and -")
         buffer, longest = self.reward.shaping.overlong_buffer, self.sampling.max_response_length
         require(
             buffer <= longest,

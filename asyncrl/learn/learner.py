@@ -72,6 +72,7 @@ class Learner:
         self._time = TimeInState()
         self._stopping = threading.Event()
         self._halting = threading.Event()  # ends this `run`, no later one
+        self._save_asked = threading.Event()  # by hand, after the update under way
         self._started = False
         self._version = Version(0, 0)
         self._saved: Version | None = None  # the newest that is checkpointed
@@ -189,6 +190,10 @@ class Learner:
         self._checkpoints.wait()
         return str(path)
 
+    def save_soon(self) -> None:
+        """Has the version after the update under way saved by hand, for ever. From any thread; waits for nothing."""
+        self._save_asked.set()
+
     def evaluate(self) -> None:
         """Requests an evaluation of the current version, unless it has had one. From outside between runs only."""
         if not self._started:
@@ -255,8 +260,11 @@ class Learner:
         self._save_and_evaluate()
 
     def _save_and_evaluate(self, last: bool = False) -> None:
-        """Checkpoints this version, and requests its evaluation, where it is its turn or the last; neither twice."""
-        if self._saved != self._version and (last or self.committed % self._save_freq == 0):
+        """Checkpoints this version, and requests its evaluation, where it is its turn, asked for or the last; neither twice."""
+        if self._save_asked.is_set():
+            self._save_asked.clear()
+            self._save(by_hand=True)
+        elif self._saved != self._version and (last or self.committed % self._save_freq == 0):
             self._save()
         if self._eval_freq is not None and (last or self.committed % self._eval_freq == 0):
             self.evaluate()

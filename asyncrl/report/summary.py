@@ -39,6 +39,7 @@ class RunResult(Struct, frozen=True, kw_only=True):
     # Shares of the store's time. `reserve_ahead`, `max_lag`: generators with free slots got no more prompts because of it;
     # `stragglers`: a full batch was held back for groups that would else pass the bound.
     limited_by: dict[str, float]
+    sentinels: dict[str, int] = {}  # those that fired since this start, and the update at which each did last
     error: str = ""  # what ended the run, if it failed
 
 
@@ -57,6 +58,7 @@ class RunSummary:
     counts: GroupCounts = field(default_factory=GroupCounts)
     steps: dict[int, Record] = field(default_factory=dict)  # by update: those that a restore may undo, and the one before
     evals: dict[int, Record] = field(default_factory=dict)  # the same, and the first
+    fired: dict[str, int] = field(default_factory=dict)  # sentinels, and the update at which each did last
     settled: dict[str, float] = field(default_factory=dict)  # sums over all other steps
     settled_lag: int = 0  # the largest of a token that they trained
     reports: dict[str, Report] = field(default_factory=dict)  # the newest of every actor; their seconds only grow
@@ -127,6 +129,7 @@ class RunSummary:
             trained_length_ratio=trained / dispatched if dispatched and trained else None,
             learner_utilization=seconds.get("busy", 0.0) / in_all if in_all else 0.0,
             limited_by={name.removeprefix("limit/"): share for name, share in store.items() if name.startswith("limit/")},
+            sentinels=dict(self.fired),
         )
 
     def _settle(self, settled: int) -> None:

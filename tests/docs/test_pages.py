@@ -94,7 +94,7 @@ def _override_specs(recipe: Path, deploy: Path, overrides: list[str]) -> None:
 
 def _recipe() -> Recipe:
     needed = {"name": "r", "model": {"path": "m"}, "data": {"files": ["f"]}, "reward": {"function": "m:f"}, "total_steps": 99}
-    return msgspec.convert(needed, Recipe)
+    return msgspec.convert(needed | {"sentinels": {"entropy": {"when": "true"}}}, Recipe)
 
 
 # ------------------------------------------------------------------------------------------------ names

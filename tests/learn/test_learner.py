@@ -256,6 +256,21 @@ def test_halt_saves_after_the_update_under_way_and_a_later_run_goes_on(make_lear
     assert of_the_loop(store)[-1] == ("eval", "3.3")
 
 
+def test_a_save_that_is_asked_for_meanwhile_comes_after_the_update_and_stays(make_learner, tmp_path: Path) -> None:
+    learner, _, _, trainer = make_learner([lease(i, i - 1) for i in range(1, 6)], save_freq=2, eval_freq=None, keep_last_n=1)
+    update = trainer.update
+
+    def asking(*arguments):
+        if arguments[1] in (0, 3):  # also while it is its turn anyway
+            learner.save_soon()
+        return update(*arguments)
+
+    trainer.update = asking
+    assert learner.run(5) == 5
+    kept = [folder.name for folder in RunDir(tmp_path / "run").steps()]
+    assert kept == ["step_000001", "step_000004", "step_000005"]  # those asked for, and the last one
+
+
 def test_halt_ends_a_wait_for_data_and_what_is_saved_is_not_saved_again(make_learner) -> None:
     learner, store, _, _ = make_learner([lease(1, 0), EMPTY, EMPTY], save_freq=1, eval_freq=None)
     store.on_lease = lambda: learner.halt() if store.asked.count(1) == 2 else None
