@@ -22,6 +22,8 @@ from asyncrl.rundir import StandardError, redact, set_up_logging
 JOBS = {
     "run": ("asyncrl.jobs.run:run_job", "train a model by a recipe"),
     "sft": ("asyncrl.jobs.sft:sft_job", "SFT warm start: train a model on demonstrations"),
+    "fork": ("asyncrl.jobs.fork:fork_job", "a new run from a checkpoint and the log of another, under other settings"),
+    "rescore": ("asyncrl.jobs.rescore:rescore_job", "score a run's rollouts again; repair it where rewards were wrong"),
     "simulate": ("asyncrl.jobs.simulate:simulate_job", "how fast a recipe would run on which machines, and how stale"),
     "eval": ("asyncrl.jobs.evaluate:eval_job", "score a model or checkpoint on held-out data"),
     "samples": ("asyncrl.jobs.samples:samples_job", "prompts, responses and rewards of a run, picked and sorted"),

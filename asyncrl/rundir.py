@@ -49,6 +49,7 @@ class RunDir:
         self.logs = self.path / "logs"
         self.rewards = self.path / "rewards"  # what each reward model and judge is
         self.sentinels = self.path / "sentinels.jsonl"  # when each fired, and the rows that it fired for
+        self.forked = self.path / "forked.json"  # what run it began in, and where, if it did
         self.driver_log = self.path / "driver.log"  # of detached runs; those of one name follow each other
 
     @property
@@ -187,7 +188,8 @@ def atomic_folder(path: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
         try:
             yield beside
             for file in beside.rglob("*"):
-                if file.is_file():  # whoever may read the folder; safetensors makes files for its user alone
+                # Whoever may read the folder; safetensors makes files for its user alone. What is linked is another's, too.
+                if file.is_file() and file.stat().st_nlink == 1:
                     file.chmod(beside.stat().st_mode & 0o666)
                 sync(file)
             sync(beside)
@@ -200,6 +202,16 @@ def atomic_folder(path: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A second name for a file that nobody writes to any more; a copy where the file system has none, as between two."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def sweep(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The run directory: paths, atomicity under failure, manifests, the lock between processes, redaction."""
 
+import errno
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 
 from asyncrl.config import DataSpec, ModelSpec, Recipe, RewardSpec
 from asyncrl.errors import ConfigError
-from asyncrl.rundir import MASK, RunDir, atomic_folder, redact, resolve_run_dir, write_atomic
+from asyncrl.rundir import MASK, RunDir, atomic_folder, link_or_copy, redact, resolve_run_dir, write_atomic
 
 
 def test_paths_and_steps(tmp_path: Path) -> None:
@@ -55,6 +56,24 @@ def test_whoever_may_read_an_atomic_folder_may_read_its_files(tmp_path: Path) ->
         finally:
             os.umask(former)
         assert (tmp_path / "folder/deeper/model.safetensors").stat().st_mode & 0o777 == mode
+
+
+def test_what_is_linked_into_an_atomic_folder_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "own"
+    write_atomic(own, "mine", mode=0o600)
+    with atomic_folder(tmp_path / "linked") as folder:
+        link_or_copy(own, folder / "file")
+    assert (tmp_path / "linked" / "file").samefile(own)
+    assert own.stat().st_mode & 0o777 == 0o600
+
+    def other_file_system(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", other_file_system)
+    with atomic_folder(tmp_path / "copied") as folder:
+        link_or_copy(own, folder / "file")
+    assert (tmp_path / "copied" / "file").read_text() == "mine"
+    assert own.stat().st_nlink == 2
 
 
 def test_atomic_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def prepare_run(
     its groups would be finished with other prompts than they began with. aside: in a process that does nothing else.
     """
     if resuming:
-        _require_same_groups(paths, recipe)
+        require_same_groups(paths, recipe)
     if recipe.prepare:
         log.info("preparing what is not there yet: %s", recipe.prepare)
         load_callable(recipe.prepare, "prepare")(recipe, paths.path)
@@ -117,7 +117,7 @@ def _prepare_prompts(recipe: Recipe, paths: RunDir, resuming: bool) -> tuple[int
     return stop_token_ids(tokenizer, recipe.model)
 
 
-def _require_same_groups(paths: RunDir, recipe: Recipe) -> None:
+def require_same_groups(paths: RunDir, recipe: Recipe) -> None:
     """Refuses to resume with other prompts, order or group size: groups in the log would be finished with strangers."""
     before = msgspec.json.decode(paths.recipe.read_bytes(), type=Recipe)
     held_out = recipe.evaluation if before.evaluation.files else before.evaluation  # where there was none, some may be added
@@ -155,7 +155,7 @@ def _set_aside(paths: RunDir) -> None:
     number = 1 + max(numbers, default=0)
     aside = paths.path / f"previous-{number}"
     aside.mkdir()
-    for path in [*used, paths.recipe, paths.deployment]:
+    for path in [*used, paths.recipe, paths.deployment, paths.forked]:
         if path.exists():
             shutil.move(path, aside / path.name)
     log.warning("%s held an earlier run, which is now in %s; --resume would have gone on with it", paths.path, aside)

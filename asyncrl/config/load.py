@@ -54,9 +54,14 @@ def _read(what: str, path: Path, suffix: str) -> str:
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Runs a recipe file and validates what it made. Raises ConfigError with file and line."""
+    """Runs a recipe file and validates what it made, or reads a run's recipe.json. Raises ConfigError with file and line."""
     path = Path(path)
     source = _read("recipe", path, ".py")
+    if path.suffix == ".json":
+        try:
+            return msgspec.json.decode(source, type=Recipe)
+        except msgspec.MsgspecError as error:
+            raise ConfigError(f"{path} is no recipe of this version of asyncrl: {error}") from error
     try:
         made = _execute(path, source)
         made = made() if callable(made) else made

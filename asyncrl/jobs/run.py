@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from asyncrl.api import launch
 from asyncrl.cluster.preflight import check_resumed, check_run
+from asyncrl.config import Deployment, Recipe
 from asyncrl.config.load import load_specs
 from asyncrl.config.paths import resolve_paths
 from asyncrl.errors import AsyncRLError, ConfigError
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 def run_job(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `asyncrl run`, and sets what runs."""
-    parser.add_argument("recipe", metavar="RECIPE", help="a Python file that sets `recipe = Recipe(…)`")
+    parser.add_argument("recipe", metavar="RECIPE", help="a Python file that sets `recipe = Recipe(…)`, or a run's recipe.json")
     parser.add_argument("--deploy", metavar="SPEC", help="a deployment YAML file (default: this machine, as deploy/local.yaml)")
     parser.add_argument("--name", default="", help="name of the run (default: the recipe's)")
     parser.add_argument("--runs-dir", default="runs", metavar="D", help="folder of run directories (default: runs)")
@@ -66,32 +67,40 @@ def _run(args: argparse.Namespace) -> int:
         check_run(recipe, deployment, paths)
         return detach([sys.executable, "-m", "asyncrl.cli", *_words(args, file, overrides, resume)], paths)
 
+    run_shown(recipe, deployment, paths, resume, _words(args, file, overrides, True), args.ready)
+    return 0
+
+
+def run_shown(
+    recipe: Recipe, deployment: Deployment, paths: RunDir, resume: bool | int, again: list[str], ready: int | None = None
+) -> None:
+    """Runs the recipe as the command does: progress on standard error, one line of JSON on standard output, and in the end a
+    signal means a checkpoint. again: the words after `asyncrl` that go on with it. ready: a pipe that hears when it is up."""
     # Ray tells of every death in a paragraph of guesses; the supervisor has a line. Read when ray is imported.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed")
     _at_interrupt(_end_in_order)
-    watch = _Watch(args.ready, paths)
+    watch = _Watch(ready, paths)
     try:
         # A recipe's `prepare` prints, and so does Ray.
         with contextlib.redirect_stdout(sys.stderr), contextlib.closing(watch.progress):
             result = launch(
                 recipe,
                 deployment,
-                name=args.name,
-                runs_dir=args.runs_dir,
+                name=paths.path.name,
+                runs_dir=paths.path.parent,
                 resume=resume,
                 observe=watch,
                 progress=False,
             )
     except (AsyncRLError, KeyboardInterrupt) as error:
         if (run := watch.progress.newest) is not None:  # before, there is nothing to go on with
-            error.__notes__ = [f"to go on: {shlex.join(['asyncrl', *_words(args, file, overrides, True)])}"]
+            error.__notes__ = [f"to go on: {shlex.join(['asyncrl', *again])}"]
             if isinstance(error, AsyncRLError):
                 _tell(replace(run.result(str(paths.path), run.elapsed_s), error=redact(str(error))))
         raise
     finally:
         _at_interrupt(signal.SIG_DFL)  # nothing is left to be ended in order
     _tell(result)
-    return 0
 
 
 def _words(args: argparse.Namespace, file: str, overrides: list[str], resume: bool | int) -> list[str]:

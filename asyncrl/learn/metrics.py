@@ -93,7 +93,8 @@ def gap_metrics(batch: TrainBatch, proximal_n: Tensor) -> dict[str, float]:
     """Learner against generator. proximal_n [N]: logprobs at the start of the update; NaN where none were computed.
 
     On tokens of lag 0 both sides hold the same weights: their difference is engine error alone, and must stay flat.
-    gap/k3 over all tokens estimates KL(behaviour ‖ proximal), staleness included; gap/k3_lag_* the same by lag.
+    gap/k3 over all tokens estimates KL(behaviour ‖ proximal), staleness included; gap/k3_lag_* the same by lag. gap/ess: the
+    effective sample size (Σw)²/(N·Σw²) of w = exp(proximal − behaviour), as a share of the tokens; no correction cuts these.
     """
     delta_n = proximal_n - batch.behaviour_n
     known_n = delta_n.isfinite()
@@ -101,7 +102,8 @@ def gap_metrics(batch: TrainBatch, proximal_n: Tensor) -> dict[str, float]:
         return {}
     k3_n = k3(batch.behaviour_n, proximal_n)[known_n]
     delta_n, lag_n = delta_n[known_n], batch.lag_n[known_n]
-    figures = {"gap/k3": float(k3_n.mean())}
+    weights_n = delta_n.double().clamp(-20, 20).exp()
+    figures = {"gap/k3": float(k3_n.mean()), "gap/ess": float(weights_n.mean().square() / weights_n.square().mean())}
     figures |= {f"gap/k3_lag_{lag}": float(k3_n[lag_n == lag].mean()) for lag in lag_n.unique().tolist()}
     fresh = delta_n[lag_n == 0].abs()
     if len(fresh):

@@ -1,5 +1,6 @@
 """Batches for the learner: leased, committed, fenced, replayed after a restore."""
 
+import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -16,6 +17,7 @@ from asyncrl.report.timing import TimeInState
 from asyncrl.staleness import Staleness
 from asyncrl.types import BatchLease, Fence, Key, Lineage, Version, derive_seed
 
+log = logging.getLogger(__name__)
 _EMPTY_GROUPS, _EMPTY_BATCHES = 1024, 32  # without max_empty_batches the larger of the two ends the run
 
 
@@ -198,6 +200,16 @@ class Batches:
         episodes = episode_metrics([r.figures | {f"status/{r.status}": 1.0} for r in sampled if r.figures is not None])
         metrics = {name: float(value) for name, value in (*metrics.items(), *episodes.items())}
         self._context.record(ev.BatchCommitted(lease, version, held.groups, metrics, self._context.wall()))
+        if held.replayed and metrics.get("gap/ess", 1.0) < ledger.min_ess:
+            self._leave_old_log()
+
+    def _leave_old_log(self) -> None:
+        """From here on a fork generates anew. A batch that its learner has leased ahead is still trained."""
+        ledger = self._ledger
+        leased = {g for lease in ledger.leases.values() for g in lease.groups}
+        unused = tuple(g for g in sorted(ledger.groups) if g < ledger.foreign and g not in leased)
+        log.info("update %d: gap/ess < %g, so %d groups of the old log are left", ledger.committed, ledger.min_ess, len(unused))
+        self._context.record(ev.GroupsUnused(unused))
 
     def checkpointed(self, caller: Key, oldest_retained: int) -> None:
         """In this order: the log is on the disk, with what it says here; then what no retained checkpoint needs is deleted."""

@@ -14,7 +14,7 @@ _MOVES_NOTHING = ev.GroupReserved | ev.GroupReissued | ev.HolderDied
 
 Topic = Literal["tickets", "unscored", "batch", "all"]  # what a call waits for; `all`: everybody may get another reply
 _ROLLOUTS = ev.RolloutSubmitted | ev.RolloutScored
-_STIRS_GROUPS = ev.GroupSettled | ev.BatchCommitted | ev.HolderDied  # their holders may have lost them
+_STIRS_GROUPS = ev.GroupSettled | ev.GroupsUnused | ev.BatchCommitted | ev.HolderDied  # their holders may have lost them
 _STIRS_ALL = ev.LearnerFenced | ev.Ended | ev.EvalRequested | ev.EvalPinned | ev.Evaluated
 
 

@@ -52,6 +52,8 @@ class Ledger:
     given_up: dict[PromptKey, str] = field(default_factory=dict)  # prompts that were in flight in too many, and the message
     workers: dict[str, int] = field(default_factory=dict)  # newest incarnation that held a group
     ended: bool = False
+    foreign: int = 0  # groups below this one came with another run's log
+    min_ess: float = 0.0  # below which a batch of theirs ends their use; 0: nothing is left of them, or nothing ends it
 
     def dump(self) -> bytes:
         """For `load`, which makes an equal one of it."""
@@ -266,6 +268,22 @@ class Ledger:
         self.retries[:0] = [(g.position, g.retry) for _, g in sorted(self.groups.items())]
         for state in (self.groups, self.taken, self.ready, self.leases, self.reopened):
             state.clear()
+
+    def _groups_unused(self, e: ev.GroupsUnused) -> None:
+        given_up = [self.groups.pop(g) for g in e.groups]
+        self.outcomes["unused"] += len(given_up)
+        self.retries[:0] = [(g.position, g.retry) for g in given_up]
+        self.taken.difference_update(e.groups)
+        self.ready.difference_update(e.groups)
+        self.reopened = {update: groups for update, groups in self.reopened.items() if not set(groups) & set(e.groups)}
+        self.min_ess = 0.0
+
+    def _forked(self, e: ev.LogForked) -> None:
+        self.incarnation, self.foreign, self.min_ess = e.incarnation, self.next_group, e.min_ess
+        self.reopened = dict(enumerate(e.batches, e.update))
+        groups = {g for batch in e.batches for g in batch}
+        self.taken.update(groups)
+        self.ready.difference_update(groups)
 
     def _segment_closed(self, e: ev.SegmentClosed) -> None:
         """Segments are the log's own business."""

@@ -181,7 +181,7 @@ class Scoring:
         for s in scores:
             group = self._unscored(s.group, s.rollout)
             if group is not None and group.rollouts[s.rollout].attempt == s.attempt and (s.group, s.rollout) not in found:
-                found[s.group, s.rollout] = _checked(s, group.rollouts[s.rollout].length)
+                found[s.group, s.rollout] = checked(s, group.rollouts[s.rollout].length)
         return list(found.values())
 
     def score(self, caller: Key, lease: int, scores: Sequence[Score]) -> None:
@@ -241,7 +241,7 @@ class Scoring:
             self._context.record(ev.GroupSettled(group.id, "filtered", False))
 
 
-def _checked(s: Score, length: int) -> Score:
+def checked(s: Score, length: int) -> Score:
     """Only `ok` with finite rewards counts as ok: a missing or non-finite one is never a silent 0. length: of the response."""
     error = ""
     if s.status == "ok" and (s.reward is None or not math.isfinite(s.reward)):

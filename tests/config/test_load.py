@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from asyncrl.config import Deployment, ModelSpec, PlaceSpec, RanksSpec, Recipe, RewardTerm
@@ -52,6 +53,15 @@ def test_a_recipe_is_a_value_or_a_function_and_may_import_its_neighbours(tmp_pat
     assert load_recipe(path).reward.function == f"{path}:f"
     path.write_text("def score(*sample): ...\n" + MINIMAL.replace('"m:f"', "score"))  # the function itself
     assert load_recipe(path).reward.function == f"{path}:score"
+
+
+def test_a_run_is_gone_on_with_by_its_own_recipe(recipe_file: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "recipe.json"
+    saved.write_bytes(msgspec.json.encode(load_recipe(recipe_file)))
+    assert load_recipe(saved) == load_recipe(recipe_file)
+    saved.write_text(saved.read_text().replace("total_steps", "totalsteps"))
+    with pytest.raises(ConfigError, match=r"recipe\.json is no recipe of this version of asyncrl: .*totalsteps"):
+        load_recipe(saved)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ def test_gap_is_taken_on_fresh_tokens_and_k3_on_all(make_rollout) -> None:
     assert found["gap/k3"] == pytest.approx(np.mean(k3), rel=1e-4)
     assert found["gap/k3_lag_0"] == pytest.approx(np.mean(k3[:2]), rel=1e-4)
     assert found["gap/k3_lag_1"] == pytest.approx(k3[2], rel=1e-4)
+    weights = [np.exp(d) for d in (-0.1, 0.2, -0.5)]
+    assert found["gap/ess"] == pytest.approx(sum(weights) ** 2 / (3 * sum(w * w for w in weights)), rel=1e-4)
 
 
 def test_one_absurd_token_does_not_make_the_gap_infinite(make_rollout) -> None:

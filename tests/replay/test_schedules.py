@@ -16,6 +16,7 @@ from asyncrl.replay.batches import pick
 from asyncrl.replay.core import StoreCore
 from asyncrl.replay.ledger import to_record
 from asyncrl.replay.log import events as ev
+from asyncrl.replay.log.derived import Derivation, LogChanges
 from asyncrl.replay.log.rows import Summary, TrainScore
 from asyncrl.replay.plan import keep_varied
 from asyncrl.types import Key, Score, Ticket, Version
@@ -58,6 +59,8 @@ class World:
         self.published = Version(1, 0)
         self.checkpoints = [0]
         self.ended = False
+        self.ess = 1.0  # of what is trained
+        self.forks = 0
 
     # generators
 
@@ -187,10 +190,11 @@ class World:
         if crash:
             return
         for _ in range(2):  # the answer got lost: again
-            self.bench.commit(answer.lease, version, {"loss": 0.5})
+            self.bench.commit(answer.lease, version, {"loss": 0.5, "gap/ess": self.ess})
         self.published = version
         self.leases.pop(0)
         self.trained[update + 1] = rows
+        self.ess = self.rng.choice((1.0, 1.0, 0.4))
         if self.rng.random() < 0.2:
             self.bench.request_eval(version)
         if self.rng.random() < 0.3:
@@ -257,6 +261,26 @@ class World:
         """A clean end, and all over again from a checkpoint for more updates."""
         self.bench.finish()
         self.resume()
+
+    def fork(self) -> None:
+        """Another run goes on from any update of this one, also where it keeps no checkpoint, with what its log says."""
+        ledger = self.bench.core.ledger
+        at, log = self.rng.randint(0, ledger.committed), list(self.bench.log)
+        changes = LogChanges(min_ess=self.rng.choice((0.0, 0.5)), live=self.rng.random() < 0.2)
+        derived = Derivation(lambda: [(event, 5.0) for event in log], at)
+        self.bench.log[:] = [event for event, _ in derived.events("another run", changes)]
+        self.bench.calls[:] = [len(self.bench.log)]
+        self.bench.snapshots.clear()
+        self.heard, self.checkpoints = 0, [at]
+        self.resume()
+        now = self.bench.core.ledger
+        assert (now.committed, now.reserved, now.incarnation) == (at, ledger.reserved, ledger.incarnation + 1)
+        assert list(now.reopened.values()) == ([] if changes.live else derived.batches)
+        assert (
+            len(derived.batches)
+            == ledger.committed + len(ledger.reopened) + sum(lease.replayed for lease in ledger.leases.values()) - at
+        )
+        self.forks += 1
 
     def resume(self) -> None:
         self.bench.core = self.bench.build()
@@ -328,6 +352,8 @@ class World:
             self.restart_store()
         elif chance > 0.982 and self.rule.holds and self.rule.max_lag:
             self.resume_with_a_smaller_bound()
+        elif chance > 0.975:
+            self.fork()
 
     def drain(self) -> None:
         for _ in range(400):
@@ -446,8 +472,8 @@ def _ends(log: list[Any]) -> dict[int, str]:
                 pending.update(undone)
                 for group in undone:
                     del ends[group]
-        elif isinstance(event, ev.Ended):
-            end(list(pending), "left over")
+        elif isinstance(event, ev.Ended | ev.GroupsUnused):
+            end(list(pending) if isinstance(event, ev.Ended) else event.groups, "left over")
     assert not pending
     return ends
 

@@ -156,6 +156,24 @@ class Ended(Event, tag="ended", frozen=True):
     """The run reached its last update. Whatever is outstanding is not used."""
 
 
+class GroupsUnused(Event, tag="groups_unused", frozen=True):
+    """These groups are not used; their prompts come first, with the same seeds. What a fork took over of another run's log ends
+    so when the behaviour in it has drifted too far."""
+
+    groups: tuple[int, ...]
+
+
+class LogForked(Event, tag="forked", frozen=True):
+    """What stands before came from another run's log (derived.py). This one begins at its checkpoint of `update`. The batches
+    that were trained after it come first, until one of them has an effective sample size below `min_ess`."""
+
+    source: str  # that run's directory
+    update: int
+    incarnation: int  # the newest of that run's learners
+    batches: tuple[tuple[int, ...], ...]  # the groups of the updates after `update`, in order
+    min_ess: float = 0.0  # of `gap/ess`
+
+
 class SegmentClosed(Event, tag="segment_closed", frozen=True):
     """A segment of a stream became an immutable file. Only the log itself needs this."""
 

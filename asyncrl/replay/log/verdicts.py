@@ -39,7 +39,7 @@ _TOLD: dict[str, Callable[[Any], Any]] = {  # of a verdict's event; only its pay
     "scoring_began": lambda event: event.scoring and event.scoring[1],
     "scoring_ended": lambda event: event.scoring and event.scoring[2],
 }
-_FATES = (ev.GroupReserved, ev.GroupSettled, ev.BatchCommitted, ev.LearnerFenced, ev.Ended)
+_FATES = (ev.GroupReserved, ev.GroupSettled, ev.GroupsUnused, ev.BatchCommitted, ev.LearnerFenced, ev.Ended)
 _JOINED_BYTES = 1 << 30  # Arrow takes from a column by joining it, which fails for texts of more than 2 GiB
 
 
@@ -97,6 +97,8 @@ def _fates(payloads: Iterable[bytes]) -> tuple[dict[int, str], dict[int, int]]:
             reserved.add(event.group)
         elif isinstance(event, ev.GroupSettled):
             outcomes[event.group] = event.outcome
+        elif isinstance(event, ev.GroupsUnused):
+            outcomes.update(dict.fromkeys(event.groups, "unused"))
         elif isinstance(event, ev.BatchCommitted):
             outcomes.update(dict.fromkeys(event.groups, "trained"))
             trained.update(dict.fromkeys(event.groups, event.version.update))
