@@ -25,6 +25,7 @@ from asyncrl.report.callbacks import CallbackQueue, Callbacks
 from asyncrl.report.metrics_log import MetricsLog
 from asyncrl.report.progress import Progress
 from asyncrl.report.summary import RunResult, RunSummary
+from asyncrl.report.trackers import RunFacts, Trackers
 from asyncrl.rundir import log_shown, resolve_run_dir
 from asyncrl.types import Record
 
@@ -254,12 +255,17 @@ class Trainer:
         # Here, as Ray takes a second to import, and a mistake is told before. Python would ignore an interrupt that falls into
         # the end of an import.
         with undisturbed():
+            from asyncrl.cluster.gauges import RayGauges
             from asyncrl.cluster.session import ray_session
             from asyncrl.cluster.supervisor import Supervisor
 
         loopback = self._resources.enter_context(ray_session(self._deployment))
         stop_token_ids = prepared()
-        self._metrics = MetricsLog(self.paths.metrics, self.paths.tensorboard)
+        facts = RunFacts.of(
+            self.paths.path.name, str(self.paths.path), bool(self.paths.steps()), self._recipe, self._deployment
+        )
+        endpoint = {} if loopback else {"prometheus": RayGauges}  # a Ray of the run's own has nobody who would ask
+        self._metrics = MetricsLog(self.paths.metrics, Trackers(self._deployment.trackers, facts, endpoint))
         self._resources.callback(self._metrics.close)
         self._resources.enter_context(contextlib.suppress(DiskFull))  # which is told already
         self._resources.callback(self._write_actors)

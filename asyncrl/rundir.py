@@ -1,6 +1,6 @@
 """The run directory: the one module that owns its paths, atomic writes, its lock, and redaction of secrets.
 
-    runs/<name>/  recipe.json deployment.yaml metrics.jsonl  tensorboard/  data/  functions/  replay/ (rows, events)
+    runs/<name>/  recipe.json deployment.yaml metrics.jsonl  tensorboard/  trackers/  data/  functions/  replay/ (rows, events)
                   checkpoints/step_000100/ (…, manifest.json)  exports/ (Hugging Face)  logs/
 
 No torch, no Ray, no Arrow: jobs, actors and tests may all import it.
@@ -41,6 +41,7 @@ class RunDir:
         self.deployment = self.path / "deployment.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.trackers = self.path / "trackers"  # what other trackers keep
         self.data = self.path / "data"
         self.functions = self.path / "functions"
         self.replay = self.path / "replay"

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from asyncrl.algorithms.corrections import CORRECTIONS, Columns, interpolated_proximal, rejection_mask
-from asyncrl.algorithms.kl import token_kl
-from asyncrl.algorithms.losses import policy_loss
+from asyncrl.algorithms.kl import k3, token_kl
+from asyncrl.algorithms.losses import log_ratio, policy_loss
 from asyncrl.config import AlgorithmSpec
 
 
@@ -18,6 +18,7 @@ class TokenWeights(NamedTuple):
     weights_t: Tensor  # 0 where it is masked
     capped_t: Tensor  # bool: the correction's weight was truncated
     masked_t: Tensor  # bool
+    ratio_t: Tensor  # to the policy that the loss compares with
 
 
 def needs_proximal(spec: AlgorithmSpec) -> bool:
@@ -50,8 +51,11 @@ def objective(
         "tokens": logp_t.new_tensor(len(logp_t)),
         "entropy": entropy_t.detach().sum(),
         "ppo_kl": (old_t - logp_t.detach()).sum(),
+        "ppo_kl_k3": k3(old_t, logp_t.detach()).sum(),
         **{f"figure/{name}": values_t.detach().sum() for name, values_t in figures.items()},
     }
+    if "pg_clipfrac" in figures:
+        sums |= _clip_sides(spec, figures["pg_clipfrac"].detach(), columns.advantages_t)
     if columns.reference_t is not None:
         kl_t = token_kl(spec.setting("kl_estimator"), logp_t, columns.reference_t, columns.behaviour_t)
         loss = loss + (spec.kl_coef if kl_coef is None else kl_coef) * (columns.coefficients_t * kl_t).sum()
@@ -74,7 +78,13 @@ def _token_weights(spec: AlgorithmSpec, columns: Columns, old_t: Tensor, present
     correction = "none" if spec.learns_preferences else spec.correction
     weights_t, capped_t = CORRECTIONS[correction](spec, old_t, columns.behaviour_t, columns.sequence_t)
     kept_t = rejection_mask(spec, columns, present_t)
-    return TokenWeights(weights_t * kept_t / weight_mean, capped_t, ~kept_t)
+    return TokenWeights(weights_t * kept_t / weight_mean, capped_t, ~kept_t, log_ratio(present_t, old_t).exp())
+
+
+def _clip_sides(spec: AlgorithmSpec, clipped_t: Tensor, advantages_t: Tensor) -> dict[str, Tensor]:
+    """Clipped tokens by bound, as TRL counts them: good ones at the upper, bad ones at the lower. CISPO has no lower bound."""
+    low_t = clipped_t * (advantages_t < 0) * (spec.policy_loss != "cispo")
+    return {"clip/low_mean": low_t.sum(), "clip/high_mean": (clipped_t * ~low_t.bool()).sum()}
 
 
 def mean_weight(spec: AlgorithmSpec, proximal_n: Tensor, behaviour_n: Tensor, sequence_n: Tensor, counts_s: Tensor) -> float:
@@ -98,13 +108,13 @@ def loss_metrics(sums: Mapping[str, float], steps: int) -> dict[str, float]:
         "actor/pg_loss": sums["pg_loss"] / steps,
         "actor/entropy": sums["entropy"] / tokens,
         "actor/ppo_kl": sums["ppo_kl"] / tokens,
+        "actor/ppo_kl_k3": sums["ppo_kl_k3"] / tokens,
         "actor/grad_norm": sums["grad_norm"] / steps,
     }
     if "kl" in sums:
         named["actor/kl_loss"] = sums["kl"] / tokens
-    for name, value in sums.items():
-        if name.startswith("figure/"):
-            named[f"actor/{name.removeprefix('figure/')}"] = value / tokens
+    for prefix, place in (("figure/", "actor/"), ("clip/", "clip_ratio/")):
+        named |= {place + name.removeprefix(prefix): sums[name] / tokens for name in sums if name.startswith(prefix)}
     return named
 
 

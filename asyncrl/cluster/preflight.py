@@ -27,6 +27,7 @@ from asyncrl.models.sizes import size_of
 from asyncrl.prompts.reading import check_columns, read_rows
 from asyncrl.replay.log.recent import COLUMNS
 from asyncrl.report.sentry import check_sentinels
+from asyncrl.report.trackers import check_tracker
 from asyncrl.rundir import RunDir
 
 Check = Callable[[], str]  # a line of the plan; raises ConfigError or DataError
@@ -97,7 +98,14 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
     yield "learner", lambda: _learner(recipe, deployment)
     if recipe.sentinels:
         yield "sentinels", lambda: check_sentinels(recipe, COLUMNS)
+    yield "trackers", lambda: _trackers(deployment)
     yield "disk", lambda: check_space(recipe, deployment, run_dir)
+
+
+def _trackers(deployment: Deployment) -> str:
+    for name in deployment.trackers:
+        check_tracker(name)
+    return ", ".join(deployment.trackers) or "none"
 
 
 def _run_dir(run_dir: RunDir) -> str:

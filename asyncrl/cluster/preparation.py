@@ -146,7 +146,7 @@ def _by_name(data: DataSpec | EvaluationSpec) -> tuple[str, ...]:
 
 def _set_aside(paths: RunDir) -> None:
     """Moves what an earlier run left into `previous-N`; prepared data stays, as the cache that it is."""
-    seen = (paths.metrics, paths.tensorboard, paths.logs, paths.sentinels)
+    seen = (paths.metrics, paths.tensorboard, paths.trackers, paths.logs, paths.sentinels)
     earlier = (paths.replay, paths.checkpoints, *seen, paths.exports, paths.rewards)
     used = [path for path in earlier if path.is_file() or (path.is_dir() and any(path.iterdir()))]
     if not used:

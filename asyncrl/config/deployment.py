@@ -8,6 +8,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from asyncrl.config.base import Rule, Spec, require, require_fields, require_unset
+from asyncrl.config.callables import Function, name_functions
 from asyncrl.config.limits import LimitsSpec
 from asyncrl.config.parallel import Group, ParallelSpec, layouts
 
@@ -360,8 +361,11 @@ class Deployment(Spec, frozen=True, kw_only=True):
     store: StoreSpec = StoreSpec()  # the replay store
     bus: BusSpec = BusSpec()  # the weight bus
     limits: LimitsSpec = LimitsSpec()  # timeouts and restarts
+    # Who gets the metrics beside metrics.jsonl: `tensorboard`, `wandb`, `mlflow`, classes of your own (`my.module:Tracker`).
+    trackers: tuple[Function, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
+        name_functions(self, "trackers")
         require_fields(self, "", [("num_cpus", lambda x: x >= 0, "< 0; use null for those that this process may use")])
         for group, spec in self.groups.items():
             require(

@@ -154,7 +154,7 @@ def _figures(found: Gradient, own: Tensor) -> Figures:
 def _summary(setting: Setting, rollouts: Sequence[TrainRollout]) -> Figures:
     """The figures of an update: of its steps on average; of corrections and masks as its last epoch had them."""
     update, batch = setting.update, setting.update.batch
-    counted = [column_n.cpu() for column_n in update.counted]
+    counted = [column_n.cpu() for column_n in update.counted[:3]]
     lengths = np.array([int(r.loss_mask.sum()) for r in rollouts])
     rollout_n = batch.rollouts_s[batch.sequence_n].cpu()
     return {

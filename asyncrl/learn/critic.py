@@ -15,6 +15,7 @@ from torch import Tensor
 from asyncrl.algorithms.losses import clipped_value_loss, explained_variance
 from asyncrl.config import CriticSpec
 from asyncrl.learn.batch import make_packs
+from asyncrl.learn.metrics import spread
 from asyncrl.learn.optimizer import Optimization, learning_rate, step
 from asyncrl.learn.update import Minibatch, RefusedSteps, Sums, Update
 from asyncrl.models.packed import Pack, TokenSequence
@@ -107,7 +108,8 @@ class Critic:
             figures["critic/vf_clipfrac"] = steps.sums["vf_clipped"] / steps.sums["vf_tokens"]
             figures["critic/grad_norm"] = steps.sums["grad_norm"] / steps.accepted
         if len(update.values_n):
-            figures["critic/values_mean"] = float(update.values_n.double().mean())
-            figures["critic/returns_mean"] = float(update.returns_n.double().mean())
+            figures |= spread("critic/values", update.values_n) | spread("critic/returns", update.returns_n)
+            figures["critic/values_mean"] = figures["critic/values/mean"]  # as they were called before
+            figures["critic/returns_mean"] = figures["critic/returns/mean"]
         explained = explained_variance(update.values_n, update.returns_n)
         return figures if explained is None else {**figures, "critic/vf_explained_var": explained}

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -77,7 +77,8 @@ class Learner:
         self._version = Version(0, 0)
         self._saved: Version | None = None  # the newest that is checkpointed
         self._evaluated: Version | None = None  # the newest whose evaluation was requested
-        self._timings: dict[str, float] = defaultdict(float)  # since the last commit
+        self._timings: dict[str, float] = defaultdict(float)  # since the last update was made
+        self._since = time.monotonic()  # when that was; time between two `run`s is left out
         self._ended_blocks = 0  # of those that are timed
 
     def start(self, at: int | None = None) -> Version:
@@ -120,6 +121,7 @@ class Learner:
         """
         self._time.enter("busy")
         self._halting.clear()
+        self._since = time.monotonic() - sum(self._timings.values())
         try:
             if not self._started:
                 self.start()
@@ -199,7 +201,7 @@ class Learner:
         if not self._started:
             self.start()
         if self._evaluated != self._version:
-            with self._time.span("wait:store"):
+            with self._timed("wait:store", "timing_s/request_eval"):
                 self._store.request_eval(self._version)
             self._evaluated = self._version
 
@@ -246,8 +248,7 @@ class Learner:
         self._started = False  # until the commit is in, these weights have no name: a failure starts from the checkpoint
         with self._timed("busy", "timing_s/step"):
             metrics = self._ranks.update(rollouts, version.update)
-        metrics |= self._timings
-        self._timings.clear()
+        metrics |= self._paced(metrics)
         metrics["timing_s/rows"] = rows_s  # in the helper, during the update before
         metrics["training/groups"] = float(len(lease.groups))
         metrics["training/rollouts"] = float(len(rollouts))
@@ -258,6 +259,23 @@ class Learner:
         self._version, self._started = following, True
         self._publish()
         self._save_and_evaluate()
+
+    def _paced(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What was timed since the update before this one was made, how long that is in all, and what of it nothing names.
+
+        metrics: of the update just made, whose own timings are parts of its `timing_s/step`.
+        """
+        timings, now = dict(self._timings), time.monotonic()
+        taken_s, self._since = now - self._since, now
+        self._timings.clear()
+        named_s = metrics.get("timing_s/update", 0.0) - metrics.get("timing_s/unaccounted", 0.0)
+        named_s += sum(seconds for name, seconds in timings.items() if name != "timing_s/step")
+        tokens_per_s = metrics.get("perf/total_num_tokens", 0.0) / taken_s
+        return timings | {
+            "timing_s/unaccounted": taken_s - named_s,
+            "perf/time_per_step": taken_s,
+            "perf/throughput": tokens_per_s / self._ranks.count,
+        }
 
     def _save_and_evaluate(self, last: bool = False) -> None:
         """Checkpoints this version, and requests its evaluation, where it is its turn, asked for or the last; neither twice."""

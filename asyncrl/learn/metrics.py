@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from asyncrl.algorithms.kl import k3
+from asyncrl.algorithms.rewards import Outcomes
 from asyncrl.learn.batch import TrainBatch
 from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
@@ -24,6 +25,7 @@ def rollout_metrics(rollouts: Sequence[TrainRollout]) -> dict[str, float]:
         return {}
     rewards = np.array([r.reward for r in rollouts])
     lengths = np.array([_chosen(r) for r in rollouts])
+    prompts = np.array([len(r.prompt_ids) for r in rollouts])
     parts: dict[str, list[float]] = {}
     for rollout in rollouts:
         for name, value in rollout.parts.items():
@@ -39,8 +41,70 @@ def rollout_metrics(rollouts: Sequence[TrainRollout]) -> dict[str, float]:
         "reward/std": float(rewards.std()),
         "response_length/mean": float(lengths.mean()),
         "response_length/max": float(lengths.max()),
+        "response_length/min": float(lengths.min()),
         "response_length/clip_ratio": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+        "prompt_length/mean": float(prompts.mean()),
+        "prompt_length/max": float(prompts.max()),
+        "prompt_length/min": float(prompts.min()),
+        "perf/total_num_tokens": float(prompts.sum() + sum(len(r.response_ids) for r in rollouts)),
     }
+
+
+def score_metrics(rollouts: Sequence[TrainRollout], outcomes: Outcomes) -> dict[str, float]:
+    """All that the rollouts earned, token-level rewards included, and the share of groups whose rollouts all earned the same:
+    they teach nothing to an estimator that compares within groups. outcomes: of these rollouts.
+
+    Where the batch is of several data sources, also by source: rollouts, their own rewards, lengths, cut responses and that
+    share.
+    """
+    if not rollouts:
+        return {}
+    _, index_s = outcomes.groups_s.unique(return_inverse=True)
+    best_g, worst_g = (_by_group(outcomes.ranked_s, index_s, reduce) for reduce in ("amax", "amin"))
+    equal_s = (best_g == worst_g)[index_s].numpy()
+    figures = spread("critic/score", outcomes.ranked_s)
+    figures["frac_reward_zero_std"] = float((best_g == worst_g).double().mean())
+    by_source: dict[str, list[int]] = {}
+    for place, rollout in enumerate(rollouts):
+        by_source.setdefault(rollout.data_source, []).append(place)
+    for source, places in by_source.items() if len(by_source) > 1 else ():
+        chosen = [rollouts[place] for place in places]
+        figures |= {
+            f"samples/{source}": float(len(chosen)),
+            f"reward/mean/{source}": float(np.mean([r.reward for r in chosen])),
+            f"response_length/mean/{source}": float(np.mean([_chosen(r) for r in chosen])),
+            f"response_length/clip_ratio/{source}": sum(r.finish_reason == "length" for r in chosen) / len(chosen),
+            f"frac_reward_zero_std/{source}": float(equal_s[places].mean()),
+        }
+    return figures
+
+
+def _by_group(rewards_s: Tensor, index_s: Tensor, reduce: str) -> Tensor:
+    """The largest (`amax`) or smallest of each group's rewards [G]."""
+    return rewards_s.new_zeros(int(index_s.max()) + 1).scatter_reduce(0, index_s, rewards_s, reduce, include_self=False)
+
+
+def spread(name: str, values: Tensor) -> dict[str, float]:
+    """Mean, largest and smallest of the values that are known; nothing of none."""
+    known = values[values.isfinite()].double()
+    if not len(known):
+        return {}
+    return {f"{name}/mean": float(known.mean()), f"{name}/max": float(known.max()), f"{name}/min": float(known.min())}
+
+
+def advantage_metrics(advantages_n: Tensor, rewards_s: Tensor | None) -> dict[str, float]:
+    """Advantages of the trained tokens [N], and the rewards [S] that they were made of: normalized, and with the KL penalty,
+    where the recipe says so. None, of a preference loss, has neither."""
+    if rewards_s is None or not len(advantages_n):
+        return {}
+    std = float(advantages_n.double().std(correction=0))
+    return {**spread("critic/advantages", advantages_n), "critic/advantages/std": std, **spread("critic/rewards", rewards_s)}
+
+
+def ratio_metrics(ratio_n: Tensor) -> dict[str, float]:
+    """Of the tokens as they were last trained. ratio_n [N]: NaN where no step was made."""
+    figures = spread("actor/ratio", ratio_n)
+    return {name: figures[name] for name in ("actor/ratio/mean", "actor/ratio/max") if name in figures}
 
 
 def staleness_metrics(rollouts: Sequence[TrainRollout], batch: TrainBatch, rule: Staleness, committed: int) -> dict[str, float]:

@@ -12,6 +12,7 @@ from asyncrl.learn.sft import SupervisedTrainer
 from asyncrl.models.packed import TokenSequence
 from asyncrl.models.ranks import Ranks
 from asyncrl.report.metrics_log import MetricsLog
+from asyncrl.report.trackers import RunFacts, Trackers
 from asyncrl.rundir import RunDir
 from asyncrl.types import Record, Version
 
@@ -40,7 +41,8 @@ class Journal:
         self._observe = observe
         self._checkpoints = Checkpoints(work, keep_last_n=1, ranks=ranks)
         self._checkpoints.on_whole = lambda version: self._checkpoints.prune(version.update)
-        self._metrics = MetricsLog(work.metrics, work.tensorboard) if ranks.first else None
+        facts = RunFacts.of(work.path.name, str(work.path), work.metrics.exists(), spec)
+        self._metrics = MetricsLog(work.metrics, Trackers(("tensorboard",), facts)) if ranks.first else None
         trainer.state |= {"examples": float(_digest(examples)), "first_heldout": math.nan}
         self.loss = self.last_heldout = math.nan  # of the newest batch; of held-out examples
 

@@ -27,10 +27,19 @@ from asyncrl.algorithms.rewards import RewardNormalizer
 from asyncrl.config import AlgorithmSpec, LearnerSpec
 from asyncrl.errors import ConfigError
 from asyncrl.learn.actor import Actor
-from asyncrl.learn.batch import make_batch, make_packs, minibatches
+from asyncrl.learn.batch import TrainBatch, make_batch, make_packs, minibatches
+from asyncrl.learn.cost import cost_metrics, flops_utilization
 from asyncrl.learn.critic import Critic
 from asyncrl.learn.kl_control import KLControl
-from asyncrl.learn.metrics import correction_metrics, gap_metrics, rollout_metrics, staleness_metrics
+from asyncrl.learn.metrics import (
+    advantage_metrics,
+    correction_metrics,
+    gap_metrics,
+    ratio_metrics,
+    rollout_metrics,
+    score_metrics,
+    staleness_metrics,
+)
 from asyncrl.learn.optimizer import Optimization, learning_rate
 from asyncrl.learn.preference_step import preference_metrics
 from asyncrl.learn.update import Minibatch, Update
@@ -112,14 +121,25 @@ class PolicyTrainer:
             optimization.schedule(committed)
         update, steps = self.prepare(rollouts, committed)
         self._train(update, steps)
-        update.merge(self._ranks)
-        batch = update.batch.to(torch.device("cpu"))
-        update.timings["timing_s/update"] = time.perf_counter() - started
+        with update.timed("timing_s/wait_ranks"):
+            update.merge(self._ranks)
+        with update.timed("timing_s/metrics"):
+            batch = update.batch.to(torch.device("cpu"))
+            metrics = self._metrics(update, rollouts, batch, committed) | self._cost(update, steps)
+        taken_s = time.perf_counter() - started
+        timings = {"timing_s/update": taken_s, "timing_s/unaccounted": taken_s - sum(update.timings.values())}
+        return metrics | update.beside | update.timings | timings
+
+    def _metrics(self, update: Update, rollouts: Sequence[TrainRollout], batch: TrainBatch, committed: int) -> dict[str, float]:
+        """What came of an update, the same on all ranks. batch: on the CPU."""
         return {
             **rollout_metrics(rollouts),
+            **score_metrics(rollouts, batch.outcomes),
+            **advantage_metrics(update.advantages_n, update.rewards_s),
             **staleness_metrics(rollouts, batch, self._rule, committed),
             **gap_metrics(batch, update.proximal_n.cpu()),
-            **correction_metrics(batch.lag_n, *(column_n.cpu() for column_n in update.counted)),
+            **correction_metrics(batch.lag_n, *(column_n.cpu() for column_n in update.counted[:3])),
+            **ratio_metrics(update.counted.ratio_t),
             **({"correction/weight_mean": update.weight_mean} if self.algorithm.normalize_weights else {}),
             **loss_metrics(update.actor.sums, update.actor.accepted),
             **preference_metrics(update.actor.sums),
@@ -128,19 +148,29 @@ class PolicyTrainer:
             "actor/lr": learning_rate(self._learner, committed, self._total_steps),
             "actor/optimizer_steps": float(update.actor.accepted),
             "actor/refused_steps": float(update.actor.refused),
-            **update.timings,
         }
+
+    def _cost(self, update: Update, steps: Sequence[Minibatch]) -> dict[str, float]:
+        """What the update took of the devices. All ranks must call it."""
+        packs = [pack for _, minibatch in steps for pack in minibatch] * self._learner.ppo_epochs
+        trained_s = sum(update.timings.get(f"timing_s/{part}", 0.0) for part in ("forward_backward", "optimizer"))
+        policy = self.actor.policy if self.actor is not None and trained_s else None
+        utilization = flops_utilization(policy, packs, trained_s) if policy is not None else 0.0
+        return cost_metrics(self._ranks, self._device, utilization)
 
     def prepare(self, rollouts: Sequence[TrainRollout], committed: int) -> tuple[Update, list[Minibatch]]:
         """Update `committed + 1` as it is before its first step, scored and with its advantages; and its minibatches."""
+        began = time.perf_counter()
         batch = make_batch(rollouts, self._rule, committed)
         update = Update(batch.to(self._device), committed + 1)
         steps: list[Minibatch] = [
             (members, make_packs(batch.sequences, members, self._learner.max_tokens_per_pack, self._device, self._ranks))
             for members in minibatches(batch.groups, self._learner.mini_batch_groups)
         ]
+        update.timings["timing_s/pack"] = time.perf_counter() - began
         self._score(update, steps)
-        self._estimate(update)
+        with update.timed("timing_s/adv"):
+            self._estimate(update)
         return update, steps
 
     def _score(self, update: Update, steps: Sequence[Minibatch]) -> None:
@@ -156,13 +186,14 @@ class PolicyTrainer:
         if self.actor is not None:
             self.actor.score(update, packs)
         if self.reference is not None and update.reference_n is not None:
-            with update.timed("timing_s/old_log_prob"):
+            with update.timed("timing_s/ref"):
                 self.reference.score(packs, update.reference_n)
         if self.critic is not None:
             self.critic.score(update, packs)
         if self.critic is not None and spec.bootstrap_truncated:
             self.critic.score_ends(update, self._learner.max_tokens_per_pack)
-        update.spread(self._ranks)
+        with update.timed("timing_s/wait_ranks"):
+            update.spread(self._ranks)
         if spec.normalize_weights:
             batch = update.batch
             update.weight_mean = mean_weight(spec, update.proximal_n, batch.behaviour_n, batch.sequence_n, batch.counts_s)
@@ -175,6 +206,7 @@ class PolicyTrainer:
         outcomes = outcomes._replace(rewards_s=self._normalizer(outcomes.rewards_s))
         if spec.kl_in == "reward":
             outcomes = outcomes._replace(token_rewards_n=outcomes.token_rewards_n + self._kl.penalty(update))
+        update.rewards_s = outcomes.total_s()
         if self.critic is not None:
             outcomes = outcomes._replace(values_n=update.values_n.cpu().double())
         if spec.bootstrap_truncated:

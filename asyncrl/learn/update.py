@@ -73,10 +73,12 @@ class Update:
         self.weight_mean = 1.0  # of the batch's correction weights, where these are divided by it
         self.advantages_n = unknown()  # made once, after scoring; of preferences, for every minibatch
         no = torch.zeros_like(batch.behaviour_n, dtype=torch.bool)
-        self.counted = TokenWeights(unknown(), no, no.clone())  # how each token counted when it was last trained
+        self.counted = TokenWeights(unknown(), no, no.clone(), unknown())  # how each token counted when it was last trained
+        self.rewards_s: torch.Tensor | None = None  # of rollouts, as the estimator saw them
         self.actor = Steps()
         self.critic = Steps()
-        self.timings: dict[str, float] = defaultdict(float)  # seconds by metric name
+        self.timings: dict[str, float] = defaultdict(float)  # seconds by metric name, one after the other
+        self.beside: dict[str, float] = {}  # the same of models that only other ranks hold, meanwhile
 
     def remember(self, pack: Pack, counted: TokenWeights) -> None:
         for column_n, column_t in zip(self.counted, counted, strict=True):
@@ -95,13 +97,14 @@ class Update:
         if not self.recomputed:
             ranks.merge_(self.proximal_n)
             ranks.spread_(self.proximal_n, "learner")
-        weights_n, *flags = self.counted
-        self.counted = TokenWeights(ranks.merge_(weights_n), *(ranks.sum_(flag_n.byte()).bool() for flag_n in flags))
+        weights_n, capped_n, masked_n, ratio_n = self.counted
+        capped_n, masked_n = (ranks.sum_(flag_n.byte()).bool() for flag_n in (capped_n, masked_n))
+        self.counted = TokenWeights(ranks.merge_(weights_n), capped_n, masked_n, ranks.merge_(ratio_n))
         models: tuple[tuple[Group, Steps], ...] = (("learner", self.actor), ("critic", self.critic))
         for model, steps in models:
             told = json.loads(ranks.spread_text(json.dumps((steps.sums, steps.accepted, steps.refused, self.timings)), model))
             steps.sums, steps.accepted, steps.refused, timings = told
-            self.timings |= {name: seconds for name, seconds in timings.items() if name not in self.timings}
+            self.beside |= {name: seconds for name, seconds in timings.items() if name not in self.timings}
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -141,6 +141,14 @@ class Ranks:
             dist.all_reduce(tensor if self._tells else tensor.zero_(), group=self.process_group)
         return tensor
 
+    def most(self, values: list[float]) -> list[float]:
+        """The largest that a rank says of each, of all groups. All of them must call it."""
+        if self.count == 1:
+            return values
+        largest = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.tolist()
+
     def merge_(self, column: torch.Tensor) -> torch.Tensor:
         """Fills a column [N] in place, each value from the share that knows it; where none does (NaN) it stays so."""
         if self.grouped:

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: written here only, by the driver. Imports no torch.
+"""metrics.jsonl: written here only, by the driver, who passes the same on to trackers. Imports no torch.
 
 One line per record, flat, so that `pandas.read_json(path, lines=True)` gives a table:
 `{"sequence": 7, "time": …, "kind": "step", "step": 7, "incarnation": 0, "reward/mean": 0.5, …}`.
@@ -6,7 +6,6 @@ One line per record, flat, so that `pandas.read_json(path, lines=True)` gives a 
 
 import json
 import os
-import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from io import BufferedRandom
@@ -18,6 +17,7 @@ import msgspec
 from asyncrl.disk import naming_full_disk
 from asyncrl.errors import DataError
 from asyncrl.report.timing import time_shares
+from asyncrl.report.trackers import Trackers
 from asyncrl.types import Record, Report
 
 
@@ -27,13 +27,12 @@ class MetricsLog:
     One writer at a time: the holder of the run directory's lock. A line that a kill cut short is removed at the start.
     """
 
-    def __init__(self, path: Path, tensorboard: Path) -> None:
+    def __init__(self, path: Path, trackers: Trackers | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         self._file = path.open("r+b")
         self.last_sequence = _recover(self._file, path)  # of the newest record in the file; 0 if there is none
-        self._path, self._tensorboard_dir = path, tensorboard
-        self._events: Any = None  # TensorBoard's records, once there is one
+        self._path, self._trackers = path, trackers
         self._seconds: dict[str, Mapping[str, float]] = {}  # of each actor, as it was told last
 
     def append(self, record: Record) -> bool:
@@ -43,14 +42,14 @@ class MetricsLog:
         head = {"sequence": record.sequence, "time": record.time, "kind": record.kind}
         head |= {"step": record.version.update, "incarnation": record.version.incarnation}
         self._write({**head, **record.metrics})
-        self._scalars(record.metrics, record.version.update, record.time)
+        self._track(record.metrics, record.version.update, record.time)
         self.last_sequence = record.sequence
         return True
 
     def append_actors(self, time: float, step: int, reports: Iterable[Report]) -> None:
         """One line of kind `actors`: `<actor>/<state>_s`, seconds since that actor started, and `<actor>/<gauge>`.
 
-        TensorBoard gets `actors/<actor>/<state>` instead of the seconds: the share of the time since the line before. Raises
+        Trackers get `actors/<actor>/<state>` instead of the seconds: the share of the time since the line before. Raises
         DiskFull.
         """
         line: dict[str, float] = {}
@@ -62,42 +61,23 @@ class MetricsLog:
             scalars |= {f"actors/{report.name}/{name}": value for name, value in figures.items()}
             self._seconds[report.name] = report.seconds
         self._write({"time": time, "kind": "actors", "step": step, **line})
-        self._scalars(scalars, step, time)
+        self._track(scalars, step, time)
 
     def close(self) -> None:
         """Idempotent. What could not be written was told when it was."""
         with suppress(OSError):
             self._file.close()
-        if self._events is not None:
-            with suppress(OSError):
-                self._events.close()
-            self._events = None
+        if self._trackers is not None:
+            self._trackers.close()
+
+    def _track(self, metrics: Mapping[str, float], step: int, time: float) -> None:
+        if self._trackers is not None:
+            self._trackers.log(metrics, step, time)
 
     def _write(self, line: dict[str, Any]) -> None:
         with naming_full_disk(self._path):
             self._file.write(msgspec.json.encode(line) + b"\n")  # a NaN becomes null: the line stays JSON
             self._file.flush()
-
-    def _scalars(self, figures: Mapping[str, float], step: int, time: float) -> None:
-        """One event of TensorBoard's: plain scalars, which readers without its plugins know too."""
-        # Here, as they take 0.2 s to import. torch's own writer would import torch; TensorBoard's write in threads.
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
-        with naming_full_disk(self._tensorboard_dir):
-            if self._events is None:
-                self._events = self._open_events()
-                self._events.write(Event(wall_time=time, file_version="brain.Event:2").SerializeToString())
-            self._events.write(Event(wall_time=time, step=step, summary=Summary(value=values)).SerializeToString())
-            self._events.flush()
-
-    def _open_events(self) -> Any:
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self._tensorboard_dir.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{int(time.time()):010d}.{os.uname().nodename}.{os.getpid()}"
-        return RecordWriter((self._tensorboard_dir / name).open("ab"))
 
 
 def _recover(file: BufferedRandom, path: Path) -> int:

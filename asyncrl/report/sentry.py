@@ -7,7 +7,6 @@ import difflib
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,6 +16,7 @@ from msgspec import Struct
 
 from asyncrl.config import LOSS_NAMES, Recipe, SentinelSpec
 from asyncrl.errors import ConfigError
+from asyncrl.report.names import described, table
 
 LOOK_S = 10.0  # a query that takes longer is given up
 KEPT_ROWS = 100  # of what a query returns
@@ -30,48 +30,7 @@ _CONFIG: dict[str, str | bool | int | float | list[str]] = {
 }
 UPDATES = pa.schema([("step", pa.int64()), ("incarnation", pa.int64()), ("time", pa.float64()), ("age", pa.int64())])
 _ALWAYS = ("group", "rollout", "trained_update", "age")  # of rollouts, in every query
-_METRICS = (  # by these names at least
-    "samples",
-    "reward/mean",
-    "reward/std",
-    "response_length/mean",
-    "response_length/max",
-    "response_length/clip_ratio",
-    "actor/entropy",
-    "actor/pg_loss",
-    "actor/ppo_kl",
-    "actor/pg_clipfrac",
-    "actor/pg_clipfrac_lower",
-    "actor/grad_norm",
-    "actor/lr",
-    "actor/kl_loss",
-    "actor/kl_coef",
-    "actor/reward_kl_penalty",
-    "actor/reward_kl_penalty_coeff",
-    "actor/optimizer_steps",
-    "actor/refused_steps",
-    "eval/score",
-    "staleness/lag_mean",
-    "staleness/lag_max",
-    "staleness/masked_share",
-    "correction/ess",
-    "correction/cap_share",
-    "correction/masked_share",
-    "gap/k3",
-    "gap/logprob_mean_abs",
-    "gap/logprob_max_abs",
-)
-_MORE: tuple[str, ...] = (
-    "reward/*",
-    "critic/*",
-    "rewards/*",
-    "objective/*",
-    "tokens/*",
-    "staleness/*_*",
-    "gap/k3_lag_*",
-    "correction/*_*",
-)
-_MORE += ("timing_s/*", "training/*", "num_turns/*", "tools/*", "episode/*", "eval/*/*", "eval/*@*", "eval/[cilt]*")
+_KINDS = ("update", "evaluation")  # of metrics, in their table
 _QUERY = re.compile(r"\s*(select|from|with)\b", re.IGNORECASE)
 _QUOTED = re.compile(r'"([^"]+)"')
 _UNQUOTED = re.compile(r'(?<![\w/"])[a-z_]+/[a-z_]+(?![\w/"])')
@@ -203,7 +162,7 @@ def _check(database: Database, query: SentinelQuery, recipe: Recipe, rollouts: p
     where = f"sentinels.{query.name}.when={query.spec.when!r}"
     for metric in query.metrics:
         if not _may_come(metric, recipe):
-            raise ConfigError(f"{where}: there is no metric {metric!r}{_nearest(metric, _METRICS)}")
+            raise ConfigError(f"{where}: there is no metric {metric!r}{_nearest(metric, _metrics())}")
         if metric.startswith("eval/") and not recipe.evaluation.files:
             raise ConfigError(f"{where}: there will be no {metric!r}, as evaluation.files is empty; name held-out prompts")
     try:
@@ -213,7 +172,7 @@ def _check(database: Database, query: SentinelQuery, recipe: Recipe, rollouts: p
         if plain := _UNQUOTED.search(query.spec.when):
             text = f'metrics stand in double quotes: "{plain[0]}" ({text.splitlines()[0]})'
         elif missing := _NO_COLUMN.search(text):
-            there = [*UPDATES.names, *_METRICS, *(rollouts.names if query.of_rollouts else [])]
+            there = [*UPDATES.names, *_metrics(), *(rollouts.names if query.of_rollouts else [])]
             text = f"there is no column {missing[1]!r}{_nearest(missing[1], there)}"
         raise ConfigError(f"{where}: {text}") from error
     if count:
@@ -225,10 +184,16 @@ def _check(database: Database, query: SentinelQuery, recipe: Recipe, rollouts: p
 
 def _may_come(metric: str, recipe: Recipe) -> bool:
     """Whether a run of the recipe may have it, as far as that is known before."""
-    own = ("actor/*",) if recipe.algorithm.policy_loss not in LOSS_NAMES else ()  # figures of the user's own loss
-    return metric in _METRICS or any(fnmatchcase(metric, pattern) for pattern in (*_MORE, *own))
+    known = described(metric)
+    if known is None or known.row.kind not in _KINDS:
+        return False
+    return known.name != "actor/<figure>" or recipe.algorithm.policy_loss not in LOSS_NAMES  # a figure of the user's own loss
+
+
+def _metrics() -> list[str]:
+    return [name for row in table() if row.kind in _KINDS for name in row.each() if "<" not in name]
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else "; docs/sentinels.md says which there are"
+    return f"; did you mean {near[0]!r}?" if near else "; docs/metrics.md and docs/sentinels.md say which there are"

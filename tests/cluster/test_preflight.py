@@ -123,6 +123,7 @@ def test_the_plan(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
         "engine      torch: embedded, in_flight updates",
         "placement   4 actors on this machine ask for 0 of 2 CPUs",
         "learner     1 rank; how large the model is, is not known",
+        "trackers    tensorboard",
     ]
     assert not run.path.exists()
 

@@ -140,7 +140,7 @@ def step(make_trainer, make_model, rollouts, backbone: str, **learner) -> tuple[
 def assert_same(first: tuple, second: tuple) -> None:
     for a, b in zip(first[0], second[0], strict=True):
         torch.testing.assert_close(a, b, atol=3e-6, rtol=1e-4)
-    layout = ("timing_s/", "response_length/", "staleness/", "tokens/", "samples")
+    layout = ("timing_s/", "response_length/", "staleness/", "tokens/", "perf/", "samples")
     names = {name for name in first[1] if not name.startswith(layout)}
     assert {n: first[1][n] for n in names} == pytest.approx({n: second[1][n] for n in names}, rel=1e-3, abs=1e-5)
 

@@ -1,6 +1,7 @@
 """The loop against a scripted store and bus: what it calls, in which order, and how it ends."""
 
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,46 @@ def test_metrics_are_committed_with_the_batch(make_learner) -> None:
     assert first["staleness/lag_max"] == 0.0
     assert second["staleness/lag_max"] == 1.0
     assert {"actor/pg_loss", "reward/mean", "timing_s/step", "timing_s/wait_batch", "timing_s/publish"} <= first.keys()
+
+
+PARTS = [
+    "pack",
+    "old_log_prob",
+    "ref",
+    "values",
+    "adv",
+    "forward_backward",
+    "optimizer",
+    "update_critic",
+    "wait_ranks",
+    "metrics",
+]
+BETWEEN = ["wait_batch", "commit", "publish", "checkpoint", "request_eval", "restore"]
+
+
+def test_timings_add_up_to_the_time_of_a_step_with_what_is_unaccounted(make_learner) -> None:
+    """Also over a pause between two runs, in which a checkpoint is asked for: that one counts, the pause does not."""
+    learner, store, _, _ = make_learner(
+        [lease(1, 0), lease(2, 1), lease(3, 2), lease(4, 3)], critic={}, algorithm={"adv_estimator": "gae"}
+    )
+    began = time.monotonic()
+    learner.run(2)
+    learner.save_checkpoint()
+    between = time.monotonic()
+    time.sleep(0.2)
+    resumed = time.monotonic()
+    learner.run(4)
+    ended = time.monotonic()
+    assert len(store.metrics) == 4
+    for line in store.metrics:
+        named = [line.get(f"timing_s/{part}", 0.0) for part in (*PARTS, *BETWEEN, "unaccounted")]
+        assert sum(named) == pytest.approx(line["perf/time_per_step"], abs=1e-9)
+        assert line["timing_s/unaccounted"] > -1e-6
+        assert line["perf/throughput"] == pytest.approx(line["perf/total_num_tokens"] / line["perf/time_per_step"])
+        assert line["timing_s/update"] <= line["timing_s/step"]
+    assert "timing_s/restore" in store.metrics[0]
+    awake = (ended - resumed) + (between - began)
+    assert sum(line["perf/time_per_step"] for line in store.metrics) <= awake
 
 
 def test_end_of_data_is_a_clean_end(make_learner, tmp_path: Path) -> None:

@@ -3,7 +3,15 @@ import pytest
 import torch
 
 from asyncrl.learn.batch import make_batch
-from asyncrl.learn.metrics import correction_metrics, gap_metrics, rollout_metrics, staleness_metrics
+from asyncrl.learn.metrics import (
+    advantage_metrics,
+    correction_metrics,
+    gap_metrics,
+    ratio_metrics,
+    rollout_metrics,
+    score_metrics,
+    staleness_metrics,
+)
 from asyncrl.staleness import Staleness
 
 BOUND = Staleness(max_lag=2, batch_groups=2)
@@ -18,7 +26,43 @@ def test_rewards_and_lengths(make_rollout) -> None:
     )
     assert (found["reward/mean"], found["reward/std"], found["reward/format"]) == (2.0, 1.0, 0.75)
     assert (found["response_length/mean"], found["response_length/max"]) == (4.0, 6.0)
-    assert found["response_length/clip_ratio"] == 0.5
+    assert (found["response_length/min"], found["response_length/clip_ratio"]) == (2.0, 0.5)
+    assert [found[f"prompt_length/{of}"] for of in ("mean", "max", "min")] == [3.0] * 3
+    assert found["perf/total_num_tokens"] == 2 * 3 + 2 + 6
+
+
+def test_scores_count_all_that_was_earned_and_groups_of_equal_scores_are_told(make_rollout) -> None:
+    """Group 0 earned 1 and 1 (one of them by its tokens), group 1 earned 0 and 2, group 2 is alone."""
+    rollouts = [
+        make_rollout(0, 0, reward=1.0, data_source="a"),
+        make_rollout(0, 1, reward=0.5, data_source="a", token_rewards=np.array([0.0, 0.25, 0.25])),
+        make_rollout(1, 0, reward=0.0, data_source="b", updates=(0,) * 5),
+        make_rollout(1, 1, reward=2.0, data_source="b", finish_reason="length"),
+        make_rollout(2, 0, reward=-3.0, data_source="b"),
+    ]
+    outcomes = make_batch(rollouts, BOUND, 0).outcomes
+    found = score_metrics(rollouts, outcomes)
+    assert [found[f"critic/score/{of}"] for of in ("mean", "max", "min")] == pytest.approx([0.2, 2.0, -3.0])
+    assert found["frac_reward_zero_std"] == pytest.approx(2 / 3)
+    assert (found["frac_reward_zero_std/a"], found["frac_reward_zero_std/b"]) == (1.0, pytest.approx(1 / 3))
+    assert (found["samples/a"], found["samples/b"]) == (2.0, 3.0)
+    assert (found["reward/mean/a"], found["reward/mean/b"]) == (0.75, pytest.approx(-1 / 3))
+    assert (found["response_length/mean/a"], found["response_length/mean/b"]) == (3.0, pytest.approx(11 / 3))
+    assert (found["response_length/clip_ratio/a"], found["response_length/clip_ratio/b"]) == (0.0, pytest.approx(1 / 3))
+    alone = score_metrics(rollouts[2:], make_batch(rollouts[2:], BOUND, 0).outcomes)
+    assert {name for name in alone if name.endswith("/b")} == set()  # one source: nothing is said twice
+    assert score_metrics([], make_batch([], BOUND, 0).outcomes) == {}
+
+
+def test_advantages_and_ratios_by_hand() -> None:
+    found = advantage_metrics(torch.tensor([1.0, -1.0, 3.0, -3.0]), torch.tensor([0.5, 1.5]))
+    assert [found[f"critic/advantages/{of}"] for of in ("mean", "max", "min")] == [0.0, 3.0, -3.0]
+    assert found["critic/advantages/std"] == pytest.approx(5**0.5)
+    assert [found[f"critic/rewards/{of}"] for of in ("mean", "max", "min")] == [1.0, 1.5, 0.5]
+    assert advantage_metrics(torch.tensor([1.0]), None) == advantage_metrics(torch.empty(0), torch.ones(1)) == {}
+    nan = float("nan")
+    assert ratio_metrics(torch.tensor([1.0, nan, 2.0])) == {"actor/ratio/mean": 1.5, "actor/ratio/max": 2.0}
+    assert ratio_metrics(torch.tensor([nan])) == {}
 
 
 def test_lag_shares_and_masked_share(make_rollout) -> None:

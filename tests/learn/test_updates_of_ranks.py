@@ -145,11 +145,12 @@ def assert_same(found: Made, expected: Made, name: str) -> None:
             worst = max(apart, key=lambda key: apart[key])
             assert apart[worst] <= 2e-6, f"{name}, {model}, step {step}, {worst}"
     assert found.metrics.keys() == expected.metrics.keys()
-    figures = {key for key in expected.metrics if not key.startswith("timing_s/")}
+    figures = {key for key in expected.metrics if not key.startswith(("timing_s/", "perf/max_"))}
     counts = {key for key in figures if expected.metrics[key].is_integer()}
     assert {key: found.metrics[key] for key in counts} == {key: expected.metrics[key] for key in counts}, name
     for key in figures - counts:
-        assert found.metrics[key] == pytest.approx(expected.metrics[key], rel=1e-6, abs=1e-6), f"{name}: {key}"
+        within = 1e-5 if key.endswith(("/max", "/min")) else 1e-6  # of one token, whose rounding nothing averages
+        assert found.metrics[key] == pytest.approx(expected.metrics[key], rel=within, abs=within), f"{name}: {key}"
 
 
 @pytest.mark.slow

@@ -9,7 +9,12 @@ import pytest
 
 from asyncrl.errors import DataError, DiskFull
 from asyncrl.report.metrics_log import MetricsLog
+from asyncrl.report.trackers import RunFacts, Trackers
 from asyncrl.types import Record, Report, Version
+
+
+def trackers(folder: Path) -> Trackers:
+    return Trackers(["tensorboard"], RunFacts(name="run", run_dir=str(folder)))
 
 
 def record(sequence: int, update: int = 0, incarnation: int = 0, **metrics: float) -> Record:
@@ -27,7 +32,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_a_record_is_one_flat_line(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
+    log = MetricsLog(tmp_path / "metrics.jsonl", trackers(tmp_path))
     assert log.append(Record(sequence=1, time=5.0, kind="eval", version=Version(2, 30), metrics={"eval/score": 0.5}))
     # On disk before close: a killed driver loses nothing it has taken.
     assert lines(tmp_path / "metrics.jsonl") == [
@@ -42,7 +47,7 @@ def test_a_record_is_one_flat_line(tmp_path: Path) -> None:
 def test_repeats_are_ignored_also_after_a_restart(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for sequences in ((1, 2, 2, 1), (1, 2, 3), (3, 4)):
-        log = MetricsLog(path, tmp_path / "tensorboard")
+        log = MetricsLog(path)
         written = [log.append(record(sequence)) for sequence in sequences]
         log.close()
     assert written == [False, True]
@@ -52,7 +57,7 @@ def test_repeats_are_ignored_also_after_a_restart(tmp_path: Path) -> None:
 def test_a_torn_line_is_cut_off_and_written_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"sequence": 1}\n{"kind": "actors"}\n{"sequence": 2, "ti')
-    log = MetricsLog(path, tmp_path / "tensorboard")
+    log = MetricsLog(path)
     assert log.last_sequence == 1
     assert log.append(record(2))
     log.close()
@@ -62,7 +67,7 @@ def test_a_torn_line_is_cut_off_and_written_again(tmp_path: Path) -> None:
 def test_damage_elsewhere_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"sequence": 1}\nnonsense\n{"sequence": 2}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl, line 2 is not JSON"):
-        MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
+        MetricsLog(tmp_path / "metrics.jsonl", trackers(tmp_path))
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float, float]]]:
@@ -75,7 +80,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float, float]]]:
 
 
 def test_actor_reports_have_seconds_in_lines_and_shares_of_the_time_in_tensorboard(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
+    log = MetricsLog(tmp_path / "metrics.jsonl", trackers(tmp_path))
     # the last two: nothing new is known; restarted, it counts from nothing again
     for time, busy, waited in ((5.0, 3.0, 1.0), (10.0, 4.0, 4.0), (15.0, 4.0, 4.0), (20.0, 6.0, 2.0)):
         seconds = {"busy": busy, "wait:store": waited}
@@ -93,13 +98,13 @@ def test_actor_reports_have_seconds_in_lines_and_shares_of_the_time_in_tensorboa
 
 def test_a_full_disk_is_named_and_what_was_written_stays_whole(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path, tmp_path / "tensorboard")
+    log = MetricsLog(path)
     log.append(record(1))
     log._file = open("/dev/full", "wb")  # noqa: SIM115
     with pytest.raises(DiskFull, match=r"no room for .*metrics\.jsonl \(No space left on device\)"):
         log.append(record(2))
     log.close()  # no second error hides the first
-    log = MetricsLog(path, tmp_path / "tensorboard")
+    log = MetricsLog(path)
     assert log.append(record(2))
     log.close()
     assert [line["sequence"] for line in lines(path)] == [1, 2]
@@ -107,7 +112,7 @@ def test_a_full_disk_is_named_and_what_was_written_stays_whole(tmp_path: Path) -
 
 def test_tensorboard_reads_the_same_figures(tmp_path: Path) -> None:
     for steps in ((1, 2), (3,)):  # two processes
-        log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
+        log = MetricsLog(tmp_path / "metrics.jsonl", trackers(tmp_path))
         for step in steps:
             log.append(record(step, update=step, **{"reward/mean": step / 4}))
         log.close()
@@ -120,7 +125,8 @@ import sys
 from pathlib import Path
 from asyncrl.report.metrics_log import MetricsLog
 from asyncrl.types import Record, Version
-log = MetricsLog(Path(sys.argv[1]) / "m", Path(sys.argv[1]) / "t")
+from asyncrl.report.trackers import RunFacts, Trackers
+log = MetricsLog(Path(sys.argv[1]) / "m", Trackers(["tensorboard"], RunFacts(name="run", run_dir=sys.argv[1])))
 log.append(Record(sequence=1, time=1.0, kind="step", version=Version(0, 1), metrics={"x": 1.0}))
 log.close()
 print(sorted({"torch", "tensorflow", "ray"} & set(sys.modules)))

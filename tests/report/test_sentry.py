@@ -205,7 +205,7 @@ def test_figures_of_an_own_loss_are_its_own() -> None:
         ("from rollouts where rewrd > 1", r"there is no column 'rewrd'; did you mean 'reward'\?"),
         (
             "select no_such_thing_at_all from updates",
-            r"there is no column 'no_such_thing_at_all'; docs/sentinels\.md says",
+            r"there is no column 'no_such_thing_at_all'; docs/metrics\.md and docs/sentinels\.md say",
         ),
         ("select step from updatez where true", r"Table with name updatez does not exist!\nDid you mean \"updates\"\?"),
         ('"actor/entropy" <', r"Parser Error: syntax error"),

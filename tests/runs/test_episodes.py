@@ -19,6 +19,7 @@ from asyncrl import RunResult, launch
 from asyncrl.cli import main
 from asyncrl.config.load import load_specs
 from asyncrl.config.paths import resolve_paths
+from asyncrl.report.names import described, table
 from asyncrl.report.summary import RunSummary
 from asyncrl.rundir import RunDir
 
@@ -81,6 +82,22 @@ def test_the_run_says_how_its_episodes_went(pointers_run, metrics_of) -> None:
     assert all(line["step"] <= line["eval/oldest_update"] <= line["eval/newest_update"] for line in evaluations)
     assert evaluations[1]["eval/newest_update"] == 20  # nothing is newer
     assert evaluations[1]["eval/num_turns/mean"] > evaluations[0]["eval/num_turns/mean"] + 0.5  # it has learned to ask
+
+
+# of SGLang, of models of rewards, and what arises where something waits, fails or is not asked for
+SELDOM = ("<model>/", "<generator>/engine/", "<generator>/waits/", "eval/pass@", "eval/metric/", "eval/score/")
+
+
+def test_every_figure_is_documented_and_what_is_documented_is_there(pointers_run, metrics_of) -> None:
+    """Figures of updates beside episodes: tests/learn/test_metric_names.py."""
+    lines = [line for kind in ("step", "eval", "actors") for line in metrics_of(pointers_run.run_dir, kind)]
+    names = {name for line in lines for name in line} - {"sequence", "time", "kind", "step", "incarnation"}
+    rows = {name: described(name) for name in names}
+    assert [name for name, known in rows.items() if known is None] == []
+    documented = {name for row in table() if row.kind in ("evaluation", "actors") for name in row.each()}
+    documented |= {name for row in table() for name in row.each() if name.startswith(("num_turns/", "tools/", "episode/"))}
+    missing = documented - {known.name for known in rows.values() if known is not None}
+    assert {name for name in missing if not name.startswith(SELDOM)} == set()
 
 
 def test_asyncrl_eval_plays_what_the_run_played(pointers_run, tmp_path, capsys) -> None:

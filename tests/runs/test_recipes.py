@@ -1,6 +1,9 @@
 """The shipped recipes, run for real: what the README promises, in a shorter form."""
 
+import re
 import shutil
+import time
+import urllib.request
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,6 +16,7 @@ from asyncrl.cli import main
 from asyncrl.config.callables import load_callable
 from asyncrl.config.load import load_specs
 from asyncrl.config.paths import resolve_paths
+from asyncrl.report.names import described
 from asyncrl.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,3 +149,57 @@ def test_a_critic_learns_alone_first_and_is_in_every_checkpoint(ppo_run, metrics
     heads = [load_file(run.checkpoint(update) / "critic" / "model.safetensors") for update in (0, 2, 18)]
     assert heads[0]["lm_head.weight"].abs().max() == 0.0
     assert not heads[1]["lm_head.weight"].equal(heads[2]["lm_head.weight"])
+
+
+HEAD = {"sequence", "time", "kind", "step", "incarnation"}  # of a line
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_every_figure_is_documented_and_says_what_it_should(arithmetic_run, ppo_run, metrics_of):
+    for run in (arithmetic_run, ppo_run):
+        rows = {name: described(name) for line in metrics_of(run.run_dir) for name in line if name not in HEAD}
+        assert [name for name, known in rows.items() if known is None] == []
+        assert [name for name, known in rows.items() if known and known.name in ("reward/<part>", "actor/<figure>")] == []
+    for line in metrics_of(arithmetic_run.run_dir, "step"):
+        both = [line[f"samples/{source}"] for source in ("addition", "subtraction")]
+        assert sum(both) == line["samples"]
+        means = [line[f"reward/mean/{source}"] for source in ("addition", "subtraction")]
+        weighted = sum(count * mean for count, mean in zip(both, means, strict=True)) / line["samples"]
+        assert weighted == pytest.approx(line["reward/mean"]) == pytest.approx(line["critic/score/mean"])
+        assert line["critic/advantages/mean"] == pytest.approx(0.0, abs=1e-6)
+        assert line["actor/ratio/mean"] == line["actor/ratio/max"] == 1.0  # a single step, from the proximal policy itself
+        assert 0 <= line["timing_s/unaccounted"] < 0.5 * line["perf/time_per_step"]
+    moved = [line for line in metrics_of(ppo_run.run_dir, "step") if line["actor/optimizer_steps"]]
+    assert all(line["actor/ratio/max"] > 1.0 and line["actor/ppo_kl_k3"] > 0.0 for line in moved)
+    parts = [line["clip_ratio/low_mean"] + line["clip_ratio/high_mean"] for line in moved]
+    assert parts == pytest.approx([line["actor/pg_clipfrac"] for line in moved])
+
+
+# what a run of GRPO without episodes, on CPUs, has none of
+NOT_HERE = {"perf_mfu_actor", "perf_max_memory_allocated_gb", "perf_max_memory_reserved_gb"}
+NOT_HERE |= {"num_turns_mean", "tools_call_frequency", "tools_failure_frequency"}
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_rays_endpoint_serves_what_the_dashboard_asks_for(arithmetic_run):
+    """The run joined a Ray that was there, as it joins a cluster."""
+    import ray
+
+    [node] = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    asked = set(re.findall(r"ray_asyncrl_\w+", (ROOT / "deploy" / "grafana" / "asyncrl.json").read_text()))
+    asked -= {f"ray_asyncrl_{name}" for name in NOT_HERE}
+    deadline, served = time.monotonic() + 90, {}
+    while time.monotonic() < deadline and not asked <= served.keys():  # a process tells the node's agent every 10 s
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            lines = [line for line in answer.read().decode().splitlines() if 'run="arithmetic"' in line]
+        served = {line.partition("{")[0]: line for line in lines}
+        time.sleep(0.2)
+    assert asked - served.keys() == set()
+    assert float(served["ray_asyncrl_update"].rpartition(" ")[2]) == 24
+    by_state = [line for line in lines if line.startswith("ray_asyncrl_actors_by_state{") and 'actor="learner"' in line]
+    assert sum(float(line.rpartition(" ")[2]) for line in by_state) == pytest.approx(1.0)
+    events = [path.name for path in RunDir(arithmetic_run.run_dir).tensorboard.iterdir()]
+    assert len(events) == 1

@@ -33,7 +33,7 @@ class Gang:
         self._rank = rank
         self._ask = ask
         self._under_way = ""  # also after an error
-        self.pulse = rank.pulse
+        self.pulse, self.count = rank.pulse, rank.count
 
     def update(self, rollouts: Sequence[TrainRollout], committed: int) -> dict[str, float]:
         metrics: dict[str, float] = self._all("update", rollouts, committed)

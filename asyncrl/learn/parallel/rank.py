@@ -35,6 +35,7 @@ class Rank:
         dtype = DTYPES[bus_dtype] if bus_dtype else None
         self._policy = trainer.model if self._ranks.holds("learner") else None
         self._staging = Staging(self._policy, self._ranks, dtype=dtype) if self._policy else None
+        self.count = self._ranks.count  # ranks of the learner
         self._exports = 0  # so far: the same on all ranks
         self.pulse = Pulse(lambda: trainer.packs)
 

@@ -24,6 +24,7 @@ class Noting:
     def __init__(self, name: str, meet: threading.Barrier) -> None:
         self.name, self.meet, self.calls = name, meet, []
         self.pulse = Pulse(lambda: len(self.calls))
+        self.count = 1
         self.fails: Exception | None = None
 
     def __getattr__(self, verb: str) -> Callable[..., Any]:

@@ -49,7 +49,7 @@ def run(fakes: SimpleNamespace, tmp_path: Path, loop: Any, state: str) -> Path:
             file.write(tail.read_bytes()[-100:])
     if state == "finished":
         loop.run(store.close())
-    metrics = MetricsLog(run / "metrics.jsonl", run / "tensorboard")
+    metrics = MetricsLog(run / "metrics.jsonl")
     metrics.append(Record(sequence=1, time=1.0, kind="step", version=Version(1, 1), metrics={"loss": 0.5}))
     metrics.append(Record(sequence=2, time=2.0, kind="eval", version=Version(1, 1), metrics={"eval/score": 0.25}))
     metrics.append_actors(3.0, 1, [Report(name="learner", role="learner", seconds={"busy": 1.0}, gauges={})])
