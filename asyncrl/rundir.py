@@ -40,6 +40,7 @@ class RunDir:
         self.recipe = self.path / "recipe.json"
         self.deployment = self.path / "deployment.yaml"
         self.metrics = self.path / "metrics.jsonl"
+        self.facts = self.path / "facts.json"  # what the newest start knew before it trained
         self.tensorboard = self.path / "tensorboard"
         self.trackers = self.path / "trackers"  # what other trackers keep
         self.data = self.path / "data"

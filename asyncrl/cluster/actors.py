@@ -5,6 +5,7 @@ import faulthandler
 import gc
 import logging
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from asyncrl.cluster import wiring
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import Peers
 from asyncrl.rundir import set_up_logging
-from asyncrl.types import Key, Report
+from asyncrl.types import Key, Report, Rollout
 
 _YOUNG = 20_000  # objects that the garbage collector lets come before it looks at them; Python's own 700 are 30 rollouts
 
@@ -69,6 +70,19 @@ class StageActor:
         """Calls a method of the stage: of a learner's between runs, of one of its ranks' once it is there."""
         self._started.wait()
         return getattr(self._stage, method)(*arguments)
+
+    def answer_first(self, place: int) -> Rollout:
+        """A generator's answer to the prompt at a place, which the store does not see."""
+        self._started.wait()
+        answer: Rollout = self._stage.answer(wiring.first_ticket(self._plan, place))
+        return answer
+
+    def where(self) -> tuple[str, Report]:
+        """The node and device that it computes on, and its report."""
+        device = f"{os.environ['OMP_NUM_THREADS']} CPU threads"
+        if "torch" in sys.modules and (cuda := sys.modules["torch"].cuda).is_available():
+            device = ", ".join(cuda.get_device_name(i) for i in range(cuda.device_count()))
+        return f"{os.uname().nodename}, {device}", self.report()
 
     def report(self) -> Report:
         return self._stage.report()

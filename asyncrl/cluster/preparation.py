@@ -155,7 +155,7 @@ def _set_aside(paths: RunDir) -> None:
     number = 1 + max(numbers, default=0)
     aside = paths.path / f"previous-{number}"
     aside.mkdir()
-    for path in [*used, paths.recipe, paths.deployment, paths.forked]:
+    for path in [*used, paths.recipe, paths.deployment, paths.forked, paths.facts]:
         if path.exists():
             shutil.move(path, aside / path.name)
     log.warning("%s held an earlier run, which is now in %s; --resume would have gone on with it", paths.path, aside)

@@ -17,6 +17,7 @@ from ray.exceptions import GetTimeoutError, OutOfDiskError, RayActorError, RayEr
 
 from asyncrl.cluster.causes import NON_RETRYABLE, brief, first_failure
 from asyncrl.cluster.members import Member
+from asyncrl.cluster.opening import Opening
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import call_store
 from asyncrl.cluster.watchdog import StallWatch
@@ -52,6 +53,7 @@ class Supervisor:
         self._limits = plan.deployment.limits
         self._clock = AwakeClock(time.monotonic, STEP_S)
         self._store, self._learner, *_ = self._members = self._make_members()
+        self._opening = Opening(plan, self._members)
         self._known: dict[str, tuple[int, Any]] = {}  # where the peers are: by name, restart count and address or handle
         self._dead: list[tuple[str, int]] = []  # workers and incarnations that the store must be told of
         self._until: int | None = None  # the update that the learner is running to
@@ -82,11 +84,22 @@ class Supervisor:
         self._fresh_report()
 
     def train(self, until: int) -> None:
-        """Runs until `until` updates are committed, or the data ends, and every evaluation asked for has come in."""
+        """Runs until `until` updates are committed, or the data ends, and every evaluation asked for has come in. Before its
+        first update `Opening` looks at the run, while the generators work on the first batch."""
+        if self._summary.committed < until:
+            self._open()
         self._until = until
         if self._learner.phase == "idle":
             self._learner.run(until)
         self._wait()
+
+    def _open(self) -> None:
+        while not self._opening.done:
+            for member, error in self._opening.look():
+                self._failed(member, error)
+            if not self._opening.done:
+                self._tick()
+                self._between()
 
     def evaluate(self) -> None:
         """Has the idle learner's weights evaluated, unless they were, and waits until that has come in."""
@@ -201,7 +214,7 @@ class Supervisor:
         """
         tasks = {member.task: member for member in self._members if member.task is not None}
         told = [self._store.asked] if until_told and self._store.asked is not None else []
-        ray.wait([*tasks, *told], num_returns=1, timeout=TICK_S)
+        ray.wait([*tasks, *told, *self._opening.refs], num_returns=1, timeout=TICK_S)
         with undisturbed():
             return self._look(tasks)
 

@@ -14,7 +14,7 @@ from asyncrl.cluster.transport import Peers, RayCall, RayModel, ask_ranks
 from asyncrl.config import Group, Layout, RewardTerm, run_dtypes
 from asyncrl.config.callables import load_callable
 from asyncrl.interfaces import Engine, Stage
-from asyncrl.types import Sampling
+from asyncrl.types import Sampling, Ticket, derive_seed
 
 if TYPE_CHECKING:
     from asyncrl.episodes.host import EpisodeHost
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from asyncrl.reward.pool import RewardPool
 
 log = logging.getLogger(__name__)
+FIRST_TOKENS = 32  # of the answer that a run is checked by, at the most
 
 
 class Built(NamedTuple):
@@ -142,6 +143,22 @@ def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") ->
     )
     engine.start()
     return Built(generator, None, (store.close, weights.close, *([episodes.close] if episodes else []), engine.close))
+
+
+def first_ticket(plan: RunPlan, place: int) -> Ticket:
+    """For a short answer to the prompt at a place among the run's, sampled as the run does."""
+    from asyncrl.prompts.dataset import PromptFile
+
+    recipe, prompts = plan.recipe, PromptFile(plan.paths.data / "train.arrow")
+    sampling = _sampling(plan, recipe.sampling.temperature, recipe.sampling.top_p, recipe.sampling.top_k)
+    return Ticket(
+        group=-1,
+        attempt=0,
+        prompt=prompts[place % len(prompts)],
+        rollouts=(0,),
+        seeds=(derive_seed(recipe.seed, 1),),
+        sampling=replace(sampling, max_tokens=min(FIRST_TOKENS, sampling.max_tokens)),
+    )
 
 
 def _episodes(name: str, plan: RunPlan, engine: Engine, tokenizer: Any) -> "EpisodeHost | None":

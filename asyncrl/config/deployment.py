@@ -234,9 +234,16 @@ class GeneratorsSpec(Spec, frozen=True, kw_only=True):
     # What each of them reserves; its GPUs are those of its engine.
     place: PlaceSpec = PlaceSpec()
     engine: EngineSpec = EngineSpec()
+    # Before its first update a run has the learner score an answer of the engine. If their log-probabilities differ by more
+    # than this on average (nats), it ends. auto: 1e-4 where both compute in float32 (SGLang: 1e-3), else 0.1; null: any may.
+    max_gap: float | Literal["auto"] | None = "auto"
 
     def __post_init__(self) -> None:
-        require_fields(self, "generators.", [("count", lambda x: x >= 1, "< 1: nobody would generate; use at least 1")])
+        rules: list[Rule] = [
+            ("count", lambda x: x >= 1, "< 1: nobody would generate; use at least 1"),
+            ("max_gap", lambda x: x == "auto" or x > 0, "<= 0 nats: no engine rounds as the learner does; use null for any"),
+        ]
+        require_fields(self, "generators.", rules)
         sglang = self.engine.sglang
         require(
             self.count == 1 or not sglang.urls,

@@ -22,3 +22,18 @@ def run_dtypes(recipe: Recipe, deployment: Deployment) -> Dtypes:
         engine = "bfloat16" if recipe.model.dtype == "bfloat16" else compute
     bus = deployment.bus.dtype
     return Dtypes(compute, engine, engine if bus == "auto" else bus)
+
+
+def max_gap(recipe: Recipe, deployment: Deployment) -> float | None:
+    """What `generators.max_gap` comes to, in nats; None: any is allowed.
+
+    Two programs that compute the same in float32 differ by some 1e-6 of a log-probability, or 1e-5 where kernels differ. In
+    bfloat16 they differ by some hundredths, on the unlikeliest tokens by more; another policy differs by some tenths.
+    """
+    generators = deployment.generators
+    if generators.max_gap != "auto":
+        return generators.max_gap
+    dtypes = run_dtypes(recipe, deployment)
+    if {*dtypes} != {"float32"}:
+        return 0.1
+    return 1e-3 if generators.engine.kind == "sglang" else 1e-4

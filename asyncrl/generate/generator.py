@@ -306,6 +306,22 @@ class Generator:
                 self._store.recall()
             timeout = _RECALL_S
 
+    # ---------------------------------------------------------------------------------- beside the store
+
+    def answer(self, ticket: Ticket) -> Rollout:
+        """What the engine makes of a ticket for one rollout that the store does not know, beside `run`. Waits for the first
+        weights, and for the answer; raises what the engine does, and Closed if the run is over before."""
+        with self._lock:
+            self._wait(lambda: self._version is not None)
+            if self._over():
+                raise Closed(f"{self._name} has ended, and answers nothing")
+        held = HeldGroup(ticket, self._decode(ticket.prompt.ids), started=time.time(), unsubmitted=1)
+        (future,) = SingleAnswers(self._engine).submit(ticket)
+        generation = future.result()
+        if generation.finish_reason == "abort":
+            raise Closed(f"{self._name} was told to drop what its engine had begun")
+        return EndedRequest(held, 0, future, time.time()).as_rollout(generation, self._decode(generation.token_ids), self._name)
+
     # ------------------------------------------------------------------------------------------- report
 
     def report(self) -> Report:

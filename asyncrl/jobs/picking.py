@@ -10,7 +10,7 @@ import numpy as np
 
 from asyncrl.replay.log.digest import RunDigest
 from asyncrl.replay.log.reader import ReplayReader
-from asyncrl.report.samples import DETAILS, RolloutSample, by_group, described
+from asyncrl.report.samples import DETAILS, RolloutSample, by_group, samples_of
 
 _NEWEST, _SPREAD, _EXTREME, _FAILED = 8, 16, 6, 6  # groups
 _TOKENS = 400  # of a response, and of a prompt four times as many characters
@@ -22,7 +22,7 @@ Pieces = Callable[[Sequence[int]], list[str]]
 def picked_samples(reader: ReplayReader, digest: RunDigest, recipe: dict[str, Any], most_bytes: int) -> list[dict[str, Any]]:
     """Groups for the page's browser, as JSON of at most so many bytes. Those whose rows were deleted are missing."""
     reasons = picked_groups(digest)
-    samples = described(reader.rollouts(DETAILS, groups=[*reasons]))
+    samples = samples_of(reader.rollouts(DETAILS, groups=[*reasons]))
     pieces = token_pieces(recipe.get("model", {}))
     found, size = [], 0
     groups = {own[0].group: own for own in by_group(samples)}

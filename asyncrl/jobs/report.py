@@ -24,7 +24,7 @@ from asyncrl.replay.log.reader import ReplayReader
 from asyncrl.report.advice import advice, standing
 from asyncrl.report.figures import flattened, page_figures, settings_table
 from asyncrl.report.page import report_page
-from asyncrl.report.run_tables import RunFacts, lag_map, run_marks, run_tables, started_again
+from asyncrl.report.run_tables import ReadRun, lag_map, run_marks, run_tables, started_again
 from asyncrl.report.series import MetricLines, read_metrics
 from asyncrl.report.tiles import run_tiles
 from asyncrl.rundir import RunDir, redact, write_atomic
@@ -118,7 +118,7 @@ def is_running(run: Path) -> bool:
     return named is not None and (named[2] != socket.gethostname() or Path(f"/proc/{named[1]}").exists())
 
 
-def _run(run: Path, most: int, sample_bytes: int) -> tuple[RunFacts, list[dict[str, Any]]]:
+def _run(run: Path, most: int, sample_bytes: int) -> tuple[ReadRun, list[dict[str, Any]]]:
     """All that is read of a run, and its samples."""
     paths, reader = RunDir(run), asyncrl.replay.open(run)
     going = is_running(run)  # first: what it wrote before it ended is then read
@@ -129,7 +129,7 @@ def _run(run: Path, most: int, sample_bytes: int) -> tuple[RunFacts, list[dict[s
     metrics = read_metrics(lines, newest=int(updates[-1]) if len(updates) else None)
     rewards = _rewards(digest, recipe)
     split = _split(reader, digest)
-    facts = RunFacts(
+    facts = ReadRun(
         name=run.resolve().name,
         state="finished" if digest.over else "running" if going else "stopped before its last update",
         metrics=metrics,

@@ -127,12 +127,12 @@ class _Watch:
 def newest_samples(paths: RunDir, count: int = 6) -> "list[RolloutSample]":
     """The newest rollouts of a run that are for training, of as many groups, newest first; from its log."""
     from asyncrl.replay import open as open_log  # pyarrow takes a while to import, and most runs are never asked
-    from asyncrl.report.samples import DETAILS, chosen, described, groups_of
+    from asyncrl.report.samples import DETAILS, chosen, groups_of, samples_of
 
     log = open_log(paths.path)
     lines = chosen(log.rollouts(["group", "purpose"]))
     newest = groups_of(lines)[: -count - 1 : -1]
-    found = {sample.group: sample for sample in described(log.rollouts(DETAILS, groups=newest)) if sample.purpose == "train"}
+    found = {sample.group: sample for sample in samples_of(log.rollouts(DETAILS, groups=newest)) if sample.purpose == "train"}
     return [found[group] for group in newest if group in found]
 
 

@@ -28,16 +28,16 @@ from asyncrl.report.samples import (
     by_group,
     chosen,
     compared,
-    described,
     groups_of,
     ranked,
+    samples_of,
     summed,
     visible,
 )
 from asyncrl.types import Purpose, Status
 
 _SHOWN = 16  # on a terminal, where --limit does not say
-_AT_ONCE = 1 << 14  # samples that are described together: their tokens are held
+_AT_ONCE = 1 << 14  # samples that are samples_of together: their tokens are held
 _PER_TOKEN = ("token_ids", "chosen", "logprobs")
 
 
@@ -118,7 +118,7 @@ def _said_counts(column: pa.ChunkedArray) -> str:
 def _in_parts(log: ReplayReader, lines: pa.Table) -> Iterator[list[RolloutSample]]:
     for first in range(0, len(lines), _AT_ONCE):
         part = lines.slice(first, _AT_ONCE)
-        yield described(log.rollouts(DETAILS, groups=groups_of(part)), part)
+        yield samples_of(log.rollouts(DETAILS, groups=groups_of(part)), part)
 
 
 def _as_json(sample: RolloutSample, with_tokens: bool) -> str:

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -174,7 +174,7 @@ class Learner:
         self._checkpoints.check()
         bus = self._bus
         gauges = {} if bus is None else {f"bus/{name}": value for name, value in bus.gauges().items()}
-        gauges["update"] = float(self.committed)
+        gauges |= {"update": float(self.committed), **self._ranks.holds}
         return Report(
             name="learner",
             role="learner",
@@ -204,6 +204,10 @@ class Learner:
             with self._timed("wait:store", "timing_s/request_eval"):
                 self._store.request_eval(self._version)
             self._evaluated = self._version
+
+    def logprobs_of(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
+        """What the present policy gives the tokens of a response, in nats. Between runs only."""
+        return self._ranks.logprobs_of(prompt_ids, response_ids)
 
     def export(self, folder: str) -> None:
         """Writes the current policy as a Hugging Face folder, tokenizer included."""

@@ -18,7 +18,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from asyncrl.algorithms.advantages import advantages
@@ -43,7 +45,7 @@ from asyncrl.learn.metrics import (
 from asyncrl.learn.optimizer import Optimization, learning_rate
 from asyncrl.learn.preference_step import preference_metrics
 from asyncrl.learn.update import Minibatch, Update
-from asyncrl.models.packed import PackedModel
+from asyncrl.models.packed import PackedModel, TokenSequence
 from asyncrl.staleness import Staleness
 from asyncrl.types import TrainRollout
 
@@ -110,6 +112,39 @@ class PolicyTrainer:
         """Packs, dummies too, that this rank's models were given so far: what moves within an update. From any thread."""
         policy = self.actor.policy if self.actor is not None else None
         return sum(model.packs for model in (policy, self.reference, self.critic) if model is not None)
+
+    def holds(self) -> dict[str, float]:
+        """What this rank keeps between updates, in bytes by name (AdamW's moments come with the first step); and how many
+        parameters the policy has, on all ranks, and of them are trained."""
+        figures: dict[str, float] = {}
+        critic = self.critic.values.module if self.critic is not None and self.critic.values is not None else None
+        referred = self.reference.model if self.reference is not None else None
+        models = {"policy": self.actor.policy.model if self.actor else None, "reference": referred, "critic": critic}
+        counted = set()
+        for name, model in models.items():
+            own = [] if model is None else [weight for weight in model.parameters() if id(weight) not in counted]
+            counted |= {id(weight) for weight in own}
+            figures[f"{name}_bytes"] = float(sum(map(_local_bytes, own)))
+            if name in self.trained:
+                trained = [weight for weight in own if weight.requires_grad]
+                figures[f"{name}_moments_bytes"] = 2.0 * sum(map(_local_bytes, trained))
+                if name == "policy":
+                    figures["parameters"] = float(sum(weight.numel() for weight in own))
+                    figures["trained_parameters"] = float(sum(weight.numel() for weight in trained))
+        return {name: value for name, value in figures.items() if value}
+
+    def logprobs_of(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
+        """What the policy gives each token of a response, in nats, at the sampling's temperature. All of its ranks must call
+        it; those without a part of it know nothing."""
+        if self.actor is None:
+            return []
+        ids = np.array([*prompt_ids, *response_ids], dtype=np.int64)
+        sequence = TokenSequence(ids, np.arange(len(prompt_ids), len(ids)))
+        packs = make_packs([sequence], [0], self._learner.max_tokens_per_pack, self._device, self._ranks)
+        made: list[float] = self.actor.policy.score(
+            packs, torch.full((len(response_ids),), math.nan, device=self._device)
+        ).tolist()
+        return made
 
     def update(self, rollouts: Sequence[TrainRollout], committed: int) -> dict[str, float]:
         """Makes update `committed + 1` and returns its metrics; with nothing to train the weights stay as they are.
@@ -223,3 +258,9 @@ class PolicyTrainer:
             self.critic.train(update, steps)
         if self.actor is not None and not alone:
             self.actor.train(update, steps)
+
+
+def _local_bytes(weight: torch.Tensor) -> int:
+    """Of the part that this rank has."""
+    own = weight.to_local() if isinstance(weight, DTensor) else weight
+    return own.numel() * own.element_size()

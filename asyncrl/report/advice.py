@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from msgspec import Struct
 
-from asyncrl.report.run_tables import RunFacts, actor_states
+from asyncrl.report.run_tables import ReadRun, actor_states
 from asyncrl.report.series import column
 
 _BUSY, _WAITS, _LIMITS, _MASKED = 0.85, 0.15, 0.05, 0.01  # shares
@@ -30,7 +30,7 @@ class Standing(Struct, frozen=True, kw_only=True):
     masked: float = 0.0  # of the policy's tokens, those too old to train
 
 
-def standing(facts: RunFacts) -> Standing:
+def standing(facts: ReadRun) -> Standing:
     """How the second half of the run went."""
     lines = facts.metrics.actors
     half, seconds = len(lines) // 2, actor_states(lines)

@@ -1,5 +1,5 @@
 """What a page shows of one run, as tables of numbers: each has `update`, `time` (seconds since the run began) and columns over
-them, short enough to draw. Pure: what was read of the run comes in as `RunFacts`.
+them, short enough to draw. Pure: what was read of the run comes in as `ReadRun`.
 """
 
 import re
@@ -22,7 +22,7 @@ _LAG = re.compile(r"staleness/lag_(\d+)")
 
 
 @dataclass(kw_only=True)
-class RunFacts:
+class ReadRun:
     """A run, as far as it was read. Arrays named together are parallel; times in seconds since the epoch."""
 
     name: str
@@ -48,7 +48,7 @@ class RunFacts:
         return means
 
 
-def run_tables(facts: RunFacts, most: int) -> dict[str, Table]:
+def run_tables(facts: ReadRun, most: int) -> dict[str, Table]:
     """The tables that the run has something for; at most so many buckets each."""
     tables = {
         "steps": _steps(facts, most),
@@ -62,7 +62,7 @@ def run_tables(facts: RunFacts, most: int) -> dict[str, Table]:
     return {name: table for name, table in tables.items() if table["columns"]}
 
 
-def _table(facts: RunFacts, update: np.ndarray, time: np.ndarray, columns: Mapping[str, Any]) -> Table:
+def _table(facts: ReadRun, update: np.ndarray, time: np.ndarray, columns: Mapping[str, Any]) -> Table:
     """columns: arrays, or `thinned` ones. One without any number is left out."""
     short: dict[str, Any] = {}
     for name, values in columns.items():
@@ -80,7 +80,7 @@ def _table(facts: RunFacts, update: np.ndarray, time: np.ndarray, columns: Mappi
     return {"update": shortened(update), "time": np.round(time - facts.began, 2).tolist(), "columns": short}
 
 
-def _at_update(facts: RunFacts, times: np.ndarray) -> np.ndarray:
+def _at_update(facts: ReadRun, times: np.ndarray) -> np.ndarray:
     """How many updates were made by then, with parts of one in between; only the surviving lineage counts."""
     if not len(facts.commit_times):
         return np.zeros(len(times))
@@ -88,7 +88,7 @@ def _at_update(facts: RunFacts, times: np.ndarray) -> np.ndarray:
     return found
 
 
-def _steps(facts: RunFacts, most: int) -> Table:
+def _steps(facts: ReadRun, most: int) -> Table:
     """All metrics of updates, and what was trained per second."""
     lines = facts.metrics.steps
     edges = buckets(len(lines), most)
@@ -108,7 +108,7 @@ def _steps(facts: RunFacts, most: int) -> Table:
     return _table(facts, updates[last], times[last], found)
 
 
-def _rewards(facts: RunFacts, most: int) -> Table:
+def _rewards(facts: ReadRun, most: int) -> Table:
     """Mean reward with its interval over prompts, whose rollouts are correlated: a group counts as one."""
     updates = np.unique(facts.reward_updates)
     if not len(updates):
@@ -122,7 +122,7 @@ def _rewards(facts: RunFacts, most: int) -> Table:
     return _table(facts, ends.astype(np.float64), times, {"reward": figures})
 
 
-def _evals(facts: RunFacts, most: int) -> Table:
+def _evals(facts: ReadRun, most: int) -> Table:
     """Held-out scores; shares with Wilson's interval at as many draws as there were prompts."""
     lines = facts.metrics.evals[:: max(1, len(facts.metrics.evals) // most)]
     found: dict[str, Any] = {}
@@ -136,7 +136,7 @@ def _evals(facts: RunFacts, most: int) -> Table:
     return _table(facts, column(lines, "step"), column(lines, "time"), found)
 
 
-def _split(facts: RunFacts, most: int) -> Table:
+def _split(facts: ReadRun, most: int) -> Table:
     edges = buckets(len(facts.split_updates), most)
     if len(edges) < 2:
         return {"columns": {}}
@@ -145,7 +145,7 @@ def _split(facts: RunFacts, most: int) -> Table:
     return _table(facts, ends.astype(np.float64), np.interp(ends, facts.commit_updates, facts.commit_times), means)
 
 
-def lag_map(facts: RunFacts, most: int) -> Table | None:
+def lag_map(facts: ReadRun, most: int) -> Table | None:
     """`share` of the trained tokens by bucket of updates and lag."""
     lines = facts.metrics.steps
     lags = sorted(int(match[1]) for name in metric_names(lines) if (match := _LAG.fullmatch(name)))
@@ -160,7 +160,7 @@ def lag_map(facts: RunFacts, most: int) -> Table | None:
     return {"update": column(lines, "step")[last].tolist(), "time": times, "share": np.round(share, 3).tolist()}
 
 
-def _lost(facts: RunFacts, most: int) -> Table:
+def _lost(facts: ReadRun, most: int) -> Table:
     """How many groups and rollouts were lost, by time."""
     times = np.concatenate([np.zeros(0), *facts.lost.values(), facts.commit_times])
     if not len(times) or not any(map(len, facts.lost.values())):
@@ -210,7 +210,7 @@ def _carried(values: np.ndarray) -> np.ndarray:
     return carried
 
 
-def _waits(facts: RunFacts, most: int) -> dict[str, Table]:
+def _waits(facts: ReadRun, most: int) -> dict[str, Table]:
     """By actor: the share of its time in each state; what nobody accounts for is mostly a restart."""
     lines = facts.metrics.actors
     if not lines:
@@ -236,7 +236,7 @@ def _waits(facts: RunFacts, most: int) -> dict[str, Table]:
     return found
 
 
-def _gauges(facts: RunFacts, most: int) -> Table:
+def _gauges(facts: ReadRun, most: int) -> Table:
     """What actors said of themselves besides: queues, and what they get done per second."""
     lines = facts.metrics.actors
     edges = buckets(len(lines), most)
@@ -249,7 +249,7 @@ def _gauges(facts: RunFacts, most: int) -> Table:
     return _table(facts, _at_update(facts, times), times, found)
 
 
-def run_marks(facts: RunFacts) -> list[dict[str, Any]]:
+def run_marks(facts: ReadRun) -> list[dict[str, Any]]:
     """What happened, placed on both axes."""
     times = np.array([time for time, _, _ in facts.marks], np.float64)
     places = zip(_at_update(facts, times).round(2).tolist(), (times - facts.began).round(2).tolist(), facts.marks, strict=True)

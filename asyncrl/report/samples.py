@@ -3,7 +3,7 @@
     log = asyncrl.replay.open("runs/arithmetic")
     lines = compared(log.rollouts(SCALARS, each=summed))              # a line per rollout, of millions too: no texts, no tokens
     picked = ranked(chosen(lines, update=100, status="ok"), by="gain", worst=3, best=3)
-    samples = described(log.rollouts(DETAILS, groups=groups_of(picked)), picked)             # a list of RolloutSample
+    samples = samples_of(log.rollouts(DETAILS, groups=groups_of(picked)), picked)             # a list of RolloutSample
     for together in by_group(samples): …                                                   # the responses to one prompt
 
 Nothing here reads a log. Lines of `surprise` need the tokens: they are read with SCALARS_AND_TOKENS instead of SCALARS.
@@ -173,7 +173,7 @@ def groups_of(lines: pa.Table) -> list[int]:
 # ------------------------------------------------------------------------------------------------- samples
 
 
-def described(rows: pa.Table, lines: pa.Table | None = None) -> list[RolloutSample]:
+def samples_of(rows: pa.Table, lines: pa.Table | None = None) -> list[RolloutSample]:
     """All that is known of the lines' rollouts, in the order of the lines. None: of all rows.
 
     rows: of all rollouts of these groups, with the columns of DETAILS.

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from asyncrl.report.run_tables import RunFacts, actor_states
+from asyncrl.report.run_tables import ReadRun, actor_states
 from asyncrl.report.series import column
 
 
-def run_tiles(facts: RunFacts) -> list[tuple[str, str]]:
+def run_tiles(facts: ReadRun) -> list[tuple[str, str]]:
     """Name and value of each; those that nothing is known of are left out."""
     steps, evals = facts.metrics.steps, facts.metrics.evals
     made = int(facts.commit_updates[-1]) if len(facts.commit_updates) else 0

@@ -3,8 +3,10 @@
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,7 @@ _LOGGED_ERRORS = 20  # the first of them; all are in the replay log
 # While one process is stuck in a slow sample and another is free, the store is asked this often for more.
 _ASK_AGAIN_S = 0.1
 
-Tag = tuple["ScoringLease", Unscored]
+Tag = tuple["ScoringLease | Future[Score]", Unscored]  # who gets the verdict: the store, or who asked for it by itself
 Shape = Callable[[float, Sequence[int]], tuple[float, dict[str, float]]]
 
 
@@ -76,6 +78,7 @@ class RewardWorker:
         self._counts: Counter[Status] = Counter()
         self._began = time.monotonic()
         self._ended = False
+        self._trials: deque[tuple[Future[Score], Unscored]] = deque()
         self._stop = threading.Event()
 
     def run(self) -> None:
@@ -89,7 +92,17 @@ class RewardWorker:
         except Closed:
             pass  # the run is stopping: a clean end
         finally:
+            self._stop.set()
             self._time.enter("wait:end")
+
+    def verdict(self, item: Unscored) -> Score:
+        """Of a rollout that the store does not know. Waits for it; raises Closed if the run is over before. From any thread."""
+        future: Future[Score] = Future()
+        self._trials.append((future, item))
+        while not self._stop.is_set():
+            with suppress(TimeoutError):
+                return future.result(self._poll_s)
+        raise Closed(f"{self._name} has ended, and scores nothing")
 
     def stop(self) -> None:
         """Asks `run` to return; it does after its current wait, of `poll_s` at most. Callable from any thread."""
@@ -109,6 +122,9 @@ class RewardWorker:
         return Report(name=self._name, role="reward", seconds=self._time.seconds(), gauges=gauges, progress=progress)
 
     def _step(self) -> None:
+        while self._trials:
+            trial = self._trials.popleft()
+            self._pool.submit([(trial, self._sample(trial[1]))])
         if not self._ended and self._pool.has_capacity:
             wait_s = 0.0 if self._pool.pending else self._poll_s
             with self._time.span("wait:store"):
@@ -143,6 +159,9 @@ class RewardWorker:
     def _deliver(self, verdicts: list[tuple[Tag, Verdict]]) -> None:
         by_lease: dict[ScoringLease, list[Score]] = {}
         for (held, item), verdict in verdicts:
+            if isinstance(held, Future):
+                held.set_result(self._score(item, verdict))
+                continue
             self._counts[verdict.status] += 1
             if verdict.status != "ok" and self._counts.total() - self._counts["ok"] <= _LOGGED_ERRORS:
                 log.warning("group %d, rollout %d: %s: %s", item.group, item.rollout, verdict.status, verdict.error)

@@ -502,3 +502,20 @@ def test_progress_is_that_of_unfinished_requests_and_of_weights_on_their_way(
     assert generator.report().progress == before + 3
     fake_weights.received_bytes += 5
     assert generator.report().progress == before + 8
+
+
+def test_an_answer_for_whoever_asks_is_not_the_stores(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    running, got = start(), Future()
+    asked = make_ticket(-1, rollouts=(0,))
+    threading.Thread(target=lambda: got.set_result(running.generator.answer(asked)), daemon=True).start()
+    fake_weights.publish(V1)  # before, there is nothing to answer with
+    fake_engine.answer(asked.name_of(0))
+    answer = got.result(WAIT_S)
+    assert (answer.response_ids, answer.logprobs, answer.text, answer.spans) == ([5, 6], [-1.0, -1.0], "5 6", (Span(V1, 2),))
+    assert fake_store.rollouts == []
+    assert running.generator.report().gauges["held_groups"] == 0
+    running.generator.stop()
+    with pytest.raises(Closed):
+        running.generator.answer(asked)

@@ -394,12 +394,12 @@ def test_a_store_of_another_run_is_refused(make_learner) -> None:
 
 
 def test_report_names_states_and_the_update(make_learner) -> None:
-    learner, _, _, _ = make_learner([lease(1, 0)])
+    learner, _, _, trainer = make_learner([lease(1, 0)])
     learner.run(1)
     report = learner.report()
     assert report.role == "learner"
     assert {"busy", "sync", "wait:store", "wait:start"} <= report.seconds.keys()
-    assert report.gauges == {"update": 1.0, "bus/receivers": 2.0}
+    assert report.gauges == {"update": 1.0, "bus/receivers": 2.0, **trainer.holds()}
 
 
 def test_save_and_export_between_runs(make_learner, tmp_path: Path) -> None:

@@ -271,3 +271,30 @@ def test_packs_of_every_model_are_counted(backbone: str, make_trainer, make_mode
         model.base_model.register_forward_hook(lambda *_: calls.append(1))
     trainer.update(make_rollouts(), 1)
     assert trainer.packs == len(calls) >= 8
+
+
+def test_an_answer_is_scored_without_a_trace(make_trainer, make_rollouts) -> None:
+    """By the same policy that an update starts from; and the update after it is the same to the bit."""
+    rollouts, trainer, other = make_rollouts(), make_trainer(), make_trainer()
+    one = rollouts[0]
+    made = trainer.logprobs_of(one.prompt_ids.tolist(), one.response_ids.tolist())
+    ids = torch.tensor(np.concatenate((one.prompt_ids, one.response_ids)))[None]
+    logp = (other.model.double()(input_ids=ids).logits[0] / TEMPERATURE).log_softmax(-1)
+    start = len(one.prompt_ids)
+    expected = logp[torch.arange(start - 1, ids.shape[1] - 1), ids[0, start:]]
+    np.testing.assert_allclose(made, expected.tolist(), atol=1e-5)
+    first, second = trainer.update(rollouts, 0), (fresh := make_trainer()).update(rollouts, 0)
+    assert_same(weights(trainer), weights(fresh))
+    assert first["actor/pg_loss"] == second["actor/pg_loss"]
+
+
+def test_what_a_rank_holds_in_bytes(make_trainer, make_model) -> None:
+    parameters = sum(parameter.numel() for parameter in make_model().parameters())
+    held = make_trainer(reference=make_model(), algorithm={"kl_coef": 0.1}).holds()
+    assert held == {
+        "policy_bytes": 4.0 * parameters,
+        "policy_moments_bytes": 8.0 * parameters,
+        "parameters": parameters,
+        "trained_parameters": parameters,
+        "reference_bytes": 4.0 * parameters,
+    }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from asyncrl.report.advice import Standing, advice, standing
-from asyncrl.report.run_tables import RunFacts
+from asyncrl.report.run_tables import ReadRun
 from asyncrl.report.series import MetricLines
 
 
@@ -51,7 +51,7 @@ def test_the_second_half_of_a_run_is_judged() -> None:
     ]
     masked = [{"step": 1, "time": 5.0, "staleness/masked_share": 0.5}, {"step": 2, "time": 20.0, "staleness/masked_share": 0.1}]
     found = standing(
-        RunFacts(
+        ReadRun(
             name="run",
             state="",
             metrics=MetricLines(steps=masked, actors=lines),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from asyncrl.report.estimates import estimate, wilson
-from asyncrl.report.run_tables import RunFacts, actor_states, lag_map, run_marks, run_tables, started_again
+from asyncrl.report.run_tables import ReadRun, actor_states, lag_map, run_marks, run_tables, started_again
 from asyncrl.report.series import MetricLines
 from asyncrl.report.tiles import run_tiles
 
@@ -15,7 +15,7 @@ def step(update: int, **figures: float) -> dict[str, Any]:
     return {"kind": "step", "step": update, "time": 100.0 + 10 * update, "samples": 4.0, "tokens/trained": 40.0, **figures}
 
 
-def facts(**more: Any) -> RunFacts:
+def facts(**more: Any) -> ReadRun:
     """Ten updates, one every ten seconds from 110 on."""
     updates = np.arange(1, 11)
     known: dict[str, Any] = {
@@ -32,7 +32,7 @@ def facts(**more: Any) -> RunFacts:
         "split_flight": np.full(10, 0.5),
         "split_queue": np.linspace(0, 0.9, 10),
     }
-    return RunFacts(**{**known, **more})
+    return ReadRun(**{**known, **more})
 
 
 def test_updates_in_buckets() -> None:

@@ -18,9 +18,9 @@ from asyncrl.report.samples import (
     by_group,
     chosen,
     compared,
-    described,
     groups_of,
     ranked,
+    samples_of,
     summed,
 )
 
@@ -130,7 +130,7 @@ def test_samples_are_described_whole_and_in_the_order_of_the_lines() -> None:
     )
     lines = ranked(compared(summed(rows)), by="reward", worst=3)
     assert groups_of(lines) == [1, 0]
-    found = described(rows, lines)
+    found = samples_of(rows, lines)
     assert [(s.name, s.reward, s.gain) for s in found] == [("1/0/0", 0.0, -0.25), ("1/2/0", 0.5, 0.25), ("0/1/0", 1.0, None)]
     assert [[s.rollout for s in group] for group in by_group(found)] == [[0, 2], [1]]
     first, episode, _ = found
@@ -146,11 +146,11 @@ def test_samples_are_described_whole_and_in_the_order_of_the_lines() -> None:
     assert first.messages == ()
     assert episode.messages == (Message("user", "2+2=?"), Message("assistant", '{"tool_calls":[{"id":"1"}]}'))
     assert episode.said == {"j": "no"}
-    assert [s.name for s in described(rows)] == ["1/0/0", "0/1/0", "1/2/0"]
+    assert [s.name for s in samples_of(rows)] == ["1/0/0", "0/1/0", "1/2/0"]
 
 
 def test_lists_in_several_chunks_are_one_column() -> None:
     rows = _rows({"reward": 1.0}, {"reward": 0.0})
     in_chunks = pa.concat_tables([rows.slice(1), rows.slice(0, 1), rows.slice(0, 0)])
     assert samples.summed(in_chunks)["surprise"].to_pylist() == [0.75, 0.75]
-    assert described(in_chunks)[0].reward == 0.0
+    assert samples_of(in_chunks)[0].reward == 0.0

@@ -257,3 +257,21 @@ def test_a_sample_that_is_being_scored_is_progress(worker, tmp_path):
     reward.run()
     assert seen == sorted(set(seen)), "it has its deadline, so it is no stall"
     assert reward.report().progress > seen[-1]
+
+
+def test_a_verdict_for_whoever_asks_is_not_the_stores(worker):
+    store = FakeStore([rollout(0, "12")])
+    store.after = UnscoredLease(lease=-1, lease_s=30.0, items=())  # nothing more for now
+    reward = worker(store, poll_s=0.05)
+    running = threading.Thread(target=reward.run)
+    running.start()
+    assert reward.verdict(rollout(-1, "12")) == Score(
+        group=-1, rollout=0, attempt=1, status="ok", reward=1.0, parts={"length": 2.0}
+    )
+    assert "ValueError: nine" in reward.verdict(rollout(-1, "9")).error
+    reward.stop()
+    running.join(20)
+    assert [score.group for _, score in store.scores] == [0]
+    assert reward.report().gauges["scored"] == 1
+    with pytest.raises(Closed):
+        reward.verdict(rollout(-1, "12"))

@@ -193,7 +193,7 @@ def finished(project: Path) -> RunDir:
 
 def test_a_run_leaves_a_whole_run_directory(finished: RunDir) -> None:
     assert {entry.name for entry in finished.path.iterdir() if not entry.name.startswith(".")} == {
-        *("recipe.json", "deployment.yaml", "metrics.jsonl", "tensorboard"),
+        *("recipe.json", "deployment.yaml", "facts.json", "metrics.jsonl", "tensorboard"),
         *("data", "replay", "checkpoints", "exports", "logs"),
     }
     assert steps(finished) == [1, 2, 3, 4, 5, 6]

@@ -143,6 +143,11 @@ class DecodeBatch:
         """Rows in every forward, dummies included."""
         return self._rows.count
 
+    @property
+    def budget(self) -> float:
+        """Bytes that the cache may take."""
+        return self._cache.budget
+
     def jobs(self) -> list[Job]:
         """Jobs whose responses have not ended."""
         return self._rows.jobs()

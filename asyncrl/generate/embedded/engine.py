@@ -55,6 +55,7 @@ class TorchEngine:
         self.max_length = longest_context(model, max_length)
         self._model = model
         self.slots = slots
+        self._weights_bytes = float(sum(weight.nbytes for weight in model.parameters()))
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._batch = DecodeBatch(model, slots=slots, max_length=self.max_length, keep_ended=deterministic, kv_bytes=kv_bytes)
         self._admission = GroupAlone(slots) if deterministic else JoinAtOnce(slots)
@@ -307,11 +308,13 @@ class TorchEngine:
                 )
 
     def gauges(self) -> dict[str, float]:
-        """active: rows in every step. queued: requests that wait for a slot. Of prompts so far, prefilled_tokens: computed;
-        reused_tokens: known from the turn before."""
+        """active: rows in every step. queued: requests that wait for a slot. kv_bytes: what the cache may take. Of prompts so
+        far, prefilled_tokens: computed; reused_tokens: known from the turn before."""
         return {
             "active": float(self._batch.count),
             "queued": float(len(self._queue)),
+            "weights_bytes": self._weights_bytes,
+            "kv_bytes": float(self._batch.budget),
             "prefilled_tokens": float(self._batch.prefilled),
             "reused_tokens": float(self._batch.reused),
         }

@@ -35,9 +35,18 @@ class Gang:
         self._under_way = ""  # also after an error
         self.pulse, self.count = rank.pulse, rank.count
 
+    @property
+    def holds(self) -> dict[str, float]:
+        """Of the first rank alone; the others report theirs."""
+        return self._rank.holds
+
     def update(self, rollouts: Sequence[TrainRollout], committed: int) -> dict[str, float]:
         metrics: dict[str, float] = self._all("update", rollouts, committed)
         return metrics
+
+    def logprobs_of(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
+        logprobs: list[float] = self._all("logprobs_of", prompt_ids, response_ids)
+        return logprobs
 
     def save(self, version: Version, by_hand: bool = False) -> Path:
         path: Path = self._all("save", version, by_hand)
@@ -103,8 +112,8 @@ class Follower:
         seconds = self._time.seconds()
         if self._rank is None:
             return Report(name=self._name, role="rank", seconds=seconds, gauges={})
-        pulse = self._rank.pulse
-        return Report(name=self._name, role="rank", seconds=seconds, gauges={}, progress=pulse.progress, doing=pulse.doing)
+        pulse, gauges = self._rank.pulse, dict(self._rank.holds)
+        return Report(name=self._name, role="rank", seconds=seconds, gauges=gauges, progress=pulse.progress, doing=pulse.doing)
 
     def _answer(self, ended: "Future[None]", verb: str, arguments: tuple[Any, ...]) -> None:
         try:

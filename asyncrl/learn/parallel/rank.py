@@ -1,6 +1,7 @@
 """What every process of the learner's group serves. Each verb is called on all ranks at once, in the same order, by `Gang`."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -39,10 +40,19 @@ class Rank:
         self._exports = 0  # so far: the same on all ranks
         self.pulse = Pulse(lambda: trainer.packs)
 
+    @cached_property
+    def holds(self) -> dict[str, float]:
+        """What this rank keeps between updates, as gauges."""
+        return self._trainer.holds()
+
     def update(self, rollouts: Sequence[TrainRollout], committed: int) -> dict[str, float]:
         """Makes update `committed + 1` of the rollouts that all ranks get, and returns metrics that are equal on all. Raises
         NonFinite, then on all."""
         return self._trainer.update(rollouts, committed)
+
+    def logprobs_of(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
+        """What the policy gives the tokens of a response. Changes nothing."""
+        return self._trainer.logprobs_of(prompt_ids, response_ids)
 
     def save(self, version: Version, by_hand: bool = False) -> Path:
         """Begins to write this rank's part of a checkpoint of this version; returns its folder, as `Checkpoints.save` does."""

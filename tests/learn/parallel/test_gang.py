@@ -23,7 +23,7 @@ class Noting:
 
     def __init__(self, name: str, meet: threading.Barrier) -> None:
         self.name, self.meet, self.calls = name, meet, []
-        self.pulse = Pulse(lambda: len(self.calls))
+        self.pulse, self.holds = Pulse(lambda: len(self.calls)), {"policy_bytes": 8.0}
         self.count = 1
         self.fails: Exception | None = None
 
