@@ -8,7 +8,7 @@ import pytest
 from asyncrl.report.names import described, prometheus_name, table
 
 EXAMPLE = {"generator": "generator-3", "reward": "reward-0", "model": "model-0.1", "actor": "learner", "state": "wait:store"}
-EXAMPLE |= {"lag": "2", "k": "4", "turn": "1"}
+EXAMPLE |= {"rank": "critic-1", "lag": "2", "k": "4", "turn": "1"}
 
 
 def test_no_name_stands_twice_and_all_say_something() -> None:
