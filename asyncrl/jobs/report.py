@@ -24,6 +24,7 @@ from asyncrl.replay.log.reader import ReplayReader
 from asyncrl.report.advice import advice, standing
 from asyncrl.report.figures import flattened, page_figures, settings_table
 from asyncrl.report.page import report_page
+from asyncrl.report.paired import paired
 from asyncrl.report.run_tables import ReadRun, lag_map, run_marks, run_tables, started_again
 from asyncrl.report.series import MetricLines, read_metrics
 from asyncrl.report.tiles import run_tiles
@@ -100,6 +101,7 @@ def make_report(runs: Sequence[Path], renew_s: float | None = None) -> str:
             "runs": pages,
             "figures": page_figures(tables),
             "settings": settings_table([of.settings for of in facts]),
+            "paired": _forks(runs, facts),
             "about": thin,
             "picked": picked,
             "made": f"asyncrl {__version__}, {time.strftime('%Y-%m-%d %H:%M:%S %Z')}",
@@ -147,6 +149,29 @@ def _run(run: Path, most: int, sample_bytes: int) -> tuple[ReadRun, list[dict[st
         prompts_per_eval=_prompts_per_eval(metrics.evals, recipe),
     )
     return facts, picked_samples(reader, digest, recipe, sample_bytes)
+
+
+def _forks(runs: Sequence[Path], facts: Sequence[ReadRun]) -> list[dict[str, Any]]:
+    """Each run beside the one that it was forked from, where that is on the page too, from the update on at which they part."""
+    found = []
+    metrics = [_by_update(of) for of in facts]
+    places = {str(run.resolve()): place for place, run in enumerate(runs)}
+    for place, run in enumerate(runs):
+        began = msgspec.json.decode(path.read_bytes()) if (path := RunDir(run).forked).exists() else {}
+        if (source := places.get(began.get("source", ""))) is not None:
+            after = {update: line for update, line in metrics[place].items() if update > began["update"]}
+            pair = {"source": facts[source].name, "fork": facts[place].name, "update": began["update"]}
+            found.append(pair | {"metrics": paired(metrics[source], after)})
+    return found
+
+
+def _by_update(run: ReadRun) -> dict[int, dict[str, float]]:
+    """What was measured at each update, evaluations included."""
+    found: dict[int, dict[str, float]] = {}
+    for line in [*run.metrics.steps, *run.metrics.evals]:
+        measured = {name: value for name, value in line.items() if isinstance(value, float | int)}
+        found[line["step"]] = measured | found.get(line["step"], {})
+    return found
 
 
 def _settings(paths: RunDir) -> tuple[dict[str, Any], dict[str, Any]]:

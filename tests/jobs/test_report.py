@@ -98,8 +98,11 @@ def write_run(folder: Path, **settings: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The second says that it was forked from the first."""
     folder = tmp_path_factory.mktemp("runs")
-    return write_run(folder / "first"), write_run(folder / "second", staleness={"max_lag": 4})
+    first, second = write_run(folder / "first"), write_run(folder / "second", staleness={"max_lag": 4})
+    (second / "forked.json").write_text(json.dumps({"source": str(first.resolve()), "update": 1}))
+    return first, second
 
 
 def data_of(page: str) -> dict[str, Any]:
@@ -153,6 +156,12 @@ def test_runs_side_by_side(runs: tuple[Path, Path]) -> None:
     assert [run["name"] for run in data["runs"]] == ["first", "second"]
     assert {line["name"] for line in data["settings"] if line["differs"]} == {"name", "staleness.max_lag"}
     assert "hf_aaaa" not in json.dumps(data)
+    (pair,) = data["paired"]
+    assert (pair["source"], pair["fork"], pair["update"]) == ("first", "second", 1)
+    (entropy,) = [of for of in pair["metrics"] if of["metric"] == "actor/entropy"]
+    assert entropy["source"] == entropy["fork"] == pytest.approx((1 / 2 + 1 / 3) / 2)  # of updates 2 and 3
+    assert (entropy["rollouts"], entropy["updates"], entropy["difference"], entropy["error"]) == ("live", 2, 0.0, 0.0)
+    assert data_of(make_report([runs[1]]))["paired"] == []
     twice = data_of(make_report([runs[0], runs[0]]))
     assert [run["name"] for run in twice["runs"]] == [str(runs[0])] * 2
 
@@ -290,6 +299,7 @@ def test_a_page_in_chromium(browser: Any, page: str, width: int, scheme: str) ->
     assert len(inked) == 15
     assert min(inked) > 500  # axes and a line at least
     assert chrome.execute_script("return document.documentElement.scrollWidth") <= width
+    assert "actor/entropy live 2 0.4167 0.4167 0 ± 0" in texts(chrome, "tr")
     background = chrome.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(18, 21, 26)"}[scheme]
     assert chrome.execute_script("return window.broken") is None

@@ -205,6 +205,15 @@ function settings() {
   section(RUNS.length > 1 ? "What differs" : "Settings", box);
 }
 
+function forks() {
+  const rows = pair => pair.metrics.map(m => [[m.metric, m.rollouts, String(m.updates), number(m.source), number(m.fork), number(m.difference) + " ± " + number(m.error)]]);
+  const parts = DATA.paired.flatMap(pair => [
+    el("h3", {}, `${pair.fork} − ${pair.source}`, el("span", { class: "note" }, `after update ${pair.update}; log: both trained the same rollouts; live: each its own`)),
+    table(["metric", "rollouts", "updates", pair.source, pair.fork, "difference ± standard error"], rows(pair)),
+  ]);
+  if (parts.length) section("Forks, update by update", ...parts);
+}
+
 function knobs() {
   return RUNS.flatMap(run => run.advice.map(a => el("div", { class: "card advice" }, RUNS.length > 1 ? el("div", {}, named(run)) : null, a.found, " ", a.knob ? el("b", {}, "→ " + a.knob) : null, el("div", { class: "dim" }, "said where: " + a.rule + "; over the second half of the run"))));
 }
@@ -227,6 +236,7 @@ function build() {
   }
   if (RUNS.some(run => run.samples?.length)) section("Samples", browser());
   settings();
+  forks();
   for (const [title, cards] of sections) if (!order.includes(title)) section(title, el("details", {}, el("summary", {}, `${cards.length} plots`), el("div", { class: "grid" }, ...cards)));
   document.getElementById("foot").append(el("p", { class: "dim" }, DATA.made));
 }
