@@ -175,6 +175,18 @@ def write_atomic(path: str | Path, content: bytes | str, mode: int = 0o666) -> N
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def output_file(path: Path) -> Path:
+    """Where a command is to write what `--out` names; links are followed. Raises ConfigError where no file can be."""
+    place = Path(os.path.realpath(path.expanduser()))
+    if place.is_dir():
+        raise ConfigError(f"--out {path} is a folder; name a file in it")
+    if place.exists() and not place.is_file():
+        raise ConfigError(f"--out {path} is a device or a pipe, which would be replaced by a file; name a file")
+    if not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
+        raise ConfigError(f"--out {path}: {place.parent} is not a folder that can be written to; make it, or name another one")
+    return place
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; synced and renamed at success, removed on failure. Replaces an old `path`.

@@ -11,7 +11,7 @@ import pytest
 
 from asyncrl.config import DataSpec, ModelSpec, Recipe, RewardSpec
 from asyncrl.errors import ConfigError
-from asyncrl.rundir import MASK, RunDir, atomic_folder, link_or_copy, redact, resolve_run_dir, write_atomic
+from asyncrl.rundir import MASK, RunDir, atomic_folder, link_or_copy, output_file, redact, resolve_run_dir, write_atomic
 
 
 def test_paths_and_steps(tmp_path: Path) -> None:
@@ -221,3 +221,19 @@ def test_a_program_shows_the_log_at_the_level_that_it_asks_for(setup: str, level
     command = [sys.executable, "-c", PROGRAM.format(setup=setup)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=True)
     assert [re.sub(r"^[\d:]+ ", "", line) for line in done.stderr.splitlines()] == said
+
+
+def test_a_place_for_a_file_that_a_command_writes(tmp_path: Path) -> None:
+    real = tmp_path / "real.html"
+    real.touch()
+    (tmp_path / "link.html").symlink_to(real)
+    assert output_file(tmp_path / "link.html") == real.resolve()
+    assert output_file(tmp_path / "new.html") == (tmp_path / "new.html").resolve()
+    for place, said in (
+        (tmp_path, "is a folder; name a file in it"),
+        (Path("/dev/null"), "is a device or a pipe"),
+        (tmp_path / "nowhere" / "x.html", "is not a folder that can be written to"),
+        (real / "x.html", "is not a folder that can be written to"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            output_file(place)

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from asyncrl.cluster.members import Member
 from asyncrl.cluster.plan import RunPlan
@@ -36,17 +36,27 @@ class Opening:
         recipe = plan.recipe
         self._alone = not (recipe.episode.what or recipe.reward.pairwise)  # whether the reward is for single answers
         self._tries = 0  # a generator may have died of the prompt: then another one is tried
-        self._asked: dict[str, tuple[Member, Any, float]] = {}  # by what for: whom, Ray's reference, and when
+        self._asked: dict[str, tuple[Member, int, Any, float]] = {}  # by what for: whom, which actor, reference, when
         self._found: dict[str, tuple[str, Any, float]] = {}  # by what for: who said what, and how long it took, in seconds
 
     @property
     def refs(self) -> list[Any]:
-        return [ref for _, ref, _ in self._asked.values()]
+        return [ref for _, _, ref, _ in self._asked.values()]
 
-    def look(self) -> list[tuple[Member, Exception]]:
+    def forget(self) -> None:
+        """Waits for nothing any more; the next `look` asks again."""
+        self._asked.clear()
+
+    def look(self, committed: int) -> list[tuple[Member, Exception]]:
         """Takes what has come, and asks for what is missing of those that are up; never waits. Returns who failed at it, and
-        how. Raises ConfigError if engine and learner differ by more than `generators.max_gap`."""
+        how. Raises ConfigError if engine and learner differ by more than `generators.max_gap`.
+
+        committed: updates that the learner's weights have had: an answer of other weights, which may be on their way, is asked
+        for again.
+        """
         failed = [failure for what in list(self._asked) if (failure := self._take(what)) is not None]
+        if (answer := self._answer) is not None and any(span.version.update != committed for span in answer.spans):
+            del self._found["answer"]
         if not failed:
             self._ask_for_more()
         if not self._asked and not failed and self._answer is not None:
@@ -58,7 +68,7 @@ class Opening:
         return self._found["answer"][1] if "answer" in self._found else None
 
     def _take(self, what: str) -> tuple[Member, Exception] | None:
-        member, ref, began = self._asked[what]
+        member, actor, ref, began = self._asked[what]
         if not ray.wait([ref], timeout=0)[0]:
             return None
         del self._asked[what]
@@ -67,8 +77,12 @@ class Opening:
         except RayActorError:
             self._tries += 1  # the supervisor hears of it elsewhere; then another is asked
         except RayTaskError as error:
-            if not isinstance(error.cause, Closed) and what != member.name:  # of a report the supervisor hears, too
+            if what == member.name:
+                self._found[what] = member.name, None, 0.0  # where it is can't be told
+            elif not isinstance(error.cause, Closed) and actor == member.restart_count:  # else that is known already
                 return member, error
+        except RayError:  # out of memory: the supervisor hears of it elsewhere, too
+            self._tries += 1
         return None
 
     def _ask_for_more(self) -> None:
@@ -88,7 +102,7 @@ class Opening:
         phases = ("idle",) if method == "ask" and role == "learner" else ("idle", "running")
         up = [m for m in self._members if m.role == role and m.phase in phases and named in ("", m.name)]
         if what not in self._found and what not in self._asked and up:
-            self._asked[what] = up[0], getattr(up[0].handle, method).remote(*arguments), time.monotonic()
+            self._asked[what] = up[0], up[0].restart_count, getattr(up[0].handle, method).remote(*arguments), time.monotonic()
 
     def _conclude(self) -> None:
         needed = ["logprobs", *(["verdict"] if self._alone else [])]
@@ -108,7 +122,7 @@ class Opening:
         recipe, deployment = self._plan.recipe, self._plan.deployment
         generator, answer, answer_s = self._found["answer"]
         verdict: tuple[str, Score | None, float] = self._found.get("verdict", ("", None, 0.0))
-        told = {m.name: self._found[m.name][1] for m in self._members if m.name in self._found}
+        told = {m.name: told for m in self._members if (told := self._found.get(m.name, ("", None, 0.0))[1]) is not None}
         gauges = told["learner"][1].gauges if "learner" in told else {}
         return OpeningFacts(
             time=time.time(),

@@ -86,7 +86,7 @@ class Supervisor:
     def train(self, until: int) -> None:
         """Runs until `until` updates are committed, or the data ends, and every evaluation asked for has come in. Before its
         first update `Opening` looks at the run, while the generators work on the first batch."""
-        if self._summary.committed < until:
+        if self._summary.committed < until and not self._finishing:
             self._open()
         self._until = until
         if self._learner.phase == "idle":
@@ -94,12 +94,15 @@ class Supervisor:
         self._wait()
 
     def _open(self) -> None:
-        while not self._opening.done:
-            for member, error in self._opening.look():
-                self._failed(member, error)
-            if not self._opening.done:
-                self._tick()
-                self._between()
+        try:
+            while not self._opening.done:
+                for member, error in self._opening.look(self._summary.committed):
+                    self._failed(member, error)
+                if not self._opening.done:
+                    self._tick()
+                    self._between()
+        finally:
+            self._opening.forget()
 
     def evaluate(self) -> None:
         """Has the idle learner's weights evaluated, unless they were, and waits until that has come in."""
@@ -371,7 +374,8 @@ class Supervisor:
     def _watch(self, report: StoreReport) -> None:
         """Aborts a run in which nothing has moved for `stall_timeout_s`, leaving a dump of who waits for what."""
         starting = any(member.phase == "starting" for member in self._members)  # these have a deadline of their own
-        doing = self._stall.stalled(report, self._summary.reports, excused=self._until is None or starting)
+        idle = self._until is None and not self._opening.refs
+        doing = self._stall.stalled(report, self._summary.reports, excused=idle or starting)
         if doing:
             path = self._plan.paths.logs / "stall.json"
             write_atomic(path, json.dumps(redact(self._dump()), indent=1, default=str))

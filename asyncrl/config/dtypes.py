@@ -34,6 +34,6 @@ def max_gap(recipe: Recipe, deployment: Deployment) -> float | None:
     if generators.max_gap != "auto":
         return generators.max_gap
     dtypes = run_dtypes(recipe, deployment)
-    if {*dtypes} != {"float32"}:
+    if {*dtypes} != {"float32"} or recipe.learner.precision.tf32:
         return 0.1
     return 1e-3 if generators.engine.kind == "sglang" else 1e-4

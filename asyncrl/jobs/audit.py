@@ -169,7 +169,7 @@ def _walk(past: "PastRun", others: "dict[str, PolicyTrainer]", chosen: Sequence[
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ("", *others)}
     first: UnlikeMetric | None = None
     for update in chosen:
-        if (nearest := max((c for c in saved if c < update), default=0)) > past.committed:
+        if (nearest := max((c for c in saved if c < update and past.saves(c)), default=0)) > past.committed:
             past.load(nearest)
         while past.committed < update:
             last = past.committed + 1 == update

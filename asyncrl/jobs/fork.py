@@ -1,5 +1,6 @@
-"""`asyncrl fork RUN --at STEP NAME a.b=c …`: a new run from a checkpoint of another one and the batches of its log, under other
-settings. RUN is only read, also while it goes on."""
+"""`asyncrl fork RUN --at STEP NAME a.b=c …`: a new run from a checkpoint of another one, and from the batches of its log.
+
+RUN is only read, also while it goes on."""
 
 import argparse
 import shlex
@@ -22,6 +23,7 @@ from asyncrl.config.paths import PLACEHOLDER, resolve_paths
 from asyncrl.errors import ConfigError
 from asyncrl.jobs.run import run_shown
 from asyncrl.learn.policies import newest_complete
+from asyncrl.manifests import verify_manifest
 from asyncrl.replay.log.derived import LogChanges, OldLog
 from asyncrl.replay.log.reader import ReplayReader
 from asyncrl.report.paired import paired_lines
@@ -52,6 +54,15 @@ def add_fork_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs-dir", metavar="D", help="folder of the new run (default: that of RUN)")
     parser.add_argument("--deploy", metavar="SPEC", help="a deployment YAML file (default: that of RUN)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, make nothing")
+
+
+def least_ess(args: argparse.Namespace, otherwise: float) -> float:
+    """What --min-ess says. Raises ConfigError."""
+    if args.min_ess is None:
+        return otherwise
+    if not 0 <= args.min_ess <= 1:
+        raise ConfigError(f"--min-ess {args.min_ess:g} is no share of a batch's tokens; use 0 (never leave the log) to 1")
+    return float(args.min_ess)
 
 
 class Fork(Struct, frozen=True, kw_only=True):
@@ -104,6 +115,8 @@ class Fork(Struct, frozen=True, kw_only=True):
             write_atomic(beside.forked, msgspec.json.format(msgspec.json.encode(facts), indent=2))
             if (started := source.path / ".started").exists():  # so that no actor's incarnation comes again
                 shutil.copyfile(started, folder / started.name)
+            verify_manifest(beside.checkpoint(self.at), sums=False)  # a run that goes on may have deleted it meanwhile
+            _require_free(own)
         return recipe
 
     def run(self) -> None:
@@ -145,22 +158,27 @@ def source_of(run: Path) -> RunDir:
 def new_paths(source: RunDir, name: str, runs_dir: str | None) -> RunDir:
     """Where the new run is to be. Raises ConfigError if something is there already."""
     paths = resolve_run_dir(name, runs_dir or source.path.parent)
-    if paths.path.exists():
-        raise ConfigError(f"{paths.path} is there already, and would be lost: choose another NAME, or another --runs-dir")
+    _require_free(paths)
     return paths
 
 
-def old_log(source: RunDir, recipe: Recipe, at: int) -> OldLog:
-    """The log seen from a checkpoint that can be gone on from with this recipe. Raises ConfigError, CheckpointError or
-    DataError, which list what there is."""
+def _require_free(paths: RunDir) -> None:
+    if paths.path.exists():
+        raise ConfigError(f"{paths.path} is there already, and would be lost: choose another NAME, or another --runs-dir")
+
+
+def old_log(source: RunDir, recipe: Recipe, at: int, *, end: int | None = None, live: bool = False) -> OldLog:
+    """The log seen from a checkpoint that can be gone on from with this recipe. end: of its events, if not of all. live: none
+    of its batches is needed. Raises ConfigError, CheckpointError or DataError, which list what there is."""
     require_same_groups(source, recipe)
     source.require_checkpoint(at)
     if recipe.total_steps <= at:
         raise ConfigError(f"total_steps={recipe.total_steps} <= --at {at}: the new run would make no update; raise it")
-    log = OldLog(source.replay, at)
+    log = OldLog(source.replay, at, end)
     newest_complete(source, at, log.derivation.lineage.refusal, sums=False)
     check_resumed(recipe, source, at)
-    log.require_rows([source.update_of(step) for step in source.steps()])
+    if not live:
+        log.require_rows([source.update_of(step) for step in source.steps()])
     return log
 
 
@@ -170,15 +188,17 @@ def _fork(args: argparse.Namespace) -> int:
     paths = new_paths(source, args.name, args.runs_dir)
     deploy = [text for text in args.overrides if text.startswith("deploy.")]
     own = [text for text in args.overrides if not text.startswith("deploy.")]
-    recipe = resolve_paths(replace(override(load_recipe(source.recipe), own), name=args.name), source)
-    min_ess = (MIN_ESS if own else 0.0) if args.min_ess is None else args.min_ess
+    base = load_recipe(source.recipe)
+    base = replace(base, algorithm=base.algorithm.unresolved)  # another loss brings its own settings
+    recipe = resolve_paths(replace(override(base, own), name=args.name), source)
+    min_ess = least_ess(args, MIN_ESS if own else 0.0)
     fork = Fork(
         source=source,
         paths=paths,
         at=args.at,
         recipe=recipe,
         deployment=load_deployment(args.deploy or source.deployment, deploy),
-        log=old_log(source, recipe, args.at),
+        log=old_log(source, recipe, args.at, live=args.live),
         changes=LogChanges(min_ess=min_ess, live=args.live),
         changed=args.overrides,
     )

@@ -56,7 +56,8 @@ def reward_of(args: argparse.Namespace, policy: Policy) -> RewardSpec:
 def _require_reachable(url: str) -> None:
     try:
         parts = urlsplit(url)
-        socket.create_connection((parts.hostname or url, parts.port or parts.scheme), _REACH_S).close()
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname or url, port), _REACH_S).close()
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"reward.judge.url={url!r} can't be reached from here ({error}), so nobody would judge; start it, or score by "

@@ -151,7 +151,8 @@ def _train(plan: Replay, history: RunHistory, work: RunDir, ranks: "Ranks") -> R
         found.end = past.committed
         found.run_seconds += history.commits[past.committed].metrics.get("timing_s/step", 0.0)
         _compare_metrics(past, metrics, found)
-        at_checkpoint = past.committed in saved and run.checkpoint(past.committed).is_dir()  # a run that goes on deletes some
+        kept = past.committed in saved and run.checkpoint(past.committed).is_dir()  # a run that goes on deletes some
+        at_checkpoint = ranks.lead_text(str(kept)) == "True"
         if at_checkpoint:
             _compare_weights(past, found)
         found.seconds = time.monotonic() - began

@@ -28,7 +28,7 @@ from asyncrl.report.paired import paired
 from asyncrl.report.run_tables import ReadRun, lag_map, run_marks, run_tables, started_again
 from asyncrl.report.series import MetricLines, read_metrics
 from asyncrl.report.tiles import run_tiles
-from asyncrl.rundir import RunDir, redact, write_atomic
+from asyncrl.rundir import RunDir, output_file, redact, write_atomic
 
 _BUCKETS = 400  # of a run's updates on a page, shared by several runs from the third on
 _SAMPLE_BYTES = 2 << 20  # of all runs
@@ -52,15 +52,15 @@ def _report(args: argparse.Namespace) -> int:
     """Prints the page's name whenever it was written."""
     if args.every <= 0:
         raise ConfigError(f"--every {args.every:g}: a page can't be written all the time; use seconds > 0, such as 10")
-    if args.out.is_dir():
-        raise ConfigError(f"--out {args.out} is a folder; name a file, such as {args.out / 'report.html'}")
+    out = output_file(args.out)
     while True:
         began, computed = time.monotonic(), time.process_time()
         going = args.watch and any(map(is_running, args.runs))
         page = make_report(args.runs, renew_s=args.every if going else None)
-        write_atomic(args.out, page)
+        write_atomic(out, page)
         spent = time.monotonic() - began
-        print(f"{args.out}: {len(page.encode()) / 1e6:.2f} MB of {len(args.runs)} runs in {spent:.1f} s", flush=True)
+        of = "1 run" if len(args.runs) == 1 else f"{len(args.runs)} runs"
+        print(f"{args.out}: {len(page.encode()) / 1e6:.2f} MB of {of} in {spent:.1f} s", flush=True)
         if not going:
             return 0
         time.sleep(max(args.every, (time.process_time() - computed) / _CORE_SHARE))

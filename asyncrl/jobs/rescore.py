@@ -24,7 +24,7 @@ from asyncrl.config.callables import check_callable
 from asyncrl.config.load import load_deployment, load_recipe
 from asyncrl.config.paths import resolve_paths
 from asyncrl.errors import CheckpointError, ConfigError
-from asyncrl.jobs.fork import MIN_ESS, Fork, add_fork_arguments, new_paths, old_log, source_of
+from asyncrl.jobs.fork import MIN_ESS, Fork, add_fork_arguments, least_ess, new_paths, old_log, source_of
 from asyncrl.prompts.dataset import PromptFile
 from asyncrl.replay.log.derived import LogChanges, Which
 from asyncrl.replay.log.history import RunHistory, open_history
@@ -76,7 +76,7 @@ class Stored:
         self.missing = 0  # whose rows are deleted
         self.errors: Counter[str] = Counter()  # of the new verdicts
         self.sources: dict[int, str] = {}  # of each group
-        self._history = history
+        self.history = history
         self._coming = self._read()
         self._earned: dict[Which, list[float]] = {}  # per token, as it was, of those that are being scored
         self._told = time.monotonic()
@@ -91,7 +91,7 @@ class Stored:
     def score(self, lease: int, scores: Sequence[Score]) -> None:
         for score in scores:
             which = score.group, score.rollout
-            old = self._history.groups[score.group].rollouts[score.rollout]
+            old = self.history.groups[score.group].rollouts[score.rollout]
             new = checked(score, old.length)
             self.scored[self.sources[score.group]] += 1
             self.errors.update([new.error] if new.error else [])
@@ -103,16 +103,16 @@ class Stored:
 
     def _read(self) -> Iterator[Unscored]:
         """Those with a verdict, but for answers that no function was asked about."""
-        groups = deque(sorted(self._history.groups))
+        groups = deque(sorted(self.history.groups))
         while groups:
             chunk = [groups.popleft() for _ in range(min(_GROUPS, len(groups)))]
-            held = chunk if self._history.holds(chunk) else [group for group in chunk if self._history.holds([group])]
-            self.missing += sum(r.row >= 0 for g in set(chunk) - set(held) for r in self._history.groups[g].rollouts)
-            rows = self._history.rows(held, [*UNSCORED_COLUMNS, "oldest", "token_rewards"])
+            held = chunk if self.history.holds(chunk) else [group for group in chunk if self.history.holds([group])]
+            self.missing += sum(r.row >= 0 for g in set(chunk) - set(held) for r in self.history.groups[g].rollouts)
+            rows = self.history.rows(held, [*UNSCORED_COLUMNS, "oldest", "token_rewards"])
             rows = rows.filter(pc.and_(pc.is_valid(rows["oldest"]), pc.not_equal(rows["finish_reason"], "abort")))
             earned = rows["token_rewards"].to_pylist()
             for item, tokens in zip(decode_unscored(rows.select(UNSCORED_COLUMNS)), earned, strict=True):
-                if self._history.groups[item.group].rollouts[item.rollout].status is not None:
+                if self.history.groups[item.group].rollouts[item.rollout].status is not None:
                     self.sources[item.group] = item.prompt.data_source
                     if tokens is not None:
                         self._earned[item.group, item.rollout] = tokens
@@ -149,7 +149,7 @@ def advantages_of(spec: AlgorithmSpec, groups: Sequence[Group]) -> dict[Which, f
     from asyncrl.algorithms.advantages import advantages
     from asyncrl.algorithms.rewards import Outcomes
 
-    ok = [(g.id, place, r) for g in groups for place, r in enumerate(g.sampled()) if r.status == "ok"]
+    ok = [(g.id, place, r) for g in groups if g.ok() for place, r in enumerate(g.sampled()) if r.status == "ok"]
     if not ok:
         return {}
     lengths = torch.tensor([max(1, r.length) for *_, r in ok])
@@ -249,7 +249,7 @@ def _rescore(args: argparse.Namespace) -> int:
     if paths is not None:
         if first is None:
             raise ConfigError(f"no update of {source.path} had a reward that differs: there is nothing to repair")
-        fork = _repair(args, source, paths, recipe, stored.changed, first)
+        fork = _repair(args, source, paths, recipe, stored, first)
         plan = fork.plan()
         if args.dry_run:
             print("\n".join(plan))
@@ -302,15 +302,13 @@ def _what(spec: RewardSpec) -> str:
     return ", ".join(term.what for term in spec.terms())
 
 
-def _repair(
-    args: argparse.Namespace, source: RunDir, paths: RunDir, recipe: Recipe, changed: Mapping[Which, Score], first: int
-) -> Fork:
+def _repair(args: argparse.Namespace, source: RunDir, paths: RunDir, recipe: Recipe, stored: Stored, first: int) -> Fork:
     """The run that goes on from the newest checkpoint before the first update that had wrong rewards."""
     before = [update for update in map(source.update_of, source.steps()) if update < first]
     problems: list[str] = []
     for at in reversed(before):
         try:
-            old = old_log(source, recipe, at)
+            old = old_log(source, recipe, at, end=stored.history.events)  # what a run that goes on added has the old rewards
         except CheckpointError as error:
             problems.append(str(error))
             continue
@@ -321,7 +319,7 @@ def _repair(
             recipe=replace(recipe, name=args.name),
             deployment=load_deployment(args.deploy or source.deployment),
             log=old,
-            changes=LogChanges(min_ess=MIN_ESS if args.min_ess is None else args.min_ess, scores=changed),
+            changes=LogChanges(min_ess=least_ess(args, MIN_ESS), scores=stored.changed),
             changed=[f"reward={_what(recipe.reward)}"],
         )
     found = ", ".join(step.name for step in source.steps()) or "none"

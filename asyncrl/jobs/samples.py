@@ -135,13 +135,13 @@ def _panels(samples: Sequence[RolloutSample]) -> Iterator[Panel]:
     """One for each group: its prompt, then its responses."""
     for together in by_group(samples):
         first = together[0]
-        title = f"group {first.group} · {visible(first.data_source)} · row {first.row}"
         trained = "held out" if first.purpose == "eval" else f"trained by update {first.trained_update}"
-        title += f" · {trained if first.trained_update is not None or first.purpose == 'eval' else first.outcome or 'pending'}"
+        became = trained if first.trained_update is not None or first.purpose == "eval" else first.outcome or "pending"
+        title = f"group {first.group} · {became} · {visible(first.data_source)} · row {first.row}"
         prompt = Text(visible(first.prompt), style="bold")
         truth = Text(f"expected: {visible(first.ground_truth)}", style="dim")
         parts = [part for sample in together for part in _response(sample)]
-        yield Panel(Group(prompt, truth, *parts), title=Text(title), title_align="left")
+        yield Panel(Group(prompt, truth, *parts), title=Text(title, overflow="ellipsis"), title_align="left")
 
 
 def _response(sample: RolloutSample) -> Iterator[Text | Rule]:

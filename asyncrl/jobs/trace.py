@@ -16,7 +16,7 @@ from asyncrl.errors import ConfigError, DataError
 from asyncrl.replay.log.reader import ReplayReader
 from asyncrl.report.lifecycles import COLUMNS, EVENT_COLUMNS, EVENT_KINDS, Hops
 from asyncrl.report.trace import RunTrace
-from asyncrl.rundir import atomic_file
+from asyncrl.rundir import atomic_file, output_file
 
 _BYTES = 1 << 20  # written at a time
 
@@ -35,6 +35,7 @@ def _trace(args: argparse.Namespace) -> int:
     """Writes the file whole or not at all; standard error says what is in it."""
     if args.first is not None and args.last is not None and args.first > args.last:
         raise ConfigError(f"--from {args.first} > --to {args.last}: nothing lies between them")
+    out = output_file(args.out)
     log, hops = asyncrl.replay.open(args.run), Hops()
     events = log.events(EVENT_COLUMNS, EVENT_KINDS)
     steps = {(e.version.incarnation, e.version.update): _timings(e) for e in _commits(log)}
@@ -45,9 +46,9 @@ def _trace(args: argparse.Namespace) -> int:
         raise DataError(f"{args.run}: none of the updates asked for (--from, --to): there are {there}")
     if not len(events):
         raise DataError(f"{args.run}: nothing has happened yet: its log holds no event")
-    with atomic_file(args.out) as beside:
+    with atomic_file(out) as beside:
         count = _write_file(beside, trace, args.run, packed=args.out.suffix == ".gz")
-    size = as_size(args.out.stat().st_size)
+    size = as_size(out.stat().st_size)
     print(
         f"{args.out}: {count:,} events, {size}, {len(trace.updates):,} updates; open it in https://ui.perfetto.dev",
         file=sys.stderr,

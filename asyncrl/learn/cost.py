@@ -58,17 +58,19 @@ def training_flops(policy: PackedModel, packs: Sequence[Pack]) -> float:
     don't learn, beside adapters, need no gradient of their own.
     """
     model, config = policy.model, policy.model.config.get_text_config()
-    embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    output = None if head is None else head.weight
     chosen = getattr(config, "num_experts_per_tok", None) or 1
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
     inner = 0.0
     for name, weight in model.named_parameters():
         if weight is not embedding and weight is not output:
             inner += weight.numel() * (chosen / experts if ".experts." in name else 1.0)
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    heads = getattr(config, "num_attention_heads", None) or 0  # some models have no attention
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
     computed = sum(len(pack.input_ids_u) for pack in packs)
     scored = sum(len(pack.target_ids_t) for pack in packs)
     read = sum(count * length**2 / 2 for pack in packs for count, length in pack.runs)
-    matrices = 2 * (inner * computed + output.numel() * scored)
+    matrices = 2 * (inner * computed + (0 if output is None else output.numel()) * scored)
     passes = 3 if all(weight.requires_grad for weight in model.parameters()) else 2
     return passes * matrices + 3 * 4 * config.num_hidden_layers * width * read

@@ -47,6 +47,10 @@ class PastRun:
         self._history = history
         self._ranks = ranks or Ranks()
 
+    def saves(self, update: int) -> bool:
+        """Whether the checkpoint of an update is there: a run that goes on deletes some."""
+        return self._run.checkpoint(update).is_dir()
+
     def load(self, update: int) -> None:
         """Takes the checkpoint of an update. The one of 0 may be gone: it is the trainer as it was built, and never left since.
         Raises CheckpointError for a damaged one; warns where it was made by other means than there are here."""

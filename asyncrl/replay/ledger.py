@@ -275,7 +275,12 @@ class Ledger:
         self.retries[:0] = [(g.position, g.retry) for g in given_up]
         self.taken.difference_update(e.groups)
         self.ready.difference_update(e.groups)
-        self.reopened = {update: groups for update, groups in self.reopened.items() if not set(groups) & set(e.groups)}
+        for update, groups in [*self.reopened.items()]:
+            if not set(groups).isdisjoint(e.groups):  # the fork's own that were in a batch with these wait for another one
+                del self.reopened[update]
+                own = set(groups).difference(e.groups)
+                self.taken -= own
+                self.ready |= own
         self.min_ess = 0.0
 
     def _forked(self, e: ev.LogForked) -> None:

@@ -73,7 +73,10 @@ class Group(Struct, gc=False, array_like=True):
         return self.rollouts[self.n] if len(self.rollouts) > self.n else None
 
     def ok(self) -> list[RolloutState]:
-        """The sampled ones that have a reward."""
+        """The sampled ones that have a reward; none where the baseline that they are compared with has failed."""
+        baseline = self.baseline()
+        if baseline is not None and baseline.status not in (None, "ok"):
+            return []
         return [r for r in self.sampled() if r.status == "ok"]
 
     def oldest(self) -> int:

@@ -40,7 +40,7 @@ class Agreement(Struct, frozen=True, kw_only=True):
 
     def said(self) -> str:
         allowed = "any" if self.bound is None else f"{self.bound:g}"
-        return f"mean |learner − engine| {self.mean:.2g} nats of {allowed} allowed, worst {self.worst:.2g}"
+        return f"learner and engine are {self.mean:.2g} nats apart on average, of {allowed} allowed, {self.worst:.2g} at worst"
 
 
 class OpeningFacts(Struct, frozen=True, kw_only=True):

@@ -123,6 +123,8 @@ class _TrackerThread:
     def put(self, line: _Line | None, until: float = 0.0) -> bool:
         """Hands on a line, or None: the end; False if it could not. Waits for room until then at most; a thread that has ended
         takes nothing."""
+        if not self._thread.is_alive():
+            return line is None
         try:
             self._lines.put(line, timeout=max(1e-9, until - time.monotonic()))
         except queue.Full:

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+from asyncrl.errors import ConfigError
 from asyncrl.report.trackers import RunFacts
 from asyncrl.rundir import RunDir, write_atomic
 
@@ -18,6 +19,8 @@ class WandB:
     def start(self, facts: RunFacts) -> None:
         import wandb
 
+        if os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun") and not wandb.login(prompt=False):
+            raise ConfigError("W&B has no key here: run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline")
         mark = RunDir(facts.run_dir).trackers / "wandb.id"  # the id of its run there
         identity = mark.read_text() if mark.is_file() else uuid.uuid4().hex[:8]
         write_atomic(mark, identity)

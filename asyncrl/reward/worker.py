@@ -1,6 +1,7 @@
 """The reward stage: leases finished rollouts from the store, has them scored, delivers the verdicts."""
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -135,7 +136,7 @@ class RewardWorker:
             return
         self._time.enter("wait:models" if self._pool.asking else "busy")
         wait_s = _ASK_AGAIN_S if self._pool.has_capacity and not self._ended else self._poll_s
-        renew_in_s = min((held.renew_at for held in self._held), default=0.0) - time.monotonic()
+        renew_in_s = min((held.renew_at for held in self._held), default=math.inf) - time.monotonic()
         self._deliver(self._pool.poll(max(0.0, min(wait_s, renew_in_s))))
         self._renew()
 

@@ -131,7 +131,7 @@ def test_a_terminal_gets_panels_in_which_texts_do_nothing(run: str) -> None:
     assert "\\x1b[2Jclear \\u202eevil [red]text[/red] :smile:" in plain
     assert "no [bold]number[/bold]" in plain
     assert plain.count("╭") == 2
-    assert re.search(r"group 0 · sums · row 0 · trained by update 1", plain)
+    assert re.search(r"group 0 · trained by update 1 · sums · row 0", plain)
     assert re.search(r"0/0/0 ok .*\n.*reward 1 · gain \+0.5 · 5 tokens", plain)
 
 

@@ -76,7 +76,7 @@ def test_lines_for_people(facts: OpeningFacts) -> None:
         "generator-0 on a, 2 CPU threads: weights 2.0 KiB, KV cache up to 3.0 MiB",
         "reward-0 on a, 1 CPU threads",
         "first answer (generator-0, 3 tokens in 0.25 s): '12+34=' → '46'",
-        "engine and learner: mean |learner − engine| 2e-07 nats of 0.0001 allowed, worst 5e-07",
+        "engine and learner: learner and engine are 2e-07 nats apart on average, of 0.0001 allowed, 5e-07 at worst",
         "reward: 1 (length 0.25) in 0.12 s, expected '46'",
     ]
 

@@ -149,12 +149,15 @@ class Derivation:
 
 
 class OldLog:
-    """The log in `folder` as it stood when this was made, seen from a checkpoint. derivation: what is taken over of it."""
+    """The log in `folder` as it stood when this was made, seen from a checkpoint. derivation: what is taken over of it.
 
-    def __init__(self, folder: Path, update: int) -> None:
+    end: how many of its events are read; None: all.
+    """
+
+    def __init__(self, folder: Path, update: int, end: int | None = None) -> None:
         self._folder = folder
         self._update = update
-        self._events = ReplayReader(folder).events().select(["time", "payload"])
+        self._events = ReplayReader(folder).events().select(["time", "payload"]).slice(0, end)
         self.derivation = Derivation(self._each, update)
 
     def require_rows(self, checkpoints: Sequence[int]) -> None:

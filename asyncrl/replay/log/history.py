@@ -32,8 +32,11 @@ class RunHistory:
         self.commits: dict[int, ev.BatchCommitted] = {}  # by update, rising
         self.groups: dict[int, Group] = {}  # those for training
         self._rows = NumberedRows(folder)
-        for event in ReplayReader(folder).decoded(*_READ):
-            self._take(event)
+        read = ReplayReader(folder).events(["seq", "payload"], [str(kind.__struct_config__.tag) for kind in _READ])
+        self.events = 1 + (read["seq"][-1].as_py() if len(read) else -1)  # of the log, that this is made of
+        for batch in read.to_batches():
+            for event in map(ev.decode, batch["payload"].to_pylist()):
+                self._take(event)
 
     def rollouts(self, groups: Sequence[int]) -> list[TrainRollout]:
         """The sampled rollouts of these groups that have a reward, group after group. Raises `DataError` for rows that were

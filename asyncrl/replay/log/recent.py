@@ -1,7 +1,7 @@
 """Follows a log that is being written: the rollouts that the newest updates trained. What came is read once, and never the
 whole history: the newest closed segment and the tail at first, then what follows them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import asyncrl.replay.log.events as ev
-from asyncrl.replay.log.reader import as_columns, at_rest
+from asyncrl.replay.log.reader import Listed, as_columns, at_rest
 from asyncrl.replay.log.rows import ROWS, ROWS_3
 from asyncrl.replay.log.segments import open_closed, readable
 from asyncrl.replay.log.tail import other_version, whole_messages
@@ -18,7 +18,7 @@ from asyncrl.replay.log.verdicts import EVENT_COLUMNS, JOINED, KEYS, Verdicts, j
 HELD_BYTES = 256 << 20  # of rollouts; past them the oldest updates are forgotten
 # As `ReplayReader.rollouts` has them, and how many updates before the newest of the table they were trained.
 COLUMNS = pa.schema([*ROWS, *JOINED, ("age", pa.int64())])
-_FATES = (ev.GroupReserved, ev.GroupSettled, ev.BatchCommitted, ev.LearnerFenced, ev.Evaluated)
+_FATES = (ev.GroupReserved, ev.GroupSettled, ev.GroupsUnused, ev.BatchCommitted, ev.LearnerFenced, ev.Evaluated)
 
 
 class RecentRollouts:
@@ -76,6 +76,8 @@ class RecentRollouts:
                 self._evaluated = set()
             elif isinstance(event, ev.GroupSettled):
                 ended.add(event.group)
+            elif isinstance(event, ev.GroupsUnused):
+                ended.update(event.groups)
             elif isinstance(event, ev.BatchCommitted):
                 commits[event.version.update] = event.groups
                 ended.update(event.groups)
@@ -120,21 +122,24 @@ class _Following:
         self._found: pa.Schema | None = None  # of its tail
         self.empty = self._wanted.empty_table()
 
-    def read(self) -> Iterator[pa.Table]:
-        """The rows that are new. A segment that is closed or deleted meanwhile comes with the next call."""
-        closed, tails = at_rest(self._folder, self._stem, lambda closed, tails: (closed, tails))
-        if self._number < 0:
-            self._number = closed[-1][0] if closed else 0
-        for number, path in sorted([*closed, *tails]):
-            if number < self._number:
-                continue
-            if number > self._number:
-                self._number, self._given, self._bytes = number, 0, 0
-            try:
+    def read(self) -> list[pa.Table]:
+        """The rows that are new."""
+        found: list[pa.Table] = []
+
+        def read(closed: Listed, tails: Listed) -> None:
+            """Goes on after what was found, where a segment was closed or deleted since it was listed."""
+            if self._number < 0:
+                self._number = closed[-1][0] if closed else 0
+            for number, path in sorted([*closed, *tails]):
+                if number < self._number:
+                    continue
+                if number > self._number:
+                    self._number, self._given, self._bytes = number, 0, 0
                 table = self._closed(path) if path.suffix == ".parquet" else self._tail(path)
-            except FileNotFoundError:
-                return
-            yield as_columns(self._wanted, table)
+                found.append(as_columns(self._wanted, table))
+
+        at_rest(self._folder, self._stem, read)
+        return found
 
     def _closed(self, path: Path) -> pa.Table:
         file: pq.ParquetFile = open_closed(path, *self._schemas)
