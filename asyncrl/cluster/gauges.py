@@ -23,6 +23,7 @@ class RayGauges:
             if name not in self._gauges:
                 known = described(metric)
                 said = f"{known.row.meaning} ({known.row.unit})" if known is not None else metric
+                said = said.encode("ascii", "xmlcharrefreplace").decode()  # all that Ray takes
                 self._gauges[name] = Gauge(name, said, tag_keys=("run", *labels))
             self._gauges[name].set(float(value), self._run | labels)
 

@@ -13,7 +13,12 @@ from typing import NamedTuple
 
 # To document a metric: a line there, and `python docs/metrics.py`.
 TABLE = Path(__file__).with_name("names.csv")
-_ACTORS = {"generator": r"generator-\d+", "reward": r"reward-\d+", "model": r"model-\d+\.\d+", "rank": r"\w+-\d+"}
+_ACTORS = {
+    "generator": r"generator-\d+",
+    "reward": r"reward-\d+",
+    "model": r"model-\d+\.\d+",
+    "rank": r"critic|reference|\w+-\d+",
+}
 _WHAT = {
     **_ACTORS,
     "actor": "|".join(("learner", "store", *_ACTORS.values())),

@@ -168,8 +168,11 @@ def test_runs_side_by_side(runs: tuple[Path, Path]) -> None:
 
 def test_a_page_and_a_line_for_it(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "page.html"
+    assert main(["report", str(runs[0]), "--out", str(out)]) == 2
+    assert f"{out.parent} is not a folder that can be written to; make it" in capsys.readouterr().err
+    out.parent.mkdir()
     assert main(["report", str(runs[0]), "--out", str(out), "--watch"]) == 0  # nothing goes on: once is enough
-    assert re.fullmatch(rf"{out}: 0\.\d\d MB of 1 runs in \d+\.\d s\n", capsys.readouterr().out)
+    assert re.fullmatch(rf"{out}: 0\.\d\d MB of 1 run in \d+\.\d s\n", capsys.readouterr().out)
     assert data_of(out.read_text())["renew_s"] is None
     assert [path.name for path in out.parent.iterdir()] == ["page.html"]  # nothing is left beside it
 

@@ -123,7 +123,8 @@ def test_layouts_go_on_from_each_other(gang, tmp_path: Path) -> None:
             assert equal(loaded, own[source][0]), f"{source} -> {name}"
             for tensor, value in own["one"][1].items():
                 scale = value.abs().max().clamp(min=1e-3)
-                assert ((trained[tensor] - value).abs().max() / scale).item() <= 2e-6, f"{source} -> {name}: {tensor}"
+                apart = ((trained[tensor] - value).abs().max() / scale).item()
+                assert apart <= 1e-5, f"{source} -> {name}: {tensor}"  # 2e-6 on CPUs with AVX2
     files = sorted(path.name for path in (RunDir(tmp_path / "fsdp 3").checkpoint(3) / "policy").iterdir())
     assert files[2:] == [f"model_rank_0000{rank}_of_00003.safetensors" for rank in range(3)]
 

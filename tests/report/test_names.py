@@ -37,6 +37,8 @@ def test_each_row_is_found_by_its_own_names() -> None:
         ("eval/hard/num_turns/mean", "num_turns/mean", {"setting": "hard"}),
         ("eval/episode/stop/done", "episode/stop/<reason>", {"reason": "done"}),
         ("actors/generator-0/wait:store", "<actor>/<state>_s", {"actor": "generator-0", "state": "wait:store"}),
+        ("critic/wait:start_s", "<actor>/<state>_s", {"actor": "critic", "state": "wait:start"}),
+        ("critic/critic_bytes", "<rank>/critic_bytes", {"rank": "critic"}),
         ("learner-1/busy_s", "<actor>/<state>_s", {"actor": "learner-1", "state": "busy"}),
         ("actors/reward-2/scored", "<reward>/scored", {"reward": "reward-2"}),
     ],

@@ -20,6 +20,7 @@ import pytest
 pytestmark = pytest.mark.timeout(120)
 PROGRAM, ROOT = Path(__file__).with_name("shown_live.py"), Path(__file__).parents[2]
 KEYS = "s newest samples"
+SIZELESS = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}  # which go before a terminal's
 
 
 class Terminal:
@@ -43,7 +44,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             pass_fds=(orders, done),
-            env={**os.environ, "TERM": "xterm-256color", "PYTHONPATH": str(ROOT), "LOG_LEVEL": "INFO"},
+            env={**SIZELESS, "TERM": "xterm-256color", "PYTHONPATH": str(ROOT), "LOG_LEVEL": "INFO"},
             preexec_fn=own_terminal,
         )
         for descriptor in (slave, orders, done):

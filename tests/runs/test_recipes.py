@@ -160,14 +160,14 @@ def test_every_figure_is_documented_and_says_what_it_should(arithmetic_run, ppo_
     for run in (arithmetic_run, ppo_run):
         rows = {name: described(name) for line in metrics_of(run.run_dir) for name in line if name not in HEAD}
         assert [name for name, known in rows.items() if known is None] == []
-        assert [name for name, known in rows.items() if known and known.name in ("reward/<part>", "actor/<figure>")] == []
+        assert [name for name, known in rows.items() if known and known.row.name in ("reward/<part>", "actor/<figure>")] == []
     for line in metrics_of(arithmetic_run.run_dir, "step"):
         both = [line[f"samples/{source}"] for source in ("addition", "subtraction")]
         assert sum(both) == line["samples"]
         means = [line[f"reward/mean/{source}"] for source in ("addition", "subtraction")]
         weighted = sum(count * mean for count, mean in zip(both, means, strict=True)) / line["samples"]
         assert weighted == pytest.approx(line["reward/mean"]) == pytest.approx(line["critic/score/mean"])
-        assert line["critic/advantages/mean"] == pytest.approx(0.0, abs=1e-6)
+        assert line["critic/advantages/mean"] == pytest.approx(0.0, abs=0.02)  # over tokens: answers are not all as long
         assert line["actor/ratio/mean"] == line["actor/ratio/max"] == 1.0  # a single step, from the proximal policy itself
         assert 0 <= line["timing_s/unaccounted"] < 0.5 * line["perf/time_per_step"]
     moved = [line for line in metrics_of(ppo_run.run_dir, "step") if line["actor/optimizer_steps"]]

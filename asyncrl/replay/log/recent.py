@@ -1,5 +1,6 @@
-"""Follows a log that is being written: the rollouts that the newest updates trained. What came is read once, and never the
-whole history: the newest closed segment and the tail at first, then what follows them."""
+"""Follows a log that is being written: the rollouts that the newest updates trained. What came is read once: the newest closed
+segment and the tail at first, then what follows them. The whole log is read only for groups that were begun before all that
+and are trained now: when a run is resumed or forked."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import asyncrl.replay.log.events as ev
-from asyncrl.replay.log.reader import Listed, as_columns, at_rest
+from asyncrl.replay.log.reader import Listed, ReplayReader, as_columns, at_rest
 from asyncrl.replay.log.rows import ROWS, ROWS_3
 from asyncrl.replay.log.segments import open_closed, readable
 from asyncrl.replay.log.tail import other_version, whole_messages
@@ -18,6 +19,7 @@ from asyncrl.replay.log.verdicts import EVENT_COLUMNS, JOINED, KEYS, Verdicts, j
 HELD_BYTES = 256 << 20  # of rollouts; past them the oldest updates are forgotten
 # As `ReplayReader.rollouts` has them, and how many updates before the newest of the table they were trained.
 COLUMNS = pa.schema([*ROWS, *JOINED, ("age", pa.int64())])
+_OF_UPDATE = ("outcome", "trained_update", "age")  # of all rollouts that it trained
 _FATES = (ev.GroupReserved, ev.GroupSettled, ev.GroupsUnused, ev.BatchCommitted, ev.LearnerFenced, ev.Evaluated)
 
 
@@ -30,11 +32,14 @@ class RecentRollouts:
 
     def __init__(self, folder: Path, columns: Sequence[str], updates: int | None) -> None:
         self._names = [*dict.fromkeys((*KEYS, "trained_update", *columns))]
+        self._own = [name for name in self._names if name not in _OF_UPDATE]
         self._updates = updates
         kept = {*KEYS, "purpose", *columns}
         self._new_events = _Following(folder, "events", ev.EVENTS, EVENT_COLUMNS)
         self._new_rows = _Following(folder, "rows", ROWS, [name for name in ROWS.names if name in kept])
         self._events, self._rows = self._new_events.empty, self._new_rows.empty  # of groups that are under way
+        self._log = ReplayReader(folder)
+        self._begun: set[int] | None = None  # groups that are under way, of which all is followed; None: nothing was read yet
         self._evaluated: set[int] = set()  # groups of the running evaluation
         self._trained: dict[int, pa.Table] = {}  # by update: its rollouts with their verdicts
         self._undone: list[pa.Table] = []  # of updates that a restore undid: to be trained again
@@ -45,7 +50,7 @@ class RecentRollouts:
         tables = [COLUMNS.empty_table().select(self._names)]
         for at, table in self._trained.items():
             if at <= update and (self._updates is None or at > update - self._updates):
-                for name, value in (("outcome", "trained"), ("trained_update", at), ("age", update - at)):
+                for name, value in zip(_OF_UPDATE, ("trained", at, update - at), strict=True):
                     table = table.append_column(name, pa.repeat(pa.scalar(value, COLUMNS.field(name).type), len(table)))
                 tables.append(table.select(self._names))
         return pa.concat_tables(tables)
@@ -56,21 +61,25 @@ class RecentRollouts:
         for rows in self._new_rows.read():
             # Copied: what it was read from has tokens, too.
             self._rows = pa.concat_tables([self._rows, rows.take(pc.indices_nonzero(pc.equal(rows["purpose"], "train")))])
-        commits, ended = self._take(map(ev.decode, _of_kinds(events, *_FATES)["payload"].to_pylist()))
+        commits, begun, ended = self._take(map(ev.decode, _of_kinds(events, *_FATES)["payload"].to_pylist()))
+        self._begun = set() if self._begun is None else self._begun | begun  # at first: their rows may lie in older segments
         first = -1 if self._updates is None else max(commits, default=0) - self._updates
+        commits = {update: groups for update, groups in commits.items() if update > first}
+        followed = {*self._begun, *(group for table in self._undone for group in table["group"].to_pylist())}
+        older = self._read_older({group for groups in commits.values() for group in groups} - followed)
         for update, groups in commits.items():
-            if update > first:
-                self._commit(update, groups)
+            self._commit(update, groups, older, self._begun)
         self._bound(first)
+        self._begun -= ended
         self._rows, self._events = _without(self._rows, ended), _without(self._events, {*ended, *self._evaluated})
 
-    def _take(self, fates: Iterable[ev.Event]) -> tuple[dict[int, tuple[int, ...]], set[int]]:
-        """The groups of new commits by update, and all groups that ended."""
+    def _take(self, fates: Iterable[ev.Event]) -> tuple[dict[int, tuple[int, ...]], set[int], set[int]]:
+        """The groups of new commits by update, and all groups that were begun, and that ended."""
         commits: dict[int, tuple[int, ...]] = {}
-        ended: set[int] = set()
+        begun, ended = set[int](), set[int]()
         for event in fates:
-            if isinstance(event, ev.GroupReserved) and event.purpose == "eval":
-                self._evaluated.add(event.group)
+            if isinstance(event, ev.GroupReserved):
+                (self._evaluated if event.purpose == "eval" else begun).add(event.group)
             elif isinstance(event, ev.Evaluated):
                 ended |= self._evaluated
                 self._evaluated = set()
@@ -85,12 +94,15 @@ class RecentRollouts:
                 self._undone += [self._trained.pop(update) for update in [*self._trained] if update > event.committed]
                 for update in [update for update in commits if update > event.committed]:
                     ended.difference_update(commits.pop(update))
-        return commits, ended
+        return commits, begun, ended
 
-    def _commit(self, update: int, groups: Sequence[int]) -> None:
-        made = [join_verdicts(only_groups(self._rows, groups), [Verdicts(self._events, self._names, groups)])]
-        made = [table.drop_columns(["outcome", "trained_update"]) for table in made]
-        made += [only_groups(table, groups) for table in self._undone]
+    def _read_older(self, groups: set[int]) -> pa.Table:
+        return self._log.rollouts(self._own, groups=[*groups]) if groups else COLUMNS.empty_table().select(self._own)
+
+    def _commit(self, update: int, groups: Sequence[int], older: pa.Table, begun: set[int]) -> None:
+        followed = [group for group in groups if group in begun]
+        made = [join_verdicts(only_groups(self._rows, followed), [Verdicts(self._events, self._names, followed)]).select(self._own)]
+        made += [only_groups(table, groups) for table in (older, *self._undone)]
         self._undone = [rest for table in self._undone if len(rest := _without(table, groups))]
         self._trained[update] = pa.concat_tables(made).combine_chunks()
 
