@@ -31,7 +31,7 @@ from asyncrl.replay.log import events as ev
 from asyncrl.report.callbacks import SavedCheckpoint
 from asyncrl.types import GroupCounts, Record
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.ray
 
 REWARDS = """
 def brief(prompts, completions, answer, **columns):

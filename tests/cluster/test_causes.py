@@ -9,7 +9,7 @@ from asyncrl.cluster.members import Member
 from asyncrl.config import LimitsSpec, PlaceSpec
 from asyncrl.errors import NonFinite, Unavailable
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.ray
 
 
 @ray.remote(num_cpus=0, max_retries=0)

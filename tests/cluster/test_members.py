@@ -8,7 +8,7 @@ from asyncrl.config import LimitsSpec, PlaceSpec
 from asyncrl.errors import Unavailable
 from asyncrl.report.timing import AwakeClock
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.ray
 
 
 class NeverAnswers:

@@ -14,7 +14,7 @@ from asyncrl.config import Deployment, JudgeSpec, RewardSpec, RewardTerm
 from asyncrl.errors import Closed, ConfigError
 from asyncrl.types import Prompt, Report, Rollout, Score, Span, Version
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.ray
 ANSWER = Rollout(
     group=-1,
     rollout=0,

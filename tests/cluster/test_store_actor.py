@@ -17,7 +17,7 @@ from asyncrl.replay.store import ReplayStore
 from asyncrl.staleness import Staleness
 from asyncrl.types import Key, Prompt, Sampling, Version
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.ray
 V, CROWD = Version(1, 0), 1100
 
 

@@ -28,7 +28,7 @@ from asyncrl.errors import AsyncRLError, ConfigError, DiskFull, PlacementError, 
 from asyncrl.report.summary import RunSummary
 from asyncrl.types import GroupCounts, Report, RewardFailures, StoreReport
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.ray
 
 
 def test_a_prompt_that_was_given_up_is_named_once(local_ray, tiny_recipe, tmp_path, caplog):

@@ -9,7 +9,7 @@ import pytest
 
 AGENT = Path(__file__).parent / "pydantic_agent.py"
 CALL = 14  # the word that calls `look`
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("streamed", [False, True])

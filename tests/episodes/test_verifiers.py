@@ -18,7 +18,7 @@ from asyncrl.episodes.session import Budget
 from asyncrl.types import Trajectory
 
 WAIT_S = 120.0
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from asyncrl.generate.sglang.engine import SGLangEngine
 from asyncrl.models.loading import load_model, named_weights
 from asyncrl.types import Generation, GenerationRequest, Sampling, Version
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.gpu
 VOCABULARY, PROMPT, TEMPERATURE = 151936, 64, 0.8
 # bf16 logits of size 4 to 8 are 1/32 apart, and every kernel rounds its own way.
 MEAN, WORST = 0.04, 0.5

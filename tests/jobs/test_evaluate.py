@@ -457,7 +457,6 @@ def test_episodes_are_played_scored_and_told(model, data, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["score"] == 0.25
 
 
-@pytest.mark.timeout(300)
 def test_sglang_says_what_the_torch_engine_says(sglang_on_cpu, tiny_model, tmp_path, capsys):
     """Greedy and in float32: two implementations of one model."""
     data, reward = tmp_path / "sums.jsonl", tmp_path / "sevens.py"

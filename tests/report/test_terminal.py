@@ -17,10 +17,11 @@ from typing import Any
 import pyte
 import pytest
 
-pytestmark = pytest.mark.timeout(120)
 PROGRAM, ROOT = Path(__file__).with_name("shown_live.py"), Path(__file__).parents[2]
 KEYS = "s newest samples"
-SIZELESS = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}  # which go before a terminal's
+SIZELESS = {
+    name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")
+}  # which go before a terminal's
 
 
 class Terminal:

@@ -24,7 +24,6 @@ def test_the_calculator(script: Callable[[Path], ModuleType]) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(400)
 def test_the_agent_is_trained_as_it_is(local_ray, script, tmp_path: Path, metrics_of) -> None:
     """6 of the 40 updates, from a policy that was warmed up for a fifth of the time."""
     module = script(RECIPE)

@@ -19,7 +19,7 @@ from asyncrl.generate.sglang.process import free_port
 from asyncrl.processes import ENDING
 from asyncrl.rundir import RunDir
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.ray
 
 RECIPE = """
 from asyncrl.config import *

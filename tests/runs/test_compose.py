@@ -11,7 +11,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize(("estimator", "n"), [("grpo", 4), ("remax", 1)], ids=["as printed", "remax, n = 1 as in the paper"])
 def test_the_printed_program_runs(
     arithmetic: ModuleType, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str, n: int

@@ -24,7 +24,7 @@ from asyncrl.report.summary import RunSummary
 from asyncrl.rundir import RunDir
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from asyncrl.config import (
 from asyncrl.replay import open as open_replay
 from asyncrl.replay.log import events as ev
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.ray
 UPDATES, GROUPS, WRONG = 6, 4, 4  # the fourth update is the first with wrong rewards
 REWARD = """
 def right(data_source, solution_str, ground_truth, extra_info=None):

@@ -13,7 +13,7 @@ from asyncrl.report.summary import RunSummary
 from asyncrl.rundir import RunDir
 from asyncrl.types import Record
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.ray
 
 
 class CtrlC:

@@ -12,7 +12,7 @@ from asyncrl import Trainer, launch
 from asyncrl.config import Deployment, GeneratorsSpec, ModelSpec, RewardSpec
 from asyncrl.errors import ConfigError
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.ray
 
 # As the folder says; but where a generator is, tokens turn by other angles, which are no weights and so never travel.
 BUILDER = """

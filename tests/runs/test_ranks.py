@@ -8,7 +8,7 @@ from asyncrl import launch
 from asyncrl.cli import main
 from asyncrl.config import Deployment, EngineSpec, GeneratorsSpec, LearnerSpec, LimitsSpec, RanksSpec, StalenessSpec
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.ray
 
 
 def deployment(ranks: int, **limits: float) -> Deployment:

@@ -95,7 +95,6 @@ def ppo_run(local_ray, arithmetic_data, tmp_path_factory) -> RunResult:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(400)
 def test_arithmetic_learns(arithmetic_run, arithmetic_data, metrics_of):
     """Held-out exact match from at most 0.5 to at least 0.7."""
     result = arithmetic_run
@@ -125,7 +124,6 @@ def test_arithmetic_learns(arithmetic_run, arithmetic_data, metrics_of):
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(400)
 def test_arithmetic_ppo_learns(arithmetic_run, ppo_run, metrics_of):
     """The critic learns returns, and the policy improves."""
     assert ppo_run.first_score == pytest.approx(arithmetic_run.first_score, abs=0.01)  # batched differently
@@ -137,7 +135,6 @@ def test_arithmetic_ppo_learns(arithmetic_run, ppo_run, metrics_of):
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(400)
 def test_a_critic_learns_alone_first_and_is_in_every_checkpoint(ppo_run, metrics_of):
     run = RunDir(ppo_run.run_dir)
     steps = metrics_of(run.path, "step")
@@ -155,7 +152,6 @@ HEAD = {"sequence", "time", "kind", "step", "incarnation"}  # of a line
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(400)
 def test_every_figure_is_documented_and_says_what_it_should(arithmetic_run, ppo_run, metrics_of):
     for run in (arithmetic_run, ppo_run):
         rows = {name: described(name) for line in metrics_of(run.run_dir) for name in line if name not in HEAD}
@@ -182,7 +178,6 @@ NOT_HERE |= {"num_turns_mean", "tools_call_frequency", "tools_failure_frequency"
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(400)
 def test_rays_endpoint_serves_what_the_dashboard_asks_for(arithmetic_run):
     """The run joined a Ray that was there, as it joins a cluster."""
     import ray

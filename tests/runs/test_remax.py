@@ -17,7 +17,7 @@ from asyncrl.replay import open as open_replay
 from asyncrl.replay.log import events as ev
 from asyncrl.rundir import RunDir
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.ray
 
 TURNS = """
 def compute_score(data_source, solution_str, ground_truth, *, response_ids, turns):

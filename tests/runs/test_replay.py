@@ -16,7 +16,7 @@ from asyncrl.config import CheckpointSpec, LearnerSpec
 from asyncrl.replay.log import events as ev
 from asyncrl.rundir import RunDir
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.ray
 STEPS = 30
 
 

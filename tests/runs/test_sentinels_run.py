@@ -27,7 +27,7 @@ from asyncrl.errors import SentinelFired
 from asyncrl.manifests import read_manifest
 from asyncrl.rundir import RunDir
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.ray
 pytest.importorskip("duckdb")
 LONGEST = 56
 

@@ -79,7 +79,6 @@ def run(local_ray: None, arithmetic_data: Path, tmp_path_factory: pytest.TempPat
     return launch(recipe, deployment, runs_dir=folder, observe=killer), killer
 
 
-@pytest.mark.timeout(600)
 def test_arithmetic_learns_with_sglang(run, metrics_of):
     """Held-out exact match from at most 0.5 to at least 0.7."""
     result, _ = run
@@ -94,7 +93,6 @@ def test_arithmetic_learns_with_sglang(run, metrics_of):
     assert max(gaps) < 1e-4  # fp32: the same weights in two implementations
 
 
-@pytest.mark.timeout(600)
 def test_a_killed_scheduler_is_replaced_and_nothing_is_lost(run, events_of, gauges):
     result, killer = run
     assert len(killer.killed) == 1

@@ -13,7 +13,6 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
-@pytest.mark.timeout(180)
 def test_the_printed_sweep_runs(local_ray, tiny_recipe, tmp_path, monkeypatch, metrics_of):
     monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "0")
     recipe = tiny_recipe(total_steps=2)

@@ -97,7 +97,6 @@ def outcomes_of(trained: list[TrainRollout], committed: int) -> Outcomes:
     return make_batch(trained, Staleness(max_lag=0, batch_groups=1), committed).outcomes
 
 
-@pytest.mark.timeout(90)
 def test_token_rewards_from_the_function_to_the_advantages(trained: list[TrainRollout]) -> None:
     first, second = trained
     assert (first.reward, second.reward) == (2.0, 2.0)  # 2·1 + 0, due at the end

@@ -101,7 +101,9 @@ class RecentRollouts:
 
     def _commit(self, update: int, groups: Sequence[int], older: pa.Table, begun: set[int]) -> None:
         followed = [group for group in groups if group in begun]
-        made = [join_verdicts(only_groups(self._rows, followed), [Verdicts(self._events, self._names, followed)]).select(self._own)]
+        made = [
+            join_verdicts(only_groups(self._rows, followed), [Verdicts(self._events, self._names, followed)]).select(self._own)
+        ]
         made += [only_groups(table, groups) for table in (older, *self._undone)]
         self._undone = [rest for table in self._undone if len(rest := _without(table, groups))]
         self._trained[update] = pa.concat_tables(made).combine_chunks()

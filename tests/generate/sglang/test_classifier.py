@@ -16,7 +16,7 @@ from asyncrl.generate.engines import EngineSite
 from asyncrl.generate.sglang.classifier import SGLangClassifier
 from asyncrl.models.classifier import load_classifier, logits_of
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(200)]
+pytestmark = pytest.mark.server
 
 
 def until(limit_s: float) -> Iterator[None]:

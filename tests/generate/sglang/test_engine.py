@@ -35,7 +35,6 @@ PROBE_S = 6.0
 UPDATE_S = 8.0
 TOLERANCE = 5e-5  # nats, fp32
 Asked = tuple[GenerationRequest, "Future[Generation]"]
-pytestmark = pytest.mark.timeout(240)
 
 
 class Policy:
