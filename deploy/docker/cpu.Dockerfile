@@ -18,9 +18,10 @@ COPY pyproject.toml README.md LICENSE ./
 # hadolint ignore=DL3013  # their versions stand in pyproject.toml
 RUN --mount=type=cache,target=/root/.cache/pip \
     mkdir -p asyncrl/report/web && touch asyncrl/__init__.py asyncrl/report/web/uPlot.LICENSE && \
-    pip install ".[math,lora,agents,sentinels]" "ray[default]==2.60.0" transformers==5.12.1
+    pip install ".[math,lora,agents,sentinels]" "ray[default]==2.60.0" transformers==5.12.1 && \
+    rm -rf asyncrl build
 COPY asyncrl asyncrl
-RUN pip install --no-deps --no-cache-dir --force-reinstall .
+RUN pip install --no-deps --no-cache-dir --force-reinstall . && asyncrl --version
 
 FROM ${BASE}
 RUN useradd --uid 1000 --create-home asyncrl && install -d -o 1000 -g 1000 /runs && \

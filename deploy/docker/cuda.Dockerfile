@@ -24,9 +24,10 @@ COPY pyproject.toml README.md LICENSE ./
 # hadolint ignore=DL3013  # their versions stand in pyproject.toml
 RUN --mount=type=cache,target=/root/.cache/pip \
     mkdir -p asyncrl/report/web && touch asyncrl/__init__.py asyncrl/report/web/uPlot.LICENSE && \
-    pip install ".[sglang,math,lora,agents,sentinels]" "ray[default]==2.60.0"
+    pip install ".[sglang,math,lora,agents,sentinels]" "ray[default]==2.60.0" && \
+    rm -rf asyncrl build
 COPY asyncrl asyncrl
-RUN pip install --no-deps --no-cache-dir --force-reinstall .
+RUN pip install --no-deps --no-cache-dir --force-reinstall . && asyncrl --version
 
 FROM python
 # The image of Ubuntu brings a user of this number.
