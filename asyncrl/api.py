@@ -75,6 +75,7 @@ class Trainer:
         self._progress: Progress | None = None  # while `fit` goes on
         self._lookout: Lookout | None = None  # where there are sentinels
         self._began = self._actors_due = time.monotonic()
+        self._scalings = 0  # decisions that are in metrics.jsonl
         self._resources = contextlib.ExitStack()
         try:
             self._resources.enter_context(log_shown())
@@ -127,6 +128,12 @@ class Trainer:
                 self._lookout.drain()
                 self._between()
         return self.result()
+
+    def scale(self, generators: int | None = None, rewards: int | None = None) -> None:
+        """States how many generators and reward workers there should be from now on; None: as before. Returns at once: actors
+        come, and go when they have finished what they hold, while `fit` goes on. From any thread, and from callbacks. A count
+        with min and max of the deployment is the run's own no more. Raises ConfigError for less than one."""
+        self._supervisor.scale(generators, rewards)
 
     def finish(self) -> RunResult:
         """Ends the run cleanly: what is still outstanding is settled as unused, and nobody is left waiting."""
@@ -314,6 +321,9 @@ class Trainer:
             self._lookout.note(new)
         if self._progress is not None:
             self._progress.update(self._summary)
+        for scaling in self._summary.scalings[self._scalings :]:
+            self._metrics.append_scaling(scaling)
+        self._scalings = len(self._summary.scalings)
         if now >= self._actors_due:
             self._write_actors()
             self._actors_due = now + ACTORS_EVERY_S

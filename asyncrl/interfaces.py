@@ -188,9 +188,13 @@ class SupervisorStore(Protocol):
         """The last update is made: what is outstanding is settled as unused. Evaluations that were asked for still run to their
         end, then generators and reward workers are told that there will be no more."""
 
-    def forget(self, worker: str, incarnation: int) -> None:
+    def forget(self, worker: str, incarnation: int, excused: bool = False) -> None:
         """This incarnation of a worker is dead: its work is reassigned immediately, its late calls are refused. What its
-        successor holds stays."""
+        successor holds stays. excused: it was given up, or its node was: no prompt of its is to blame."""
+
+    def limit_outstanding(self, groups: int) -> None:
+        """So many groups may be outstanding from now on, for there are more or fewer engines. A store that restarts is built
+        with the same limit."""
 
     def report(self, since: int) -> StoreReport:
         """Records after sequence number `since`, some hundred at a time, each once and in order however often the store

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import ray
+
 from asyncrl.cluster import wiring
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import Peers
@@ -53,14 +55,14 @@ class StageActor:
         """Tells where a peer is now."""
         self._peers.put(peer, restart_count, value)
 
-    def start(self, *arguments: Any) -> tuple[int, Any]:
-        """Builds the stage: loads models, reaches peers. Returns its pid, and what its peers need to know of it."""
+    def start(self, *arguments: Any) -> tuple[int, str, Any]:
+        """Builds the stage: loads models, reaches peers. Returns its pid, its node, and what its peers need to know of it."""
         _log_to(self._plan, self._name)
         known = self._role, self._name, self._restart_count, self._plan, self._peers
         self._stage, address, self._closers = wiring.build(*known, *arguments)
         _settle_memory()
         self._started.set()
-        return os.getpid(), address
+        return os.getpid(), ray.get_runtime_context().get_node_id(), address
 
     def run(self, *arguments: Any) -> None:
         with self._running:
@@ -113,12 +115,12 @@ class StoreActor:
         self._store: Any = None
         self._stopped = asyncio.Event()
 
-    async def start(self) -> tuple[int, None]:
+    async def start(self) -> tuple[int, str, None]:
         """Opens the log, or rebuilds from it."""
         _log_to(self._plan, "store")
         self._store = wiring.build_store(self._plan)
         _settle_memory()
-        return os.getpid(), None
+        return os.getpid(), ray.get_runtime_context().get_node_id(), None
 
     async def call(self, verb: str, key: Key, *arguments: Any) -> Any:
         """In the concurrency group of the verb's protocol (transport.call_store)."""

@@ -1,12 +1,18 @@
 """Why actors failed: which of their errors is the cause, whether a restart may mend it, and what to say of it."""
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfDiskError, RayActorError, RayError, RayTaskError
 
 from asyncrl.cluster.members import Member
+from asyncrl.cluster.transport import call_store
+from asyncrl.disk import full_disk
 from asyncrl.errors import CheckpointError, ConfigError, DataError, DiskFull, NonFinite
+from asyncrl.report.summary import RunSummary
+from asyncrl.types import Report
 
 TELL_S = 1.0  # in which other ranks fail too, if one has failed
 NON_RETRYABLE = (ConfigError, DataError, CheckpointError, NonFinite)  # the next try would meet the same
@@ -32,6 +38,45 @@ def first_failure(member: Member, error: Exception) -> tuple[Member, Exception]:
         return 0 if isinstance(cause, (*NON_RETRYABLE, DiskFull)) else 1 if isinstance(cause, RayActorError) else 2
 
     return min(failed, key=order)
+
+
+def refuse(member: Member, error: Exception) -> None:
+    """Raises what no restart would mend."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, DiskFull):
+        raise cause from error  # it says where, which is often not the member's own place
+    if full_disk(cause) or isinstance(cause, OutOfDiskError):
+        raise DiskFull(f"{member.name}: {cause}: make room, then go on with --resume") from error
+    if isinstance(cause, NON_RETRYABLE):
+        raise type(cause)(f"{member.name}: {cause}") from error
+
+
+def heard(lead: Member, summary: RunSummary) -> dict[str, Report]:
+    """The newest reports of the gang's members."""
+    return {member.name: report for member in lead.gang if (report := summary.reports.get(member.name))}
+
+
+def standing(lead: Member, summary: RunSummary) -> str:
+    """What the ranks of a gang, if it is one, were doing when they were last heard."""
+    if len(lead.gang) == 1:
+        return ""
+    doing = ", ".join(f"{name} {report.doing or 'between two calls'}" for name, report in heard(lead, summary).items())
+    return f"; all ranks start anew. After update {summary.committed} they were last heard at: {doing or 'nothing yet'}"
+
+
+def dump(members: Sequence[Member]) -> dict[str, Any]:
+    """The store's queues and every actor's stacks, of those that answer within some seconds."""
+    store, *others = members
+    asked = {"store": call_store(store.handle, "state")}
+    asked |= {member.name: member.handle.stacks.remote() for member in others if member.phase != "ended"}
+    ray.wait(list(asked.values()), num_returns=len(asked), timeout=10.0)
+    found: dict[str, Any] = {}
+    for name, ref in asked.items():
+        try:
+            found[name] = ray.get(ref, timeout=0)
+        except RayError as error:
+            found[name] = f"no answer: {error}"
+    return found
 
 
 def brief(error: Exception) -> str:

@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from asyncrl.cluster.actors import StageActor, StoreActor
-from asyncrl.cluster.placement import Placement, beside_driver, reserve
+from asyncrl.cluster.placement import Placement, beside_driver, fits_nowhere, request, reserve
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import call_store
 from asyncrl.cluster.watchdog import Clock, RestartBudget
@@ -19,6 +19,7 @@ from asyncrl.errors import Unavailable
 from asyncrl.interfaces import VERBS
 from asyncrl.types import Report, StoreReport
 
+FALLBACK_S = 10.0  # for which a place is sought by some labels, before it is by the next
 Phase = Literal["starting", "idle", "running", "ended"]
 # Calls of one kind that the store has at a time: a `submit` must not queue behind the generators that wait in `reserve`.
 STORE_GROUPS = {verb.caller: 100_000 for verb in VERBS.values()}
@@ -44,25 +45,53 @@ class Member:
         self.phase: Phase = "ended"
         self.task: Any = None  # Ray's reference that ends with the phase; None while the actor is idle or gone
         self.deadline = 0.0  # by which `start` must have ended, on the clock
-        self.pid = 0
+        self.pid, self.node = 0, ""  # of the actor that is up; Ray's id of the node
+        self.leaving = ""  # why it is given up: it finishes what it holds, and is not replaced
+        self.leave_by = 0.0  # on the clock; past it, others do that
         self.handle: Any = None
         self.asked: Any = None  # Ray's reference to the report that was asked for
         self._clock = clock
         self._asked_at = 0.0
         self._seen = 0  # sequence number of the newest record that the store reported
         self._placement: Placement | None = None
+        self._choice, self._sought_at, self._seeking_since = 0, 0.0, 0.0
+
+    def seek(self) -> None:
+        """Asks for a place, for a `spawn` that waits for none: when it is `placed`."""
+        self._placement, self._choice = request(self.name, [self.place]), 0
+        self._sought_at = self._seeking_since = self._clock()
+
+    def placed(self, timeout_s: float, needed: bool) -> bool:
+        """Whether the place that it seeks is there; labels of the place are asked for in turn. Raises PlacementError where it
+        is `needed`, and was not there for `timeout_s`."""
+        if self._placement is None or self._placement.ready:
+            return True
+        now, choices = self._clock(), len(self.place.choices)
+        if needed and now - self._seeking_since > timeout_s:
+            raise fits_nowhere(self.name, [self.place])
+        if choices > 1 and now - self._sought_at > FALLBACK_S:
+            self._placement.release()
+            self._choice, self._sought_at = (self._choice + 1) % choices, now
+            self._placement = request(self.name, [self.place], self._choice)
+        return False
+
+    def leave(self, why: str, within_s: float) -> None:
+        """Has the actor finish what it holds, and end; for so many seconds at the most."""
+        self.leaving, self.leave_by = why, self._clock() + within_s
+        if self.phase == "running":
+            self.handle.ask.remote("retire")
 
     @property
     def is_store(self) -> bool:
         return self.role == "store"
 
-    def spawn(self, plan: RunPlan, known: dict[str, tuple[int, Any]]) -> None:
-        """Creates the actors of the gang that it leads, and begins their `start`. `known` are the peers announced so far."""
+    def spawn(self, plan: RunPlan, known: dict[str, tuple[int, Any]], *, patient: bool = False) -> None:
+        """Creates the actors of the gang that it leads, and begins their `start`. `known` are the peers announced so far.
+        patient: where no place was sought, one is waited for although no node has room yet."""
         timeout_s = plan.deployment.limits.start_timeout_s
+        places, self.leaving = [member.place for member in self.gang], ""
         if self._placement is None:
-            self._placement = (
-                beside_driver() if self.is_store else reserve(self.name, [member.place for member in self.gang], timeout_s)
-            )
+            self._placement = beside_driver() if self.is_store else reserve(self.name, places, timeout_s, patient=patient)
         for member, options in zip(self.gang, self._placement.options, strict=True):
             member._create(plan, known, options)
         followers = [member.handle for member in self.gang[1:]]
@@ -77,7 +106,7 @@ class Member:
             actor = ray.remote(concurrency_groups=STORE_GROUPS)(StoreActor)
             self.handle = actor.options(**options).remote(plan)
             return
-        calls = 8 + (QUESTIONS * plan.deployment.rewards.count if self.role == "model" else 0)
+        calls = 8 + (QUESTIONS * plan.deployment.rewards.most if self.role == "model" else 0)
         actor = ray.remote(max_concurrency=calls)(StageActor)
         self.handle = actor.options(**options).remote(self.role, self.name, self.restart_count, plan, self.place.threads)
         for peer, (restart_count, value) in known.items():
@@ -129,7 +158,7 @@ class Member:
         for member in self.gang:
             if member.handle is not None:
                 ray.kill(member.handle, no_restart=True)
-            member.phase, member.task, member.pid = "ended", None, 0
+            member.phase, member.task, member.pid, member.node = "ended", None, 0, ""
 
     def release(self) -> None:
         self.kill()

@@ -10,6 +10,7 @@ from msgspec import Struct
 from asyncrl.config import Deployment, Recipe, RewardTerm
 from asyncrl.errors import ConfigError
 from asyncrl.rundir import RunDir, write_atomic
+from asyncrl.staleness import Staleness
 
 _RESTARTS = 10**9  # of one actor in one start of the run, at the most; as ns, a second
 
@@ -36,6 +37,12 @@ class RunPlan(Struct, frozen=True, kw_only=True):
         served = [term for term in self.recipe.reward.terms() if term.served]
         count = self.deployment.rewards.models.count
         return {f"model-{number}.{i}": term for number, term in enumerate(served) for i in range(count)}
+
+    @property
+    def staleness(self) -> Staleness:
+        """The rule, for as many engines as there are."""
+        generators = self.deployment.generators
+        return self.recipe.staleness_rule(generators.slots, generators.least)
 
     def incarnation(self, restart_count: int) -> int:
         """An actor's incarnation for the store: rises with restarts of the actor, and of the driver."""

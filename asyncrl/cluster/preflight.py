@@ -276,13 +276,13 @@ def _batches(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> str:
 def _staleness(recipe: Recipe, deployment: Deployment) -> str:
     """Both numbers, in words: how stale a token may ever be, and how far generation runs ahead."""
     generators = deployment.generators
-    rule = recipe.staleness_rule(generators.slots, generators.count)
+    rule = recipe.staleness_rule(generators.slots, generators.least)
     ahead = rule.most_outstanding // rule.batch_groups
     chosen = ""
     if recipe.staleness.reserve_ahead == "auto" and rule.on_stale != "wait":
         chosen = f", for {generators.slots} slots"
         if recipe.episode.in_flight:
-            chosen += f" or {generators.count} × episode.in_flight={recipe.episode.in_flight}, whichever are more"
+            chosen += f" or {generators.least} × episode.in_flight={recipe.episode.in_flight}, whichever are more"
     return (
         f"{rule.on_stale if rule.max_lag else 'hold'}: no trained token is ever more than max_lag={rule.max_lag} updates old; "
         f"usually {ahead - 1} or less, as reserve_ahead={ahead} batches ({rule.most_outstanding} groups) are outstanding at "

@@ -20,8 +20,8 @@ def check_placement(
     Only a local Ray can be judged beforehand; a cluster answers when it is joined (`PlacementError`).
     """
     groups = [
-        ("generators", deployment.generators.count, deployment.generators.place),
-        ("rewards", deployment.rewards.count, deployment.rewards.place),
+        ("generators", deployment.generators.least, deployment.generators.place),
+        ("rewards", deployment.rewards.least, deployment.rewards.place),
         *([("models", served * (models := deployment.rewards.models).count, models.place)] if served else []),
         *((group, of.ranks, of.place) for group, of in deployment.groups.items()),
         ("store", 1, deployment.store.place),

@@ -13,21 +13,22 @@ from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import GetTimeoutError, OutOfDiskError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from asyncrl.cluster.causes import NON_RETRYABLE, brief, first_failure
+from asyncrl.cluster.causes import brief, dump, first_failure, heard, refuse, standing
+from asyncrl.cluster.fleet import FIELDS, Fleet, taken_with_its_node
 from asyncrl.cluster.members import Member
 from asyncrl.cluster.opening import Opening
 from asyncrl.cluster.plan import RunPlan
+from asyncrl.cluster.scaling import Scaler
 from asyncrl.cluster.transport import call_store
 from asyncrl.cluster.watchdog import StallWatch
-from asyncrl.disk import full_disk
 from asyncrl.errors import ActorFailed, AsyncRLError, ConfigError, DiskFull, Unavailable
 from asyncrl.processes import undisturbed
 from asyncrl.report.summary import RunSummary
 from asyncrl.report.timing import AwakeClock
 from asyncrl.rundir import redact, write_atomic
-from asyncrl.types import Record, Report, StoreReport
+from asyncrl.types import Record, StoreReport
 
 log = logging.getLogger(__name__)
 TICK_S = 0.5
@@ -52,10 +53,12 @@ class Supervisor:
         self._between = between
         self._limits = plan.deployment.limits
         self._clock = AwakeClock(time.monotonic, STEP_S)
-        self._store, self._learner, *_ = self._members = self._make_members()
+        self._fleet = Fleet(plan, self._clock)
+        self._scaler = Scaler(self._fleet, self._limits.scale_every_s, self._clock)
+        self._store, self._learner, *_ = self._members = self._fleet.members
         self._opening = Opening(plan, self._members)
         self._known: dict[str, tuple[int, Any]] = {}  # where the peers are: by name, restart count and address or handle
-        self._dead: list[tuple[str, int]] = []  # workers and incarnations that the store must be told of
+        self._dead: list[tuple[str, int, bool]] = []  # workers that the store must be told of: as `forget` takes them
         self._until: int | None = None  # the update that the learner is running to
         self._finishing = False
         self._save_after: int | None = None  # an update: until a later one is saved, a checkpoint is asked for
@@ -63,22 +66,11 @@ class Supervisor:
         self._stall = StallWatch(self._limits.stall_timeout_s, self._clock)
         self._gang_stall = StallWatch(self._limits.stall_timeout_s, self._clock)
 
-    def _make_members(self) -> list[Member]:
-        deployment, watch = self._plan.deployment, (self._limits, self._clock)
-        generators, rewards = deployment.generators, deployment.rewards
-        slots = [("generator", f"generator-{i}", generators.place) for i in range(generators.count)]
-        slots += [("reward", f"reward-{i}", rewards.place) for i in range(rewards.count)]
-        slots += [("model", name, rewards.models.place) for name in self._plan.models]
-        first, *others = ((name, deployment.groups[group].place) for name, group in deployment.ranks.items())
-        lead = Member("learner", *first, *watch, [Member("rank", *other, *watch) for other in others])
-        store = Member("store", "store", deployment.store.place, *watch)
-        return [store, *lead.gang, *(Member(*slot, *watch) for slot in slots)]
-
     def start(self) -> None:
         """Creates every actor and waits until the learner and the store are up. Raises the first non-retryable error."""
         for member in self._members:
             if member.lead is member:
-                member.spawn(self._plan, self._known)
+                member.spawn(self._plan, self._known, patient=member.role in self._fleet.elastic)
         while self._learner.phase == "starting" or self._store.phase == "starting":
             self._tick()
         self._fresh_report()
@@ -103,6 +95,13 @@ class Supervisor:
                     self._between()
         finally:
             self._opening.forget()
+
+    def scale(self, generators: int | None = None, rewards: int | None = None) -> None:
+        """States how many there should be from now on (None: as before); the next rounds see to it. From any thread. Raises
+        ConfigError for less than one, and after `finish`."""
+        if self._finishing:
+            raise ConfigError("scale after `finish`: nobody generates any more; call it before")
+        self._fleet.ask({"generator": generators, "reward": rewards})
 
     def evaluate(self) -> None:
         """Has the idle learner's weights evaluated, unless they were, and waits until that has come in."""
@@ -205,8 +204,7 @@ class Supervisor:
                 if refs:
                     ray.wait(refs, num_returns=len(refs), timeout=self._stop_timeout_s)
         finally:
-            for member in self._members:
-                member.release()
+            self._fleet.release()
 
     # ------------------------------------------------------------------------------------------- the loop
 
@@ -228,7 +226,7 @@ class Supervisor:
             if tasks[ref].task is ref:  # else it was replaced just now, with its gang
                 self._settle(tasks[ref])
         store, reports = None, []
-        for member in self._members:
+        for member in [*self._members]:
             if member.phase == "starting" and self._clock() > member.deadline:
                 self._failed(member, Unavailable(f"{member.name} did not start within limits.start_timeout_s"))
             try:
@@ -240,10 +238,11 @@ class Supervisor:
                 store = report
             elif report is not None:
                 reports.append(report)
-        restarts = {member.name: member.restarts for member in self._members if member.restarts}
+        if not self._finishing:
+            self._scale()
         pids = {member.name: member.pid for member in self._members if member.pid}
         named, failing = len(self._summary.given_up), self._summary.failures.first
-        self._summary.update(store, reports, restarts, pids)
+        self._summary.update(store, reports, self._fleet.restarts, pids)
         if (first := self._summary.failures.first) and not failing:
             log.warning("%s", redact(first))
         for message in self._summary.given_up[named:]:
@@ -266,13 +265,15 @@ class Supervisor:
             self._failed(member, error)
             return
         if member.phase == "starting":
-            member.pid, address = value
+            member.pid, member.node, address = value
             member.budget.up()
             self._started(member, address)
         elif member is self._learner:
             member.phase, member.task = "idle", None
         elif self._finishing:
             member.phase, member.task = "ended", None
+        elif member.leaving:
+            self._fleet.drop(member)
         else:
             self._failed(member, Unavailable(f"{member.name} ended before the run did; its log says why"))
 
@@ -308,19 +309,20 @@ class Supervisor:
             log.warning("%s died at the end of the run, and is not needed any more: %s", member.name, brief(error))
             lead.kill()
             return
+        if lead.leaving or (lead.role in FIELDS and taken_with_its_node(error)):
+            self._lost(lead, error)
+            return
         member, error = first_failure(member, error)
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        text = redact(brief(error)) + self._standing(lead)
+        if taken_with_its_node(error):
+            self._lost(lead, error)
+            self._replace(lead, excused=True)
+            return
+        text = redact(brief(error)) + standing(lead, self._summary)
         counted = lead.budget.failed(text)
         if not lead.restarts:
             with suppress(DiskFull):
                 write_atomic(self._plan.paths.logs / f"{member.name}.error", text + "\n")
-        if isinstance(cause, DiskFull):
-            raise cause from error  # it says where, which is often not the member's own place
-        if full_disk(cause) or isinstance(cause, OutOfDiskError):
-            raise DiskFull(f"{member.name}: {cause}: make room, then go on with --resume") from error
-        if isinstance(cause, NON_RETRYABLE):
-            raise type(cause)(f"{member.name}: {cause}") from error
+        refuse(member, error)
         limit, window_s = self._limits.max_restarts, self._limits.restart_window_s
         if len(counted) > limit:
             raise ActorFailed(
@@ -329,24 +331,36 @@ class Supervisor:
             ) from error
         lead.restarts += 1
         log.warning("%s died and is restarted: %s", member.name, text.strip().splitlines()[-1] if text.strip() else error)
+        self._replace(lead, excused=False)
+
+    def _replace(self, lead: Member, *, excused: bool) -> None:
         lead.kill()
         if lead is not self._store:
-            self._dead.append((lead.name, self._plan.incarnation(lead.restart_count)))
+            self._dead.append((lead.name, self._plan.incarnation(lead.restart_count), excused))
             self._tell_deaths()
         lead.spawn(self._plan, self._known)
 
-    def _heard(self, lead: Member) -> dict[str, Report]:
-        """The newest reports of the gang's members."""
-        return {member.name: report for member in lead.gang if (report := self._summary.reports.get(member.name))}
+    def _lost(self, lead: Member, error: Exception) -> None:
+        """Who dies while it leaves, or with its node, has not failed. Whoever comes and goes is placed anew."""
+        if taken_with_its_node(error) and not lead.leaving:
+            self._fleet.preemptions[lead.name] += 1
+            log.warning("%s was lost with its node, which counts as no failure of its: it is replaced", lead.name)
+        if lead.role in FIELDS:
+            self._fleet.drop(lead)
 
-    def _standing(self, lead: Member) -> str:
-        """What the ranks of a gang, if it is one, were doing when they were last heard."""
-        if len(lead.gang) == 1:
-            return ""
-        doing = ", ".join(f"{name} {report.doing or 'between two calls'}" for name, report in self._heard(lead).items())
-        return (
-            f"; all ranks start anew. After update {self._summary.committed} they were last heard at: {doing or 'nothing yet'}"
-        )
+    def _scale(self) -> None:
+        """Takes what was stated, or what the rule decides, and has members come and go."""
+        fleet, summary = self._fleet, self._summary
+        self._scaler.look(summary)
+        before, self._plan = self._plan, fleet.look(self._plan, self._known)
+        if before is not self._plan and self._store.phase == "running":
+            call_store(self._store.handle, "limit_outstanding", self._plan.staleness.most_outstanding)
+        while fleet.left:
+            member = fleet.left.pop()
+            summary.reports.pop(member.name, None)
+            self._dead.append((member.name, self._plan.incarnation(member.restart_count), True))
+        self._tell_deaths()
+        summary.preemptions = dict(fleet.preemptions)
 
     def _tell_deaths(self) -> None:
         """The store is told of every death once; of those while it was down itself, when it is up again."""
@@ -365,7 +379,7 @@ class Supervisor:
 
     def _watch_gang(self) -> None:
         """Fails the learner's ranks if they are at something and none has moved for `stall_timeout_s`."""
-        ranks = self._heard(self._learner)
+        ranks = heard(self._learner, self._summary)
         at_work = len(ranks) > 1 and self._learner.phase != "starting" and any(report.doing for report in ranks.values())
         if self._gang_stall.stalled(None, ranks, excused=not at_work):
             limit_s = self._limits.stall_timeout_s
@@ -378,22 +392,9 @@ class Supervisor:
         doing = self._stall.stalled(report, self._summary.reports, excused=idle or starting)
         if doing:
             path = self._plan.paths.logs / "stall.json"
-            write_atomic(path, json.dumps(redact(self._dump()), indent=1, default=str))
+            write_atomic(path, json.dumps(redact(dump(self._members)), indent=1, default=str))
             waiting = ", ".join(f"{name}={value:g}" for name, value in report.gauges.items())
             raise AsyncRLError(
                 f"nothing has moved for limits.stall_timeout_s={self._limits.stall_timeout_s:g} s: {doing} ({waiting}); "
                 f"queue depths, in-flight ids and stacks are in {path}"
             )
-
-    def _dump(self) -> dict[str, Any]:
-        """The store's queues and every actor's stacks, of those that answer within some seconds."""
-        asked = {"store": call_store(self._store.handle, "state")}
-        asked |= {m.name: m.handle.stacks.remote() for m in self._members if m is not self._store and m.phase != "ended"}
-        ray.wait(list(asked.values()), num_returns=len(asked), timeout=10.0)
-        dump: dict[str, Any] = {}
-        for name, ref in asked.items():
-            try:
-                dump[name] = ray.get(ref, timeout=0)
-            except RayError as error:
-                dump[name] = f"no answer: {error}"
-        return dump

@@ -65,7 +65,7 @@ def build_store(plan: RunPlan) -> "ReplayStore":
             pinned=not recipe.episode.what,
         )
     store_plan = StorePlan(
-        rule=recipe.staleness_rule(plan.deployment.generators.slots, plan.deployment.generators.count),
+        rule=plan.staleness,
         source=source,
         sampling=sampling,
         keep=GROUP_FILTERS.get(sampling.keep) or load_callable(sampling.keep, "sampling.keep"),

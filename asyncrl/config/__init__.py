@@ -9,6 +9,7 @@ from asyncrl.config.dtypes import *
 from asyncrl.config.learner import *
 from asyncrl.config.limits import *
 from asyncrl.config.parallel import *
+from asyncrl.config.places import *
 from asyncrl.config.recipe import *
 from asyncrl.config.rewards import *
 from asyncrl.config.sentinels import *

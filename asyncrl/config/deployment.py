@@ -1,7 +1,6 @@
 """The deployment: where a recipe runs. Every default lives here, once; deploy/local.yaml spells them out."""
 
 import ipaddress
-import math
 import os.path
 from collections.abc import Iterable
 from typing import Literal
@@ -11,24 +10,7 @@ from asyncrl.config.base import Rule, Spec, require, require_fields, require_uns
 from asyncrl.config.callables import Function, name_functions
 from asyncrl.config.limits import LimitsSpec
 from asyncrl.config.parallel import Group, ParallelSpec, layouts
-
-
-class PlaceSpec(Spec, frozen=True, kw_only=True):
-    """What one actor process reserves of the cluster, and the torch threads it computes with."""
-
-    cpus: float = 0.0  # 0: it runs anywhere and reserves none
-    gpus: float = 0.0  # 0: it computes on the CPU
-    threads: int = 1  # of torch
-    resources: dict[str, float] = {}  # Ray's custom resources, by name
-
-    def __post_init__(self) -> None:
-        rules: list[Rule] = [
-            ("cpus gpus", lambda x: x >= 0, "< 0: there is nothing less than none; use 0 to reserve none"),
-            ("threads", lambda x: x >= 1, "< 1: nothing could be computed; use at least 1"),
-            ("resources", lambda x: all(0 <= n < math.inf for n in x.values()), "asks for less than none; use amounts >= 0"),
-        ]
-        require_fields(self, "place.", rules)
-
+from asyncrl.config.places import PlaceSpec, Several, is_some
 
 # `auto` and what an engine can compute in.
 ServedDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -226,11 +208,9 @@ class EngineSpec(Spec, frozen=True, kw_only=True):
         )
 
 
-class GeneratorsSpec(Spec, frozen=True, kw_only=True):
+class GeneratorsSpec(Several, frozen=True, kw_only=True):
     """The actors that generate rollouts, each with an engine of its own."""
 
-    # Generators of the run.
-    count: int = 1
     # What each of them reserves; its GPUs are those of its engine.
     place: PlaceSpec = PlaceSpec()
     engine: EngineSpec = EngineSpec()
@@ -240,13 +220,13 @@ class GeneratorsSpec(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         rules: list[Rule] = [
-            ("count", lambda x: x >= 1, "< 1: nobody would generate; use at least 1"),
+            ("count", is_some, "< 1: nobody would generate; use at least 1"),
             ("max_gap", lambda x: x == "auto" or x > 0, "<= 0 nats: no engine rounds as the learner does; use null for any"),
         ]
         require_fields(self, "generators.", rules)
         sglang = self.engine.sglang
         require(
-            self.count == 1 or not sglang.urls,
+            self.most == 1 or not sglang.urls,
             f"generators.count={self.count} with engine.sglang.urls: every generator would update the same servers; use "
             "count: 1, which serves all of the URLs",
         )
@@ -261,11 +241,15 @@ class GeneratorsSpec(Spec, frozen=True, kw_only=True):
         )
 
     @property
-    def slots(self) -> int:
-        """Requests that all engines decode together."""
+    def servers(self) -> int:
+        """Engines of one generator, each with `engine.slots`."""
         sglang = self.engine.sglang
-        servers = (len(sglang.urls) or sglang.servers) if self.engine.kind == "sglang" else 1
-        return self.count * servers * self.engine.slots
+        return (len(sglang.urls) or sglang.servers) if self.engine.kind == "sglang" else 1
+
+    @property
+    def slots(self) -> int:
+        """Requests that all engines decode together, of as many generators as a run begins with."""
+        return self.least * self.servers * self.engine.slots
 
 
 class ModelsSpec(Spec, frozen=True, kw_only=True):
@@ -282,18 +266,20 @@ class ModelsSpec(Spec, frozen=True, kw_only=True):
         require_fields(self, "rewards.models.", [rule])
 
 
-class RewardsSpec(Spec, frozen=True, kw_only=True):
+class RewardsSpec(Several, frozen=True, kw_only=True):
     """The actors that score."""
 
-    count: int = 1  # actors
     processes: int = 1  # killable scoring processes of each
     lease_size: int = 64  # the most rollouts that an actor asks for at a time
     place: PlaceSpec = PlaceSpec()  # of each actor
     models: ModelsSpec = ModelsSpec()  # actors beside them, only for a recipe with reward models or judges of its own
 
     def __post_init__(self) -> None:
-        rule: Rule = ("count processes lease_size", lambda x: x >= 1, "< 1: nothing would be scored; use >= 1")
-        require_fields(self, "rewards.", [rule])
+        rules: list[Rule] = [
+            (name, holds, "< 1: nothing would be scored; use >= 1")
+            for name, holds in (("count", is_some), ("processes lease_size", lambda x: x >= 1))
+        ]
+        require_fields(self, "rewards.", rules)
 
 
 class RanksSpec(Spec, frozen=True, kw_only=True):

@@ -19,23 +19,25 @@ def explain(error: msgspec.ValidationError, spec: type[msgspec.Struct], data: An
     path = re.sub(r"\[.*?\]", "", at[1]).strip(".") if at else ""
     text = _AT.sub("", text)
     kind: Any = spec
+    stated: Any = spec  # the same, with what else may stand there
     for name in filter(None, path.split(".")):
-        kind = struct_in({field.name: field.type for field in msgspec.structs.fields(kind)}[name]) if is_struct(kind) else Any
+        stated = {field.name: field.type for field in msgspec.structs.fields(kind)}[name] if is_struct(kind) else Any
+        kind = struct_in(stated)
         data = data.get(name, data) if isinstance(data, dict) else data  # of groups under names of the user's: all of them
     if (unknown := _UNKNOWN_FIELD.search(text)) and is_struct(kind):
         full = f"{path}.{unknown[1]}".strip(".")
         value = data.get(unknown[1]) if isinstance(data, dict) else None
         return full, f"{full}={value!r}: {path or spec.__name__} has no field {unknown[1]!r}" + nearest(unknown[1], kind, spec)
-    if is_struct(kind) and not isinstance(data, dict):
+    if is_struct(kind) and not isinstance(data, dict) and {*get_args(stated)} <= {kind, NoneType}:
         return path, f"{path or spec.__name__}={data!r} must be a group of fields: {names(kind)}"
     if (missing := _MISSING.search(text)) and isinstance(data, dict) and missing[1] not in data:
         without = [name for name, one in data.items() if isinstance(one, dict) and missing[1] not in one]
         if without:
             there = ", ".join(sorted(data.keys() - without)) or "none"
             return path, f"{path}.{without[0]} has no {missing[1]!r}, which it needs; of {path} there are: {there}"
-    if not path or is_struct(kind):
+    if not path or (is_struct(kind) and isinstance(data, dict)):
         return path, f"{path or spec.__name__}: {text}"
-    return path, f"{path}={data!r} must be {expected(kind)}: {text}"
+    return path, f"{path}={data!r} must be {expected(stated)}: {text}"
 
 
 def nearest(name: str, kind: type[msgspec.Struct], root: type[msgspec.Struct] | None = None) -> str:
@@ -75,4 +77,6 @@ def expected(kind: Any) -> str:
         return " or ".join(expected(part) for part in inner)
     if origin in (list, tuple):
         return f"a list of {expected(inner[0])}"
+    if is_struct(kind):
+        return f"a group of fields ({names(kind)})"
     return "null" if kind is NoneType else getattr(kind, "__name__", str(kind))

@@ -22,13 +22,17 @@ class LimitsSpec(Spec, frozen=True, kw_only=True):
     save_timeout_s: float = 600.0
     # For an SGLang server to take new weights; then it is replaced. Below stall_timeout_s.
     update_timeout_s: float = 180.0
+    # Between two decisions about how many actors there are, where a count has min and max: what is seen meanwhile is averaged.
+    scale_every_s: float = 60.0
+    # For an actor that is given up to finish what it holds, if its node does not go before; then others begin that anew.
+    leave_timeout_s: float = 300.0
     stop_timeout_s: float = 15.0  # for actors to end by themselves, before they are killed
 
     def __post_init__(self) -> None:
-        waits = "restart_window_s lease_s poll_s start_timeout_s health_timeout_s stall_timeout_s save_timeout_s"
+        waits = "restart_window_s lease_s poll_s start_timeout_s health_timeout_s stall_timeout_s save_timeout_s scale_every_s"
         rules: list[Rule] = [
             ("max_restarts", lambda x: x >= 0, "< 0; use 0 to end the run with the first actor that dies"),
             (f"{waits} update_timeout_s", lambda x: x > 0, "<= 0 s: it would be over before it began; use seconds > 0"),
-            ("stop_timeout_s", lambda x: x >= 0, "< 0 s; use 0 to kill actors at once"),
+            ("stop_timeout_s leave_timeout_s", lambda x: x >= 0, "< 0 s; use 0 to end actors at once"),
         ]
         require_fields(self, "limits.", rules)

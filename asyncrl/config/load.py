@@ -140,7 +140,7 @@ def override(spec: S, overrides: Iterable[str], prefix: str = "") -> S:
         node, kind = data, _field_type(type(spec), path, text)
         *parents, leaf = path.split(".")
         for parent in parents:
-            if node.get(parent) is None:  # an optional group that is not there yet, or one of its own
+            if not isinstance(node.get(parent), dict):  # an optional group that is not there yet, or one of its own
                 node[parent] = {}
             node = node[parent]
         node[leaf] = _parse(raw, kind, text, path)

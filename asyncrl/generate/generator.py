@@ -149,11 +149,22 @@ class Generator:
         with self._lock:
             self._step(GeneratorEvent.STOP)
 
+    def retire(self) -> None:
+        """Ends `run` when what it holds is submitted; it reserves no more. Returns at once."""
+        with self._lock:
+            self._reply.ended = True
+            self._changed()
+        self._store.recall()
+
+    def _done(self) -> bool:
+        """Whether there is nothing left to do, and no `reserve` is under way that might bring something."""
+        return self._reply.ended and self._work.empty and not accepts(self._state, GeneratorEvent.RESERVED)
+
     def _watch(self) -> None:
         """Until the run is over: has the engine prove, again and again, that it makes progress."""
         while True:
             with self._lock:
-                over = self._wait(lambda: self._reply.ended and self._work.empty, timeout=self._health_timeout_s / 2)
+                over = self._wait(self._done, timeout=self._health_timeout_s / 2)
             if over:
                 return
             self._engine.health(self._health_timeout_s / 2)

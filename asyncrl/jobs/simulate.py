@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import re
 import sys
 
 from msgspec.structs import asdict
@@ -10,9 +11,11 @@ from asyncrl.config.load import load_specs, override
 from asyncrl.errors import ConfigError
 from asyncrl.rundir import RunDir
 from asyncrl.simulate.costs import Costs
+from asyncrl.simulate.elastic import Trace, random_trace, read_trace
 from asyncrl.simulate.measured import measure
 from asyncrl.simulate.simulation import simulate
 
+_COMMA, _COLON = (re.compile(rf"{mark}(?![^{{]*}})") for mark in ",:")  # not those of `{min: 1, max: 4}`
 _EQUAL = 0.98  # so much of the most trained tokens/s is as good, and the least stale of these is the best
 
 
@@ -24,6 +27,10 @@ def simulate_job(parser: argparse.ArgumentParser) -> None:
     tried = "values to try; fields joined by `:` change together; repeatable, for all combinations"
     parser.add_argument("--try", dest="tried", action="append", default=[], metavar="FIELD=A,B,…[:FIELD=…]", help=tried)
     parser.add_argument("--updates", type=int, default=100, help="to simulate of each; the first fifth is not counted (100)")
+    spot = (
+        "nodes that come and go: each is taken after LIFE seconds on average, and back after AWAY; or a file of SECONDS NODES"
+    )
+    parser.add_argument("--spot", metavar="LIFE/AWAY|FILE", help=spot)
     parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="fields to change, and costs.NAME=VALUE")
     parser.set_defaults(job=_simulate)
 
@@ -43,7 +50,8 @@ def _simulate(args: argparse.Namespace) -> int:
             recipe, deployment = load_specs(args.recipe, deploy, others)
             paid = override(costs, stated, "costs.")
             drawn = lengths or paid.lengths(recipe.rollouts_per_group, recipe.sampling.max_response_length)
-            figures = simulate(recipe, deployment, paid, drawn, args.updates)
+            trace = args.spot and _trace(args.spot, deployment.generators.most, recipe.seed)
+            figures = simulate(recipe, deployment, paid, drawn, args.updates, trace)
         except ConfigError as error:
             if len(settings) == 1:
                 raise
@@ -65,9 +73,18 @@ def _simulate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _trace(spot: str, nodes: int, seed: int) -> Trace:
+    if (stated := re.fullmatch(r"([0-9.e]+)/([0-9.e]+)", spot)) is None:
+        return read_trace(spot)
+    life_s, away_s = float(stated[1]), float(stated[2])
+    if not (life_s > 0 and away_s > 0):
+        raise ConfigError(f"--spot {spot}: a node stays, and is away, for some time; use seconds > 0")
+    return random_trace(nodes, life_s, away_s, seed)
+
+
 def _choices(tried: str) -> list[tuple[str, ...]]:
     """The overrides that change together, for each of the values."""
-    fields = [(field, values.split(",")) for field, _, values in (part.partition("=") for part in tried.split(":"))]
+    fields = [(field, _COMMA.split(values)) for field, _, values in (part.partition("=") for part in _COLON.split(tried))]
     if not all(values[0] and len(values) == len(fields[0][1]) for _, values in fields):
         example = "staleness.max_lag=0,4 or deploy.generators.count=6,4:deploy.learner.ranks=2,4"
         raise ConfigError(f"--try {tried!r}: expected FIELD=A,B,…, with as many values for each field; for example {example}")

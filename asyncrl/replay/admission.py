@@ -65,13 +65,16 @@ class Holders:
                 self.regain(group)
         self._lose([g.id for g in theirs if g.id not in kept])
 
-    def forget(self, worker: str, incarnation: int) -> None:
-        """A worker died: what it held up to this incarnation is lost. Gives a prompt up if it is to blame."""
+    def forget(self, worker: str, incarnation: int, excused: bool = False) -> None:
+        """A worker died: what it held up to this incarnation is lost. Gives a prompt up if it is to blame; never, where the
+        worker is excused: it was given up, or its node was."""
         silent = [holder for holder in self._taken if holder[0] == worker and holder[1] <= incarnation]
         taken = {group for holder in silent for group in self._taken.pop(holder)}
         held = {g.id: g for g in self._outstanding.held_by(worker) if g.incarnation <= incarnation}
         others = [g for g in map(self._ledger.find, taken - held.keys()) if g is not None and g.in_flight()]
-        if dead := sorted([*held.values(), *others], key=lambda g: (g.purpose == "eval", g.id)):
+        if excused:
+            self._lose(held)
+        elif dead := sorted([*held.values(), *others], key=lambda g: (g.purpose == "eval", g.id)):
             self._context.record(ev.HolderDied(worker, incarnation, tuple(g.id for g in dead)))
             self._lose(held)
             self._convict(dead, worker)
@@ -203,6 +206,7 @@ class Admission:
         self._rule = context.plan.rule
         self._holders = holders
         self._pauses = pauses
+        self.most_outstanding = self._rule.most_outstanding  # groups; it follows the number of engines
         self._newest = Version(0, 0)  # weights that anybody asked with
         self.time = TimeInState("free", context.clock)  # what keeps callers with free slots from more work, if anything does
 
@@ -261,7 +265,7 @@ class Admission:
         return self._rule.room(untaken=untaken, committed=ledger.planned, update=self._update(version))
 
     def _within_reserve(self) -> int:
-        return self._rule.most_outstanding - len(self._ledger.groups)
+        return self.most_outstanding - len(self._ledger.groups)
 
     def _reissues(self, k: int, caller: Key, version: Version, held: Sequence[int]) -> list[Ticket]:
         update, theirs = self._update(version), set(held)

@@ -114,10 +114,14 @@ class StoreCore:
             self.context.record(ev.Ended())
         self.context.stir("all")
 
-    def forget(self, caller: Key, worker: str, incarnation: int) -> None:
+    def limit_outstanding(self, caller: Key, groups: int) -> None:
+        self._admission.most_outstanding = groups
+        self.context.stir("tickets")
+
+    def forget(self, caller: Key, worker: str, incarnation: int, excused: bool = False) -> None:
         self._workers[worker] = max(self._workers.get(worker, 0), incarnation + 1)
         self.context.stir(worker)
-        self.holders.forget(worker, incarnation)
+        self.holders.forget(worker, incarnation, excused)
         self.evaluations.finish_if_complete()
         self.scoring.take_back(worker, incarnation)
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
 from asyncrl.disk import naming_full_disk
 from asyncrl.errors import DataError
+from asyncrl.report.summary import Scaling
 from asyncrl.report.timing import time_shares
 from asyncrl.report.trackers import Trackers
 from asyncrl.types import Record, Report
@@ -62,6 +64,10 @@ class MetricsLog:
             self._seconds[report.name] = report.seconds
         self._write({"time": time, "kind": "actors", "step": step, **line})
         self._track(scalars, step, time)
+
+    def append_scaling(self, scaling: Scaling) -> None:
+        """One line of kind `scale`. Raises DiskFull."""
+        self._write({"kind": "scale", **structs.asdict(scaling)})
 
     def close(self) -> None:
         """Idempotent. What could not be written was told when it was."""

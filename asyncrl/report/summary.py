@@ -11,6 +11,17 @@ from asyncrl.types import GroupCounts, Record, Report, RewardFailures, StoreRepo
 _SUMMED = ("samples", "tokens/policy", "tokens/trained", "tokens/head", "tokens/head_trained")  # metrics of a step
 
 
+class Scaling(Struct, frozen=True, kw_only=True):
+    """A decision about how many actors of a role there should be: a line of kind `scale` in metrics.jsonl."""
+
+    time: float  # seconds since the epoch
+    step: int  # updates committed
+    role: str
+    count_before: int
+    count: int
+    reason: str
+
+
 class RunResult(Struct, frozen=True, kw_only=True):
     """What a run came to; `asyncrl run` prints it as its one line of JSON."""
 
@@ -39,6 +50,7 @@ class RunResult(Struct, frozen=True, kw_only=True):
     # Shares of the store's time. `reserve_ahead`, `max_lag`: generators with free slots got no more prompts because of it;
     # `stragglers`: a full batch was held back for groups that would else pass the bound.
     limited_by: dict[str, float]
+    preemptions: dict[str, int] = {}  # how often actors were lost, or given up, with their node: no failures of theirs
     sentinels: dict[str, int] = {}  # those that fired since this start, and the update at which each did last
     error: str = ""  # what ended the run, if it failed
 
@@ -63,6 +75,8 @@ class RunSummary:
     settled_lag: int = 0  # the largest of a token that they trained
     reports: dict[str, Report] = field(default_factory=dict)  # the newest of every actor; their seconds only grow
     restarts: dict[str, int] = field(default_factory=dict)  # of the actors that had any
+    preemptions: dict[str, int] = field(default_factory=dict)  # of the actors whose node was taken, or drained
+    scalings: list[Scaling] = field(default_factory=list)  # since this start
     pids: dict[str, int] = field(default_factory=dict)  # of the actors that are up
     failures: RewardFailures = field(default_factory=RewardFailures)
     given_up: tuple[str, ...] = ()  # a message for each prompt that generators died of, since the run's first start
@@ -122,6 +136,7 @@ class RunSummary:
             timeout=self.failures.timeout,
             reward_errors=self.failures.errors,
             restarts=self.restarts,
+            preemptions=self.preemptions,
             max_trained_lag=int(max(lags)),
             mean_trained_lag=self._sum("lag") / max(1.0, self._sum("tokens/trained")),
             masked_share=1.0 - self._sum("tokens/trained") / policy_tokens if policy_tokens else 0.0,

@@ -109,6 +109,10 @@ class RewardWorker:
         """Asks `run` to return; it does after its current wait, of `poll_s` at most. Callable from any thread."""
         self._stop.set()
 
+    def retire(self) -> None:
+        """Ends `run` when what it has leased is delivered; it leases no more. Callable from any thread."""
+        self._ended = True
+
     def report(self) -> Report:
         """Samples so far by status, processes replaced, and samples per second since the start."""
         scored = self._counts.total()
@@ -130,7 +134,7 @@ class RewardWorker:
             wait_s = 0.0 if self._pool.pending else self._poll_s
             with self._time.span("wait:store"):
                 lease = self._store.lease_unscored(self._lease_size, wait_s)
-            self._ended = lease.ended
+            self._ended = self._ended or lease.ended
             self._accept(lease)
         if not self._pool.pending:
             return

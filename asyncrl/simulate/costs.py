@@ -22,6 +22,7 @@ class Costs(Spec, frozen=True, kw_only=True):
     publish_s: float = 0.5  # from the end of an update until the learner goes on
     score_s: float = 0.01  # of one score, in one process
     rows_s: float = 0.1  # from the lease of a batch until the learner has its rows
+    start_s: float = 60.0  # from the decision that there is to be one more generator until it is up
     call_s: float = 0.003  # of any other call of the store
     filtered_share: float = 0.0  # of groups that `sampling.keep` leaves out
     length_median: float = 200.0  # of responses that are not measured, in tokens

@@ -45,7 +45,7 @@ def measure(path: str) -> tuple[Costs, Lengths, str]:
 
     pause_s = total("generator", "pause_s_total") / max(1, total("generator", "swaps"))
     generators = deployment.generators
-    step_s, row_s = _decoding(rows, pause_s, generators.slots // (generators.count * generators.engine.slots))
+    step_s, row_s = _decoding(rows, pause_s, generators.servers)
     tokens, seconds = (np.array([line[name] for line in steps]) for name in ("tokens/policy", "timing_s/step"))
     differ = np.full(len(steps), float(tokens.std() > 0.05 * tokens.mean()))  # where they don't, all is put down to tokens
     update_s, token_s = _fit(differ, tokens, seconds)

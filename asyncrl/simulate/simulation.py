@@ -22,7 +22,9 @@ from asyncrl.generate.workload import tickets_wanted
 from asyncrl.replay.core import StoreCore
 from asyncrl.replay.log.rows import Summary
 from asyncrl.replay.plan import Source, StorePlan
+from asyncrl.report.timing import TimeInState
 from asyncrl.simulate.costs import Costs, Lengths
+from asyncrl.simulate.elastic import SimulatedFleet, Trace
 from asyncrl.types import TOO_OLD, BatchLease, Key, Prompt, Sampling, Score, Ticket, Version
 
 Attempt = Callable[[], tuple[bool, Any]]  # whether there is an answer, and the answer
@@ -31,17 +33,21 @@ _SKIPPED = 5  # the first fifth of the updates is left out: until all is under w
 _PATIENCE = 8  # steps after which an engine looks for requests and weights, if no row has ended
 
 
-def simulate(recipe: Recipe, deployment: Deployment, costs: Costs, lengths: Lengths, updates: int) -> dict[str, float]:
+def simulate(
+    recipe: Recipe, deployment: Deployment, costs: Costs, lengths: Lengths, updates: int, trace: Trace | None = None
+) -> dict[str, float]:
     """Figures of so many updates, their start left out: rollouts in batches, and their tokens that were not masked, per second;
     shares of the time in which somebody had nothing to do; share of the slots that were decoded; lag of trained tokens; share
-    of the tokens in batches that were masked, and of the groups that were evicted. Raises ConfigError where a run would,
-    because nothing is left to train."""
+    of the tokens in batches that were masked, and of the groups that were evicted; generators that there were, and their hours;
+    share of the tokens that were lost with a generator. trace: of the nodes that there are; None: as many as are
+    wanted. Raises ConfigError where a run would, because nothing is left to train."""
     world = World(recipe, deployment, costs, lengths)
-    generators = [SimulatedGenerator(world, f"generator-{i}") for i in range(deployment.generators.count)]
+    fleet = world.fleet = SimulatedFleet(world, SimulatedGenerator, trace)
     leased: list[BatchLease] = []
-    for process in (learn(world, leased, generators), lease(world, leased)):
+    for process in (learn(world, leased), lease(world, leased)):
         world.start(process)
     before = world.run(updates // _SKIPPED)
+    stayed = {*fleet.names}
     spent = {name: value - before.get(name, 0.0) for name, value in world.run(updates).items()}
 
     def idle(names: Sequence[str]) -> float:
@@ -51,14 +57,17 @@ def simulate(recipe: Recipe, deployment: Deployment, costs: Costs, lengths: Leng
         "samples/s": spent["samples"] / spent["seconds"],
         "trained tokens/s": spent["trained"] / spent["seconds"],
         "learner idle": idle(["learner"]),
-        "generators idle": idle([generator.name for generator in generators]),
-        "most idle": max(idle([generator.name]) for generator in generators),
+        "generators idle": max(0.0, 1 - spent["generating"] / spent["nodes"]),
+        "most idle": max((idle([name]) for name in stayed.intersection(fleet.names)), default=math.nan),
         "rewards idle": idle(["rewards"]),
-        "slots filled": spent["rows"] / (spent["seconds"] * deployment.generators.slots),
+        "slots filled": spent["rows"] * deployment.generators.least / (spent["nodes"] * deployment.generators.slots),
         "lag": spent["lags"] / max(1, spent["trained"]),
         "worst lag": world.lag_max,
         "masked": 1 - spent["trained"] / spent["tokens"],
         "dropped": spent["dropped"] / spent["ended"],
+        "generators": spent["nodes"] / spent["seconds"],
+        "generator hours": spent["nodes"] / 3600,
+        "lost": spent.get("lost", 0.0) / (spent.get("lost", 0.0) + spent["tokens"]),
     }
 
 
@@ -68,9 +77,12 @@ class World:
     def __init__(self, recipe: Recipe, deployment: Deployment, costs: Costs, lengths: Lengths) -> None:
         self.recipe, self.deployment, self.costs, self._lengths = recipe, deployment, costs, lengths
         self.rng, self.now = random.Random(recipe.seed), 0.0
-        self.rule = recipe.staleness_rule(deployment.generators.slots, deployment.generators.count)
+        self.rule = recipe.staleness_rule(deployment.generators.slots, deployment.generators.least)
         self.spent = defaultdict[str, float](float)  # seconds of work, by name, and what else adds up
         self.lag_max, self._scored_at = 0, 0.0
+        self.fleet: SimulatedFleet | None = None
+        self.newest = -1  # update of the weights that were delivered last
+        self.learner = TimeInState("wait:store", lambda: self.now)
         # Of rollouts that are not trained yet: (update of the weights, tokens from them).
         self.spans: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._due: list[tuple[float, int, Process]] = []
@@ -84,7 +96,7 @@ class World:
             sampling=recipe.sampling,
             keep=lambda rewards: self.rng.random() >= costs.filtered_share,
             baseline=recipe.algorithm.wants_baseline,
-            lease_s=math.inf,  # nobody dies
+            lease_s=math.inf,  # nobody is silent: of deaths the store is told
         )
         verbs = dict.fromkeys(("append_events", "sync", "truncate"), lambda *args: None)
         no_log = SimpleNamespace(**verbs, history=(), state=b"", events_closed=0, due=False)  # it is there for restarts
@@ -108,7 +120,14 @@ class World:
                         self._try(waiting, *wait)
             context.write()
         counts = self.core.ledger.counts()
-        return {**self.spent, "seconds": self.now, "dropped": counts.evicted, "ended": counts.reserved - counts.pending}
+        nodes = self.fleet.node_seconds() if self.fleet is not None else 0.0
+        return {
+            **self.spent,
+            "nodes": nodes,
+            "seconds": self.now,
+            "dropped": counts.evicted,
+            "ended": counts.reserved - counts.pending,
+        }
 
     def _resume(self, process: Process, answer: Any = None) -> None:
         with suppress(StopIteration):
@@ -132,7 +151,7 @@ class World:
     def score_s(self, rollouts: int) -> float:
         """Until the verdicts on so many are there: all processes share them, after those that came before."""
         rewards = self.deployment.rewards
-        seconds = rollouts * self.costs.score_s / (rewards.count * rewards.processes)
+        seconds = rollouts * self.costs.score_s / (rewards.least * rewards.processes)
         self.spent["rewards"] += seconds
         self._scored_at = max(self._scored_at, self.now) + seconds
         return max(self.costs.score_s, self._scored_at - self.now)
@@ -140,8 +159,17 @@ class World:
     def stir(self, name: str) -> None:
         self.core.context.stir(name)
 
+    def key(self, worker: str) -> Key:
+        return Key(worker, 1, next(self._numbers), learner=1)
+
     def call(self, verb: str, worker: str, *args: Any) -> Any:
-        return self.core.verbs[verb](Key(worker, 1, next(self._numbers), learner=1), *args)
+        return self.core.verbs[verb](self.key(worker), *args)
+
+    def end(self, process: Process) -> None:
+        """It waits for nothing any more."""
+        for waiting in self._waiting.values():
+            waiting.pop(process, None)
+        process.close()
 
     def lengths(self, size: int) -> Sequence[int]:
         """Of a group's rollouts: those of a group that was given, or any of these."""
@@ -165,16 +193,41 @@ class SimulatedGenerator:
     def __init__(self, world: World, name: str) -> None:
         self._world, self.name = world, name
         generators = world.deployment.generators
-        self._slots = generators.slots // generators.count
-        self._servers = self._slots // generators.engine.slots
+        self._servers = generators.servers
+        self._slots = self._servers * generators.engine.slots
         self._rows: list[Row] = []  # a heap
         self._queue: deque[tuple[Ticket, int, int]] = deque()  # rollouts without a slot, with number and length
         self._step = 0
         self._update = self._coming = -1  # of the weights in use, and of the newest
         self._missing: dict[int, int] = {}  # rollouts that the store does not have yet, by group
         self._asking = self._too_old = False
-        for process in (self._decode(), self._feed()):
+        self._left: Callable[[SimulatedGenerator], None] | None = None  # is to be told, when all that is held has ended
+        self._processes = [self._decode(), self._feed()]
+        for process in self._processes:
             world.start(process)
+
+    def gauges(self) -> dict[str, float]:
+        return {"active_slots": float(min(self._slots, len(self._rows) + len(self._queue))), "slots": float(self._slots)}
+
+    def retire(self, left: "Callable[[SimulatedGenerator], None]") -> None:
+        """Reserves no more; `left` is called when what it holds has ended."""
+        self._left = left
+        self._world.start(self._drain())
+
+    def _drain(self) -> Process:
+        yield (self.name,), lambda: (not (self._asking or self._missing), None)
+        if self._left is not None:
+            self._left(self)
+            self.die()
+
+    def die(self) -> None:
+        """Its node is gone, and what it held is lost. Idempotent."""
+        self._left, processes, self._processes = None, self._processes, []
+        for process in processes:
+            self._world.end(process)
+        begun = [row.weights[0][0] for row in self._rows]
+        self._world.spent["lost"] += float(self._step * len(begun) - sum(begun))
+        self._world.call("forget", "supervisor", self.name, 1, True)
 
     def swap(self, update: int) -> None:
         """Weights have come: they are in use from the next look between two steps on."""
@@ -189,6 +242,7 @@ class SimulatedGenerator:
                 for row in self._rows:
                     row.weights.append((self._step, self._update))
                 world.spent[self.name] += costs.pause_s
+                world.spent["generating"] += costs.pause_s
                 yield costs.pause_s
                 world.stir(self.name)  # `_feed` may ask again
             while self._queue and len(self._rows) < self._slots:
@@ -201,6 +255,7 @@ class SimulatedGenerator:
             steps = min(_PATIENCE, self._rows[0].end - self._step)
             seconds = steps * (costs.step_s + costs.row_s * len(self._rows) / self._servers)
             world.spent[self.name] += seconds
+            world.spent["generating"] += seconds
             world.spent["rows"] += seconds * len(self._rows)
             yield seconds
             self._step += steps
@@ -228,7 +283,7 @@ class SimulatedGenerator:
     def _ask(self) -> tuple[bool, Any]:
         """For as many tickets as a `Generator` that asks for none ahead."""
         wanted = tickets_wanted(self._slots, len(self._rows) + len(self._queue), self._world.recipe.rollouts_per_group)
-        if not wanted or self._too_old or self._coming != self._update or self._update < 0:
+        if not wanted or self._left is not None or self._too_old or self._coming != self._update or self._update < 0:
             return False, None
         version, held = Version(1, self._update), tuple(self._missing)
         self._asking, reserved = self._world.call("reserve", self.name, wanted, version, held, 0.0).attempt()
@@ -248,6 +303,7 @@ class SimulatedGenerator:
                 self._missing[group] -= 1
                 if not self._missing[group]:
                     del self._missing[group]
+        self._world.stir(self.name)
         taken = [summaries[i] for i in scoring.acceptable(summaries)]
         scoring.submitted(taken, 0)
         # A reward actor leases them, and says what it found.
@@ -267,14 +323,16 @@ def lease(world: World, leased: list[BatchLease]) -> Process:
         yield ("learner",), lambda: (not leased, None)
 
 
-def learn(world: World, leased: list[BatchLease], generators: Sequence[SimulatedGenerator]) -> Process:
+def learn(world: World, leased: list[BatchLease]) -> Process:
     """The learner: trains, commits, publishes."""
     costs, ranks = world.costs, world.deployment.learner.ranks
     world.call("fence", "learner", 0)
     for update in count():
-        world.start(deliver(world, update, generators))
+        world.start(deliver(world, update))
         yield costs.publish_s
+        world.learner.enter("wait:store")
         yield ("learner",), lambda: (bool(leased), None)
+        world.learner.enter("busy")
         batch = leased.pop()
         world.stir("learner")
         seconds = costs.update_s + costs.token_s * book(world, batch, update) / ranks
@@ -284,10 +342,11 @@ def learn(world: World, leased: list[BatchLease], generators: Sequence[Simulated
         world.call("checkpointed", "learner", update + 1)
 
 
-def deliver(world: World, update: int, generators: Sequence[SimulatedGenerator]) -> Process:
+def deliver(world: World, update: int) -> Process:
     """The weight bus."""
     yield world.costs.deliver_s
-    for generator in generators:
+    world.newest = max(world.newest, update)
+    for generator in world.fleet.all if world.fleet is not None else ():
         generator.swap(update)
 
 

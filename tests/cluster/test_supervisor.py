@@ -77,7 +77,7 @@ def test_the_store_is_told_of_deaths_while_it_was_down_once_it_is_up(local_ray, 
     for phase in ("starting", "running"):
         store.phase = phase
         supervisor._failed(generator, Unavailable("it died"))
-        assert told == {"starting": [], "running": [("forget", generator.name, plan.incarnation(0))] * 2}[phase]
+        assert told == {"starting": [], "running": [("forget", generator.name, plan.incarnation(0), False)] * 2}[phase]
 
 
 def test_ranks_of_which_none_moves_start_anew_and_are_named_with_what_they_wait_for(tiny_recipe, tmp_path, monkeypatch, caplog):

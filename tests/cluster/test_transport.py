@@ -83,7 +83,7 @@ def test_the_kinds_of_callers_do_not_share_an_event_loop():
         "GeneratorStore": {"reserve", "recall", "submit"},
         "RewardStore": {"lease_unscored", "extend", "score"},
         "LearnerStore": {"lineage", "fence", "lease_batch", "rows", "commit", "request_eval", "checkpointed"},
-        "SupervisorStore": {"finish", "forget", "report", "state"},
+        "SupervisorStore": {"finish", "forget", "limit_outstanding", "report", "state"},
     }
     assert {name for name, verb in VERBS.items() if verb.waits} == {"reserve", "lease_unscored", "lease_batch"}
 

@@ -236,6 +236,11 @@ def test_the_sglang_deployment_fits_the_shipped_recipe() -> None:
         ("- a\n", r"line 1: Deployment=\['a'\] must be a group of fields: ray_address, "),
         ("bus:\n  credit: [1\nlimits:\n", r"line 3: not YAML"),
         ("rewards: {count: 0}\n", r"d\.yaml: rewards\.count=0 < 1"),
+        ("rewards: {count: many}\n", r"line 1: rewards\.count='many' must be int or a group of fields \(min, max\)"),
+        ("rewards: {count: {min: 3, max: 2}}\n", r"count={min: 3, max: 2}: max=2 < min=3: no number is both"),
+        ("generators: {count: {min: 0, max: 2}}\n", r"min=0 < 1: nothing would be done"),
+        ("generators: {count: {min: 1}}\n", r"generators\.count: Object missing required field `max`"),
+        ("generators: {place: {fallback: [{a: b}]}}\n", r"place\.fallback=\[{'a': 'b'}\] without place\.labels"),
     ],
 )
 def test_mistakes_in_a_deployment_name_line_and_path(tmp_path: Path, text: str, message: str) -> None:

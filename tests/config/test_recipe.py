@@ -142,7 +142,10 @@ def test_an_impossible_spec_is_refused(make: Callable[[], object], message: str)
 
 FREE = {"RewardTerm.weight", "AlgorithmSpec.entropy_coef"}  # may be anything
 NEEDED = {"name": "r", "model": ModelSpec(path="m"), "data": DataSpec(files=("f",)), "reward": RewardSpec(function="m:f")}
-NEEDED |= {"total_steps": 9, "files": ("f",), "path": "m", "function": "m:f", "out": "o", "prompt": "p", "when": "true"}
+NEEDED |= {"total_steps": 9, "files": ("f",), "path": "m", "function": "m:f", "out": "o", "prompt": "p", "when": "true"} | {
+    "min": 1,
+    "max": 2,
+}
 
 
 def numbers() -> Iterator[Any]:

@@ -1,0 +1,185 @@
+"""Who belongs to a run now: its members, of which generators and reward workers come and go while it runs.
+
+    wanted more ──► seeks a place ──► placed: spawned as the others
+    wanted less, its node drains ──► leaves: reserves no more, finishes what it holds ──► left: its place is released
+A member that left is kept by name: who gets the name next has a higher incarnation.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from msgspec.structs import replace
+from ray.autoscaler.sdk import request_resources
+from ray.exceptions import ActorDiedError
+
+from asyncrl.cluster.members import Member
+from asyncrl.cluster.placement import demand
+from asyncrl.cluster.plan import RunPlan
+from asyncrl.cluster.watchdog import Clock
+from asyncrl.config import Span
+from asyncrl.errors import ConfigError
+
+log = logging.getLogger(__name__)
+FIELDS = {"generator": "generators", "reward": "rewards"}  # the roles that come and go, and what a deployment calls them
+_DRAINS_EVERY_S = 2.0  # between two looks at which nodes drain
+_MARGIN_S = 2.0  # before a draining node goes
+
+
+class Fleet:
+    """The members of one run. `members` is one list, always, of those that have an actor."""
+
+    def __init__(self, plan: RunPlan, clock: Clock) -> None:
+        self._limits, self._clock, self._loopback = plan.deployment.limits, clock, plan.loopback
+        self._specs = {role: getattr(plan.deployment, field) for role, field in FIELDS.items()}
+        self.counts = {role: spec.least for role, spec in self._specs.items()}  # how many there should be
+        self.elastic = {role: spec.count for role, spec in self._specs.items() if isinstance(spec.count, Span)}
+        self.coming: list[Member] = []  # who seeks a place
+        self.left: list[Member] = []  # whom the supervisor has to tell the store of
+        self.preemptions: Counter[str] = Counter()  # actors that were lost, or given up, with their node, by name
+        self._gone: dict[str, Member] = {}
+        self._asked: dict[str, int] = {}  # by `ask`, from any thread
+        self._drains_at = 0.0
+        self._requested: list[dict[str, float]] = []
+        self.members = self._first(plan)
+
+    def _first(self, plan: RunPlan) -> list[Member]:
+        deployment, watch = plan.deployment, (self._limits, self._clock)
+        ranks = ((name, deployment.groups[group].place) for name, group in deployment.ranks.items())
+        first, *others = ranks
+        lead = Member("learner", *first, *watch, [Member("rank", *other, *watch) for other in others])
+        store = Member("store", "store", deployment.store.place, *watch)
+        models = [Member("model", name, deployment.rewards.models.place, *watch) for name in plan.models]
+        come = [self._member(role, i) for role, count in self.counts.items() for i in range(count)]
+        return [store, *lead.gang, *come, *models]
+
+    def _member(self, role: str, number: int) -> Member:
+        name = f"{role}-{number}"
+        return self._gone.pop(name, None) or Member(role, name, self._specs[role].place, self._limits, self._clock)
+
+    @property
+    def restarts(self) -> dict[str, int]:
+        """Of the actors that had any, those that left included."""
+        return {member.name: member.restarts for member in (*self.members, *self._gone.values()) if member.restarts}
+
+    def ask(self, counts: dict[str, int | None]) -> None:
+        """States how many of a role there should be from now on, whatever `count` of the deployment says. From any thread."""
+        for role, count in counts.items():
+            least = f"{FIELDS[role]}={count} < 1: nobody would be left to do that; use at least 1"
+            if count is not None and count < 1:
+                raise ConfigError(f"scale: {least}")
+            if role == "generator" and (count or 1) > 1 and self._specs[role].engine.sglang.urls:
+                raise ConfigError(
+                    f"scale: generators={count} with engine.sglang.urls: every generator would update the same servers; it "
+                    "stays one"
+                )
+        self._asked |= {role: count for role, count in counts.items() if count is not None}
+
+    def asked(self) -> list[tuple[str, int]]:
+        """What was stated since, as far as it differs from what there should be. A role is then no longer the rule's."""
+        found = []
+        while self._asked:
+            role, count = self._asked.popitem()
+            self.elastic.pop(role, None)
+            if count != self.counts[role]:
+                found.append((role, count))
+        return found
+
+    def at_work(self, role: str) -> int:
+        """How many are up."""
+        return sum(member.phase == "running" and not member.leaving for member in self._of(role))
+
+    def _of(self, role: str) -> list[Member]:
+        return [member for member in self.members if member.role == role]
+
+    def look(self, plan: RunPlan, known: dict[str, tuple[int, Any]]) -> RunPlan:
+        """Has as many come or go as `counts` say, and those go whose node does; spawns those that got a place. Returns the plan
+        for whoever starts from now on. Raises PlacementError where fewer than the fewest had a place for too long."""
+        for member, left_s in self._drained():
+            self.preemptions[member.name] += 1
+            self.lose(member, "its node drains", min(left_s, self._limits.leave_timeout_s))
+        for role in FIELDS:
+            self._fill(role)
+        for member in [member for member in self.members if member.leaving and self._clock() > member.leave_by]:
+            log.warning("%s still held work when its time was over: others begin it anew", member.name)
+            self.drop(member)
+        for field, role in ((field, role) for role, field in FIELDS.items()):
+            if (spec := getattr(plan.deployment, field)).count != self.counts[role]:
+                spec = replace(spec, count=self.counts[role])
+                plan = replace(plan, deployment=replace(plan.deployment, **{field: spec}))
+        for member in [*self.coming]:
+            needed = sum(not other.leaving for other in self._of(member.role)) < self._specs[member.role].least
+            if member.placed(self._limits.start_timeout_s, needed):
+                self.coming.remove(member)
+                self.members.append(member)
+                member.spawn(plan, known)
+        self._request()
+        return plan
+
+    def _fill(self, role: str) -> None:
+        coming = [member for member in self.coming if member.role == role]
+        staying = [member for member in self._of(role) if not member.leaving]
+        surplus = len(coming) + len(staying) - self.counts[role]
+        for _ in range(-surplus):
+            taken = {member.name for member in (*self.coming, *self.members)}
+            number = next(number for number in range(len(taken) + 1) if f"{role}-{number}" not in taken)
+            self.coming.append(self._member(role, number))
+            self.coming[-1].seek()
+        for member in coming[::-1][: max(0, surplus)]:
+            member.release()
+            self.coming.remove(member)
+            self._gone[member.name] = member
+        staying.sort(key=lambda member: (member.phase == "starting", int(member.name.rpartition("-")[2])))
+        for member in staying[len(staying) - max(0, surplus - len(coming)) :]:
+            self.lose(member, "fewer are wanted", self._limits.leave_timeout_s)
+
+    def lose(self, member: Member, why: str, within_s: float) -> None:
+        """Has a member leave: one that is up when it has finished what it holds, any other at once."""
+        log.info("%s leaves: %s", member.name, why)
+        member.leave(why, within_s)
+        if member.phase != "running":
+            self.drop(member)
+
+    def drop(self, member: Member) -> None:
+        """A member has left: what it still held is another's, and its place is given back."""
+        member.leaving = member.leaving or "it is gone"
+        member.release()
+        self.members.remove(member)
+        self._gone[member.name] = member
+        self.left.append(member)
+
+    def _drained(self) -> Iterator[tuple[Member, float]]:
+        """Who is on a node that drains, and for how many seconds it will be there."""
+        if self._loopback or self._clock() < self._drains_at:
+            return
+        self._drains_at = self._clock() + _DRAINS_EVERY_S
+        drains = ray._private.state.state.get_draining_nodes()  # milliseconds since the epoch; 0: no deadline
+        for member in [member for member in self.members if member.node in drains and not member.leaving]:
+            until = drains[member.node] / 1000
+            if member.role in FIELDS:
+                yield member, max(0.0, until - time.time() - _MARGIN_S) if until else float("inf")
+
+    def _request(self) -> None:
+        """Tells Ray's autoscaler what there should be, where it may find nodes for it."""
+        if self._loopback or not (self.elastic or self._requested):
+            return
+        wanted = [demand(self._specs[role].place) for role, count in self.counts.items() for _ in range(count)]
+        wanted = [bundle for bundle in wanted if bundle]
+        if wanted != self._requested:
+            self._requested = wanted
+            request_resources(bundles=wanted)
+
+    def release(self) -> None:
+        """Ends every actor, and gives all places back."""
+        for member in (*self.members, *self.coming):
+            member.release()
+        if self._requested:
+            request_resources(bundles=[])
+
+
+def taken_with_its_node(error: Exception) -> bool:
+    """Whether an actor died because its node did, or was preempted: a reason, and no failure of the actor."""
+    return isinstance(error, ActorDiedError) and (error.preempted or "its node has died" in str(error))
