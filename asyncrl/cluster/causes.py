@@ -56,7 +56,7 @@ def heard(lead: Member, summary: RunSummary) -> dict[str, Report]:
     return {member.name: report for member in lead.gang if (report := summary.reports.get(member.name))}
 
 
-def standing(lead: Member, summary: RunSummary) -> str:
+def gang_standing(lead: Member, summary: RunSummary) -> str:
     """What the ranks of a gang, if it is one, were doing when they were last heard."""
     if len(lead.gang) == 1:
         return ""

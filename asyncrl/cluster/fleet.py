@@ -20,7 +20,7 @@ from asyncrl.cluster.members import Member
 from asyncrl.cluster.placement import demand
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.watchdog import Clock
-from asyncrl.config import Span
+from asyncrl.config import CountRange
 from asyncrl.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Fleet:
         self._limits, self._clock, self._loopback = plan.deployment.limits, clock, plan.loopback
         self._specs = {role: getattr(plan.deployment, field) for role, field in FIELDS.items()}
         self.counts = {role: spec.least for role, spec in self._specs.items()}  # how many there should be
-        self.elastic = {role: spec.count for role, spec in self._specs.items() if isinstance(spec.count, Span)}
+        self.elastic = {role: spec.count for role, spec in self._specs.items() if isinstance(spec.count, CountRange)}
         self.coming: list[Member] = []  # who seeks a place
         self.left: list[Member] = []  # whom the supervisor has to tell the store of
         self.preemptions: Counter[str] = Counter()  # actors that were lost, or given up, with their node, by name

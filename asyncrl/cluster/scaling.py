@@ -6,7 +6,7 @@ import time
 from asyncrl.autoscale import Autoscaler, Decision
 from asyncrl.cluster.fleet import Fleet
 from asyncrl.cluster.watchdog import Clock
-from asyncrl.report.load import LoadMeter
+from asyncrl.report.loads import LoadMeter
 from asyncrl.report.summary import RunSummary, Scaling
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import msgspec
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from asyncrl.cluster.causes import brief, dump, first_failure, heard, refuse, standing
+from asyncrl.cluster.causes import brief, dump, first_failure, gang_standing, heard, refuse
 from asyncrl.cluster.fleet import FIELDS, Fleet, taken_with_its_node
 from asyncrl.cluster.members import Member
 from asyncrl.cluster.opening import Opening
@@ -317,7 +317,7 @@ class Supervisor:
             self._lost(lead, error)
             self._replace(lead, excused=True)
             return
-        text = redact(brief(error)) + standing(lead, self._summary)
+        text = redact(brief(error)) + gang_standing(lead, self._summary)
         counted = lead.budget.failed(text)
         if not lead.restarts:
             with suppress(DiskFull):

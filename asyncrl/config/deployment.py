@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 
 from asyncrl.config.base import Rule, Spec, require, require_fields, require_unset
 from asyncrl.config.callables import Function, name_functions
+from asyncrl.config.counts import PlaceSpec, Several, is_some
 from asyncrl.config.limits import LimitsSpec
 from asyncrl.config.parallel import Group, ParallelSpec, layouts
-from asyncrl.config.places import PlaceSpec, Several, is_some
 
 # `auto` and what an engine can compute in.
 ServedDtype = Literal["auto", "float32", "bfloat16", "float16"]

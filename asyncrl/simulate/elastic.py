@@ -4,15 +4,13 @@ import random
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, count, cycle, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from asyncrl.autoscale import Autoscaler
 from asyncrl.errors import DataError
-from asyncrl.report.load import LoadMeter
+from asyncrl.report.loads import LoadMeter
+from asyncrl.simulate.generating import SimulatedGenerator
+from asyncrl.simulate.world import Process, World
 from asyncrl.types import Report
-
-if TYPE_CHECKING:
-    from asyncrl.simulate.simulation import Process, SimulatedGenerator, World
 
 _LOOK_S = 1.0  # between two looks of the rule
 Trace = Sequence[tuple[float, int]]  # (seconds, rising from 0; nodes that there are from then on), over and over
@@ -47,9 +45,9 @@ def random_trace(nodes: int, life_s: float, away_s: float, seed: int, changes: i
 class SimulatedFleet:
     """Keeps as many generators as there should be, and as there are nodes for."""
 
-    def __init__(self, world: "World", make: "type[SimulatedGenerator]", trace: Trace | None) -> None:
+    def __init__(self, world: World, trace: Trace | None) -> None:
         spec = world.deployment.generators
-        self._world, self._make, self._numbers = world, make, count()
+        self._world, self._numbers = world, count()
         self.wanted, self._nodes = spec.least, trace[0][1] if trace else spec.most
         self.up: list[SimulatedGenerator] = []
         self._starting: list[Process] = []
@@ -63,7 +61,7 @@ class SimulatedFleet:
             world.start(self._decide())
 
     @property
-    def all(self) -> "list[SimulatedGenerator]":
+    def all(self) -> list[SimulatedGenerator]:
         """Those that generate, and those that finish what they hold."""
         return [*self.up, *self._leaving]
 
@@ -78,11 +76,11 @@ class SimulatedFleet:
         return self._held_s
 
     def _join(self) -> None:
-        self.up.append(self._make(self._world, f"generator-{next(self._numbers)}"))
+        self.up.append(SimulatedGenerator(self._world, f"generator-{next(self._numbers)}"))
         if self._world.newest >= 0:
             self.up[-1].swap(self._world.newest)
 
-    def _start(self) -> "Process":
+    def _start(self) -> Process:
         yield self._world.costs.start_s
         self.node_seconds()
         self._starting.pop(0)  # they take equally long
@@ -105,26 +103,29 @@ class SimulatedFleet:
             self._leaving.append(self.up.pop())
             self._leaving[-1].retire(self._left)
 
-    def _left(self, generator: "SimulatedGenerator") -> None:
+    def _left(self, generator: SimulatedGenerator) -> None:
         self.node_seconds()
         self._leaving.remove(generator)
         self._fill()
 
-    def _lend(self, trace: Trace) -> "Process":
-        """The nodes come and go; those on which nothing happens go first."""
+    def _lend(self, trace: Trace) -> Process:
+        """The nodes come and go."""
         times = accumulate(_pauses(trace))
         for (_, nodes), at in zip(cycle([*trace[1:], trace[0]]), times, strict=False):
             yield max(0.0, at - self._world.now)
             self.node_seconds()
+            for there in range(self._nodes, nodes, -1):  # any of them, whatever is on it
+                taken = self._world.rng.randrange(there)
+                for generators in (self.up, self._leaving):
+                    if 0 <= taken < len(generators):
+                        generators.pop(taken).die()
+                    taken -= len(generators)
+                if 0 <= taken < len(self._starting):
+                    self._starting.pop(taken).close()
             self._nodes = nodes
-            self._give_up(nodes - len(self.up) - len(self._leaving))
-            while len(self.up) + len(self._leaving) > nodes:
-                generators = self._leaving or self.up
-                self._world.spent["taken"] += 1
-                generators.pop(self._world.rng.randrange(len(generators))).die()
             self._fill()
 
-    def _decide(self) -> "Process":
+    def _decide(self) -> Process:
         world, spec = self._world, self._world.deployment.generators
         every_s = world.deployment.limits.scale_every_s
         rule, meter = Autoscaler(spec.least, spec.most, every_s, lambda: world.now), LoadMeter()

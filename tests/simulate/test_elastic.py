@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.config import (
+    CountRange,
     DataSpec,
     Deployment,
     EngineSpec,
@@ -18,7 +19,6 @@ from asyncrl.config import (
     Recipe,
     RewardSpec,
     SamplingSpec,
-    Span,
     StalenessSpec,
 )
 from asyncrl.errors import DataError
@@ -41,7 +41,7 @@ TAIL = [[10, 20, 20, 60], [10, 10, 15, 20], [5, 5, 20, 120], [30, 30, 30, 30]]
 
 
 def run(
-    count: int | Span, updates: int = 200, trace: Trace | None = None, update_s: float = 1.0, **costs: float
+    count: int | CountRange, updates: int = 50, trace: Trace | None = None, update_s: float = 1.0, **costs: float
 ) -> dict[str, float]:
     """Of engines with 16 slots, which need 29 steps of 0.05 s for a rollout on average; a look every ten seconds."""
     deployment = Deployment(
@@ -51,21 +51,18 @@ def run(
     return simulate(RECIPE, deployment, paid, TAIL, updates, trace)
 
 
-@pytest.mark.parametrize("least", [1, 12])
-def test_a_run_finds_as_many_generators_as_its_learner_needs(least: int) -> None:
-    """64 rollouts a second are 64 · 29 · 0.05 s = 93 slots, six engines; from too few and from too many (`min` holds then)."""
-    fixed = run(16)
+def test_a_run_finds_as_many_generators_as_its_learner_needs() -> None:
+    """64 rollouts a second are 64 · 29 · 0.05 s = 93 slots: six engines."""
+    fixed, found = run(16, updates=50), run(CountRange(min=1, max=16), updates=120)
     assert fixed["samples/s"] == pytest.approx(64, rel=0.02)
-    found = run(Span(min=least, max=16), updates=400)
     assert found["samples/s"] >= 0.85 * fixed["samples/s"]
-    assert found["generator hours"] <= 0.85 * fixed["generator hours"] * 400 / 200
-    assert max(least, 5) <= found["generators"] <= 12.5
+    assert 5 <= found["generators"] <= 9
     assert found["worst lag"] <= 8
     assert found["lost"] == 0
 
 
 def test_generators_are_given_up_when_the_learner_is_slow() -> None:
-    found, fixed = run(Span(min=1, max=16), update_s=4.0), run(16, update_s=4.0)
+    found, fixed = run(CountRange(min=1, max=16), update_s=4.0), run(16, update_s=4.0)
     assert found["samples/s"] == pytest.approx(fixed["samples/s"], rel=0.05)
     assert found["generators"] < 4
 
@@ -86,11 +83,11 @@ def test_a_run_without_a_node_waits_for_one() -> None:
     assert found["learner idle"] > 0.3
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 4), st.integers(5, 8), st.floats(20.0, 200.0), st.floats(5.0, 50.0))
 def test_the_bound_holds_however_nodes_come_and_go(seed: int, least: int, most: int, life_s: float, away_s: float) -> None:
     trace = random_trace(most, life_s, away_s, seed, changes=500)
-    found = run(Span(min=least, max=most), updates=15, trace=trace)
+    found = run(CountRange(min=least, max=most), updates=15, trace=trace)
     assert found["worst lag"] <= 8
     assert (found["masked"], found["dropped"]) == (0.0, 0.0)
     assert 0 < found["generators"] <= most

@@ -36,7 +36,7 @@ class PlaceSpec(Spec, frozen=True, kw_only=True):
         return (self.labels, *self.fallback)
 
 
-class Span(Spec, frozen=True, kw_only=True):
+class CountRange(Spec, frozen=True, kw_only=True):
     """How many actors a run may have: it begins with the fewest, and takes more and gives them up as it needs them."""
 
     min: int  # the run begins with so many, and never plans for fewer
@@ -50,21 +50,21 @@ class Span(Spec, frozen=True, kw_only=True):
 
 def is_some(count: Any) -> bool:
     """Whether there are any at all."""
-    return isinstance(count, Span) or count >= 1
+    return isinstance(count, CountRange) or count >= 1
 
 
 class Several(Spec, frozen=True, kw_only=True):
     """Actors of a kind, of which there may be several."""
 
     # Actors of the run. `{min: 2, max: 16}`: as many as it has use for, while it runs.
-    count: int | Span = 1
+    count: int | CountRange = 1
 
     @property
     def least(self) -> int:
         """How many a run begins with."""
-        return self.count.min if isinstance(self.count, Span) else self.count
+        return self.count.min if isinstance(self.count, CountRange) else self.count
 
     @property
     def most(self) -> int:
         """How many it may have without being told to."""
-        return self.count.max if isinstance(self.count, Span) else self.count
+        return self.count.max if isinstance(self.count, CountRange) else self.count
