@@ -156,13 +156,13 @@ def unplaced(deployment: Deployment, free: list[tuple[dict[str, str], dict[str, 
     """Actors for which there is no room, each placed on the first node that has its labels and room."""
     generators, rewards = deployment.generators, deployment.rewards
     wanted: list[tuple[str, int, PlaceSpec]] = [(name, of.ranks, of.place) for name, of in deployment.groups.items()]
-    wanted += [("generator", generators.count, generators.place), ("rewards", rewards.count, rewards.place)]
+    wanted += [("generator", generators.least, generators.place), ("rewards", rewards.least, rewards.place)]
     left = []
     for name, count, place in wanted:
         for _ in range(count):
             for labels, room in free:
                 fits = room["CPU"] >= place.cpus and room["GPU"] >= place.gpus
-                if fits and dict(getattr(place, "labels", {})).items() <= labels.items():
+                if fits and place.labels.items() <= labels.items():
                     room["CPU"] -= place.cpus
                     room["GPU"] -= place.gpus
                     break
@@ -176,6 +176,11 @@ def test_what_the_deployment_asks_for_is_there_from_the_start(cluster):
     deployment = load_deployment(KUBERAY / "deployment.yaml")
     assert unplaced(deployment, nodes(cluster)) == []
     assert unplaced(deployment, nodes(cluster)[:-1]) != []  # none is idle
+    most = {group["groupName"]: group["maxReplicas"] for group in cluster["workerGroupSpecs"]}
+    assert deployment.generators.most <= most["generators"]  # a node has one GPU
+    assert deployment.learner.place.labels == {SPOT: "on-demand"}
+    labels = [group["labels"] for group in cluster["workerGroupSpecs"]]
+    assert all(choice in labels for choice in deployment.generators.place.choices)
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     assert all(place.cpus > 0 for place in (deployment.rewards.place, deployment.generators.place, deployment.learner.place))
 
