@@ -127,7 +127,12 @@ def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") ->
     )
     engine = engine_kind(generators.engine.kind).build(site)
     weights = WeightSubscriber(
-        lambda: peers.peek("bus"), name=name, transport=bus.transport, credit=bus.credit, deadline_s=_patience_s(plan)
+        lambda: peers.peek("bus"),
+        name=name,
+        transport=bus.transport,
+        credit=bus.credit,
+        deadline_s=_patience_s(plan),
+        codec=bus.codec,
     )
     tokenizer = load_tokenizer(recipe.model)
     episodes = _episodes(name, plan, engine, tokenizer)
@@ -264,7 +269,14 @@ def _learner(plan: RunPlan, store: "ReplayClient", followers: Sequence[Any]) -> 
     publishers: list[WeightPublisher] = []
 
     def open_bus(incarnation: int) -> WeightPublisher:
-        publisher = WeightPublisher(incarnation, host=host, transport=bus.transport, bucket_bytes=bus.bucket_bytes)
+        publisher = WeightPublisher(
+            incarnation,
+            host=host,
+            transport=bus.transport,
+            bucket_bytes=bus.bucket_bytes,
+            codec=bus.codec,
+            anchor_freq=bus.anchor_freq,
+        )
         publishers.append(publisher)
         return publisher
 

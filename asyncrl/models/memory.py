@@ -111,6 +111,14 @@ class WeightMemory:
             written = os.pwrite(self._fd, data, HEAD_BYTES + offset)
             data, offset = data[written:], offset + written
 
+    def read(self, offset: int, into: memoryview) -> None:
+        """Fills `into` with what lies from byte `offset` on, whatever users of mappings changed for themselves. Raises OSError
+        if there is less."""
+        while into:
+            if not (count := os.preadv(self._fd, [into], HEAD_BYTES + offset)):
+                raise OSError(f"{len(into)} bytes at {offset} are not there, of {self.nbytes}")
+            into, offset = into[count:], offset + count
+
     def put(self, spec: TensorSpec, block: torch.Tensor, offsets: Sequence[int]) -> None:
         """Writes a block of a tensor, in which it stands from `offsets` on, cast to the spec's dtype. It must not be empty."""
         for row, part in parts(spec, block):

@@ -1,9 +1,12 @@
 """One version while it is being received: which buckets are there, which were asked for, which are sound."""
 
 import time
+from itertools import accumulate, pairwise
 
 from asyncrl.errors import BadTransfer
 from asyncrl.models.memory import FlatTensors, WeightMemory
+from asyncrl.types import Version
+from asyncrl.weights.delta import apply_deltas
 from asyncrl.weights.messages import Manifest
 
 
@@ -12,7 +15,8 @@ class Assembly:
     publisher's own.
 
     A bucket from the wire is verified where its user will read it, after it was copied. In the publisher's memory there is
-    nothing to verify: the kernel has sealed it, so these are the very pages that any checksum would be made of. Raises
+    nothing to verify: the kernel has sealed it, so these are the very pages that any checksum would be made of. What deltas
+    make of the base is verified block by block, whatever the base was. Raises
     BadTransfer for a manifest that contradicts itself and for bytes that don't match their checksum; then the whole assembly
     is worthless.
     """
@@ -23,7 +27,9 @@ class Assembly:
         manifest.check()
         self.manifest, self.version, self.is_shared = manifest, manifest.version, shared is not None
         self.begun_at = time.monotonic()
-        self._memory = shared or WeightMemory.create(manifest.total_bytes, f"weights {self.version}")
+        self._deltas = () if shared else manifest.steps
+        nbytes = manifest.sent_bytes if self._deltas else manifest.total_bytes
+        self._memory = shared or WeightMemory.create(nbytes, f"weights {self.version}")
         self._missing = set[int]() if shared else set(range(manifest.bucket_count))
         self._asked: dict[int, int] = {}  # bucket -> number of the last Hello sent before asking
         self._unasked = sorted(self._missing, reverse=True)
@@ -32,11 +38,26 @@ class Assembly:
     def whole(self) -> bool:
         return not self._missing
 
-    def tensors(self) -> FlatTensors:
-        """The tensors of a whole assembly, without a copy. Raises BadTransfer if it isn't whole."""
+    @property
+    def base(self) -> Version | None:
+        """The version that its deltas change."""
+        return self.manifest.base if self._deltas else None
+
+    def tensors(self, base: WeightMemory | None = None) -> FlatTensors:
+        """The tensors of a whole assembly: without a copy, or in new memory what its deltas make of `base`.
+
+        Raises BadTransfer if it isn't whole, or those weren't made against this base; ConfigError if there isn't the memory.
+        """
         if self._missing:
             raise BadTransfer(f"weights {self.version}: {len(self._missing)} buckets are missing; not shown")
-        return FlatTensors(self.manifest.tensors, self._memory)
+        if not self._deltas:
+            return FlatTensors(self.manifest.tensors, self._memory)
+        if base is None or base.nbytes != self.manifest.total_bytes:
+            raise BadTransfer(f"weights {self.version} as deltas against {self.base}, which is not what is here; not shown")
+        memory, ends = WeightMemory.create(base.nbytes, f"weights {self.version}"), [*accumulate(self._deltas, initial=0)]
+        apply_deltas(base, [self._memory.bytes[begin:end] for begin, end in pairwise(ends)], memory)
+        memory.seal()
+        return FlatTensors(self.manifest.tensors, memory)
 
     def ask(self, credit: int, hello: int) -> list[int]:
         """The buckets to ask for now, so that at most `credit` are outstanding. hello: number of the last Hello."""

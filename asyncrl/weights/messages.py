@@ -2,7 +2,7 @@
 
     subscriber (DEALER)                         publisher (ROUTER)
     Hello ─────────────────────────────────────► Announce           also sent unasked, as a hint, at each publish
-    GetManifest ───────────────────────────────► Manifest | Gone
+    GetManifest, with what it holds ───────────► Manifest | Gone    of the whole version, or of what changed since
     GetBucket × credit ────────────────────────► Bucket + raw bytes | Gone
     Bye
 
@@ -11,6 +11,7 @@ asked for earlier, and has not got, was dropped: loss is found by order, not by 
 
 A version is cut into buckets of equal size. A bucket border may cut a tensor: buckets bound memory in flight, whatever the
 sizes of the layers. They are numbered for each connection; a subscriber confirms the last that came with whatever it says.
+Deltas (weights/delta.py) travel in the same way.
 """
 
 import math
@@ -35,22 +36,32 @@ _digest = xxhash.xxh3_64_intdigest
 
 
 class Manifest(Struct, frozen=True, kw_only=True, tag="manifest"):
-    """All that is needed to receive one version, and to tell when it is whole."""
+    """All that is needed to receive one version, and to tell when it is whole.
+
+    With a `base` the deltas since that version travel, one after another, and not the version itself.
+    """
 
     version: Version
     tensors: tuple[TensorSpec, ...]
     total_bytes: int
     bucket_bytes: int
     place: Place | None = None  # where the same bytes can be opened by processes of the publisher's node
+    base: Version | None = None
+    steps: tuple[int, ...] = ()  # bytes of each of the deltas
     own_checksum: int = 0  # of this manifest with 0 here
 
     @property
+    def sent_bytes(self) -> int:
+        """What travels."""
+        return sum(self.steps) if self.steps else self.total_bytes
+
+    @property
     def bucket_count(self) -> int:
-        return -(-self.total_bytes // self.bucket_bytes)
+        return -(-self.sent_bytes // self.bucket_bytes)
 
     def bucket(self, index: int) -> slice:
         """The bytes of one bucket; the last one may be shorter."""
-        return slice(index * self.bucket_bytes, min((index + 1) * self.bucket_bytes, self.total_bytes))
+        return slice(index * self.bucket_bytes, min((index + 1) * self.bucket_bytes, self.sent_bytes))
 
     def checksum(self, index: int, payload: memoryview) -> int:
         """Of the bytes of one bucket. None of another bucket, nor of another version, has the same."""
@@ -77,6 +88,8 @@ class Manifest(Struct, frozen=True, kw_only=True, tag="manifest"):
         end = total_bytes(self.tensors)
         self._require(self.total_bytes == end, f"total_bytes={self.total_bytes}, its tensors end at {end}")
         self._require(1 <= self.bucket_bytes <= MAX_BUCKET_BYTES, f"bucket_bytes={self.bucket_bytes}")
+        self._require((self.base is None) == (not self.steps), f"base {self.base} and deltas of {self.steps} bytes")
+        self._require(min(self.steps, default=1) >= 1 and sum(self.steps) <= end, f"deltas of {self.steps} bytes for {end}")
 
     def _require(self, condition: bool, message: str) -> None:
         if not condition:
@@ -100,11 +113,13 @@ class Bye(Struct, frozen=True, kw_only=True, tag="bye"):
 
 class GetManifest(Struct, frozen=True, kw_only=True, tag="get_manifest"):
     version: Version
+    base: Version | None = None  # deltas since this one will do
 
 
 class GetBucket(Struct, frozen=True, kw_only=True, tag="get_bucket"):
     version: Version
     index: int
+    base: Version | None = None  # as in the manifest
     confirms: int = 0
 
 

@@ -1,22 +1,27 @@
 """The learner's end of the weight bus: stages a version, makes it visible when it is whole, and lets receivers pull it.
 
 publish()                 caller's thread: stage ──► sealed memory   returns as soon as all bytes are there
+delta thread              what changed against the version before, if the codec is `delta` and it is of use to a receiver
 I/O thread                visible ──► hint to every receiver;  answers pulls all the while
 """
 
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
+
+from msgspec.structs import replace
 
 from asyncrl.errors import Closed, Unavailable
 from asyncrl.interfaces import Tensors
 from asyncrl.models.memory import FlatTensors
 from asyncrl.types import Version
+from asyncrl.weights.delta import encode_delta
 from asyncrl.weights.messages import MAX_BUCKET_BYTES, Manifest
 from asyncrl.weights.serving import Serving
 from asyncrl.weights.sockets import Address, PublisherSocket, Waker
-from asyncrl.weights.versions import Live
+from asyncrl.weights.versions import Live, Step
 
 SHOW_TIMEOUT_S = 60.0  # how long publish waits until the version before is visible
 STOP_TIMEOUT_S = 10.0
@@ -28,6 +33,8 @@ class WeightPublisher:
     transport `auto` lets receivers of this node open the memory that the version lies in, and serves the same bytes over TCP;
     `tcp` only serves them. Holds at most two versions, and a third while slow receivers take an older one. No receiver can
     hold up `publish` or another receiver. bucket_bytes: what is sent and checked as one, at most 64 MiB.
+    codec `delta`: who holds an earlier version gets what changed since, if that is less; but every anchor_freq-th version
+    whole. Keeps deltas of fewer bytes than a version has.
     Raises zmq.ZMQError if `host` is not an address of this node.
     """
 
@@ -38,18 +45,23 @@ class WeightPublisher:
         host: str = "127.0.0.1",
         transport: Literal["auto", "tcp"] = "auto",
         bucket_bytes: int = 1 << 20,
+        codec: Literal["full", "delta"] = "full",
+        anchor_freq: int = 100,
     ) -> None:
         if not 1 <= bucket_bytes <= MAX_BUCKET_BYTES:
             raise ValueError(
                 f"bucket_bytes={bucket_bytes} is outside 1 to {MAX_BUCKET_BYTES}: receivers would refuse them; use some MiB"
             )
         self._incarnation, self._transport, self._bucket_bytes = incarnation, transport, bucket_bytes
+        self._deltas = ThreadPoolExecutor(1, "weight-delta") if codec == "delta" else None
+        self._anchor_freq, self._since_anchor = anchor_freq, 0
         self._changed = threading.Condition()
-        self._staged: Live | None = None  # its bytes are there, and it is to be shown
+        self._pending = False  # a version's bytes are there, and it is not yet visible
+        self._staged: Live | None = None  # it is to be shown
         self._newest: Version | None = None
         self._closing = False
         self._failure: BaseException | None = None
-        self._stage_s = self._staged_bytes = 0.0
+        self._gauges = dict.fromkeys(("stage_s", "staged_bytes", "delta_s", "delta_bytes"), 0.0)
         self._waker = Waker()
         self._socket = PublisherSocket(host, incarnation)
         self._serving = Serving(self._socket, self._waker, self._changed)
@@ -72,21 +84,24 @@ class WeightPublisher:
         begin = time.monotonic()
         with self._changed:
             self._check_order(version)
-            if not self._changed.wait_for(lambda: self._staged is None, timeout=SHOW_TIMEOUT_S):
+            if not self._changed.wait_for(lambda: not self._pending or self._failure, timeout=SHOW_TIMEOUT_S):
                 raise Unavailable(f"weight publisher: weights {self._newest} are not visible after {SHOW_TIMEOUT_S:g} s")
             self._check_running()
-            self._serving.make_room()
+            base = self._serving.make_room()
         staged = self._stage(version, weights)
         with self._changed:
             self._check_running()
-            self._newest, self._staged = version, staged
-            self._stage_s, self._staged_bytes = time.monotonic() - begin, float(staged.manifest.total_bytes)
-            self._waker.set()
+            self._newest, self._pending = version, True
+            self._gauges["stage_s"], self._gauges["staged_bytes"] = time.monotonic() - begin, float(staged.memory.nbytes)
+            if self._deltas is None or base is None:
+                self._hand_over(staged)
+            else:
+                self._deltas.submit(self._add_delta, base, staged)
 
     def gauges(self) -> dict[str, float]:
-        """stage_s, staged_bytes: the last publish. The rest: see `Serving.gauges`."""
+        """stage_s, staged_bytes: the last publish. delta_s, delta_bytes: the last delta. The rest: see `Serving.gauges`."""
         with self._changed:
-            return {"stage_s": self._stage_s, "staged_bytes": self._staged_bytes} | self._serving.gauges()
+            return self._gauges | self._serving.gauges()
 
     def close(self) -> None:
         """Stops serving. Receivers get nothing more, a version not yet visible included."""
@@ -94,13 +109,15 @@ class WeightPublisher:
             if not self._closing:
                 self._closing = True
                 self._waker.set()
+        if self._deltas is not None:
+            self._deltas.shutdown(cancel_futures=True)
         self._thread.join(STOP_TIMEOUT_S)
         if not self._thread.is_alive():
             self._waker.close()
 
     def _check_running(self) -> None:
         if self._failure is not None:
-            raise Unavailable(f"weight publisher: its I/O thread failed: {self._failure!r}") from self._failure
+            raise Unavailable(f"weight publisher: one of its threads failed: {self._failure!r}") from self._failure
         if self._closing:
             raise Closed("weight publisher is closed: nothing can be published")
 
@@ -124,6 +141,34 @@ class WeightPublisher:
         )
         return Live(manifest=manifest.signed(), memory=staged.memory)
 
+    def _hand_over(self, staged: Live) -> None:
+        """To the I/O thread, unless that has ended. Lock held."""
+        if not self._closing:
+            self._staged = staged
+            self._waker.set()
+
+    def _add_delta(self, base: Live, staged: Live) -> None:
+        """Has the version shown with the deltas that lead to it from earlier ones, if they are less than all of it."""
+        try:
+            begin, steps = time.monotonic(), base.steps
+            self._since_anchor += 1
+            data = None
+            if self._since_anchor < self._anchor_freq and base.manifest.tensors == staged.manifest.tensors:
+                data = encode_delta(base.memory, staged.memory, staged.manifest.tensors)
+            if data is None:
+                self._since_anchor, steps = 0, ()
+            else:
+                steps = (*steps, Step(base=base.version, version=staged.version, data=data))
+            while sum(len(step.data) for step in steps) >= staged.memory.nbytes:
+                steps = steps[1:]
+            with self._changed:
+                self._gauges["delta_s"], self._gauges["delta_bytes"] = time.monotonic() - begin, float(len(data or b""))
+                self._hand_over(replace(staged, steps=steps))
+        except BaseException as error:  # for publish to raise, as below
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
     def _run(self) -> None:
         """The I/O thread: serves, and shows what was staged."""
         try:
@@ -132,13 +177,13 @@ class WeightPublisher:
                 with self._changed:
                     if self._staged is not None and not self._closing:
                         self._serving.show(self._staged)
-                        self._staged = None
+                        self._staged, self._pending = None, False
                         self._changed.notify_all()
         except BaseException as error:  # kept for publish to raise: a thread has no caller
             self._failure = error
         finally:
             with self._changed:
-                self._staged = None
+                self._staged, self._pending = None, False
                 self._serving.close()
                 self._changed.notify_all()
             self._socket.close()

@@ -14,7 +14,7 @@ from asyncrl.weights import messages
 from asyncrl.weights.flight import Flight
 from asyncrl.weights.messages import Announce, Bucket, Bye, GetBucket, GetManifest, Gone, Hello, Refused, Reply, Request
 from asyncrl.weights.sockets import PublisherSocket, Waker
-from asyncrl.weights.versions import Live, Receiver, VersionCache
+from asyncrl.weights.versions import Form, Live, Receiver, VersionCache
 
 BATCH = 64  # requests read between two looks at anything else
 MAX_ASKED = 128  # requests of one receiver that may wait; above any sensible credit
@@ -80,9 +80,12 @@ class Serving:
         self._versions.advance(self._receivers(), self._clock())
         self._hint_all()
 
-    def make_room(self) -> None:
-        """Leaves at most two versions live, for the next to be staged. Lock held."""
+    def make_room(self) -> Live | None:
+        """Leaves at most two versions live, for the next to be staged; returns the newer one if deltas against it are of use to
+        anybody. Lock held."""
         self._versions.make_room()
+        remote = any(not self._versions.shares_memory(receiver) for receiver in self._receivers())
+        return self._versions.newest if remote else None
 
     def gauges(self) -> dict[str, float]:
         """sent_bytes, unsent (answers dropped), bad_requests, receivers_lost, connections_cut: totals.
@@ -162,18 +165,22 @@ class Serving:
         return False
 
     def _may_answer(self, identity: bytes, request: Request) -> bool:
-        live = self._versions.find(request.version) if isinstance(request, GetBucket) else None
-        return live is None or self._flight.allows(identity, live.manifest.bucket_bytes)
+        form = self._form(request.version, request.base) if isinstance(request, GetBucket) else None
+        return form is None or self._flight.allows(identity, form.manifest.bucket_bytes)
+
+    def _form(self, version: Version, base: Version | None) -> Form | None:
+        live = self._versions.find(version)
+        return live.form(base) if live is not None else None
 
     def _answer(self, identity: bytes, peer: Peer, request: Request) -> None:
         match request:
             case Hello(sequence=sequence):
                 self._hint(identity, peer.receiver, echo=sequence)
-            case GetManifest(version=version):
-                live = self._versions.find(version)
-                self._send(identity, live.manifest if live else Gone(version=version))
-            case GetBucket(version=version, index=index):
-                self._send_bucket(identity, version, index)
+            case GetManifest(version=version, base=base):
+                form = self._form(version, base) or self._form(version, None)
+                self._send(identity, form.manifest if form else Gone(version=version))
+            case GetBucket(version=version, index=index, base=base):
+                self._send_bucket(identity, version, index, self._form(version, base))
 
     def _hint_all(self) -> None:
         for identity, peer in self._peers.items():
@@ -202,14 +209,13 @@ class Serving:
                     "weight receiver %s is silent and out of reach, holding %s", receiver.name, receiver.holds or "nothing"
                 )
 
-    def _send_bucket(self, identity: bytes, version: Version, index: int) -> None:
-        live = self._versions.find(version)
-        if live is None:
+    def _send_bucket(self, identity: bytes, version: Version, index: int, form: Form | None) -> None:
+        if form is None:
             self._send(identity, Gone(version=version))
-        elif not 0 <= index < live.manifest.bucket_count:
-            self._refuse(identity, f"bucket {index} of weights {version}, which have {live.manifest.bucket_count}")
+        elif not 0 <= index < form.manifest.bucket_count:
+            self._refuse(identity, f"bucket {index} of weights {version}, which have {form.manifest.bucket_count}")
         else:
-            payload, checksum = live.bucket(index)
+            payload, checksum = form.bucket(index)
             number = self._flight.next_number(identity)
             if self._send(identity, Bucket(version=version, index=index, checksum=checksum, number=number), payload):
                 self._flight.send(identity, len(payload), self._clock())

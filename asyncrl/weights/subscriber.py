@@ -23,6 +23,7 @@ class WeightSubscriber:
     name: who this is, in the publisher's reports. transport: `auto` maps the memory of a publisher on this node.
     credit: buckets asked for ahead. poll_s: how often the publisher is asked what is newest, should a hint get lost.
     deadline_s: silence of the publisher that `next` bears. max_failures: damaged transfers in a row that it bears.
+    codec: `delta` asks for what changed since the version that came last, which it keeps for that if it came over the socket.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class WeightSubscriber:
         poll_s: float = 1.0,
         deadline_s: float = 30.0,
         max_failures: int = 3,
+        codec: Literal["full", "delta"] = "full",
     ) -> None:
         if credit < 1:
             raise ValueError(f"credit={credit} < 1: no bucket would ever be asked for; use at least 1")
@@ -46,13 +48,16 @@ class WeightSubscriber:
         self._lock = threading.Lock()  # held by whoever uses the link
         self._closed = threading.Event()
         self._holds: Version | None = None
+        self._codec = codec
+        self._base: tuple[Version, WeightMemory] | None = None  # what deltas may change
         self._newest: Version | None = None  # as announced
         self._asked_manifest: tuple[Version, int] | None = None  # with the number of the last Hello before it
         self._barrier = 0  # announcements count again from the answer to this Hello on
         self._assembly: Assembly | None = None
         self._confirms = 0
         self._failures = 0
-        self._counts = dict.fromkeys(("received_bytes", "versions", "shared_versions", "bad_transfers", "asked_again"), 0.0)
+        kinds = ("received_bytes", "versions", "shared_versions", "delta_versions", "bad_transfers", "asked_again")
+        self._counts = dict.fromkeys(kinds, 0.0)
         self._fetch_s = 0.0
 
     def next(self, after: Version | None, wait_s: float) -> tuple[Version, Tensors] | None:
@@ -159,24 +164,30 @@ class WeightSubscriber:
             newest = self._newest
             if newest is not None and (self._holds is None or newest > self._holds) and self._asked_manifest is None:
                 self._asked_manifest = (newest, self._link.hello)
-                self._link.send(GetManifest(version=newest))
+                self._link.send(GetManifest(version=newest, base=self._base[0] if self._base is not None else None))
             return None
         if self._holds is not None and self._assembly.version <= self._holds:
             self._restart()
             return None
+        version, base = self._assembly.version, self._assembly.base
         for index in self._assembly.ask(self._credit, self._link.hello):
-            self._link.send(GetBucket(version=self._assembly.version, index=index, confirms=self._confirms))
+            self._link.send(GetBucket(version=version, index=index, base=base, confirms=self._confirms))
         return self._deliver(self._assembly) if self._assembly.whole else None
 
     def _deliver(self, assembly: Assembly) -> tuple[Version, Tensors]:
+        base, self._base = self._base, None  # a delta that fails is followed by a whole version
+        tensors = assembly.tensors(base[1] if base is not None and base[0] == assembly.base else None)
+        if self._codec == "delta" and not assembly.is_shared:
+            self._base = assembly.version, tensors.memory
         self._counts["versions"] += 1
+        self._counts["delta_versions"] += assembly.base is not None
         self._counts["shared_versions"] += assembly.is_shared
         self._fetch_s = time.monotonic() - assembly.begun_at
         self._failures = 0
         self._holds = assembly.version
         self._assembly, self._unopened = None, 0
         self._link.greet(self._hello)  # so that the publisher needn't keep the version for us
-        return assembly.version, assembly.tensors()
+        return assembly.version, tensors
 
     @property
     def _opens(self) -> bool:

@@ -15,6 +15,7 @@ import math
 from collections.abc import Collection
 
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from asyncrl.models.memory import WeightMemory
 from asyncrl.types import Version
@@ -26,19 +27,52 @@ FIRST_S = 60.0  # what the first of a round is taken to need while none is done
 IDLE_S = 5.0  # a receiver that says nothing for longer is not waited for
 
 
-class Live(Struct, frozen=True, kw_only=True):
-    """One whole, immutable version, and the memory that holds all its bytes."""
+class Step(Struct, frozen=True, kw_only=True):
+    """What changed from one version to a later one (weights/delta.py)."""
+
+    base: Version
+    version: Version
+    data: bytes
+
+
+class Form(Struct, frozen=True, kw_only=True):
+    """What travels of a version, whole or as deltas: the pieces, one after another, in buckets."""
 
     manifest: Manifest
-    memory: WeightMemory
+    pieces: tuple[memoryview, ...]
     checksums: dict[int, int] = field(default_factory=dict)  # of the buckets that somebody took over the socket
 
     def bucket(self, index: int) -> tuple[memoryview, int]:
         """The bytes of one bucket, and their checksum, which is made when it is first asked for."""
-        payload = self.memory.bytes[self.manifest.bucket(index)]
+        part, begin, found = self.manifest.bucket(index), 0, []
+        for piece in self.pieces:
+            if (inside := piece[max(0, part.start - begin) : max(0, part.stop - begin)]).nbytes:
+                found.append(inside)
+            begin += piece.nbytes
+        payload = found[0] if len(found) == 1 else memoryview(b"".join(found))
         if index not in self.checksums:
             self.checksums[index] = self.manifest.checksum(index, payload)
         return payload, self.checksums[index]
+
+
+class Live(Struct, frozen=True, kw_only=True):
+    """One whole, immutable version, and the memory that holds all its bytes. steps: how it came of earlier ones."""
+
+    manifest: Manifest
+    memory: WeightMemory
+    steps: tuple[Step, ...] = ()
+    forms: dict[Version | None, Form] = field(default_factory=dict)
+
+    def form(self, base: Version | None) -> Form | None:
+        """The deltas since `base`, or without one the whole; None where such deltas are not at hand."""
+        if base not in self.forms:
+            since = next((self.steps[i:] for i, step in enumerate(self.steps) if step.base == base), ())
+            if base is None:
+                self.forms[None] = Form(manifest=self.manifest, pieces=(self.memory.bytes,))
+            elif since:
+                manifest = replace(self.manifest, base=base, steps=tuple(len(step.data) for step in since)).signed()
+                self.forms[base] = Form(manifest=manifest, pieces=tuple(memoryview(step.data) for step in since))
+        return self.forms.get(base)
 
     @property
     def version(self) -> Version:

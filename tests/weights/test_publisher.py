@@ -111,7 +111,7 @@ def test_a_failed_io_thread_is_told_to_the_learner(
     monkeypatch.setattr(Serving, "show", broken)
     publisher = bus.publisher()
     publisher.publish(Version(1, 1), weights(1))
-    with pytest.raises(Unavailable, match=r"I/O thread failed.*No such device"):
+    with pytest.raises(Unavailable, match=r"threads failed.*No such device"):
         publisher.publish(Version(1, 2), weights(2))  # waits for 1.1 to become visible
     publisher.close()
 
