@@ -4,6 +4,7 @@ What these modules define, and begins with no underscore, is said here once more
 """
 
 from asyncrl.config.algorithm import *
+from asyncrl.config.bus import *
 from asyncrl.config.counts import *
 from asyncrl.config.deployment import *
 from asyncrl.config.dtypes import *

@@ -21,7 +21,7 @@ from asyncrl.weights.delta import encode_delta
 from asyncrl.weights.messages import MAX_BUCKET_BYTES, Manifest
 from asyncrl.weights.serving import Serving
 from asyncrl.weights.sockets import Address, PublisherSocket, Waker
-from asyncrl.weights.versions import Live, Step
+from asyncrl.weights.versions import Live, VersionDelta
 
 SHOW_TIMEOUT_S = 60.0  # how long publish waits until the version before is visible
 STOP_TIMEOUT_S = 10.0
@@ -158,7 +158,7 @@ class WeightPublisher:
             if data is None:
                 self._since_anchor, steps = 0, ()
             else:
-                steps = (*steps, Step(base=base.version, version=staged.version, data=data))
+                steps = (*steps, VersionDelta(base=base.version, version=staged.version, data=data))
             while sum(len(step.data) for step in steps) >= staged.memory.nbytes:
                 steps = steps[1:]
             with self._changed:

@@ -27,7 +27,7 @@ FIRST_S = 60.0  # what the first of a round is taken to need while none is done
 IDLE_S = 5.0  # a receiver that says nothing for longer is not waited for
 
 
-class Step(Struct, frozen=True, kw_only=True):
+class VersionDelta(Struct, frozen=True, kw_only=True):
     """What changed from one version to a later one (weights/delta.py)."""
 
     base: Version
@@ -60,7 +60,7 @@ class Live(Struct, frozen=True, kw_only=True):
 
     manifest: Manifest
     memory: WeightMemory
-    steps: tuple[Step, ...] = ()
+    steps: tuple[VersionDelta, ...] = ()
     forms: dict[Version | None, Form] = field(default_factory=dict)
 
     def form(self, base: Version | None) -> Form | None:

@@ -17,7 +17,7 @@ from asyncrl.types import Version
 from asyncrl.weights import publisher as publishing
 from asyncrl.weights.delta import encode_delta
 from asyncrl.weights.messages import Announce, Bucket, GetBucket, GetManifest, Hello, Manifest
-from asyncrl.weights.versions import Live, Step
+from asyncrl.weights.versions import Live, VersionDelta
 
 WAIT_S = 20.0
 SIZE = 50_000  # 100,000 bytes
@@ -263,7 +263,7 @@ class Faulty:
 
     def answer(self) -> None:
         """Answers all requests that are there."""
-        whole, step = self._whole[self.newest], Step(base=Version(1, 0), version=Version(1, 1), data=self.delta)
+        whole, step = self._whole[self.newest], VersionDelta(base=Version(1, 0), version=Version(1, 1), data=self.delta)
         live = replace(whole, steps=(step,), forms={}) if self.newest else whole
         for request in self._hand.requests():
             match request:
