@@ -13,7 +13,6 @@ from asyncrl.config.counts import PlaceSpec, Several, is_some
 from asyncrl.config.limits import LimitsSpec
 from asyncrl.config.parallel import Group, ParallelSpec, layouts
 
-
 # How new weights enter while requests run; docs/sglang.md says what each of them promises.
 UpdateMode = Literal["in_flight", "keep_kv", "drain", "restart"]
 
