@@ -16,6 +16,7 @@ from referencing.jsonschema import DRAFT202012
 
 from asyncrl.config import Deployment, PlaceSpec
 from asyncrl.config.load import load_deployment
+from asyncrl.generate.sglang.sglang_kind import SGLangKind
 
 ROOT = Path(__file__).resolve().parents[2]
 KUBERAY = ROOT / "deploy" / "kuberay"
@@ -174,6 +175,7 @@ def unplaced(deployment: Deployment, free: list[tuple[dict[str, str], dict[str, 
 def test_what_the_deployment_asks_for_is_there_from_the_start(cluster):
     """A run ends where an actor fits no node that there is, so it can't wait for nodes to be added."""
     deployment = load_deployment(KUBERAY / "deployment.yaml")
+    assert SGLangKind({}).check(deployment).startswith("sglang: 2 to 8 × 1 servers, tensor parallel 1, ")
     assert unplaced(deployment, nodes(cluster)) == []
     assert unplaced(deployment, nodes(cluster)[:-1]) != []  # none is idle
     most = {group["groupName"]: group["maxReplicas"] for group in cluster["workerGroupSpecs"]}

@@ -34,7 +34,7 @@ class SGLangKind(NamedTuple):
     def check(self, deployment: Deployment) -> str:
         """Looks for the servers' command, or their key, on this machine; not on a cluster, where the generators' machines are
         others than the driver's, and refuse by themselves."""
-        count, engine = deployment.generators.count, deployment.generators.engine
+        generators, engine = deployment.generators, deployment.generators.engine
         sglang, updates = engine.sglang, f"{engine.update_mode} updates"
         limits = deployment.limits
         require(
@@ -49,6 +49,7 @@ class SGLangKind(NamedTuple):
             key = f"with the key in {sglang.api_key_file}" if sglang.api_key_file else "without a key"
             return f"sglang: attached to {', '.join(sglang.urls)}, {key}; {updates}"
         program = " ".join(sglang.launcher)
+        count = f"{generators.least}" if generators.least == generators.most else f"{generators.least} to {generators.most}"
         plan = f"sglang: {count} × {sglang.servers} servers, tensor parallel {sglang.tp_size}, by `{program}`; {updates}"
         if address:
             return f"{plan}; the generators' nodes of the Ray at {address} must have it"
