@@ -13,20 +13,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from asyncrl.cluster.objects import recipe_of
 from asyncrl.cluster.plan import RunPlan, next_start
 from asyncrl.cluster.preflight import check_resumed, check_run
 from asyncrl.cluster.preparation import prepare_run, save_functions
 from asyncrl.config import Deployment, Recipe
 from asyncrl.config.paths import resolve_paths
-from asyncrl.errors import ConfigError, DiskFull, SentinelFired
+from asyncrl.control import Requests, Scale, Stop
+from asyncrl.errors import ConfigError, DiskFull, SentinelFired, exit_status
 from asyncrl.processes import aside, undisturbed
 from asyncrl.report.callbacks import CallbackQueue, Callbacks
 from asyncrl.report.metrics_log import MetricsLog
 from asyncrl.report.progress import Progress
-from asyncrl.report.summary import RunResult, RunSummary
+from asyncrl.report.summary import RunEnd, RunResult, RunSummary
 from asyncrl.report.trackers import RunFacts, Trackers
-from asyncrl.rundir import log_shown, resolve_run_dir
+from asyncrl.rundir import log_shown, redact, resolve_run_dir, write_atomic
 from asyncrl.types import Record
 
 if TYPE_CHECKING:
@@ -76,11 +79,16 @@ class Trainer:
         self._lookout: Lookout | None = None  # where there are sentinels
         self._began = self._actors_due = time.monotonic()
         self._scalings = 0  # decisions that are in metrics.jsonl
+        self._error: BaseException | None = None  # that the run ended with
+        self._stopping = False  # as somebody asked
         self._resources = contextlib.ExitStack()
         try:
             self._resources.enter_context(log_shown())
             check_run(self._recipe, self._deployment, self.paths)
             self._resources.enter_context(self.paths.lock())
+            self._requests = Requests(self.paths, {Stop: self._stop, Scale: self._scale})
+            self.paths.ended.unlink(missing_ok=True)
+            self._resources.callback(self._write_end)
             resume_at = None if resume_from is None else self._update_of(resume_from)
             if resume_from is not None:
                 check_resumed(self._recipe, self.paths, resume_at)
@@ -88,7 +96,8 @@ class Trainer:
             self._callbacks = CallbackQueue(callbacks or Callbacks(), self.paths)
             prepared = self._prepare(resuming=resume_from is not None)
             self._supervisor = self._start(resume_at, prepared)
-        except BaseException:
+        except BaseException as error:
+            self._error = error
             self._resources.close()
             raise
 
@@ -189,6 +198,7 @@ class Trainer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._error = error
         self.close()
 
     # ------------------------------------------------------------------------------------------------------
@@ -333,12 +343,39 @@ class Trainer:
     def _between(self) -> None:
         """Called by the supervisor between two rounds, where what is raised ends the run in order."""
         self._callbacks.run()
+        self._requests.look()
+        if self._stopping:
+            raise KeyboardInterrupt
         if self._lookout is not None:
             self._lookout.settle(self._supervisor.save_soon, self._summary.fired)
 
+    def _stop(self, request: Stop) -> str:
+        log.warning("asked to stop")
+        self._stopping = True
+        return "the update under way is made and saved, then the run ends"
+
+    def _scale(self, request: Scale) -> str:
+        self.scale(request.generators, request.rewards)
+        asked = {name: count for name, count in msgspec.structs.asdict(request).items() if count is not None}
+        return f"from update {self._summary.committed} on: " + ", ".join(f"{name}={count}" for name, count in asked.items())
+
+    def _write_end(self) -> None:
+        """For whoever asks later; a full disk, which was told already, leaves it out."""
+        error, steps = self._error, self.paths.steps()
+        end = RunEnd(
+            time=time.time(),
+            status=exit_status(error),
+            steps=self._summary.committed,
+            checkpoint=str(steps[-1]) if steps else "",
+            error=redact(str(error)) if error is not None else "",
+        )
+        with contextlib.suppress(DiskFull, OSError):
+            write_atomic(self.paths.ended, msgspec.json.encode(end) + b"\n")
+
     def _write_actors(self) -> None:
         if self._summary.reports:
-            self._metrics.append_actors(time.time(), self._summary.committed, self._summary.reports.values())
+            run = self._summary
+            self._metrics.append_actors(time.time(), run.committed, run.reports.values(), run.restarts)
 
 
 def launch(

@@ -14,14 +14,16 @@ import sys
 from collections.abc import Sequence
 
 from asyncrl import __version__
-from asyncrl.disk import full_disk
-from asyncrl.errors import AsyncRLError, ConfigError, DataError
-from asyncrl.rundir import StandardError, redact, set_up_logging
+from asyncrl.errors import AsyncRLError, exit_status
 
 # Each function takes a parser, adds its job's arguments, and sets the default `job`: from arguments to exit status.
 JOBS = {
     "run": ("asyncrl.jobs.run:run_job", "train a model by a recipe"),
     "sft": ("asyncrl.jobs.sft:sft_job", "SFT warm start: train a model on demonstrations"),
+    "attach": ("asyncrl.jobs.attach:attach_job", "watch a run that another process leads, until it ends"),
+    "status": ("asyncrl.jobs.status:status_job", "how runs stand: led by whom, where, how fast, what went wrong"),
+    "scale": ("asyncrl.jobs.scale:scale_job", "how many generators and reward workers a run should have from now on"),
+    "stop": ("asyncrl.jobs.stop:stop_job", "end a run in order, with a checkpoint"),
     "fork": ("asyncrl.jobs.fork:fork_job", "a new run from a checkpoint and the log of another, under other settings"),
     "rescore": ("asyncrl.jobs.rescore:rescore_job", "score a run's rollouts again; repair it where rewards were wrong"),
     "simulate": ("asyncrl.jobs.simulate:simulate_job", "how fast a recipe would run on which machines, and how stale"),
@@ -42,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status; argparse itself exits with 0 (help) or 2 (usage)."""
     chosen, rest = _choose(sys.argv[1:] if argv is None else list(argv))
     try:
+        from asyncrl.rundir import StandardError, set_up_logging  # here, so that an interrupt of slow imports is told as one
+
         set_up_logging(StandardError())
         for library in ("huggingface_hub", "transformers"):
             logging.getLogger(library).propagate = False  # they print their warnings themselves: once is enough
@@ -63,8 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AsyncRLError as error:
         _say(f"error: {error}", error)
         logging.getLogger(__name__).debug("where it came from", exc_info=True)
-        return 2 if isinstance(error, ConfigError | DataError) else 1
+        return exit_status(error)
     except OSError as error:
+        from asyncrl.disk import full_disk
+
         if not full_disk(error):
             raise
         print(f"error: {error}: nothing more could be saved; free disk space, then go on with --resume", file=sys.stderr)
@@ -76,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say(message: str, error: BaseException) -> None:
     """The message, and what the error notes on how to go on."""
+    from asyncrl.rundir import redact
+
     print(redact("\n".join([message, *getattr(error, "__notes__", ())])), file=sys.stderr)
 
 

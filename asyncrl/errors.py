@@ -51,3 +51,10 @@ class PlacementError(AsyncRLError):
 
 class SentinelFired(AsyncRLError):
     """A sentinel of the recipe ended the run, in order. Carries its condition, the rows that fired it, and what is saved."""
+
+
+def exit_status(error: BaseException | None) -> int:
+    """That of a command which ended with the error: 0 without any."""
+    if error is None:
+        return 0
+    return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ConfigError | DataError) else 1

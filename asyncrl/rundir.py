@@ -52,6 +52,8 @@ class RunDir:
         self.rewards = self.path / "rewards"  # what each reward model and judge is
         self.sentinels = self.path / "sentinels.jsonl"  # when each fired, and the rows that it fired for
         self.forked = self.path / "forked.json"  # what run it began in, and where, if it did
+        self.requests = self.path / "requests"  # of other processes, to who leads the run
+        self.ended = self.path / "ended.json"  # how the newest start ended; not there while it goes on, nor if it was killed
         self.driver_log = self.path / "driver.log"  # of detached runs; those of one name follow each other
 
     @property

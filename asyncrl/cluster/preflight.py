@@ -64,8 +64,8 @@ def check_resumed(recipe: Recipe, run_dir: RunDir, at: int | None = None) -> Non
     require_resumable(folder, *(["critic"] if recipe.algorithm.needs_critic else []))
     if differing := differing_shapes(read_config(recipe.model.path), read_config(str(folder / "policy"))):
         raise ConfigError(
-            f"model.path={recipe.model.path!r} has {', '.join(differing)} as in {folder}: its weights fit nowhere; resume with "
-            "the run's own model, or start a new run under another --name"
+            f"model.path={recipe.model.path!r} has {', '.join(differing)} as in {folder}: its weights fit nowhere; go on "
+            "with the run's own model, or start a new run of another name"
         )
 
 

@@ -117,8 +117,11 @@ def _prepare_prompts(recipe: Recipe, paths: RunDir, resuming: bool) -> tuple[int
     return stop_token_ids(tokenizer, recipe.model)
 
 
-def require_same_groups(paths: RunDir, recipe: Recipe) -> None:
-    """Refuses to resume with other prompts, order or group size: groups in the log would be finished with strangers."""
+def require_same_groups(paths: RunDir, recipe: Recipe, forking: bool = False) -> None:
+    """Refuses to resume, or fork, with other prompts, order or group size: groups would be finished with strangers."""
+    doing, fix = "resuming", "resume with the old value, or start over under another --name"
+    if forking:
+        doing, fix = "forking", "leave it as it was, or start a new run with `asyncrl run`"
     before = msgspec.json.decode(paths.recipe.read_bytes(), type=Recipe)
     held_out = recipe.evaluation if before.evaluation.files else before.evaluation  # where there was none, some may be added
     for name, old, new in (
@@ -134,8 +137,8 @@ def require_same_groups(paths: RunDir, recipe: Recipe) -> None:
     ):
         if old != new:
             raise ConfigError(
-                f"resuming {paths.path} with {name}={new!r}, but it began with {old!r}: groups in its log would be finished "
-                "with other prompts; resume with the old value, or start over under another --name"
+                f"{doing} {paths.path} with {name}={new!r}, but it began with {old!r}: groups in its log would be finished "
+                f"with other prompts; {fix}"
             )
 
 

@@ -99,6 +99,7 @@ def _audit(args: argparse.Namespace) -> int:
     os.environ["OMP_NUM_THREADS"] = str(local.threads)  # read when torch is first imported
     from asyncrl.models.ranks import Ranks
 
+    print(f"updates {begin + 1} to {end}, from the checkpoint of {begin}: loading", file=sys.stderr)
     chosen = list(range(begin + 1, end + 1, args.every))
     with working_folder() as work:
         past = past_run(run, recipe, history, local, work, Ranks(local.layouts))
@@ -117,6 +118,8 @@ def parse_settings(recipe: Recipe, words: Sequence[str]) -> dict[str, AlgorithmS
     answer."""
     recipe = replace(recipe, algorithm=recipe.algorithm.unresolved)
     settings: dict[str, AlgorithmSpec] = {}
+    if any(pair == ("+", "+") for pair in itertools.pairwise(["+", *words, "+"])) and words:
+        raise ConfigError(f"{' '.join(words)}: a + stands between two settings; one of them is missing")
     for is_plus, group in itertools.groupby(words, key="+".__eq__):
         if is_plus:
             continue
@@ -173,6 +176,7 @@ def _walk(past: "PastRun", others: "dict[str, PolicyTrainer]", chosen: Sequence[
             past.load(nearest)
         while past.committed < update:
             last = past.committed + 1 == update
+            told = _tell(past.committed, chosen[-1], began, told)
             if not last:
                 metrics = past.step(past.batch())
             else:
@@ -184,11 +188,16 @@ def _walk(past: "PastRun", others: "dict[str, PolicyTrainer]", chosen: Sequence[
                 print(f"not to the bit as it ran, first at {first}: the weights are nearly the run's", file=sys.stderr)
         for name, of in figures.items():
             found[name].append(of)
-        if time.monotonic() - told >= LINE_EVERY_S:
-            told = time.monotonic()
-            print(f"update {update}/{chosen[-1]}: {told - began:.1f} s", file=sys.stderr)
     settings = [AuditedSetting(setting=name or _OWN, mean=mean_figures(of), updates=of) for name, of in found.items()]
     return Audit(run="", updates=list(chosen), as_logged=first is None, seconds=time.monotonic() - began, settings=settings)
+
+
+def _tell(update: int, end: int, began: float, told: float) -> float:
+    """A line of progress, if none was written for some seconds; when the newest was."""
+    if (now := time.monotonic()) - told < LINE_EVERY_S:
+        return told
+    print(f"update {update}/{end}: {now - began:.1f} s", file=sys.stderr)
+    return now
 
 
 def _show(audit: Audit) -> None:

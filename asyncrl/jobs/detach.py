@@ -50,9 +50,9 @@ def detach(command: Sequence[str], paths: RunDir) -> int:
             _show(paths.driver_log, shown)
     if not ready:
         return process.wait()
-    log = shlex.quote(str(paths.driver_log))
+    run = shlex.quote(str(paths.path))
     print(f"run     {paths.path}\npid     {process.pid}\nlog     {paths.driver_log}")
-    print(f"follow  tail -f {log}\nstop    kill {process.pid}    (in order, with a checkpoint; once more: at once)", flush=True)
+    print(f"follow  asyncrl attach {run}\nstop    asyncrl stop {run}    (in order, with a checkpoint)", flush=True)
     return 0
 
 

@@ -170,15 +170,17 @@ def _require_free(paths: RunDir) -> None:
 def old_log(source: RunDir, recipe: Recipe, at: int, *, end: int | None = None, live: bool = False) -> OldLog:
     """The log seen from a checkpoint that can be gone on from with this recipe. end: of its events, if not of all. live: none
     of its batches is needed. Raises ConfigError, CheckpointError or DataError, which list what there is."""
-    require_same_groups(source, recipe)
-    source.require_checkpoint(at)
+    require_same_groups(source, recipe, forking=True)
+    if at not in (there := [source.update_of(step) for step in source.steps()]):
+        known = ", ".join(map(str, there)) or "none yet"
+        raise ConfigError(f"--at {at}: {source.path} has no checkpoint of that update to fork from; it has {known}")
     if recipe.total_steps <= at:
         raise ConfigError(f"total_steps={recipe.total_steps} <= --at {at}: the new run would make no update; raise it")
     log = OldLog(source.replay, at, end)
     newest_complete(source, at, log.derivation.lineage.refusal, sums=False)
     check_resumed(recipe, source, at)
     if not live:
-        log.require_rows([source.update_of(step) for step in source.steps()])
+        log.require_rows(there)
     return log
 
 

@@ -82,6 +82,7 @@ def _replay(args: argparse.Namespace) -> int:
     local = local_ranks(run, history, begin, recipe, deployment)
     os.environ["OMP_NUM_THREADS"] = str(local.threads)  # read when torch is first imported
     plan = Replay(run=str(run.path.absolute()), begin=begin, end=end, local=local)
+    print(f"updates {begin + 1} to {end}, from the checkpoint of {begin}: loading", file=sys.stderr)
     with working_folder() as work:
         (work.path / _PLAN).write_bytes(msgspec.json.encode(plan))
         with together(local, work, __name__) as ranks:

@@ -1,8 +1,8 @@
 """`asyncrl report RUN`: one HTML page of what runs did, which needs no network; of running ones too. No engine, no Ray."""
 
 import argparse
+import logging
 import re
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,6 +16,7 @@ import yaml
 
 import asyncrl.replay
 from asyncrl import __version__
+from asyncrl.control import leader
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.jobs.picking import picked_samples
 from asyncrl.replay.log.digest import RunDigest, digest_events, rollout_keys
@@ -30,6 +31,7 @@ from asyncrl.report.series import MetricLines, read_metrics
 from asyncrl.report.tiles import run_tiles
 from asyncrl.rundir import RunDir, output_file, redact, write_atomic
 
+log = logging.getLogger(__name__)
 _BUCKETS = 400  # of a run's updates on a page, shared by several runs from the third on
 _SAMPLE_BYTES = 2 << 20  # of all runs
 _SPLIT_COLUMNS = ["group", "rollout", "attempt", "span_updates", "span_lengths"]
@@ -112,12 +114,7 @@ def make_report(runs: Sequence[Path], renew_s: float | None = None) -> str:
 
 def is_running(run: Path) -> bool:
     """Whether some process leads the run: the one that its lock names, as far as can be seen from this machine."""
-    try:
-        holder = (run / ".lock").read_text()
-    except FileNotFoundError:
-        return False
-    named = re.match(r"pid (\d+) on (.*)", holder)
-    return named is not None and (named[2] != socket.gethostname() or Path(f"/proc/{named[1]}").exists())
+    return leader(RunDir(run)) is not None
 
 
 def _run(run: Path, most: int, sample_bytes: int) -> tuple[ReadRun, list[dict[str, Any]]]:
@@ -127,6 +124,8 @@ def _run(run: Path, most: int, sample_bytes: int) -> tuple[ReadRun, list[dict[st
     digest = digest_events(reader)
     recipe, deployment = _settings(paths)
     updates = np.array(sorted(digest.updates), np.int64)
+    if not paths.metrics.exists():
+        log.warning("%s has no %s: what it measured is missing, but for what its log tells", run, paths.metrics.name)
     lines = paths.metrics.read_bytes().splitlines() if paths.metrics.exists() else []
     metrics = read_metrics(lines, newest=int(updates[-1]) if len(updates) else None)
     rewards = _rewards(digest, recipe)

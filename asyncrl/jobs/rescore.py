@@ -179,8 +179,11 @@ def flipped(spec: AlgorithmSpec, history: RunHistory, changed: Mapping[Which, Sc
     not say advantages: a critic's values, and the ranks of a preference loss, are made in the update."""
     if spec.needs_critic or spec.learns_preferences:
         return None
-    touched, found = {group for group, _ in changed}, []
-    for commit in history.commits.values():
+    touched, found, told = {group for group, _ in changed}, [], time.monotonic()
+    for update, commit in history.commits.items():
+        if time.monotonic() > told + _TOLD_EVERY_S:
+            told = time.monotonic()
+            log.info("advantages compared up to update %d of %d", update, max(history.commits))
         if touched.isdisjoint(commit.groups):
             continue
         old = advantages_of(spec, [history.groups[g] for g in commit.groups])
@@ -236,6 +239,7 @@ def _rescore(args: argparse.Namespace) -> int:
         print(f"{known:,} rollouts of {len(history.groups):,} groups would be scored by {_what(recipe.reward)}")
         return 0
     stored = score_again(source, recipe, history, args.processes)
+    log.info("%d rollouts scored, %d verdicts differ; comparing advantages", stored.scored.total(), len(stored.changed))
     flips = flipped(recipe.algorithm, history, stored.changed)
     found = findings(history, stored, flips)
     touched = {group for group, _ in stored.changed}

@@ -64,9 +64,9 @@ def samples_job(parser: argparse.ArgumentParser) -> None:
 
 def _samples(args: argparse.Namespace) -> int:
     """Prints them; standard error says how many there are if not all are shown."""
-    for flag in ("worst", "best", "limit"):
+    for flag in ("worst", "best", "limit", "update", "group"):
         if (getattr(args, flag) or 0) < 0:
-            raise ConfigError(f"--{flag} {getattr(args, flag)} < 0: say how many")
+            raise ConfigError(f"--{flag} {getattr(args, flag)} < 0: say which, or how many")
     log = asyncrl.replay.open(args.run)
     lines = _picked(args, log)
     in_json = args.json or args.tokens or not sys.stdout.isatty()
@@ -97,6 +97,9 @@ def _picked(args: argparse.Namespace, log: ReplayReader) -> pa.Table:
         raise DataError(f"{args.run}: --update {update} trained no rollout{of}; updates that did: {updates or 'none yet'}")
     if updates and not any((args.update, groups, args.status, args.data_source, args.sort, args.worst, args.best, args.eval)):
         update = pc.max(lines.column("trained_update")).as_py()
+    if args.data_source and args.data_source not in lines.column("data_source").unique().to_pylist():
+        known = _said_counts(lines.column("data_source"))
+        raise DataError(f"{args.run}: no rollout of --data-source {args.data_source}; there are {known}")
     purpose: Purpose | None = "eval" if args.eval else "train" if groups is None else None
     found = chosen(lines, update=update, status=args.status or "", source=args.data_source, purpose=purpose)
     if not len(found):

@@ -33,6 +33,9 @@ def trace_job(parser: argparse.ArgumentParser) -> None:
 
 def _trace(args: argparse.Namespace) -> int:
     """Writes the file whole or not at all; standard error says what is in it."""
+    for flag, update in (("--from", args.first), ("--to", args.last)):
+        if update is not None and update < 0:
+            raise ConfigError(f"{flag} {update} < 0: no update has that number; the first is 1")
     if args.first is not None and args.last is not None and args.first > args.last:
         raise ConfigError(f"--from {args.first} > --to {args.last}: nothing lies between them")
     out = output_file(args.out)

@@ -48,13 +48,16 @@ class MetricsLog:
         self.last_sequence = record.sequence
         return True
 
-    def append_actors(self, time: float, step: int, reports: Iterable[Report]) -> None:
-        """One line of kind `actors`: `<actor>/<state>_s`, seconds since that actor started, and `<actor>/<gauge>`.
+    def append_actors(
+        self, time: float, step: int, reports: Iterable[Report], restarts: Mapping[str, int] | None = None
+    ) -> None:
+        """One line of kind `actors`: `<actor>/<state>_s`, seconds since that actor started, `<actor>/<gauge>`, and
+        `<actor>/restarts`, of those that had any.
 
         Trackers get `actors/<actor>/<state>` instead of the seconds: the share of the time since the line before. Raises
         DiskFull.
         """
-        line: dict[str, float] = {}
+        line: dict[str, float] = {f"{name}/restarts": count for name, count in (restarts or {}).items()}
         scalars: dict[str, float] = {}
         for report in reports:
             line |= {f"{report.name}/{state}_s": seconds for state, seconds in report.seconds.items()}

@@ -55,6 +55,16 @@ class RunResult(Struct, frozen=True, kw_only=True):
     error: str = ""  # what ended the run, if it failed
 
 
+class RunEnd(Struct, frozen=True, kw_only=True):
+    """`ended.json` of a run directory: how its newest start ended."""
+
+    time: float  # seconds since the epoch
+    status: int  # as the exit status of the command: 0 it is done, 130 it was interrupted, else it failed
+    steps: int  # updates committed
+    checkpoint: str = ""  # the newest, if there is any
+    error: str = ""
+
+
 @dataclass(kw_only=True)
 class RunSummary:
     """A run's present state. Sums are over the surviving lineage: a step that a restore reopened counts once.

@@ -45,8 +45,8 @@ def test_a_detached_run_goes_on_in_a_session_of_its_own(run: RunDir, tmp_path: P
         f"run     {run.path}",
         f"pid     {pid}",
         f"log     {run.path}/driver.log",
-        f"follow  tail -f {run.path}/driver.log",
-        f"stop    kill {pid}    (in order, with a checkpoint; once more: at once)",
+        f"follow  asyncrl attach {run.path}",
+        f"stop    asyncrl stop {run.path}    (in order, with a checkpoint)",
     ]
     (tmp_path / "gate").touch()
     os.waitpid(int(pid), 0)

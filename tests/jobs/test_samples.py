@@ -50,7 +50,6 @@ def _names(capsys: pytest.CaptureFixture[str], *args: str) -> list[str]:
         ("--sort gain --best 1 --update 2", ["2/0"]),
         ("--sort surprise --group 2", ["2/1", "2/0"]),
         ("--sort reward --limit 3", ["0/0", "3/1", "1/0"]),
-        ("--update 1 --data-source words", []),
     ],
 )
 def test_which_are_shown(run: str, capsys: pytest.CaptureFixture[str], flags: str, names: list[str]) -> None:
@@ -82,6 +81,8 @@ def test_parts_of_many_are_read_one_after_the_other(
         ("--update 2 --group 0", "--update 2 trained no rollout of group 0; updates that did: 1 to 1"),
         ("--group 77", "no rollout of group 77; there are groups 0 to 4"),
         ("--worst -1", "--worst -1 < 0"),
+        ("--update -2", "--update -2 < 0"),
+        ("--data-source maths", "no rollout of --data-source maths; there are 9 sums"),
     ],
 )
 def test_what_is_not_there_is_an_error_that_says_what_is(

@@ -52,6 +52,7 @@ def test_updates_that_were_asked_for(run: str, tmp_path: Path) -> None:
     ("flags", "words"),
     [
         ("--from 3 --to 1", "nothing lies between"),
+        ("--from -3", "--from -3 < 0"),
         ("--from 4", "there are updates 1 to 3"),
         ("--to 0", "there are updates 1 to 3"),
     ],

@@ -193,7 +193,7 @@ def finished(project: Path) -> RunDir:
 
 def test_a_run_leaves_a_whole_run_directory(finished: RunDir) -> None:
     assert {entry.name for entry in finished.path.iterdir() if not entry.name.startswith(".")} == {
-        *("recipe.json", "deployment.yaml", "facts.json", "metrics.jsonl", "tensorboard"),
+        *("recipe.json", "deployment.yaml", "facts.json", "ended.json", "metrics.jsonl", "tensorboard"),
         *("data", "replay", "checkpoints", "exports", "logs"),
     }
     assert steps(finished) == [1, 2, 3, 4, 5, 6]
@@ -282,6 +282,55 @@ def test_ctrl_c_saves_and_stops_everything_and_resume_goes_on_from_exactly_there
     wait_until(lambda: resumed.left() == [], 30)
     made = [(line["step"], line["incarnation"]) for line in metrics(run, "step")]
     assert made == [(step, 1 if step <= last else 2) for step in range(1, len(made) + 1)]
+
+
+def test_a_detached_run_is_watched_asked_about_scaled_stopped_and_can_go_on(
+    project: Path, command: Callable[..., Command]
+) -> None:
+    run = RunDir(project / "runs" / "detached")
+    detaching = start(command, project, "detached", *ENDLESS, "checkpoint.save_freq=1000", "--detach")
+    assert detaching.end() == 0
+    assert "follow  asyncrl attach " in detaching.stdout
+    attached = command(project, *ASYNCRL, "attach", run.path)
+    leaving = command(project, *ASYNCRL, "attach", run.path)
+    attached.until(lambda: len(steps(run)) >= 3)
+    attached.until(lambda: "/100000 · time " in attached.stderr)
+    leaving.until(lambda: "Ctrl-C leaves it alone" in leaving.stderr)
+    interrupt(leaving)
+    assert leaving.end() == 130
+    assert leaving.stderr.splitlines()[-1].startswith("interrupted: the run goes on; `asyncrl attach ")
+    assert detaching.left(), "it went on"
+
+    asked = command(project, *ASYNCRL, "status", "runs/detached", "--json")
+    assert asked.end() == 0
+    standing = json.loads(asked.stdout)
+    pid = detaching.stdout.splitlines()[1].removeprefix("pid     ")
+    assert (standing["state"], standing["led_by"].split()[:2], standing["total_steps"]) == ("running", ["pid", pid], 100000)
+    assert standing["update"] >= 3
+    assert standing["samples_per_s"] > 0
+    assert standing["heard_s"] < 30
+    assert standing["members"] == {"generator": 1, "learner": 1, "reward": 1, "store": 1}
+
+    scaling = command(project, *ASYNCRL, "scale", "runs/detached", "generators=2")
+    assert scaling.end() == 0
+    assert scaling.stdout.endswith(": generators=2\n")
+    attached.until(lambda: "generator-1 is up" in attached.stderr)
+
+    stopping = command(project, *ASYNCRL, "stop", "runs/detached")
+    assert stopping.end() == 0
+    wait_until(lambda: detaching.left() == [], 30)
+    last = steps(run)[-1]
+    assert [run.update_of(folder) for folder in run.steps()] == [0, last], "what was made is saved"
+    told, way = stopping.stdout.splitlines()
+    assert told == f"{run.path} was stopped after {last} updates; the newest checkpoint is {run.checkpoint(last)}"
+    assert attached.end() == 130, "as the run did"
+    assert told in attached.stderr
+    again = command(project, *ASYNCRL, *shlex.split(way.removeprefix("to go on: asyncrl ")), "--dry-run")
+    assert again.end() == 0
+    ended = command(project, *ASYNCRL, "status", "runs/detached")
+    assert ended.end() == 0
+    assert ended.stdout.startswith(f"detached: stopped\n  update {last}/100000 · ")
+    assert "interrupted: update" in run.driver_log.read_text()
 
 
 PREPARE = """

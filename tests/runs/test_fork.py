@@ -165,7 +165,7 @@ def test_flips_are_counted_exactly_and_the_repaired_run_equals_a_clean_one(made:
 def test_what_can_not_work_is_said_before_anything_is_made(made: Made, asyncrl: Any) -> None:
     run, before = made.runs / "wrong", sorted(made.runs.iterdir())
     for words, told in (
-        (("fork", run, "x", "--at", 9), "no checkpoint of update 9; resume from one of step_000000, step_000001"),
+        (("fork", run, "x", "--at", 9), "no checkpoint of that update to fork from; it has 0, 1"),
         (("fork", run, "right", "--at", 2), "right is there already"),
         (("fork", made.runs, "x", "--at", 2), "no run directory: it has no recipe.json"),
         (("fork", run, "x", "--at", 6), "total_steps=6 <= --at 6"),
