@@ -21,8 +21,10 @@ from asyncrl.cluster.resources import count_gpus
 from asyncrl.config.deployment import ENGINES
 from asyncrl.containment import NEWNET, SWITCH, refused
 from asyncrl.disk import as_size, free_bytes
+from asyncrl.errors import ConfigError
 from asyncrl.generate.engines import engine_kind
 from asyncrl.jobs.accelerators import all_reduce, kernels, matching
+from asyncrl.jobs.cluster_check import check_cluster
 from asyncrl.report.findings import Finding, MachineCheck, installed_version
 from asyncrl.scratch import SHM, Trace, traces
 
@@ -41,10 +43,18 @@ OPTIONAL = {
 def doctor_job(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `asyncrl doctor`, and sets what runs."""
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.add_argument("--cluster", action="store_true", help="check every node of a Ray cluster instead, side by side")
+    parser.add_argument("--address", metavar="A", help="of the cluster (default: RAY_ADDRESS, else one of this machine)")
+    reached = "with --cluster: the folder of run directories that every node must reach (default: runs)"
+    parser.add_argument("--runs-dir", default="runs", metavar="D", help=reached)
     parser.set_defaults(job=_doctor)
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    if args.cluster:
+        return check_cluster(args)
+    if args.address is not None:
+        raise ConfigError(f"--address {args.address} without --cluster: only the nodes of a cluster have one; add --cluster")
     findings = []
     for finding in examine():
         findings.append(finding)
