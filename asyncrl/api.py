@@ -13,8 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from asyncrl.cluster.objects import recipe_of
 from asyncrl.cluster.plan import RunPlan, next_start
 from asyncrl.cluster.preflight import check_resumed, check_run
@@ -22,14 +20,15 @@ from asyncrl.cluster.preparation import prepare_run, save_functions
 from asyncrl.config import Deployment, Recipe
 from asyncrl.config.paths import resolve_paths
 from asyncrl.control import Requests, Scale, Stop
-from asyncrl.errors import ConfigError, DiskFull, SentinelFired, exit_status
+from asyncrl.errors import ConfigError, DiskFull, SentinelFired
 from asyncrl.processes import aside, undisturbed
 from asyncrl.report.callbacks import CallbackQueue, Callbacks
+from asyncrl.report.followed import write_end
 from asyncrl.report.metrics_log import MetricsLog
 from asyncrl.report.progress import Progress
-from asyncrl.report.summary import RunEnd, RunResult, RunSummary
+from asyncrl.report.summary import RunResult, RunSummary
 from asyncrl.report.trackers import RunFacts, Trackers
-from asyncrl.rundir import log_shown, redact, resolve_run_dir, write_atomic
+from asyncrl.rundir import log_shown, resolve_run_dir
 from asyncrl.types import Record
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ class Trainer:
             self._resources.enter_context(self.paths.lock())
             self._requests = Requests(self.paths, {Stop: self._stop, Scale: self._scale})
             self.paths.ended.unlink(missing_ok=True)
-            self._resources.callback(self._write_end)
+            self._resources.callback(lambda: write_end(self.paths, self._summary.committed, self._error))
             resume_at = None if resume_from is None else self._update_of(resume_from)
             if resume_from is not None:
                 check_resumed(self._recipe, self.paths, resume_at)
@@ -356,21 +355,7 @@ class Trainer:
 
     def _scale(self, request: Scale) -> str:
         self.scale(request.generators, request.rewards)
-        asked = {name: count for name, count in msgspec.structs.asdict(request).items() if count is not None}
-        return f"from update {self._summary.committed} on: " + ", ".join(f"{name}={count}" for name, count in asked.items())
-
-    def _write_end(self) -> None:
-        """For whoever asks later; a full disk, which was told already, leaves it out."""
-        error, steps = self._error, self.paths.steps()
-        end = RunEnd(
-            time=time.time(),
-            status=exit_status(error),
-            steps=self._summary.committed,
-            checkpoint=str(steps[-1]) if steps else "",
-            error=redact(str(error)) if error is not None else "",
-        )
-        with contextlib.suppress(DiskFull, OSError):
-            write_atomic(self.paths.ended, msgspec.json.encode(end) + b"\n")
+        return f"from update {self._summary.committed} on: {request.said()}"
 
     def _write_actors(self) -> None:
         if self._summary.reports:

@@ -40,6 +40,11 @@ class Scale(Struct, frozen=True, kw_only=True, tag="scale", forbid_unknown_field
     generators: int | None = None
     rewards: int | None = None
 
+    def said(self) -> str:
+        """Only what is to change."""
+        counts = {"generators": self.generators, "rewards": self.rewards}
+        return ", ".join(f"{name}={count}" for name, count in counts.items() if count is not None)
+
 
 class Answered(Struct, frozen=True):
     """What became of a request."""

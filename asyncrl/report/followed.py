@@ -2,14 +2,16 @@
 
 import contextlib
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from asyncrl.errors import DiskFull, exit_status
 from asyncrl.report.summary import RunEnd, RunSummary
-from asyncrl.rundir import RunDir
+from asyncrl.rundir import RunDir, redact, write_atomic
 from asyncrl.types import GroupCounts, Record, Report, StoreReport, Version
 
 _KEPT = 64  # updates with all their metrics; of those before, sums
@@ -86,6 +88,15 @@ def run_end(paths: RunDir) -> RunEnd | None:
         return msgspec.json.decode(paths.ended.read_bytes(), type=RunEnd)
     except (FileNotFoundError, msgspec.MsgspecError):
         return None
+
+
+def write_end(paths: RunDir, committed: int, error: BaseException | None) -> None:
+    """For whoever asks later; a full disk, which was told already, leaves it out."""
+    steps, said = paths.steps(), redact(str(error)) if error is not None else ""
+    checkpoint = str(steps[-1]) if steps else ""
+    end = RunEnd(time=time.time(), status=exit_status(error), steps=committed, checkpoint=checkpoint, error=said)
+    with contextlib.suppress(DiskFull, OSError):
+        write_atomic(paths.ended, msgspec.json.encode(end) + b"\n")
 
 
 def newest_error(paths: RunDir) -> str:

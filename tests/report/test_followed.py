@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from asyncrl.report.followed import FollowedRun, newest_error, run_end
+from asyncrl.errors import ActorFailed, DataError
+from asyncrl.report.followed import FollowedRun, newest_error, run_end, write_end
 from asyncrl.report.metrics_log import MetricsLog
 from asyncrl.report.summary import RunSummary
 from asyncrl.rundir import RunDir
@@ -88,3 +89,16 @@ def test_what_is_not_there_is_nothing(run: RunDir) -> None:
     assert newest_error(run) == "generator-0: ValueError: no"
     run.ended.write_text("{")
     assert run_end(run) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, 0), (KeyboardInterrupt("saved"), 130), (DataError("no"), 2), (ActorFailed("hf_0123456789abcdefXYZ"), 1)],
+)
+def test_how_it_ended_is_said_to_whoever_asks_later(run: RunDir, error: BaseException | None, status: int) -> None:
+    run.checkpoint(4).mkdir()
+    write_end(run, 5, error)
+    end = run_end(run)
+    assert end is not None
+    assert (end.status, end.steps, end.checkpoint) == (status, 5, str(run.checkpoint(4)))
+    assert "hf_" not in end.error
