@@ -91,10 +91,10 @@ def test_what_is_not_there_is_nothing(run: RunDir) -> None:
     assert run_end(run) is None
 
 
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [(None, 0), (KeyboardInterrupt("saved"), 130), (DataError("no"), 2), (ActorFailed("hf_0123456789abcdefXYZ"), 1)],
-)
+ENDS = [(None, 0), (KeyboardInterrupt("saved"), 130), (DataError("no"), 2), (ActorFailed("hf_0123456789abcdefXYZ"), 1)]
+
+
+@pytest.mark.parametrize(("error", "status"), ENDS)
 def test_how_it_ended_is_said_to_whoever_asks_later(run: RunDir, error: BaseException | None, status: int) -> None:
     run.checkpoint(4).mkdir()
     write_end(run, 5, error)
