@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
 
+from asyncrl.lineage import Fence, Lineage
 from asyncrl.types import (
     BatchLease,
-    Fence,
     Generation,
     GenerationRequest,
-    Lineage,
+    Piece,
     Report,
     Reserved,
     Rollout,
@@ -22,12 +22,15 @@ from asyncrl.types import (
     StoreReport,
     SwapReport,
     Ticket,
+    Tokens,
     TrainRollout,
     UnscoredLease,
     Version,
 )
 
 Tensors = Mapping[str, Any]  # parameter name -> torch.Tensor
+# Hears from an engine what came of an unfinished request: the number of the first token, and the tokens from there on.
+Told = Callable[[GenerationRequest, int, Tokens], None]
 Keep = Callable[[Sequence[float]], bool]  # rewards of a complete group -> worth training?
 
 
@@ -61,9 +64,11 @@ class Engine(Protocol):
     def start(self) -> None:
         """Begins to work on requests, those that were submitted before included. Returns at once."""
 
-    def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
+    def submit_group(self, requests: Sequence[GenerationRequest], told: Told | None = None) -> "list[Future[Generation]]":
         """Queues requests together, so that they may share the work on their common prompt.
 
+        told: hears of each request that goes on, in a thread of the engine's, whenever it has `stream_interval` more tokens;
+        never again of one that had to begin anew. It must not wait.
         Returns futures in the same order. Each ends when its rollout does; `abort` ends it with finish_reason `abort`. One
         that its holder cancels gives its slot back soon.
         """
@@ -134,6 +139,10 @@ class GeneratorStore(Protocol):
 
     def submit(self, rollouts: Sequence[Rollout]) -> None:
         """Hands over finished rollouts. Never waits: their slots are reserved. Duplicates are ignored."""
+
+    def stream(self, pieces: Sequence[Piece]) -> None:
+        """Hands over what came of unfinished rollouts, in order, so that others can go on with them. Never waits. Duplicates
+        are ignored, and what does not follow on what is known."""
 
 
 class RewardStore(Protocol):

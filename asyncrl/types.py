@@ -7,6 +7,7 @@ One noun per hop (docs/architecture.md):
 """
 
 import hashlib
+from itertools import accumulate
 from typing import Literal
 
 import msgspec
@@ -82,6 +83,39 @@ class Sampling(Struct, frozen=True, kw_only=True):
         return replace(self, temperature=0.0, top_p=1.0, top_k=0)
 
 
+class Tokens(Struct, frozen=True, kw_only=True):
+    """Sampled response tokens; lists are parallel, one entry per token (a stop token included).
+
+    Full-softmax log-probability at the same temperature = logprobs + kept_logmass.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]  # nats, of the distribution that was sampled (after temperature, top-p, top-k)
+    # log of the probability mass that top-p/top-k kept (0 where nothing was cut); None when both were off
+    kept_logmass: list[float] | None
+    spans: tuple[Span, ...]
+
+    def after(self, start: int) -> "Tokens":
+        """Those from number `start` on."""
+        ends = accumulate(span.length for span in self.spans)
+        spans = [(span.version, min(span.length, end - start)) for span, end in zip(self.spans, ends, strict=True)]
+        return Tokens(
+            token_ids=self.token_ids[start:],
+            logprobs=self.logprobs[start:],
+            kept_logmass=None if self.kept_logmass is None else self.kept_logmass[start:],
+            spans=tuple(Span(version, length) for version, length in spans if length > 0),
+        )
+
+
+class Piece(Tokens, frozen=True, kw_only=True):
+    """What was sampled of an unfinished rollout from its token number `start` on."""
+
+    group: int
+    rollout: int
+    attempt: int
+    start: int
+
+
 class Ticket(Struct, frozen=True, kw_only=True):
     """The right to generate `rollouts` of one group: a reservation in the store."""
 
@@ -94,6 +128,7 @@ class Ticket(Struct, frozen=True, kw_only=True):
     purpose: Purpose = "train"
     pinned: Version | None = None  # of an eval ticket, unless it is an episode's: every token must come from these weights
     baseline: int | None = None  # the rollout that is to be greedy, and is compared with, not trained (ReMax), if there is one
+    begun: dict[int, Tokens] = {}  # what others have sampled of some of the rollouts, which go on from there
 
     def name_of(self, rollout: int) -> str:
         return f"{self.group}/{rollout}/{self.attempt}"
@@ -124,20 +159,18 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     sampling: Sampling
     seed: int
     goes_on: bool = False  # another prompt of the group may begin with this one and its answer
+    begun: Tokens | None = None  # of the answer, sampled elsewhere; `sampling.max_tokens` counts these too
+
+    @property
+    def known_ids(self) -> tuple[int, ...]:
+        """The prompt, and what there is of the answer."""
+        return self.prompt_ids if self.begun is None else (*self.prompt_ids, *self.begun.token_ids)
 
 
-class Generation(Struct, frozen=True, kw_only=True):
-    """What an engine generated; lists are parallel, one entry per response token (the stop token included).
-
-    Full-softmax log-probability at the same temperature = logprobs + kept_logmass.
-    """
+class Generation(Tokens, frozen=True, kw_only=True):
+    """What an engine generated."""
 
     id: str
-    token_ids: list[int]
-    logprobs: list[float]  # nats, of the distribution that was sampled (after temperature, top-p, top-k)
-    # log of the probability mass that top-p/top-k kept (0 where nothing was cut); None when both were off
-    kept_logmass: list[float] | None
-    spans: tuple[Span, ...]
     finish_reason: FinishReason
 
 
@@ -277,38 +310,6 @@ class TrainRollout(Struct, frozen=True, kw_only=True):
     segments: tuple[int, ...] = (0,)  # as in `Rollout`
     token_rewards: np.ndarray | None = None  # [T] float64, what each token earned beside `reward`
     baseline: float | None = None  # what the greedy rollout of the same prompt earned in all, where one was asked for
-
-
-class Fence(Struct, frozen=True, kw_only=True):
-    """Reply to a learner's `fence`: its new incarnation, and where the surviving lineage stands."""
-
-    incarnation: int
-    committed: int
-    reopened: int
-
-
-class Lineage(Struct, frozen=True, kw_only=True):
-    """What the log holds for a learner that starts: which versions it can go on from."""
-
-    oldest: int  # updates of the oldest retained checkpoint
-    newest: dict[int, int]  # by incarnation of the learner: its last update that was neither undone nor lost
-
-    def refusal(self, version: Version) -> str:
-        """Why a learner can't go on from a checkpoint of `version`; empty if it can."""
-        newest = self.newest.get(version.incarnation)
-        if newest is None:
-            return f"the replay log knows no incarnation {version.incarnation} of the learner, which wrote it"
-        if version.update > newest:
-            return (
-                f"it is ahead of the replay log, which holds {newest} updates of the learner that wrote it (incarnation "
-                f"{version.incarnation}): the log lost its end, or another learner took over there"
-            )
-        if version.update < self.oldest:
-            return (
-                f"the replay log goes back to update {self.oldest}: rows that only checkpoints before the newest keep_last_n "
-                "need are deleted; `asyncrl export` and `asyncrl eval` take it, and a new run can start from what they export"
-            )
-        return ""
 
 
 class EvalResult(Struct, frozen=True, kw_only=True):

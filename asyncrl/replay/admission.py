@@ -1,18 +1,23 @@
 """Reservations of training groups: admission, retries, groups whose holder was lost, and prompts that holders die of."""
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 
+from msgspec.structs import replace
+
 import asyncrl.replay.log.events as ev
+from asyncrl.errors import DataError
 from asyncrl.replay.context import StoreContext
 from asyncrl.replay.outstanding import Outstanding
 from asyncrl.replay.plan import ticket_seed
 from asyncrl.replay.state import Group, PromptKey
 from asyncrl.report.timing import TimeInState
-from asyncrl.types import TOO_OLD, Key, Prompt, Ticket, Version
+from asyncrl.types import TOO_OLD, Key, Prompt, Ticket, Tokens, Version
 
+log = logging.getLogger(__name__)
 _SUSPECT = 2  # deaths: after one everything goes on as before, since most are coincidence
 
 
@@ -187,13 +192,33 @@ class Holders:
         mine = found is not None and (found.worker, found.incarnation) == (caller.worker, caller.incarnation)
         return mine and group not in self._lost
 
-    def reissue(self, group: Group, caller: Key, update: int) -> Ticket:
-        """Of a lost group. update: of the caller's weights, as far as they count."""
+    def reissue(self, group: Group, caller: Key, update: int, floor: int = 0) -> Ticket:
+        """Of a lost group. update: of the caller's weights, as far as they count. floor: the update of the oldest token with
+        which a rollout may go on; one that has older ones begins anew."""
         if group.worker and group.worker not in self._lease_ends:
             self._taken[group.worker, group.incarnation].add(group.id)
-        self._context.record(ev.GroupReissued(group.id, group.attempt + 1, update, caller.worker, caller.incarnation))
+        begun, missing = self._begun(group, floor), [(i, group.rollouts[i]) for i in group.missing()]
+        dropped = tuple(i for i, r in missing if r.pieces and i not in begun)
+        most, interval = self._context.plan.source.sampling.max_tokens, self._context.plan.stream_interval
+        lost = sum(min(most, interval or most, most - r.length) + r.length * (i in dropped) for i, r in missing)
+        lost *= group.purpose == "train"
+        self._context.record(
+            ev.GroupReissued(group.id, group.attempt + 1, update, caller.worker, caller.incarnation, dropped, lost)
+        )
         del self._lost[group.id]
-        return ticket(self._context, group)
+        return replace(ticket(self._context, group), begun=begun)
+
+    def _begun(self, group: Group, floor: int) -> dict[int, Tokens]:
+        """What was streamed of its missing rollouts, where that is of use. What can't be read is none, and said in the log."""
+        found: dict[int, Tokens] = {}
+        for i, r in enumerate(group.rollouts):
+            fresh = i >= group.n or r.oldest >= floor  # of a baseline nothing is trained
+            if r.row < 0 and r.pieces and fresh and r.length < self._context.plan.source.sampling.max_tokens:
+                try:
+                    found[i] = self._context.log.take_pieces(r.pieces)
+                except DataError as error:
+                    log.warning("rollout %d of group %d begins anew: %s", i, group.id, error)
+        return found
 
 
 class Admission:
@@ -279,8 +304,11 @@ class Admission:
                 continue
             if (like := (group.excused, self._holders.deadline(group))) in misfits:
                 continue
-            if self._holders.fits(group, update):
-                tickets.append(self._holders.reissue(group, caller, update))
+            begun = {r.oldest_at(update) for r in group.sampled() if r.row < 0}
+            for floor in sorted({*begun, update}):  # the more goes on, the older is the group
+                if self._holders.fits(group, floor):
+                    tickets.append(self._holders.reissue(group, caller, update, floor))
+                    break
             else:
                 misfits.add(like)
         return tickets

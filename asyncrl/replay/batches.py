@@ -7,6 +7,7 @@ from itertools import chain
 
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import CheckpointError, Closed, ConfigError
+from asyncrl.lineage import Fence, Lineage
 from asyncrl.replay.admission import Holders
 from asyncrl.replay.context import Poll, StoreContext
 from asyncrl.replay.ledger import Ledger
@@ -15,7 +16,7 @@ from asyncrl.replay.state import Group
 from asyncrl.report.episodes import episode_metrics
 from asyncrl.report.timing import TimeInState
 from asyncrl.staleness import Staleness
-from asyncrl.types import BatchLease, Fence, Key, Lineage, Version, derive_seed
+from asyncrl.types import BatchLease, Key, Version, derive_seed
 
 log = logging.getLogger(__name__)
 _EMPTY_GROUPS, _EMPTY_BATCHES = 1024, 32  # without max_empty_batches the larger of the two ends the run
@@ -223,6 +224,7 @@ class Batches:
         self._context.log.sync()
         trained = (g for c in ledger.commits.values() for g in c.groups)
         self._context.log.truncate(r.row for g in chain(ledger.outstanding(), trained) for r in g.rollouts)
+        self._context.log.trim(piece for g in ledger.outstanding() for r in g.rollouts for piece in r.pieces)
 
     def _check_empty_groups(self) -> None:
         """A reward that always raises, or rewards that never vary, would otherwise generate for ever. Each ready group

@@ -12,8 +12,10 @@ from typing import Any, Protocol
 
 from asyncrl.errors import Closed, Unavailable
 from asyncrl.interfaces import VERBS
+from asyncrl.lineage import Fence
+from asyncrl.replay.log.pieces import encode_pieces
 from asyncrl.replay.log.rows import RowLease, TrainRows, encode_rollouts
-from asyncrl.types import Fence, Key, Rollout
+from asyncrl.types import Key, Piece, Rollout
 
 _PAUSE_S = (0.05, 1.0)  # between repeats, if the transport does not itself block until the store is back
 
@@ -54,6 +56,10 @@ class ReplayClient:
     def submit(self, rollouts: Sequence[Rollout]) -> None:
         if rollouts:
             self._send("submit", encode_rollouts(rollouts, self._run))
+
+    def stream(self, pieces: Sequence[Piece]) -> None:
+        if pieces:
+            self._send("stream", encode_pieces(pieces))
 
     def close(self) -> None:
         """Makes a call that is being repeated raise `Closed`."""

@@ -66,7 +66,7 @@ class StoreContext:
         elif isinstance(event, _STIRS_ALL):
             self.touched.update(group.id for group in self.ledger.outstanding())
             self.stir("all")
-        elif not isinstance(event, ev.GroupReserved | ev.GroupReissued):
+        elif not isinstance(event, ev.GroupReserved | ev.GroupReissued | ev.RolloutStreamed):
             self.stir("batch", "tickets", *(groups or () if isinstance(event, _STIRS_GROUPS) else ()))
 
     def stir(self, *names: Topic | int | str) -> None:

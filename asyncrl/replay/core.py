@@ -22,6 +22,7 @@ from asyncrl.replay.ledger import NOTED, to_record
 from asyncrl.replay.log.log import ReplayLog
 from asyncrl.replay.plan import StorePlan
 from asyncrl.replay.scoring import Scoring
+from asyncrl.replay.streaming import Streaming
 from asyncrl.report.timing import TimeInState
 from asyncrl.types import TOO_OLD, Key, Reserved, StoreReport, Version
 
@@ -45,6 +46,7 @@ class StoreCore:
         self.evaluations = Evaluations(self.context, self.holders)
         self.failures = FailureWatch(self.context)
         self.scoring = Scoring(self.context, self.holders, self.evaluations, self.failures)
+        self.streaming = Streaming(self.context, self.holders)
         self.batches = Batches(self.context, self.holders, self.failures.check)
         self._admission = Admission(self.context, self.holders, self.failures.pauses)
         self._workers = dict(self.ledger.workers)  # newest incarnation of each
@@ -52,7 +54,7 @@ class StoreCore:
         self.verbs = {verb: self._handler(verb) for verb in VERBS}
 
     def _handler(self, verb: str) -> Callable[..., Any]:
-        found = [part for part in (self, self.scoring, self.batches, self.evaluations) if hasattr(part, verb)]
+        found = [part for part in (self, self.scoring, self.streaming, self.batches, self.evaluations) if hasattr(part, verb)]
         if len(found) != 1:
             raise TypeError(f"{len(found)} parts of the store have a method {verb!r}; a verb is a method of one of them")
         return getattr(found[0], verb)
@@ -131,6 +133,7 @@ class StoreCore:
         gauges: dict[str, float] = {f"store/{name}": depth for name, depth in self._depths().items()}
         gauges["length/dispatched_mean"] = lengths.dispatched_tokens / max(1, lengths.dispatched)
         gauges["length/trained_mean"] = lengths.trained_tokens / max(1, lengths.trained)
+        gauges |= {"handover/resumed_tokens": ledger.resumed_tokens, "handover/lost_tokens": ledger.lost_tokens}
         gauges |= self._limits()
         return StoreReport(
             records=tuple(ledger.records[:_RECORDS_PER_REPORT]),

@@ -11,8 +11,9 @@ import msgspec
 
 import asyncrl.replay.log.events as ev
 from asyncrl.errors import Fenced
+from asyncrl.lineage import Lineage
 from asyncrl.replay.state import Commit, EvalRound, Group, Lengths, PromptKey, RolloutState
-from asyncrl.types import GroupCounts, Lineage, Outcome, Record, Version
+from asyncrl.types import GroupCounts, Outcome, Record, Version
 
 NOTED = (ev.BatchCommitted, ev.Evaluated)  # events of which a record tells the driver
 
@@ -53,6 +54,8 @@ class Ledger:
     workers: dict[str, int] = field(default_factory=dict)  # newest incarnation that held a group
     ended: bool = False
     foreign: int = 0  # groups below this one came with another run's log
+    resumed_tokens: int = 0  # that reissued rollouts went on from, and, at the most, that were sampled again
+    lost_tokens: int = 0
     min_ess: float = 0.0  # below which a batch of theirs ends their use; 0: nothing is left of them, or nothing ends it
 
     def dump(self) -> bytes:
@@ -140,6 +143,10 @@ class Ledger:
         group = self.get(e.group)
         group.attempt, group.update, group.worker, group.incarnation = e.attempt, e.update, e.worker, e.incarnation
         self.workers[e.worker] = max(e.incarnation, self.workers.get(e.worker, 0))
+        for rollout in e.dropped:
+            group.rollouts[rollout].begin_anew()
+        self.resumed_tokens += sum(group.rollouts[rollout].length for rollout in group.missing())
+        self.lost_tokens += e.lost
 
     def _died(self, e: ev.HolderDied) -> None:
         self.died += 1
@@ -148,11 +155,16 @@ class Ledger:
             if group.worker == e.worker and group.incarnation <= e.incarnation:
                 group.worker = ""
 
+    def _streamed(self, e: ev.RolloutStreamed) -> None:
+        r = self.get(e.group).rollouts[e.rollout]
+        r.oldest = min(r.oldest, e.oldest) if r.pieces else e.oldest
+        r.newest, r.length, r.pieces = max(r.newest, e.newest), r.length + e.length, [*r.pieces, e.piece]
+
     def _submitted(self, e: ev.RolloutSubmitted) -> None:
         group = self.get(e.group)
         r = group.rollouts[e.rollout]
         r.row, r.attempt, r.oldest, r.newest, r.length = e.row, e.attempt, e.oldest, e.newest, e.length
-        r.figures = e.figures
+        r.figures, r.pieces = e.figures, []
         group.unsubmitted -= 1
         if not group.in_flight():
             self.deaths.pop(group.prompt, None)  # it has done no harm

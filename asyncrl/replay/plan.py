@@ -99,6 +99,7 @@ class StorePlan(Struct, frozen=True, kw_only=True):
     evaluation: Evaluation = Evaluation()
     lease_s: float = 30.0  # silence after which a worker's work is reassigned
     reward: str = "the reward"  # what scores, as errors name it
+    stream_interval: int = 0  # tokens of a rollout between two pieces, at most; 0: unfinished ones are not streamed
     whole_groups: bool = False  # whether rollouts are leased to reward workers with all others of their group
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ PromptKey = tuple[Purpose, int]  # a prompt, whichever group tries it: its purpo
 class RolloutState(Struct, gc=False, array_like=True):
     """One rollout of a group."""
 
-    row: int = -1  # of the log; -1: not submitted yet
+    row: int = -1  # of the log; -1: not submitted yet, and what follows is of its pieces
     attempt: int = 0
     oldest: int = 0  # updates of its oldest and newest token that the policy chose
     newest: int = 0
@@ -21,6 +21,15 @@ class RolloutState(Struct, gc=False, array_like=True):
     parts: dict[str, float] = {}
     token_sum: float = 0.0  # what its tokens earned beside `reward`
     figures: dict[str, float] | None = None  # how its episode went; None: a single turn
+    pieces: list[int] = []  # of the log, in order: what was streamed of it, until it is submitted
+
+    def oldest_at(self, update: int) -> int:
+        """A bound on the update of its oldest token, where those to come are from `update` or newer."""
+        return self.oldest if self.row >= 0 else min(update, self.oldest) if self.pieces else update
+
+    def begin_anew(self) -> None:
+        """Forgets what was streamed."""
+        self.pieces, self.oldest, self.newest, self.length = [], 0, 0, 0
 
     @property
     def earned(self) -> float:
@@ -80,8 +89,8 @@ class Group(Struct, gc=False, array_like=True):
         return [r for r in self.sampled() if r.status == "ok"]
 
     def oldest(self) -> int:
-        """A bound on the update of the oldest token: known for submitted rollouts, the reservation's for the others."""
-        known = (self.update if r.row < 0 else r.oldest for r in self.sampled() if r.status in (None, "ok"))
+        """A bound on the update of the oldest token: known for submitted rollouts and pieces, else the reservation's."""
+        known = (r.oldest_at(self.update) for r in self.sampled() if r.status in (None, "ok"))
         return min(known, default=self.update)
 
     def oldest_submitted(self) -> int | None:

@@ -51,7 +51,7 @@ class World:
             baseline=recipe.algorithm.wants_baseline,
             lease_s=math.inf,  # nobody is silent: of deaths the store is told
         )
-        verbs = dict.fromkeys(("append_events", "sync", "truncate"), lambda *args: None)
+        verbs = dict.fromkeys(("append_events", "sync", "truncate", "trim"), lambda *args: None)
         no_log = SimpleNamespace(**verbs, history=(), state=b"", events_closed=0, due=False)  # it is there for restarts
         self.core = StoreCore(plan, no_log, lambda: self.now, lambda: self.now)  # type: ignore[arg-type]
 

@@ -13,11 +13,12 @@ from asyncrl.config import AlgorithmSpec, CriticSpec, LearnerSpec
 from asyncrl.learn.critic import Critic
 from asyncrl.learn.trainer import PolicyTrainer
 from asyncrl.learn.update import RefusedSteps
+from asyncrl.lineage import Fence, Lineage
 from asyncrl.models.memory import FlatTensors
 from asyncrl.models.packed import PackedModel
 from asyncrl.models.value import OwnValues, SharedValues
 from asyncrl.staleness import Staleness
-from asyncrl.types import BatchLease, Fence, Lineage, TrainRollout, Version
+from asyncrl.types import BatchLease, TrainRollout, Version
 
 
 def tiny_model(seed: int = 0, scale: float = 8.0, **changes: object) -> PreTrainedModel:

@@ -15,10 +15,11 @@ from asyncrl.disk import as_size
 from asyncrl.errors import CheckpointError, ConfigError, DiskFull, Fenced
 from asyncrl.learn import snapshot
 from asyncrl.learn.checkpoint import Checkpoints
+from asyncrl.lineage import Lineage
 from asyncrl.manifests import verify_manifest
 from asyncrl.models.lora import add_adapters
 from asyncrl.rundir import RunDir
-from asyncrl.types import Lineage, Version
+from asyncrl.types import Version
 
 LEARNER = {"mini_batch_groups": 2, "lr_schedule": "cosine", "warmup_steps": 2}
 

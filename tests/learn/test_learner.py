@@ -15,13 +15,14 @@ from asyncrl.learn import snapshot
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.learner import Learner
 from asyncrl.learn.parallel.rank import Rank
+from asyncrl.lineage import Fence, Lineage
 from asyncrl.manifests import verify_manifest
 from asyncrl.models.loading import load_weights, named_weights
 from asyncrl.models.lora import add_adapters
 from asyncrl.models.packed import PackedModel, TokenSequence, make_pack
 from asyncrl.models.shards import same_bits
 from asyncrl.rundir import RunDir
-from asyncrl.types import BatchLease, Fence, Lineage, Version
+from asyncrl.types import BatchLease, Version
 
 
 def lease(number: int, committed: int, **fields) -> BatchLease:

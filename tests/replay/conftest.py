@@ -13,6 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from asyncrl.config import SamplingSpec
+from asyncrl.lineage import Fence
 from asyncrl.replay.context import Poll
 from asyncrl.replay.core import StoreCore
 from asyncrl.replay.log.rows import Summary, TrainScore
@@ -20,7 +21,6 @@ from asyncrl.replay.plan import EvalSetting, Evaluation, Source, StorePlan, keep
 from asyncrl.staleness import Staleness
 from asyncrl.types import (
     BatchLease,
-    Fence,
     Key,
     Prompt,
     Rollout,
@@ -152,6 +152,9 @@ class FakeLog:
 
     def truncate(self, needed: Iterable[int]) -> None:
         self.truncated_after = self.synced
+
+    def trim(self, needed: Iterable[int]) -> None:
+        assert self.synced is not None
 
 
 class Bench:

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 
 from asyncrl.errors import CheckpointError, Closed, ConfigError, Fenced
+from asyncrl.lineage import Lineage
 from asyncrl.replay.log import events as ev
 from asyncrl.replay.log.events import CheckpointRetained, LearnerFenced
 from asyncrl.replay.plan import keep_varied
 from asyncrl.replay.state import Group
-from asyncrl.types import Lineage, Version
+from asyncrl.types import Version
 
 
 def test_mask_takes_the_oldest_ready_groups_past_a_straggler(fakes: SimpleNamespace) -> None:

@@ -139,8 +139,7 @@ class Derivation:
             return e if e.committed <= self._update else None
         if isinstance(e, ev.Evaluated):
             return e if self._survived(e.result.version) else None
-        kept = isinstance(e, ev.SegmentDropped) or (isinstance(e, ev.SegmentClosed) and e.stream == "rows")
-        return e if kept else None
+        return e if isinstance(e, ev.SegmentDropped | ev.SegmentClosed) and e.stream == "rows" else None
 
     def _survived(self, version: Version) -> bool:
         """Whether weights of this version are among those that led to the checkpoint."""

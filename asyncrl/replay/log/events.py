@@ -44,6 +44,8 @@ class GroupReissued(Event, tag="reissued", frozen=True):
     update: int  # of the holder's weights, as far as they count
     worker: str
     incarnation: int
+    dropped: tuple[int, ...] = ()  # rollouts that begin anew: what was streamed of them is too old
+    lost: int = 0  # tokens, at the most, that were sampled and are sampled again
 
 
 class HolderDied(Event, tag="died", frozen=True):
@@ -52,6 +54,18 @@ class HolderDied(Event, tag="died", frozen=True):
     worker: str
     incarnation: int
     groups: tuple[int, ...]
+
+
+class RolloutStreamed(Event, tag="streamed", frozen=True):
+    """More of an unfinished rollout is in the log: if its holder is lost, another one goes on from there."""
+
+    group: int
+    rollout: int
+    attempt: int
+    piece: int  # its number in the stream of pieces
+    oldest: int  # updates of its tokens
+    newest: int
+    length: int
 
 
 class RolloutSubmitted(Event, tag="submitted", frozen=True):
@@ -177,7 +191,7 @@ class LogForked(Event, tag="forked", frozen=True):
 class SegmentClosed(Event, tag="segment_closed", frozen=True):
     """A segment of a stream became an immutable file. Only the log itself needs this."""
 
-    stream: str  # "rows" or "events"
+    stream: str  # "rows", "pieces" or "events"
     number: int
     first: int  # number of its first row
     count: int  # rows
@@ -185,9 +199,11 @@ class SegmentClosed(Event, tag="segment_closed", frozen=True):
 
 
 class SegmentDropped(Event, tag="segment_dropped", frozen=True):
-    """No retained checkpoint needs this segment of rows; its file is deleted after this event."""
+    """No retained checkpoint needs this segment of rows, or no unfinished rollout this one of pieces; its file is deleted after
+    this event."""
 
     number: int
+    stream: str = "rows"
 
 
 _decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Union[tuple(Event.__subclasses__())])  # noqa: UP007

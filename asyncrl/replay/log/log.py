@@ -1,6 +1,6 @@
-"""The log on disk: the source of truth, never rewound. Two streams, rows and events: rows first, then the event that makes
-them count. "Acknowledged" means handed to the operating system: it survives any kill of the process. What `sync` returned for
-also survives a power failure."""
+"""The log on disk: the source of truth, never rewound. Streams of rows, pieces and events: rows and pieces first, then the
+event that makes them count. "Acknowledged" means handed to the operating system: it survives any kill of the process. What
+`sync` returned for also survives a power failure."""
 
 import fcntl
 import logging
@@ -20,12 +20,15 @@ from msgspec.structs import replace
 import asyncrl.replay.log.events as ev
 from asyncrl.config import StoreSpec
 from asyncrl.errors import DataError, Unavailable
+from asyncrl.replay.log.pieces import PIECES, joined
 from asyncrl.replay.log.rows import ROWS
 from asyncrl.replay.log.segments import Segments
 from asyncrl.replay.log.snapshots import LogSnapshot, newest_snapshot, write_snapshot
+from asyncrl.types import Tokens
 
 log = logging.getLogger(__name__)
-_EVENT_BYTES = 16 << 20  # of a tail of events, at most: a restart reads all of it, and of rows only what is needed
+_TAIL_BYTES = 16 << 20  # of events, at most: a restart reads all of it, and of rows only what is needed; and of pieces
+_NAMED_BY = {"rows": "row", "pieces": "piece"}  # how events name what they make count
 
 
 class ReplayLog:
@@ -45,8 +48,10 @@ class ReplayLog:
         self._bytes_since = self._snapshot_bytes = 0  # of events that were closed since the last one, and of that
         self._events = Segments(folder, "events", ev.EVENTS, self._snapshot.segments("events"))
         closed, calls = self._read_events()
-        known = self._snapshot.segments("rows") | _noted("rows", [*closed, *calls])
-        self._rows = Segments(folder, "rows", ROWS, known)
+        self._rows, self._pieces = (
+            Segments(folder, stem, schema, self._snapshot.segments(stem) | _noted(stem, [*closed, *calls]))
+            for stem, schema in (("rows", ROWS), ("pieces", PIECES))
+        )
         self.state = self._snapshot.state
         self.history: list[ev.Event] = self._acknowledged(closed, calls)
         self._recover()
@@ -57,12 +62,18 @@ class ReplayLog:
         """The number of the first row. The rows don't count until an event names them."""
         return self._rows.append(batch)
 
+    def append_pieces(self, batch: pa.RecordBatch) -> int:
+        """The same for pieces of unfinished rollouts."""
+        return self._pieces.append(batch)
+
     def append_events(self, events: Sequence[ev.Event]) -> None:
         """One call's events, whole or not at all. Closes segments that are full."""
         self._append(events)
         if self._rows.tail_bytes >= self._spec.segment_bytes:
-            self._close_rows()
-        if self._events.tail_bytes >= min(self._spec.segment_bytes, _EVENT_BYTES):
+            self._close(self._rows)
+        if self._pieces.tail_bytes >= min(self._spec.segment_bytes, _TAIL_BYTES):
+            self._close(self._pieces)
+        if self._events.tail_bytes >= min(self._spec.segment_bytes, _TAIL_BYTES):
             self._close_events()
 
     @property
@@ -79,7 +90,7 @@ class ReplayLog:
     def snapshot(self, state: bytes) -> None:
         """Where `due`, before anything else is appended: a restart begins with `state` then, which is what all events so far
         came to. Returns when it is on the disk."""
-        closed = (*self._events.known.values(), *self._rows.known.values())
+        closed = tuple(chain.from_iterable(stream.known.values() for stream in (self._events, self._rows, self._pieces)))
         self._snapshot = LogSnapshot(events=self.events_closed, closed=closed)
         self._bytes_since, self._snapshot_bytes = 0, len(state)
         write_snapshot(self._folder / "events", self._events.closed[-1].number, replace(self._snapshot, state=state))
@@ -94,35 +105,53 @@ class ReplayLog:
 
     def sync(self) -> None:
         """Returns when all that was appended is on the disk."""
-        self._rows.sync()  # first: events that are on the disk name only rows that are
+        self._rows.sync()  # first: events that are on the disk name only rows and pieces that are
+        self._pieces.sync()
         self._events.sync()
 
     def take(self, rows: Sequence[int], columns: list[str]) -> pa.RecordBatch:
         """Rows by number, in this order."""
         return self._rows.take(rows, columns)
 
+    def take_pieces(self, pieces: Sequence[int]) -> Tokens:
+        """What the pieces with these numbers are together."""
+        return joined(self._pieces.take(pieces, PIECES.names))
+
+    def trim(self, needed: Iterable[int]) -> None:
+        """Deletes closed segments of pieces without one of `needed`, as `truncate` does those of rows."""
+        self._drop(self._pieces, self._unneeded(self._pieces, needed, 0))
+
     def truncate(self, needed: Iterable[int]) -> int:
         """While closed row segments hold more than spec.keep_bytes, deletes the oldest of those without a row of `needed`; how
         many. What the log says up to then is on the disk before a file goes."""
-        over = sum(map(self._rows.size, self._rows.closed)) - self._spec.keep_bytes
+        unwanted = self._unneeded(self._rows, needed, self._spec.keep_bytes)
+        if unwanted and len(self._rows.known) > max(self._rows.known):  # these are the first
+            log.warning(
+                "the replay log holds more than store.keep_bytes=%d of closed rows: from now on the oldest are deleted, "
+                "but for what a resume needs",
+                self._spec.keep_bytes,
+            )
+        self._drop(self._rows, unwanted)
+        return len(unwanted)
+
+    @staticmethod
+    def _unneeded(stream: Segments, needed: Iterable[int], keep_bytes: int) -> list[ev.SegmentClosed]:
+        """The oldest segments without a row of `needed`, as many as there are above keep_bytes."""
+        over = sum(map(stream.size, stream.closed)) - keep_bytes
         unwanted, rows = [], sorted(needed) if over > 0 else []
-        for segment in self._rows.closed:
+        for segment in stream.closed:
             following = bisect_left(rows, segment.first)
             if over > 0 and (following == len(rows) or rows[following] >= segment.first + segment.count):
                 unwanted.append(segment)
-                over -= self._rows.size(segment)
+                over -= stream.size(segment)
+        return unwanted
+
+    def _drop(self, stream: Segments, unwanted: Sequence[ev.SegmentClosed]) -> None:
         if unwanted:
-            if len(self._rows.known) > max(self._rows.known):  # these are the first
-                log.warning(
-                    "the replay log holds more than store.keep_bytes=%d of closed rows: from now on the oldest are deleted, "
-                    "but for what a resume needs",
-                    self._spec.keep_bytes,
-                )
-            self._append([ev.SegmentDropped(segment.number) for segment in unwanted])
+            self._append([ev.SegmentDropped(segment.number, segment.stream) for segment in unwanted])
             self.sync()
         for segment in unwanted:
-            self._rows.drop(segment.number)
-        return len(unwanted)
+            stream.drop(segment.number)
 
     def seal(self) -> None:
         """Turns the tails into closed segments, for tools that read nothing else. What still stands in the events' tail then
@@ -137,7 +166,7 @@ class ReplayLog:
         try:
             self.sync()
         finally:
-            for stream in (self._rows, self._events):
+            for stream in (self._rows, self._pieces, self._events):
                 stream.release()
 
     # ---------------------------------------------------------------------------------------- recover
@@ -164,27 +193,31 @@ class ReplayLog:
         return closed, calls
 
     def _acknowledged(self, closed: list[list[ev.Event]], calls: list[list[ev.Event]]) -> list[ev.Event]:
-        """Cuts both tails to the calls whose rows and events are whole."""
-        if (last := _last_row(closed)) >= self._rows.rows:
+        """Cuts the tails to the calls whose rows, pieces and events are whole."""
+        if (last := _last("rows", closed)) >= self._rows.rows:
             raise DataError(f"events count row {last}, but only {self._rows.rows} rows are left: a row segment is gone")
-        whole = list(takewhile(lambda call: _last_row([call]) < self._rows.rows, calls))
+        there = {"rows": self._rows, "pieces": self._pieces}
+        whole = list(takewhile(lambda call: all(_last(stem, [call]) < there[stem].rows for stem in there), calls))
         history = [event for call in [*closed, *whole] for event in call]
-        self._rows.keep(max(self._rows.tail_first, 1 + _last_row([history])))
+        for stem, stream in there.items():
+            stream.keep(max(stream.tail_first, 1 + _last(stem, [history])))
         self._events.keep(self._snapshot.events + len(history))
         return history
 
     def _recover(self) -> None:
         """Closes the recovered tails, and notes segments that no event knows: these, or ones closed just before a kill."""
-        self._rows.close_segment()
-        self._events.close_segment()
+        streams = {"rows": self._rows, "pieces": self._pieces, "events": self._events}
+        for stream in streams.values():
+            stream.close_segment()
         told = chain(self._snapshot.closed, self.history)
         noted = {(e.stream, e.number) for e in told if isinstance(e, ev.SegmentClosed)}
-        if unknown := [s for s in [*self._events.closed, *self._rows.closed] if (s.stream, s.number) not in noted]:
+        closed = chain.from_iterable(stream.closed for stream in reversed(streams.values()))
+        if unknown := [s for s in closed if (s.stream, s.number) not in noted]:
             self._append(unknown)
             self._events.sync()
         for event in self.history:
             if isinstance(event, ev.SegmentDropped):
-                self._rows.drop(event.number)
+                streams[event.stream].drop(event.number)
 
     # ----------------------------------------------------------------------------------------- helpers
 
@@ -193,15 +226,15 @@ class ReplayLog:
         if self._spec.fsync == "call":
             self.sync()
 
-    def _close_rows(self) -> None:
-        if segment := self._rows.close_segment():
+    def _close(self, stream: Segments) -> None:
+        if segment := stream.close_segment():
             self._note(segment)
 
     def _close_events(self) -> None:
-        self._close_rows()  # a closed event must not name a row of the tail, whose end can be lost
+        self._close(self._rows)  # a closed event must not name a row of the tail, whose end can be lost
+        self._close(self._pieces)
         self._bytes_since += self._events.tail_bytes
-        if segment := self._events.close_segment():
-            self._note(segment)
+        self._close(self._events)
 
     def _note(self, segment: ev.SegmentClosed) -> None:
         self._append([segment])
@@ -230,12 +263,10 @@ def _noted(stream: str, calls: Iterable[list[ev.Event]]) -> dict[int, ev.Segment
     return {e.number: e for call in calls for e in call if isinstance(e, ev.SegmentClosed) and e.stream == stream}
 
 
-def _last_row(calls: Iterable[list[ev.Event]]) -> int:
-    """The highest number of a row that these events make count; -1 if there is none."""
-    rows = (
-        e.row for call in calls for e in call if isinstance(e, ev.RolloutSubmitted | ev.RolloutScored) and e.row is not None
-    )
-    return max(rows, default=-1)
+def _last(stream: str, calls: Iterable[list[ev.Event]]) -> int:
+    """The highest number of a row (or piece) that these events make count; -1 if there is none."""
+    numbers = (getattr(event, _NAMED_BY[stream], None) for call in calls for event in call)
+    return max((number for number in numbers if number is not None), default=-1)
 
 
 def _decode(events: pa.RecordBatch | pa.Table, where: str) -> list[ev.Event]:
