@@ -50,12 +50,12 @@ class Peers:
         """
         with self._changed:
             left_s = deadline - time.monotonic()
-            told = self._changed.wait_for(lambda: self._closed or self._known[name][0] > newer_than, left_s)
+            self._changed.wait_for(lambda: self._closed or self._known[name][0] > newer_than, left_s)
+            if self._known[name][0] > newer_than:  # one that stops may still tell the store what it has
+                return self._known[name]
             if self._closed:
                 raise Closed(f"stopped while waiting for {name}")
-            if not told:
-                raise Unavailable(f"{name}: no living incarnation was announced before the deadline")
-            return self._known[name]
+            raise Unavailable(f"{name}: no living incarnation was announced before the deadline")
 
     def close(self) -> None:
         """Wakes every waiter with Closed."""

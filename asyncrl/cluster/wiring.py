@@ -46,6 +46,7 @@ def build_store(plan: RunPlan) -> "ReplayStore":
     from asyncrl.replay.store import ReplayStore
 
     recipe, sampling, held_out = plan.recipe, plan.recipe.sampling, plan.recipe.evaluation
+    engine = plan.deployment.generators.engine
     source = Source(
         prompts=PromptFile(plan.paths.data / "train.arrow"),
         sampling=_sampling(plan, sampling.temperature, sampling.top_p, sampling.top_k),
@@ -74,6 +75,7 @@ def build_store(plan: RunPlan) -> "ReplayStore":
         lease_s=plan.deployment.limits.lease_s,
         reward=(f"episode {recipe.episode.what} with " if recipe.episode.what else "")
         + f"reward {', '.join(term.what for term in recipe.reward.terms())}",
+        stream_interval=0 if recipe.episode.what or not engine.hands_over else engine.stream_interval,
         whole_groups=recipe.reward.pairwise,
     )
     return ReplayStore(store_plan, plan.paths.replay, plan.deployment.store)
@@ -145,6 +147,7 @@ def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") ->
         group_size=recipe.rollouts_per_group,
         limits=limits,
         episodes=episodes,
+        hands_over=generators.engine.hands_over,
     )
     engine.start()
     return Built(generator, None, (store.close, weights.close, *([episodes.close] if episodes else []), engine.close))

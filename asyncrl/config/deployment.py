@@ -79,8 +79,6 @@ class SGLangSpec(Spec, frozen=True, kw_only=True):
     # How weights reach a server. `shared`: shared memory of the node; `cuda_ipc`: the same, from this generator's GPU;
     # `distributed`: a torch.distributed group, to any node; `auto`: the fastest that fits.
     transfer: Literal["auto", "shared", "cuda_ipc", "distributed"] = "auto"
-    # Tokens between two reports of a rollout; what was reported survives the death of its server.
-    stream_interval: int = 64
 
     def __post_init__(self) -> None:
         rules: list[Rule] = [
@@ -91,7 +89,6 @@ class SGLangSpec(Spec, frozen=True, kw_only=True):
                 lambda x: 0 < x < 1,
                 "is outside (0, 1): it is the share of a GPU's memory for weights and KV cache; null leaves it to SGLang",
             ),
-            ("stream_interval", lambda x: x >= 1, "< 1: no token would ever be reported; use at least 1"),
         ]
         require_fields(self, "engine.sglang.", rules)
         _check_arguments("args", self.args)
@@ -173,6 +170,9 @@ class EngineSpec(Spec, frozen=True, kw_only=True):
     # has. A request waits until there is room for the longest that it and all running ones may get; one that never fits is
     # refused.
     kv_bytes: int | None = None
+    # Tokens of a rollout between two reports. What was reported survives its server, and its generator: the store has it, and
+    # others go on from there, unless `deterministic`, `update_mode: restart` or several turns forbid that.
+    stream_interval: int = 256
     # One group at a time, rows constant, so that a run repeats to the bit (torch only).
     deterministic: bool = False
     # Settings of kind `sglang`.
@@ -182,6 +182,7 @@ class EngineSpec(Spec, frozen=True, kw_only=True):
         rules: list[Rule] = [
             ("slots", lambda x: x >= 1, "< 1: no request could be decoded; use at least sampling.n"),
             ("max_length", lambda x: x >= 2, "< 2 tokens: a prompt and a response need one each; raise it"),
+            ("stream_interval", lambda x: x >= 1, "< 1: no token would ever be reported; use at least 1"),
             ("kv_bytes", lambda x: x >= 1, "< 1: no request would fit; use null for what the device has"),
         ]
         require_fields(self, "engine.", rules)
@@ -203,6 +204,11 @@ class EngineSpec(Spec, frozen=True, kw_only=True):
             "engine.sglang.prefix_cache=true with engine.update_mode='keep_kv': a cached prompt of old weights could be "
             "labelled as new; turn the prefix cache off, or use update_mode: in_flight",
         )
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether unfinished rollouts may go on in another engine."""
+        return not self.deterministic and self.update_mode != "restart"
 
 
 class GeneratorsSpec(Several, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 
 from asyncrl.config import LimitsSpec
@@ -27,7 +28,7 @@ from asyncrl.generate.workload import (
 )
 from asyncrl.interfaces import Engine, Episodes, GeneratorStore, WeightSource
 from asyncrl.report.timing import TimeInState
-from asyncrl.types import TOO_OLD, Generation, Report, Reserved, Rollout, Ticket, Version
+from asyncrl.types import TOO_OLD, Generation, Piece, Report, Reserved, Rollout, Ticket, Version
 
 JOIN_S = 30.0  # how long a thread may take to notice the end, beyond its long poll
 AHEAD_S = 0.1  # beside what fills the slots, tickets are asked for that last about so long: short rollouts join many at a time
@@ -45,6 +46,7 @@ class Generator:
     limits: the store hears from the generator every `poll_s` at least, and the generator of cancellations, also while all slots
     are taken; an engine that has work and makes no step for `health_timeout_s` is an error.
     episodes: what makes the rollouts with the engine; None: the engine itself, an answer for each.
+    hands_over: the store hears of answers that go on, so that others can finish them.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class Generator:
         group_size: int,
         limits: LimitsSpec = LimitsSpec(),
         episodes: Episodes | None = None,
+        hands_over: bool = False,
     ) -> None:
-        self._episodes = episodes or SingleAnswers(engine)
+        self._hands_over = hands_over and episodes is None
+        self._episodes = episodes or SingleAnswers(engine, self._grown if hands_over else None)
         self._engine, self._store, self._weights, self._decode = engine, store, weights, decode
         self._name, self._group_size = name, group_size
         self._poll_s, self._health_timeout_s = limits.poll_s, limits.health_timeout_s
@@ -95,12 +99,16 @@ class Generator:
                 waiter.notify()
 
     def _wait(self, until: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Waits, with the lock held, until the run is over or `until`, which is asked at every change: only then this thread is
-        woken, not for each of the hundred changes a second that are not for it. False if `timeout` seconds have passed."""
+        """Waits, with the lock held, until the run is over or `until`. False if `timeout` seconds have passed."""
+        return self._wait_for(lambda: self._over() or until(), timeout)
+
+    def _wait_for(self, until: Callable[[], bool], timeout: float | None) -> bool:
+        """The same, also when the run is over. `until` is asked at every change: only when it holds is this thread woken, not
+        for each of the hundred changes a second that are not for it."""
         waiter = threading.Condition(self._lock)
-        self._waiting[waiter] = holds = lambda: self._over() or until()
+        self._waiting[waiter] = until
         try:
-            return waiter.wait_for(holds, timeout)
+            return waiter.wait_for(until, timeout)
         finally:
             del self._waiting[waiter]
 
@@ -143,6 +151,7 @@ class Generator:
             raise self._failure
         if stuck := [thread.name for thread in threads if thread.is_alive()]:
             raise Unavailable(f"{self._name}: {stuck} did not end {self._poll_s + JOIN_S} s after the stop; kill the process")
+        self._leave()
 
     def stop(self) -> None:
         """Ends `run` soon; unfinished rollouts are dropped, and the store reissues them. Returns at once."""
@@ -159,6 +168,22 @@ class Generator:
     def _done(self) -> bool:
         """Whether there is nothing left to do, and no `reserve` is under way that might bring something."""
         return self._reply.ended and self._work.empty and not accepts(self._state, GeneratorEvent.RESERVED)
+
+    def _leave(self) -> None:
+        """Hands on what a generator that was stopped has begun, and submits what has just ended."""
+        if not self._hands_over or self._reply.ended:
+            return
+        with self._lock:
+            self._wait_for(lambda: self._work.unfinished == 0, NOTICE_S)
+            ended = [request for request in self._work.ended if request.future.exception() is None]
+            pieces = self._work.pieces
+        aborted = [request for request in ended if request.aborted and request.held.ticket.purpose == "train"]
+        rollouts = [rollout for request in ended if (rollout := self._rollout(request)) is not None]
+        rest = [request.rest() for request in aborted]
+        with suppress(Closed, Fenced, Unavailable):  # then the rollouts are regenerated
+            if rollouts:
+                self._store.submit(rollouts)
+            self._store.stream([*pieces, *(piece for piece in rest if piece.token_ids)])
 
     def _watch(self) -> None:
         """Until the run is over: has the engine prove, again and again, that it makes progress."""
@@ -246,6 +271,12 @@ class Generator:
 
     # ------------------------------------------------------------------------------------------- submit
 
+    def _grown(self, piece: Piece) -> None:
+        """Called by the engine's thread."""
+        with self._lock:
+            self._work.grow(piece)
+            self._changed()
+
     def _finished(self, held: HeldGroup, rollout: int, future: "Future[Generation]") -> None:
         """Called by the engine's thread, once per request."""
         with self._lock:
@@ -257,7 +288,7 @@ class Generator:
         due = 0.0
         while True:
             with self._lock:
-                self._wait(lambda: len(self._work.ended) > 0)
+                self._wait(lambda: len(self._work.ended) + len(self._work.pieces) > 0)
                 self._wait(lambda: self._work.unfinished == 0, timeout=due - time.monotonic())  # what ends soon goes along
                 if self._over():
                     return
@@ -265,9 +296,12 @@ class Generator:
                 # Their groups are held until the store has them.
                 ended = list(self._work.ended)
                 self._work.ended.clear()
+                pieces, self._work.pieces = self._work.pieces, []
             rollouts = [(request, rollout) for request in ended if (rollout := self._rollout(request)) is not None]
             if rollouts:
                 self._store.submit([rollout for _, rollout in rollouts])
+            if pieces:
+                self._store.stream(pieces)
             with self._lock:
                 self._work.submitted([request for request, _ in rollouts])
                 self._changed()
@@ -278,11 +312,11 @@ class Generator:
         with self._lock:
             if not self._work.wanted(request.held):
                 return None
-            if generation.finish_reason == "abort":
+            if request.aborted:
                 self._work.forget(request.held.ticket.group)
                 return None
             self._counters.add("rollouts")
-            self._counters.add("tokens", len(generation.token_ids))
+            self._counters.add("tokens", len(generation.token_ids) - request.begun)
         return request.as_rollout(generation, self._decode(generation.token_ids), self._name)
 
     # --------------------------------------------------------------------------------------------- sync

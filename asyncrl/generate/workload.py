@@ -3,20 +3,22 @@
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from asyncrl.interfaces import Engine
-from asyncrl.types import Generation, GenerationRequest, Rollout, SwapReport, Ticket, Trajectory, Version
+from asyncrl.types import Generation, GenerationRequest, Piece, Rollout, SwapReport, Ticket, Tokens, Trajectory, Version
 
 
 class SingleAnswers:
     """Episodes (asyncrl.interfaces) of one answer each, which are the engine's own."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, told: Callable[[Piece], None] | None = None) -> None:
+        """told: hears what came of training rollouts that go on, in a thread of the engine's."""
         self._engine = engine
+        self._told = told
 
     @property
     def slots(self) -> int:
@@ -24,17 +26,22 @@ class SingleAnswers:
 
     def submit(self, ticket: Ticket) -> "list[Future[Generation]]":
         """One request per missing rollout of the ticket."""
+        requests = [
+            GenerationRequest(
+                id=ticket.name_of(rollout),
+                group=ticket.group,
+                prompt_ids=ticket.prompt.ids,
+                sampling=ticket.sampling_of(rollout),
+                seed=seed,
+                begun=ticket.begun.get(rollout),
+            )
+            for rollout, seed in zip(ticket.rollouts, ticket.seeds, strict=True)
+        ]
+        if (tell := self._told) is None or ticket.purpose == "eval":
+            return self._engine.submit_group(requests)
+        rollouts = {request.id: rollout for request, rollout in zip(requests, ticket.rollouts, strict=True)}
         return self._engine.submit_group(
-            [
-                GenerationRequest(
-                    id=ticket.name_of(rollout),
-                    group=ticket.group,
-                    prompt_ids=ticket.prompt.ids,
-                    sampling=ticket.sampling_of(rollout),
-                    seed=seed,
-                )
-                for rollout, seed in zip(ticket.rollouts, ticket.seeds, strict=True)
-            ]
+            requests, lambda request, start, tokens: tell(piece_of(ticket, rollouts[request.id], start, tokens))
         )
 
     def abort(self, group: int) -> None:
@@ -47,6 +54,12 @@ class SingleAnswers:
         return 0
 
 
+def piece_of(ticket: Ticket, rollout: int, start: int, tokens: Tokens) -> Piece:
+    """tokens: of the rollout, from number `start` on."""
+    lists = {name: getattr(tokens, name) for name in Tokens.__struct_fields__}
+    return Piece(group=ticket.group, rollout=rollout, attempt=ticket.attempt, start=start, **lists)
+
+
 @dataclass(eq=False)
 class HeldGroup:
     """One ticket being worked on."""
@@ -55,6 +68,7 @@ class HeldGroup:
     prompt_text: str
     started: float  # seconds since the epoch: work begins as soon as the ticket is reserved
     unsubmitted: int  # rollouts that the store does not have yet
+    told: dict[int, int] = field(default_factory=dict)  # how many tokens of a rollout the store knows, or is about to
     swaps: dict[str, float] = field(default_factory=dict)  # by "swap UPDATE", while it was held; replaced, never changed
 
 
@@ -65,6 +79,23 @@ class EndedRequest(NamedTuple):
     rollout: int
     future: "Future[Generation]"
     finished: float  # seconds since the epoch
+
+    @property
+    def aborted(self) -> bool:
+        """Whether the engine was told to drop it."""
+        return self.future.result().finish_reason == "abort"
+
+    @property
+    def begun(self) -> int:
+        """How many of its tokens others have sampled."""
+        begun = self.held.ticket.begun.get(self.rollout)
+        return len(begun.token_ids) if begun else 0
+
+    def rest(self) -> Piece:
+        """What the store does not know of a rollout that was aborted."""
+        generation: Generation = self.future.result()
+        start = self.held.told.get(self.rollout, self.begun)
+        return piece_of(self.held.ticket, self.rollout, start, generation.after(start))
 
     def as_rollout(self, generation: Generation, text: str, worker: str) -> Rollout:
         """text: of the response, of which the policy chose every token, unless an episode says otherwise."""
@@ -122,6 +153,7 @@ class Workload:
         self.unfinished = 0  # requests in the engine
         self.more_evals = False  # the last reserve brought eval tickets for the present weights: the next may bring more
         self.ended: deque[EndedRequest] = deque()  # not yet submitted
+        self.pieces: list[Piece] = []  # of unfinished rollouts, not yet streamed
         self._unfinished_evals = 0  # requests in the engine that are pinned to the present weights
         self._pace, self._paced = 0.0, 0.0  # requests that end per second, and when it was (monotonic seconds)
         self._groups: dict[int, HeldGroup] = {}
@@ -151,6 +183,13 @@ class Workload:
         self._pace, self._paced = self.pace(now) + 1.0, now
         self._count(request.held, -1)
         self.ended.append(request)
+
+    def grow(self, piece: Piece) -> None:
+        """An unfinished rollout has got further."""
+        held = self._groups.get(piece.group)
+        if held is not None and held.ticket.attempt == piece.attempt:  # else it was cancelled
+            held.told[piece.rollout] = piece.start + len(piece.token_ids)
+            self.pieces.append(piece)
 
     def swapped(self, version: Version, at: float) -> None:
         """Notes with what is under way that the weights were swapped then (seconds since the epoch)."""

@@ -67,7 +67,8 @@ def running(model: ModelSpec, folder: Path, weights: Tensors, **sglang: Any) -> 
         slots=SLOTS,
         max_length=1024,
         update_mode=mode,
-        sglang=SGLangSpec(**({"command": ("sglang-cpu-server",), "args": ARGS, "stream_interval": 16} | sglang)),
+        stream_interval=16,
+        sglang=SGLangSpec(**({"command": ("sglang-cpu-server",), "args": ARGS} | sglang)),
     )
     generators = GeneratorsSpec(engine=spec)
     engine = sglang_engine(EngineSite(generators=generators, model=model, logs=folder, name=f"{mode}-{len(sglang)}"))

@@ -20,7 +20,20 @@ from transformers import (
 )
 
 from asyncrl.errors import Closed, Unavailable
-from asyncrl.types import Generation, GenerationRequest, Prompt, Reserved, Rollout, Sampling, Span, SwapReport, Ticket, Version
+from asyncrl.interfaces import Told
+from asyncrl.types import (
+    Generation,
+    GenerationRequest,
+    Piece,
+    Prompt,
+    Reserved,
+    Rollout,
+    Sampling,
+    Span,
+    SwapReport,
+    Ticket,
+    Version,
+)
 
 WAIT_S = 10.0  # bound of every wait in the tests
 WINDOW = 5
@@ -111,9 +124,11 @@ class FakeEngine:
         self.aborted: list[int | None] = []
         self.changed = threading.Condition()
         self.hangs = False
+        self.told: Told | None = None  # of the newest requests
         self.tokens = 0  # of requests that have not ended
 
-    def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
+    def submit_group(self, requests: Sequence[GenerationRequest], told: Told | None = None) -> "list[Future[Generation]]":
+        self.told = told
         futures: list[Future[Generation]] = [Future() for _ in requests]
         with self.changed:
             self.pending |= {r.id: (r, f, self.version) for r, f in zip(requests, futures, strict=True)}
@@ -179,6 +194,7 @@ class FakeStore:
         self.waiting_for = "bound full"
         self.calls: list[tuple[int, Version, tuple[int, ...]]] = []
         self.rollouts: list[Rollout] = []
+        self.pieces: list[Piece] = []
         self.submits: list[int] = []  # how many rollouts came with each call
         self.recalled = False
 
@@ -218,6 +234,11 @@ class FakeStore:
         with self.changed:
             self.rollouts.extend(rollouts)
             self.submits.append(len(rollouts))
+            self.changed.notify_all()
+
+    def stream(self, pieces: Sequence[Piece]) -> None:
+        with self.changed:
+            self.pieces.extend(pieces)
             self.changed.notify_all()
 
 

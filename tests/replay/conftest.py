@@ -16,12 +16,14 @@ from asyncrl.config import SamplingSpec
 from asyncrl.lineage import Fence
 from asyncrl.replay.context import Poll
 from asyncrl.replay.core import StoreCore
+from asyncrl.replay.log.pieces import PieceHead
 from asyncrl.replay.log.rows import Summary, TrainScore
 from asyncrl.replay.plan import EvalSetting, Evaluation, Source, StorePlan, keep_all
 from asyncrl.staleness import Staleness
 from asyncrl.types import (
     BatchLease,
     Key,
+    Piece,
     Prompt,
     Rollout,
     Sampling,
@@ -29,6 +31,7 @@ from asyncrl.types import (
     Span,
     StoreReport,
     Ticket,
+    Tokens,
     Version,
 )
 
@@ -117,9 +120,15 @@ class FakeLog:
     snapshots: by how many events came before them. closes: whether a call of `append_events` closes a segment."""
 
     def __init__(
-        self, events: list[Any], calls: list[int], snapshots: dict[int, bytes], closes: Callable[[], bool] = lambda: False
+        self,
+        events: list[Any],
+        calls: list[int],
+        snapshots: dict[int, bytes],
+        closes: Callable[[], bool] = lambda: False,
+        pieces: list[Tokens | None] | None = None,
     ) -> None:
         self.events, self.calls, self.snapshots, self.closes = events, calls, snapshots, closes
+        self.pieces = [] if pieces is None else pieces
         newest = max((count for count in snapshots if count <= len(events)), default=0)
         self.state, self.history = snapshots.get(newest, b""), events[newest:]
         self.events_closed, self.due = len(events), bool(self.history)  # opening a log closes its tail
@@ -154,7 +163,17 @@ class FakeLog:
         self.truncated_after = self.synced
 
     def trim(self, needed: Iterable[int]) -> None:
-        assert self.synced is not None
+        for piece in set(range(len(self.pieces))).difference(needed):
+            self.pieces[piece] = None
+
+    def take_pieces(self, pieces: Sequence[int]) -> Tokens:
+        first, *others = (self.pieces[piece] for piece in pieces)
+        assert first is not None
+        for piece in others:
+            assert piece is not None
+            lists = {name: getattr(first, name) + getattr(piece, name) for name in ("token_ids", "logprobs", "spans")}
+            first = Tokens(**lists, kept_logmass=None)
+        return first
 
 
 class Bench:
@@ -165,11 +184,12 @@ class Bench:
         self.calls: list[int] = []  # length of the log after each call
         self.snapshots: dict[int, bytes] = {}
         self.closes: Callable[[], bool] = lambda: False
+        self.pieces: list[Tokens | None] = []
         self.sequence = 0
         self.core = self.build()
 
     def build(self) -> StoreCore:
-        log = FakeLog(self.log, self.calls, self.snapshots, lambda: self.closes())
+        log = FakeLog(self.log, self.calls, self.snapshots, lambda: self.closes(), self.pieces)
         return StoreCore(self.plan, log, self.clock, wall=lambda: 5.0)  # type: ignore[arg-type]
 
     def call(self, verb: str, *args: Any, worker: str = "gen", incarnation: int = 1, learner: int = 0) -> Any:
@@ -209,6 +229,25 @@ class Bench:
             self.core.scoring.submitted([summaries[i] for i in accepted], self.rows)
         self.rows += len(accepted)
         return len(accepted)
+
+    def stream(self, *pieces: Piece) -> int:
+        """Hands over pieces of unfinished rollouts; how many were taken."""
+        heads = [
+            PieceHead(
+                p.group,
+                p.rollout,
+                p.attempt,
+                p.start,
+                len(p.token_ids),
+                *(f(s.version.update for s in p.spans) for f in (min, max)),
+            )
+            for p in pieces
+        ]
+        following = self.core.streaming.following(heads)
+        with self.recording():
+            self.core.streaming.streamed([heads[i] for i in following], len(self.pieces))
+        self.pieces += [pieces[i] for i in following]
+        return len(following)
 
     def submit(
         self,
@@ -316,6 +355,20 @@ def score(ticket: Ticket, index: int, reward: float | None, token_rewards: list[
     )
 
 
+def piece(ticket: Ticket, index: int, start: int, *updates: int, incarnation: int = 1, ids: Sequence[int] = ()) -> Piece:
+    """Tokens of these updates, from number `start` on."""
+    return Piece(
+        group=ticket.group,
+        rollout=index,
+        attempt=ticket.attempt,
+        start=start,
+        token_ids=[*ids] or [5 + index] * len(updates),
+        logprobs=[-0.5] * len(updates),
+        kept_logmass=None,
+        spans=tuple(Span(Version(incarnation, update), 1) for update in updates),
+    )
+
+
 class Loop:
     """An event loop in a thread of its own, as an actor has it; a transport calls into it."""
 
@@ -350,5 +403,13 @@ def loop() -> Iterator[Loop]:
 def fakes() -> SimpleNamespace:
     """The builders above; test modules can't import them from each other."""
     return SimpleNamespace(
-        Bench=Bench, Clock=Clock, FakeLog=FakeLog, plan=plan, prompts=prompts, rollout=rollout, score=score, SAMPLING=SAMPLING
+        Bench=Bench,
+        Clock=Clock,
+        FakeLog=FakeLog,
+        plan=plan,
+        prompts=prompts,
+        rollout=rollout,
+        piece=piece,
+        score=score,
+        SAMPLING=SAMPLING,
     )

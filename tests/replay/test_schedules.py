@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import accumulate
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,13 +19,20 @@ from asyncrl.replay.log import events as ev
 from asyncrl.replay.log.derived import Derivation, LogChanges
 from asyncrl.replay.log.rows import Summary, TrainScore
 from asyncrl.replay.plan import keep_varied
-from asyncrl.types import Key, Score, Ticket, Version
+from asyncrl.types import Key, Piece, Score, Span, Ticket, Version
+
+
+class Token(NamedTuple):
+    """One that was sampled; no other has its number."""
+
+    version: Version
+    number: int
 
 
 class FakeGenerator:
     def __init__(self, name: str) -> None:
         self.name, self.incarnation, self.version = name, 1, Version(1, 0)
-        self.work: dict[int, tuple[Ticket, dict[int, list[Version]]]] = {}  # group -> versions of the tokens so far
+        self.work: dict[int, tuple[Ticket, dict[int, list[Token]]]] = {}  # group -> the tokens so far
 
     def die(self) -> int:
         """Returns the incarnation that died."""
@@ -61,6 +68,10 @@ class World:
         self.ended = False
         self.ess = 1.0  # of what is trained
         self.forks = 0
+        self.before: list[int] = []  # the token before each one, by number; -1: it was the first of its rollout
+        self.kept: set[int] = set()  # those of rollouts that count
+        self.resumed = 0  # tokens that rollouts went on from
+        self.late: list[Piece] = []  # that come once more, or when it is too late
 
     # generators
 
@@ -68,11 +79,38 @@ class World:
         answer = self.bench.call("reserve", k, g.version, list(g.work), 0.0, worker=g.name, incarnation=g.incarnation)
         for group in answer.cancelled:
             g.work.pop(group, None)
+        self.resumed += sum(len(begun.token_ids) for ticket in answer.tickets for begun in ticket.begun.values())
         if self.rng.random() < 0.02:
             return  # the answer got lost
         for ticket in answer.tickets:
             assert ticket.group not in g.work
-            g.work[ticket.group] = (ticket, {r: [] for r in ticket.rollouts})
+            g.work[ticket.group] = (ticket, {r: self.begun(ticket, r) for r in ticket.rollouts})
+
+    def begun(self, ticket: Ticket, rollout: int) -> list[Token]:
+        """From where a rollout goes on."""
+        if (tokens := ticket.begun.get(rollout)) is None:
+            return []
+        assert ticket.purpose == "train"
+        versions = [span.version for span in tokens.spans]
+        assert [span.length for span in tokens.spans] == [1] * len(tokens.token_ids)
+        return list(map(Token, versions, tokens.token_ids))
+
+    def stream(self, g: FakeGenerator) -> None:
+        """More of what is unfinished, from any place on; some of it comes late or twice, and then says what it always said."""
+        pieces = self.rng.sample(self.late, min(2, len(self.late)))
+        for ticket, rollouts in g.work.values():
+            for index, tokens in rollouts.items():
+                state = self.bench.core.ledger.find(ticket.group)
+                known = state.rollouts[index].length if state is not None else 0
+                start = known if self.rng.random() < 0.8 else self.rng.randint(0, len(tokens))
+                if tokens[start:] and self.rng.random() < 0.5:
+                    new = tokens[start:]
+                    blank = {"logprobs": [0.0] * len(new), "kept_logmass": None, "group": ticket.group, "rollout": index}
+                    spans = tuple(Span(token.version, 1) for token in new)
+                    numbers = [token.number for token in new]
+                    pieces.append(Piece(token_ids=numbers, spans=spans, start=start, attempt=ticket.attempt, **blank))
+        self.late = [*self.late, *pieces][-8:]
+        self.bench.stream(*pieces)
 
     def held_nothing(self, g: FakeGenerator) -> Any:
         return self.bench.call("reserve", 0, g.version, [], 0.0, worker=g.name, incarnation=g.incarnation)
@@ -89,7 +127,8 @@ class World:
         for _, rollouts in g.work.values():
             for tokens in rollouts.values():
                 if self.rng.random() < 0.5:
-                    tokens.append(g.version)
+                    tokens.append(Token(g.version, len(self.before)))
+                    self.before.append(tokens[-2].number if tokens[1:] else -1)
 
     def submit(self, g: FakeGenerator, finish: float) -> None:
         for group, (ticket, rollouts) in list(g.work.items()):
@@ -101,17 +140,24 @@ class World:
             if not rollouts:
                 del g.work[group]
 
-    def deliver(self, ticket: Ticket, index: int, tokens: list[Version]) -> None:
-        updates = [v.update for v in tokens]
+    def deliver(self, ticket: Ticket, index: int, tokens: list[Token]) -> None:
+        updates = [token.version.update for token in tokens]
+        numbers = [token.number for token in tokens]
+        assert [self.before[number] for number in numbers] == [-1, *numbers[:-1]]  # as they were sampled, none left out
         group = self.bench.core.ledger.groups.get(ticket.group)
         if self.incarnation == 1 and group is not None and group.attempt == ticket.attempt:
-            assert min(updates) >= group.update  # only a restored learner can make tokens older than was reserved with
+            assert min(updates) >= group.rollouts[index].oldest_at(
+                group.update
+            )  # only a restored learner can make tokens older than was reserved with
         problem = "finish_reason=abort" if self.rng.random() < 0.03 else ""
-        version = tokens[0] if len(set(tokens)) == 1 else None
+        versions = {token.version for token in tokens}
+        version = tokens[0].version if len(versions) == 1 else None
         summary = Summary(ticket.group, index, ticket.attempt, min(updates), max(updates), len(updates), version, problem)
         row = self.bench.rows
         if self.bench.take([summary]):
-            assert ticket.purpose == "train" or problem or set(tokens) == {ticket.pinned}
+            assert ticket.purpose == "train" or problem or versions == {ticket.pinned}
+            assert self.kept.isdisjoint(numbers)  # each is in one rollout that counts
+            self.kept.update(numbers)
             self.tokens[row] = updates
 
     # reward
@@ -281,6 +327,7 @@ class World:
             == ledger.committed + len(ledger.reopened) + sum(lease.replayed for lease in ledger.leases.values()) - at
         )
         self.forks += 1
+        self.resumed = now.resumed_tokens  # another run knows nothing of pieces
 
     def resume(self) -> None:
         self.bench.core = self.bench.build()
@@ -301,6 +348,7 @@ class World:
 
     def invariants(self) -> None:
         ledger, holders = self.bench.core.ledger, self.bench.core.holders
+        assert ledger.resumed_tokens == self.resumed
         c = ledger.counts()
         assert c.reserved == c.trained + c.filtered + c.evicted + c.failed + c.unused + c.pending
         assert len(ledger.groups) == c.pending
@@ -324,6 +372,8 @@ class World:
             self.reserve(g, self.rng.randint(0, 4))
         elif chance < 0.45:
             self.decode(g)
+        elif chance < 0.52:
+            self.stream(g)
         elif chance < 0.60:
             self.submit(g, finish=0.4)
         elif chance < 0.68:
@@ -362,6 +412,7 @@ class World:
                 self.reserve(g, 4)
                 for _ in range(3):
                     self.decode(g)
+                self.stream(g)
                 self.submit(g, finish=1.0)
             for _ in range(8):
                 self.reward(lose=0.0, invalid=0.0)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from asyncrl.errors import ConfigError, NonFinite
 from asyncrl.generate.embedded.kv_cache import SlotCache, require_servable, use_slot_attention
 from asyncrl.generate.embedded.masks import DecodeMasks
-from asyncrl.generate.embedded.rows import Finished, Job, Rows
+from asyncrl.generate.embedded.rows import Finished, Grown, Job, Rows
 from asyncrl.generate.embedded.sampling import sample, uniforms
 from asyncrl.models.room import available_bytes
 from asyncrl.types import GenerationRequest, Version
@@ -192,7 +192,7 @@ class DecodeBatch:
         shared: dict[tuple[int, ...], list[int]] = {}
         rows = self._rows.add(jobs, version)
         for row, job in zip(rows, jobs, strict=True):
-            shared.setdefault(job.request.prompt_ids, []).append(row)
+            shared.setdefault(job.request.known_ids, []).append(row)
         self._cache.fit(np.array(rows), self._rows.length[rows])
         targets = list(shared.values())
         known = [self._rows.known(of[0]) for of in targets]
@@ -228,6 +228,10 @@ class DecodeBatch:
                 self._keep_ended_turns()
             self._drop_ended()
         return finished
+
+    def grown(self, interval: int) -> list[Grown]:
+        """What came of the rows that have so many tokens more than their callers have heard of."""
+        return self._rows.grown(interval)
 
     def abort(self, doomed: Callable[[Job], bool]) -> list[Finished]:
         """Ends the rows of these jobs."""

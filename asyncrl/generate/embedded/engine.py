@@ -20,10 +20,10 @@ from asyncrl.config import UpdateMode
 from asyncrl.errors import AsyncRLError, Closed, ConfigError, Unavailable
 from asyncrl.generate.embedded.batch import DecodeBatch, out_of_memory
 from asyncrl.generate.embedded.kv_cache import longest_context
-from asyncrl.generate.embedded.rows import Finished, Job
+from asyncrl.generate.embedded.rows import Finished, Grown, Job
 from asyncrl.generate.embedded.scheduling import GroupAlone, JoinAtOnce, StepGate
 from asyncrl.generate.requests import check_request, settle
-from asyncrl.interfaces import Tensors
+from asyncrl.interfaces import Tensors, Told
 from asyncrl.models.loading import load_weights
 from asyncrl.types import Generation, GenerationRequest, SwapReport, Version
 
@@ -38,6 +38,7 @@ class TorchEngine:
     `restart` regenerates unfinished rows from their prompts, so that a rollout is of one version and its work so far lost.
     deterministic: one group at a time, rows constant until all of it has ended; results repeat to the bit.
     Otherwise the turns of an episode go on with what was computed for the last one, unless a swap came between them.
+    stream_interval: tokens of a request between two times that its caller is told of it.
     kv_bytes: what the cache may take; None: a share of what the device has left (`device_budget`). A request joins when there
     is room for the longest that it and all running rows may get, so that no row ever has to leave; until then it waits.
     """
@@ -51,6 +52,7 @@ class TorchEngine:
         update_mode: UpdateMode = "in_flight",
         deterministic: bool = False,
         kv_bytes: int | None = None,
+        stream_interval: int = 256,
     ) -> None:
         self.max_length = longest_context(model, max_length)
         self._model = model
@@ -60,7 +62,7 @@ class TorchEngine:
         self._batch = DecodeBatch(model, slots=slots, max_length=self.max_length, keep_ended=deterministic, kv_bytes=kv_bytes)
         self._admission = GroupAlone(slots) if deterministic else JoinAtOnce(slots)
         self._deterministic = deterministic
-        self._update_mode = update_mode
+        self._update_mode, self._stream_interval = update_mode, stream_interval
         self._gate = StepGate()
         # Guards everything below; notified at every change. Taken inside the gate, never around it.
         self._cond = threading.Condition()
@@ -75,13 +77,13 @@ class TorchEngine:
 
     # ---------------------------------------------------------------------------------------- requests
 
-    def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
+    def submit_group(self, requests: Sequence[GenerationRequest], told: Told | None = None) -> "list[Future[Generation]]":
         """Queues requests together, so that they can join the same step and share one prefill of their prompt.
 
         The future of one raises ConfigError if it can't fit, Closed after `close`, Unavailable on failure. One that is
         cancelled gives its slot back at the next step.
         """
-        jobs = [Job(request, Future()) for request in requests]
+        jobs = [Job(request, Future(), told) for request in requests]
         for job in jobs:
             job.future.add_done_callback(self._note_cancelled)
         refusals = [self._refusal(request, requests) for request in requests]
@@ -159,6 +161,7 @@ class TorchEngine:
         A failure ends the engine: all futures raise Unavailable naming it, and it is raised here.
         """
         joining: list[Job] = []
+        grown: list[Grown] = []
         try:
             with self._gate.step():
                 if self._cancelled:
@@ -174,10 +177,14 @@ class TorchEngine:
                     if joining:
                         self._batch.join(joining, version)
                     finished += self._batch.advance(version)
+                    grown = self._batch.grown(self._stream_interval)
         except Exception as error:
             self._fail(error, joining)
             raise
         self._deliver(finished)
+        for (request, _, told), start, tokens in grown:
+            assert told is not None
+            told(request, start, tokens)
         return True
 
     @contextmanager

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from asyncrl.errors import ConfigError
 from asyncrl.generate.embedded.sampling import RowSampling
-from asyncrl.types import FinishReason, Generation, GenerationRequest, Span, Version
+from asyncrl.interfaces import Told
+from asyncrl.types import FinishReason, Generation, GenerationRequest, Span, Tokens, Version
+
+_NEVER = 1 << 62
 
 
 class Job(NamedTuple):
@@ -17,6 +21,15 @@ class Job(NamedTuple):
 
     request: GenerationRequest
     future: "Future[Generation]"
+    told: Told | None = None
+
+
+class Grown(NamedTuple):
+    """What came of a job that goes on: the tokens from number `start` on."""
+
+    job: Job
+    start: int
+    tokens: Tokens
 
 
 class Finished(NamedTuple):
@@ -30,6 +43,12 @@ def spans_of(starts: Sequence[tuple[Version, int]], length: int) -> tuple[Span, 
     """Runs of equal version over `length` tokens, from (version, first token) in order; empty runs vanish."""
     ends = [start for _, start in starts[1:]] + [length]
     return tuple(Span(version, end - start) for (version, start), end in zip(starts, ends, strict=True) if end > start)
+
+
+def starts_of(spans: Sequence[Span]) -> list[tuple[Version, int]]:
+    """The same (version, first token) for given spans."""
+    ends = accumulate(span.length for span in spans)
+    return [(span.version, end - span.length) for span, end in zip(spans, ends, strict=True)]
 
 
 class Rows:
@@ -46,6 +65,7 @@ class Rows:
         self._kept = np.zeros((slots, max_length), dtype=np.float32)
         self.prompt = np.zeros(slots, dtype=np.int64)  # tokens of the prompt
         self.limit = np.zeros(slots, dtype=np.int64)  # length at which the row ends
+        self._told = np.zeros(slots, dtype=np.int64)  # length up to which its caller has heard of it
         self._seed = np.zeros(slots, dtype=np.int64)
         self._turn = np.zeros(slots, dtype=np.int64)  # rises in the order in which rows joined
         self._turns = 0
@@ -62,9 +82,15 @@ class Rows:
         first = self.count
         for job in jobs:
             row, request, sampling = self.count, job.request, job.request.sampling
-            size = len(request.prompt_ids)
-            self.tokens[row, :size] = request.prompt_ids
-            self.length[row] = self.prompt[row] = size
+            known, size, begun = request.known_ids, len(request.prompt_ids), request.begun
+            self.tokens[row, : len(known)] = known
+            self.length[row], self.prompt[row] = len(known), size
+            self._told[row] = _NEVER if job.told is None else len(known)
+            starts = [(version, len(known) - size)]
+            if begun is not None:
+                self._logprobs[row, size : len(known)] = begun.logprobs
+                self._kept[row, size : len(known)] = begun.kept_logmass or 0.0
+                starts = [*starts_of(begun.spans), *starts]
             self.limit[row] = size + sampling.max_tokens
             self._seed[row] = request.seed
             self._turn[row], self._turns = self._turns, self._turns + 1
@@ -72,7 +98,7 @@ class Rows:
             self._temperature[row], self._top_p[row], self._top_k[row] = sampling.temperature, sampling.top_p, sampling.top_k
             self.alive[row] = True
             self._jobs.append(job)
-            self._starts.append([(version, 0)])
+            self._starts.append(starts)
             self.count += 1
         self._sampling = None
         return list(range(first, self.count))
@@ -124,6 +150,30 @@ class Rows:
             self._end(int(row), "stop" if stop else "length") for row, stop in zip(rows[ended], stopped[ended], strict=True)
         ]
 
+    def grown(self, interval: int) -> list[Grown]:
+        """What came of the rows that have at least `interval` tokens more than their callers have heard of."""
+        n = self.count
+        rows = np.flatnonzero(self.alive[:n] & (self.length[:n] - self._told[:n] >= interval))
+        found = [self._grown(int(row), int(self._told[row])) for row in rows]
+        self._told[rows] = self.length[rows]
+        return found
+
+    def _grown(self, row: int, begin: int) -> Grown:
+        """Its tokens from position `begin` on."""
+        start, end = begin - int(self.prompt[row]), int(self.length[row])
+        spans = spans_of([(v, max(0, at - start)) for v, at in self._starts[row]], end - begin)
+        return Grown(self._jobs[row], start, Tokens(**self._lists(row, begin, end), spans=spans))
+
+    def _lists(self, row: int, begin: int, end: int) -> dict[str, Any]:
+        """Of `Tokens`, for positions begin to end."""
+        sampling = self._jobs[row].request.sampling
+        cut = sampling.top_p < 1.0 or sampling.top_k > 0
+        return {
+            "token_ids": self.tokens[row, begin:end].tolist(),
+            "logprobs": self._logprobs[row, begin:end].tolist(),
+            "kept_logmass": self._kept[row, begin:end].tolist() if cut else None,
+        }
+
     def abort(self, doomed: Callable[[Job], bool]) -> list[Finished]:
         """Ends the living rows of these jobs."""
         return [self._end(row, "abort") for row in range(self.count) if self.alive[row] and doomed(self._jobs[row])]
@@ -131,19 +181,8 @@ class Rows:
     def _end(self, row: int, reason: FinishReason) -> Finished:
         self.alive[row] = False
         job, start, end = self._jobs[row], int(self.prompt[row]), int(self.length[row])
-        sampling = job.request.sampling
-        cut = sampling.top_p < 1.0 or sampling.top_k > 0
-        return Finished(
-            job,
-            Generation(
-                id=job.request.id,
-                token_ids=self.tokens[row, start:end].tolist(),
-                logprobs=self._logprobs[row, start:end].tolist(),
-                kept_logmass=self._kept[row, start:end].tolist() if cut else None,
-                spans=spans_of(self._starts[row], end - start),
-                finish_reason=reason,
-            ),
-        )
+        spans = spans_of(self._starts[row], end - start)
+        return Finished(job, Generation(id=job.request.id, **self._lists(row, start, end), spans=spans, finish_reason=reason))
 
     def mark(self, version: Version) -> None:
         """Later tokens come from `version`."""
@@ -158,7 +197,7 @@ class Rows:
         source = self._index[left:n][alive[left:]]
         for array in (self.tokens, self._logprobs, self._kept, self.length, self.alive, self.prompt, self.limit, self._seed):
             array[to] = array[source]
-        for array in (self._turn, self._stops, self._temperature, self._top_p, self._top_k):
+        for array in (self._told, self._turn, self._stops, self._temperature, self._top_p, self._top_k):
             array[to] = array[source]
         for hole, mover in zip(to.tolist(), source.tolist(), strict=True):
             self._jobs[hole], self._starts[hole] = self._jobs[mover], self._starts[mover]
@@ -168,10 +207,10 @@ class Rows:
 
     def clear(self) -> tuple[list[Job], int]:
         """Takes out all rows. Returns the jobs of the living ones, in the order in which they joined, and the number of tokens
-        sampled for them, which are lost."""
+        sampled for them, which are lost. Their callers hear of them no more: it would not go with what they have heard."""
         living = [int(row) for row in np.argsort(self._turn[: self.count]) if self.alive[row]]
-        jobs = [self._jobs[row] for row in living]
-        sampled = int((self.length[living] - self.prompt[living]).sum())
+        jobs = [self._jobs[row]._replace(told=None) for row in living]
+        sampled = int(self.length[living].sum()) - sum(len(job.request.known_ids) for job in jobs)
         self._jobs.clear()
         self._starts.clear()
         self.count, self._sampling = 0, None

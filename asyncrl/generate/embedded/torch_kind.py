@@ -41,4 +41,5 @@ class TorchKind:
             update_mode=spec.update_mode,
             deterministic=spec.deterministic,
             kv_bytes=spec.kv_bytes,
+            stream_interval=spec.stream_interval,
         )

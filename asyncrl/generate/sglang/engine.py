@@ -23,7 +23,7 @@ from asyncrl.generate.sglang.replica import Replica, ServerCounters
 from asyncrl.generate.sglang.segments import RequestRow
 from asyncrl.generate.sglang.server import SGLangServer
 from asyncrl.generate.sglang.transfer import StagedWeights
-from asyncrl.interfaces import Tensors
+from asyncrl.interfaces import Tensors, Told
 from asyncrl.loops import LoopThread
 from asyncrl.types import Generation, GenerationRequest, SwapReport, Version
 
@@ -46,7 +46,7 @@ class SGLangEngine:
         vocabulary: int,
     ) -> None:
         self.max_length = max_length
-        self._slots_each, self._vocabulary = spec.slots, vocabulary
+        self._slots_each, self._stream_interval, self._vocabulary = spec.slots, spec.stream_interval, vocabulary
         self._staged = StagedWeights()
         self._loop = LoopThread("the sglang engine", self._drop)
         self._changes = self._loop.changes
@@ -69,13 +69,14 @@ class SGLangEngine:
 
     # ---------------------------------------------------------------------------------------- requests
 
-    def submit_group(self, requests: Sequence[GenerationRequest]) -> "list[Future[Generation]]":
+    def submit_group(self, requests: Sequence[GenerationRequest], told: Told | None = None) -> "list[Future[Generation]]":
         """Queues requests together: they go to one server as one batch. Returns futures in the same order.
 
         The future of one raises ConfigError if it can't fit, Closed after `close`, Unavailable on failure. One that is
         cancelled gives its slot back soon.
         """
-        rows = [RequestRow(request, self._vocabulary) for request in requests]
+        long = [request.sampling.max_tokens > self._stream_interval for request in requests]
+        rows = [RequestRow(r, self._vocabulary, told if is_long else None) for r, is_long in zip(requests, long, strict=True)]
         for row in rows:
             row.future.add_done_callback(partial(self._note_cancelled, row))
         sound = []

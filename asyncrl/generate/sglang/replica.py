@@ -59,7 +59,7 @@ class Replica:
         self.load = ServerLoad()
         self.server: SGLangServer | None = None
         self.rows: set[RequestRow] = set()  # on the server
-        self._make, self._mode, self._stream_interval = make, spec.update_mode, spec.sglang.stream_interval
+        self._make, self._mode, self._stream_interval = make, spec.update_mode, spec.stream_interval
         # After so long a silence the server must generate a token, in as long again, or is replaced.
         self._probe_s, self._start_timeout_s = limits.health_timeout_s / 2, limits.start_timeout_s
         self._update_timeout_s = limits.update_timeout_s
@@ -186,6 +186,8 @@ class Replica:
                 other.distrust()
             raise
         self._counters.tokens += len(row.token_ids) - before
+        if reason is None:
+            row.tell(self._stream_interval)
         if reason is not None:  # a swap retracts too, but not for want of cache
             self._counters.retracted += max(0, chunk.meta_info.num_retractions - row.swaps)
         return reason
@@ -232,14 +234,16 @@ class Replica:
         # It was silent for want of work; from here on it has some.
         self._heard = started = time.monotonic()
         recomputed = discarded = 0
-        # A request that SGLang retracts would find the KV of its prompt in the cache, of the old weights: it has to leave.
-        cached = self._mode == "in_flight" and not server.facts.disable_radix_cache
+        # A request that SGLang retracts would find the KV of its prompt in the cache, of the old weights: it has to leave. So
+        # has one that is told of: only the end of its segment would say which of its tokens came before the swap.
+        told = any(row.told is not None for row in self.rows)
+        leaves = self._mode == "in_flight" and (told or not server.facts.disable_radix_cache)
         try:
             if self._mode == "drain":
                 await self._changes.until(self._idle)
                 started = time.monotonic()
                 await self._update(server)
-            elif cached or self._mode == "restart":
+            elif leaves or self._mode == "restart":
                 unfinished = await self.interrupt()
                 if self._mode == "restart":
                     discarded = sum(row.restart() for row in unfinished)

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
+from msgspec.structs import replace
+
 from asyncrl.errors import Unavailable
 from asyncrl.generate.sglang.wire import Chunk, Labelled
+from asyncrl.interfaces import Told
 from asyncrl.types import FinishReason, Generation, GenerationRequest, Span, Version
 
 T = TypeVar("T")
@@ -24,13 +27,21 @@ class RequestRow:
     A segment is *mixed* once weights were swapped while it ran: only its end tells which token came from which version.
     """
 
-    def __init__(self, request: GenerationRequest, vocabulary: int) -> None:
+    def __init__(self, request: GenerationRequest, vocabulary: int, told: Told | None = None) -> None:
         self.request, self._vocabulary = request, vocabulary
         self.future: Future[Generation] = Future()
         self.cut = request.sampling.temperature > 0 and (request.sampling.top_p < 1.0 or request.sampling.top_k > 0)
         self.segments = 0
         self.cancelled = False
         self._clear()
+        if (begun := request.begun) is not None:
+            kept = begun.kept_logmass or [0.0] * len(begun.token_ids)
+            full = [sampled + mass for sampled, mass in zip(begun.logprobs, kept, strict=True)]
+            self.token_ids += begun.token_ids
+            self._logprobs += full
+            self._sampled += begun.logprobs if self.cut else []
+            self._spans += begun.spans
+        self.told, self._heard = told, len(self.token_ids)  # who hears of it while it goes on, and of how many tokens so far
 
     def _clear(self) -> None:
         self.token_ids: list[int] = []
@@ -100,6 +111,14 @@ class RequestRow:
         # An abort may come with the very token that was the last one.
         return "length" if len(self.token_ids) == self.request.sampling.max_tokens else "abort"
 
+    def tell(self, interval: int) -> None:
+        """Tells of the tokens of which nobody has heard, if they are `interval` or more and their versions certain."""
+        count = len(self.token_ids)
+        if self.told is not None and self._pinned is not None and self.swaps == 0 and count - self._heard >= interval:
+            spans = (*self._spans, Span(self._pinned, count - self._base))
+            self.told(self.request, self._heard, replace(self.generation("abort"), spans=spans).after(self._heard))
+            self._heard = count
+
     def _label(self, labels: Sequence[Labelled] | None) -> None:
         """Ends the segment: every token of it gets the version that the server says, which must be one that it was given."""
         count = len(self.token_ids) - self._base
@@ -144,6 +163,7 @@ class RequestRow:
         gone = len(self.token_ids) - keep
         for values in (self.token_ids, self._logprobs, self._sampled):
             del values[keep:]
+        self._forget(keep)
         self._add(self._pinned, keep - self._base)
         self._pinned = None
         return gone
@@ -152,7 +172,13 @@ class RequestRow:
         """Drops all tokens: the response is regenerated from the prompt. Returns how many they were."""
         gone = len(self.token_ids)
         self._clear()
+        self._forget(0)
         return gone
+
+    def _forget(self, keep: int) -> None:
+        """Nobody is told any more of a row whose next tokens don't go with what was told."""
+        if keep < self._heard:
+            self.told = None
 
     def generation(self, reason: FinishReason) -> Generation:
         """The response as it is now. Greedy rows: the distribution is a point mass, so every logprob is 0."""

@@ -227,7 +227,7 @@ class ReplayLog:
             self.sync()
 
     def _close(self, stream: Segments) -> None:
-        if segment := stream.close_segment():
+        if stream.tail_bytes and (segment := stream.close_segment()):
             self._note(segment)
 
     def _close_events(self) -> None:

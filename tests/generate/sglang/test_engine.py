@@ -188,7 +188,8 @@ def open_rig(serve_sglang: object, policy: Policy, sglang_model: Path, tmp_path_
             slots=64,
             max_length=1024,
             update_mode=mode,
-            sglang=SGLangSpec(command=("sglang-cpu-server",), stream_interval=16, args=arguments, **sglang),
+            stream_interval=16,
+            sglang=SGLangSpec(command=("sglang-cpu-server",), args=arguments, **sglang),
         )
         site = EngineSite(
             generators=GeneratorsSpec(engine=spec),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from asyncrl.config import EngineSpec, LimitsSpec, SGLangSpec
+from asyncrl.config import EngineSpec, LimitsSpec
 from asyncrl.errors import Closed, Unavailable
 from asyncrl.generate.sglang.client import request_id
 from asyncrl.generate.sglang.engine import SGLangEngine
@@ -155,7 +155,7 @@ def open_engine() -> Iterator[Open]:
         places: int = 1, mode: Any = "in_flight", probe_s: float = WAIT_S, update_s: float = WAIT_S, **how: Any
     ) -> tuple[SGLangEngine, Farm]:
         farm = Farm(places, **how)
-        spec = EngineSpec(kind="sglang", slots=16, update_mode=mode, sglang=SGLangSpec(stream_interval=1))
+        spec = EngineSpec(kind="sglang", slots=16, update_mode=mode, stream_interval=1)
         limits = LimitsSpec(health_timeout_s=2 * probe_s, update_timeout_s=update_s)
         engine = SGLangEngine(farm.makers(), spec, limits, max_length=2000, vocabulary=100)
         engines.append(engine)
