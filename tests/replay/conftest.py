@@ -232,16 +232,10 @@ class Bench:
 
     def stream(self, *pieces: Piece) -> int:
         """Hands over pieces of unfinished rollouts; how many were taken."""
+        updates = [[span.version.update for span in p.spans] for p in pieces]
         heads = [
-            PieceHead(
-                p.group,
-                p.rollout,
-                p.attempt,
-                p.start,
-                len(p.token_ids),
-                *(f(s.version.update for s in p.spans) for f in (min, max)),
-            )
-            for p in pieces
+            PieceHead(p.group, p.rollout, p.attempt, p.start, len(of_it), min(of_it), max(of_it))
+            for p, of_it in zip(pieces, updates, strict=True)
         ]
         following = self.core.streaming.following(heads)
         with self.recording():
@@ -402,14 +396,5 @@ def loop() -> Iterator[Loop]:
 @pytest.fixture(scope="session")
 def fakes() -> SimpleNamespace:
     """The builders above; test modules can't import them from each other."""
-    return SimpleNamespace(
-        Bench=Bench,
-        Clock=Clock,
-        FakeLog=FakeLog,
-        plan=plan,
-        prompts=prompts,
-        rollout=rollout,
-        piece=piece,
-        score=score,
-        SAMPLING=SAMPLING,
-    )
+    builders = (Bench, Clock, FakeLog, plan, prompts, rollout, piece, score)
+    return SimpleNamespace(**{builder.__name__: builder for builder in builders}, SAMPLING=SAMPLING)

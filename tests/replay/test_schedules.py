@@ -68,6 +68,7 @@ class World:
         self.ended = False
         self.ess = 1.0  # of what is trained
         self.forks = 0
+        self.long = rng.random() < 0.5  # answers
         self.before: list[int] = []  # the token before each one, by number; -1: it was the first of its rollout
         self.kept: set[int] = set()  # those of rollouts that count
         self.resumed = 0  # tokens that rollouts went on from
@@ -368,6 +369,9 @@ class World:
 
     def random_step(self) -> None:
         g, chance = self.rng.choice(self.generators), self.rng.random()
+        if self.long and self.rng.random() < 0.3:  # so that there is something to go on with, and somebody has to
+            self.rng.choice((self.stream, self.stream, self.decode, lambda g: self.die(g, noticed=True)))(g)
+            return
         if chance < 0.25:
             self.reserve(g, self.rng.randint(0, 4))
         elif chance < 0.45:
@@ -375,7 +379,7 @@ class World:
         elif chance < 0.52:
             self.stream(g)
         elif chance < 0.60:
-            self.submit(g, finish=0.4)
+            self.submit(g, finish=0.1 if self.long else 0.4)
         elif chance < 0.68:
             g.version = max(self.published, g.version) if self.rng.random() < 0.9 else g.version
         elif chance < 0.78:
