@@ -177,9 +177,8 @@ class Generator:
             self._wait_for(lambda: self._work.unfinished == 0, NOTICE_S)
             ended = [request for request in self._work.ended if request.future.exception() is None]
             pieces = self._work.pieces
-        aborted = [request for request in ended if request.aborted and request.held.ticket.purpose == "train"]
-        rollouts = [rollout for request in ended if (rollout := self._rollout(request)) is not None]
-        rest = [request.rest() for request in aborted]
+        rollouts = [rollout for r in ended if not r.aborted and (rollout := self._rollout(r)) is not None]
+        rest = [request.rest() for request in ended if request.aborted and request.held.ticket.purpose == "train"]
         with suppress(Closed, Fenced, Unavailable):  # then the rollouts are regenerated
             if rollouts:
                 self._store.submit(rollouts)

@@ -16,7 +16,7 @@ from asyncrl.generate.embedded.engine import TorchEngine
 from asyncrl.generate.generator import Generator
 from asyncrl.generate.workload import EndedRequest, HeldGroup, SingleAnswers, Workload
 from asyncrl.models.loading import named_weights
-from asyncrl.types import Generation, Span, Ticket, Version
+from asyncrl.types import Generation, Span, Ticket, Tokens, Version
 
 V0, V1, V2 = Version(0, 0), Version(0, 1), Version(0, 2)
 WAIT_S = 10.0
@@ -430,6 +430,50 @@ def test_stop_ends_the_run_and_aborts_what_is_unfinished(
     assert one.ends() is None
     assert fake_engine.aborted[-1] is None
     assert fake_store.rollouts == []
+
+
+def test_the_store_hears_of_answers_that_go_on_and_of_the_rest_when_the_generator_leaves(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    def tokens(*ids: int) -> Tokens:
+        return Tokens(token_ids=[*ids], logprobs=[-1.0] * len(ids), kept_logmass=None, spans=(Span(V0, len(ids)),))
+
+    def end(rollout: int, reason: str, *ids: int) -> None:
+        request, future, _ = fake_engine.pending.pop(f"0/{rollout}/0")
+        lists = {name: getattr(tokens(*ids), name) for name in Tokens.__struct_fields__}
+        future.set_result(Generation(id=request.id, finish_reason=reason, **lists))
+
+    one = start(hands_over=True)
+    fake_weights.publish(V0)
+    fake_store.put(make_ticket(0, (0, 1, 2), begun={1: tokens(7, 8)}))
+    fake_engine.wait(lambda: len(fake_engine.pending) == 3)
+    requests = [request for request, *_ in fake_engine.pending.values()]
+    assert [request.known_ids[3:] for request in requests] == [(), (7, 8), ()]
+    fake_engine.told(requests[1], 2, tokens(9))
+    fake_store.wait(lambda: len(fake_store.pieces) == 1)
+    assert (fake_store.pieces[0].rollout, fake_store.pieces[0].start, fake_store.pieces[0].token_ids) == (1, 2, [9])
+
+    def abort(group: int | None = None) -> None:
+        end(0, "abort", 4)
+        end(1, "abort", 7, 8, 9, 10)
+        end(2, "stop", 5)
+
+    fake_engine.abort = abort
+    one.generator.stop()
+    assert one.ends() is None
+    assert [(p.rollout, p.start, p.token_ids) for p in fake_store.pieces[1:]] == [(0, 0, [4]), (1, 3, [10])]
+    assert [(r.rollout, r.response_ids) for r in fake_store.rollouts] == [(2, [5])]
+    assert one.generator.report().gauges["tokens"] == 1  # what others sampled, or will, is not its own
+
+
+def test_evaluations_are_not_streamed(
+    start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
+) -> None:
+    start(hands_over=True)
+    fake_weights.publish(V0)
+    fake_store.put(make_ticket(0, purpose="eval", pinned=V0))
+    fake_engine.wait(lambda: len(fake_engine.pending) == 2)
+    assert fake_engine.told is None
 
 
 @pytest.mark.parametrize(("error", "raised"), [(Unavailable("gone"), True), (Closed("end"), False), (Fenced("zombie"), False)])

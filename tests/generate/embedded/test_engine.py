@@ -4,16 +4,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from itertools import groupby
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import PreTrainedModel
 
 from asyncrl.errors import CheckpointError, Closed, ConfigError, Unavailable
 from asyncrl.generate.embedded.engine import TorchEngine
 from asyncrl.models.loading import named_weights
-from asyncrl.types import Generation, GenerationRequest, Span, Version
+from asyncrl.types import Generation, GenerationRequest, Span, Tokens, Version
 
 MakeModel = Callable[..., PreTrainedModel]
 MakeRequest = Callable[..., GenerationRequest]
@@ -126,6 +128,96 @@ def test_a_swap_in_flight_keeps_every_logprob_exact(
     ]
     for request, answer in zip(requests, answers, strict=True):
         np.testing.assert_allclose(full_logprobs(answer), recomputed(models, request, answer), atol=1e-5)
+
+
+class Heard:
+    """What an engine told of unfinished requests, by id; each time what follows."""
+
+    def __init__(self) -> None:
+        self.pieces: dict[str, list[Tokens]] = {}
+
+    def __call__(self, request: GenerationRequest, start: int, tokens: Tokens) -> None:
+        pieces = self.pieces.setdefault(request.id, [])
+        assert start == sum(len(piece.token_ids) for piece in pieces) + len(request.begun.token_ids if request.begun else ())
+        pieces.append(tokens)
+
+    def of(self, id: str) -> Tokens:
+        """All of it as one."""
+        names, pieces = ("token_ids", "logprobs", "kept_logmass"), self.pieces[id]
+        lists = {name: [x for piece in pieces for x in getattr(piece, name) or ()] for name in names}
+        spans = [s for piece in pieces for s in piece.spans]
+        return Tokens(**lists | {"kept_logmass": lists["kept_logmass"] or None}, spans=tuple(spans))
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.8, "temperature": 0.7}])
+def test_another_engine_goes_on_with_what_was_told(
+    make_engine: Callable[..., TorchEngine], make_model: MakeModel, make_request: MakeRequest, cut: dict[str, float]
+) -> None:
+    """Two rows that share a prompt and one more; a swap before the engine is lost, and one after."""
+    models = {V0: make_model(), V1: make_model(seed=1), V2: make_model(seed=2)}
+    engine, heard = make_engine(slots=3, stream_interval=4), Heard()
+    requests = [make_request(str(i), prompt=(1, 2, 3 + i // 2), seed=i, max_tokens=20 + i, **cut) for i in range(3)]
+    engine.submit_group(requests, heard)
+    for step in range(11):
+        if step == 6:
+            engine.update_weights(V1, weights(models[V1]))
+        assert engine.step()
+    assert [len(piece.token_ids) for piece in heard.pieces["0"]] == [4, 4]
+    known = {request.id: heard.of(request.id) for request in requests}
+    assert {tokens.spans for tokens in known.values()} == {(Span(V0, 4), Span(V0, 2), Span(V1, 2))}
+
+    other, again = make_engine(slots=3, stream_interval=4), Heard()
+    other.update_weights(V1, weights(models[V1]))
+    begun = [replace(request, begun=known[request.id]) for request in requests[:2]]
+    futures = [*other.submit_group(begun, again), *other.submit_group(requests[2:])]
+    for _ in range(5):
+        assert other.step()
+    other.update_weights(V2, weights(models[V2]))
+    answers = finish(other, *futures)
+    for request, answer in zip(requests[:2], answers, strict=False):
+        first = known[request.id]
+        assert (answer.token_ids[:8], answer.logprobs[:8]) == (first.token_ids, first.logprobs)
+        assert answer.finish_reason == "length"
+        assert len(answer.token_ids) == request.sampling.max_tokens
+        merged = [(version, sum(s.length for s in of_it)) for version, of_it in groupby(answer.spans, lambda s: s.version)]
+        assert merged == [(V0, 6), (V1, 7), (V2, request.sampling.max_tokens - 13)]
+        np.testing.assert_allclose(full_logprobs(answer), recomputed(models, request, answer), atol=1e-5)
+        told = [token for piece in again.pieces[request.id] for token in piece.token_ids]
+        assert told == answer.token_ids[8 : 8 + len(told)]
+        assert len(told) >= request.sampling.max_tokens - 8 - 4
+
+
+def test_under_the_same_weights_an_answer_goes_on_as_it_would_have(
+    make_engine: Callable[..., TorchEngine], make_request: MakeRequest
+) -> None:
+    """As each token's random number depends on its seed and place alone; but for the rounding of what is computed again."""
+    request, heard = make_request(max_tokens=30), Heard()
+    (whole,) = _whole(make_engine(), request)
+    engine = make_engine(stream_interval=7)
+    engine.submit_group([request], heard)
+    for _ in range(20):
+        engine.step()
+    (answer,) = _whole(make_engine(), replace(request, begun=heard.of("a")))
+    assert answer.token_ids == whole.token_ids
+    assert answer.logprobs[:14] == whole.logprobs[:14]
+    np.testing.assert_allclose(answer.logprobs, whole.logprobs, atol=1e-5)
+
+
+def _whole(engine: TorchEngine, request: GenerationRequest) -> list[Generation]:
+    return finish(engine, submit(engine, request))
+
+
+def test_nobody_is_told_of_short_answers_nor_any_more_of_one_that_began_anew(
+    make_engine: Callable[..., TorchEngine], make_request: MakeRequest
+) -> None:
+    engine, heard = make_engine(update_mode="restart", stream_interval=5), Heard()
+    futures = engine.submit_group([make_request("a", max_tokens=5), make_request("b", max_tokens=20)], heard)
+    for _ in range(7):
+        engine.step()
+    engine.update_weights(V1, weights(engine._model))
+    short, long = finish(engine, *futures)
+    assert (short.finish_reason, long.spans) == ("length", (Span(V1, 20),))
+    assert {id: [len(p.token_ids) for p in pieces] for id, pieces in heard.pieces.items()} == {"b": [5]}
 
 
 @pytest.mark.parametrize("kind", WINDOWED)

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from asyncrl.config import EngineSpec, GeneratorsSpec, LimitsSpec, ModelSpec, SGLangSpec
 from asyncrl.errors import Closed, ConfigError, Unavailable
@@ -27,8 +28,9 @@ from asyncrl.generate.sglang.distributed import Distributed
 from asyncrl.generate.sglang.engine import SGLangEngine
 from asyncrl.generate.sglang.keys import RunningServer
 from asyncrl.generate.sglang.server import SGLangServer
+from asyncrl.interfaces import Told
 from asyncrl.models.loading import load_model, load_weights, named_weights
-from asyncrl.types import Generation, GenerationRequest, Sampling, SwapReport, Version
+from asyncrl.types import Generation, GenerationRequest, Sampling, SwapReport, Tokens, Version
 
 WAIT_S = 90.0  # bound of every wait
 PROBE_S = 6.0
@@ -93,6 +95,7 @@ class Rig:
         length: int = 16,
         prompt: Sequence[int] = (),
         stop: tuple[int, ...] = (),
+        told: Told | None = None,
         **how: Any,
     ) -> list[Asked]:
         asked: list[Asked] = []
@@ -105,7 +108,7 @@ class Rig:
                 GenerationRequest(id=f"{group}/{index}", group=group, prompt_ids=ids, sampling=sampling, seed=0)
                 for index in range(each)
             ]
-            asked += zip(requests, self.engine.submit_group(requests), strict=True)
+            asked += zip(requests, self.engine.submit_group(requests, told), strict=True)
         return asked
 
     def steps(self, count: int = 10) -> None:
@@ -313,6 +316,30 @@ def test_twenty_updates_lose_and_mislabel_nothing(rig: Rig) -> None:
     assert all(report.discarded_tokens == 0 for report in reports)
     pauses = sorted(report.pause_s for report in reports)
     print(f"pause: median {pauses[10]:.3f} s, longest {pauses[-1]:.3f} s")
+
+
+def test_an_answer_goes_on_from_what_was_told_of_it(rig: Rig) -> None:
+    """What was reported is enough: an interval at the most is lost, and every log-probability is that of its version."""
+    told: dict[str, list[Tokens]] = {}
+    asked = rig.ask(2, 4, length=200, told=lambda request, start, tokens: told.setdefault(request.id, []).append(tokens))
+    rig.steps(60)
+    rig.update()
+    rig.steps(60)
+    rig.engine.abort()
+    lost, again = 0, []
+    for request, future in asked:
+        answer = future.result(WAIT_S)
+        known = sum(len(piece.token_ids) for piece in told[request.id])
+        assert [t for piece in told[request.id] for t in piece.token_ids] == answer.token_ids[:known]
+        lost = max(lost, len(answer.token_ids) - known)
+        spans = tuple(span for piece in told[request.id] for span in piece.spans)
+        assert len({span.version for span in spans}) == 2
+        begun = Tokens(token_ids=answer.token_ids[:known], logprobs=answer.logprobs[:known], kept_logmass=None, spans=spans)
+        again.append(replace(request, begun=begun))
+    assert lost <= 16
+    answers = [future.result(WAIT_S) for future in rig.engine.submit_group(again)]
+    assert {len(answer.token_ids) for answer in answers} == {200}
+    assert max(rig.policy.gap(request, answer) for request, answer in zip(again, answers, strict=True)) <= TOLERANCE
 
 
 def test_pause_keeps_what_runs_and_an_update_meanwhile_counts(rig: Rig) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from asyncrl.config import EngineSpec, LimitsSpec
 from asyncrl.errors import Closed, Unavailable
@@ -17,7 +18,7 @@ from asyncrl.generate.sglang.engine import SGLangEngine
 from asyncrl.generate.sglang.replica import MAX_LOSSES
 from asyncrl.generate.sglang.segments import RequestRow
 from asyncrl.generate.sglang.wire import Chunk, Facts, Finish, Labelled, Meta, ServerLoad
-from asyncrl.types import Generation, GenerationRequest, Sampling, Span, SwapReport, Version
+from asyncrl.types import Generation, GenerationRequest, Sampling, Span, SwapReport, Tokens, Version
 
 pytestmark = pytest.mark.slow
 
@@ -169,6 +170,9 @@ def open_engine() -> Iterator[Open]:
         engine.close()
 
 
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=60, stop_token_ids=())
+
+
 def swap(engine: SGLangEngine, version: Version) -> SwapReport:
     return engine.update_weights(version, {"w": torch.full((2,), float(version.update))})
 
@@ -222,6 +226,49 @@ def test_rows_of_a_server_that_dies_go_on_elsewhere_with_their_tokens_while_it_i
     assert (gauges["restarts"], gauges["resumed"], gauges["reissued"], gauges["lost_tokens"]) == (1, 4, 0, 0)
     assert len(farm.made[0]) == 2
     assert farm[0].version == V1  # it got the weights before it served
+
+
+def test_another_engine_goes_on_with_what_was_told_whatever_was_swapped(open_engine: Open) -> None:
+    """Rows that are told of leave their server for a swap: the version of each token is known at once."""
+    engine, farm = open_engine()
+    told: dict[str, list[Tokens]] = {}
+    request = GenerationRequest(id="0/0", group=0, prompt_ids=(1, 2), sampling=replace(SAMPLING, max_tokens=400), seed=0)
+
+    def hear(request: GenerationRequest, start: int, tokens: Tokens) -> None:
+        pieces = told.setdefault(request.id, [])
+        assert start == sum(len(piece.token_ids) for piece in pieces)
+        pieces.append(tokens)
+
+    (future,) = engine.submit_group([request], hear)
+    decoded(engine, 40)
+    swap(engine, V2)
+    decoded(engine, 40)
+    engine.abort()
+    whole = future.result(WAIT_S)
+    spans = [span for piece in told["0/0"] for span in piece.spans]
+    assert {span.version for span in spans} == {V1, V2}
+    assert farm[0].paths.count("/pause_generation") == 1  # of the first swap, when there was nothing
+    count = sum(span.length for span in spans)
+    assert len(whole.token_ids) - count <= 1
+    other, _ = open_engine()
+    swap(other, V2)
+    (answer,) = results(other.submit_group([replace(request, begun=whole)], hear))
+    assert (len(answer.token_ids), answer.finish_reason) == (400, "length")
+    assert answer.spans == (whole.spans[0], Span(V2, 400 - whole.spans[0].length))
+
+
+def test_nobody_is_told_any_more_of_a_row_that_lost_what_was_told(open_engine: Open) -> None:
+    engine, farm = open_engine()
+    starts: list[int] = []
+    request = GenerationRequest(id="0/0", group=0, prompt_ids=(1, 2), sampling=replace(SAMPLING, max_tokens=300), seed=0)
+    (future,) = engine.submit_group([request], lambda request, start, tokens: starts.append(start))
+    decoded(engine, 40)
+    (row,) = engine._rows
+    engine._loop.call(row.distrust)
+    farm[0].dead = True
+    assert future.result(WAIT_S).spans == (Span(V1, 300),)
+    assert starts == sorted(set(starts))
+    assert 40 <= len(starts) < 300
 
 
 @pytest.mark.parametrize("prefix_cache", [False, True])
