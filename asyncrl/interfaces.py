@@ -14,10 +14,10 @@ from asyncrl.types import (
     BatchLease,
     Generation,
     GenerationRequest,
-    Piece,
     Report,
     Reserved,
     Rollout,
+    RolloutPiece,
     Score,
     StoreReport,
     SwapReport,
@@ -52,6 +52,10 @@ class Engine(Protocol):
     @property
     def slots(self) -> int:
         """Requests decoded together at most. May change at any time, also below what is in flight; asking never waits."""
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether another engine may go on with its unfinished requests."""
 
     @property
     def max_length(self) -> int:
@@ -140,7 +144,7 @@ class GeneratorStore(Protocol):
     def submit(self, rollouts: Sequence[Rollout]) -> None:
         """Hands over finished rollouts. Never waits: their slots are reserved. Duplicates are ignored."""
 
-    def stream(self, pieces: Sequence[Piece]) -> None:
+    def stream(self, pieces: Sequence[RolloutPiece]) -> None:
         """Hands over what came of unfinished rollouts, in order, so that others can go on with them. Never waits. Duplicates
         are ignored, and what does not follow on what is known."""
 

@@ -84,10 +84,8 @@ class Sampling(Struct, frozen=True, kw_only=True):
 
 
 class Tokens(Struct, frozen=True, kw_only=True):
-    """Sampled response tokens; lists are parallel, one entry per token (a stop token included).
-
-    Full-softmax log-probability at the same temperature = logprobs + kept_logmass.
-    """
+    """Sampled response tokens; lists are parallel, one entry per token (a stop token included). Full-softmax log-probability at
+    the same temperature = logprobs + kept_logmass."""
 
     token_ids: list[int]
     logprobs: list[float]  # nats, of the distribution that was sampled (after temperature, top-p, top-k)
@@ -107,7 +105,7 @@ class Tokens(Struct, frozen=True, kw_only=True):
         )
 
 
-class Piece(Tokens, frozen=True, kw_only=True):
+class RolloutPiece(Tokens, frozen=True, kw_only=True):
     """What was sampled of an unfinished rollout from its token number `start` on."""
 
     group: int

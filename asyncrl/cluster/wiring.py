@@ -147,7 +147,6 @@ def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") ->
         group_size=recipe.rollouts_per_group,
         limits=limits,
         episodes=episodes,
-        hands_over=generators.engine.hands_over,
     )
     engine.start()
     return Built(generator, None, (store.close, weights.close, *([episodes.close] if episodes else []), engine.close))

@@ -28,7 +28,7 @@ from asyncrl.generate.workload import (
 )
 from asyncrl.interfaces import Engine, Episodes, GeneratorStore, WeightSource
 from asyncrl.report.timing import TimeInState
-from asyncrl.types import TOO_OLD, Generation, Piece, Report, Reserved, Rollout, Ticket, Version
+from asyncrl.types import TOO_OLD, Generation, Report, Reserved, Rollout, RolloutPiece, Ticket, Version
 
 JOIN_S = 30.0  # how long a thread may take to notice the end, beyond its long poll
 AHEAD_S = 0.1  # beside what fills the slots, tickets are asked for that last about so long: short rollouts join many at a time
@@ -46,7 +46,6 @@ class Generator:
     limits: the store hears from the generator every `poll_s` at least, and the generator of cancellations, also while all slots
     are taken; an engine that has work and makes no step for `health_timeout_s` is an error.
     episodes: what makes the rollouts with the engine; None: the engine itself, an answer for each.
-    hands_over: the store hears of answers that go on, so that others can finish them.
     """
 
     def __init__(
@@ -60,10 +59,9 @@ class Generator:
         group_size: int,
         limits: LimitsSpec = LimitsSpec(),
         episodes: Episodes | None = None,
-        hands_over: bool = False,
     ) -> None:
-        self._hands_over = hands_over and episodes is None
-        self._episodes = episodes or SingleAnswers(engine, self._grown if hands_over else None)
+        self._hands_over = episodes is None and engine.hands_over
+        self._episodes = episodes or SingleAnswers(engine, self._grown if self._hands_over else None)
         self._engine, self._store, self._weights, self._decode = engine, store, weights, decode
         self._name, self._group_size = name, group_size
         self._poll_s, self._health_timeout_s = limits.poll_s, limits.health_timeout_s
@@ -270,7 +268,7 @@ class Generator:
 
     # ------------------------------------------------------------------------------------------- submit
 
-    def _grown(self, piece: Piece) -> None:
+    def _grown(self, piece: RolloutPiece) -> None:
         """Called by the engine's thread."""
         with self._lock:
             self._work.grow(piece)

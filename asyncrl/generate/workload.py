@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from asyncrl.interfaces import Engine
-from asyncrl.types import Generation, GenerationRequest, Piece, Rollout, SwapReport, Ticket, Tokens, Trajectory, Version
+from asyncrl.types import Generation, GenerationRequest, Rollout, RolloutPiece, SwapReport, Ticket, Tokens, Trajectory, Version
 
 
 class SingleAnswers:
     """Episodes (asyncrl.interfaces) of one answer each, which are the engine's own."""
 
-    def __init__(self, engine: Engine, told: Callable[[Piece], None] | None = None) -> None:
+    def __init__(self, engine: Engine, told: Callable[[RolloutPiece], None] | None = None) -> None:
         """told: hears what came of training rollouts that go on, in a thread of the engine's."""
         self._engine = engine
         self._told = told
@@ -54,10 +54,10 @@ class SingleAnswers:
         return 0
 
 
-def piece_of(ticket: Ticket, rollout: int, start: int, tokens: Tokens) -> Piece:
+def piece_of(ticket: Ticket, rollout: int, start: int, tokens: Tokens) -> RolloutPiece:
     """tokens: of the rollout, from number `start` on."""
     lists = {name: getattr(tokens, name) for name in Tokens.__struct_fields__}
-    return Piece(group=ticket.group, rollout=rollout, attempt=ticket.attempt, start=start, **lists)
+    return RolloutPiece(group=ticket.group, rollout=rollout, attempt=ticket.attempt, start=start, **lists)
 
 
 @dataclass(eq=False)
@@ -91,7 +91,7 @@ class EndedRequest(NamedTuple):
         begun = self.held.ticket.begun.get(self.rollout)
         return len(begun.token_ids) if begun else 0
 
-    def rest(self) -> Piece:
+    def rest(self) -> RolloutPiece:
         """What the store does not know of a rollout that was aborted."""
         generation: Generation = self.future.result()
         start = self.held.told.get(self.rollout, self.begun)
@@ -153,7 +153,7 @@ class Workload:
         self.unfinished = 0  # requests in the engine
         self.more_evals = False  # the last reserve brought eval tickets for the present weights: the next may bring more
         self.ended: deque[EndedRequest] = deque()  # not yet submitted
-        self.pieces: list[Piece] = []  # of unfinished rollouts, not yet streamed
+        self.pieces: list[RolloutPiece] = []  # of unfinished rollouts, not yet streamed
         self._unfinished_evals = 0  # requests in the engine that are pinned to the present weights
         self._pace, self._paced = 0.0, 0.0  # requests that end per second, and when it was (monotonic seconds)
         self._groups: dict[int, HeldGroup] = {}
@@ -184,7 +184,7 @@ class Workload:
         self._count(request.held, -1)
         self.ended.append(request)
 
-    def grow(self, piece: Piece) -> None:
+    def grow(self, piece: RolloutPiece) -> None:
         """An unfinished rollout has got further."""
         held = self._groups.get(piece.group)
         if held is not None and held.ticket.attempt == piece.attempt:  # else it was cancelled

@@ -15,7 +15,7 @@ from asyncrl.interfaces import VERBS
 from asyncrl.lineage import Fence
 from asyncrl.replay.log.pieces import encode_pieces
 from asyncrl.replay.log.rows import RowLease, TrainRows, encode_rollouts
-from asyncrl.types import Key, Piece, Rollout
+from asyncrl.types import Key, Rollout, RolloutPiece
 
 _PAUSE_S = (0.05, 1.0)  # between repeats, if the transport does not itself block until the store is back
 
@@ -57,7 +57,7 @@ class ReplayClient:
         if rollouts:
             self._send("submit", encode_rollouts(rollouts, self._run))
 
-    def stream(self, pieces: Sequence[Piece]) -> None:
+    def stream(self, pieces: Sequence[RolloutPiece]) -> None:
         if pieces:
             self._send("stream", encode_pieces(pieces))
 

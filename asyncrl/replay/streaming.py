@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import asyncrl.replay.log.events as ev
 from asyncrl.replay.admission import Holders
 from asyncrl.replay.context import StoreContext
-from asyncrl.replay.log.pieces import PieceHead, piece_heads, read_pieces
+from asyncrl.replay.log.pieces import PieceHead, piece_heads, read_rollout_pieces
 from asyncrl.types import Key
 
 
@@ -19,7 +19,7 @@ class Streaming:
 
     def stream(self, caller: Key, rows: bytes) -> None:
         """Returns when the operating system has them; pieces that don't count are ignored."""
-        batch = read_pieces(rows)
+        batch = read_rollout_pieces(rows)
         heads = piece_heads(batch)
         self._holders.renew(caller.worker)
         if following := self.following(heads):

@@ -66,8 +66,11 @@ def unscored(run: RunSummary) -> str:
 
 
 def restarts(run: RunSummary) -> str:
-    """Which actors were replaced, and how often."""
-    return ", ".join(f"{name} ×{count}" for name, count in sorted(run.restarts.items()))
+    """Which actors were replaced, and how often; and what became of the answers that generators had begun."""
+    gauges = run.reports["store"].gauges if "store" in run.reports else {}
+    kept, lost = (int(gauges.get(f"handover/{name}_tokens", 0)) for name in ("resumed", "lost"))
+    tokens = [f"{kept:,} tokens kept, {lost:,} lost at most"] if kept or lost else []
+    return ", ".join([*(f"{name} ×{count}" for name, count in sorted(run.restarts.items())), *tokens])
 
 
 def episodes(figures: Shares) -> str:

@@ -24,10 +24,10 @@ from asyncrl.interfaces import Told
 from asyncrl.types import (
     Generation,
     GenerationRequest,
-    Piece,
     Prompt,
     Reserved,
     Rollout,
+    RolloutPiece,
     Sampling,
     Span,
     SwapReport,
@@ -119,6 +119,7 @@ class FakeEngine:
     def __init__(self, slots: int = 4) -> None:
         self.slots = slots  # a test may change it at any time
         self.version: Version | None = None
+        self.hands_over = False
         self.pending: dict[str, tuple[GenerationRequest, Future[Generation], Version | None]] = {}
         self.swaps: list[Version] = []
         self.aborted: list[int | None] = []
@@ -194,7 +195,7 @@ class FakeStore:
         self.waiting_for = "bound full"
         self.calls: list[tuple[int, Version, tuple[int, ...]]] = []
         self.rollouts: list[Rollout] = []
-        self.pieces: list[Piece] = []
+        self.pieces: list[RolloutPiece] = []
         self.submits: list[int] = []  # how many rollouts came with each call
         self.recalled = False
 
@@ -236,7 +237,7 @@ class FakeStore:
             self.submits.append(len(rollouts))
             self.changed.notify_all()
 
-    def stream(self, pieces: Sequence[Piece]) -> None:
+    def stream(self, pieces: Sequence[RolloutPiece]) -> None:
         with self.changed:
             self.pieces.extend(pieces)
             self.changed.notify_all()

@@ -443,7 +443,8 @@ def test_the_store_hears_of_answers_that_go_on_and_of_the_rest_when_the_generato
         lists = {name: getattr(tokens(*ids), name) for name in Tokens.__struct_fields__}
         future.set_result(Generation(id=request.id, finish_reason=reason, **lists))
 
-    one = start(hands_over=True)
+    fake_engine.hands_over = True
+    one = start()
     fake_weights.publish(V0)
     fake_store.put(make_ticket(0, (0, 1, 2), begun={1: tokens(7, 8)}))
     fake_engine.wait(lambda: len(fake_engine.pending) == 3)
@@ -469,7 +470,8 @@ def test_the_store_hears_of_answers_that_go_on_and_of_the_rest_when_the_generato
 def test_evaluations_are_not_streamed(
     start: Callable[..., Running], fake_engine: Any, fake_store: Any, fake_weights: Any, make_ticket: MakeTicket
 ) -> None:
-    start(hands_over=True)
+    fake_engine.hands_over = True
+    start()
     fake_weights.publish(V0)
     fake_store.put(make_ticket(0, purpose="eval", pinned=V0))
     fake_engine.wait(lambda: len(fake_engine.pending) == 2)

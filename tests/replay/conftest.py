@@ -23,9 +23,9 @@ from asyncrl.staleness import Staleness
 from asyncrl.types import (
     BatchLease,
     Key,
-    Piece,
     Prompt,
     Rollout,
+    RolloutPiece,
     Sampling,
     Score,
     Span,
@@ -230,7 +230,7 @@ class Bench:
         self.rows += len(accepted)
         return len(accepted)
 
-    def stream(self, *pieces: Piece) -> int:
+    def stream(self, *pieces: RolloutPiece) -> int:
         """Hands over pieces of unfinished rollouts; how many were taken."""
         updates = [[span.version.update for span in p.spans] for p in pieces]
         heads = [
@@ -349,9 +349,9 @@ def score(ticket: Ticket, index: int, reward: float | None, token_rewards: list[
     )
 
 
-def piece(ticket: Ticket, index: int, start: int, *updates: int, incarnation: int = 1, ids: Sequence[int] = ()) -> Piece:
+def piece(ticket: Ticket, index: int, start: int, *updates: int, incarnation: int = 1, ids: Sequence[int] = ()) -> RolloutPiece:
     """Tokens of these updates, from number `start` on."""
-    return Piece(
+    return RolloutPiece(
         group=ticket.group,
         rollout=index,
         attempt=ticket.attempt,

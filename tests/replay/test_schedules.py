@@ -19,7 +19,7 @@ from asyncrl.replay.log import events as ev
 from asyncrl.replay.log.derived import Derivation, LogChanges
 from asyncrl.replay.log.rows import Summary, TrainScore
 from asyncrl.replay.plan import keep_varied
-from asyncrl.types import Key, Piece, Score, Span, Ticket, Version
+from asyncrl.types import Key, RolloutPiece, Score, Span, Ticket, Version
 
 
 class Token(NamedTuple):
@@ -72,7 +72,7 @@ class World:
         self.before: list[int] = []  # the token before each one, by number; -1: it was the first of its rollout
         self.kept: set[int] = set()  # those of rollouts that count
         self.resumed = 0  # tokens that rollouts went on from
-        self.late: list[Piece] = []  # that come once more, or when it is too late
+        self.late: list[RolloutPiece] = []  # that come once more, or when it is too late
 
     # generators
 
@@ -109,7 +109,7 @@ class World:
                     blank = {"logprobs": [0.0] * len(new), "kept_logmass": None, "group": ticket.group, "rollout": index}
                     spans = tuple(Span(token.version, 1) for token in new)
                     numbers = [token.number for token in new]
-                    pieces.append(Piece(token_ids=numbers, spans=spans, start=start, attempt=ticket.attempt, **blank))
+                    pieces.append(RolloutPiece(token_ids=numbers, spans=spans, start=start, attempt=ticket.attempt, **blank))
         self.late = [*self.late, *pieces][-8:]
         self.bench.stream(*pieces)
 

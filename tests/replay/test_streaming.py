@@ -13,9 +13,9 @@ from asyncrl.errors import DataError
 from asyncrl.replay.client import ReplayClient
 from asyncrl.replay.log import events as ev
 from asyncrl.replay.log.log import ReplayLog
-from asyncrl.replay.log.pieces import encode_pieces, joined, piece_heads, read_pieces
+from asyncrl.replay.log.pieces import encode_pieces, joined, piece_heads, read_rollout_pieces
 from asyncrl.replay.store import LocalTransport, ReplayStore
-from asyncrl.types import Piece, Span, Ticket, Tokens, Version
+from asyncrl.types import RolloutPiece, Span, Ticket, Tokens, Version
 
 
 def begun(ticket: Ticket) -> dict[int, list[int]]:
@@ -160,16 +160,16 @@ def test_pieces_travel_and_join(fakes: SimpleNamespace) -> None:
     lists = {name: getattr(whole, name)[:2] for name in ("token_ids", "logprobs", "kept_logmass")}
     head = Tokens(**lists, spans=(Span(Version(1, 4), 2),))
     pieces = [
-        Piece(**blank, start=start, **{n: getattr(t, n) for n in Tokens.__struct_fields__})
+        RolloutPiece(**blank, start=start, **{n: getattr(t, n) for n in Tokens.__struct_fields__})
         for start, t in ((0, head), (2, rest))
     ]
-    batch = read_pieces(encode_pieces(pieces))
+    batch = read_rollout_pieces(encode_pieces(pieces))
     assert joined(batch) == whole
     told = [(h.group, h.rollout, h.attempt, h.start, h.length, h.oldest, h.newest) for h in piece_heads(batch)]
     assert told == [(3, 1, 2, 0, 2, 4, 4), (3, 1, 2, 2, 2, 3, 4)]
-    lame = Piece(**blank, start=0, token_ids=[1], logprobs=[], kept_logmass=None, spans=rest.spans)
+    lame = RolloutPiece(**blank, start=0, token_ids=[1], logprobs=[], kept_logmass=None, spans=rest.spans)
     with pytest.raises(DataError, match="parallel"):
-        read_pieces(encode_pieces([lame]))
+        read_rollout_pieces(encode_pieces([lame]))
 
 
 def test_a_store_that_restarts_has_the_pieces_and_a_checkpoint_lets_go_of_those_of_no_use(
@@ -210,19 +210,19 @@ def test_a_store_that_restarts_has_the_pieces_and_a_checkpoint_lets_go_of_those_
     assert files() == 0
     transport.close()
     log = ReplayLog(tmp_path, spec)
-    assert log.append_pieces(read_pieces(encode_pieces([fakes.piece(one, 0, 0, 0)]))) == 3  # no number comes twice
+    assert log.append_pieces(read_rollout_pieces(encode_pieces([fakes.piece(one, 0, 0, 0)]))) == 3  # no number comes twice
     log.close()
 
 
 def test_a_piece_that_no_event_names_is_cut(fakes: SimpleNamespace, tmp_path: Path) -> None:
     log = ReplayLog(tmp_path)
     (ticket,) = [Ticket(group=0, attempt=0, prompt=fakes.prompts(1)[0], rollouts=(0,), seeds=(1,), sampling=fakes.SAMPLING)]
-    first = log.append_pieces(read_pieces(encode_pieces([fakes.piece(ticket, 0, 0, 0, 0)])))
+    first = log.append_pieces(read_rollout_pieces(encode_pieces([fakes.piece(ticket, 0, 0, 0, 0)])))
     log.append_events([ev.RolloutStreamed(0, 0, 0, first, 0, 0, 2)])
-    log.append_pieces(read_pieces(encode_pieces([fakes.piece(ticket, 0, 2, 0)])))
+    log.append_pieces(read_rollout_pieces(encode_pieces([fakes.piece(ticket, 0, 2, 0)])))
     log.close()
     log = ReplayLog(tmp_path)
-    assert log.append_pieces(read_pieces(encode_pieces([fakes.piece(ticket, 0, 2, 1)]))) == 1
+    assert log.append_pieces(read_rollout_pieces(encode_pieces([fakes.piece(ticket, 0, 2, 1)]))) == 1
     assert [s.version.update for s in log.take_pieces([0, 1]).spans] == [0, 1]
     log.close()
     for path in (tmp_path / "pieces").iterdir():

@@ -57,6 +57,7 @@ class TorchEngine:
         self.max_length = longest_context(model, max_length)
         self._model = model
         self.slots = slots
+        self.hands_over = not deterministic and update_mode != "restart"
         self._weights_bytes = float(sum(weight.nbytes for weight in model.parameters()))
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._batch = DecodeBatch(model, slots=slots, max_length=self.max_length, keep_ended=deterministic, kv_bytes=kv_bytes)

@@ -45,7 +45,7 @@ class SGLangEngine:
         max_length: int,
         vocabulary: int,
     ) -> None:
-        self.max_length = max_length
+        self.max_length, self.hands_over = max_length, spec.hands_over
         self._slots_each, self._stream_interval, self._vocabulary = spec.slots, spec.stream_interval, vocabulary
         self._staged = StagedWeights()
         self._loop = LoopThread("the sglang engine", self._drop)

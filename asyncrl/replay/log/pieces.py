@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from asyncrl.errors import DataError
 from asyncrl.replay.log.rows import from_ipc, to_ipc
-from asyncrl.types import Piece, Span, Tokens, Version
+from asyncrl.types import RolloutPiece, Span, Tokens, Version
 
 _INTS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
@@ -45,7 +45,7 @@ class PieceHead(Struct, frozen=True, gc=False):
     newest: int
 
 
-def encode_pieces(pieces: Sequence[Piece]) -> bytes:
+def encode_pieces(pieces: Sequence[RolloutPiece]) -> bytes:
     """Arrow IPC bytes."""
     rows = [
         (
@@ -57,7 +57,7 @@ def encode_pieces(pieces: Sequence[Piece]) -> bytes:
     return to_ipc(pa.RecordBatch.from_struct_array(pa.array(rows, _STRUCT)).replace_schema_metadata(PIECES.metadata))
 
 
-def read_pieces(data: bytes) -> pa.RecordBatch:
+def read_rollout_pieces(data: bytes) -> pa.RecordBatch:
     """Raises `DataError` unless they are of this schema and version, and their lists parallel."""
     try:
         batch = from_ipc(data)
