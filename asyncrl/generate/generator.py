@@ -169,7 +169,7 @@ class Generator:
 
     def _leave(self) -> None:
         """Hands on what a generator that was stopped has begun, and submits what has just ended."""
-        if not self._hands_over or self._reply.ended:
+        if not self._hands_over or self._work.empty:
             return
         with self._lock:
             self._wait_for(lambda: self._work.unfinished == 0, NOTICE_S)

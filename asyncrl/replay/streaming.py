@@ -23,7 +23,8 @@ class Streaming:
         heads = piece_heads(batch)
         self._holders.renew(caller.worker)
         if following := self.following(heads):
-            first = self._context.log.append_pieces(batch.take(following))
+            whole = len(following) == batch.num_rows
+            first = self._context.log.append_pieces(batch if whole else batch.take(following))
             self.streamed([heads[i] for i in following], first)
 
     def following(self, heads: Sequence[PieceHead]) -> list[int]:

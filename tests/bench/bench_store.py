@@ -21,7 +21,7 @@ from asyncrl.replay.log import rows as schema
 from asyncrl.replay.plan import Source, StorePlan
 from asyncrl.replay.store import ReplayStore
 from asyncrl.staleness import Staleness
-from asyncrl.types import Key, Prompt, Rollout, Sampling, Score, Span, Ticket, Version
+from asyncrl.types import Key, Prompt, Rollout, RolloutPiece, Sampling, Score, Span, Ticket, Version
 
 V = Version(1, 0)
 
@@ -44,6 +44,12 @@ def rollout(ticket: Ticket, index: int, tokens: int) -> Rollout:
         text=text(ticket.seeds[index], tokens),
         prompt_text=text(ticket.group, 64),
     )
+
+
+def piece(r: Rollout) -> RolloutPiece:
+    """All of it, as it is handed over while it is unfinished."""
+    of = {"group": r.group, "rollout": r.rollout, "attempt": r.attempt, "start": 0}
+    return RolloutPiece(**of, token_ids=r.response_ids, logprobs=r.logprobs, kept_logmass=None, spans=r.spans)
 
 
 def text(seed: int, tokens: int) -> str:
@@ -88,6 +94,10 @@ def bench(groups: int, n: int, tokens: int, folder: Path) -> dict[str, float]:
             for group in made:
                 file.write(schema.encode_rollouts(group, "bench"))
 
+    def stream() -> None:
+        for group in made:
+            client.stream([piece(r) for r in group])
+
     def submit() -> None:
         for group in made:
             client.submit(group)
@@ -110,6 +120,7 @@ def bench(groups: int, n: int, tokens: int, folder: Path) -> dict[str, float]:
             client.commit(got.lease, Version(1, update + 1), {"loss": 0.0})
 
     seconds["plain encode + write"] = min(timed(plain)[0] for _ in range(2))
+    seconds["stream"], _ = timed(stream)
     seconds["submit"], _ = timed(submit)
     seconds["lease unscored"], leases = timed(lease)
     seconds["score"], _ = timed(lambda: score(leases))

@@ -80,7 +80,7 @@ def test_the_kinds_of_callers_do_not_share_an_event_loop():
     for name, verb in VERBS.items():
         loops.setdefault(verb.caller, set()).add(name)
     assert loops == {
-        "GeneratorStore": {"reserve", "recall", "submit"},
+        "GeneratorStore": {"reserve", "recall", "stream", "submit"},
         "RewardStore": {"lease_unscored", "extend", "score"},
         "LearnerStore": {"lineage", "fence", "lease_batch", "rows", "commit", "request_eval", "checkpointed"},
         "SupervisorStore": {"finish", "forget", "limit_outstanding", "report", "state"},
