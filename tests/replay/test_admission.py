@@ -218,7 +218,7 @@ def test_a_reissue_logs_the_update_that_was_checked(fakes: SimpleNamespace) -> N
     bench.fence(1)
     again = bench.call("reserve", 1, Version(1, 3), [], 0.0).tickets
     assert [t.group for t in again] == [lost.group]
-    assert bench.log[-1] == ev.GroupReissued(lost.group, 1, 1, "gen", 1)
+    assert bench.log[-1] == ev.GroupReissued(lost.group, 1, 1, "gen", 1, lost=2 * 8)
     assert bench.core.ledger.groups[lost.group].update == 1
 
 
