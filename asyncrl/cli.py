@@ -42,8 +42,8 @@ JOBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status; argparse itself exits with 0 (help) or 2 (usage)."""
-    chosen, rest = _choose(sys.argv[1:] if argv is None else list(argv))
     try:
+        chosen, rest = _choose(sys.argv[1:] if argv is None else list(argv))
         from asyncrl.rundir import StandardError, set_up_logging  # here, so that an interrupt of slow imports is told as one
 
         set_up_logging(StandardError())

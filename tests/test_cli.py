@@ -257,6 +257,26 @@ def test_exit_status(
     monkeypatch.delitem(sys.modules, "failing_job")
 
 
+INTERRUPTED = """
+import sys
+
+class Interrupt:  # at the first import of something slow
+    def find_spec(self, name, path=None, target=None):
+        if name == "msgspec":
+            sys.meta_path.remove(self)
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+from asyncrl.cli import main
+sys.exit(main(["doctor"]))
+"""
+
+
+def test_an_interrupt_while_it_still_imports_is_told_in_a_line() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_a_wrong_log_level_names_the_right_ones(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("LOG_LEVEL", "verbose")
     assert cli.main(["doctor"]) == 2
