@@ -241,6 +241,12 @@ VERBS = {
 class WeightSink(Protocol):
     """The learner's end of the weight bus."""
 
+    def admit(self, receiver: str, incarnation: int) -> Any:
+        """What this receiver needs to find and open the bus, with keys of its own. A secret. From any thread.
+
+        Raises Fenced for one that a later incarnation has replaced.
+        """
+
     def publish(self, version: Version, weights: Tensors | Callable[[str], Any]) -> None:
         """Blocks until staged (copied), not until delivered.
 

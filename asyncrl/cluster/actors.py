@@ -55,14 +55,14 @@ class StageActor:
         """Tells where a peer is now."""
         self._peers.put(peer, restart_count, value)
 
-    def start(self, *arguments: Any) -> tuple[int, str, Any]:
-        """Builds the stage: loads models, reaches peers. Returns its pid, its node, and what its peers need to know of it."""
+    def start(self, *arguments: Any) -> tuple[int, str]:
+        """Builds the stage: loads models, reaches peers. Returns its pid and its node."""
         _log_to(self._plan, self._name)
         known = self._role, self._name, self._restart_count, self._plan, self._peers
-        self._stage, address, self._closers = wiring.build(*known, *arguments)
+        self._stage, self._closers = wiring.build(*known, *arguments)
         _settle_memory()
         self._started.set()
-        return os.getpid(), ray.get_runtime_context().get_node_id(), address
+        return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def run(self, *arguments: Any) -> None:
         with self._running:
@@ -115,12 +115,12 @@ class StoreActor:
         self._store: Any = None
         self._stopped = asyncio.Event()
 
-    async def start(self) -> tuple[int, str, None]:
+    async def start(self) -> tuple[int, str]:
         """Opens the log, or rebuilds from it."""
         _log_to(self._plan, "store")
         self._store = wiring.build_store(self._plan)
         _settle_memory()
-        return os.getpid(), ray.get_runtime_context().get_node_id(), None
+        return os.getpid(), ray.get_runtime_context().get_node_id()
 
     async def call(self, verb: str, key: Key, *arguments: Any) -> Any:
         """In the concurrency group of the verb's protocol (transport.call_store)."""

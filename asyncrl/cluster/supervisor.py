@@ -57,7 +57,7 @@ class Supervisor:
         self._scaler = Scaler(self._fleet, self._limits.scale_every_s, self._clock)
         self._store, self._learner, *_ = self._members = self._fleet.members
         self._opening = Opening(plan, self._members)
-        self._known: dict[str, tuple[int, Any]] = {}  # where the peers are: by name, restart count and address or handle
+        self._known: dict[str, tuple[int, Any]] = {}  # where the peers are: by name, restart count and handle
         self._dead: list[tuple[str, int, bool]] = []  # workers that the store must be told of: as `forget` takes them
         self._until: int | None = None  # the update that the learner is running to
         self._finishing = False
@@ -265,9 +265,9 @@ class Supervisor:
             self._failed(member, error)
             return
         if member.phase == "starting":
-            member.pid, member.node, address = value
+            member.pid, member.node = value
             member.budget.up()
-            self._started(member, address)
+            self._started(member)
         elif member is self._learner:
             member.phase, member.task = "idle", None
         elif self._finishing:
@@ -277,7 +277,7 @@ class Supervisor:
         else:
             self._failed(member, Unavailable(f"{member.name} ended before the run did; its log says why"))
 
-    def _started(self, member: Member, address: Any) -> None:
+    def _started(self, member: Member) -> None:
         log.info("%s is up (pid %d)", member.name, member.pid)
         if member is self._store:
             self._announce("store", member.restart_count, member.handle)
@@ -287,7 +287,7 @@ class Supervisor:
             member.run()
             self._tell_deaths()
             return
-        self._announce("bus", member.restart_count, address)
+        self._announce("bus", member.restart_count, member.handle)
         self._plan = msgspec.structs.replace(self._plan, resume_at=None)  # a later restart takes the newest checkpoint
         member.phase, member.task = "idle", None
         self._ask_save()

@@ -17,6 +17,7 @@ from asyncrl.interfaces import VERBS
 from asyncrl.types import Key
 
 SUPERVISOR = Key("supervisor", 0, 0)
+ADMIT_S = 10.0
 
 
 class Peers:
@@ -98,6 +99,24 @@ class RayCall:
         except (RayActorError, OutOfMemoryError):  # the latter: killed by Ray's memory monitor
             self._peers.wait("store", restart_count, deadline)
             raise Unavailable(f"store: it died at {verb}, and was restarted") from None
+
+
+class RayBus:
+    """How a generator finds the weight bus, with keys of its own: its learner gives them out."""
+
+    def __init__(self, peers: Peers, name: str, incarnation: int) -> None:
+        self._peers, self._receiver = peers, (name, incarnation)
+
+    def __call__(self) -> Any:
+        """The bus's address; None before there is one. Raises Unavailable if the learner doesn't answer, and Fenced."""
+        if (learner := self._peers.peek("bus")) is None:
+            return None
+        try:
+            return ray.get(learner.ask.remote("admit", *self._receiver), timeout=ADMIT_S)
+        except GetTimeoutError:
+            raise Unavailable(f"learner: it gave no key to the weight bus within {ADMIT_S:g} s") from None
+        except (RayActorError, OutOfMemoryError) as error:  # another one is announced
+            raise Unavailable(f"learner: out of reach: {error}") from None
 
 
 class RayModel:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from asyncrl.cluster.fit import DeviceMemory, agree, device_memory, fit_layouts
 from asyncrl.cluster.plan import RunPlan
-from asyncrl.cluster.transport import Peers, RayCall, RayModel, ask_ranks
+from asyncrl.cluster.transport import Peers, RayBus, RayCall, RayModel, ask_ranks
 from asyncrl.config import Group, Layout, RewardTerm, run_dtypes
 from asyncrl.config.callables import load_callable
 from asyncrl.interfaces import Engine, Stage
@@ -29,10 +29,9 @@ FIRST_TOKENS = 32  # of the answer that a run is checked by, at the most
 
 
 class Built(NamedTuple):
-    """A stage, what its peers need to know of it, and what to close when it has ended."""
+    """A stage, and what to close when it has ended."""
 
     stage: Stage
-    address: Any
     closers: tuple[Callable[[], None], ...]
 
 
@@ -97,7 +96,7 @@ def build(role: str, name: str, restart_count: int, plan: RunPlan, peers: Peers,
     store = ReplayClient(RayCall(peers), name, incarnation, run=plan.paths.run_id, retry_s=_patience_s(plan))
     if role == "reward":
         return _reward(name, plan, peers, store)
-    return _generator(name, plan, peers, store) if role == "generator" else _learner(plan, store, followers)
+    return _generator(name, incarnation, plan, peers, store) if role == "generator" else _learner(plan, store, followers)
 
 
 def _patience_s(plan: RunPlan) -> float:
@@ -110,7 +109,7 @@ def _host(plan: RunPlan) -> str:
     return "127.0.0.1" if plan.loopback else ray.util.get_node_ip_address()
 
 
-def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") -> Built:
+def _generator(name: str, incarnation: int, plan: RunPlan, peers: Peers, store: "ReplayClient") -> Built:
     from asyncrl.generate.engines import EngineSite, engine_kind
     from asyncrl.generate.generator import Generator
     from asyncrl.models.loading import use_threads
@@ -129,7 +128,7 @@ def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") ->
     )
     engine = engine_kind(generators.engine.kind).build(site)
     weights = WeightSubscriber(
-        lambda: peers.peek("bus"),
+        RayBus(peers, name, incarnation),
         name=name,
         transport=bus.transport,
         credit=bus.credit,
@@ -149,7 +148,7 @@ def _generator(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") ->
         episodes=episodes,
     )
     engine.start()
-    return Built(generator, None, (store.close, weights.close, *([episodes.close] if episodes else []), engine.close))
+    return Built(generator, (store.close, weights.close, *([episodes.close] if episodes else []), engine.close))
 
 
 def first_ticket(plan: RunPlan, place: int) -> Ticket:
@@ -220,7 +219,7 @@ def _reward(name: str, plan: RunPlan, peers: Peers, store: "ReplayClient") -> Bu
         lease_size=rewards.lease_size,
         poll_s=plan.deployment.limits.poll_s,
     )
-    return Built(worker, None, (store.close,))
+    return Built(worker, (store.close,))
 
 
 def _behind_models(name: str, plan: RunPlan, peers: Peers, pool: "RewardPool[Any]") -> "RewardPool[Any] | AskFirst[Any]":
@@ -250,7 +249,7 @@ def _model(name: str, plan: RunPlan) -> Built:
     deadline_s = plan.recipe.reward.deadline_s
     served = serve_model(name, term, deployment.rewards.models, deployment.limits, plan.paths.logs, deadline_s)
     note(plan.paths.rewards, term, served.facts)
-    return Built(ServedModel(name, served.respond, served.health), None, (served.close,))
+    return Built(ServedModel(name, served.respond, served.health), (served.close,))
 
 
 def _learner(plan: RunPlan, store: "ReplayClient", followers: Sequence[Any]) -> Built:
@@ -268,10 +267,9 @@ def _learner(plan: RunPlan, store: "ReplayClient", followers: Sequence[Any]) -> 
         built()
     else:
         ranks = rank = _rank(plan, "learner")
-    publishers: list[WeightPublisher] = []
 
     def open_bus(incarnation: int) -> WeightPublisher:
-        publisher = WeightPublisher(
+        return WeightPublisher(
             incarnation,
             host=host,
             transport=bus.transport,
@@ -279,8 +277,6 @@ def _learner(plan: RunPlan, store: "ReplayClient", followers: Sequence[Any]) -> 
             codec=bus.codec,
             anchor_freq=bus.anchor_freq,
         )
-        publishers.append(publisher)
-        return publisher
 
     learner = Learner(
         ranks,
@@ -292,7 +288,7 @@ def _learner(plan: RunPlan, store: "ReplayClient", followers: Sequence[Any]) -> 
         poll_s=plan.deployment.limits.poll_s,
     )
     learner.start(plan.resume_at)
-    return Built(learner, publishers[-1].address, (store.close, learner.close))
+    return Built(learner, (store.close, learner.close))
 
 
 def _follower(name: str, plan: RunPlan) -> Built:
@@ -301,7 +297,7 @@ def _follower(name: str, plan: RunPlan) -> Built:
 
     timeout_s = plan.deployment.limits.start_timeout_s
     follower = Follower(name, lambda host, port: _rank(plan, name, reach_rendezvous(host, port, timeout_s)))
-    return Built(follower, None, ())
+    return Built(follower, ())
 
 
 def _rank(plan: RunPlan, name: str, rendezvous: Any = None) -> "Rank":

@@ -21,7 +21,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from asyncrl.errors import CheckpointError, Closed
+from asyncrl.errors import CheckpointError, Closed, Unavailable
 from asyncrl.interfaces import LearnerStore, WeightSink
 from asyncrl.learn.checkpoint import Checkpoints
 from asyncrl.learn.parallel.gang import Gang
@@ -165,6 +165,12 @@ class Learner:
         if self._bus is not None:
             self._bus.close()
             self._bus = None
+
+    def admit(self, receiver: str, incarnation: int) -> object:
+        """What a receiver needs to find and open the weight bus. Raises Unavailable where there is none, and Fenced."""
+        if (bus := self._bus) is None:
+            raise Unavailable("the learner has no weight bus now: ask again")
+        return bus.admit(receiver, incarnation)
 
     def report(self) -> Report:
         """Time per state of the main loop, and what the weight bus says of itself. Progress is packs, and everything timed.

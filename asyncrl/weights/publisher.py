@@ -68,10 +68,12 @@ class WeightPublisher:
         self._thread = threading.Thread(target=self._run, name="weight-publisher", daemon=True)
         self._thread.start()
 
-    @property
-    def address(self) -> Address:
-        """What subscribers need to find and open this publisher. A secret."""
-        return self._socket.address
+    def admit(self, receiver: str, incarnation: int = 0) -> Address:
+        """What this receiver needs to find and open this publisher, with keys of its own. A secret. From any thread.
+
+        Raises Fenced for one that a later incarnation has replaced.
+        """
+        return self._socket.admit(receiver, incarnation)
 
     def publish(self, version: Version, weights: Tensors | Callable[[str], FlatTensors]) -> None:
         """Stages the weights, then returns; they may change again at once. The version becomes visible right after.

@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 class Peer:
     """One connection: who is there, and what it asked for."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, key: bytes) -> None:
         self.receiver = Receiver(name=name)
+        self.key = key
         self.asked: deque[Request] = deque()
 
 
@@ -68,8 +69,10 @@ class Serving:
             self._probe()
             with suppress(zmq.Again):
                 for _ in range(BATCH if self._router in events else 0):
-                    peer, *frames = self._router.recv_multipart(zmq.NOBLOCK)
-                    self._take(peer, frames)
+                    peer, *frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+                    key = str(frames[-1].get("User-Id")).encode()  # of the handshake
+                    if self._server.admits(key):  # still
+                        self._take(peer.bytes, [frame.bytes for frame in frames], key)
             self._advance()
             while self._answer_next():
                 pass
@@ -112,7 +115,7 @@ class Serving:
         if self._versions.advance(self._receivers(), self._clock()):
             self._hint_all()
 
-    def _take(self, identity: bytes, frames: list[bytes]) -> None:
+    def _take(self, identity: bytes, frames: list[bytes], key: bytes) -> None:
         """Notes what a peer says, and queues what it asks for."""
         try:
             (body,) = frames
@@ -122,9 +125,10 @@ class Serving:
             return
         if isinstance(request, Bye):
             self._forget(identity)
+            self._server.void(key)
             return
         if isinstance(request, Hello) and identity not in self._peers:
-            self._meet(identity, request.receiver)
+            self._meet(identity, request.receiver, key)
         peer = self._peers.get(identity)
         if peer is None or len(peer.asked) >= MAX_ASKED:  # it asks again after its next Hello
             self._counts["unsent"] += 1
@@ -132,11 +136,11 @@ class Serving:
         peer.asked.append(request)
         self._hear(identity, peer.receiver, request)
 
-    def _meet(self, identity: bytes, name: str) -> None:
+    def _meet(self, identity: bytes, name: str, key: bytes) -> None:
         # A receiver that comes back under a new connection replaces its former self.
         for other in [other for other, peer in self._peers.items() if peer.receiver.name == name]:
             self._forget(other)
-        self._peers[identity] = Peer(name)
+        self._peers[identity] = Peer(name, key)
 
     def _hear(self, identity: bytes, receiver: Receiver, request: Request) -> None:
         now = self._clock()
@@ -204,6 +208,7 @@ class Serving:
             receiver = peer.receiver
             if now - receiver.heard_at > PROBE_S and not self._hint(identity, receiver):
                 self._forget(identity)
+                self._server.void(peer.key)  # should it come back, it asks for another one
                 self._counts["receivers_lost"] += 1
                 log.warning(
                     "weight receiver %s is silent and out of reach, holding %s", receiver.name, receiver.holds or "nothing"

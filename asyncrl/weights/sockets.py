@@ -3,6 +3,7 @@
 import logging
 import resource
 import socket
+import threading
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,8 @@ import zmq
 from msgspec import Struct
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
+
+from asyncrl.errors import Fenced
 
 HEARTBEAT_MS = 5_000  # a peer whose machine vanished sends no FIN
 HEARTBEAT_TIMEOUT_MS = 30_000  # ample: on a slow link a heartbeat waits behind a whole bucket
@@ -27,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Address(Struct, frozen=True, kw_only=True):
-    """Where a publisher is, and the keys that open it. A secret: it is handed out through Ray, never logged."""
+    """Where a publisher is, and the keys that open it to one receiver. A secret: it is handed out through Ray, never logged."""
 
     endpoint: str
     incarnation: int
@@ -69,7 +72,8 @@ class Waker:
 
 
 class PublisherSocket:
-    """A publisher's ROUTER on a free port of `host`, with fresh keys, and the thread that admits clients (ZAP).
+    """A publisher's ROUTER on a free port of `host`, with a fresh key, and the thread that admits clients (ZAP): those with a
+    key that `admit` made and `void` did not end.
 
     host: the address by which receivers reach this node; only that one is bound. Raises zmq.ZMQError if it isn't this
     node's. The socket belongs to the thread that uses it first, which calls `watch` when `monitor` can be read: strangers
@@ -77,12 +81,15 @@ class PublisherSocket:
     """
 
     def __init__(self, host: str, incarnation: int) -> None:
-        server_key, server_secret = zmq.curve_keypair()
-        client_public, client_secret = zmq.curve_keypair()
+        self._server_key, server_secret = zmq.curve_keypair()
+        self._incarnation = incarnation
+        self._lock = threading.Lock()
+        self._given: dict[str, tuple[int, Address | None]] = {}  # by receiver, with its incarnation; None: its key is void
+        self._valid: dict[bytes, str] = {}  # public keys, and whose they are
         self._context = zmq.Context()
         self._doorkeeper = ThreadAuthenticator(self._context)
         self._doorkeeper.start()
-        admits = SimpleNamespace(callback=lambda domain, key: key == client_public)  # whoever holds the run's client key
+        admits = SimpleNamespace(callback=lambda domain, key: self.admits(key))
         self._doorkeeper.configure_curve_callback("*", credentials_provider=admits)
         self.socket = self._context.socket(zmq.ROUTER)
         _common(self.socket)
@@ -99,13 +106,40 @@ class PublisherSocket:
         except zmq.ZMQError:
             self.close()
             raise
-        self.address = Address(
-            endpoint=self.socket.getsockopt_string(zmq.LAST_ENDPOINT),
-            incarnation=incarnation,
-            server_key=server_key,
-            client_public=client_public,
-            client_secret=client_secret,
-        )
+        self._endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def admit(self, name: str, incarnation: int = 0) -> Address:
+        """What a receiver needs to connect, with keys of its own: the same ones until they are void. From any thread.
+
+        A later incarnation of it makes those of an earlier one void. Raises Fenced for one that is not the latest.
+        """
+        with self._lock:
+            latest, address = self._given.get(name, (incarnation, None))
+            if incarnation < latest:
+                raise Fenced(f"weight receiver {name}: incarnation {incarnation} was replaced by {latest}; it gets no key")
+            if address is None or incarnation > latest:
+                if address is not None:
+                    del self._valid[address.client_public]
+                public, secret = zmq.curve_keypair()
+                address = Address(
+                    endpoint=self._endpoint,
+                    incarnation=self._incarnation,
+                    server_key=self._server_key,
+                    client_public=public,
+                    client_secret=secret,
+                )
+                self._given[name], self._valid[public] = (incarnation, address), name
+            return address
+
+    def admits(self, key: bytes) -> bool:
+        """Whether a client with this public key is served. From any thread."""
+        return key in self._valid
+
+    def void(self, key: bytes) -> None:
+        """No client with this public key is served any more. Its receiver may be admitted again, with another one."""
+        with self._lock:
+            if (name := self._valid.pop(key, None)) is not None:
+                self._given[name] = self._given[name][0], None
 
     @property
     def connections(self) -> int:
@@ -128,7 +162,7 @@ class PublisherSocket:
             connection = socket.socket(fileno=descriptor)
             try:
                 # A descriptor may by now be another's: touch only what came in at our port.
-                if connection.getsockname()[1] == int(self.address.endpoint.rpartition(":")[2]):
+                if connection.getsockname()[1] == int(self._endpoint.rpartition(":")[2]):
                     connection.shutdown(socket.SHUT_RDWR)
                     self.cut += 1
             finally:

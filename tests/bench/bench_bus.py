@@ -109,7 +109,8 @@ class Children:
 def over_bus(model: torch.nn.Module, transport: str, receivers: int, megabytes: int) -> Callable[[int], Turn]:
     """A publisher and its receivers; the function returned publishes an update and waits for all of them."""
     publisher = WeightPublisher(1, transport=transport)  # type: ignore[arg-type]
-    arguments = [(publisher.address, transport, f"receiver-{index}", megabytes) for index in range(receivers)]
+    names = [f"receiver-{index}" for index in range(receivers)]
+    arguments = [(publisher.admit(name), transport, name, megabytes) for name in names]
     children, tensors = Children(receive, arguments), {f"{i}": tensor.detach() for i, tensor in enumerate(model.parameters())}
 
     def turn(update: int) -> Turn:
@@ -124,7 +125,7 @@ def over_bus(model: torch.nn.Module, transport: str, receivers: int, megabytes: 
 
 def over_zmq(model: torch.nn.Module, megabytes: int) -> Callable[[int], Turn]:
     server = PublisherSocket("127.0.0.1", 1)
-    children = Children(receive_bare, [(server.address, megabytes)])
+    children = Children(receive_bare, [(server.admit("generator-0"), megabytes)])
     data = memoryview(torch.cat([tensor.detach() for tensor in model.parameters()]).view(torch.uint8).numpy())
     peer, _ = server.socket.recv_multipart()
 

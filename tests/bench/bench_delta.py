@@ -127,7 +127,7 @@ class Way:
     def __init__(self, codec: str, host: str, namespace: str) -> None:
         self._publisher = WeightPublisher(1, host=host, transport="tcp", codec=codec)  # type: ignore[arg-type]
         self._pipe, theirs = multiprocessing.get_context("spawn").Pipe()
-        arguments = (theirs, self._publisher.address, codec, namespace)
+        arguments = (theirs, self._publisher.admit(codec), codec, namespace)
         multiprocessing.get_context("spawn").Process(target=receive, args=arguments, daemon=True).start()
         self._told()
 

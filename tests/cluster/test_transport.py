@@ -10,7 +10,7 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
 
-from asyncrl.cluster.transport import Peers, RayCall, RayModel
+from asyncrl.cluster.transport import Peers, RayBus, RayCall, RayModel
 from asyncrl.errors import Closed, Unavailable
 from asyncrl.interfaces import VERBS
 from asyncrl.replay.client import ReplayClient
@@ -72,6 +72,30 @@ def test_one_that_stays_away_is_unavailable_in_time(error, told):
     with pytest.raises(Unavailable, match=told):
         ask(peers, retry_s=0.3)
     assert time.monotonic() - began < 10.0
+
+
+@pytest.mark.ray
+def test_a_generator_asks_the_learner_that_lives_for_keys_of_its_own(local_ray):
+    asked = []
+
+    def learner(*errors: Exception) -> SimpleNamespace:
+        def remote(*arguments: Any) -> Any:
+            asked.append(arguments)
+            if errors:
+                raise errors[0]
+            return ray.put("address")
+
+        return SimpleNamespace(ask=SimpleNamespace(remote=remote))
+
+    peers = Peers()
+    bus = RayBus(peers, "generator-3", 7)
+    assert bus() is None
+    peers.put("bus", 0, learner(ActorDiedError()))
+    with pytest.raises(Unavailable, match="learner: out of reach"):
+        bus()
+    peers.put("bus", 1, learner())
+    assert bus() == "address"
+    assert asked == [("admit", "generator-3", 7)] * 2
 
 
 def test_the_kinds_of_callers_do_not_share_an_event_loop():

@@ -200,7 +200,7 @@ def test_published_from_one_model_on_the_gpu_and_swapped_into_another(
 ) -> None:
     source, engine = make_model(1, dtype), make_engine(make_model(0, dtype))
     publisher = closing(WeightPublisher(1, transport=transport))
-    subscriber = closing(WeightSubscriber(lambda: publisher.address, transport=transport, poll_s=0.05))
+    subscriber = closing(WeightSubscriber(lambda: publisher.admit("generator-0"), transport=transport, poll_s=0.05))
     publisher.publish(V1, named_weights(source))
     news = subscriber.next(V0, wait_s=20.0)
     assert news is not None

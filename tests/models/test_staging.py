@@ -157,7 +157,7 @@ def receive(_: Ranks, layouts: list[Layout]) -> list[tuple[int, int, bool]]:
         optimizer, staging = torch.optim.SGD(model.parameters()), Staging(model, ranks)
         tokens, received = torch.arange(8)[None] + ranks.share, []
         publisher = WeightPublisher(1) if ranks.first else None
-        subscriber = WeightSubscriber(lambda of=publisher: of.address, name="receiver", poll_s=0.05)
+        subscriber = WeightSubscriber(lambda of=publisher: of.admit("generator-0"), name="receiver", poll_s=0.05)
         for update in range(21):
             optimizer.param_groups[0]["lr"] = 0.1 if update == 20 else 0.0
             model(tokens).logits.square().mean().backward()
@@ -200,7 +200,7 @@ def die(ranks: Ranks, told: str) -> None:
     if ranks.first:
         publisher = WeightPublisher(1)
         publisher.publish(Version(1, 1), {"w": torch.ones(2)})
-        subscriber = WeightSubscriber(lambda: publisher.address, name="receiver", poll_s=0.05)
+        subscriber = WeightSubscriber(lambda: publisher.admit("generator-0"), name="receiver", poll_s=0.05)
         version, _ = subscriber.next(None, 20)
         try:
             publisher.publish(Version(1, 2), partial(staging.staged, write=partial(write, ranks, staging)))

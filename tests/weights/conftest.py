@@ -28,7 +28,7 @@ class HandPublisher:
 
     def __init__(self, incarnation: int = 1) -> None:
         self._server = PublisherSocket("127.0.0.1", incarnation)
-        self.address = self._server.address
+        self.admit = self._server.admit
         self.peer = b""
         self.seen: list[Request] = []
 
@@ -83,8 +83,9 @@ class Bus:
 
     def subscriber(self, *publishers: Any, **kwargs: Any) -> WeightSubscriber:
         """Finds the last of `publishers`; or pass `resolve=`."""
-        resolve = kwargs.pop("resolve", lambda: publishers[-1].address)
-        made = WeightSubscriber(resolve, **{"poll_s": 0.05, "deadline_s": DEADLINE_S, "name": "generator-0"} | kwargs)
+        name = kwargs.pop("name", "generator-0")
+        resolve = kwargs.pop("resolve", lambda: publishers[-1].admit(name))
+        made = WeightSubscriber(resolve, name=name, **{"poll_s": 0.05, "deadline_s": DEADLINE_S} | kwargs)
         self._made.append(made)
         return made
 

@@ -128,7 +128,7 @@ def test_what_changed_in_all_or_in_shape_travels_whole(ends: Callable, same: Cal
 
 def test_another_incarnation_begins_with_a_whole_one(bus: Any, same: Callable) -> None:
     publishers = [bus.publisher(1, transport="tcp", codec="delta")]
-    subscriber = bus.subscriber(resolve=lambda: publishers[-1].address, transport="tcp", codec="delta")
+    subscriber = bus.subscriber(resolve=lambda: publishers[-1].admit("generator-0"), transport="tcp", codec="delta")
     training, other = Training(), Training()
     for update in range(2):
         publishers[0].publish(Version(1, update), training[update])
@@ -347,7 +347,7 @@ def test_a_bucket_of_a_delta_that_was_damaged_is_taken_again(faulty: Any, until:
 def test_a_publisher_that_dies_within_a_delta_leaves_the_version_before(bus: Any, same: Callable, until: Callable) -> None:
     training = Training()
     publishers = [bus.publisher(1, transport="tcp", codec="delta", bucket_bytes=50)]
-    subscriber = bus.subscriber(resolve=lambda: publishers[-1].address, transport="tcp", codec="delta", credit=1)
+    subscriber = bus.subscriber(resolve=lambda: publishers[-1].admit("generator-0"), transport="tcp", codec="delta", credit=1)
     publishers[0].publish(Version(1, 0), training[0])
     shown = take(subscriber, None, Version(1, 0))
     whole = subscriber.gauges()["received_bytes"]

@@ -176,7 +176,7 @@ def test_a_sound_manifest_of_more_than_there_is_says_so(total: int) -> None:
 def test_a_publisher_outlives_damaged_requests(bus: Any, weights: Callable, raw_dealer: Callable, until: Callable) -> None:
     publisher = bus.publisher(transport="tcp")
     publisher.publish(Version(1, 1), weights(1))
-    rng, dealer = random.Random(0), raw_dealer(publisher.address)
+    rng, dealer = random.Random(0), raw_dealer(publisher.admit("generator-0"))
     for _ in range(500):
         dealer.send_multipart([damaged(rng, messages.encode(rng.choice(REQUESTS))) for _ in range(rng.choice([1, 1, 1, 2]))])
         while dealer.poll(0):

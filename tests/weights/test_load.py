@@ -28,7 +28,7 @@ from asyncrl.types import Version
 from asyncrl.weights.publisher import WeightPublisher
 
 publisher = WeightPublisher(1, transport="tcp", bucket_bytes=1 << 20)
-print(msgspec.json.encode(publisher.address).decode(), flush=True)
+print(msgspec.json.encode(publisher.admit("generator-0")).decode(), flush=True)
 for line in sys.stdin:
     if line.strip():
         publisher.publish(Version(1, int(line)), {"w": torch.full((2 << 20,), float(line))})

@@ -119,7 +119,7 @@ def test_a_failed_io_thread_is_told_to_the_learner(
 def test_a_bad_peer_is_refused_and_counted_but_kills_nothing(bus: Any, weights: Callable, raw_dealer: Callable) -> None:
     publisher = bus.publisher()
     publisher.publish(Version(1, 1), weights(1))
-    dealer = raw_dealer(publisher.address)
+    dealer = raw_dealer(publisher.admit("generator-0"))
     visible(dealer, Version(1, 1))
     wrong = [b"", b"\xff" * 50, HELLO_BYTES[:-1], messages.encode({"type": "run", "code": "rm"}), b"\x80"]
     for body in wrong:
@@ -138,7 +138,7 @@ def test_a_bad_peer_is_refused_and_counted_but_kills_nothing(bus: Any, weights: 
 
 def test_a_hint_comes_with_each_version_and_a_rising_sequence(bus: Any, weights: Callable, raw_dealer: Callable) -> None:
     publisher = bus.publisher()
-    dealer = raw_dealer(publisher.address)
+    dealer = raw_dealer(publisher.admit("generator-0"))
     assert call(dealer, HELLO)[0] == Announce(version=None, echo=1)
     for update in (1, 2):
         publisher.publish(Version(1, update), weights(update))
@@ -180,7 +180,7 @@ def test_publishing_while_closing_ends_cleanly(bus: Any, weights: Callable, memo
 
 def test_versions_of_many_buckets_are_shown_one_by_one(bus: Any, raw_dealer: Callable) -> None:
     publisher = bus.publisher(transport="tcp", bucket_bytes=1 << 16)
-    dealer = raw_dealer(publisher.address)
+    dealer = raw_dealer(publisher.admit("generator-0"))
     for update in (1, 2, 3):
         publisher.publish(Version(1, update), {"w": torch.full((1 << 18,), float(update))})
         manifest = visible(dealer, Version(1, update))

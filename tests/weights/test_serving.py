@@ -58,7 +58,7 @@ def test_a_dead_receiver_is_named_once_and_forgotten(
     until: Callable[..., Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    dealer = raw_dealer(server.address)
+    dealer = raw_dealer(server.admit("generator-0"))
     dealer.send(HELLO)
     until(lambda: receivers(serving) == (1, 0))
     clock.now += 2 * PROBE_S
@@ -73,14 +73,14 @@ def test_a_dead_receiver_is_named_once_and_forgotten(
     assert [record.getMessage() for record in caplog.records] == [
         "weight receiver generator-7 is silent and out of reach, holding nothing"
     ]
-    raw_dealer(server.address).send(HELLO)  # restarted under its name
+    raw_dealer(server.admit("generator-0")).send(HELLO)  # restarted under its name
     until(lambda: receivers(serving) == (1, 1))
 
 
 def test_a_goodbye_is_no_loss_however_late_it_is_read(
     serving: Serving, server: PublisherSocket, raw_dealer: Callable[..., Any], until: Callable[..., Any]
 ) -> None:
-    dealer = raw_dealer(server.address)
+    dealer = raw_dealer(server.admit("generator-0"))
     dealer.send(HELLO)
     until(lambda: receivers(serving) == (1, 0))
     dealer.send(HELLO)
@@ -126,7 +126,7 @@ def asker(
     serving.show(Live(manifest=manifest, memory=FlatTensors.copy_of(weights(1), "weights").memory))
 
     def make(name: str) -> Asker:
-        made = Asker(name, raw_dealer(server.address))
+        made = Asker(name, raw_dealer(server.admit("generator-0")))
         made.hello()
         return made
 
@@ -192,7 +192,7 @@ def test_requests_that_nobody_has_room_for_are_dropped(
 def test_a_request_before_hello_is_dropped(
     serving: Serving, server: PublisherSocket, raw_dealer: Callable[..., Any], until: Callable[..., Any]
 ) -> None:
-    dealer = raw_dealer(server.address)
+    dealer = raw_dealer(server.admit("generator-0"))
     dealer.send(messages.encode(GetBucket(version=Version(1, 1), index=0)))
     until(lambda: (serving.step(0.05), serving.gauges()["unsent"] == 1)[-1])
     assert receivers(serving) == (0, 0)

@@ -6,6 +6,8 @@ import msgspec
 import pytest
 import zmq
 
+from asyncrl.errors import Fenced
+from asyncrl.types import Version
 from asyncrl.weights import messages
 from asyncrl.weights.messages import Hello
 from asyncrl.weights.sockets import Address, PublisherSocket, Waker
@@ -14,7 +16,7 @@ HELLO = messages.encode(Hello(receiver="g", sequence=1))
 
 
 def test_only_the_runs_key_is_served(bus: Any, raw_dealer: Callable) -> None:
-    address = bus.publisher().address
+    address = bus.publisher().admit("generator-0")
     stranger = raw_dealer(address, *zmq.curve_keypair())
     monitor = stranger.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
     stranger.send(HELLO)
@@ -29,14 +31,97 @@ def test_only_the_runs_key_is_served(bus: Any, raw_dealer: Callable) -> None:
 
 
 def test_every_publisher_has_its_own_keys_and_port(bus: Any) -> None:
-    first, second = bus.publisher().address, bus.publisher().address
+    first, second = bus.publisher().admit("generator-0"), bus.publisher().admit("generator-0")
     assert first.endpoint != second.endpoint
     assert first.endpoint.startswith("tcp://127.0.0.1:")
     assert len({first.server_key, second.server_key, first.client_public, second.client_public}) == 4
 
 
+def test_every_receiver_has_its_own_keys_until_they_are_void() -> None:
+    server = PublisherSocket("127.0.0.1", 1)
+    one, other = server.admit("generator-0"), server.admit("generator-1")
+    assert server.admit("generator-0") == one
+    assert len({one.client_public, other.client_public, one.client_secret, other.client_secret}) == 4
+    assert (one.endpoint, one.server_key) == (other.endpoint, other.server_key)
+    restarted = server.admit("generator-0", 1)
+    assert [server.admits(address.client_public) for address in (one, other, restarted)] == [False, True, True]
+    with pytest.raises(Fenced, match="generator-0: incarnation 0 was replaced by 1"):
+        server.admit("generator-0", 0)
+    server.void(restarted.client_public)
+    server.void(restarted.client_public)
+    server.void(b"nobody's")
+    assert not server.admits(restarted.client_public)
+    with pytest.raises(Fenced):
+        server.admit("generator-0", 0)
+    again = server.admit("generator-0", 1)
+    assert again.client_public not in (one.client_public, restarted.client_public)
+    assert server.admits(again.client_public)
+    server.close()
+
+
+def refused(dealer: Any) -> bool:
+    """Whether a client that asks is refused by name."""
+    monitor = dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+    dealer.send(HELLO)
+    try:
+        return bool(monitor.poll(20_000))
+    finally:
+        dealer.disable_monitor()
+        monitor.close(0)
+
+
+def test_a_receiver_that_was_removed_is_refused_and_no_other_notices(
+    bus: Any, raw_dealer: Callable, weights: Callable, same: Callable
+) -> None:
+    publisher = bus.publisher(transport="tcp")
+    address = publisher.admit("generator-1")
+    publisher.publish(Version(1, 1), weights(1))
+    gone = bus.subscriber(publisher, transport="tcp", name="generator-1")
+    stays = bus.subscriber(publisher, transport="tcp", name="generator-0")
+    assert gone.next(None, 20.0) is not None
+    assert stays.next(None, 20.0) is not None
+    gone.close()  # says goodbye
+    assert refused(raw_dealer(address))
+    publisher.publish(Version(1, 2), weights(2))
+    version, tensors = stays.next(Version(1, 1), 20.0)
+    assert version == Version(1, 2)
+    assert same(tensors, weights(2))
+    joins = bus.subscriber(publisher, transport="tcp", name="generator-1")  # a new one under the name
+    assert joins.next(None, 20.0) is not None
+    assert publisher.admit("generator-1").client_public != address.client_public
+
+
+def test_a_replaced_receiver_is_served_no_more_on_the_connection_that_it_has(
+    bus: Any, raw_dealer: Callable, until: Callable
+) -> None:
+    publisher = bus.publisher()
+    zombie = raw_dealer(publisher.admit("generator-0", 1))
+    zombie.send(HELLO)
+    assert zombie.poll(20_000)
+    zombie.recv_multipart()
+    successor = raw_dealer(publisher.admit("generator-0", 2))
+    zombie.send(HELLO)
+    successor.send(HELLO)
+    assert successor.poll(20_000)
+    assert not zombie.poll(100)
+
+
+def test_a_receiver_whose_key_is_void_comes_back_with_another(bus: Any, weights: Callable, same: Callable) -> None:
+    """As when it was out of reach for so long that it was taken for lost."""
+    publisher = bus.publisher(transport="tcp")
+    subscriber = bus.subscriber(publisher, transport="tcp")
+    publisher.publish(Version(1, 1), weights(1))
+    assert subscriber.next(None, 20.0) is not None
+    publisher._socket.void(publisher.admit("generator-0").client_public)
+    publisher.publish(Version(1, 2), weights(2))
+    found = subscriber.next(Version(1, 1), 20.0)
+    assert found is not None
+    assert same(found[1], weights(2))
+    assert subscriber.gauges()["connections"] == 2
+
+
 def test_an_address_travels_and_does_not_print_its_keys(bus: Any) -> None:
-    address = bus.publisher().address
+    address = bus.publisher().admit("generator-0")
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(address), type=Address) == address
     for text in (repr(address), str(address), str(list(address.__rich_repr__()))):
         assert address.client_secret.decode() not in text

@@ -30,7 +30,7 @@ from asyncrl.types import Version
 from asyncrl.weights.publisher import WeightPublisher
 publisher = WeightPublisher(1, transport="tcp", bucket_bytes=1000)
 publisher.publish(Version(1, 9), {"embed": torch.full((5000,), 9.0)})
-print(msgspec.json.encode(publisher.address).decode(), flush=True)
+print(msgspec.json.encode(publisher.admit("generator-0")).decode(), flush=True)
 sys.stdin.read()
 """
 
@@ -154,7 +154,7 @@ def test_on_one_node_nothing_is_copied_and_it_outlives_the_publisher(bus: Any, w
 
 def test_a_restarted_publisher_is_found_and_its_smaller_update_supersedes(bus: Any, weights: Callable, same: Callable) -> None:
     publishers = [bus.publisher(1)]
-    subscriber = bus.subscriber(resolve=lambda: publishers[-1].address)
+    subscriber = bus.subscriber(resolve=lambda: publishers[-1].admit("generator-0"))
     publishers[0].publish(Version(1, 50), weights(50))
     found = subscriber.next(None, WAIT_S)
     assert found is not None
@@ -169,7 +169,7 @@ def test_a_restarted_publisher_is_found_and_its_smaller_update_supersedes(bus: A
 
 def test_a_zombie_that_still_answers_is_left_for_its_successor(bus: Any, weights: Callable) -> None:
     publishers = [bus.publisher(1)]
-    subscriber = bus.subscriber(resolve=lambda: publishers[-1].address)
+    subscriber = bus.subscriber(resolve=lambda: publishers[-1].admit("generator-0"))
     publishers[0].publish(Version(1, 1), weights(1))
     assert subscriber.next(None, WAIT_S) is not None
     publishers.append(bus.publisher(2))
@@ -181,12 +181,12 @@ def test_a_zombie_that_still_answers_is_left_for_its_successor(bus: Any, weights
 
 def test_an_older_incarnation_is_never_gone_back_to(bus: Any, weights: Callable, until: Callable) -> None:
     old, new = bus.publisher(1), bus.publisher(2)
-    answers = [new.address]
+    answers = [new.admit("generator-0")]
     subscriber = bus.subscriber(resolve=lambda: answers[-1], deadline_s=3.0)
     old.publish(Version(1, 9), weights(9))
     new.publish(Version(2, 1), weights(1))
     assert subscriber.next(None, WAIT_S) is not None
-    answers.append(old.address)
+    answers.append(old.admit("generator-0"))
     new.close()
     with pytest.raises(Unavailable, match="incarnation 1, older than 2"):
         subscriber.next(None, WAIT_S)
@@ -210,7 +210,7 @@ def test_a_publisher_killed_mid_transfer_is_never_seen(bus: Any, weights: Callab
     assert received == [None] * len(received)
     publisher = bus.publisher(2)
     publisher.publish(Version(2, 0), weights(0))
-    addresses.append(publisher.address)
+    addresses.append(publisher.admit("generator-0"))
     found = subscriber.next(None, WAIT_S)
     assert found is not None
     assert found[0] == Version(2, 0)
@@ -250,8 +250,9 @@ def test_no_publisher_at_all(bus: Any) -> None:
 def test_a_wrong_key_is_refused_by_name(bus: Any, weights: Callable) -> None:
     publisher, other = bus.publisher(), bus.publisher()
     publisher.publish(Version(1, 1), weights(1))
-    keys = {"client_public": other.address.client_public, "client_secret": other.address.client_secret}
-    stolen = msgspec.structs.replace(publisher.address, **keys)
+    theirs = other.admit("generator-0")
+    keys = {"client_public": theirs.client_public, "client_secret": theirs.client_secret}
+    stolen = msgspec.structs.replace(publisher.admit("generator-0"), **keys)
     with pytest.raises(Unavailable, match="refused our key"):
         bus.subscriber(resolve=lambda: stolen, deadline_s=1.5).next(None, WAIT_S)
 
@@ -446,7 +447,7 @@ def test_publishing_faster_than_pulling_still_makes_progress(bus: Any, weights: 
 @pytest.mark.parametrize("found", [True, False])
 def test_close_from_another_thread_ends_a_wait(bus: Any, found: bool) -> None:
     publisher = bus.publisher()
-    subscriber = bus.subscriber(resolve=lambda: publisher.address if found else None, poll_s=WAIT_S)
+    subscriber = bus.subscriber(resolve=lambda: publisher.admit("generator-0") if found else None, poll_s=WAIT_S)
     outcome: list[type] = []
     entered = threading.Event()
 
