@@ -144,7 +144,7 @@ def _run(run: Path, most: int, sample_bytes: int) -> tuple[ReadRun, list[dict[st
         split_flight=split[1],
         split_queue=split[2],
         lost=digest.lost,
-        marks=sorted([*_restarts(digest), *_others(metrics), *_errors(paths, digest)])[:1000],
+        marks=sorted([*_restarts(digest), *_others(metrics), *_errors(paths, digest), *_scalings(metrics)])[:1000],
         prompts_per_eval=_prompts_per_eval(metrics.evals, recipe),
     )
     return facts, picked_samples(reader, digest, recipe, sample_bytes)
@@ -241,6 +241,15 @@ def _others(metrics: MetricLines) -> Iterator[tuple[float, str, str]]:
     for when, actor in started_again(metrics.actors):
         if not actor.startswith(("generator", "learner")):
             yield when, "restart", f"{actor} was started again, some seconds before"
+
+
+def _scalings(metrics: MetricLines) -> Iterator[tuple[float, str, str]]:
+    for line in metrics.scalings:
+        yield (
+            line["time"],
+            "scale",
+            f"{line['count']} {line['role']} actors instead of {line['count_before']}: {line['reason']}",
+        )
 
 
 def _errors(paths: RunDir, digest: RunDigest) -> list[tuple[float, str, str]]:

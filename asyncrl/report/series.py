@@ -22,6 +22,7 @@ class MetricLines:
     steps: list[Line] = field(default_factory=list)
     evals: list[Line] = field(default_factory=list)
     actors: list[Line] = field(default_factory=list)  # what plots need of them
+    scalings: list[Line] = field(default_factory=list)  # decisions about how many actors there should be
 
 
 def read_metrics(lines: Iterable[bytes], newest: int | None = None) -> MetricLines:
@@ -37,6 +38,8 @@ def read_metrics(lines: Iterable[bytes], newest: int | None = None) -> MetricLin
             continue
         if line.get("kind") == "actors":
             found.actors.append({name: v for name, v in line.items() if name in ("time", "step") or _SHOWN.match(name)})
+        elif line.get("kind") == "scale":
+            found.scalings.append(line)
         elif line.get("kind") in ("step", "eval") and (newest is None or line["step"] <= newest):
             kept = found.steps if line["kind"] == "step" else found.evals
             while kept and kept[-1]["step"] >= line["step"]:

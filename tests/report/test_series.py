@@ -28,7 +28,9 @@ def test_what_a_restore_undid_is_not_there() -> None:
 
 def test_kinds_and_what_plots_need_of_actors() -> None:
     actors = {"kind": "actors", "time": 1.0, "step": 0, "a-0/busy_s": 2.0, "a-0/wait:store_s": 1.0, "a-0/pause_s_total": 3.0}
-    found = read_metrics(encoded(actors, {"kind": "eval", "step": 0, "eval/score": 0.5}, {"kind": "later", "step": 9}))
+    scale = {"kind": "scale", "time": 2.0, "step": 3, "role": "generator", "count_before": 1, "count": 2, "reason": "so"}
+    found = read_metrics(encoded(actors, {"kind": "eval", "step": 0, "eval/score": 0.5}, {"kind": "later", "step": 9}, scale))
+    assert found.scalings == [scale]
     assert found.actors == [{"time": 1.0, "step": 0, "a-0/busy_s": 2.0, "a-0/wait:store_s": 1.0}]
     assert [line["eval/score"] for line in found.evals] == [0.5]
     assert found.steps == []

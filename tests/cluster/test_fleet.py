@@ -1,0 +1,176 @@
+"""Who comes and who goes, on a clock that the test sets; actors are fakes that are up as soon as they are spawned."""
+
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, RayActorError
+
+from asyncrl.cluster.fleet import Fleet, taken_with_its_node
+from asyncrl.cluster.members import Member
+from asyncrl.cluster.placement import Placement
+from asyncrl.cluster.plan import RunPlan
+from asyncrl.cluster.scaling import Scaler
+from asyncrl.config import CountRange, Deployment, GeneratorsSpec, LimitsSpec, PlaceSpec, RewardsSpec
+from asyncrl.errors import ConfigError, PlacementError
+from asyncrl.report.summary import RunSummary
+
+
+class Group:
+    """A placement group that has room when the test says so."""
+
+    room = True
+
+    def __init__(self) -> None:
+        self.released = False
+
+    @property
+    def ready(self) -> bool:
+        return Group.room
+
+    def release(self) -> None:
+        self.released = True
+
+
+class Retires:
+    """An actor's handle: it is told to finish."""
+
+    def __init__(self) -> None:
+        self.ask = self
+        self.told: list[str] = []
+
+    def remote(self, method: str) -> None:
+        self.told.append(method)
+
+
+class World:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, recipe: Any, **generators: Any) -> None:
+        self.now, self.asked, Group.room = 0.0, [], True
+        deployment = Deployment(
+            generators=GeneratorsSpec(**generators), rewards=RewardsSpec(), limits=LimitsSpec(start_timeout_s=100.0)
+        )
+        self.plan = RunPlan(recipe=recipe, deployment=deployment, run_dir="/r", started=1000, loopback=True)
+        monkeypatch.setattr("asyncrl.cluster.members.request", self.request)
+        monkeypatch.setattr("asyncrl.cluster.members.fits_nowhere", lambda name, places: PlacementError(f"{name} fits nowhere"))
+        monkeypatch.setattr(Member, "spawn", lambda member, plan, known: self.spawn(member))
+        monkeypatch.setattr(Member, "kill", lambda member: setattr(member, "phase", "ended"))
+        self.fleet = Fleet(self.plan, lambda: self.now)
+        for member in self.fleet.members:
+            self.spawn(member)
+
+    def request(self, name: str, places: list[PlaceSpec], choice: int = 0) -> Any:
+        self.asked.append((name, places[0].choices[choice]))
+        return Group()
+
+    def spawn(self, member: Member) -> None:
+        member.restart_count += 1
+        member.phase, member.handle, member.leaving = "running", Retires(), ""
+
+    def look(self, seconds: float = 0.5) -> list[str]:
+        """The generators that there are after a round."""
+        self.now += seconds
+        self.plan = self.fleet.look(self.plan, {})
+        return [member.name for member in self.fleet.members if member.role == "generator"]
+
+    def scale(self, count: int) -> list[str]:
+        self.fleet.counts["generator"] = count
+        return self.look()
+
+    def member(self, name: str) -> Member:
+        (found,) = (member for member in self.fleet.members if member.name == name)
+        return found
+
+
+def test_generators_come_and_go_and_the_plan_says_how_many(monkeypatch, tiny_recipe):
+    world = World(monkeypatch, tiny_recipe(), count=1)
+    assert world.look() == ["generator-0"]
+    assert world.scale(3) == ["generator-0", "generator-1", "generator-2"]
+    assert (world.plan.deployment.generators.count, world.plan.staleness.most_outstanding) == (3, 20)
+    leaver = world.member("generator-2")
+    assert world.scale(2) == ["generator-0", "generator-1", "generator-2"], "it finishes what it holds"
+    assert leaver.handle.told == ["retire"]
+    assert world.fleet.at_work("generator") == 2
+    world.fleet.drop(leaver)  # it has ended
+    assert world.look() == ["generator-0", "generator-1"]
+    assert [(member.name, world.plan.incarnation(member.restart_count)) for member in world.fleet.left] == [
+        ("generator-2", 1000)
+    ]
+    world.scale(3)
+    assert world.plan.incarnation(world.member("generator-2").restart_count) == 1001, "the name has a new incarnation"
+    assert world.member("generator-0").restart_count == 0
+
+
+def test_who_does_not_finish_in_time_hands_over(monkeypatch, tiny_recipe):
+    world = World(monkeypatch, tiny_recipe(), count=2)
+    world.scale(1)
+    assert world.look(299.0) == ["generator-0", "generator-1"]
+    assert world.look(2.0) == ["generator-0"]
+    assert [member.name for member in world.fleet.left] == ["generator-1"]
+
+
+def test_who_has_no_place_yet_or_still_starts_goes_first_and_at_once(monkeypatch, tiny_recipe):
+    world = World(monkeypatch, tiny_recipe(), count=3)
+    world.member("generator-1").phase = "starting"
+    Group.room = False
+    assert world.scale(4) == ["generator-0", "generator-1", "generator-2"]
+    assert [member.name for member in world.fleet.coming] == ["generator-3"]
+    assert world.scale(2) == ["generator-0", "generator-2"]
+    assert not world.fleet.coming
+    assert not world.member("generator-2").leaving
+
+
+def test_beyond_the_fewest_a_place_is_waited_for_and_below_them_it_is_an_error(monkeypatch, tiny_recipe):
+    world = World(monkeypatch, tiny_recipe(), count=CountRange(min=2, max=5))
+    Group.room = False
+    assert world.scale(5) == ["generator-0", "generator-1"]
+    assert world.look(10_000.0) == ["generator-0", "generator-1"]
+    world.fleet.drop(world.member("generator-0"))  # its node was taken
+    with pytest.raises(PlacementError, match="fits nowhere"):
+        world.look()
+    Group.room = True
+    assert len(world.look()) == 5, "nodes have joined"
+
+
+def test_labels_are_asked_for_in_turn(monkeypatch, tiny_recipe):
+    place = PlaceSpec(cpus=1, labels={"market": "spot"}, fallback=({"market": "on-demand"}, {}))
+    world = World(monkeypatch, tiny_recipe(), count=1, place=place)
+    Group.room = False
+    world.scale(2)
+    for _ in range(60):
+        world.look()
+    assert [labels for _, labels in world.asked] == [{"market": "spot"}, {"market": "on-demand"}, {}]
+
+
+def test_a_count_is_stated_and_then_no_longer_the_rules(monkeypatch, tiny_recipe, caplog):
+    world = World(monkeypatch, tiny_recipe(), count=CountRange(min=2, max=5))
+    scaler, summary = Scaler(world.fleet, 60.0, lambda: world.now), RunSummary(name="r", total_steps=9, committed=4)
+    with pytest.raises(ConfigError, match="scale: generators=0 < 1: nobody would be left"):
+        world.fleet.ask({"generator": 0, "reward": None})
+    world.fleet.ask({"generator": 7, "reward": None})
+    world.fleet.ask({"generator": 6, "reward": 1})
+    scaler.look(summary)
+    (told,) = summary.scalings
+    assert (told.role, told.count_before, told.count, told.step, told.reason) == ("generator", 2, 6, 4, "it was asked for")
+    assert world.fleet.elastic == {}
+    assert len(world.look()) == 6
+
+
+class Preempted(ActorDiedError):
+    def __init__(self, preempted: bool, text: str) -> None:
+        RayActorError.__init__(self, "1", text, False, preempted)
+
+
+@pytest.mark.parametrize(
+    ("error", "taken"),
+    [
+        (Preempted(True, "…"), True),
+        (Preempted(False, "The actor died because its node has died. Node Id: 12"), True),
+        (Preempted(False, "The actor is dead because its worker process has died."), False),
+        (RuntimeError("its node has died"), False),
+    ],
+)
+def test_who_dies_with_its_node_has_not_failed(error, taken):
+    assert taken_with_its_node(error) is taken
+
+
+def test_a_placement_without_a_group_is_ready_at_once():
+    assert Placement(({},)).ready
