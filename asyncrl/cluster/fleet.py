@@ -36,6 +36,7 @@ class Fleet:
         self._limits, self._clock, self._loopback = plan.deployment.limits, clock, plan.loopback
         self._specs = {role: getattr(plan.deployment, field) for role, field in FIELDS.items()}
         self.counts = {role: spec.least for role, spec in self._specs.items()}  # how many there should be
+        self._fewest = dict(self.counts)  # with fewer than these the run does not go on
         self.elastic = {role: spec.count for role, spec in self._specs.items() if isinstance(spec.count, CountRange)}
         self.coming: list[Member] = []  # who seeks a place
         self.left: list[Member] = []  # whom the supervisor has to tell the store of
@@ -43,7 +44,7 @@ class Fleet:
         self._gone: dict[str, Member] = {}
         self._asked: dict[str, int] = {}  # by `ask`, from any thread
         self._drains_at = 0.0
-        self._requested: list[dict[str, float]] = []
+        self._requested: list[tuple[dict[str, float], dict[str, str]]] = []
         self.members = self._first(plan)
 
     def _first(self, plan: RunPlan) -> list[Member]:
@@ -84,6 +85,7 @@ class Fleet:
         while self._asked:
             role, count = self._asked.popitem()
             self.elastic.pop(role, None)
+            self._fewest[role] = 1
             if count != self.counts[role]:
                 found.append((role, count))
         return found
@@ -111,7 +113,7 @@ class Fleet:
                 spec = replace(spec, count=self.counts[role])
                 plan = replace(plan, deployment=replace(plan.deployment, **{field: spec}))
         for member in [*self.coming]:
-            needed = sum(not other.leaving for other in self._of(member.role)) < self._specs[member.role].least
+            needed = sum(not other.leaving for other in self._of(member.role)) < self._fewest[member.role]
             if member.placed(self._limits.start_timeout_s, needed):
                 self.coming.remove(member)
                 self.members.append(member)
@@ -151,6 +153,11 @@ class Fleet:
         self._gone[member.name] = member
         self.left.append(member)
 
+    def who_left(self) -> Iterator[Member]:
+        """Those of whom this has not told yet."""
+        while self.left:
+            yield self.left.pop()
+
     def _drained(self) -> Iterator[tuple[Member, float]]:
         """Who is on a node that drains, and for how many seconds it will be there."""
         if self._loopback or self._clock() < self._drains_at:
@@ -166,11 +173,12 @@ class Fleet:
         """Tells Ray's autoscaler what there should be, where it may find nodes for it."""
         if self._loopback or not (self.elastic or self._requested):
             return
-        wanted = [demand(self._specs[role].place) for role, count in self.counts.items() for _ in range(count)]
-        wanted = [bundle for bundle in wanted if bundle]
+        places = [self._specs[role].place for role, count in self.counts.items() for _ in range(count)]
+        wanted = [(bundle, place.labels) for place in places if (bundle := demand(place))]
         if wanted != self._requested:
             self._requested = wanted
-            request_resources(bundles=wanted)
+            bundles, labels = [bundle for bundle, _ in wanted], [labels for _, labels in wanted]
+            request_resources(bundles=bundles, **({"bundle_label_selectors": labels} if any(labels) else {}))
 
     def release(self) -> None:
         """Ends every actor, and gives all places back."""

@@ -62,6 +62,7 @@ class Supervisor:
         self._until: int | None = None  # the update that the learner is running to
         self._finishing = False
         self._save_after: int | None = None  # an update: until a later one is saved, a checkpoint is asked for
+        self._limit = (0, 0)  # of outstanding groups, as the store was told, and which store that was
         self._stop_timeout_s = self._limits.stop_timeout_s
         self._stall = StallWatch(self._limits.stall_timeout_s, self._clock)
         self._gang_stall = StallWatch(self._limits.stall_timeout_s, self._clock)
@@ -247,9 +248,8 @@ class Supervisor:
             log.warning("%s", redact(first))
         for message in self._summary.given_up[named:]:
             log.warning("%s", message)
-            for member in self._members:
-                if member.role == "generator":
-                    member.budget.forgive()
+            for member in filter(lambda member: member.role == "generator", self._members):
+                member.budget.forgive()
         self._observe(store.records if store is not None else ())
         if self._summary.failures.broken:
             raise ConfigError(self._summary.failures.broken)
@@ -350,17 +350,17 @@ class Supervisor:
 
     def _scale(self) -> None:
         """Takes what was stated, or what the rule decides, and has members come and go."""
-        fleet, summary = self._fleet, self._summary
-        self._scaler.look(summary)
-        before, self._plan = self._plan, fleet.look(self._plan, self._known)
-        if before is not self._plan and self._store.phase == "running":
-            call_store(self._store.handle, "limit_outstanding", self._plan.staleness.most_outstanding)
-        while fleet.left:
-            member = fleet.left.pop()
-            summary.reports.pop(member.name, None)
+        self._scaler.look(self._summary)
+        self._plan = self._fleet.look(self._plan, self._known)
+        limit = self._plan.staleness.most_outstanding, self._store.restart_count
+        if limit != self._limit and self._store.phase == "running":
+            self._limit = limit
+            call_store(self._store.handle, "limit_outstanding", limit[0])
+        for member in self._fleet.who_left():
+            self._summary.reports.pop(member.name, None)
             self._dead.append((member.name, self._plan.incarnation(member.restart_count), True))
         self._tell_deaths()
-        summary.preemptions = dict(fleet.preemptions)
+        self._summary.preemptions = dict(self._fleet.preemptions)
 
     def _tell_deaths(self) -> None:
         """The store is told of every death once; of those while it was down itself, when it is up again."""
