@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from asyncrl.cluster.actors import StageActor, StoreActor
 from asyncrl.cluster.placement import Placement, beside_driver, fits_nowhere, request, reserve
@@ -51,7 +51,7 @@ class Member:
         self.handle: Any = None
         self.asked: Any = None  # Ray's reference to the report that was asked for
         self._clock = clock
-        self._asked_at = 0.0
+        self._asked_at, self._doubted = 0.0, False
         self._seen = 0  # sequence number of the newest record that the store reported
         self._placement: Placement | None = None
         self._choice, self._sought_at, self._seeking_since = 0, 0.0, 0.0
@@ -101,7 +101,7 @@ class Member:
 
     def _create(self, plan: RunPlan, known: dict[str, tuple[int, Any]], options: dict[str, Any]) -> None:
         self.restart_count += 1
-        self.phase, self.asked = "starting", None
+        self.phase, self.asked, self._doubted = "starting", None, False
         if self.is_store:
             actor = ray.remote(concurrency_groups=STORE_GROUPS)(StoreActor)
             self.handle = actor.options(**options).remote(plan)
@@ -119,6 +119,21 @@ class Member:
 
     def run(self, *arguments: Any) -> None:
         self.phase, self.task = "running", self.handle.run.remote(*arguments)
+
+    def outcome(self) -> Any:
+        """What its task has come to. Raises what it raised."""
+        value = ray.get(self.task)
+        if self._doubted:
+            raise Unavailable(f"{self.name} could not be reached for a while, so that what it does is not known")
+        return value
+
+    def doubts(self, error: Exception) -> bool:
+        """Whether it is not known yet why an actor can't be reached. It is asked something then: its task ends when it answers,
+        or the cluster knows that its node is dead, which takes seconds."""
+        if self._doubted or self.is_store or not isinstance(error, ActorUnavailableError):
+            return False
+        self._doubted, self.task = True, self.handle.report.remote()
+        return True
 
     def ask_report(self) -> None:
         """Asks for a report as of now; one on its way is forgotten."""

@@ -222,8 +222,7 @@ class Supervisor:
 
     def _look(self, tasks: dict[Any, Member]) -> StoreReport | None:
         """What ended, what is reported and what is due, without waiting for anything."""
-        ready, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=0)
-        for ref in ready:  # all of them, before anybody's deadline is looked at: nobody may have ticked for a while
+        for ref in ray.wait([*tasks], num_returns=len(tasks), timeout=0)[0]:  # all of them, before anybody's deadline
             if tasks[ref].task is ref:  # else it was replaced just now, with its gang
                 self._settle(tasks[ref])
         store, reports = None, []
@@ -260,9 +259,10 @@ class Supervisor:
 
     def _settle(self, member: Member) -> None:
         try:
-            value = ray.get(member.task)
-        except RayError as error:
-            self._failed(member, error)
+            value = member.outcome()
+        except (Unavailable, RayError) as error:
+            if not member.doubts(error):
+                self._failed(member, error)
             return
         if member.phase == "starting":
             member.pid, member.node = value

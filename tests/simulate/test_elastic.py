@@ -32,18 +32,18 @@ RECIPE = Recipe(
     data=DataSpec(files=("f",)),
     reward=RewardSpec(function="a:b"),
     sampling=SamplingSpec(n=4),
-    staleness=StalenessSpec(max_lag=8),
-    learner=LearnerSpec(batch_groups=16),
+    staleness=StalenessSpec(max_lag=16),
+    learner=LearnerSpec(batch_groups=8),
     total_steps=1,
 )
 NOTHING = dict.fromkeys(("row_s", "pause_s", "deliver_s", "token_s", "publish_s", "score_s", "rows_s", "call_s"), 0.0)
-TAIL = [[10, 20, 20, 60], [10, 10, 15, 20], [5, 5, 20, 120], [30, 30, 30, 30]]
+TAIL = [[10, 20, 20, 60], [10, 10, 15, 20], [5, 5, 20, 60], [30, 30, 30, 30]]
 
 
 def run(
-    count: int | CountRange, updates: int = 50, trace: Trace | None = None, update_s: float = 1.0, **costs: float
+    count: int | CountRange, updates: int = 50, trace: Trace | None = None, update_s: float = 0.5, **costs: float
 ) -> dict[str, float]:
-    """Of engines with 16 slots, which need 29 steps of 0.05 s for a rollout on average; a look every ten seconds."""
+    """Of engines with 16 slots, which need 23 steps of 0.05 s for a rollout on average; a look every ten seconds."""
     deployment = Deployment(
         generators=GeneratorsSpec(count=count, engine=EngineSpec(slots=16)), limits=LimitsSpec(scale_every_s=10.0)
     )
@@ -52,32 +52,32 @@ def run(
 
 
 def test_a_run_finds_as_many_generators_as_its_learner_needs() -> None:
-    """64 rollouts a second are 64 · 29 · 0.05 s = 93 slots: six engines."""
-    fixed, found = run(16, updates=50), run(CountRange(min=1, max=16), updates=120)
-    assert fixed["samples/s"] == pytest.approx(64, rel=0.02)
-    assert found["samples/s"] >= 0.85 * fixed["samples/s"]
+    """64 rollouts a second are 64 · 23 · 0.05 s = 75 slots: five engines."""
+    fixed, found = run(16, updates=50), run(CountRange(min=1, max=16), updates=300)
+    assert fixed["samples/s"] == pytest.approx(64, rel=0.05)
+    assert found["samples/s"] >= 0.8 * fixed["samples/s"]
     assert 5 <= found["generators"] <= 9
-    assert found["worst lag"] <= 8
+    assert found["worst lag"] <= 16
     assert found["lost"] == 0
 
 
 def test_generators_are_given_up_when_the_learner_is_slow() -> None:
-    found, fixed = run(CountRange(min=1, max=16), update_s=4.0), run(16, update_s=4.0)
+    found, fixed = run(CountRange(min=1, max=16), update_s=2.0), run(16, update_s=2.0)
     assert found["samples/s"] == pytest.approx(fixed["samples/s"], rel=0.05)
     assert found["generators"] < 4
 
 
 def test_nodes_that_are_taken_cost_what_they_held_and_the_time_without_them() -> None:
-    half = run(4, trace=[(0.0, 4), (100.0, 2), (200.0, 4)], update_s=0.1)
+    half = run(4, trace=[(0.0, 4), (20.0, 2), (40.0, 4)], update_s=0.1)
     whole, two = run(4, update_s=0.1), run(2, update_s=0.1)
     assert two["samples/s"] < half["samples/s"] < whole["samples/s"]
     assert 0 < half["lost"] < 0.05
     assert (whole["lost"], whole["generators"]) == (0.0, pytest.approx(4))
-    assert half["worst lag"] <= 8
+    assert half["worst lag"] <= 16
 
 
 def test_a_run_without_a_node_waits_for_one() -> None:
-    found = run(2, trace=[(0.0, 2), (20.0, 0), (50.0, 2)], updates=100)
+    found = run(2, trace=[(0.0, 2), (20.0, 0), (50.0, 2)], updates=50)
     assert found["samples/s"] > 0
     assert found["generators"] < 1.6
     assert found["learner idle"] > 0.3
@@ -88,7 +88,7 @@ def test_a_run_without_a_node_waits_for_one() -> None:
 def test_the_bound_holds_however_nodes_come_and_go(seed: int, least: int, most: int, life_s: float, away_s: float) -> None:
     trace = random_trace(most, life_s, away_s, seed, changes=500)
     found = run(CountRange(min=least, max=most), updates=15, trace=trace)
-    assert found["worst lag"] <= 8
+    assert found["worst lag"] <= 16
     assert (found["masked"], found["dropped"]) == (0.0, 0.0)
     assert 0 < found["generators"] <= most
 
