@@ -51,7 +51,8 @@ class Member:
         self.handle: Any = None
         self.asked: Any = None  # Ray's reference to the report that was asked for
         self._clock = clock
-        self._asked_at, self._doubted = 0.0, False
+        self._asked_at = 0.0
+        self._doubted_at: float | None = None  # since when it is not known whether it lives
         self._seen = 0  # sequence number of the newest record that the store reported
         self._placement: Placement | None = None
         self._choice, self._sought_at, self._seeking_since = 0, 0.0, 0.0
@@ -101,7 +102,7 @@ class Member:
 
     def _create(self, plan: RunPlan, known: dict[str, tuple[int, Any]], options: dict[str, Any]) -> None:
         self.restart_count += 1
-        self.phase, self.asked, self._doubted = "starting", None, False
+        self.phase, self.asked, self._doubted_at = "starting", None, None
         if self.is_store:
             actor = ray.remote(concurrency_groups=STORE_GROUPS)(StoreActor)
             self.handle = actor.options(**options).remote(plan)
@@ -120,19 +121,13 @@ class Member:
     def run(self, *arguments: Any) -> None:
         self.phase, self.task = "running", self.handle.run.remote(*arguments)
 
-    def outcome(self) -> Any:
-        """What its task has come to. Raises what it raised."""
-        value = ray.get(self.task)
-        if self._doubted:
-            raise Unavailable(f"{self.name} could not be reached for a while, so that what it does is not known")
-        return value
-
     def doubts(self, error: Exception) -> bool:
-        """Whether it is not known yet why an actor can't be reached. It is asked something then: its task ends when it answers,
-        or the cluster knows that its node is dead, which takes seconds."""
-        if self._doubted or self.is_store or not isinstance(error, ActorUnavailableError):
+        """Whether it is not known yet why an actor can't be reached. `poll_report` asks it then until the cluster knows that its
+        node is dead, which takes seconds, or it answers, and raises either."""
+        if self.is_store or not isinstance(error, ActorUnavailableError):
             return False
-        self._doubted, self.task = True, self.handle.report.remote()
+        self._doubted_at, self.task = self._clock(), None
+        self.ask_report()
         return True
 
     def ask_report(self) -> None:
@@ -146,7 +141,7 @@ class Member:
         Raises Unavailable for an actor that has not answered for `timeout_s`, what its health check raised, and RayActorError
         for one that died while it had nothing to do. Other deaths arrive through `task`.
         """
-        if self.phase not in ("idle", "running"):
+        if self.phase not in ("idle", "running") and self._doubted_at is None:
             return None
         report: Report | StoreReport | None = None
         if self.asked is not None:
@@ -156,9 +151,13 @@ class Member:
                 return None
             try:
                 report = ray.get(self.asked)
-            except RayActorError:
-                if self.task is None:
+            except RayActorError as error:
+                waits = isinstance(error, ActorUnavailableError) and self._doubted_at is not None
+                if self.task is None and not (waits and self._clock() - (self._doubted_at or 0.0) < timeout_s):
                     raise
+            else:
+                if self._doubted_at is not None:
+                    raise Unavailable(f"{self.name} could not be reached for a while, so that what it does is not known")
         if isinstance(report, StoreReport):
             self._seen = max([self._seen, *(record.sequence for record in report.records)])
         self.ask_report()

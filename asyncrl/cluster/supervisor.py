@@ -259,8 +259,8 @@ class Supervisor:
 
     def _settle(self, member: Member) -> None:
         try:
-            value = member.outcome()
-        except (Unavailable, RayError) as error:
+            value = ray.get(member.task)
+        except RayError as error:
             if not member.doubts(error):
                 self._failed(member, error)
             return
