@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import RayActorError
 
 from asyncrl.cluster.actors import StageActor, StoreActor
 from asyncrl.cluster.placement import Placement, beside_driver, fits_nowhere, request, reserve
@@ -52,7 +52,6 @@ class Member:
         self.asked: Any = None  # Ray's reference to the report that was asked for
         self._clock = clock
         self._asked_at = 0.0
-        self._doubted_at: float | None = None  # since when it is not known whether it lives
         self._seen = 0  # sequence number of the newest record that the store reported
         self._placement: Placement | None = None
         self._choice, self._sought_at, self._seeking_since = 0, 0.0, 0.0
@@ -102,7 +101,7 @@ class Member:
 
     def _create(self, plan: RunPlan, known: dict[str, tuple[int, Any]], options: dict[str, Any]) -> None:
         self.restart_count += 1
-        self.phase, self.asked, self._doubted_at = "starting", None, None
+        self.phase, self.asked = "starting", None
         if self.is_store:
             actor = ray.remote(concurrency_groups=STORE_GROUPS)(StoreActor)
             self.handle = actor.options(**options).remote(plan)
@@ -121,15 +120,6 @@ class Member:
     def run(self, *arguments: Any) -> None:
         self.phase, self.task = "running", self.handle.run.remote(*arguments)
 
-    def doubts(self, error: Exception) -> bool:
-        """Whether it is not known yet why an actor can't be reached. `poll_report` asks it then until the cluster knows that its
-        node is dead, which takes seconds, or it answers, and raises either."""
-        if self.is_store or not isinstance(error, ActorUnavailableError):
-            return False
-        self._doubted_at, self.task = self._clock(), None
-        self.ask_report()
-        return True
-
     def ask_report(self) -> None:
         """Asks for a report as of now; one on its way is forgotten."""
         self.asked = call_store(self.handle, "report", self._seen) if self.is_store else self.handle.report.remote()
@@ -141,7 +131,7 @@ class Member:
         Raises Unavailable for an actor that has not answered for `timeout_s`, what its health check raised, and RayActorError
         for one that died while it had nothing to do. Other deaths arrive through `task`.
         """
-        if self.phase not in ("idle", "running") and self._doubted_at is None:
+        if self.phase not in ("idle", "running"):
             return None
         report: Report | StoreReport | None = None
         if self.asked is not None:
@@ -151,13 +141,9 @@ class Member:
                 return None
             try:
                 report = ray.get(self.asked)
-            except RayActorError as error:
-                waits = isinstance(error, ActorUnavailableError) and self._doubted_at is not None
-                if self.task is None and not (waits and self._clock() - (self._doubted_at or 0.0) < timeout_s):
+            except RayActorError:
+                if self.task is None:
                     raise
-            else:
-                if self._doubted_at is not None:
-                    raise Unavailable(f"{self.name} could not be reached for a while, so that what it does is not known")
         if isinstance(report, StoreReport):
             self._seen = max([self._seen, *(record.sequence for record in report.records)])
         self.ask_report()

@@ -261,8 +261,7 @@ class Supervisor:
         try:
             value = ray.get(member.task)
         except RayError as error:
-            if not member.doubts(error):
-                self._failed(member, error)
+            self._failed(member, error)
             return
         if member.phase == "starting":
             member.pid, member.node = value
