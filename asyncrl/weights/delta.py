@@ -9,6 +9,7 @@ first all the lowest ones, which are noise, at last the highest, sign and expone
 """
 
 from collections.abc import Iterator, Sequence
+from threading import Event
 from typing import Any, Literal
 
 import msgspec
@@ -59,10 +60,17 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Delta).decode
 
 
-def encode_delta(base: WeightMemory, new: WeightMemory, specs: Sequence[TensorSpec]) -> bytes | None:
-    """What changed between two versions whose tensors lie alike; None if that doesn't pay. Reads both once."""
+def encode_delta(
+    base: WeightMemory, new: WeightMemory, specs: Sequence[TensorSpec], enough: Event | None = None
+) -> bytes | None:
+    """What changed between two versions whose tensors lie alike; None if that doesn't pay. Reads both once.
+
+    enough: once it is set, the rest is not looked at, and None returned.
+    """
     checksums, blocks, nbytes = [], [], 0
     for index, runs in enumerate(_runs_by_block(specs, new.nbytes)):
+        if enough is not None and enough.is_set():
+            return None
         old_block, new_block = _read(base, index), _read(new, index)
         checksums.append(_checksum(index, new_block))
         parts = [_part(old_block, new_block, *run) for run in runs]
@@ -96,7 +104,7 @@ def apply_deltas(base: WeightMemory, deltas: Sequence[memoryview], new: WeightMe
                     "against other weights; not shown"
                 )
             new.write(index * BLOCK_BYTES, block.data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError, IndexError, TypeError, OSError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError, IndexError, TypeError) as error:
         raise BadTransfer(f"a delta can't be applied: {error}; not shown") from error
 
 
@@ -188,4 +196,7 @@ def _unpack(packed: Packed, most: int) -> Bytes:
         raise ValueError(f"{len(packed.data)} bytes for {packed.nbytes}, of {most} at the most")
     if len(packed.data) == packed.nbytes:
         return np.frombuffer(packed.data, np.uint8)
-    return np.frombuffer(pa.Codec("zstd").decompress(packed.data, decompressed_size=packed.nbytes), np.uint8)
+    try:
+        return np.frombuffer(pa.Codec("zstd").decompress(packed.data, decompressed_size=packed.nbytes), np.uint8)
+    except OSError as error:  # what pyarrow raises for damage; any other one is of the memory, and no damage
+        raise ValueError(f"zstd: {error}") from error

@@ -3,8 +3,12 @@
 publish()                 caller's thread: stage ──► sealed memory   returns as soon as all bytes are there
 delta thread              what changed against the version before, if the codec is `delta` and it is of use to a receiver
 I/O thread                visible ──► hint to every receiver;  answers pulls all the while
+
+A version whose delta is being made is seen only by receivers that share its memory. It travels whole where the delta can't be
+made, and where the next version or `close` comes first.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +29,8 @@ from asyncrl.weights.versions import Live, VersionDelta
 
 SHOW_TIMEOUT_S = 60.0  # how long publish waits until the version before is visible
 STOP_TIMEOUT_S = 10.0
+
+log = logging.getLogger(__name__)
 
 
 class WeightPublisher:
@@ -57,7 +63,8 @@ class WeightPublisher:
         self._anchor_freq, self._since_anchor = anchor_freq, 0
         self._changed = threading.Condition()
         self._pending = False  # a version's bytes are there, and it is not yet visible
-        self._staged: Live | None = None  # it is to be shown
+        self._staged: tuple[Live, bool] | None = None  # it is to be shown; False: to receivers that share memory
+        self._enough = threading.Event()  # no time is left for the delta that is being made
         self._newest: Version | None = None
         self._closing = False
         self._failure: BaseException | None = None
@@ -86,6 +93,7 @@ class WeightPublisher:
         begin = time.monotonic()
         with self._changed:
             self._check_order(version)
+            self._enough.set()
             if not self._changed.wait_for(lambda: not self._pending or self._failure, timeout=SHOW_TIMEOUT_S):
                 raise Unavailable(f"weight publisher: weights {self._newest} are not visible after {SHOW_TIMEOUT_S:g} s")
             self._check_running()
@@ -95,14 +103,18 @@ class WeightPublisher:
             self._check_running()
             self._newest, self._pending = version, True
             self._gauges["stage_s"], self._gauges["staged_bytes"] = time.monotonic() - begin, float(staged.memory.nbytes)
+            self._hand_over(staged, self._deltas is None or base is None)
             if self._deltas is None or base is None:
-                self._hand_over(staged)
+                self._gauges["delta_s"] = self._gauges["delta_bytes"] = 0.0
             else:
+                self._enough.clear()
                 self._deltas.submit(self._add_delta, base, staged)
 
     def gauges(self) -> dict[str, float]:
-        """stage_s, staged_bytes: the last publish. delta_s, delta_bytes: the last delta. The rest: see `Serving.gauges`."""
+        """stage_s, staged_bytes: the last publish. delta_s, delta_bytes: of the last version that is visible to all, 0 if it
+        travels whole. The rest: see `Serving.gauges`. Raises Unavailable (the I/O thread failed)."""
         with self._changed:
+            self._check_failure()
             return self._gauges | self._serving.gauges()
 
     def close(self) -> None:
@@ -110,6 +122,7 @@ class WeightPublisher:
         with self._changed:
             if not self._closing:
                 self._closing = True
+                self._enough.set()
                 self._waker.set()
         if self._deltas is not None:
             self._deltas.shutdown(cancel_futures=True)
@@ -117,9 +130,12 @@ class WeightPublisher:
         if not self._thread.is_alive():
             self._waker.close()
 
-    def _check_running(self) -> None:
+    def _check_failure(self) -> None:
         if self._failure is not None:
-            raise Unavailable(f"weight publisher: one of its threads failed: {self._failure!r}") from self._failure
+            raise Unavailable(f"weight publisher: its I/O thread failed: {self._failure!r}") from self._failure
+
+    def _check_running(self) -> None:
+        self._check_failure()
         if self._closing:
             raise Closed("weight publisher is closed: nothing can be published")
 
@@ -143,33 +159,37 @@ class WeightPublisher:
         )
         return Live(manifest=manifest.signed(), memory=staged.memory)
 
-    def _hand_over(self, staged: Live) -> None:
+    def _hand_over(self, staged: Live, ready: bool) -> None:
         """To the I/O thread, unless that has ended. Lock held."""
         if not self._closing:
-            self._staged = staged
+            self._staged = staged, ready
             self._waker.set()
 
     def _add_delta(self, base: Live, staged: Live) -> None:
-        """Has the version shown with the deltas that lead to it from earlier ones, if they are less than all of it."""
+        """Has the version shown to all, with the deltas that lead to it from earlier ones if they are less than all of it."""
+        begin, steps = time.monotonic(), tuple[VersionDelta, ...]()
         try:
-            begin, steps = time.monotonic(), base.steps
-            self._since_anchor += 1
-            data = None
-            if self._since_anchor < self._anchor_freq and base.manifest.tensors == staged.manifest.tensors:
-                data = encode_delta(base.memory, staged.memory, staged.manifest.tensors)
-            if data is None:
-                self._since_anchor, steps = 0, ()
-            else:
-                steps = (*steps, VersionDelta(base=base.version, version=staged.version, data=data))
-            while sum(len(step.data) for step in steps) >= staged.memory.nbytes:
-                steps = steps[1:]
-            with self._changed:
-                self._gauges["delta_s"], self._gauges["delta_bytes"] = time.monotonic() - begin, float(len(data or b""))
-                self._hand_over(replace(staged, steps=steps))
-        except BaseException as error:  # for publish to raise, as below
-            with self._changed:
-                self._failure = error
-                self._changed.notify_all()
+            steps = self._steps(base, staged)
+        except Exception as error:
+            log.warning("weights %s travel whole: what changed since %s can't be told: %r", staged.version, base.version, error)
+        if not steps:
+            self._since_anchor = 0
+        with self._changed:
+            self._gauges["delta_s"] = time.monotonic() - begin if steps else 0.0
+            self._gauges["delta_bytes"] = float(len(steps[-1].data)) if steps else 0.0
+            self._hand_over(replace(staged, steps=steps), ready=True)
+
+    def _steps(self, base: Live, staged: Live) -> tuple[VersionDelta, ...]:
+        self._since_anchor += 1
+        if self._since_anchor >= self._anchor_freq or base.manifest.tensors != staged.manifest.tensors:
+            return ()
+        data = encode_delta(base.memory, staged.memory, staged.manifest.tensors, self._enough)
+        if data is None:
+            return ()
+        steps = (*base.steps, VersionDelta(base=base.version, version=staged.version, data=data))
+        while steps and sum(len(step.data) for step in steps) >= staged.memory.nbytes:
+            steps = steps[1:]
+        return steps
 
     def _run(self) -> None:
         """The I/O thread: serves, and shows what was staged."""
@@ -178,8 +198,9 @@ class WeightPublisher:
                 self._serving.step(wait_s=1.0)
                 with self._changed:
                     if self._staged is not None and not self._closing:
-                        self._serving.show(self._staged)
-                        self._staged, self._pending = None, False
+                        live, ready = self._staged
+                        self._serving.show(live, ready)
+                        self._staged, self._pending = None, not ready
                         self._changed.notify_all()
         except BaseException as error:  # kept for publish to raise: a thread has no caller
             self._failure = error

@@ -77,9 +77,9 @@ class Serving:
             while self._answer_next():
                 pass
 
-    def show(self, live: Live) -> None:
-        """Makes a version the newest, and hints at it. Lock held."""
-        self._versions.add(live, self._clock())
+    def show(self, live: Live, ready: bool = True) -> None:
+        """Makes a version the newest, and hints at it. ready: also for receivers over the socket. Lock held."""
+        self._versions.add(live, self._clock(), ready)
         self._versions.advance(self._receivers(), self._clock())
         self._hint_all()
 

@@ -120,6 +120,7 @@ class VersionCache:
 
     def __init__(self) -> None:
         self.newest: Live | None = None
+        self._ready = True
         self._fast: Round | None = None
         self._slow: Round | None = None
         self._slow_s = math.inf  # who takes so long is slow: the patience of the fast round before
@@ -159,10 +160,10 @@ class VersionCache:
         if self._fast is not None:
             self.newest = self._fast.live
 
-    def add(self, live: Live, now: float) -> None:
-        """Makes a version the newest; `make_room` came before. `advance` begins its round."""
-        self.newest = live
-        if self._fast is not None:
+    def add(self, live: Live, now: float, ready: bool = True) -> None:
+        """Makes a version the newest; `make_room` came before. `advance` begins its round, once it was added as `ready`."""
+        self.newest, self._ready = live, ready
+        if ready and self._fast is not None:
             self._fast.superseded_at = min(self._fast.superseded_at, now)  # the first that came, not the last
 
     def advance(self, receivers: Collection[Receiver], now: float) -> bool:
@@ -170,7 +171,7 @@ class VersionCache:
         if self._slow is not None and not self._slow_goes_on(self._slow, receivers, now):
             self._slow = None
         fast = self._fast
-        if self.newest is None or (fast is not None and fast.live is self.newest):
+        if not self._ready or self.newest is None or (fast is not None and fast.live is self.newest):
             return False
         if fast is not None:
             if not self._may_move_on(fast, receivers, now):

@@ -1,6 +1,8 @@
 """The codec alone: what it finds changed, and that nothing but the right version ever comes of it."""
 
+import errno
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -229,3 +231,20 @@ def test_a_delta_of_other_weights_is_refused(sound: tuple[FlatTensors, bytes, by
         applied(flat({"w": torch.zeros(100)}), made)
     with pytest.raises(BadTransfer, match=r"block 0 of 8 .* made against other weights"):
         applied(flat({"w": torch.zeros(1804)}), made)
+
+
+def test_what_is_given_up_is_no_delta() -> None:
+    base = flat({"w": torch.zeros(2000)})
+    enough = threading.Event()
+    assert encode_delta(base.memory, base.memory, base.specs, enough) is not None
+    enough.set()
+    assert encode_delta(base.memory, base.memory, base.specs, enough) is None
+
+
+def test_a_full_disk_is_no_damage(sound: tuple[FlatTensors, bytes, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(WeightMemory, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        apply_deltas(sound[0].memory, [memoryview(sound[1])], WeightMemory.create(sound[0].memory.nbytes, "weights"))

@@ -49,6 +49,12 @@ def ends(bus: Any) -> Callable[..., tuple[Any, Any]]:
     return make
 
 
+def publish_and_wait(publisher: Any, until: Callable, update: int, tensors: dict[str, torch.Tensor]) -> None:
+    """Until receivers over the socket can see it: an impatient learner gets no deltas."""
+    publisher.publish(Version(1, update), tensors)
+    until(lambda: not publisher._pending)
+
+
 def take(subscriber: Any, held: Version | None, version: Version) -> FlatTensors:
     """The version, and no earlier one."""
     found = subscriber.next(held, WAIT_S)
@@ -77,7 +83,7 @@ def test_thirty_versions_are_equal_to_the_bit_and_every_tenth_travels_whole(ends
 
 
 def test_who_missed_versions_gets_all_that_changed_since_and_who_is_new_a_whole_one(
-    bus: Any, ends: Callable, same: Callable
+    bus: Any, ends: Callable, same: Callable, until: Callable
 ) -> None:
     publisher, subscriber = ends()
     training = Training()
@@ -85,7 +91,7 @@ def test_who_missed_versions_gets_all_that_changed_since_and_who_is_new_a_whole_
     take(subscriber, None, Version(1, 0))
     before = publisher.gauges()["sent_bytes"]
     for update in range(1, 6):
-        publisher.publish(Version(1, update), training[update])
+        publish_and_wait(publisher, until, update, training[update])
     late = bus.subscriber(publisher, transport="tcp", codec="delta", name="late")
     held = subscriber.next(Version(1, 0), WAIT_S)
     assert held is not None
@@ -99,13 +105,13 @@ def test_who_missed_versions_gets_all_that_changed_since_and_who_is_new_a_whole_
     assert late.gauges()["delta_versions"] == 0
 
 
-def test_deltas_are_kept_while_they_are_less_than_a_version(ends: Callable, same: Callable) -> None:
+def test_deltas_are_kept_while_they_are_less_than_a_version(ends: Callable, same: Callable, until: Callable) -> None:
     publisher, subscriber = ends(anchor_freq=1000)
     training = Training(0.15)
     publisher.publish(Version(1, 0), training[0])
     take(subscriber, None, Version(1, 0))
     for update in range(1, 20):  # 3 bytes for 0.15 of all elements of 2
-        publisher.publish(Version(1, update), training[update])
+        publish_and_wait(publisher, until, update, training[update])
     assert same(take(subscriber, Version(1, 0), Version(1, 19)), training[19])
     assert subscriber.gauges()["delta_versions"] <= 1  # of one that was not the last
     assert subscriber.gauges()["received_bytes"] <= 2.3 * publisher.gauges()["staged_bytes"]
@@ -195,19 +201,109 @@ def test_memory_is_that_of_two_versions_at_either_end(ends: Callable, memories: 
     assert memories() <= 1  # pytest still has the receiver, and so its base
 
 
-def test_a_delta_that_can_not_be_made_is_told_to_the_learner(ends: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_delta_that_can_not_be_made_costs_no_version(
+    ends: Callable, same: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(*_: Any) -> bytes:
         raise MemoryError("no room")
 
     monkeypatch.setattr(publishing, "encode_delta", broken)
     publisher, subscriber = ends()
     training = Training()
+    for update in range(3):
+        publisher.publish(Version(1, update), training[update])
+        assert same(take(subscriber, Version(1, update - 1) if update else None, Version(1, update)), training[update])
+    assert subscriber.gauges()["delta_versions"] == 0
+    assert [record.args[0] for record in caplog.records if "no room" in record.getMessage()] == [Version(1, 1), Version(1, 2)]
+
+
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Deltas that are never done unless they are given up; set as soon as one was begun."""
+    begun = threading.Event()
+
+    def encode(base: Any, new: Any, specs: Any, enough: threading.Event) -> None:
+        begun.set()
+        assert enough.wait(WAIT_S)
+
+    monkeypatch.setattr(publishing, "encode_delta", encode)
+    return begun
+
+
+def test_the_next_version_waits_for_no_delta(ends: Callable, same: Callable, endless: threading.Event) -> None:
+    publisher, subscriber = ends()
+    training = Training()
     publisher.publish(Version(1, 0), training[0])
     take(subscriber, None, Version(1, 0))
     publisher.publish(Version(1, 1), training[1])
-    with pytest.raises(publishing.Unavailable, match=r"threads failed.*no room"):
-        publisher.publish(Version(1, 2), training[2])
+    assert endless.wait(WAIT_S)
     assert subscriber.next(Version(1, 0), 0.1) is None
+    publisher.publish(Version(1, 2), training[2])
+    assert same(take(subscriber, Version(1, 0), Version(1, 1)), training[1])
+    publisher.publish(Version(1, 3), training[3])
+    assert same(take(subscriber, Version(1, 1), Version(1, 2)), training[2])
+    assert subscriber.gauges()["delta_versions"] == 0
+    assert [publisher.gauges()[name] for name in ("delta_s", "delta_bytes")] == [0, 0]
+
+
+def test_closing_gives_a_delta_up(ends: Callable, endless: threading.Event) -> None:
+    publisher, subscriber = ends()
+    training = Training()
+    publisher.publish(Version(1, 0), training[0])
+    take(subscriber, None, Version(1, 0))
+    publisher.publish(Version(1, 1), training[1])
+    assert endless.wait(WAIT_S)
+    publisher.close()  # else this would fail in the delta's thread, after WAIT_S
+    assert publisher._enough.is_set()
+    assert not publisher._pending
+
+
+def test_who_shares_memory_does_not_wait_for_the_delta(
+    bus: Any, ends: Callable, same: Callable, until: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    def slow(*arguments: Any) -> bytes | None:
+        assert go_on.wait(WAIT_S)
+        return encode_delta(*arguments[:3])
+
+    monkeypatch.setattr(publishing, "encode_delta", slow)
+    publisher = bus.publisher(codec="delta")
+    far = bus.subscriber(publisher, transport="tcp", codec="delta", name="far")
+    near = bus.subscriber(publisher, codec="delta", name="near")
+    training = Training()
+    publisher.publish(Version(1, 0), training[0])
+    take(near, None, Version(1, 0))
+    take(far, None, Version(1, 0))
+    publisher.publish(Version(1, 1), training[1])
+    assert same(take(near, Version(1, 0), Version(1, 1)), training[1])
+    assert far.next(Version(1, 0), 0.1) is None
+    go_on.set()
+    assert same(take(far, Version(1, 0), Version(1, 1)), training[1])
+    assert (near.gauges()["shared_versions"], far.gauges()["delta_versions"]) == (2, 1)
+
+
+def test_weights_of_no_bytes_and_a_receiver_that_left_leave_no_delta(ends: Callable, until: Callable) -> None:
+    publisher, subscriber = ends()
+    training = Training()
+    publisher.publish(Version(1, 0), training[0])
+    take(subscriber, None, Version(1, 0))
+    publisher.publish(Version(1, 1), training[1])
+    take(subscriber, Version(1, 0), Version(1, 1))
+    assert publisher.gauges()["delta_bytes"] > 0
+    for update in (2, 3):
+        publisher.publish(Version(1, update), {"none": torch.empty(0, 3)})
+        take(subscriber, Version(1, update - 1), Version(1, update))
+    assert publisher.gauges()["delta_bytes"] == 0
+    publisher.publish(Version(1, 4), training[0])
+    take(subscriber, Version(1, 3), Version(1, 4))
+    publisher.publish(Version(1, 5), training[1])
+    take(subscriber, Version(1, 4), Version(1, 5))
+    assert publisher.gauges()["delta_bytes"] > 0
+    subscriber.close()
+    until(lambda: publisher.gauges()["receivers"] == 0)
+    publisher.publish(Version(1, 6), training[2])
+    assert [publisher.gauges()[name] for name in ("delta_s", "delta_bytes")] == [0, 0]
 
 
 def test_closing_while_a_delta_is_made_shows_it_to_nobody(

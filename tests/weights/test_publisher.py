@@ -105,14 +105,16 @@ def test_after_close_nothing_is_published(bus: Any, weights: Callable, memories:
 def test_a_failed_io_thread_is_told_to_the_learner(
     bus: Any, weights: Callable, memories: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(serving: Serving, live: Live) -> None:
+    def broken(serving: Serving, live: Live, ready: bool) -> None:
         raise OSError("No such device")
 
     monkeypatch.setattr(Serving, "show", broken)
     publisher = bus.publisher()
     publisher.publish(Version(1, 1), weights(1))
-    with pytest.raises(Unavailable, match=r"threads failed.*No such device"):
+    with pytest.raises(Unavailable, match=r"thread failed.*No such device"):
         publisher.publish(Version(1, 2), weights(2))  # waits for 1.1 to become visible
+    with pytest.raises(Unavailable, match="No such device"):
+        publisher.gauges()
     publisher.close()
 
 

@@ -294,3 +294,18 @@ def test_one_that_takes_longer_than_any_patience_gets_versions_too(slow_s: float
     simulate(peers, itertools.repeat(10.0), 6000.0)
     assert len(peers[0].got) >= 500
     assert len(peers[1].got) >= 5
+
+
+def test_a_version_that_is_not_ready_is_for_receivers_of_the_node_alone(bench: Bench) -> None:
+    bench.publish(0, here="learner")
+    bench.receivers["near"] = Receiver(name="near", here="learner")
+    bench.says("near", holds=0)
+    bench.says("far", holds=0)
+    bench.cache.make_room()
+    manifest = Manifest(
+        version=Version(1, 1), tensors=(), total_bytes=0, bucket_bytes=1, place=Place("learner", "/proc/0/fd/0", b"")
+    )
+    for ready, far in ((False, 0), (True, 1)):
+        bench.cache.add(Live(manifest=manifest, memory=bench.memory), bench.now, ready)
+        bench.advance()
+        assert (bench.offered("near"), bench.offered("far")) == (1, far)
