@@ -38,8 +38,10 @@ def wanted(up: int, load: Load, least: int, most: int) -> Decision | None:
         needed = math.ceil(up / (1 - min(load.short, 0.5)))  # twice as many at the most
         return Decision(min(needed, most), f"the learner waited for {load.short:.0%} of the time")
     if load.short < CALM and load.held >= HELD:
-        needed = math.ceil(max(up * load.used / FILLED, up / 2) - 1e-9)
-        return Decision(max(needed, least), f"held back for {load.held:.0%} of the time, with {load.used:.0%} of the room used")
+        needed = max(math.ceil(max(up * load.used / FILLED, up / 2) - 1e-9), least)
+        if needed >= up:
+            return None
+        return Decision(needed, f"held back for {load.held:.0%} of the time, with {load.used:.0%} of the room used")
     return None
 
 

@@ -26,7 +26,9 @@ def load(short: float = 0.0, held: float = 0.0, used: float = 1.0) -> Load:
         (8, load(held=0.5, used=0.4), 4),
         (8, load(held=0.5, used=0.1), 4),  # half of them at a time
         (3, load(held=0.5, used=0.1), 2),  # the fewest
-        (8, load(held=0.9, used=0.79), 8),  # a fifth of the room is left to them
+        (8, load(held=0.9, used=0.69), 7),  # a fifth of the room is left to them
+        (8, load(held=0.9, used=0.79), None),
+        (4, load(held=0.6, used=0.95), None),  # never up: nobody waits for more
         (8, load(held=0.29, used=0.1), None),  # long tails leave slots empty; nobody is held back
         (8, load(short=0.03, held=0.9, used=0.1), None),  # the learner waits a little
     ],
@@ -42,12 +44,13 @@ def test_what_is_asked_for_lies_between_the_fewest_and_the_most_and_never_jumps(
     found = wanted(up, load(short, held, used), least, most)
     if found is None:
         assert not (short >= SHORT and held < HELD)
-        assert not (short < CALM and held >= HELD)
+        assert not (short < CALM and held >= HELD) or max(up * used / 0.8, up / 2, least) > up - 1
     elif short >= SHORT:
         assert up <= found.number <= min(2 * up, most)
     else:
         assert max(up / 2, least, up * used) <= found.number + 1e-6  # nobody who is at work is given up
         assert found.number <= max(up * used / 0.8 + 1, up / 2 + 1, least)
+        assert found.number < up
 
 
 class World:

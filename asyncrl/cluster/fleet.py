@@ -6,6 +6,7 @@ A member that left is kept by name: who gets the name next has a higher incarnat
 """
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,11 +14,10 @@ from typing import Any
 
 import ray
 from msgspec.structs import replace
-from ray.autoscaler.sdk import request_resources
 from ray.exceptions import ActorDiedError
 
 from asyncrl.cluster.members import Member
-from asyncrl.cluster.placement import demand
+from asyncrl.cluster.placement import fits_nowhere
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.watchdog import Clock
 from asyncrl.config import CountRange
@@ -39,12 +39,12 @@ class Fleet:
         self._fewest = dict(self.counts)  # with fewer than these the run does not go on
         self.elastic = {role: spec.count for role, spec in self._specs.items() if isinstance(spec.count, CountRange)}
         self.coming: list[Member] = []  # who seeks a place
-        self.left: list[Member] = []  # whom the supervisor has to tell the store of
+        self.left: list[tuple[str, int]] = []  # whom the supervisor has to tell the store of, and their restart counts
         self.preemptions: Counter[str] = Counter()  # actors that were lost, or given up, with their node, by name
         self._gone: dict[str, Member] = {}
         self._asked: dict[str, int] = {}  # by `ask`, from any thread
         self._drains_at = 0.0
-        self._requested: list[tuple[dict[str, float], dict[str, str]]] = []
+        self._short_since: dict[str, float] = {}  # roles with fewer than the fewest
         self.members = self._first(plan)
 
     def _first(self, plan: RunPlan) -> list[Member]:
@@ -64,7 +64,8 @@ class Fleet:
     @property
     def restarts(self) -> dict[str, int]:
         """Of the actors that had any, those that left included."""
-        return {member.name: member.restarts for member in (*self.members, *self._gone.values()) if member.restarts}
+        all_ = (*self.members, *self.coming, *self._gone.values())
+        return {member.name: member.restarts for member in all_ if member.restarts}
 
     def ask(self, counts: dict[str, int | None]) -> None:
         """States how many of a role there should be from now on, whatever `count` of the deployment says. From any thread."""
@@ -94,6 +95,11 @@ class Fleet:
         """How many are up."""
         return sum(member.phase == "running" and not member.leaving for member in self._of(role))
 
+    @property
+    def nobody(self) -> bool:
+        """Whether a role waits for places, and nobody of it is up."""
+        return any(not self.at_work(member.role) for member in self.coming)
+
     def _of(self, role: str) -> list[Member]:
         return [member for member in self.members if member.role == role]
 
@@ -112,13 +118,17 @@ class Fleet:
             if (spec := getattr(plan.deployment, field)).count != self.counts[role]:
                 spec = replace(spec, count=self.counts[role])
                 plan = replace(plan, deployment=replace(plan.deployment, **{field: spec}))
+            if sum(not member.leaving for member in self._of(role)) < self._fewest[role]:
+                self._short_since.setdefault(role, self._clock())
+            else:
+                self._short_since.pop(role, None)
         for member in [*self.coming]:
-            needed = sum(not other.leaving for other in self._of(member.role)) < self._fewest[member.role]
-            if member.placed(self._limits.start_timeout_s, needed):
+            if member.placed():
                 self.coming.remove(member)
                 self.members.append(member)
                 member.spawn(plan, known)
-        self._request()
+            elif self._clock() - self._short_since.get(member.role, math.inf) > self._limits.start_timeout_s:
+                raise fits_nowhere(member.name, [member.place])
         return plan
 
     def _fill(self, role: str) -> None:
@@ -151,9 +161,9 @@ class Fleet:
         member.release()
         self.members.remove(member)
         self._gone[member.name] = member
-        self.left.append(member)
+        self.left.append((member.name, member.restart_count))  # the name may have a successor before that is told
 
-    def who_left(self) -> Iterator[Member]:
+    def who_left(self) -> Iterator[tuple[str, int]]:
         """Those of whom this has not told yet."""
         while self.left:
             yield self.left.pop()
@@ -169,23 +179,15 @@ class Fleet:
             if member.role in FIELDS:
                 yield member, max(0.0, until - time.time() - _MARGIN_S) if until else float("inf")
 
-    def _request(self) -> None:
-        """Tells Ray's autoscaler what there should be, where it may find nodes for it."""
-        if self._loopback or not (self.elastic or self._requested):
-            return
-        places = [self._specs[role].place for role, count in self.counts.items() for _ in range(count)]
-        wanted = [(bundle, place.labels) for place in places if (bundle := demand(place))]
-        if wanted != self._requested:
-            self._requested = wanted
-            bundles, labels = [bundle for bundle, _ in wanted], [labels for _, labels in wanted]
-            request_resources(bundles=bundles, **({"bundle_label_selectors": labels} if any(labels) else {}))
-
     def release(self) -> None:
         """Ends every actor, and gives all places back."""
         for member in (*self.members, *self.coming):
             member.release()
-        if self._requested:
-            request_resources(bundles=[])
+
+
+def preempted(error: Exception) -> bool:
+    """Whether its node was taken, and that had been announced."""
+    return isinstance(error, ActorDiedError) and bool(error.preempted)
 
 
 def taken_with_its_node(error: Exception) -> bool:

@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from asyncrl.cluster.actors import StageActor, StoreActor
-from asyncrl.cluster.placement import Placement, beside_driver, fits_nowhere, request, reserve
+from asyncrl.cluster.placement import Placement, beside_driver, request, reserve
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import call_store
 from asyncrl.cluster.watchdog import Clock, RestartBudget
@@ -19,7 +19,7 @@ from asyncrl.errors import Unavailable
 from asyncrl.interfaces import VERBS
 from asyncrl.types import Report, StoreReport
 
-FALLBACK_S = 10.0  # for which a place is sought by some labels, before it is by the next
+FALLBACK_S = 60.0  # for which a place is sought by some labels, before it is by the next: a node may take so long to join
 Phase = Literal["starting", "idle", "running", "ended"]
 # Calls of one kind that the store has at a time: a `submit` must not queue behind the generators that wait in `reserve`.
 STORE_GROUPS = {verb.caller: 100_000 for verb in VERBS.values()}
@@ -54,21 +54,18 @@ class Member:
         self._asked_at = 0.0
         self._seen = 0  # sequence number of the newest record that the store reported
         self._placement: Placement | None = None
-        self._choice, self._sought_at, self._seeking_since = 0, 0.0, 0.0
+        self._choice, self._sought_at = 0, 0.0
 
     def seek(self) -> None:
         """Asks for a place, for a `spawn` that waits for none: when it is `placed`."""
         self._placement, self._choice = request(self.name, [self.place]), 0
-        self._sought_at = self._seeking_since = self._clock()
+        self._sought_at = self._clock()
 
-    def placed(self, timeout_s: float, needed: bool) -> bool:
-        """Whether the place that it seeks is there; labels of the place are asked for in turn. Raises PlacementError where it
-        is `needed`, and was not there for `timeout_s`."""
+    def placed(self) -> bool:
+        """Whether the place that it seeks is there; labels of the place are asked for in turn."""
         if self._placement is None or self._placement.ready:
             return True
         now, choices = self._clock(), len(self.place.choices)
-        if needed and now - self._seeking_since > timeout_s:
-            raise fits_nowhere(self.name, [self.place])
         if choices > 1 and now - self._sought_at > FALLBACK_S:
             self._placement.release()
             self._choice, self._sought_at = (self._choice + 1) % choices, now

@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from asyncrl.cluster.causes import brief, dump, first_failure, gang_standing, heard, refuse
-from asyncrl.cluster.fleet import FIELDS, Fleet, taken_with_its_node
+from asyncrl.cluster.fleet import FIELDS, Fleet, preempted, taken_with_its_node
 from asyncrl.cluster.members import Member
 from asyncrl.cluster.opening import Opening
 from asyncrl.cluster.plan import RunPlan
@@ -241,6 +241,7 @@ class Supervisor:
         if not self._finishing:
             self._scale()
         pids = {member.name: member.pid for member in self._members if member.pid}
+        reports = [report for report in reports if report.name in pids]  # not of those that left in this round
         named, failing = len(self._summary.given_up), self._summary.failures.first
         self._summary.update(store, reports, self._fleet.restarts, pids)
         if (first := self._summary.failures.first) and not failing:
@@ -299,11 +300,10 @@ class Supervisor:
             member.connect(peer, restart_count, value)
 
     def _failed(self, member: Member, error: Exception) -> None:
-        """Restarts the member with its gang; past max_restarts, raises with the first error of those that count.
-
-        At the end of a run only the store is needed.
-        """
-        lead = member.lead
+        """Restarts the member with its gang; past max_restarts, raises with the first error of those that count. At the end of
+        a run only the store is needed."""
+        if (lead := member.lead) not in self._members:
+            return  # it left in this round
         if self._finishing and member is not self._store:
             log.warning("%s died at the end of the run, and is not needed any more: %s", member.name, brief(error))
             lead.kill()
@@ -312,7 +312,7 @@ class Supervisor:
             self._lost(lead, error)
             return
         member, error = first_failure(member, error)
-        if taken_with_its_node(error):
+        if preempted(error):  # a node that dies unannounced may do so of what this did
             self._lost(lead, error)
             self._replace(lead, excused=True)
             return
@@ -355,9 +355,9 @@ class Supervisor:
         if limit != self._limit and self._store.phase == "running":
             self._limit = limit
             call_store(self._store.handle, "limit_outstanding", limit[0])
-        for member in self._fleet.who_left():
-            self._summary.reports.pop(member.name, None)
-            self._dead.append((member.name, self._plan.incarnation(member.restart_count), True))
+        for name, restart_count in self._fleet.who_left():
+            self._summary.reports.pop(name, None)
+            self._dead.append((name, self._plan.incarnation(restart_count), True))
         self._tell_deaths()
         self._summary.preemptions = dict(self._fleet.preemptions)
 
@@ -388,7 +388,7 @@ class Supervisor:
         """Aborts a run in which nothing has moved for `stall_timeout_s`, leaving a dump of who waits for what."""
         starting = any(member.phase == "starting" for member in self._members)  # these have a deadline of their own
         idle = self._until is None and not self._opening.refs
-        doing = self._stall.stalled(report, self._summary.reports, excused=idle or starting)
+        doing = self._stall.stalled(report, self._summary.reports, excused=idle or starting or self._fleet.nobody)
         if doing:
             path = self._plan.paths.logs / "stall.json"
             write_atomic(path, json.dumps(redact(dump(self._members)), indent=1, default=str))

@@ -31,9 +31,10 @@ class LoadMeter:
         if role == "generator":
             held = limits["max_lag"] + limits["reserve_ahead"]
             return Load(short=max(0.0, waits - limits["stragglers"]), held=held, used=fmean(self._used or [0.0]))
-        idle = [shares[name].get("wait:store", 0.0) for name, report in reports.items() if report.role == role]
-        held = fmean(idle or [0.0])
-        return Load(short=waits if held < 0.1 else 0.0, held=held, used=1.0 - held)
+        waiting = [shares[name] for name, report in reports.items() if report.role == role]
+        # More workers make no model faster that they ask.
+        held = fmean([share.get("wait:store", 0.0) + share.get("wait:models", 0.0) for share in waiting] or [0.0])
+        return Load(short=max(0.0, waits - limits["stragglers"]) if held < 0.1 else 0.0, held=held, used=1.0 - held)
 
     def _shares(self, report: Report) -> dict[str, float]:
         before = self._before.get(report.name)

@@ -134,7 +134,8 @@ class RewardWorker:
             wait_s = 0.0 if self._pool.pending else self._poll_s
             with self._time.span("wait:store"):
                 lease = self._store.lease_unscored(self._lease_size, wait_s)
-            self._ended = self._ended or lease.ended
+            if lease.ended:
+                self._ended = True
             self._accept(lease)
         if not self._pool.pending:
             return

@@ -50,7 +50,7 @@ class World:
         )
         self.plan = RunPlan(recipe=recipe, deployment=deployment, run_dir="/r", started=1000, loopback=True)
         monkeypatch.setattr("asyncrl.cluster.members.request", self.request)
-        monkeypatch.setattr("asyncrl.cluster.members.fits_nowhere", lambda name, places: PlacementError(f"{name} fits nowhere"))
+        monkeypatch.setattr("asyncrl.cluster.fleet.fits_nowhere", lambda name, places: PlacementError(f"{name} fits nowhere"))
         monkeypatch.setattr(Member, "spawn", lambda member, plan, known: self.spawn(member))
         monkeypatch.setattr(Member, "kill", lambda member: setattr(member, "phase", "ended"))
         self.fleet = Fleet(self.plan, lambda: self.now)
@@ -91,10 +91,8 @@ def test_generators_come_and_go_and_the_plan_says_how_many(monkeypatch, tiny_rec
     assert world.fleet.at_work("generator") == 2
     world.fleet.drop(leaver)  # it has ended
     assert world.look() == ["generator-0", "generator-1"]
-    assert [(member.name, world.plan.incarnation(member.restart_count)) for member in world.fleet.left] == [
-        ("generator-2", 1000)
-    ]
     world.scale(3)
+    assert world.fleet.left == [("generator-2", 0)], "the one that left, not its successor"
     assert world.plan.incarnation(world.member("generator-2").restart_count) == 1001, "the name has a new incarnation"
     assert world.member("generator-0").restart_count == 0
 
@@ -104,7 +102,7 @@ def test_who_does_not_finish_in_time_hands_over(monkeypatch, tiny_recipe):
     world.scale(1)
     assert world.look(299.0) == ["generator-0", "generator-1"]
     assert world.look(2.0) == ["generator-0"]
-    assert [member.name for member in world.fleet.left] == ["generator-1"]
+    assert world.fleet.left == [("generator-1", 0)]
 
 
 def test_who_has_no_place_yet_or_still_starts_goes_first_and_at_once(monkeypatch, tiny_recipe):
@@ -124,8 +122,11 @@ def test_beyond_the_fewest_a_place_is_waited_for_and_below_them_it_is_an_error(m
     assert world.scale(5) == ["generator-0", "generator-1"]
     assert world.look(10_000.0) == ["generator-0", "generator-1"]
     world.fleet.drop(world.member("generator-0"))  # its node was taken
+    assert world.look() == ["generator-1"]
+    assert world.fleet.nobody is False
+    assert world.look(99.0) == ["generator-1"], "the others had waited for long, but were not needed"
     with pytest.raises(PlacementError, match="fits nowhere"):
-        world.look()
+        world.look(2.0)
     Group.room = True
     assert len(world.look()) == 5, "nodes have joined"
 
@@ -136,7 +137,7 @@ def test_labels_are_asked_for_in_turn(monkeypatch, tiny_recipe):
     Group.room = False
     world.scale(2)
     for _ in range(60):
-        world.look()
+        world.look(3.0)
     assert [labels for _, labels in world.asked] == [{"market": "spot"}, {"market": "on-demand"}, {}]
 
 
