@@ -3,6 +3,8 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <semaphore.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/time.h>
@@ -21,6 +23,31 @@ int clock_gettime(clockid_t clock, struct timespec *t) {
     int result = real(clock, t);
     if (!result && ahead && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE)) t->tv_sec += *ahead;
     return result;
+}
+// Waits until a time of the wall clock are told the kernel's. Times of a monotonic clock are those since the machine's start.
+static const struct timespec *kernels(const struct timespec *until, struct timespec *own) {
+    if (!ahead || !until || until->tv_sec < 1000000000) return until;
+    *own = *until;
+    own->tv_sec -= *ahead;
+    return own;
+}
+#define WAIT(name, version, ...) \
+    static int (*next)() ; \
+    if (!next) next = dlvsym(RTLD_NEXT, name, version); \
+    if (!next) next = dlsym(RTLD_NEXT, name); \
+    struct timespec own; \
+    return next(__VA_ARGS__)
+int pthread_cond_timedwait(pthread_cond_t *condition, pthread_mutex_t *mutex, const struct timespec *until) {
+    WAIT("pthread_cond_timedwait", "GLIBC_2.3.2", condition, mutex, kernels(until, &own));
+}
+int pthread_cond_clockwait(pthread_cond_t *condition, pthread_mutex_t *mutex, clockid_t clock, const struct timespec *until) {
+    WAIT("pthread_cond_clockwait", "GLIBC_2.34", condition, mutex, clock, kernels(until, &own));
+}
+int sem_timedwait(sem_t *semaphore, const struct timespec *until) {
+    WAIT("sem_timedwait", "GLIBC_2.34", semaphore, kernels(until, &own));
+}
+int sem_clockwait(sem_t *semaphore, clockid_t clock, const struct timespec *until) {
+    WAIT("sem_clockwait", "GLIBC_2.34", semaphore, clock, kernels(until, &own));
 }
 int gettimeofday(struct timeval *t, void *zone) {
     struct timespec now;
