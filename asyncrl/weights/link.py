@@ -145,10 +145,11 @@ class Link:
         if address is None:
             self._cause = "resolve() knows of no publisher"
             return False
-        if address == self._address:
+        former = self._address
+        if address == former:
             return False
-        if self._address is not None and address.incarnation < self._address.incarnation:
-            self._cause = f"resolve() names incarnation {address.incarnation}, older than {self._address.incarnation}"
+        if former is not None and address.incarnation < former.incarnation:
+            self._cause = f"resolve() names incarnation {address.incarnation}, older than {former.incarnation}"
             return False
         self._drop()
         self._address, self._client = address, SubscriberSocket(address)
@@ -156,7 +157,7 @@ class Link:
         self._poller.register(self._client.monitor, zmq.POLLIN)
         self._cause = SILENT
         self.connections += 1
-        return True
+        return former is None or not address.same_publisher(former)  # it may have given us other keys
 
     def _drop(self, linger_ms: int = 0) -> None:
         """Closes the connection, if there is one."""

@@ -171,7 +171,8 @@ class WeightPublisher:
         try:
             steps = self._steps(base, staged)
         except Exception as error:
-            log.warning("weights %s travel whole: what changed since %s can't be told: %r", staged.version, base.version, error)
+            what = f"{error!r}"  # itself it would keep both versions in memory for as long as a log has it
+            log.warning("weights %s travel whole: what changed since %s can't be told: %s", staged.version, base.version, what)
         if not steps:
             self._since_anchor = 0
         with self._changed:

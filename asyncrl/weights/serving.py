@@ -66,13 +66,13 @@ class Serving:
         if self._server.monitor in events:
             self._server.watch()
         with self._lock:
-            self._probe()
             with suppress(zmq.Again):
                 for _ in range(BATCH if self._router in events else 0):
                     peer, *frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
                     key = str(frames[-1].get("User-Id")).encode()  # of the handshake
                     if self._server.admits(key):  # still
                         self._take(peer.bytes, [frame.bytes for frame in frames], key)
+            self._probe()  # a receiver that has just come back isn't silent
             self._advance()
             while self._answer_next():
                 pass

@@ -10,6 +10,7 @@ from typing import Any
 
 import zmq
 from msgspec import Struct
+from msgspec.structs import replace
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
@@ -37,6 +38,10 @@ class Address(Struct, frozen=True, kw_only=True):
     server_key: bytes
     client_public: bytes
     client_secret: bytes
+
+    def same_publisher(self, other: "Address") -> bool:
+        """Whether they lead to one publisher, with whatever keys of the receiver."""
+        return replace(other, client_public=self.client_public, client_secret=self.client_secret) == self
 
     def __repr__(self) -> str:
         return f"Address({self.endpoint}, incarnation={self.incarnation}, keys=…)"

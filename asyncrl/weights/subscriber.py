@@ -1,11 +1,12 @@
 """A generator's end of the weight bus: pulls the newest version, and shows it only when it is whole and verified."""
 
+import logging
 import os
 import threading
 import time
 from typing import Literal
 
-from asyncrl.errors import BadTransfer, Closed
+from asyncrl.errors import BadTransfer, Closed, ConfigError
 from asyncrl.interfaces import Tensors
 from asyncrl.models.memory import WeightMemory, here
 from asyncrl.types import Version
@@ -14,6 +15,8 @@ from asyncrl.weights.link import Link, Resolve
 from asyncrl.weights.messages import Announce, Bucket, GetBucket, GetManifest, Gone, Hello, Manifest, Refused, Reply
 
 CLOSE_TIMEOUT_S = 10.0
+
+log = logging.getLogger(__name__)
 
 
 class WeightSubscriber:
@@ -104,9 +107,11 @@ class WeightSubscriber:
         try:
             for reply, payload in self._link.receive(self._link.wait_s(until)):
                 self._take(reply, payload)
+            connections = self._link.connections
             if self._link.keep(self._hello):
-                self._confirms = 0
                 self._discard(barrier=self._link.hello)  # whatever the former publisher left half-sent dies with it
+            if self._link.connections != connections:
+                self._confirms = 0
             return self._advance()
         except BadTransfer:
             self._counts["bad_transfers"] += 1
@@ -115,6 +120,14 @@ class WeightSubscriber:
             if self._failures >= self._max_failures:
                 self._failures = 0
                 raise
+            return None
+        except ConfigError as error:
+            if self._codec == "full":
+                raise
+            # Not the error itself, which would keep the base for as long as a log has it.
+            log.warning("weights come whole from now on, for there is no room for a delta's base beside them: %s", str(error))
+            self._codec, self._base = "full", None
+            self._restart()
             return None
 
     def _take(self, reply: Reply, payload: memoryview | None) -> None:
@@ -150,6 +163,8 @@ class WeightSubscriber:
             return
         self._asked_manifest = None
         place, shared = manifest.place, None
+        if not manifest.steps:  # nothing changes the base any more, and there may be no room for both
+            self._base = None
         if place is not None and self._opens and place.here == self._here:
             shared = WeightMemory.open(place, manifest.total_bytes)
             if shared is None:  # the version is gone, or its memory is not for us

@@ -2,18 +2,21 @@
 
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from msgspec.structs import replace
 
-from asyncrl.errors import BadTransfer
+from asyncrl.errors import BadTransfer, ConfigError
 from asyncrl.models.loading import load_weights
-from asyncrl.models.memory import FlatTensors
+from asyncrl.models.memory import FlatTensors, WeightMemory
 from asyncrl.types import Version
+from asyncrl.weights import assembly as assembling
 from asyncrl.weights import publisher as publishing
 from asyncrl.weights.delta import encode_delta
 from asyncrl.weights.messages import Announce, Bucket, GetBucket, GetManifest, Hello, Manifest
@@ -168,6 +171,28 @@ def test_within_a_node_no_delta_is_made(bus: Any, same: Callable) -> None:
         assert same(take(subscriber, Version(1, update - 1) if update else None, Version(1, update)), training[update])
     assert subscriber.gauges()["shared_versions"] == 3
     assert publisher.gauges()["delta_s"] == 0
+
+
+def test_where_there_is_no_room_for_a_base_versions_come_whole(
+    ends: Callable, same: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    publisher, subscriber = ends()
+    taken, create = weakref.WeakSet[WeightMemory](), WeightMemory.create
+
+    def with_little_room(nbytes: int, what: str) -> WeightMemory:
+        if sum(memory.nbytes for memory in taken) + nbytes > 1.5 * 2 * SIZE:
+            raise ConfigError(f"{what} need more")
+        taken.add(memory := create(nbytes, what))
+        return memory
+
+    monkeypatch.setattr(assembling, "WeightMemory", SimpleNamespace(create=with_little_room))
+    training = Training()
+    for update in range(4):
+        publisher.publish(Version(1, update), training[update])
+        right = same(take(subscriber, Version(1, update - 1) if update else None, Version(1, update)), training[update])
+        assert right  # on a line of its own: pytest keeps what an assertion uses
+    assert subscriber.gauges()["delta_versions"] == 0
+    assert [record.name for record in caplog.records] == ["asyncrl.weights.subscriber"]
 
 
 def test_a_model_that_writes_to_its_weights_spoils_no_base(ends: Callable, same: Callable) -> None:

@@ -77,6 +77,21 @@ def test_a_dead_receiver_is_named_once_and_forgotten(
     until(lambda: receivers(serving) == (1, 1))
 
 
+def test_who_comes_back_in_the_moment_of_the_probe_keeps_its_key(
+    serving: Serving, server: PublisherSocket, clock: Clock, raw_dealer: Callable[..., Any], until: Callable[..., Any]
+) -> None:
+    address = server.admit("generator-0")
+    first = raw_dealer(address)
+    first.send(HELLO)
+    until(lambda: receivers(serving) == (1, 0))
+    first.close()
+    raw_dealer(address).send(HELLO)
+    assert server.socket.poll(20_000)  # it waits to be read
+    clock.now += 2 * PROBE_S
+    assert receivers(serving) == (1, 0)
+    assert server.admits(address.client_public)
+
+
 def test_a_goodbye_is_no_loss_however_late_it_is_read(
     serving: Serving, server: PublisherSocket, raw_dealer: Callable[..., Any], until: Callable[..., Any]
 ) -> None:

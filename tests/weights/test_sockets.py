@@ -120,6 +120,35 @@ def test_a_receiver_whose_key_is_void_comes_back_with_another(bus: Any, weights:
     assert subscriber.gauges()["connections"] == 2
 
 
+def test_other_keys_are_no_other_publisher() -> None:
+    servers = [PublisherSocket("127.0.0.1", incarnation) for incarnation in (1, 1)]
+    one, elsewhere = (server.admit("generator-0") for server in servers)
+    servers[0].void(one.client_public)
+    again = servers[0].admit("generator-0")
+    assert again != one
+    assert again.same_publisher(one)
+    assert not elsewhere.same_publisher(one)
+    assert not msgspec.structs.replace(one, incarnation=2).same_publisher(one)
+    assert not msgspec.structs.replace(one, endpoint=elsewhere.endpoint).same_publisher(one)
+    assert not msgspec.structs.replace(one, server_key=elsewhere.server_key).same_publisher(one)
+    for server in servers:
+        server.close()
+
+
+def test_a_version_half_here_outlives_the_key(bus: Any, weights: Callable, same: Callable, until: Callable) -> None:
+    publisher = bus.publisher(transport="tcp")
+    subscriber = bus.subscriber(publisher, transport="tcp", credit=1)
+    publisher.publish(Version(1, 1), weights(1))
+    until(lambda: subscriber.next(None, 0.0) is None and subscriber.gauges()["received_bytes"] > 5000)
+    publisher._socket.void(publisher.admit("generator-0").client_public)
+    found = subscriber.next(None, 20.0)
+    assert found is not None
+    assert same(found[1], weights(1))
+    assert subscriber.gauges()["connections"] == 2
+    nbytes = publisher.gauges()["staged_bytes"]
+    assert nbytes <= subscriber.gauges()["received_bytes"] <= nbytes + 1000
+
+
 def test_an_address_travels_and_does_not_print_its_keys(bus: Any) -> None:
     address = bus.publisher().admit("generator-0")
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(address), type=Address) == address
