@@ -17,7 +17,7 @@ from asyncrl.interfaces import VERBS
 from asyncrl.types import Key
 
 SUPERVISOR = Key("supervisor", 0, 0)
-ADMIT_S = 10.0
+ADMIT_S = 5.0  # less than closing a subscriber waits for its thread
 
 
 class Peers:
@@ -106,17 +106,25 @@ class RayBus:
 
     def __init__(self, peers: Peers, name: str, incarnation: int) -> None:
         self._peers, self._receiver = peers, (name, incarnation)
+        self._asked = -1  # restart_count of the learner that gave the last address
+
+    def moved(self) -> bool:
+        """Whether another learner was announced than the one that gave the last address. At once."""
+        return self._peers.known("bus")[0] != self._asked
 
     def __call__(self) -> Any:
         """The bus's address; None before there is one. Raises Unavailable if the learner doesn't answer, and Fenced."""
-        if (learner := self._peers.peek("bus")) is None:
+        restart_count, learner = self._peers.known("bus")
+        if learner is None:
             return None
         try:
-            return ray.get(learner.ask.remote("admit", *self._receiver), timeout=ADMIT_S)
+            address = ray.get(learner.ask.remote("admit", *self._receiver), timeout=ADMIT_S)
         except GetTimeoutError:
             raise Unavailable(f"learner: it gave no key to the weight bus within {ADMIT_S:g} s") from None
         except (RayActorError, OutOfMemoryError) as error:  # another one is announced
             raise Unavailable(f"learner: out of reach: {error}") from None
+        self._asked = restart_count
+        return address
 
 
 class RayModel:

@@ -127,8 +127,10 @@ def _generator(name: str, incarnation: int, plan: RunPlan, peers: Peers, store: 
         host=_host(plan),
     )
     engine = engine_kind(generators.engine.kind).build(site)
+    find = RayBus(peers, name, incarnation)
     weights = WeightSubscriber(
-        RayBus(peers, name, incarnation),
+        find,
+        moved=find.moved,
         name=name,
         transport=bus.transport,
         credit=bus.credit,

@@ -26,8 +26,11 @@ class Link:
     Not thread-safe: all calls but `waker.set` come from one thread at a time.
     """
 
-    def __init__(self, resolve: Resolve, *, name: str, poll_s: float, deadline_s: float) -> None:
-        """name: who says Hello, in errors."""
+    def __init__(
+        self, resolve: Resolve, *, name: str, poll_s: float, deadline_s: float, moved: Callable[[], bool] = lambda: True
+    ) -> None:
+        """name: who says Hello, in errors. moved: whether `resolve` may name another one, while the last one answers."""
+        self._moved = moved
         self._resolve, self._name, self._poll_s, self._deadline_s = resolve, name, poll_s, deadline_s
         self.waker = Waker()
         self.hello = 0  # number of the last Hello
@@ -68,7 +71,7 @@ class Link:
             return False
         self._due = now + self._poll_s
         changed = False
-        if self._client is None or self._silent_since is not None or now >= self._rediscover_at:
+        if self._client is None or self._silent_since is not None or (now >= self._rediscover_at and self._moved()):
             self._rediscover_at = now + REDISCOVER_POLLS * self._poll_s
             changed = self._find()
         self.greet(hello)

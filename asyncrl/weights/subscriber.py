@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Literal
 
 from asyncrl.errors import BadTransfer, Closed, ConfigError
@@ -27,6 +28,7 @@ class WeightSubscriber:
     credit: buckets asked for ahead. poll_s: how often the publisher is asked what is newest, should a hint get lost.
     deadline_s: silence of the publisher that `next` bears. max_failures: damaged transfers in a row that it bears.
     codec: `delta` asks for what changed since the version that came last, which it keeps for that if it came over the socket.
+    moved: whether to ask `resolve` now and then although the publisher answers: it may have a successor. Must not block.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class WeightSubscriber:
         deadline_s: float = 30.0,
         max_failures: int = 3,
         codec: Literal["full", "delta"] = "full",
+        moved: Callable[[], bool] = lambda: True,
     ) -> None:
         if credit < 1:
             raise ValueError(f"credit={credit} < 1: no bucket would ever be asked for; use at least 1")
@@ -47,7 +50,7 @@ class WeightSubscriber:
         self._unopened = 0  # how often in a row memory was not there; twice, and a version is taken over the socket
         self._credit, self._max_failures = credit, max_failures
         self._name = name or f"{os.uname().nodename}:{os.getpid()}"
-        self._link = Link(resolve, name=self._name, poll_s=poll_s, deadline_s=deadline_s)
+        self._link = Link(resolve, name=self._name, poll_s=poll_s, deadline_s=deadline_s, moved=moved)
         self._lock = threading.Lock()  # held by whoever uses the link
         self._closed = threading.Event()
         self._holds: Version | None = None

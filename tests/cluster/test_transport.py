@@ -90,11 +90,16 @@ def test_a_generator_asks_the_learner_that_lives_for_keys_of_its_own(local_ray):
     peers = Peers()
     bus = RayBus(peers, "generator-3", 7)
     assert bus() is None
+    assert not bus.moved()
     peers.put("bus", 0, learner(ActorDiedError()))
     with pytest.raises(Unavailable, match="learner: out of reach"):
         bus()
     peers.put("bus", 1, learner())
+    assert bus.moved()
     assert bus() == "address"
+    assert not bus.moved()
+    peers.put("bus", 2, learner())
+    assert bus.moved()
     assert asked == [("admit", "generator-3", 7)] * 2
 
 

@@ -19,6 +19,7 @@ from asyncrl.errors import BadTransfer, Closed, Unavailable
 from asyncrl.models.layout import DTYPES
 from asyncrl.models.memory import FlatTensors, Place, WeightMemory, here
 from asyncrl.types import Version
+from asyncrl.weights.link import REDISCOVER_POLLS
 from asyncrl.weights.messages import Announce, GetBucket, GetManifest, Gone, Hello, Refused
 from asyncrl.weights.sockets import Address
 
@@ -177,6 +178,16 @@ def test_a_zombie_that_still_answers_is_left_for_its_successor(bus: Any, weights
     found = subscriber.next(Version(1, 1), WAIT_S)
     assert found is not None
     assert found[0] == Version(2, 0)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_while_the_publisher_answers_it_is_looked_for_only_if_it_may_have_moved(bus: Any, until: Callable, moved: bool) -> None:
+    publisher, asked = bus.publisher(), itertools.count()
+    subscriber = bus.subscriber(
+        resolve=lambda: (next(asked), publisher.admit("generator-0"))[1], moved=lambda: moved, poll_s=0.01
+    )
+    until(lambda: subscriber.next(None, 0.05) is None and subscriber._link.hello > 3 * REDISCOVER_POLLS)
+    assert (next(asked) > 2) == moved
 
 
 def test_an_older_incarnation_is_never_gone_back_to(bus: Any, weights: Callable, until: Callable) -> None:
