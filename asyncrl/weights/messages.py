@@ -97,9 +97,8 @@ class Manifest(Struct, frozen=True, kw_only=True, tag="manifest"):
 
 
 class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
-    """A subscriber says who it is, and asks for the newest version."""
+    """A subscriber asks for the newest version. Its key says who it is."""
 
-    receiver: str
     sequence: int
     holds: Version | None = None
     pulling: Version | None = None  # the version that it takes over the socket

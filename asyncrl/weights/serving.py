@@ -127,8 +127,8 @@ class Serving:
             self._forget(identity)
             self._server.void(key)
             return
-        if isinstance(request, Hello) and identity not in self._peers:
-            self._meet(identity, request.receiver, key)
+        if isinstance(request, Hello) and identity not in self._peers and (name := self._server.owner(key)) is not None:
+            self._meet(identity, name, key)
         peer = self._peers.get(identity)
         if peer is None or len(peer.asked) >= MAX_ASKED:  # it asks again after its next Hello
             self._counts["unsent"] += 1

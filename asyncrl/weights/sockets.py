@@ -140,6 +140,10 @@ class PublisherSocket:
         """Whether a client with this public key is served. From any thread."""
         return key in self._valid
 
+    def owner(self, key: bytes) -> str | None:
+        """The receiver that this public key was given to; None if it is not served. From any thread."""
+        return self._valid.get(key)
+
     def void(self, key: bytes) -> None:
         """No client with this public key is served any more. Its receiver may be admitted again, with another one."""
         with self._lock:

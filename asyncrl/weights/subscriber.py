@@ -214,7 +214,6 @@ class WeightSubscriber:
     @property
     def _hello(self) -> Hello:
         return Hello(
-            receiver=self._name,
             sequence=0,
             holds=self._holds,
             pulling=self._pulling,

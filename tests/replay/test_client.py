@@ -112,7 +112,7 @@ def test_every_verb_is_a_method_of_one_part_and_has_its_protocols_arguments(fake
         declared = list(verb.signature.parameters)
         assert implemented[0] == "caller"
         assert len(implemented) == len(declared)  # `caller` in place of `self`
-        assert name == "submit" or implemented[1:] == declared[1:]  # whose rollouts come as rows
+        assert name in ("submit", "stream") or implemented[1:] == declared[1:]  # whose rollouts and pieces come as rows
     core.scoring.commit = lambda caller: None
     with pytest.raises(TypeError, match="2 parts of the store have a method 'commit'"):
         core._handler("commit")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from asyncrl.config import (
     RewardSpec,
     StalenessSpec,
 )
+from asyncrl.processes import ENDING
 from asyncrl.replay import open as open_replay
 from asyncrl.replay.log import events as ev
 
@@ -71,7 +73,9 @@ def made(local_ray: None, tiny_recipe_in: Callable[..., Recipe], tmp_path_factor
 
 @pytest.fixture
 def asyncrl(made: Made, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, list[Any], str]]]:
-    """Status, the lines of JSON on standard output, and what standard error was told."""
+    """Status, the lines of JSON on standard output, and what standard error was told. A command leaves the signals that end it
+    as they are for a process that has nothing more to do."""
+    ended_by = {number: signal.getsignal(number) for number in ENDING}
     root, handlers, level = logging.getLogger(), list(logging.getLogger().handlers), logging.getLogger("asyncrl").level
 
     def call(*words: object) -> tuple[int, list[Any], str]:
@@ -82,6 +86,8 @@ def asyncrl(made: Made, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable
         return status, lines, said.out + said.err
 
     yield call
+    for number, handler in ended_by.items():
+        signal.signal(number, handler)
     root.handlers[:] = handlers
     logging.getLogger("asyncrl").setLevel(level)
 

@@ -42,7 +42,7 @@ REPLIES = [
     Refused(reason="no"),
 ]
 REQUESTS = [
-    Hello(receiver="generator-0", sequence=9, holds=V, pulling=V, here=here(), confirms=4),
+    Hello(sequence=9, holds=V, pulling=V, here=here(), confirms=4),
     GetBucket(version=V, index=2, confirms=7),
     GetManifest(version=V),
     Bye(),

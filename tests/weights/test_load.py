@@ -28,10 +28,13 @@ from asyncrl.types import Version
 from asyncrl.weights.publisher import WeightPublisher
 
 publisher = WeightPublisher(1, transport="tcp", bucket_bytes=1 << 20)
-print(msgspec.json.encode(publisher.admit("generator-0")).decode(), flush=True)
 for line in sys.stdin:
-    if line.strip():
-        publisher.publish(Version(1, int(line)), {"w": torch.full((2 << 20,), float(line))})
+    verb, *what = line.split()
+    if verb == "admit":
+        print(msgspec.json.encode(publisher.admit(*what)).decode(), flush=True)
+        continue
+    if what:
+        publisher.publish(Version(1, int(what[0])), {"w": torch.full((2 << 20,), float(what[0]))})
     status = dict(entry.split(":") for entry in open("/proc/self/status").read().splitlines())
     memory = int(status["RssAnon"].split()[0]) << 10
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -46,17 +49,19 @@ class LearnerProcess:
     def __init__(self, *limits: int) -> None:
         arguments = [sys.executable, "-c", LEARNER, *map(str, limits)]
         self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.address = msgspec.json.decode(self._line(), type=Address)
+
+    def admit(self, name: str) -> Address:
+        return msgspec.json.decode(self._answer(f"admit {name}"), type=Address)
 
     def publish(self, update: int | None = None) -> dict[str, Any]:
         """Publishes 8 MiB, or nothing; returns the publisher's gauges, its memory in bytes, and its limit of descriptors."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{'' if update is None else update}\n")
-        self.process.stdin.flush()
-        return json.loads(self._line())
+        return json.loads(self._answer("publish" if update is None else f"publish {update}"))
 
-    def _line(self) -> str:
+    def _answer(self, line: str) -> str:
+        assert self.process.stdin is not None
         assert self.process.stdout is not None
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
         return self.process.stdout.readline()
 
     def close(self) -> None:
@@ -87,11 +92,11 @@ def test_receivers_that_stall_cost_the_learner_little_memory_and_the_others_noth
     context.rcvhwm = 1
     stalled = []
     for index in range(4):
-        dealer = context.socket(zmq.DEALER)
-        dealer.curve_serverkey, dealer.linger = publisher.address.server_key, 0
-        dealer.curve_publickey, dealer.curve_secretkey = publisher.address.client_public, publisher.address.client_secret
-        dealer.connect(publisher.address.endpoint)
-        dealer.send(messages.encode(Hello(receiver=f"stalled-{index}", sequence=1)))
+        dealer, address = context.socket(zmq.DEALER), publisher.admit(f"stalled-{index}")
+        dealer.curve_serverkey, dealer.linger = address.server_key, 0
+        dealer.curve_publickey, dealer.curve_secretkey = address.client_public, address.client_secret
+        dealer.connect(address.endpoint)
+        dealer.send(messages.encode(Hello(sequence=1)))
         for number in range(120):
             dealer.send(messages.encode(GetBucket(version=Version(1, 0), index=number % 8)))
         stalled.append(dealer)
@@ -122,7 +127,7 @@ def test_strangers_that_say_nothing_do_not_use_up_the_descriptors(
     assert publisher.publish(0)["limit"] == 1024  # it was raised as far as it may be
     receiver = bus.subscriber(publisher, transport="tcp")
     assert receiver.next(None, 20.0) is not None
-    host, _, port = publisher.address.endpoint.removeprefix("tcp://").rpartition(":")
+    host, _, port = publisher.admit("generator-0").endpoint.removeprefix("tcp://").rpartition(":")
     strangers = []
     try:
         for number in range(2000):

@@ -13,7 +13,7 @@ from asyncrl.weights import messages
 from asyncrl.weights.messages import Announce, Bucket, GetBucket, GetManifest, Gone, Hello, Manifest, Refused, Reply
 from asyncrl.weights.serving import Live, Serving
 
-HELLO = Hello(receiver="generator-7", sequence=1)
+HELLO = Hello(sequence=1)
 HELLO_BYTES = messages.encode(HELLO)
 
 

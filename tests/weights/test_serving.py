@@ -15,7 +15,7 @@ from asyncrl.weights.serving import MAX_ASKED, PROBE_S, Serving
 from asyncrl.weights.sockets import PublisherSocket, Waker
 from asyncrl.weights.versions import Live
 
-HELLO = messages.encode(Hello(receiver="generator-7", sequence=1))
+HELLO = messages.encode(Hello(sequence=1))
 
 
 class Clock:
@@ -71,7 +71,7 @@ def test_a_dead_receiver_is_named_once_and_forgotten(
 
     until(probed_again)
     assert [record.getMessage() for record in caplog.records] == [
-        "weight receiver generator-7 is silent and out of reach, holding nothing"
+        "weight receiver generator-0 is silent and out of reach, holding nothing"
     ]
     raw_dealer(server.admit("generator-0")).send(HELLO)  # restarted under its name
     until(lambda: receivers(serving) == (1, 1))
@@ -117,7 +117,7 @@ class Asker:
 
     def hello(self, confirms: int = 0) -> None:
         self.hellos += 1
-        self.dealer.send(messages.encode(Hello(receiver=self.name, sequence=self.hellos, confirms=confirms)))
+        self.dealer.send(messages.encode(Hello(sequence=self.hellos, confirms=confirms)))
 
     def ask(self, count: int, confirms: int = 0) -> None:
         for _ in range(count):
@@ -141,7 +141,7 @@ def asker(
     serving.show(Live(manifest=manifest, memory=FlatTensors.copy_of(weights(1), "weights").memory))
 
     def make(name: str) -> Asker:
-        made = Asker(name, raw_dealer(server.admit("generator-0")))
+        made = Asker(name, raw_dealer(server.admit(name)))
         made.hello()
         return made
 

@@ -12,7 +12,7 @@ from asyncrl.weights import messages
 from asyncrl.weights.messages import Hello
 from asyncrl.weights.sockets import Address, PublisherSocket, Waker
 
-HELLO = messages.encode(Hello(receiver="g", sequence=1))
+HELLO = messages.encode(Hello(sequence=1))
 
 
 def test_only_the_runs_key_is_served(bus: Any, raw_dealer: Callable) -> None:

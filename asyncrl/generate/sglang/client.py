@@ -214,8 +214,9 @@ def check_top_k(request: GenerationRequest) -> ConfigError | None:
 
 
 def request_id(row: RequestRow) -> str:
-    """Names this segment of the row to the server."""
-    return f"{row.request.id}#{row.segments}"
+    """Names this segment of the row to the server, as nothing was named before: SGLang aborts the requests of a connection that
+    has ended by name, two seconds later, and by then the same request may be with it again."""
+    return f"{row.request.id}#{row.segments}.{row.nonce}"
 
 
 def _sampling(row: RequestRow, stream_interval: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ swap or the death of a server costs no token that was reported and whose version
 """
 
 import re
+import secrets
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TypeVar
@@ -31,7 +32,7 @@ class RequestRow:
         self.request, self._vocabulary = request, vocabulary
         self.future: Future[Generation] = Future()
         self.cut = request.sampling.temperature > 0 and (request.sampling.top_p < 1.0 or request.sampling.top_k > 0)
-        self.segments = 0
+        self.segments, self.nonce = 0, secrets.token_hex(4)
         self.cancelled = False
         self._clear()
         if (begun := request.begun) is not None:
