@@ -19,7 +19,7 @@ from asyncrl.cluster.preflight import check_resumed, check_run
 from asyncrl.cluster.preparation import prepare_run, save_functions
 from asyncrl.config import Deployment, Recipe
 from asyncrl.config.paths import resolve_paths
-from asyncrl.control import Requests, Scale, Stop
+from asyncrl.control import Requests, Scale, Stop, Stopping
 from asyncrl.errors import ConfigError, DiskFull, SentinelFired
 from asyncrl.processes import aside, undisturbed
 from asyncrl.report.callbacks import CallbackQueue, Callbacks
@@ -79,13 +79,14 @@ class Trainer:
         self._began = self._actors_due = time.monotonic()
         self._scalings = 0  # decisions that are in metrics.jsonl
         self._error: BaseException | None = None  # that the run ended with
-        self._stopping = False  # as somebody asked
+        self._stopping = Stopping()
+        self._halting = False
         self._resources = contextlib.ExitStack()
         try:
             self._resources.enter_context(log_shown())
             check_run(self._recipe, self._deployment, self.paths)
             self._resources.enter_context(self.paths.lock())
-            self._requests = Requests(self.paths, {Stop: self._stop, Scale: self._scale})
+            self._requests = Requests(self.paths, {Stop: self._stopping.take, Scale: self._scale})
             self.paths.ended.unlink(missing_ok=True)
             self._resources.callback(lambda: write_end(self.paths, self._summary.committed, self._error))
             resume_at = None if resume_from is None else self._update_of(resume_from)
@@ -240,7 +241,9 @@ class Trainer:
     def _halt(self, why: str) -> str:
         """Ends the learner's work with a checkpoint, and says which."""
         limit_s = self._deployment.limits.save_timeout_s
-        log.warning("%s: saving, once the update under way is made; limits.save_timeout_s=%g", why, limit_s)
+        if not self._stopping.at_once:
+            log.warning("%s: saving, once the update under way is made; limits.save_timeout_s=%g", why, limit_s)
+        self._halting = True
         self._supervisor.halt()
         made, newest = self._summary.committed, self.paths.steps()[-1]
         if self.paths.update_of(newest) < made:
@@ -338,20 +341,19 @@ class Trainer:
             self._actors_due = now + ACTORS_EVERY_S
         if self._observer is not None:
             self._observer(self._summary)
+        if self._halting:
+            self._requests.look()
+            if self._stopping.at_once:
+                raise KeyboardInterrupt
 
     def _between(self) -> None:
         """Called by the supervisor between two rounds, where what is raised ends the run in order."""
         self._callbacks.run()
         self._requests.look()
-        if self._stopping:
+        if self._stopping.asked:
             raise KeyboardInterrupt
         if self._lookout is not None:
             self._lookout.settle(self._supervisor.save_soon, self._summary.fired)
-
-    def _stop(self, request: Stop) -> str:
-        log.warning("asked to stop")
-        self._stopping = True
-        return "the update under way is made and saved, then the run ends"
 
     def _scale(self, request: Scale) -> str:
         self.scale(request.generators, request.rewards)

@@ -31,7 +31,9 @@ _LOOK_S = 0.1
 
 
 class Stop(Struct, frozen=True, tag="stop", forbid_unknown_fields=True):
-    """End in order: the update under way is made and saved."""
+    """End in order: the update under way is made and saved. at_once: it is not, and actors are killed."""
+
+    at_once: bool = False
 
 
 class Scale(Struct, frozen=True, kw_only=True, tag="scale", forbid_unknown_fields=True):
@@ -154,3 +156,18 @@ class Requests:
             if not isinstance(error, AsyncRLError):
                 log.exception("a request could not be done")
             return Answered(False, redact(str(error)) or type(error).__name__)
+
+
+class Stopping:
+    """What a leader was asked about its end."""
+
+    def __init__(self) -> None:
+        self.asked = self.at_once = False
+
+    def take(self, request: Stop) -> str:
+        """Notes it, and returns what to answer."""
+        self.asked, self.at_once = True, self.at_once or request.at_once
+        log.warning("asked to stop%s", " at once" if self.at_once else "")
+        if self.at_once:
+            return "the run ends at once; the updates since its newest checkpoint will be made again from the log"
+        return "the update under way is made and saved, then the run ends; --now ends it at once"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import asyncrl.control as control
-from asyncrl.control import Answered, Requests, Scale, Stop, ask, leader
+from asyncrl.control import Answered, Requests, Scale, Stop, Stopping, ask, leader
 from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.rundir import RunDir
 
@@ -186,6 +186,16 @@ def test_an_asker_whose_leader_ends_is_told_at_once(run: RunDir) -> None:
     assert len(said) == 1
     assert "nothing was done: pid" in said[0]
     assert said[0].endswith("which led it, has ended")
+
+
+def test_what_is_to_end_at_once_is_not_to_end_in_order_any_more() -> None:
+    stopping = Stopping()
+    assert (stopping.asked, stopping.at_once) == (False, False)
+    assert "is made and saved" in stopping.take(Stop())
+    assert (stopping.asked, stopping.at_once) == (True, False)
+    for at_once in (True, False):
+        assert "ends at once" in stopping.take(Stop(at_once))
+        assert (stopping.asked, stopping.at_once) == (True, True)
 
 
 def test_a_request_that_was_begun_may_be_done_and_this_is_said(led: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

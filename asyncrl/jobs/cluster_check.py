@@ -6,7 +6,6 @@ One actor on each node tells of it; together they sum a tensor, over gloo and, w
 import argparse
 import contextlib
 import json
-import logging
 import os
 import platform
 import secrets
@@ -25,7 +24,7 @@ from msgspec.structs import replace
 
 from asyncrl.cluster.resources import ask_driver
 from asyncrl.disk import as_size, existing
-from asyncrl.errors import ConfigError, Unavailable
+from asyncrl.errors import ConfigError
 from asyncrl.rundir import redact
 from asyncrl.scratch import SHM
 
@@ -129,6 +128,8 @@ def examine_cluster(address: str, runs_dir: Path) -> list[NodeFacts]:
     """Of each living node. Raises Unavailable if no cluster answers, ConfigError for a folder that is not to write in."""
     import ray
 
+    from asyncrl.cluster.session import join_or_start
+
     folder, mark = existing(runs_dir.expanduser().absolute()), f".asyncrl-reach-{secrets.token_hex(8)}"
     try:
         (folder / mark).write_text(mark)
@@ -137,11 +138,8 @@ def examine_cluster(address: str, runs_dir: Path) -> list[NodeFacts]:
     with contextlib.ExitStack() as ending:
         ending.callback((folder / mark).unlink)
         if not ray.is_initialized():
-            try:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-            except (OSError, RuntimeError) as error:
-                raise Unavailable(f"no Ray cluster answers at {address!r}: {error}; name one with --address") from error
             ending.callback(ray.shutdown)
+            join_or_start(address, {})
         nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeManagerAddress"]))
         probes = [_probe(node) for node in nodes]
         for probe in probes:

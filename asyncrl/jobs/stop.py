@@ -1,4 +1,5 @@
-"""`asyncrl stop RUN`: ends a run in order, from wherever its directory is reached: as the first Ctrl-C would.
+"""`asyncrl stop RUN`: ends a run in order, from wherever its directory is reached: as the first Ctrl-C would; or at once, as
+the second one would, with --now.
 
 Exit status 0: it has ended; 1: not within --timeout, or its leader did not answer; 2: RUN is no run.
 """
@@ -22,6 +23,8 @@ def stop_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="the run directory, runs/NAME")
     waits = "seconds to wait for its end (default 900); the run is asked to end whatever becomes of this command"
     parser.add_argument("--timeout", type=float, default=900.0, metavar="S", help=waits)
+    now = "at once, also if it is ending in order by now: without a checkpoint of the updates since the newest one"
+    parser.add_argument("--now", action="store_true", help=now)
     parser.set_defaults(job=_stop)
 
 
@@ -31,10 +34,12 @@ def _stop(args: argparse.Namespace) -> int:
         raise ConfigError(f"--timeout {args.timeout:g}: say how many seconds > 0 to wait")
     paths, deadline = run_dir(args.run), time.monotonic() + args.timeout
     if (first := leader(paths)) is not None:
-        print(f"{first}: {ask(paths, Stop(), min(args.timeout, ANSWER_S))}", file=sys.stderr, flush=True)
+        print(f"{first}: {ask(paths, Stop(args.now), min(args.timeout, ANSWER_S))}", file=sys.stderr, flush=True)
         while leader(paths) == first:
             if time.monotonic() > deadline:
-                raise Unavailable(f"{paths.path}: {first} was asked, and has not ended within {args.timeout:g} s; it will")
+                raise Unavailable(
+                    f"{paths.path}: {first} was asked, and has not ended within {args.timeout:g} s; it will, by --now at once"
+                )
             time.sleep(_LOOK_S)
     return _told(paths)
 

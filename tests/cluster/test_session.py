@@ -1,16 +1,22 @@
 """Signals that come while Ray starts, and whose session is whose. Ray itself is not needed for it."""
 
+import contextlib
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from asyncrl.cluster.session import deaf_to_hangups, heed_signals, ray_session
+from asyncrl import cli
+from asyncrl.cluster.session import deaf_to_hangups, heed_signals, ray_session, reach
 from asyncrl.config import Deployment
+from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.processes import ENDING, undisturbed
 from asyncrl.scratch import traces
 
@@ -112,6 +118,7 @@ def test_the_session_of_an_own_ray_is_in_use_until_it_is_shut_down_and_anothers_
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # by another test
     monkeypatch.setattr("ray.init", lambda **options: SimpleNamespace(address_info={"session_dir": str(session)}))
+    monkeypatch.setattr("asyncrl.cluster.session.reach", lambda address: None)
     monkeypatch.setattr("ray.shutdown", lambda: seen.extend(trace.in_use for trace in traces(tmp_path, tmp_path)))
     with ray_session(Deployment(ray_address="10.0.0.1:6379")) as here:
         assert not here
@@ -135,3 +142,54 @@ def test_a_terminal_that_closes_ends_no_process_of_rays(own_handler: object) -> 
         assert process.wait(30) == 0
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGHUP)
+
+
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        (None, "Connection refused"),
+        (b"HTTP/1.0 400 Bad Request", "something else listens there"),
+        (b"", "something else listens there"),  # which takes the connection, and closes it
+    ],
+)
+def test_a_cluster_that_is_not_there_is_named_at_once(
+    first: bytes | None, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_USE_TLS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError), server.accept()[0] as peer:
+            peer.recv(1000)
+            peer.sendall(first or b"")
+
+    began = time.monotonic()
+    with socket.create_server(("", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        answering = threading.Thread(target=serve)
+        if first is None:
+            server.close()
+        else:
+            answering.start()
+        assert cli.main(["doctor", "--cluster", "--address", address]) == 1
+        if first is not None:
+            answering.join(10)
+    assert time.monotonic() - began < 15
+    error = capsys.readouterr().err
+    assert f"no Ray cluster can be joined at '{address}'" in error
+    assert f"{said}; expected HOST:PORT of the head's" in error
+
+
+def test_a_listener_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asyncrl.cluster.session._REACH_S", 0.05)
+    with (
+        socket.create_server(("", 0)) as server,
+        pytest.raises(Unavailable, match=r"nothing answers within 0\.05 s; expected HOST:PORT"),
+    ):
+        reach(f"127.0.0.1:{server.getsockname()[1]}")
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265", "head", "head:port"])
+def test_what_is_no_address_of_a_cluster_is_named(address: str) -> None:
+    with pytest.raises(ConfigError, match="expected HOST:PORT of the head's `ray start --head --port`"):
+        reach(address)

@@ -1,7 +1,9 @@
 """`asyncrl attach`, `status` and `stop` of runs that nobody leads, that are led elsewhere, or that are none."""
 
+import contextlib
 import json
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import msgspec
 import pytest
 
 from asyncrl import cli
+from asyncrl.control import Stop
 from asyncrl.report.summary import RunEnd
 from asyncrl.rundir import RunDir
 
@@ -113,3 +116,24 @@ def test_a_leader_that_does_not_answer_fails_a_stop(run: RunDir, capsys: pytest.
     with run.lock():
         assert cli.main(["stop", str(run.path), "--timeout", "0.2"]) == 1
     assert "nothing was done: pid " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "wanted"), [([], Stop()), (["--now"], Stop(at_once=True))])
+def test_what_a_stop_asks_for(
+    run: RunDir, words: list[str], wanted: Stop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Stop] = []
+    ended(run, FAILED)
+    with contextlib.ExitStack() as leading:
+        leading.enter_context(run.lock())
+
+        def answer(paths: RunDir, request: Stop, timeout_s: float) -> str:
+            asked.append(request)
+            leading.close()
+            (run.path / ".lock").unlink()
+            return "so be it"
+
+        monkeypatch.setattr("asyncrl.jobs.stop.ask", answer)
+        assert cli.main(["stop", str(run.path), *words]) == 0
+    assert asked == [wanted]
+    assert capsys.readouterr().err == f"pid {os.getpid()} on {socket.gethostname()}: so be it\n"

@@ -1,12 +1,14 @@
 """Ctrl-C, from Python: what was trained is saved, and the run goes on from exactly there."""
 
 import signal
+import threading
 from collections.abc import Callable
 
 import pytest
 
 from asyncrl import Callbacks, Trainer
 from asyncrl.config import CheckpointSpec, Deployment, LimitsSpec
+from asyncrl.control import Stop, ask
 from asyncrl.errors import ConfigError
 from asyncrl.replay.log import events as ev
 from asyncrl.report.summary import RunSummary
@@ -26,6 +28,30 @@ class CtrlC:
         if self.left and run.committed >= self.after:
             self.left -= 1
             signal.raise_signal(signal.SIGINT)
+
+
+class Stops:
+    """Asks as `asyncrl stop` does, when two updates are committed, and once that is taken as `asyncrl stop --now` does."""
+
+    wanted = ["the update under way is made and saved, then the run ends", "the run ends at once"]
+
+    def __init__(self, run: RunDir) -> None:
+        self.run, self.told = run, list[str]()
+        self.thread: threading.Thread | None = None
+
+    def __call__(self, run: RunSummary) -> None:
+        if run.committed >= 2 and self.thread is None:
+            self.thread = threading.Thread(target=self.ask)
+            self.thread.start()
+
+    def ask(self) -> None:
+        for now in (False, True):
+            self.told.append(ask(self.run, Stop(at_once=now), 60.0))
+
+    def wait(self) -> list[str]:
+        if self.thread is not None:
+            self.thread.join(60)
+        return self.told
 
 
 class Picky:
@@ -83,20 +109,22 @@ def test_an_interrupted_fit_saves_goes_on_and_is_resumed_from_exactly_there(
     assert run.steps()[-1].name == f"step_{commits[-1]:06d}"
 
 
-@pytest.mark.parametrize("how", ["too late", "twice"])
+@pytest.mark.parametrize("how", ["too late", "twice", "asked"])
 def test_an_update_that_does_not_end_holds_up_the_end_for_a_while_only(
     local_ray: None, tiny_recipe: Callable, hold_after: Callable, tmp_path, how: str
 ) -> None:
     recipe = tiny_recipe(algorithm=hold_after(2).algorithm, checkpoint=CheckpointSpec(save_freq=1000))
-    observe = CtrlC(2, times=2 if how == "twice" else 1)
-    limits = {"save_timeout_s": 600.0 if how == "twice" else 2.0}
+    stops = Stops(RunDir(tmp_path / "tiny"))
+    observe = stops if how == "asked" else CtrlC(2, times=2 if how == "twice" else 1)
+    limits = {"save_timeout_s": 2.0 if how == "too late" else 600.0}
     with (
         Trainer(recipe, deployment(**limits), runs_dir=tmp_path, observe=observe) as trainer,
         pytest.raises(KeyboardInterrupt) as interrupt,
     ):
         trainer.fit()
     said = str(interrupt.value)
-    if how == "twice":
+    if how != "too late":
         assert said == ""
+        assert [words.rpartition("; ")[0] for words in stops.wait()] == stops.wanted * (how == "asked")
     else:
         assert "step_000000 is the newest checkpoint; the updates since, up to 2, will be made again from the log" in said
