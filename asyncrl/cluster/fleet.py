@@ -185,11 +185,13 @@ class Fleet:
             member.release()
 
 
-def preempted(error: Exception) -> bool:
-    """Whether its node was taken, and that had been announced."""
-    return isinstance(error, ActorDiedError) and bool(error.preempted)
-
-
 def taken_with_its_node(error: Exception) -> bool:
     """Whether an actor died because its node did, or was preempted: a reason, and no failure of the actor."""
     return isinstance(error, ActorDiedError) and (error.preempted or "its node has died" in str(error))
+
+
+def excused(role: str, error: Exception) -> bool:
+    """Whether who died of this has not failed: its node did. A learner's node may have died of what the learner did, unless
+    that was announced."""
+    announced = isinstance(error, ActorDiedError) and bool(error.preempted)
+    return announced or (role != "learner" and taken_with_its_node(error))

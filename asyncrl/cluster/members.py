@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from asyncrl.cluster.actors import StageActor, StoreActor
 from asyncrl.cluster.placement import Placement, beside_driver, request, reserve
@@ -52,6 +52,7 @@ class Member:
         self.asked: Any = None  # Ray's reference to the report that was asked for
         self._clock = clock
         self._asked_at = 0.0
+        self._doubted_at: float | None = None  # since when it can't be reached, and nobody knows why
         self._seen = 0  # sequence number of the newest record that the store reported
         self._placement: Placement | None = None
         self._choice, self._sought_at = 0, 0.0
@@ -98,7 +99,7 @@ class Member:
 
     def _create(self, plan: RunPlan, known: dict[str, tuple[int, Any]], options: dict[str, Any]) -> None:
         self.restart_count += 1
-        self.phase, self.asked = "starting", None
+        self.phase, self.asked, self._doubted_at = "starting", None, None
         if self.is_store:
             actor = ray.remote(concurrency_groups=STORE_GROUPS)(StoreActor)
             self.handle = actor.options(**options).remote(plan)
@@ -117,6 +118,19 @@ class Member:
     def run(self, *arguments: Any) -> None:
         self.phase, self.task = "running", self.handle.run.remote(*arguments)
 
+    def doubts(self, error: Exception, within_s: float) -> bool:
+        """Whether it is too early to tell why the actor failed: one whose node died is out of reach at first, and the cluster
+        knows some seconds later. It is then asked for reports until it is known, within_s at the most."""
+        if self.is_store or self.lead.gang[1:] or not isinstance(error, ActorUnavailableError):
+            return False  # ranks of a gang would meanwhile fail of each other
+        if self._doubted_at is None:
+            self._doubted_at = self._clock()
+        if self._clock() - self._doubted_at > within_s:
+            return False
+        self.task = None
+        self.ask_report()
+        return True
+
     def ask_report(self) -> None:
         """Asks for a report as of now; one on its way is forgotten."""
         self.asked = call_store(self.handle, "report", self._seen) if self.is_store else self.handle.report.remote()
@@ -125,10 +139,11 @@ class Member:
     def poll_report(self, timeout_s: float) -> Report | StoreReport | None:
         """Returns the report asked for last time, if it has come, and asks for the next. Never waits.
 
-        Raises Unavailable for an actor that has not answered for `timeout_s`, what its health check raised, and RayActorError
-        for one that died while it had nothing to do. Other deaths arrive through `task`.
+        Raises Unavailable for an actor that has not answered for `timeout_s`, or that was out of reach; what its health check
+        raised; and RayActorError for one that died while it had nothing to do, or is in doubt. Other deaths arrive through
+        `task`.
         """
-        if self.phase not in ("idle", "running"):
+        if self.phase not in ("idle", "running") and self._doubted_at is None:
             return None
         report: Report | StoreReport | None = None
         if self.asked is not None:
@@ -141,6 +156,9 @@ class Member:
             except RayActorError:
                 if self.task is None:
                     raise
+            else:
+                if self._doubted_at is not None:
+                    raise Unavailable(f"{self.name} was out of reach for a while, and what it does since is not known")
         if isinstance(report, StoreReport):
             self._seen = max([self._seen, *(record.sequence for record in report.records)])
         self.ask_report()

@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from asyncrl.cluster.causes import brief, dump, first_failure, gang_standing, heard, refuse
-from asyncrl.cluster.fleet import FIELDS, Fleet, preempted, taken_with_its_node
+from asyncrl.cluster.fleet import FIELDS, Fleet, excused, taken_with_its_node
 from asyncrl.cluster.members import Member
 from asyncrl.cluster.opening import Opening
 from asyncrl.cluster.plan import RunPlan
@@ -308,13 +308,11 @@ class Supervisor:
             log.warning("%s died at the end of the run, and is not needed any more: %s", member.name, brief(error))
             lead.kill()
             return
-        if lead.leaving or (lead.role in FIELDS and taken_with_its_node(error)):
-            self._lost(lead, error)
+        if member.doubts(error, self._limits.health_timeout_s):
             return
         member, error = first_failure(member, error)
-        if preempted(error):  # a node that dies unannounced may do so of what this did
+        if lead.leaving or excused(lead.role, error):
             self._lost(lead, error)
-            self._replace(lead, excused=True)
             return
         text = redact(brief(error)) + gang_standing(lead, self._summary)
         counted = lead.budget.failed(text)
@@ -346,6 +344,8 @@ class Supervisor:
             log.warning("%s was lost with its node, which counts as no failure of its: it is replaced", lead.name)
         if lead.role in FIELDS:
             self._fleet.drop(lead)
+        else:
+            self._replace(lead, excused=True)
 
     def _scale(self) -> None:
         """Takes what was stated, or what the rule decides, and has members come and go."""

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, RayActorError
 
-from asyncrl.cluster.fleet import Fleet, taken_with_its_node
+from asyncrl.cluster.fleet import Fleet, excused
 from asyncrl.cluster.members import Member
 from asyncrl.cluster.placement import Placement
 from asyncrl.cluster.plan import RunPlan
@@ -160,17 +160,20 @@ class Preempted(ActorDiedError):
         RayActorError.__init__(self, "1", text, False, preempted)
 
 
+ANNOUNCED, UNANNOUNCED = Preempted(True, "…"), Preempted(False, "The actor died because its node has died. Node Id: 12")
+
+
 @pytest.mark.parametrize(
-    ("error", "taken"),
+    ("error", "roles"),
     [
-        (Preempted(True, "…"), True),
-        (Preempted(False, "The actor died because its node has died. Node Id: 12"), True),
-        (Preempted(False, "The actor is dead because its worker process has died."), False),
-        (RuntimeError("its node has died"), False),
+        (ANNOUNCED, ["generator", "reward", "model", "learner"]),
+        (UNANNOUNCED, ["generator", "reward", "model"]),
+        (Preempted(False, "The actor is dead because its worker process has died."), []),
+        (RuntimeError("its node has died"), []),
     ],
 )
-def test_who_dies_with_its_node_has_not_failed(error, taken):
-    assert taken_with_its_node(error) is taken
+def test_who_dies_with_its_node_has_not_failed(error, roles):
+    assert [role for role in ("generator", "reward", "model", "learner") if excused(role, error)] == roles
 
 
 def test_a_placement_without_a_group_is_ready_at_once():

@@ -5,9 +5,10 @@ import logging
 from contextlib import nullcontext
 
 import pytest
-from ray.exceptions import OutOfDiskError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfDiskError, RayActorError, RayTaskError
 
 from asyncrl import launch
+from asyncrl.cluster.members import Member
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.supervisor import Supervisor
 from asyncrl.cluster.watchdog import StallWatch
@@ -200,3 +201,83 @@ def test_a_generator_that_fits_nowhere_is_named(local_ray, tiny_recipe, tmp_path
     deployment = Deployment(generators=GeneratorsSpec(place=PlaceSpec(cpus=512)))
     with pytest.raises(PlacementError, match="generator-0 fits nowhere"):
         launch(tiny_recipe(), deployment, runs_dir=tmp_path)
+
+
+class Unreached:
+    """An actor's handle, and the answers to come: errors to be raised, and reports. Silent when there are no more."""
+
+    def __init__(self, *answers: object) -> None:
+        self.report, self.answers = self, list(answers)
+
+    def remote(self) -> "Unreached":
+        return self
+
+    def wait(self, refs: list[object], **how: object) -> tuple[list[object], list[object]]:
+        return ([], refs) if not self.answers else (refs, [])
+
+    def get(self, ref: object) -> object:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def gone(text: str) -> ActorDiedError:
+    error = ActorDiedError("")
+    RayActorError.__init__(error, "1", text, False, False)
+    return error
+
+
+AWAY = ActorUnavailableError("its connection is lost", None)
+NODE, PROCESS = gone("The actor died because its node has died."), gone("its worker process has died")
+
+
+@pytest.mark.parametrize("role", ["generator", "reward", "model"])
+@pytest.mark.parametrize(
+    ("answers", "known_s", "failure"),
+    [
+        ([AWAY, AWAY, NODE], 6.0, ""),
+        ([NODE], 2.0, ""),
+        ([AWAY, PROCESS], 4.0, "the process died (ActorDiedError)"),
+        ([AWAY, Report(name="", role="", seconds={}, gauges={})], 4.0, "was out of reach for a while, and what it does since"),
+        ([AWAY] * 40, 62.0, "the process died (ActorUnavailableError)"),
+        ([AWAY], 64.0, "has not answered for 62 s"),
+    ],
+)
+def test_who_is_out_of_reach_is_asked_until_it_is_known_whether_its_node_died(
+    tiny_recipe, tmp_path, monkeypatch, role, answers, known_s, failure
+):
+    plan = RunPlan(recipe=tiny_recipe(), deployment=Deployment(), run_dir=str(tmp_path), started=1, loopback=True)
+    plan.paths.create()
+    summary, now, begun, calls = RunSummary(name="tiny", total_steps=5), 0.0, [], []
+    supervisor = Supervisor(plan, summary, lambda records: None)
+    supervisor._members.append(Member("model", "model-0", PlaceSpec(), plan.deployment.limits, lambda: now))
+    (member,) = (member for member in supervisor._members if member.role == role)
+    monkeypatch.setattr(Member, "spawn", lambda member, *of: begun.append(member.name))
+    monkeypatch.setattr(Member, "kill", lambda member: None)
+    monkeypatch.setattr("asyncrl.cluster.supervisor.call_store", lambda handle, *call: calls.append(call))
+    member._clock, member.phase, member.restart_count, member.handle = (lambda: now), "running", 0, Unreached(*answers)
+    monkeypatch.setattr("asyncrl.cluster.members.ray", member.handle)
+    monkeypatch.setattr("asyncrl.cluster.supervisor.ray.wait", lambda refs, **how: ([], refs))
+    supervisor._limit, supervisor._store.phase = (supervisor._plan.staleness.most_outstanding, -1), "running"
+    supervisor._store.poll_report = lambda timeout_s: None
+    supervisor._failed(member, AWAY)
+    while not begun and now < 100.0:
+        now += 2.0
+        supervisor._look({})
+    assert (begun, now) == ([member.name], known_s)
+    assert calls == [("forget", member.name, plan.incarnation(0), not failure)]
+    assert supervisor._fleet.preemptions == ({} if failure else {member.name: 1})
+    assert supervisor._fleet.restarts == ({member.name: 1} if failure else {})
+    if failure:
+        assert failure in (plan.paths.logs / f"{member.name}.error").read_text()
+
+
+def test_ranks_that_fail_of_each_other_are_in_no_doubt(tiny_recipe, tmp_path):
+    plan = RunPlan(
+        recipe=tiny_recipe(), deployment=Deployment(learner=RanksSpec(ranks=2)), run_dir="/r", started=1, loopback=True
+    )
+    members = Supervisor(plan, RunSummary(name="tiny", total_steps=5), lambda records: None)._members
+    for member in members:
+        member.handle = Unreached()
+    assert {member.name for member in members if member.doubts(AWAY, 60.0)} == {"generator-0", "reward-0"}

@@ -1,10 +1,15 @@
 """Generators and reward workers come and go while a run goes on; nodes are drained and lost: the log shows what it came to."""
 
+import json
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
+import msgspec
 import pytest
 
-from asyncrl import Trainer
+from asyncrl import RunResult, Trainer
 from asyncrl.config import Deployment, EngineSpec, GeneratorsSpec, LearnerSpec, LimitsSpec, SamplingSpec
 from asyncrl.errors import ConfigError
 from asyncrl.replay import open as open_replay
@@ -76,3 +81,27 @@ def test_generators_and_rewards_come_and_go_while_the_run_goes_on(
     assert sorted(told[:2]) == [("generator", 1, 3), ("reward", 1, 2)]
     assert sorted(told[2:4]) == [("generator", 3, 1), ("reward", 2, 1)]
     assert told[4:] == [("generator", 1, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_generators_outlive_nodes_that_drain_and_nodes_that_are_killed(tiny_recipe, events_of, assert_nothing_lost, tmp_path):
+    """Two of them on one node: it drains, and they begin on another; that is killed without a word, and they begin on a third.
+    `max_restarts=0`: any failure would end the run."""
+    recipe = tiny_recipe(total_steps=10_000, learner=LearnerSpec(batch_groups=4, lr=1e-4))
+    path = tmp_path / "recipe.json"
+    path.write_bytes(msgspec.json.encode(recipe))
+    command = [sys.executable, str(Path(__file__).with_name("lost_nodes.py")), str(path), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=380)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    result = msgspec.convert(told["result"], RunResult)
+    assert result.restarts == {}
+    assert sum(result.preemptions.values()) == 4
+    (first,), (second,), (third,) = told["nodes"]
+    assert [first, second] == told["spot"]
+    assert third not in told["spot"]
+    events = events_of(result.run_dir)
+    assert_nothing_lost(events, result)
+    assert result.max_trained_lag <= recipe.staleness.max_lag
+    assert not any(isinstance(event, ev.HolderDied) for event in events), "no prompt is to blame for a node"
