@@ -115,8 +115,8 @@ class Fleet:
             log.warning("%s still held work when its time was over: others begin it anew", member.name)
             self.drop(member)
         for field, role in ((field, role) for role, field in FIELDS.items()):
-            if (spec := getattr(plan.deployment, field)).count != self.counts[role]:
-                spec = replace(spec, count=self.counts[role])
+            if (spec := getattr(plan.deployment, field)).least != (count := self.counts[role]):
+                spec = replace(spec, count=CountRange(min=count, max=max(count, spec.most)))  # models have room for the most
                 plan = replace(plan, deployment=replace(plan.deployment, **{field: spec}))
             if sum(not member.leaving for member in self._of(role)) < self._fewest[role]:
                 self._short_since.setdefault(role, self._clock())

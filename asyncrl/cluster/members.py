@@ -10,12 +10,12 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
 from asyncrl.cluster.actors import StageActor, StoreActor
-from asyncrl.cluster.placement import Placement, beside_driver, request, reserve
+from asyncrl.cluster.placement import Placement, beside_driver, fits_nowhere, request, reserve
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.transport import call_store
 from asyncrl.cluster.watchdog import Clock, RestartBudget
 from asyncrl.config import QUESTIONS, LimitsSpec, PlaceSpec
-from asyncrl.errors import Unavailable
+from asyncrl.errors import AsyncRLError, Unavailable
 from asyncrl.interfaces import VERBS
 from asyncrl.types import Report, StoreReport
 
@@ -110,6 +110,12 @@ class Member:
         for peer, (restart_count, value) in known.items():
             self.connect(peer, restart_count, value)
 
+    def late(self) -> AsyncRLError:
+        """What is said of it past its deadline. The place of one that is started again may have gone with its node."""
+        if self.lead._placement is not None and not self.lead._placement.ready:
+            return fits_nowhere(self.lead.name, [member.place for member in self.lead.gang])
+        return Unavailable(f"{self.name} did not start within limits.start_timeout_s")
+
     def connect(self, peer: str, restart_count: int, value: Any) -> None:
         """Tells the actor where a peer is now; the store asks nobody."""
         if not self.is_store and self.phase != "ended":
@@ -170,6 +176,7 @@ class Member:
 
     def kill(self) -> None:
         """Ends the processes of the gang that it leads, however they stand."""
+        self.budget.down()
         for member in self.gang:
             if member.handle is not None:
                 ray.kill(member.handle, no_restart=True)

@@ -228,7 +228,7 @@ class Supervisor:
         store, reports = None, []
         for member in [*self._members]:
             if member.phase == "starting" and self._clock() > member.deadline:
-                self._failed(member, Unavailable(f"{member.name} did not start within limits.start_timeout_s"))
+                self._failed(member, member.late())
             try:
                 report = member.poll_report(self._limits.health_timeout_s)
             except (Unavailable, RayError) as error:  # it hangs, or is alive but broken: a full disk, a `keep` that raises

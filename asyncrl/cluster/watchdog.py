@@ -59,12 +59,16 @@ class RestartBudget:
 
     def failed(self, error: str) -> list[str]:
         """Notes a failure, and returns the errors of those that count, oldest first."""
-        self._time.enter("down")
+        self.down()
         up_s = self._time.seconds().get("up", 0.0)
         self._failures.append((up_s, error))
         while up_s - self._failures[0][0] > self._window_s:
             self._failures.popleft()
         return [error for _, error in self._failures]
+
+    def down(self) -> None:
+        """The actor has gone; it may not have failed."""
+        self._time.enter("down")
 
     def forgive(self) -> None:
         """What failed so far is explained, and counts no longer."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from ray.exceptions import ActorDiedError, RayActorError
 
 from asyncrl.cluster.fleet import Fleet, excused
@@ -84,7 +85,7 @@ def test_generators_come_and_go_and_the_plan_says_how_many(monkeypatch, tiny_rec
     world = World(monkeypatch, tiny_recipe(), count=1)
     assert world.look() == ["generator-0"]
     assert world.scale(3) == ["generator-0", "generator-1", "generator-2"]
-    assert (world.plan.deployment.generators.count, world.plan.staleness.most_outstanding) == (3, 20)
+    assert (world.plan.deployment.generators.least, world.plan.staleness.most_outstanding) == (3, 20)
     leaver = world.member("generator-2")
     assert world.scale(2) == ["generator-0", "generator-1", "generator-2"], "it finishes what it holds"
     assert leaver.handle.told == ["retire"]
@@ -129,6 +130,18 @@ def test_beyond_the_fewest_a_place_is_waited_for_and_below_them_it_is_an_error(m
         world.look(2.0)
     Group.room = True
     assert len(world.look()) == 5, "nodes have joined"
+
+
+def test_the_plan_knows_the_most_there_may_be(monkeypatch, tiny_recipe):
+    """A model that starts now has to answer them all later."""
+    world = World(monkeypatch, tiny_recipe(), count=1)
+    world.fleet._specs["reward"], seen = RewardsSpec(count=CountRange(min=1, max=6)), []
+    world.plan = replace(world.plan, deployment=replace(world.plan.deployment, rewards=world.fleet._specs["reward"]))
+    for count in (1, 3, 8, 2):
+        world.fleet.counts["reward"] = count
+        world.look()
+        seen.append((world.plan.deployment.rewards.least, world.plan.deployment.rewards.most))
+    assert seen == [(1, 6), (3, 6), (8, 8), (2, 8)]
 
 
 def test_labels_are_asked_for_in_turn(monkeypatch, tiny_recipe):

@@ -1,11 +1,13 @@
 """A member's silence, on a clock that the test sets. The reply that never comes is a reference that nobody fills."""
 
+from types import SimpleNamespace
+
 import pytest
 import ray
 
 from asyncrl.cluster.members import Member
 from asyncrl.config import LimitsSpec, PlaceSpec
-from asyncrl.errors import Unavailable
+from asyncrl.errors import PlacementError, Unavailable
 from asyncrl.report.timing import AwakeClock
 
 pytestmark = pytest.mark.ray
@@ -45,3 +47,23 @@ def test_failures_of_slow_starts_count_together(local_ray: None) -> None:
         member.budget.up()
         now += 1990.0
         assert len(member.budget.failed("no server")) == failures
+
+
+@pytest.mark.parametrize(
+    ("ready", "error", "told"),
+    [
+        (True, Unavailable, "learner-1 did not start within limits.start_timeout_s"),
+        (
+            False,
+            PlacementError,
+            r"learner fits nowhere in the cluster:\n  CPU +demanded 512 by the largest of 2 ranks, available",
+        ),
+    ],
+)
+def test_who_has_lost_its_place_says_what_there_is_no_room_for(local_ray: None, ready, error, told) -> None:
+    place, limits = PlaceSpec(cpus=512), LimitsSpec()
+    rank = Member("rank", "learner-1", place, limits, lambda: 0.0)
+    lead = Member("learner", "learner", place, limits, lambda: 0.0, [rank])
+    lead._placement = SimpleNamespace(ready=ready)
+    with pytest.raises(error, match=told):
+        raise rank.late()

@@ -171,3 +171,10 @@ def test_failures_that_are_explained_count_no_longer(slot: Slot) -> None:
     slot.fail("a", up_s=1.0)
     slot.budget.forgive()
     assert slot.fail("b", up_s=1.0) == ["b"]
+
+
+def test_time_in_which_it_was_given_up_lets_no_failure_be_forgotten(slot: Slot) -> None:
+    slot.fail("a", up_s=1.0)
+    slot.budget.up()
+    slot.budget.down()  # fewer were wanted
+    assert slot.fail("b", down_s=2 * HOUR_S) == ["a", "b"]
