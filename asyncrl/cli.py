@@ -70,7 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_status(error)
     except OSError as error:
         from asyncrl.disk import full_disk
+        from asyncrl.processes import homeless
 
+        if why := homeless():
+            print(f"error{why}", file=sys.stderr)
+            return 2
         if not full_disk(error):
             raise
         print(f"error: {error}: nothing more could be saved; free disk space, then go on with --resume", file=sys.stderr)

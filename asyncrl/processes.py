@@ -120,7 +120,7 @@ def undisturbed() -> Iterator[None]:
 def aside(work: Callable[[], T]) -> Iterator[Callable[[], T]]:
     """Runs `work` in a fork of this process, which has all that this one knows, while this one goes on without what it imports.
 
-    Yields what waits for its result, and raises what it raised; RuntimeError if the fork died. The end kills it. For a process
+    Yields what waits for its result, and raises what it raised; Unavailable if the fork died. The end kills it. For a process
     with a single thread: a fork of others could inherit a lock that nobody ends.
     """
     forking = multiprocessing.get_context("fork")
@@ -133,7 +133,11 @@ def aside(work: Callable[[], T]) -> Iterator[Callable[[], T]]:
         try:
             value, error = answer.recv()
         except EOFError:
-            raise RuntimeError(f"process {child.pid}, which prepared the run, died") from None
+            from asyncrl.errors import Unavailable  # here: the guard below has nothing of asyncrl
+
+            child.join()
+            how = f"exit code {child.exitcode}; what it printed says why{homeless()}"
+            raise Unavailable(f"process {child.pid}, which prepared the run, died: {how}") from None
         if error is not None:
             raise error
         return value
@@ -143,6 +147,16 @@ def aside(work: Callable[[], T]) -> Iterator[Callable[[], T]]:
     finally:
         child.kill()
         child.join()
+
+
+def homeless() -> str:
+    """That this process works in a directory which was deleted, and what to do; empty: it was not. MKL, and so torch, ends its
+    process there, with `Cannot load libtorch_cpu.so`."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return ": the directory in which this command was started has been deleted; start it in one that stays"
+    return ""
 
 
 def _tell(work: Callable[[], object], told: Any) -> None:

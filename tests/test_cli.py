@@ -123,6 +123,17 @@ MISTAKES = {
 }
 
 
+def test_a_directory_that_was_deleted_is_named(folder: Path) -> None:
+    script = "import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')\n" + CHILD
+    done = subprocess.run(
+        [sys.executable, "-c", script, "run", str(folder / "recipe.py")],
+        cwd=folder, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    told = "error: the directory in which this command was started has been deleted; start it in one that stays\n"
+    assert done.stderr == told
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_costs_one_screen_and_no_torch(folder: Path, name: str) -> None:
     (folder / "deploy.yaml").write_text("# two generators\ngenerators:\n  coutn: 2\n")

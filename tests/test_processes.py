@@ -85,7 +85,7 @@ def test_no_descriptor_is_left(descriptors: Callable[[], int]) -> None:
 ASIDE = """
 import os, sys, time
 from functools import partial
-from asyncrl.errors import ConfigError
+from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.processes import aside
 
 def refuse():
@@ -95,20 +95,28 @@ known = [1, 2]
 with aside(lambda: (os.getpid(), sum(known))) as result:
     pid, total = result()
 assert (pid == os.getpid(), total) == (False, 3)
-for work, said in ((refuse, "no such file"), (partial(os._exit, 7), "which prepared the run, died")):
+for work, said in ((refuse, "no such file"), (partial(os._exit, 7), "died: exit code 7; what it printed says why.")):
     try:
         with aside(work) as result:
             result()
-    except (ConfigError, RuntimeError) as error:
-        assert said in str(error)
+    except (ConfigError, Unavailable) as error:
+        assert said in f"{error}."
     else:
         sys.exit(f"{work}: nothing was raised")
 with aside(partial(time.sleep, 600)):
     pass
-print("all")
+os.mkdir("gone")
+os.chdir("gone")
+os.rmdir("../gone")
+try:
+    with aside(partial(os._exit, 2)) as result:
+        result()
+except Unavailable as error:
+    assert str(error).endswith("has been deleted; start it in one that stays")
+    print("all")
 """
 
 
-def test_work_aside_returns_or_raises_here_and_is_killed_at_the_end() -> None:
-    done = subprocess.run([sys.executable, "-c", ASIDE], capture_output=True, text=True, timeout=60, check=False)
+def test_work_aside_returns_or_raises_here_and_is_killed_at_the_end(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", ASIDE], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout, done.stderr) == ("all\n", "")
