@@ -2,19 +2,31 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfDiskError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfDiskError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from asyncrl.cluster.members import Member
 from asyncrl.cluster.transport import call_store
 from asyncrl.disk import full_disk
-from asyncrl.errors import CheckpointError, ConfigError, DataError, DiskFull, NonFinite
+from asyncrl.errors import CheckpointError, ConfigError, DataError, DiskFull, NonFinite, Unavailable
 from asyncrl.report.summary import RunSummary
 from asyncrl.types import Report
 
 TELL_S = 1.0  # in which other ranks fail too, if one has failed
+PROBE_S = 5.0
+_STATES = {  # by the letter in /proc/PID/stat
+    "T": "was stopped by a signal",
+    "t": "is held by a debugger",
+    "D": "waits for a disk or a device",
+    "R": "computes, and does not answer",
+    "S": "waits for something: its log may say for what",
+    "Z": "has ended",
+    "X": "has ended",
+}
 NON_RETRYABLE = (ConfigError, DataError, CheckpointError, NonFinite)  # the next try would meet the same
 
 
@@ -37,7 +49,33 @@ def first_failure(member: Member, error: Exception) -> tuple[Member, Exception]:
         cause = getattr(failure[1], "cause", failure[1])
         return 0 if isinstance(cause, (*NON_RETRYABLE, DiskFull)) else 1 if isinstance(cause, RayActorError) else 2
 
-    return min(failed, key=order)
+    member, error = min(failed, key=order)
+    if type(error) is Unavailable and member.pid:  # the driver's own, of an actor that is up, as far as it knows
+        error = Unavailable(f"{error}: {held_up_by(member.node, member.pid)}")
+    return member, error
+
+
+def held_up_by(node: str, pid: int) -> str:
+    """What holds up a process that is silent, as far as it can be told in PROBE_S: itself, its node, or the way there."""
+    try:
+        if node == ray.get_runtime_context().get_node_id():
+            return process_state(pid)
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        asking = ray.remote(num_cpus=0, max_retries=0)(process_state).options(scheduling_strategy=there)
+        return str(ray.get(asking.remote(pid), timeout=PROBE_S))
+    except GetTimeoutError:
+        return f"its node did not say why within {PROBE_S:g} s: it is held up, or the network to it is"
+    except RayError as error:
+        return f"its node is not there any more ({type(error).__name__})"
+
+
+def process_state(pid: int) -> str:
+    """What a process of this machine does, in words."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        letter = "X"
+    return f"its node answers, and its process {_STATES.get(letter, _STATES['S'])}"
 
 
 def refuse(member: Member, error: Exception) -> None:

@@ -127,8 +127,11 @@ def test_ranks_start_anew_together_when_one_of_them_dies_or_hangs(
     first, second, third = told
     assert first.startswith("learner-1 died")
     assert second.startswith("learner died")
-    hung = r"learner-1 died .* has not answered for \d+ s; all ranks start anew. After update \d+ "
-    assert re.match(hung + r"they were last heard at: learner \w+ for \d+ s, in .*, learner-1 ", third), third
+    hung = r"learner-1 died .* has not answered for \d+ s: its node answers, and its process was stopped by a signal; "
+    assert re.match(
+        hung + r"all ranks start anew. After update \d+ " r"they were last heard at: learner \w+ for \d+ s, in .*, learner-1 ",
+        third,
+    ), third
     assert "has not answered" not in first + second
 
 
