@@ -8,9 +8,20 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from asyncrl import RunResult, Trainer
-from asyncrl.config import Deployment, EngineSpec, GeneratorsSpec, LearnerSpec, LimitsSpec, SamplingSpec
+from asyncrl.cli import main
+from asyncrl.config import (
+    AlgorithmSpec,
+    CountRange,
+    Deployment,
+    EngineSpec,
+    GeneratorsSpec,
+    LearnerSpec,
+    LimitsSpec,
+    SamplingSpec,
+)
 from asyncrl.errors import ConfigError
 from asyncrl.replay import open as open_replay
 from asyncrl.replay.log import events as ev
@@ -81,6 +92,75 @@ def test_generators_and_rewards_come_and_go_while_the_run_goes_on(
     assert sorted(told[:2]) == [("generator", 1, 3), ("reward", 1, 2)]
     assert sorted(told[2:4]) == [("generator", 3, 1), ("reward", 2, 1)]
     assert told[4:] == [("generator", 1, 2)]
+
+
+WAITING = """
+import functools, os, time
+
+import torch
+from transformers import AutoModelForCausalLM
+
+def model(spec):
+    \"\"\"Its steps take as long as on a busy device, while the learner is fast.\"\"\"
+    made = AutoModelForCausalLM.from_pretrained(spec.path, dtype=getattr(torch, spec.dtype), attn_implementation="sdpa")
+    forward = made.forward
+
+    @functools.wraps(forward)
+    def stepped(*arguments, **named):
+        if named.get("past_key_values") is not None and not os.path.exists({slow!r}):
+            time.sleep(0.05)
+        return forward(*arguments, **named)
+
+    made.forward = stepped
+    return made
+
+def loss(logp_t, old_t, advantages_t, sequence_t):
+    if os.path.exists({slow!r}):
+        time.sleep(1.0)
+    return -(logp_t - old_t).exp() * advantages_t, {{}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_run_takes_generators_as_it_needs_them_and_gives_them_up(
+    local_ray, tiny_recipe, events_of, assert_nothing_lost, metrics_of, tmp_path
+):
+    """One generator of up to three, for which the learner waits; then the learner is slow."""
+    module, slow, seen = tmp_path / "waiting.py", tmp_path / "slow", Seen()
+    module.write_text(WAITING.format(slow=str(slow)))
+    recipe = tiny_recipe(
+        total_steps=10_000,
+        learner=LearnerSpec(batch_groups=4, lr=1e-4),
+        sampling=SamplingSpec(n=4, max_response_length=24),
+        algorithm=AlgorithmSpec(policy_loss=f"{module}:loss"),
+    )
+    recipe = replace(recipe, model=replace(recipe.model, builder=f"{module}:model"))
+    elastic = GeneratorsSpec(count=CountRange(min=1, max=3), engine=EngineSpec(slots=8, max_length=40))
+    limits = LimitsSpec(poll_s=0.5, scale_every_s=2.0)
+    with Trainer(
+        recipe, Deployment(generators=elastic, limits=limits), runs_dir=tmp_path, observe=seen, progress=False
+    ) as trainer:
+        while len(seen.up("generator")) < 2:
+            trainer.fit(3)
+        slow.touch()
+        while not any(scaling.count < scaling.count_before for scaling in seen.run.scalings):
+            trainer.fit(3)
+        slow.unlink()
+        result = trainer.finish()
+    told = metrics_of(result.run_dir, "scale")
+    ups = [line for line in told if line["count"] > line["count_before"]]
+    assert (told[0]["count_before"], told[0]["count"]) == (1, 2)
+    assert ups
+    assert all(line["reason"].startswith("the learner waited for ") for line in ups)
+    assert told[-1]["reason"].startswith("held back for ")
+    assert main(["report", result.run_dir, "--out", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    for line in told:
+        assert f"{line['count']} generator actors instead of {line['count_before']}: {line['reason']}" in page
+    assert_nothing_lost(events_of(result.run_dir), result)
+    assert (result.restarts, result.preemptions) == ({}, {})
+    assert result.max_trained_lag <= recipe.staleness.max_lag
 
 
 @pytest.mark.slow
