@@ -109,14 +109,21 @@ def _rate(run: RunSummary) -> float | None:
 def _lines(paths: RunDir, run: RunStanding) -> Iterator[str]:
     yield f"{paths.path.name}: {run.state}" + (f", led by {run.led_by} for {clock(run.since_s)}" if run.led_by else "")
     heard = "" if run.heard_s is None or not run.led_by else f", heard {max(0.0, run.heard_s):.0f} s ago"
-    figures = [f"update {run.update}/{run.total_steps}", f"{number(run.samples_per_s)} samples/s"]
+    figures = [f"update {run.update}/{run.total_steps or '–'}", f"{number(run.samples_per_s)} samples/s"]
     figures += [f"{name} {of:.3g}" for name, of in (("reward", run.reward), ("held-out", run.score)) if of is not None]
     yield "  " + " · ".join(figures) + heard
     told = {
         "members": ", ".join(f"{role} ×{count}" for role, count in run.members.items()),
         "restarts": said_restarts(RunSummary(name="", total_steps=0, restarts=run.restarts)),
         "checkpoint": run.checkpoint,
-        "error": run.error.strip().splitlines()[-1] if run.error.strip() else "",
+        "error": _short(run.error),
         "end": said_end(run_end(paths)).splitlines()[0] if run.state == "killed" else "",
     }
     yield from (f"  {name:<11} {text}" for name, text in told.items() if text)
+
+
+def _short(error: str) -> str:
+    """What went wrong and, after a page of how, what came of it or what mends it."""
+    lines = [line.strip() for line in error.strip().splitlines()] or [""]
+    first, last = lines[0], lines[-1]
+    return last if last == first or "Traceback" in first else f"{first} … {last}"

@@ -76,7 +76,7 @@ def test_status_of_a_folder_of_runs(run: RunDir, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.splitlines() == [
         "one: failed",
         "  update 0/9 · – samples/s",
-        "  error       at the end",
+        "  error       learner: broken … at the end",
         "",
         "two: running, led by pid 5 on elsewhere for 1m 00s",
         "  update 3/9 · 8.0 samples/s · reward 0.5, heard 0 s ago",
