@@ -97,10 +97,12 @@ def join_or_start(address: str, own: Mapping[str, Any]) -> Path:
     try:
         with heed_signals(), deaf_to_hangups():
             context = ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (OSError, RuntimeError) as error:
-        if not address:
-            raise
-        raise Unavailable(f"the Ray cluster at {address!r} can't be joined: {error}") from error
+    except Exception as error:  # Ray's own are often just that
+        if address:
+            raise Unavailable(f"the Ray cluster at {address!r} can't be joined: {error}") from error
+        if type(error) is Exception:
+            raise Unavailable(f"Ray did not start: {error} Try again when this machine has less to do") from error
+        raise
     return Path(context.address_info["session_dir"])
 
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from asyncrl import cli
-from asyncrl.cluster.session import deaf_to_hangups, heed_signals, ray_session, reach
+from asyncrl.cluster.session import deaf_to_hangups, heed_signals, join_or_start, ray_session, reach
 from asyncrl.config import Deployment
 from asyncrl.errors import ConfigError, Unavailable
 from asyncrl.processes import ENDING, undisturbed
@@ -193,3 +193,21 @@ def test_a_listener_that_says_nothing_is_not_waited_for(monkeypatch: pytest.Monk
 def test_what_is_no_address_of_a_cluster_is_named(address: str) -> None:
     with pytest.raises(ConfigError, match="expected HOST:PORT of the head's `ray start --head --port`"):
         reach(address)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "said"),
+    [
+        (Exception("The current node timed out."), Unavailable, "Ray did not start: The current node timed out. Try again"),
+        (ValueError("a defect"), ValueError, "a defect"),
+    ],
+)
+def test_a_ray_that_does_not_start_is_told_in_a_line(
+    error: Exception, raised: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(raised, match=said):
+        join_or_start("", {})
