@@ -380,7 +380,8 @@ def small_disk(folder: Path, can: Can) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(folder / "runs")], check=True)
 
 
-def make_inputs(folder: Path, can: Can) -> None:
+def make_inputs(folder: Path, can: Can, spread: float = 0.3) -> None:
+    """spread: of the policy's weights; with less all tokens, the end too, are as likely: lengths have a long tail."""
     if can.clock:
         source = str(Path(__file__).with_name("clock_ahead.c"))
         subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", str(folder / "clock_ahead.so"), source, "-ldl"], check=True)
@@ -393,7 +394,7 @@ def make_inputs(folder: Path, can: Can) -> None:
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
     config = Qwen3Config(
-        vocab_size=17, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.3, eos_token_id=1, **shape
+        vocab_size=17, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=spread, eos_token_id=1, **shape
     )
     Qwen3ForCausalLM(config).save_pretrained(folder / "model")
     arithmetic.make_tokenizer().save_pretrained(folder / "model")
