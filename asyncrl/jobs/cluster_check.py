@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,13 @@ from msgspec.structs import replace
 from asyncrl.cluster.resources import ask_driver
 from asyncrl.disk import as_size, existing
 from asyncrl.errors import ConfigError
+from asyncrl.report.findings import installed_version
 from asyncrl.rundir import redact
 from asyncrl.scratch import SHM
 
 _PACKAGES = ("asyncrl", "torch", "ray", "transformers", "sglang")
 _SAME = ("python", "asyncrl", "torch", "ray", "transformers")  # that must be the same; sglang only where it is
-_MIN_SHM_BYTES = 1 << 30
+MIN_SHM_BYTES = 1 << 30  # Ray's objects live there; containers often give 64 MiB
 _MAX_SKEW_S = 1.0  # of clocks, beyond what the round trip leaves open: rates, logs and leases are told by them
 _ASKED = 5  # times for the clock: the fastest counts
 _START_S, _CALL_S, _GPU_S = 120.0, 90.0, 30.0
@@ -59,7 +59,7 @@ class Probe:
         space = os.statvfs(SHM)
         return NodeFacts(
             node=socket.gethostname(),
-            versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+            versions={"python": platform.python_version(), **{name: installed_version(name) for name in _PACKAGES}},
             devices=", ".join([f"{len(os.sched_getaffinity(0))} CPUs", *(f"{n} × {of}" for of, n in Counter(gpus).items())]),
             shm_free_bytes=space.f_frsize * space.f_bavail,
             reach=self._reach(Path(runs_dir), mark),
@@ -105,13 +105,6 @@ class Probe:
             dist.destroy_process_group()
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
 def check_cluster(args: argparse.Namespace) -> int:
     """Prints the table, or with --json one object; exit status 1 if something would stop a run."""
     found = examine_cluster(args.address or os.environ.get("RAY_ADDRESS") or "auto", Path(args.runs_dir))
@@ -149,15 +142,15 @@ def examine_cluster(address: str, runs_dir: Path) -> list[NodeFacts]:
         living = [place for place, of in enumerate(facts) if not of.error]
         for place in living:
             skew, within = _skew(probes[place])
-            facts[place] = _with(facts[place], skew_s=skew, skew_within_s=within)
+            facts[place] = replace(facts[place], skew_s=skew, skew_within_s=within)
         for place, why in zip(living, _together("gloo", [probes[p] for p in living]), strict=True):
-            facts[place] = _with(facts[place], gloo=why)
+            facts[place] = replace(facts[place], gloo=why)
         if living and all(node["Resources"].get("GPU", 0) >= 1 for node in nodes):
             on_gpus = [_probe(nodes[place], num_gpus=1) for place in living]
             for probe in on_gpus:
                 ending.callback(ray.kill, probe)
             for place, why in zip(living, _over_gpus(on_gpus), strict=True):
-                facts[place] = _with(facts[place], nccl=why)
+                facts[place] = replace(facts[place], nccl=why)
         return facts
 
 
@@ -190,17 +183,13 @@ def _outcomes(refs: Sequence[Any], timeout_s: float) -> list[Any]:
 
 def _named(node: dict[str, Any], told: Any) -> NodeFacts:
     name = f"{node['NodeManagerHostname']} {node['NodeManagerAddress']}"
-    return NodeFacts(node=name, error=_brief(told)) if isinstance(told, Exception) else _with(told, node=name)
+    return NodeFacts(node=name, error=_brief(told)) if isinstance(told, Exception) else replace(told, node=name)
 
 
 def _brief(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     text: str = redact(f"{type(error).__name__}: {lines[-1] if lines else 'no message'}")
     return text
-
-
-def _with(facts: NodeFacts, **changes: Any) -> NodeFacts:
-    return replace(facts, **changes)
 
 
 def _skew(probe: Any) -> tuple[float, float]:
@@ -263,8 +252,8 @@ def cluster_problems(found: Sequence[NodeFacts]) -> Iterator[str]:
                 yield f"{of.node}: it has {has} {name}, and others have {usual or 'none'}: install the same everywhere"
         if of.reach:
             yield f"{of.node}: does not reach the runs directory ({of.reach}): name one that all nodes share, with --runs-dir"
-        if of.shm_free_bytes < _MIN_SHM_BYTES:
-            yield f"{of.node}: {as_size(of.shm_free_bytes)} free in {SHM}, of {as_size(_MIN_SHM_BYTES)} needed: make it larger"
+        if of.shm_free_bytes < MIN_SHM_BYTES:
+            yield f"{of.node}: {as_size(of.shm_free_bytes)} free in {SHM}, of {as_size(MIN_SHM_BYTES)} needed: make it larger"
         if abs(of.skew_s) - of.skew_within_s > _MAX_SKEW_S:
             yield f"{of.node}: its clock is {of.skew_s:+.1f} s off (± {of.skew_within_s:.3f} s): start chronyd or ntpd there"
         for backend, why in (("gloo", of.gloo), ("nccl", of.nccl)):

@@ -24,13 +24,12 @@ from asyncrl.disk import as_size, free_bytes
 from asyncrl.errors import ConfigError
 from asyncrl.generate.engines import engine_kind
 from asyncrl.jobs.accelerators import all_reduce, kernels, matching
-from asyncrl.jobs.cluster_check import check_cluster
+from asyncrl.jobs.cluster_check import MIN_SHM_BYTES, check_cluster
 from asyncrl.report.findings import Finding, MachineCheck, installed_version
 from asyncrl.scratch import SHM, Trace, traces
 
 MIN_DISK_BYTES = 1 << 30
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-MIN_SHM_BYTES = 1 << 30  # Ray's objects live there; containers often give 64 MiB
 
 OPTIONAL = {
     "math-verify": ("the verifier math", "pip install 'asyncrl[math]'"),
