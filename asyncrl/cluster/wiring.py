@@ -114,6 +114,7 @@ def _generator(name: str, incarnation: int, plan: RunPlan, peers: Peers, store: 
     from asyncrl.generate.generator import Generator
     from asyncrl.models.loading import use_threads
     from asyncrl.models.tokenizing import load_tokenizer
+    from asyncrl.weights.relay import WeightRelay
     from asyncrl.weights.subscriber import WeightSubscriber
 
     recipe, bus, limits, generators = plan.recipe, plan.deployment.bus, plan.deployment.limits, plan.deployment.generators
@@ -127,15 +128,14 @@ def _generator(name: str, incarnation: int, plan: RunPlan, peers: Peers, store: 
         host=_host(plan),
     )
     engine = engine_kind(generators.engine.kind).build(site)
-    find = RayBus(peers, name, incarnation)
     weights = WeightSubscriber(
-        find,
-        moved=find.moved,
+        RayBus(peers, name, incarnation),
         name=name,
         transport=bus.transport,
         credit=bus.credit,
         deadline_s=_patience_s(plan),
         codec=bus.codec,
+        relay=WeightRelay(_host(plan), shares_memory=bus.transport == "auto") if bus.fanout else None,
     )
     tokenizer = load_tokenizer(recipe.model)
     episodes = _episodes(name, plan, engine, tokenizer)
@@ -278,6 +278,7 @@ def _learner(plan: RunPlan, store: "ReplayClient", followers: Sequence[Any]) -> 
             bucket_bytes=bus.bucket_bytes,
             codec=bus.codec,
             anchor_freq=bus.anchor_freq,
+            fanout=bus.fanout,
         )
 
     learner = Learner(

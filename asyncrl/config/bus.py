@@ -22,6 +22,9 @@ class BusSpec(Spec, frozen=True, kw_only=True):
     # version, which they keep for that on the host; whole where that is not less than half. Lossless.
     codec: Literal["full", "delta"] = "full"
     anchor_freq: int = 100  # with `delta`: every so many versions are whole
+    # Nodes to which the learner sends weights itself; a generator of each passes them on as they come, to its node and as many
+    # others. For this it keeps the newest on the host. 0: every generator takes them from the learner.
+    fanout: int = 0
 
     def __post_init__(self) -> None:
         rules: list[Rule] = [
@@ -36,5 +39,6 @@ class BusSpec(Spec, frozen=True, kw_only=True):
                 lambda x: x >= 1,
                 "< 1: every version is whole at the most; use 1 for that, or some hundreds",
             ),
+            ("fanout", lambda x: x >= 0, "< 0: use 0 for no relays, or some nodes (1 to 8)"),
         ]
         require_fields(self, "bus.", rules)

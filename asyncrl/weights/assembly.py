@@ -29,10 +29,11 @@ class Assembly:
         self.begun_at = time.monotonic()
         self._deltas = () if shared else manifest.steps
         nbytes = manifest.sent_bytes if self._deltas else manifest.total_bytes
-        self._memory = shared or WeightMemory.create(nbytes, f"weights {self.version}")
+        self.memory = shared or WeightMemory.create(nbytes, f"weights {self.version}")
         self._missing = set[int]() if shared else set(range(manifest.bucket_count))
         self._asked: dict[int, int] = {}  # bucket -> number of the last Hello sent before asking
         self._unasked = sorted(self._missing, reverse=True)
+        self.arrived: int | None = 0 if self._missing else None  # how many of the first ones are there; None: all, sealed
 
     @property
     def whole(self) -> bool:
@@ -51,18 +52,19 @@ class Assembly:
         if self._missing:
             raise BadTransfer(f"weights {self.version}: {len(self._missing)} buckets are missing; not shown")
         if not self._deltas:
-            return FlatTensors(self.manifest.tensors, self._memory)
+            return FlatTensors(self.manifest.tensors, self.memory)
         if base is None or base.nbytes != self.manifest.total_bytes:
             raise BadTransfer(f"weights {self.version} as deltas against {self.base}, which is not what is here; not shown")
         memory, ends = WeightMemory.create(base.nbytes, f"weights {self.version}"), [*accumulate(self._deltas, initial=0)]
-        apply_deltas(base, [self._memory.bytes[begin:end] for begin, end in pairwise(ends)], memory)
+        apply_deltas(base, [self.memory.bytes[begin:end] for begin, end in pairwise(ends)], memory)
         memory.seal()
         return FlatTensors(self.manifest.tensors, memory)
 
-    def ask(self, credit: int, hello: int) -> list[int]:
-        """The buckets to ask for now, so that at most `credit` are outstanding. hello: number of the last Hello."""
+    def ask(self, credit: int, hello: int, before: int | None = None) -> list[int]:
+        """The buckets to ask for now, so that at most `credit` are outstanding. hello: number of the last Hello. before: those
+        from this one on are not to be had yet."""
         asked = []
-        while self._unasked and len(self._asked) < credit:
+        while self._unasked and len(self._asked) < credit and (before is None or self._unasked[-1] < before):
             index = self._unasked.pop()
             if index in self._missing:  # it may have come although it was taken for dropped
                 self._asked[index] = hello
@@ -74,8 +76,13 @@ class Assembly:
         dropped = [index for index, before in self._asked.items() if before < hello]
         for index in dropped:
             del self._asked[index]
-        self._unasked.extend(dropped)
+        if dropped:
+            self._unasked = sorted({*self._unasked, *dropped}, reverse=True)
         return len(dropped)
+
+    def ask_again(self) -> None:
+        """What was asked for and isn't here is to be had from somebody else."""
+        self.answered(max(self._asked.values(), default=0) + 1)
 
     def put(self, index: int, payload: memoryview, checksum: int) -> None:
         """Takes one bucket from the wire, and what its Manifest.checksum must be. A bucket that is already there is ignored."""
@@ -86,10 +93,13 @@ class Assembly:
             raise BadTransfer(
                 f"weights {self.version}, bucket {index}: {len(payload)} bytes, expected {part.stop - part.start}; not shown"
             )
-        self._memory.write(part.start, payload)
+        self.memory.write(part.start, payload)
         self._asked.pop(index, None)
-        if (found := self.manifest.checksum(index, self._memory.bytes[part])) != checksum:
+        if (found := self.manifest.checksum(index, self.memory.bytes[part])) != checksum:
             raise BadTransfer(f"weights {self.version}, bucket {index}: checksum {found:016x}, not {checksum:016x}; not shown")
         self._missing.discard(index)
         if self.whole:
-            self._memory.seal()
+            self.memory.seal()
+            self.arrived = None
+        while self.arrived is not None and self.arrived not in self._missing:
+            self.arrived += 1

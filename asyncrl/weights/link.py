@@ -27,18 +27,25 @@ class Link:
     """
 
     def __init__(
-        self, resolve: Resolve, *, name: str, poll_s: float, deadline_s: float, moved: Callable[[], bool] = lambda: True
+        self,
+        resolve: Resolve,
+        *,
+        name: str,
+        poll_s: float,
+        deadline_s: float,
+        poller: zmq.Poller | None = None,
     ) -> None:
-        """name: who says Hello, in errors. moved: whether `resolve` may name another one, while the last one answers."""
-        self._moved = moved
+        """name: who says Hello, in errors. poller: of another link, whose `receive` then waits for this one too."""
+        self._moved: Callable[[], bool] = getattr(resolve, "moved", lambda: True)
         self._resolve, self._name, self._poll_s, self._deadline_s = resolve, name, poll_s, deadline_s
         self.waker = Waker()
         self.hello = 0  # number of the last Hello
         self.connections = 0
-        self._address: Address | None = None
+        self.confirms = 0  # number of the last bucket that came on this connection
+        self.address: Address | None = None
         self._client: SubscriberSocket | None = None
-        self._poller = zmq.Poller()
-        self._poller.register(self.waker.fileno(), zmq.POLLIN)
+        self.poller = poller or zmq.Poller()
+        self.poller.register(self.waker.fileno(), zmq.POLLIN)
         self._due = self._rediscover_at = self._left_at = time.monotonic()
         self._silent_since: float | None = None
         self._cause = "no publisher was looked for yet"
@@ -62,7 +69,7 @@ class Link:
         now = time.monotonic()
         if self._silent_since is not None and now - self._silent_since > self._deadline_s:
             silence, self._silent_since = now - self._silent_since, None
-            where = self._address.endpoint if self._address else "no address"
+            where = self.address.endpoint if self.address else "no address"
             raise Unavailable(
                 f"weight publisher ({where}): {self._name} has heard nothing for {silence:.1f} s "
                 f"(deadline_s={self._deadline_s:g}); last cause: {self._cause}; see why the learner is down, or allow more time"
@@ -82,7 +89,7 @@ class Link:
         if self._silent_since is None:
             self._silent_since = time.monotonic()
         self.hello += 1
-        self.send(replace(hello, sequence=self.hello))
+        self.send(replace(hello, sequence=self.hello, confirms=self.confirms))
 
     def hurry(self) -> None:
         """Makes the next `keep` say Hello at once."""
@@ -100,7 +107,7 @@ class Link:
 
     def receive(self, wait_s: float) -> list[tuple[Reply, memoryview | None]]:
         """Replies that are there; waits up to `wait_s` for the first, for trouble, or for the waker. Raises BadTransfer."""
-        events = dict(self._poller.poll(int(wait_s * 1000) + (wait_s > 0)))
+        events = dict(self.poller.poll(int(wait_s * 1000) + (wait_s > 0)))
         if self.waker.fileno() in events:
             self.waker.clear()
         if self._client is None:
@@ -120,6 +127,7 @@ class Link:
         """Says goodbye, and waits a moment for it to leave."""
         self.send(Bye())
         self._drop(GOODBYE_MS)
+        self.poller.unregister(self.waker.fileno())
         self.waker.close()
 
     def _decode(self, frames: list[zmq.Frame]) -> tuple[Reply, memoryview | None]:
@@ -148,24 +156,25 @@ class Link:
         if address is None:
             self._cause = "resolve() knows of no publisher"
             return False
-        former = self._address
-        if address == former:
+        former = self.address
+        if address == former and not (self._client is not None and self._client.refused):
             return False
         if former is not None and address.incarnation < former.incarnation:
             self._cause = f"resolve() names incarnation {address.incarnation}, older than {former.incarnation}"
             return False
         self._drop()
-        self._address, self._client = address, SubscriberSocket(address)
-        self._poller.register(self._client.socket, zmq.POLLIN)
-        self._poller.register(self._client.monitor, zmq.POLLIN)
+        self.address, self._client = address, SubscriberSocket(address)
+        self.poller.register(self._client.socket, zmq.POLLIN)
+        self.poller.register(self._client.monitor, zmq.POLLIN)
         self._cause = SILENT
         self.connections += 1
+        self.confirms = 0
         return former is None or not address.same_publisher(former)  # it may have given us other keys
 
     def _drop(self, linger_ms: int = 0) -> None:
         """Closes the connection, if there is one."""
         if self._client is not None:
-            self._poller.unregister(self._client.socket)
-            self._poller.unregister(self._client.monitor)
+            self.poller.unregister(self._client.socket)
+            self.poller.unregister(self._client.monitor)
             self._client.close(linger_ms)
             self._client = None

@@ -12,6 +12,9 @@ asked for earlier, and has not got, was dropped: loss is found by order, not by 
 A version is cut into buckets of equal size. A bucket border may cut a tensor: buckets bound memory in flight, whatever the
 sizes of the layers. They are numbered for each connection; a subscriber confirms the last that came with whatever it says.
 Deltas (weights/delta.py) travel in the same way.
+
+A publisher may name another receiver, to take versions from (weights/tree.py). That one speaks the publisher's side of the same
+protocol, while it receives itself. The publisher still hears every receiver's `Hello`.
 """
 
 import math
@@ -48,7 +51,7 @@ class Manifest(Struct, frozen=True, kw_only=True, tag="manifest"):
     place: Place | None = None  # where the same bytes can be opened by processes of the publisher's node
     base: Version | None = None
     steps: tuple[int, ...] = ()  # bytes of each of the deltas
-    own_checksum: int = 0  # of this manifest with 0 here
+    own_checksum: int = 0  # of this manifest with 0 here, and without the place: whoever passes the version on has another one
 
     @property
     def sent_bytes(self) -> int:
@@ -69,8 +72,8 @@ class Manifest(Struct, frozen=True, kw_only=True, tag="manifest"):
 
     def signed(self) -> "Manifest":
         """The same with its own checksum."""
-        blank = replace(self, own_checksum=0)
-        return replace(blank, own_checksum=_digest(encode(blank)))
+        blank = replace(self, own_checksum=0, place=None)
+        return replace(self, own_checksum=_digest(encode(blank)))
 
     def check(self) -> None:
         """Refuses a manifest that is damaged or contradicts itself, before any memory is taken for it. Raises BadTransfer."""
@@ -96,6 +99,13 @@ class Manifest(Struct, frozen=True, kw_only=True, tag="manifest"):
             raise BadTransfer(f"manifest of weights {self.version}: {message}; not used")
 
 
+class RelayAddress(Struct, frozen=True, kw_only=True):
+    """Where versions can be had from another receiver, for those whose keys it was told."""
+
+    endpoint: str
+    server_key: bytes
+
+
 class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
     """A subscriber asks for the newest version. Its key says who it is."""
 
@@ -104,6 +114,7 @@ class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
     pulling: Version | None = None  # the version that it takes over the socket
     here: str = ""  # it opens memory of this Place.here; empty: it takes all over the socket
     confirms: int = 0  # number of the last bucket that came on this connection
+    serves: RelayAddress | None = None  # what it has can be had there
 
 
 class Bye(Struct, frozen=True, kw_only=True, tag="bye"):
@@ -127,6 +138,9 @@ class Announce(Struct, frozen=True, kw_only=True, tag="announce"):
 
     version: Version | None  # None before the first
     echo: int = 0  # `sequence` of the Hello that this answers; 0 if it is only a hint
+    buckets: int | None = None  # the first so many of the whole version are there; None: all
+    source: RelayAddress | None = None  # where the subscriber had best take it; None: here
+    guests: dict[bytes, str] = {}  # who may take versions from the subscriber: public keys, and whose they are
 
 
 class Bucket(Struct, frozen=True, kw_only=True, tag="bucket"):

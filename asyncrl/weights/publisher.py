@@ -41,6 +41,8 @@ class WeightPublisher:
     hold up `publish` or another receiver. bucket_bytes: what is sent and checked as one, at most 64 MiB.
     codec `delta`: who holds an earlier version gets what changed since, if that is less; but every anchor_freq-th version
     whole. Keeps deltas of fewer bytes than a version has.
+    fanout: nodes that it serves itself; their receivers pass versions on, each to its node and to so many others (tree.py).
+    0: it serves all.
     Raises zmq.ZMQError if `host` is not an address of this node.
     """
 
@@ -53,6 +55,7 @@ class WeightPublisher:
         bucket_bytes: int = 1 << 20,
         codec: Literal["full", "delta"] = "full",
         anchor_freq: int = 100,
+        fanout: int = 0,
     ) -> None:
         if not 1 <= bucket_bytes <= MAX_BUCKET_BYTES:
             raise ValueError(
@@ -71,7 +74,7 @@ class WeightPublisher:
         self._gauges = dict.fromkeys(("stage_s", "staged_bytes", "delta_s", "delta_bytes"), 0.0)
         self._waker = Waker()
         self._socket = PublisherSocket(host, incarnation)
-        self._serving = Serving(self._socket, self._waker, self._changed)
+        self._serving = Serving(self._socket, self._waker, self._changed, fanout=fanout)
         self._thread = threading.Thread(target=self._run, name="weight-publisher", daemon=True)
         self._thread.start()
 

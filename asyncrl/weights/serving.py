@@ -8,12 +8,26 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import zmq
+from msgspec.structs import replace
 
 from asyncrl.types import Version
 from asyncrl.weights import messages
 from asyncrl.weights.flight import Flight
-from asyncrl.weights.messages import Announce, Bucket, Bye, GetBucket, GetManifest, Gone, Hello, Refused, Reply, Request
+from asyncrl.weights.messages import (
+    Announce,
+    Bucket,
+    Bye,
+    GetBucket,
+    GetManifest,
+    Gone,
+    Hello,
+    Refused,
+    RelayAddress,
+    Reply,
+    Request,
+)
 from asyncrl.weights.sockets import PublisherSocket, Waker
+from asyncrl.weights.tree import Tree
 from asyncrl.weights.versions import Form, Live, Receiver, VersionCache
 
 BATCH = 64  # requests read between two looks at anything else
@@ -29,6 +43,7 @@ class Peer:
     def __init__(self, name: str, key: bytes) -> None:
         self.receiver = Receiver(name=name)
         self.key = key
+        self.serves: RelayAddress | None = None
         self.asked: deque[Request] = deque()
 
 
@@ -47,11 +62,15 @@ class Serving:
         lock: threading.Condition,
         clock: Callable[[], float] = time.monotonic,
         flight: Flight | None = None,
+        fanout: int = 0,
     ) -> None:
+        """fanout: other nodes that a node passes versions on to; 0: every receiver takes them here."""
         self._server, self._router, self._waker, self._lock, self._clock = server, server.socket, waker, lock, clock
         self._versions = VersionCache()
         self._flight = flight or Flight()
         self._peers: dict[bytes, Peer] = {}  # whose turn it is comes first
+        self._named: dict[str, Peer] = {}
+        self._tree = Tree(fanout) if fanout else None
         self._probed_at = clock()
         self._counts = dict.fromkeys(("sent_bytes", "unsent", "bad_requests", "receivers_lost"), 0.0)
         self._poller = zmq.Poller()
@@ -81,7 +100,12 @@ class Serving:
         """Makes a version the newest, and hints at it. ready: also for receivers over the socket. Lock held."""
         self._versions.add(live, self._clock(), ready)
         self._versions.advance(self._receivers(), self._clock())
-        self._hint_all()
+        self.hint_all()
+
+    def drop(self, version: Version) -> None:
+        """Takes a version back of which more was to arrive; who is at it is told when it asks. Lock held."""
+        self._versions.drop(version)
+        self._advance()
 
     def make_room(self) -> Live | None:
         """Leaves at most two versions live, for the next to be staged; returns the newer one if deltas against it are of use to
@@ -113,7 +137,7 @@ class Serving:
 
     def _advance(self) -> None:
         if self._versions.advance(self._receivers(), self._clock()):
-            self._hint_all()
+            self.hint_all()
 
     def _take(self, identity: bytes, frames: list[bytes], key: bytes) -> None:
         """Notes what a peer says, and queues what it asks for."""
@@ -140,13 +164,14 @@ class Serving:
         # A receiver that comes back under a new connection replaces its former self.
         for other in [other for other, peer in self._peers.items() if peer.receiver.name == name]:
             self._forget(other)
-        self._peers[identity] = Peer(name, key)
+        self._peers[identity] = self._named[name] = Peer(name, key)
 
     def _hear(self, identity: bytes, receiver: Receiver, request: Request) -> None:
         now = self._clock()
         match request:
-            case Hello(holds=holds, pulling=pulling, here=here, confirms=number):
+            case Hello(holds=holds, pulling=pulling, here=here, confirms=number, serves=serves):
                 receiver.here = here
+                self._sort(self._named[receiver.name], serves)
                 self._versions.hear(receiver, holds, None if self._versions.shares_memory(receiver) else pulling, now)
                 self._flight.confirm(identity, number, now)
             case GetManifest(version=version) if not self._versions.shares_memory(receiver):
@@ -156,8 +181,18 @@ class Serving:
                 self._flight.confirm(identity, number, now)
 
     def _forget(self, identity: bytes) -> None:
-        self._peers.pop(identity, None)
+        if (peer := self._peers.pop(identity, None)) is not None:
+            del self._named[peer.receiver.name]
+            self._sort(peer, None)
         self._flight.forget(identity)
+
+    def _sort(self, peer: Peer, serves: RelayAddress | None) -> None:
+        """Notes where the receiver passes versions on, if it does."""
+        peer.serves, receiver = serves, peer.receiver
+        if self._tree is not None and serves is not None and not self._versions.shares_memory(receiver):
+            self._tree.put(receiver.name, receiver.here or receiver.name)
+        elif self._tree is not None:
+            self._tree.remove(receiver.name)
 
     def _answer_next(self) -> bool:
         """Answers one request, of whoever had no turn for longest. Returns False if nobody can be answered now."""
@@ -186,13 +221,20 @@ class Serving:
             case GetBucket(version=version, index=index, base=base):
                 self._send_bucket(identity, version, index, self._form(version, base))
 
-    def _hint_all(self) -> None:
+    def hint_all(self) -> None:
+        """Every receiver hears what is there for it. Lock held."""
         for identity, peer in self._peers.items():
             self._hint(identity, peer.receiver)
 
     def _hint(self, identity: bytes, receiver: Receiver, echo: int = 0) -> bool:
-        live = self._versions.offered(receiver)
-        return self._send(identity, Announce(version=live.version if live else None, echo=echo))
+        live, news = self._versions.offered(receiver), Announce(version=None, echo=echo)
+        if live is not None and ((buckets := live.arrived()) is None or not self._versions.shares_memory(receiver)):
+            news = replace(news, version=live.version, buckets=buckets)
+        if self._tree is not None:
+            source = self._tree.source(receiver.name)
+            guests = {self._named[name].key: name for name in self._tree.guests(receiver.name)}
+            news = replace(news, source=self._named[source].serves if source else None, guests=guests)
+        return self._send(identity, news)
 
     def _probe(self) -> None:
         """Forgets receivers that are gone; that their generators died is the supervisor's to act on.
@@ -219,6 +261,8 @@ class Serving:
             self._send(identity, Gone(version=version))
         elif not 0 <= index < form.manifest.bucket_count:
             self._refuse(identity, f"bucket {index} of weights {version}, which have {form.manifest.bucket_count}")
+        elif (live := self._versions.find(version)) and (there := live.arrived()) is not None and index >= there:
+            self._counts["unsent"] += 1
         else:
             payload, checksum = form.bucket(index)
             number = self._flight.next_number(identity)

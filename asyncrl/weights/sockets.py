@@ -15,6 +15,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
 from asyncrl.errors import Fenced
+from asyncrl.weights.messages import RelayAddress
 
 HEARTBEAT_MS = 5_000  # a peer whose machine vanished sends no FIN
 HEARTBEAT_TIMEOUT_MS = 30_000  # ample: on a slow link a heartbeat waits behind a whole bucket
@@ -63,7 +64,7 @@ class Waker:
         return self._read.fileno()
 
     def set(self) -> None:
-        with suppress(BlockingIOError):  # full: the poll is as good as woken
+        with suppress(OSError):  # full: the poll is as good as woken; closed: nobody polls any more
             self._write.send(b"w")
 
     def clear(self) -> None:
@@ -136,6 +137,16 @@ class PublisherSocket:
                 self._given[name], self._valid[public] = (incarnation, address), name
             return address
 
+    @property
+    def source(self) -> RelayAddress:
+        """Where receivers find it that have keys of their own (`welcome`)."""
+        return RelayAddress(endpoint=self._endpoint, server_key=self._server_key)
+
+    def welcome(self, guests: dict[bytes, str]) -> None:
+        """These public keys are served, and no others. From any thread."""
+        with self._lock:
+            self._valid = dict(guests)
+
     def admits(self, key: bytes) -> bool:
         """Whether a client with this public key is served. From any thread."""
         return key in self._valid
@@ -147,7 +158,7 @@ class PublisherSocket:
     def void(self, key: bytes) -> None:
         """No client with this public key is served any more. Its receiver may be admitted again, with another one."""
         with self._lock:
-            if (name := self._valid.pop(key, None)) is not None:
+            if (name := self._valid.pop(key, None)) in self._given:
                 self._given[name] = self._given[name][0], None
 
     @property
@@ -206,7 +217,7 @@ class SubscriberSocket:
         self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_REPLY_BYTES)
         self.socket.setsockopt(zmq.RECONNECT_IVL, 100)
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1_000)
-        self._refused = False
+        self.refused = False  # our key: ZeroMQ does not try again
         self.monitor = self.socket.get_monitor_socket(sum(self._CAUSES))
         self.socket.connect(address.endpoint)
 
@@ -215,9 +226,9 @@ class SubscriberSocket:
         cause = ""
         while self.monitor.poll(0):
             event = zmq.Event(recv_monitor_message(self.monitor)["event"])
-            self._refused |= event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            self.refused |= event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
             # A refusal is followed by a disconnection, which says less.
-            cause = self._CAUSES.get(zmq.EVENT_HANDSHAKE_FAILED_AUTH if self._refused else event, cause)
+            cause = self._CAUSES.get(zmq.EVENT_HANDSHAKE_FAILED_AUTH if self.refused else event, cause)
         return cause
 
     def close(self, linger_ms: int = 0) -> None:

@@ -4,7 +4,6 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
 from typing import Literal
 
 from asyncrl.errors import BadTransfer, Closed, ConfigError
@@ -14,8 +13,11 @@ from asyncrl.types import Version
 from asyncrl.weights.assembly import Assembly
 from asyncrl.weights.link import Link, Resolve
 from asyncrl.weights.messages import Announce, Bucket, GetBucket, GetManifest, Gone, Hello, Manifest, Refused, Reply
+from asyncrl.weights.relay import WeightRelay
+from asyncrl.weights.route import Route
 
 CLOSE_TIMEOUT_S = 10.0
+MAX_FAILURES = 3  # damaged transfers in a row
 
 log = logging.getLogger(__name__)
 
@@ -24,11 +26,13 @@ class WeightSubscriber:
     """Receives weights from whichever publisher `resolve()` names. Implements interfaces.WeightSource.
 
     resolve: returns the newest publisher's address, or None (none known), or raises Unavailable; with a deadline of its own.
+    It is asked now and then although the publisher answers, which may have a successor; if it has a method `moved`, which must
+    not block, only where that says so.
     name: who this is, in the publisher's reports. transport: `auto` maps the memory of a publisher on this node.
     credit: buckets asked for ahead. poll_s: how often the publisher is asked what is newest, should a hint get lost.
-    deadline_s: silence of the publisher that `next` bears. max_failures: damaged transfers in a row that it bears.
+    deadline_s: silence of the publisher that `next` bears.
     codec: `delta` asks for what changed since the version that came last, which it keeps for that if it came over the socket.
-    moved: whether to ask `resolve` now and then although the publisher answers: it may have a successor. Must not block.
+    relay: passes on what comes, to whom the publisher says; `close` closes it.
     """
 
     def __init__(
@@ -40,17 +44,17 @@ class WeightSubscriber:
         credit: int = 16,
         poll_s: float = 1.0,
         deadline_s: float = 30.0,
-        max_failures: int = 3,
         codec: Literal["full", "delta"] = "full",
-        moved: Callable[[], bool] = lambda: True,
+        relay: WeightRelay | None = None,
     ) -> None:
         if credit < 1:
             raise ValueError(f"credit={credit} < 1: no bucket would ever be asked for; use at least 1")
         self._here = here() if transport == "auto" else ""
         self._unopened = 0  # how often in a row memory was not there; twice, and a version is taken over the socket
-        self._credit, self._max_failures = credit, max_failures
+        self._credit = credit
         self._name = name or f"{os.uname().nodename}:{os.getpid()}"
-        self._link = Link(resolve, name=self._name, poll_s=poll_s, deadline_s=deadline_s, moved=moved)
+        publisher = Link(resolve, name=self._name, poll_s=poll_s, deadline_s=deadline_s)
+        self._route, self._relay = Route(publisher, self._name, poll_s), relay
         self._lock = threading.Lock()  # held by whoever uses the link
         self._closed = threading.Event()
         self._holds: Version | None = None
@@ -60,23 +64,23 @@ class WeightSubscriber:
         self._asked_manifest: tuple[Version, int] | None = None  # with the number of the last Hello before it
         self._barrier = 0  # announcements count again from the answer to this Hello on
         self._assembly: Assembly | None = None
-        self._confirms = 0
+        self._there: int | None = None  # how many buckets are to be had now; None: all
         self._failures = 0
-        kinds = ("received_bytes", "versions", "shared_versions", "delta_versions", "bad_transfers", "asked_again")
-        self._counts = dict.fromkeys(kinds, 0.0)
+        versions = ("versions", "shared_versions", "delta_versions", "relayed_versions")
+        self._counts = dict.fromkeys(("received_bytes", *versions, "bad_transfers", "asked_again"), 0.0)
         self._fetch_s = 0.0
 
     def next(self, after: Version | None, wait_s: float) -> tuple[Version, Tensors] | None:
         """The newest whole version if it supersedes `after`, else None at the deadline (`wait_s`, seconds).
 
         A transfer that takes longer goes on in the next call. The tensors are a FlatTensors, which nobody can change.
-        Raises Unavailable (no publisher for deadline_s), BadTransfer (max_failures damaged transfers in a row; the next
+        Raises Unavailable (no publisher for deadline_s), BadTransfer (MAX_FAILURES damaged transfers in a row; the next
         call tries again), ConfigError (this node has not the memory), Closed (`close` was called; wakes a waiting call).
         """
         until = time.monotonic() + wait_s
         with self._lock:
             self._check_open()
-            with self._link.in_use():
+            with self._route.in_use():
                 self._holds = after
                 while True:
                     if (found := self._step(until)) is not None:
@@ -86,20 +90,23 @@ class WeightSubscriber:
                         return None
 
     def gauges(self) -> dict[str, float]:
-        """fetch_s: the last version, from its manifest to whole. Totals: the counts, and connections made."""
-        return {**self._counts, "fetch_s": self._fetch_s, "connections": float(self._link.connections)}
+        """fetch_s: the last version, from its manifest to whole. Totals: the counts (relayed_versions: from another
+        receiver), and connections to the publisher."""
+        return {**self._counts, "fetch_s": self._fetch_s, "connections": float(self._route.publisher.connections)}
 
     def close(self) -> None:
         """Ends a waiting `next` in another thread, then closes the connection. Harmless when repeated."""
         if self._closed.is_set():
             return
         self._closed.set()
-        self._link.waker.set()
+        self._route.publisher.waker.set()
         if self._lock.acquire(timeout=CLOSE_TIMEOUT_S):
             try:
-                self._link.close()
+                self._route.close()
             finally:
                 self._lock.release()
+        if self._relay is not None:
+            self._relay.close()
 
     def _check_open(self) -> None:
         if self._closed.is_set():
@@ -107,20 +114,21 @@ class WeightSubscriber:
 
     def _step(self, until: float) -> tuple[Version, Tensors] | None:
         """One round: what came in, what is due, what to ask next. A damaged transfer is repeated, a few times."""
+        link = self._link
         try:
-            for reply, payload in self._link.receive(self._link.wait_s(until)):
-                self._take(reply, payload)
-            connections = self._link.connections
-            if self._link.keep(self._hello):
+            for origin, reply, payload in self._route.receive(until):
+                self._take(origin, reply, payload)
+            if self._route.keep(self._hello):
                 self._discard(barrier=self._link.hello)  # whatever the former publisher left half-sent dies with it
-            if self._link.connections != connections:
-                self._confirms = 0
+            self._route.check(self._holds)
+            if self._link is not link:
+                self._turn()
             return self._advance()
         except BadTransfer:
             self._counts["bad_transfers"] += 1
             self._failures += 1
             self._restart()
-            if self._failures >= self._max_failures:
+            if self._failures >= MAX_FAILURES:
                 self._failures = 0
                 raise
             return None
@@ -133,28 +141,42 @@ class WeightSubscriber:
             self._restart()
             return None
 
-    def _take(self, reply: Reply, payload: memoryview | None) -> None:
+    def _take(self, origin: Link, reply: Reply, payload: memoryview | None) -> None:
         match reply:
-            case Announce(version=version, echo=echo):
-                self._hear(version, echo)
+            case Announce():
+                if origin is self._route.publisher:
+                    self._route.follow(reply.version, reply.source)
+                    if self._relay is not None:
+                        self._relay.welcome(reply.guests)
+                if origin is self._link:
+                    self._hear(reply)
             case Manifest():
                 self._begin(reply)
             case Bucket(version=version, index=index, checksum=checksum, number=number):
-                self._confirms = number
+                origin.confirms = number
                 if self._assembly is not None and self._assembly.version == version and payload is not None:
-                    self._assembly.put(index, payload, checksum)
-                    self._counts["received_bytes"] += len(payload)
+                    self._put(self._assembly, index, payload, checksum)
             case Gone(version=version):
-                if version == self._pulling:
+                if version == self._pulling and origin is self._link:
                     self._restart()
             case Refused(reason=reason):
                 raise BadTransfer(f"weight publisher refused a request: {reason}")
 
-    def _hear(self, newest: Version | None, echo: int) -> None:
+    def _put(self, assembly: Assembly, index: int, payload: memoryview, checksum: int) -> None:
+        assembly.put(index, payload, checksum)
+        self._counts["received_bytes"] += len(payload)
+        self._route.came()
+        if self._relay is not None:
+            self._relay.arrived()
+
+    def _hear(self, news: Announce) -> None:
+        newest, echo = news.version, news.echo
         if echo >= self._barrier:
             self._barrier = 0
         if self._barrier == 0:
             self._newest = newest
+        # Another version: it has all of ours, or has given it up and says so.
+        self._there = news.buckets if self._assembly is None or self._assembly.version == newest else None
         # Answers keep the order of the requests: what was asked before this Hello, and isn't here, was dropped.
         if self._asked_manifest is not None and self._asked_manifest[1] < echo:
             self._asked_manifest = None
@@ -175,6 +197,8 @@ class WeightSubscriber:
                 self._restart()
                 return
         self._assembly = Assembly(manifest, shared)
+        if self._relay is not None and self._assembly.base is None and shared is None:
+            self._relay.begin(self._assembly)
 
     def _advance(self) -> tuple[Version, Tensors] | None:
         """Asks for what is next; returns the version once it is whole."""
@@ -188,8 +212,8 @@ class WeightSubscriber:
             self._restart()
             return None
         version, base = self._assembly.version, self._assembly.base
-        for index in self._assembly.ask(self._credit, self._link.hello):
-            self._link.send(GetBucket(version=version, index=index, base=base, confirms=self._confirms))
+        for index in self._assembly.ask(self._credit, self._link.hello, self._there):
+            self._link.send(GetBucket(version=version, index=index, base=base, confirms=self._link.confirms))
         return self._deliver(self._assembly) if self._assembly.whole else None
 
     def _deliver(self, assembly: Assembly) -> tuple[Version, Tensors]:
@@ -197,14 +221,17 @@ class WeightSubscriber:
         tensors = assembly.tensors(base[1] if base is not None and base[0] == assembly.base else None)
         if self._codec == "delta" and not assembly.is_shared:
             self._base = assembly.version, tensors.memory
+        if self._relay is not None and assembly.base is not None:
+            self._relay.show(assembly, tensors.memory)
         self._counts["versions"] += 1
+        self._counts["relayed_versions"] += self._route.relayed
         self._counts["delta_versions"] += assembly.base is not None
         self._counts["shared_versions"] += assembly.is_shared
         self._fetch_s = time.monotonic() - assembly.begun_at
         self._failures = 0
         self._holds = assembly.version
         self._assembly, self._unopened = None, 0
-        self._link.greet(self._hello)  # so that the publisher needn't keep the version for us
+        self._route.greet(self._hello)  # so that nobody needs to keep the version for us
         return assembly.version, tensors
 
     @property
@@ -218,8 +245,21 @@ class WeightSubscriber:
             holds=self._holds,
             pulling=self._pulling,
             here=self._here if self._opens else "",
-            confirms=self._confirms,
+            serves=self._relay.source if self._relay is not None else None,
         )
+
+    @property
+    def _link(self) -> Link:
+        """To whom is asked for versions."""
+        return self._route.taken_from
+
+    def _turn(self) -> None:
+        """Versions come from somebody else than before: what is here of one stays, and the rest is asked for there."""
+        self._newest = self._asked_manifest = None
+        self._barrier, self._there = 0, 0 if self._route.relayed else None
+        if self._assembly is not None:
+            self._assembly.ask_again()
+        self._link.hurry()
 
     @property
     def _pulling(self) -> Version | None:
@@ -237,5 +277,7 @@ class WeightSubscriber:
         self._link.hurry()
 
     def _discard(self, barrier: int) -> None:
+        if self._relay is not None and self._assembly is not None:
+            self._relay.give_up(self._assembly.version)
         self._assembly = self._newest = self._asked_manifest = None
         self._barrier = barrier

@@ -12,7 +12,7 @@ is one and on its own speed.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from msgspec import Struct, field
 from msgspec.structs import replace
@@ -62,6 +62,7 @@ class Live(Struct, frozen=True, kw_only=True):
     memory: WeightMemory
     steps: tuple[VersionDelta, ...] = ()
     forms: dict[Version | None, Form] = field(default_factory=dict)
+    arrived: Callable[[], int | None] = lambda: None  # how many of the first buckets of the whole are there; None: all
 
     def form(self, base: Version | None) -> Form | None:
         """The deltas since `base`, or without one the whole; None where such deltas are not at hand."""
@@ -159,6 +160,13 @@ class VersionCache:
         """Before the next version is staged: a version that no round has begun is dropped, which leaves two at most."""
         if self._fast is not None:
             self.newest = self._fast.live
+
+    def drop(self, version: Version) -> None:
+        """A version that was still on its way here will not come."""
+        rounds = [r if r is not None and r.live.version != version else None for r in (self._fast, self._slow)]
+        self._fast, self._slow = rounds
+        if self.newest is not None and self.newest.version == version:
+            self.newest = self._fast.live if self._fast is not None else None
 
     def add(self, live: Live, now: float, ready: bool = True) -> None:
         """Makes a version the newest; `make_room` came before. `advance` begins its round, once it was added as `ready`."""

@@ -409,10 +409,11 @@ class Faulty:
 
 
 @pytest.fixture
-def faulty(bus: Any, until: Callable) -> tuple[Faulty, Any, Callable[[], Any]]:
+def faulty(bus: Any, until: Callable, monkeypatch: pytest.MonkeyPatch) -> tuple[Faulty, Any, Callable[[], Any]]:
     """The publisher, a receiver that holds the first version, and a turn of both."""
+    monkeypatch.setattr("asyncrl.weights.subscriber.MAX_FAILURES", 100)
     publisher = Faulty(bus.hand_publisher(), Training())
-    subscriber = bus.subscriber(publisher._hand, transport="tcp", codec="delta", max_failures=100)
+    subscriber = bus.subscriber(publisher._hand, transport="tcp", codec="delta")
     held: list[Version | None] = [None]
 
     def turn() -> Any:

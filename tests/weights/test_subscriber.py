@@ -183,9 +183,13 @@ def test_a_zombie_that_still_answers_is_left_for_its_successor(bus: Any, weights
 @pytest.mark.parametrize("moved", [False, True])
 def test_while_the_publisher_answers_it_is_looked_for_only_if_it_may_have_moved(bus: Any, until: Callable, moved: bool) -> None:
     publisher, asked = bus.publisher(), itertools.count()
-    subscriber = bus.subscriber(
-        resolve=lambda: (next(asked), publisher.admit("generator-0"))[1], moved=lambda: moved, poll_s=0.01
-    )
+
+    def resolve() -> Address:
+        next(asked)
+        return publisher.admit("generator-0")
+
+    resolve.moved = lambda: moved  # type: ignore[attr-defined]
+    subscriber = bus.subscriber(resolve=resolve, poll_s=0.01)
     until(lambda: subscriber.next(None, 0.05) is None and subscriber._link.hello > 3 * REDISCOVER_POLLS)
     assert (next(asked) > 2) == moved
 
@@ -290,9 +294,12 @@ def test_a_damaged_bucket_starts_the_version_again(
     assert subscriber.gauges()["bad_transfers"] == 2
 
 
-def test_damage_without_end_is_raised(bus: Any, weights: Callable, packed: Callable, until: Callable) -> None:
+def test_damage_without_end_is_raised(
+    bus: Any, weights: Callable, packed: Callable, until: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncrl.weights.subscriber.MAX_FAILURES", 4)
     publisher = bus.hand_publisher()
-    subscriber = bus.subscriber(publisher, max_failures=4)
+    subscriber = bus.subscriber(publisher)
     data, manifest = packed(Version(1, 1), weights(1))
     with pytest.raises(BadTransfer, match="bucket 0"):
         until(lambda: drive(subscriber, publisher, data, manifest, lambda index: b"\0" * 1000))
