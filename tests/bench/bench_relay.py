@@ -16,6 +16,7 @@ import torch
 from bench_bus import DEADLINE_S, model_of
 from bench_links import started, told
 from links import Link, linked
+from msgspec.structs import replace
 
 from asyncrl.types import Version
 from asyncrl.weights import subscriber as subscribing
@@ -45,29 +46,28 @@ def publish(pipe: Connection, megabytes: int, fanout: int) -> None:
 def receive(pipe: Connection, address: Any, name: str, node: int, host: str) -> None:
     subscribing.here = lambda: f"node {node}"  # type: ignore[assignment]
     WeightRelay._own = own_on(f"node {node}", WeightRelay._own)  # type: ignore[method-assign]
-    held, subscriber = None, WeightSubscriber(lambda: address, name=name, deadline_s=DEADLINE_S, relay=WeightRelay(host))
-    half = False
+    relay = WeightRelay(host)
+    held, subscriber = None, WeightSubscriber(lambda: address, name=name, deadline_s=DEADLINE_S, relay=relay)
+    more = relay.arrived
+
+    def arrived() -> None:
+        more()
+        assembly = subscriber._assembly
+        if assembly is not None and assembly.arrived == assembly.manifest.bucket_count // 2:
+            pipe.send("half")
+
+    relay.arrived = arrived  # type: ignore[method-assign]
     pipe.send("ready")
     while True:
-        found = subscriber.next(held, 0.02)
-        if found is not None:
-            held, half = found[0], False
+        if (found := subscriber.next(held, 1.0)) is not None:
+            held = found[0]
             pipe.send((held.update, time.monotonic()))
-        elif (
-            (assembly := subscriber._assembly) is not None
-            and not half
-            and (assembly.arrived or 0) > assembly.manifest.bucket_count // 2
-        ):
-            half = True
-            pipe.send("half")
 
 
 def own_on(node: str, own: Any) -> Any:
     """Memory that is opened on this node alone."""
 
     def named(relay: WeightRelay, manifest: Any, memory: Any) -> Any:
-        from msgspec.structs import replace
-
         return replace(made := own(relay, manifest, memory), place=replace(made.place, here=node)).signed()
 
     return named
