@@ -1,9 +1,10 @@
 """Weights to 8 receivers on 4 other hosts, as a star and as trees: `python tests/bench/bench_relay.py [MB]`. Needs root.
 
 The hosts are network namespaces; each sends `--rate` MB/s at the most (links.py). What a node is, is said to the receivers by
-name: two of each node share memory. A version is cut into 64 buckets: of a larger one a bucket is a smaller part still. Seconds from the call of `publish` until the last receiver holds all bytes, verified, over
-TCP with CURVE; the publisher's bytes, in versions; medians. In the last round of each tree the first relay is killed when half
-of a version is there: seconds until all others hold it.
+name: two of each node share memory. A version is cut into 64 buckets: of a larger one a bucket is a smaller part still.
+Seconds from the call of `publish` until the last receiver holds all bytes, verified, over TCP with CURVE; the publisher's
+bytes, in versions; medians. In the last round of each tree the first relay is killed when half of a version is there: seconds
+until all others hold it.
 """
 
 import argparse
