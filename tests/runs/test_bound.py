@@ -189,7 +189,7 @@ def at_rest(local_ray, tiny_recipe_in, tmp_path_factory):
 
     def watch(run: RunSummary) -> None:
         up = len(run.pids) == 5  # only then can each be asked
-        if (not taken and run.committed >= 1 and up) or (len(taken) == 1 and run.committed >= 20):
+        if (not taken and run.committed >= 1 and up) or (len(taken) == 1 and len(watcher.metrics) >= 20):
             taken.append(ask())
 
     watcher = Watcher(watch)
