@@ -5,6 +5,7 @@ import faulthandler
 import gc
 import logging
 import os
+import select
 import sys
 import tempfile
 import threading
@@ -28,6 +29,21 @@ def _log_to(plan: RunPlan, name: str) -> None:
     set_up_logging(logging.FileHandler(plan.paths.logs / f"{name}.log"))
     logger = logging.getLogger("asyncrl")
     logger.setLevel(min(logger.level, plan.log_level))
+
+
+def end_with_node() -> None:
+    """Ends this process, a Ray worker, as soon as the raylet of its node ends. Ray looks for that too, but by the wall clock:
+    once it was set back by an hour, workers of a dead driver live for an hour, and a store keeps its log locked."""
+    try:
+        raylet = os.pidfd_open(int(os.environ["RAY_RAYLET_PID"]))
+    except (KeyError, OSError):  # in a container of its own the raylet is not to be seen
+        return
+
+    def wait() -> None:
+        select.select([raylet], [], [])
+        os._exit(1)
+
+    threading.Thread(target=wait, name="raylet", daemon=True).start()
 
 
 def _settle_memory() -> None:
@@ -57,6 +73,7 @@ class StageActor:
 
     def start(self, *arguments: Any) -> tuple[int, str]:
         """Builds the stage: loads models, reaches peers. Returns its pid and its node."""
+        end_with_node()
         _log_to(self._plan, self._name)
         known = self._role, self._name, self._restart_count, self._plan, self._peers
         self._stage, self._closers = wiring.build(*known, *arguments)
@@ -117,6 +134,7 @@ class StoreActor:
 
     async def start(self) -> tuple[int, str]:
         """Opens the log, or rebuilds from it."""
+        end_with_node()
         _log_to(self._plan, "store")
         self._store = wiring.build_store(self._plan)
         _settle_memory()
