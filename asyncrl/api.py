@@ -138,11 +138,13 @@ class Trainer:
                 self._between()
         return self.result()
 
-    def scale(self, generators: int | None = None, rewards: int | None = None) -> None:
-        """States how many generators and reward workers there should be from now on; None: as before. Returns at once: actors
-        come, and go when they have finished what they hold, while `fit` goes on. From any thread, and from callbacks. A count
-        with min and max of the deployment is the run's own no more. Raises ConfigError for less than one."""
-        self._supervisor.scale(generators, rewards)
+    def scale(self, generators: int | None = None, rewards: int | None = None, learner: int | None = None) -> None:
+        """States how many generators, reward workers and ranks of the learner there should be from now on; None: as before. For
+        any thread. Returns at once: actors come, and go when they have finished what they hold; the learner saves and starts
+        anew. A count with min and max is the run's own no more. Raises ConfigError for what can't be."""
+        if learner is not None:
+            check_run(self._recipe, self._deployment.with_ranks(learner), self.paths)
+        self._supervisor.scale({"generator": generators, "reward": rewards, "learner": learner})
 
     def finish(self) -> RunResult:
         """Ends the run cleanly: what is still outstanding is settled as unused, and nobody is left waiting."""
@@ -356,7 +358,7 @@ class Trainer:
             self._lookout.settle(self._supervisor.save_soon, self._summary.fired)
 
     def _scale(self, request: Scale) -> str:
-        self.scale(request.generators, request.rewards)
+        self.scale(request.generators, request.rewards, request.learner)
         return f"from update {self._summary.committed} on: {request.said()}"
 
     def _write_actors(self) -> None:

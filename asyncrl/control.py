@@ -37,15 +37,15 @@ class Stop(Struct, frozen=True, tag="stop", forbid_unknown_fields=True):
 
 
 class Scale(Struct, frozen=True, kw_only=True, tag="scale", forbid_unknown_fields=True):
-    """So many of each from now on; None: as before."""
+    """So many of each from now on, of the learner's policy ranks; None: as before."""
 
     generators: int | None = None
     rewards: int | None = None
+    learner: int | None = None
 
     def said(self) -> str:
         """Only what is to change."""
-        counts = {"generators": self.generators, "rewards": self.rewards}
-        return ", ".join(f"{name}={count}" for name, count in counts.items() if count is not None)
+        return ", ".join(f"{name}={count}" for name, count in msgspec.structs.asdict(self).items() if count is not None)
 
 
 class Answered(Struct, frozen=True):

@@ -2,6 +2,7 @@
 
     wanted more ──► seeks a place ──► placed: spawned as the others
     wanted less, its node drains ──► leaves: reserves no more, finishes what it holds ──► left: its place is released
+    another number of ranks ──► the learner halts: the update under way is saved ──► its places are released, others sought
 A member that left is kept by name: who gets the name next has a higher incarnation.
 """
 
@@ -16,11 +17,11 @@ import ray
 from msgspec.structs import replace
 from ray.exceptions import ActorDiedError
 
-from asyncrl.cluster.members import Member
+from asyncrl.cluster.members import FALLBACK_S, Member
 from asyncrl.cluster.placement import fits_nowhere
 from asyncrl.cluster.plan import RunPlan
 from asyncrl.cluster.watchdog import Clock
-from asyncrl.config import CountRange
+from asyncrl.config import CountRange, Deployment, PlaceSpec
 from asyncrl.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -33,33 +34,40 @@ class Fleet:
     """The members of one run. `members` is one list, always, of those that have an actor."""
 
     def __init__(self, plan: RunPlan, clock: Clock) -> None:
-        self._limits, self._clock, self._loopback = plan.deployment.limits, clock, plan.loopback
+        self._deployment, self._clock, self._loopback = plan.deployment, clock, plan.loopback
+        self._limits = plan.deployment.limits
         self._specs = {role: getattr(plan.deployment, field) for role, field in FIELDS.items()}
         self.counts = {role: spec.least for role, spec in self._specs.items()}  # how many there should be
         self._fewest = dict(self.counts)  # with fewer than these the run does not go on
+        self.counts["learner"] = plan.deployment.learner.ranks  # of its policy
+        self._halting = self._seeking = False  # the learner, for other ranks
+        self._ranks_before, self._sought_at = 0, 0.0
         self.elastic = {role: spec.count for role, spec in self._specs.items() if isinstance(spec.count, CountRange)}
         self.coming: list[Member] = []  # who seeks a place
         self.left: list[tuple[str, int]] = []  # whom the supervisor has to tell the store of, and their restart counts
         self.preemptions: Counter[str] = Counter()  # actors that were lost, or given up, with their node, by name
         self._gone: dict[str, Member] = {}
-        self._asked: dict[str, int] = {}  # by `ask`, from any thread
+        self._asked: dict[str, tuple[int, str]] = {}  # counts by role, and why; by `ask`, from any thread
         self._drains_at = 0.0
         self._short_since: dict[str, float] = {}  # roles with fewer than the fewest
         self.members = self._first(plan)
 
     def _first(self, plan: RunPlan) -> list[Member]:
         deployment, watch = plan.deployment, (self._limits, self._clock)
-        ranks = ((name, deployment.groups[group].place) for name, group in deployment.ranks.items())
-        first, *others = ranks
-        lead = Member("learner", *first, *watch, [Member("rank", *other, *watch) for other in others])
+        learner = Member("learner", "learner", deployment.learner.place, *watch)
+        learner.take_lead(self._ranks(deployment))
         store = Member("store", "store", deployment.store.place, *watch)
         models = [Member("model", name, deployment.rewards.models.place, *watch) for name in plan.models]
-        come = [self._member(role, i) for role, count in self.counts.items() for i in range(count)]
-        return [store, *lead.gang, *come, *models]
+        come = [self._member(role, f"{role}-{i}", self._specs[role].place) for role in FIELDS for i in range(self.counts[role])]
+        return [store, *learner.gang, *come, *models]
 
-    def _member(self, role: str, number: int) -> Member:
-        name = f"{role}-{number}"
-        return self._gone.pop(name, None) or Member(role, name, self._specs[role].place, self._limits, self._clock)
+    def _ranks(self, deployment: Deployment) -> list[Member]:
+        """All of the learner's but the first."""
+        _, *others = deployment.ranks.items()
+        return [self._member("rank", name, deployment.groups[group].place) for name, group in others]
+
+    def _member(self, role: str, name: str, place: PlaceSpec) -> Member:
+        return self._gone.pop(name, None) or Member(role, name, place, self._limits, self._clock)
 
     @property
     def restarts(self) -> dict[str, int]:
@@ -68,8 +76,13 @@ class Fleet:
         return {member.name: member.restarts for member in all_ if member.restarts}
 
     def ask(self, counts: dict[str, int | None]) -> None:
-        """States how many of a role there should be from now on, whatever `count` of the deployment says. From any thread."""
+        """States how many of a role there should be from now on, whatever the deployment says; of the learner, ranks of its
+        policy. From any thread."""
+        if (ranks := counts.get("learner")) is not None:
+            self._deployment.with_ranks(ranks)
         for role, count in counts.items():
+            if role not in FIELDS:
+                continue
             least = f"{FIELDS[role]}={count} < 1: nobody would be left to do that; use at least 1"
             if count is not None and count < 1:
                 raise ConfigError(f"scale: {least}")
@@ -78,17 +91,17 @@ class Fleet:
                     f"scale: generators={count} with engine.sglang.urls: every generator would update the same servers; it "
                     "stays one"
                 )
-        self._asked |= {role: count for role, count in counts.items() if count is not None}
+        self._asked |= {role: (count, "it was asked for") for role, count in counts.items() if count is not None}
 
-    def asked(self) -> list[tuple[str, int]]:
-        """What was stated since, as far as it differs from what there should be. A role is then no longer the rule's."""
+    def asked(self) -> list[tuple[str, int, str]]:
+        """What was stated since, and why, if it differs from what there should be. A role is then no longer the rule's."""
         found = []
         while self._asked:
-            role, count = self._asked.popitem()
+            role, (count, why) = self._asked.popitem()
             self.elastic.pop(role, None)
             self._fewest[role] = 1
             if count != self.counts[role]:
-                found.append((role, count))
+                found.append((role, count, why))
         return found
 
     def at_work(self, role: str) -> int:
@@ -111,6 +124,7 @@ class Fleet:
             self.lose(member, "its node drains", min(left_s, self._limits.leave_timeout_s))
         for role in FIELDS:
             self._fill(role)
+        plan = self._regroup(plan, known)
         for member in [member for member in self.members if member.leaving and self._clock() > member.leave_by]:
             log.warning("%s still held work when its time was over: others begin it anew", member.name)
             self.drop(member)
@@ -131,6 +145,40 @@ class Fleet:
                 raise fits_nowhere(member.name, [member.place])
         return plan
 
+    def _regroup(self, plan: RunPlan, known: dict[str, tuple[int, Any]]) -> RunPlan:
+        """Has the learner's policy be on as many ranks as it should. It goes on from the checkpoint with which it halts; one
+        that dies instead, from its newest. Where no room is found for the new ranks, they are as many as they were."""
+        learner, count = self.members[1], self.counts["learner"]
+        same = count == plan.deployment.learner.ranks
+        if self._seeking and learner.placed():
+            self._seeking = False
+            learner.spawn(plan, known)
+        elif self._seeking and same and self._clock() - self._sought_at > FALLBACK_S * len(learner.place.choices):
+            self._asked["learner"] = self._ranks_before, f"there was no room for {count} in {FALLBACK_S:g} s"
+        if same or (learner.phase == "idle" and not self._halting):
+            return plan  # where it is idle, not before the next update
+        if learner.phase == "running":
+            self._halting = True
+            learner.handle.ask.remote("halt")
+            return plan
+        if learner.phase == "idle" and (stopped := learner.stop()) is not None:
+            ray.wait([stopped], timeout=self._limits.stop_timeout_s)
+        return self._seek_ranks(plan, count)
+
+    def _seek_ranks(self, plan: RunPlan, count: int) -> RunPlan:
+        """Gives the learner's places back and asks for others. Returns the plan for whoever starts from now on."""
+        learner, self._ranks_before = self.members[1], plan.deployment.learner.ranks
+        self._halting, self._seeking, self._sought_at = False, True, self._clock()
+        plan = replace(plan, deployment=plan.deployment.with_ranks(count))
+        learner.release()
+        _, *others = before = learner.gang
+        self._gone |= {member.name: member for member in others}
+        self.left += [(member.name, member.restart_count) for member in others]
+        learner.take_lead(self._ranks(plan.deployment))
+        self.members[1 : 1 + len(before)] = learner.gang
+        learner.seek()
+        return plan
+
     def _fill(self, role: str) -> None:
         coming = [member for member in self.coming if member.role == role]
         staying = [member for member in self._of(role) if not member.leaving]
@@ -138,7 +186,7 @@ class Fleet:
         for _ in range(-surplus):
             taken = {member.name for member in (*self.coming, *self.members)}
             number = next(number for number in range(len(taken) + 1) if f"{role}-{number}" not in taken)
-            self.coming.append(self._member(role, number))
+            self.coming.append(self._member(role, f"{role}-{number}", self._specs[role].place))
             self.coming[-1].seek()
         for member in coming[::-1][: max(0, surplus)]:
             member.release()

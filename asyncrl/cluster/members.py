@@ -35,9 +35,7 @@ class Member:
     def __init__(
         self, role: str, name: str, place: PlaceSpec, limits: LimitsSpec, clock: Clock, leads: "Sequence[Member]" = ()
     ) -> None:
-        self.lead, self.gang = self, (self, *leads)
-        for member in leads:
-            member.lead = self
+        self.take_lead(leads)
         self.role, self.name, self.place = role, name, place
         self.restart_count = -1  # numbers the actors that filled it, replaced ones too
         self.restarts = 0  # counts those of them that failed
@@ -57,20 +55,31 @@ class Member:
         self._placement: Placement | None = None
         self._choice, self._sought_at = 0, 0.0
 
+    def take_lead(self, others: "Sequence[Member]") -> None:
+        """From now on its gang is itself and the others."""
+        self.lead, self.gang = self, (self, *others)
+        for member in others:
+            member.lead = self
+
+    @property
+    def places(self) -> list[PlaceSpec]:
+        """Of its gang."""
+        return [member.place for member in self.gang]
+
     def seek(self) -> None:
-        """Asks for a place, for a `spawn` that waits for none: when it is `placed`."""
-        self._placement, self._choice = request(self.name, [self.place]), 0
+        """Asks for the places of its gang, for a `spawn` that waits for none: when it is `placed`."""
+        self._placement, self._choice = request(self.name, self.places), 0
         self._sought_at = self._clock()
 
     def placed(self) -> bool:
-        """Whether the place that it seeks is there; labels of the place are asked for in turn."""
+        """Whether the places that it seeks are there; labels of the place are asked for in turn."""
         if self._placement is None or self._placement.ready:
             return True
         now, choices = self._clock(), len(self.place.choices)
         if choices > 1 and now - self._sought_at > FALLBACK_S:
             self._placement.release()
             self._choice, self._sought_at = (self._choice + 1) % choices, now
-            self._placement = request(self.name, [self.place], self._choice)
+            self._placement = request(self.name, self.places, self._choice)
         return False
 
     def leave(self, why: str, within_s: float) -> None:
@@ -87,9 +96,10 @@ class Member:
         """Creates the actors of the gang that it leads, and begins their `start`. `known` are the peers announced so far.
         patient: where no place was sought, one is waited for although no node has room yet."""
         timeout_s = plan.deployment.limits.start_timeout_s
-        places, self.leaving = [member.place for member in self.gang], ""
+        self.leaving = ""
         if self._placement is None:
-            self._placement = beside_driver() if self.is_store else reserve(self.name, places, timeout_s, patient=patient)
+            own = beside_driver() if self.is_store else None
+            self._placement = own or reserve(self.name, self.places, timeout_s, patient=patient)
         for member, options in zip(self.gang, self._placement.options, strict=True):
             member._create(plan, known, options)
         followers = [member.handle for member in self.gang[1:]]
@@ -113,7 +123,7 @@ class Member:
     def late(self) -> AsyncRLError:
         """What is said of it past its deadline. The place of one that is started again may have gone with its node."""
         if self.lead._placement is not None and not self.lead._placement.ready:
-            return fits_nowhere(self.lead.name, [member.place for member in self.lead.gang])
+            return fits_nowhere(self.lead.name, self.lead.places)
         return Unavailable(f"{self.name} did not start within limits.start_timeout_s")
 
     def connect(self, peer: str, restart_count: int, value: Any) -> None:

@@ -22,8 +22,8 @@ class Scaler:
 
     def look(self, summary: RunSummary) -> None:
         """What is due in this round; each decision is logged, and added to `summary.scalings`."""
-        for role, count in self._fleet.asked():
-            self._change(summary, role, Decision(count, "it was asked for"))
+        for role, count, why in self._fleet.asked():
+            self._change(summary, role, Decision(count, why))
         for role in self._fleet.elastic:
             decision = self._decision(role, summary) if {"learner", "store"} <= summary.reports.keys() else None
             if decision is not None:

@@ -97,12 +97,12 @@ class Supervisor:
         finally:
             self._opening.forget()
 
-    def scale(self, generators: int | None = None, rewards: int | None = None) -> None:
-        """States how many there should be from now on (None: as before); the next rounds see to it. From any thread. Raises
-        ConfigError for less than one, and after `finish`."""
+    def scale(self, counts: dict[str, int | None]) -> None:
+        """States how many of a role there should be from now on (None: as before); the next rounds see to it. From any thread.
+        Raises ConfigError for less than one, and after `finish`."""
         if self._finishing:
             raise ConfigError("scale after `finish`: nobody generates any more; call it before")
-        self._fleet.ask({"generator": generators, "reward": rewards})
+        self._fleet.ask(counts)
 
     def evaluate(self) -> None:
         """Has the idle learner's weights evaluated, unless they were, and waits until that has come in."""

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import Literal
 from urllib.parse import urlsplit
 
+from msgspec.structs import replace
+
 from asyncrl.config.base import Rule, Spec, require, require_fields, require_unset
 from asyncrl.config.bus import BusSpec, ServedDtype
 from asyncrl.config.callables import Function, name_functions
@@ -346,6 +348,10 @@ class Deployment(Spec, frozen=True, kw_only=True):
                 f"{group}.place.gpus={spec.place.gpus:g} with learner.place.gpus={self.learner.place.gpus:g}: what they tell "
                 "each other would be on different kinds of devices; give all of them GPUs, or none",
             )
+
+    def with_ranks(self, ranks: int) -> "Deployment":
+        """The same with so many for the policy."""
+        return replace(self, learner=replace(self.learner, ranks=ranks))
 
     @property
     def groups(self) -> dict[Group, RanksSpec]:

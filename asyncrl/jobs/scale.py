@@ -1,4 +1,4 @@
-"""`asyncrl scale RUN generators=4 rewards=2`: how many there should be from now on, of a run that goes on."""
+"""`asyncrl scale RUN generators=4 rewards=2 learner=2`: how many there should be from now on, of a run that goes on."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ from asyncrl.jobs.attach import run_dir
 def scale_job(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `asyncrl scale`, and sets what runs."""
     parser.add_argument("run", type=Path, metavar="RUN", help="the run directory, runs/NAME")
-    counts = "generators=N, rewards=N: actors that should be there; what is not named stays as it is"
+    counts = "generators=N, rewards=N, learner=N: actors, or ranks, that should be there; what is not named stays as it is"
     parser.add_argument("counts", nargs="+", metavar="ROLE=N", help=counts)
     parser.set_defaults(job=_scale)
 

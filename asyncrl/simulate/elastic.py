@@ -114,16 +114,20 @@ class SimulatedFleet:
         for (_, nodes), at in zip(cycle([*trace[1:], trace[0]]), times, strict=False):
             yield max(0.0, at - self._world.now)
             self.node_seconds()
-            for there in range(self._nodes, nodes, -1):  # any of them, whatever is on it
-                taken = self._world.rng.randrange(there)
-                for generators in (self.up, self._leaving):
-                    if 0 <= taken < len(generators):
-                        generators.pop(taken).die()
-                    taken -= len(generators)
-                if 0 <= taken < len(self._starting):
-                    self._starting.pop(taken).close()
+            for there in range(self._nodes, nodes, -1):
+                self._take(self._world.rng.randrange(there))
             self._nodes = nodes
             self._fill()
+
+    def _take(self, node: int) -> None:
+        """With what is on it, if anything is."""
+        for generators in (self.up, self._leaving):
+            if node < len(generators):
+                generators.pop(node).die()
+                return
+            node -= len(generators)
+        if node < len(self._starting):
+            self._starting.pop(node).close()
 
     def _decide(self) -> Process:
         world, spec = self._world, self._world.deployment.generators

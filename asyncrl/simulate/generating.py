@@ -128,8 +128,11 @@ class SimulatedGenerator:
         return self._asking, reserved
 
     def _submit(self, rows: Sequence[Row]) -> Process:
-        """Submits rollouts; and has them scored, first come first served."""
+        """Submits rollouts; and has them scored, first come first served. Those of one that died are lost on the way."""
         yield self._world.costs.call_s + SUBMIT_EVERY_S / 2
+        if not self._processes:
+            self._world.spent["lost"] += float(sum(row.end - row.weights[0][0] for row in rows))
+            return
         scoring, summaries = self._world.core.scoring, []
         for row in rows:
             ends = pairwise([*row.weights, (row.end, -1)])

@@ -36,10 +36,10 @@ class Retires:
     """An actor's handle: it is told to finish."""
 
     def __init__(self) -> None:
-        self.ask = self
+        self.ask = self.stop = self
         self.told: list[str] = []
 
-    def remote(self, method: str) -> None:
+    def remote(self, method: str = "stop") -> None:
         self.told.append(method)
 
 
@@ -166,6 +166,50 @@ def test_a_count_is_stated_and_then_no_longer_the_rules(monkeypatch, tiny_recipe
     assert (told.role, told.count_before, told.count, told.step, told.reason) == ("generator", 2, 6, 4, "it was asked for")
     assert world.fleet.elastic == {}
     assert len(world.look()) == 6
+
+
+def test_the_learner_halts_for_other_ranks_and_starts_where_these_have_room(monkeypatch, tiny_recipe):
+    world = World(monkeypatch, tiny_recipe(), count=1)
+    scaler, summary = Scaler(world.fleet, 60.0, lambda: world.now), RunSummary(name="r", total_steps=9)
+
+    def ranks(seconds: float = 0.5) -> list[tuple[str, str, int]]:
+        scaler.look(summary)
+        world.look(seconds)
+        gang = world.fleet.members[1].gang
+        assert world.fleet.members[: 1 + len(gang)] == [world.fleet.members[0], *gang]
+        assert len(gang) == world.plan.deployment.learner.ranks
+        return [(member.name, member.phase, member.restart_count) for member in gang]
+
+    with pytest.raises(ConfigError, match="ranks=0 < 1"):
+        world.fleet.ask({"learner": 0})
+    learner = world.member("learner")
+    learner.phase = "idle"
+    world.fleet.ask({"learner": 3})
+    assert ranks() == [("learner", "idle", 0)], "between two trainings it is left alone"
+    learner.phase = "running"
+    assert ranks() == [("learner", "running", 0)]
+    assert learner.handle.told == ["halt"]
+    learner.phase = "idle"  # it has saved
+    assert ranks() == [("learner", "ended", 0), ("learner-1", "ended", -1), ("learner-2", "ended", -1)]
+    assert world.asked[-1][0] == "learner"
+    assert ranks()[0] == ("learner", "running", 1), "in these tests a spawn brings the lead alone"
+    Group.room = False
+    world.fleet.ask({"learner": 2})
+    ranks()
+    learner.phase = "starting"  # it died meanwhile: what it saved last is what there is
+    assert [name for name, *_ in ranks()] == ["learner", "learner-1"]
+    assert sorted(world.fleet.who_left()) == [("learner-1", -1), ("learner-2", -1)]
+    assert len(ranks(59.0)) == 2
+    assert len(ranks(3.0)) == 2
+    assert [phase for _, phase, _ in ranks()] == ["ended", "ended", "ended"], "as before"
+    Group.room = True
+    assert ranks()[0] == ("learner", "running", 2)
+    told = [(scaling.role, scaling.count_before, scaling.count, scaling.reason) for scaling in summary.scalings]
+    assert told == [
+        ("learner", 1, 3, "it was asked for"),
+        ("learner", 3, 2, "it was asked for"),
+        ("learner", 2, 3, "there was no room for 2 in 60 s"),
+    ]
 
 
 class Preempted(ActorDiedError):

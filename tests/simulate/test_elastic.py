@@ -76,6 +76,14 @@ def test_nodes_that_are_taken_cost_what_they_held_and_the_time_without_them() ->
     assert half["worst lag"] <= 16
 
 
+@pytest.mark.timeout(60)  # what a dead generator still brought kept its group from being given to another, for ever
+def test_what_is_on_its_way_from_a_node_that_is_taken_is_lost() -> None:
+    trace = [(10.0 * i, 4 - i % 2) for i in range(40)]
+    found = run(4, trace=trace, updates=150, call_s=0.5)
+    assert found["samples/s"] > 0
+    assert 0 < found["lost"] < 0.2
+
+
 def test_a_run_without_a_node_waits_for_one() -> None:
     found = run(2, trace=[(0.0, 2), (20.0, 0), (50.0, 2)], updates=50)
     assert found["samples/s"] > 0
