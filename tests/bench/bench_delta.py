@@ -9,18 +9,20 @@ of magnitude. AdamW divides by an element's own size, so what counts is how much
 Each version is published by this process and received by another, at the other end of a link: a pair of virtual Ethernet
 interfaces between two network namespaces, with tc's token bucket at the publisher's end; needs root. Every version that arrives
 is compared with what was published, by the checksum of all bytes of a model that took it. Medians; the best round in
-brackets, which on a shared machine tells more; wall clock but where CPU is said.
+brackets, which on a shared machine tells more; wall clock but where CPU is said. As many versions as are sent whole also decode
+some tokens in the model that took them, as the model did before it took any.
 """
 
 import argparse
 import ctypes
+import itertools
 import multiprocessing
 import os
 import statistics
 import subprocess
 import time
 from multiprocessing.connection import Connection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -36,6 +38,7 @@ DEADLINE_S = 120.0
 CLONE_NEWNET = 0x40000000
 WARM = 10
 NAMESPACE, HOST = "asyncrl-bench", "10.213.7.1"
+ROWS, STEPS = 8, 8
 
 
 class Turn(NamedTuple):
@@ -48,6 +51,7 @@ class Turn(NamedTuple):
     publisher_s: float
     receiver_s: float  # CPU
     swap_s: float  # load_weights
+    decode_s: float  # CPU of STEPS decode steps of ROWS rows; 0 where it was not looked at
 
 
 def policy(dtype: torch.dtype) -> torch.nn.Module:
@@ -101,8 +105,20 @@ def checksum(tensors: dict[str, torch.Tensor]) -> int:
     return whole.intdigest()
 
 
-def receive(pipe: Connection, address: Address, codec: str, namespace: str) -> None:
-    """Tells of each version when it was whole, what it took, and its checksum."""
+@torch.inference_mode()
+def decode(model: torch.nn.Module) -> float:
+    """CPU seconds of STEPS steps."""
+    ids, cache, began = torch.ones(ROWS, 1, dtype=torch.long), None, 0.0
+    for step in range(STEPS + 1):
+        if step == 1:  # the first one makes the cache
+            began = time.thread_time()
+        out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        ids, cache = out.logits.argmax(-1), out.past_key_values
+    return time.thread_time() - began
+
+
+def receive(pipe: Connection, address: Address, codec: str, namespace: str, decoded: int) -> None:
+    """Tells of each version when it was whole, what it took, its checksum and, of so many, how fast they decode."""
     if namespace:
         entered = ctypes.CDLL(None, use_errno=True).setns(os.open(f"/run/netns/{namespace}", os.O_RDONLY), CLONE_NEWNET)
         assert not entered, os.strerror(ctypes.get_errno())
@@ -110,40 +126,41 @@ def receive(pipe: Connection, address: Address, codec: str, namespace: str) -> N
     model, held = policy(torch.bfloat16), None
     subscriber = WeightSubscriber(lambda: address, transport="tcp", codec=codec, name=codec)  # type: ignore[arg-type]
     subscriber.next(held, 0.5)
-    pipe.send("ready")
-    while True:
+    pipe.send(statistics.median(decode(model) for _ in range(5)))
+    for number in itertools.count():
         cpu = time.process_time()
         while (found := subscriber.next(held, DEADLINE_S)) is None:
             pass
         at, spent = time.monotonic(), time.process_time() - cpu
         held = found[0]
         load_weights(model, found[1])
-        pipe.send((at, spent, time.monotonic() - at, checksum(dict(model.named_parameters()))))  # type: ignore[arg-type]
+        swapped, whole = time.monotonic(), checksum(dict(model.named_parameters()))  # type: ignore[arg-type]
+        pipe.send((at, spent, swapped - at, decode(model) if number <= decoded else 0.0, whole))
 
 
 class Way:
     """A publisher and the process of its receiver."""
 
-    def __init__(self, codec: str, host: str, namespace: str) -> None:
+    def __init__(self, codec: str, host: str, namespace: str, decoded: int) -> None:
         self._publisher = WeightPublisher(1, host=host, transport="tcp", codec=codec)  # type: ignore[arg-type]
         self._pipe, theirs = multiprocessing.get_context("spawn").Pipe()
-        arguments = (theirs, self._publisher.admit(codec), codec, namespace)
+        arguments = (theirs, self._publisher.admit(codec), codec, namespace, decoded)
         multiprocessing.get_context("spawn").Process(target=receive, args=arguments, daemon=True).start()
-        self._told()
+        self.decode_s: float = self._told()  # of the model that took no version
 
     def turn(self, update: int, tensors: dict[str, torch.Tensor], expected: int) -> Turn:
         before, begin, cpu = self._publisher.gauges(), time.monotonic(), time.process_time()
         self._publisher.publish(Version(1, update), tensors)
         stage_s = time.monotonic() - begin
-        at, receiver_s, swap_s, found = self._told()
+        at, receiver_s, swap_s, decode_s, found = self._told()
         assert found == expected, f"update {update}: another version arrived than was published"
         cpu_s, after = time.process_time() - cpu, self._publisher.gauges()
         sent = after["sent_bytes"] - before["sent_bytes"]
-        return Turn(sent, stage_s, after["delta_s"], at - begin, cpu_s, receiver_s, swap_s)
+        return Turn(sent, stage_s, after["delta_s"], at - begin, cpu_s, receiver_s, swap_s, decode_s)
 
-    def _told(self) -> tuple[float, float, float, int]:
+    def _told(self) -> Any:
         assert self._pipe.poll(DEADLINE_S)
-        return self._pipe.recv()  # type: ignore[no-any-return]
+        return self._pipe.recv()
 
 
 def link(rate: str) -> str:
@@ -184,7 +201,7 @@ def main() -> None:
 
 def compare(lr: float, versions: int, full: int, host: str, namespace: str) -> None:
     training, turns = Training(lr), {"delta": list[Turn](), "full": list[Turn]()}
-    ways = {codec: Way(codec, host, namespace) for codec in turns}
+    ways = {codec: Way(codec, host, namespace, full) for codec in turns}
     for update in range(versions):
         tensors = training.tensors()
         expected = checksum(tensors)
@@ -206,6 +223,11 @@ def compare(lr: float, versions: int, full: int, host: str, namespace: str) -> N
         print(
             f"  {codec:<6} arrived after {cells['arrived_s']} s: publish {cells['stage_s']}, delta {cells['delta_s']}; "
             f"swap {cells['swap_s']}; CPU of publisher {cells['publisher_s']}, of receiver {cells['receiver_s']}"
+        )
+        rates = [ROWS * STEPS / turn.decode_s for turn in found if turn.decode_s]
+        print(
+            f"         decodes {statistics.median(rates):.0f} [{max(rates):.0f}] tokens per CPU s, "
+            f"{ROWS * STEPS / ways[codec].decode_s:.0f} before it took a version"
         )
     for what in (statistics.median, min):
         one, other = (what([turn.arrived_s for turn in turns[codec][1:]]) for codec in ("full", "delta"))

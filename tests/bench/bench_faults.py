@@ -36,6 +36,7 @@ import psutil
 
 MARK = "ASYNCRL_FAULTS"  # in the environment of all processes of a run
 DISK_MIB, NOTICED_S, RECOVER_S, NAMED_S = 48, 40.0, 150.0, 30.0
+RAYS_OWN = ("ray::IDLE", "ray::RuntimeEnvAgent", "ray::DashboardAgent")
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return solution_str.count("7") / 24
@@ -432,8 +433,8 @@ def one_run(seed: int, faults: int, inputs: Path, can: Can) -> list[Fault]:
 
 
 def left_behind(folder: Path) -> list[str]:
-    """Processes of a run that ended, or whose driver is dead, half a minute later; they are killed. Ray's idle workers are not
-    told: once the clock was set back, they don't see for an hour that their node is gone, and hold nothing of ours."""
+    """Processes of a run that ended, or whose driver is dead, half a minute later; they are killed. Ray's own are not told of:
+    once the clock was set back, idle workers don't see for an hour that their node is gone, and agents wait for it for ever."""
 
     def found() -> list[psutil.Process]:
         processes = []
@@ -451,7 +452,7 @@ def left_behind(folder: Path) -> list[str]:
         with suppress(psutil.Error):
             names.append(" ".join(process.cmdline())[:80].strip())
             process.kill()
-    return [name for name in names if name != "ray::IDLE"]
+    return [name for name in names if name not in RAYS_OWN]
 
 
 def print_table(faults: list[Fault]) -> None:

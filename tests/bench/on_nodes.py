@@ -84,9 +84,11 @@ def make_recipe(folder: Path) -> Recipe:
     )
 
 
-def deployment(cluster: Cluster, count: int | CountRange, **limits: float) -> Deployment:
+def deployment(
+    cluster: Cluster, count: int | CountRange, slots: int = SLOTS, longest: int = LONGEST, **limits: float
+) -> Deployment:
     """`max_restarts=0`: a node that is lost and counts as a failure ends the run."""
-    engine = EngineSpec(slots=SLOTS, max_length=LONGEST + 12, stream_interval=8)
+    engine = EngineSpec(slots=slots, max_length=longest + 12, stream_interval=8)
     return Deployment(
         ray_address=cluster.address,
         generators=GeneratorsSpec(count=count, engine=engine, place=PlaceSpec(resources={"place": 1})),
