@@ -8,6 +8,7 @@ four for a half and then two; and the score on held-out prompts by each evaluati
 
 import argparse
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -47,7 +48,10 @@ def run_long_tail(cluster: Cluster, folder: Path, name: str, counts: Sequence[in
 
 def scored() -> None:
     with tempfile.TemporaryDirectory() as made, several(nodes=2) as (cluster, _):
+        data = Path(made) / "elastic" / "data"  # what both begin with
         for name, counts in (("elastic", (1, 4, 4, 2)), ("fixed", (2, 2, 2, 2))):
+            if data.exists():
+                shutil.copytree(data, Path(made) / name / "data")
             led, rates, problems = run_long_tail(cluster, Path(made), name, counts)
             assert led.result is not None
             lines = [json.loads(line) for line in (Path(led.result.run_dir) / "metrics.jsonl").read_text().splitlines()]
