@@ -17,6 +17,7 @@ FILLED = 0.8  # share of their room that the actors use which are left
 UPDATES = 3  # at least so many fall into what is judged, if it does not take PATIENCE times as long as it should
 PATIENCE = 10
 CALMS = 2  # looks in a row that have to say that there are too many
+THERE = 0.8  # share of what was decided on that is enough: where nodes come and go, some are always on their way
 
 
 class Load(Struct, frozen=True, kw_only=True):
@@ -52,13 +53,13 @@ class Autoscaler:
         self._least, self._most, self._every_s, self._clock = least, most, every_s, clock
         self._since, self._from = clock(), 0  # what is judged began then, and at that update
         self._calms = 0
-        self._there = False  # whether as many were up as the last decision asked for
+        self._there = False  # whether what the last decision asked for was up
 
     def begins(self, up: int, count: int, committed: int) -> bool:
-        """Whether what is judged begins only now: the run has made its first update, or what was decided on is up. It is not
-        waited for without end: nodes for all of it may never come."""
+        """Whether what is judged begins only now: the run has made its first update, or what was decided on is up, most of it.
+        It is not waited for without end: nodes for that may never come."""
         late = self._clock() - self._since >= PATIENCE * self._every_s
-        if self._there or not committed or (up < count and not late):
+        if self._there or not committed or (up < THERE * count and not late):
             return False
         self._since, self._from, self._there = self._clock(), committed, True
         return True
@@ -74,7 +75,8 @@ class Autoscaler:
         what is judged next begins now."""
         self._since, self._from = self._clock(), committed
         found = wanted(up, load, self._least, self._most)
-        if found is None or (load.short >= SHORT and up < count):  # those on their way may be enough
+        most = count if up >= THERE * count else math.inf
+        if found is None or up < found.number <= most:  # those on their way may be enough
             found = Decision(count, "")
         self._calms = self._calms + 1 if found.number < count else 0
         if found.number == count or 0 < self._calms < CALMS:

@@ -113,6 +113,17 @@ def test_what_was_decided_on_is_awaited_and_then_judged_anew():
     assert found == (3, "held back for 90% of the time, with 10% of the room used")
 
 
+def test_where_nodes_come_and_go_it_is_enough_that_most_are_there():
+    world, short = World(most=64), load(short=0.5)
+    world.pass_(1.0, 1)
+    assert world.rule.begins(12, 16, 1) is False, "a quarter is on its way"
+    assert world.look(short, 16, up=13) is None, "judged from now on"
+    world.pass_(60.0, 4)
+    assert world.look(load(short=0.15), 16, up=13) is None, "16 would do"
+    world.pass_(60.0, 4)
+    assert world.look(short, 16, up=13) == (26, "the learner waited for 50% of the time")
+
+
 def test_actors_are_given_up_only_when_they_were_too_many_twice_in_a_row():
     world, calm, busy = World(), load(held=0.5, used=0.2), load()
     world.pass_(1.0, 1)

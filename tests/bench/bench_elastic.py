@@ -3,7 +3,8 @@
 Samples a second in each phase of S seconds; a run of two generators with as many updates beside it, and the mean reward of the
 last ten updates of both; what the log says of rows, groups and the bound. On two Ray nodes beside the driver's; see on_nodes.py
 for the engines. `--scored`: of the long-tailed task (long_tail.py), all of it, with one generator for a quarter of its updates,
-four for a half and then two; and the score on held-out prompts by each evaluation.
+four for a half and then two; and the score on held-out prompts by each evaluation. The bound is 16 there: with 4 the longest
+answers take as long as five batches of one generator, and more of them help little.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 from msgspec.structs import replace
-from on_nodes import MAX_LAG, Led, deployment, make_recipe, say, several
+from on_nodes import Led, deployment, make_recipe, say, several
 from ray.cluster_utils import Cluster
 
 from asyncrl.config.load import load_specs
@@ -32,7 +33,7 @@ def reward(run_dir: str, updates: int = 10) -> float:
 
 def run_long_tail(cluster: Cluster, folder: Path, name: str, counts: Sequence[int]) -> tuple[Led, list[float], list[str]]:
     """The task, with so many generators for equal parts of it. How it went, samples/s of each part, what is wrong."""
-    recipe, _ = load_specs(Path(__file__).with_name("long_tail.py"), None, [f"staleness.max_lag={MAX_LAG}"])
+    recipe, _ = load_specs(Path(__file__).with_name("long_tail.py"), None, ["staleness.max_lag=16", "evaluation.freq=200"])
     policy = replace(recipe.model, builder=f"{Path(__file__).with_name('on_nodes.py').resolve()}:waiting")
     recipe = replace(resolve_paths(recipe, RunDir(folder / name), Path(__file__).parent), model=policy)
     longest = recipe.data.max_prompt_length + recipe.sampling.max_response_length

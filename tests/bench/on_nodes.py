@@ -1,11 +1,12 @@
 """Runs with long-tailed answers on several Ray nodes of one machine, for bench_nodes.py and bench_elastic.py.
 
-A decode step of their engines waits STEP_S, as if a device computed: so engines work beside each other although they share few
-cores, and what a run makes follows their number. The node of the driver, the learner and the reward is labelled `head`;
-generators need the resource `place` of another node.
+A decode step of their engines waits STEP_S (of the environment, else 0.1), as if a device computed: so engines work beside each
+other although they share few cores, and what a run makes follows their number. The node of the driver, the learner and the
+reward is labelled `head`; generators need the resource `place` of another node.
 """
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +46,8 @@ from asyncrl.report.summary import RunSummary
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-STEP_S, SLOTS, MAX_LAG, LONGEST = 0.1, 8, 4, 128
+STEP_S = float(os.environ.get("STEP_S", "0.1"))
+SLOTS, MAX_LAG, LONGEST = 8, 4, 128
 HEAD = PlaceSpec(labels={"where": "head"})
 
 
@@ -122,6 +124,7 @@ class Led:
 
     def __init__(self, recipe: Recipe, deployed: Deployment, runs_dir: Path, name: str) -> None:
         self.run = RunSummary(name=name, total_steps=0)
+        self.max_lag = recipe.staleness.max_lag
         self.per_update = recipe.learner.batch_groups * recipe.sampling.n
         self.trainer = Trainer(recipe, deployed, name=name, runs_dir=runs_dir, observe=self._see, progress=False)
         self.result: RunResult | None = None
@@ -152,7 +155,7 @@ class Led:
             self.result = result = trainer.finish()
         said = asdict(result) | {"lag": result.max_trained_lag}
         said["settled"] = result.trained + result.filtered + result.evicted + result.failed + result.unused
-        return check(Path(result.run_dir), said, MAX_LAG)
+        return check(Path(result.run_dir), said, self.max_lag)
 
     def tokens(self) -> tuple[int, int, int]:
         """Made, and of answers whose generator was lost: sampled again (at the most), gone on from."""
