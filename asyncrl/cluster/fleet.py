@@ -111,7 +111,7 @@ class Fleet:
     @property
     def nobody(self) -> bool:
         """Whether a role waits for places, and nobody of it is up."""
-        return any(not self.at_work(member.role) for member in self.coming)
+        return self._seeking or any(not self.at_work(member.role) for member in self.coming)
 
     def _of(self, role: str) -> list[Member]:
         return [member for member in self.members if member.role == role]

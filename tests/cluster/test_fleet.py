@@ -199,11 +199,13 @@ def test_the_learner_halts_for_other_ranks_and_starts_where_these_have_room(monk
     learner.phase = "starting"  # it died meanwhile: what it saved last is what there is
     assert [name for name, *_ in ranks()] == ["learner", "learner-1"]
     assert sorted(world.fleet.who_left()) == [("learner-1", -1), ("learner-2", -1)]
+    assert world.fleet.nobody, "a run that waits for that does not stall"
     assert len(ranks(59.0)) == 2
     assert len(ranks(3.0)) == 2
     assert [phase for _, phase, _ in ranks()] == ["ended", "ended", "ended"], "as before"
     Group.room = True
     assert ranks()[0] == ("learner", "running", 2)
+    assert not world.fleet.nobody
     told = [(scaling.role, scaling.count_before, scaling.count, scaling.reason) for scaling in summary.scalings]
     assert told == [
         ("learner", 1, 3, "it was asked for"),
