@@ -237,6 +237,8 @@ class Campaign:
         how, _, what = kind.partition(" ")
         began, restarts = time.monotonic(), driver.said.get("restarts", 0)
         getattr(self, f"_{how}")(fault, what)
+        if fault.outcome == "lost":
+            fault.problems.append(f"did not go on: {driver.said.get('error', 'no error is named')}"[:600])
         if phase != "finish" and how in ("kill", "stop") and what != "driver":
             driver.until(lambda: driver.said.get("restarts", 0) > restarts, NOTICED_S)  # updates before that are no recovery
         before = driver.committed
