@@ -54,8 +54,7 @@ class Fleet:
 
     def _first(self, plan: RunPlan) -> list[Member]:
         deployment, watch = plan.deployment, (self._limits, self._clock)
-        learner = Member("learner", "learner", deployment.learner.place, *watch)
-        learner.take_lead(self._ranks(deployment))
+        learner = Member("learner", "learner", deployment.learner.place, *watch, self._ranks(deployment))
         store = Member("store", "store", deployment.store.place, *watch)
         models = [Member("model", name, deployment.rewards.models.place, *watch) for name in plan.models]
         come = [self._member(role, f"{role}-{i}", self._specs[role].place) for role in FIELDS for i in range(self.counts[role])]
