@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -338,13 +339,14 @@ def interpreter(request, monkeypatch) -> Callable[..., str]:
     def make(*packages: str) -> str:
         folder = Path(request.config.cache.mkdir("-".join(packages).replace("==", "-")))
         python = folder / "bin/python"
-        if not (folder / "made").exists():
-            if "ASYNCRL_REQUIRE_AGENTS" not in os.environ:
-                pytest.skip(f"{' '.join(packages)} is not there yet, and takes a minute: set ASYNCRL_REQUIRE_AGENTS=1")
-            venv.create(folder, clear=True, with_pip=True)
-            install = [python, "-m", "pip", "install", "-q", *packages, *TOLD]
-            subprocess.run(install, check=True, timeout=INSTALL_S)
-            (folder / "made").touch()
+        with FileLock(f"{folder}.lock"):  # another worker of the same pytest may be making it
+            if not (folder / "made").exists():
+                if "ASYNCRL_REQUIRE_AGENTS" not in os.environ:
+                    pytest.skip(f"{' '.join(packages)} is not there yet, and takes a minute: set ASYNCRL_REQUIRE_AGENTS=1")
+                venv.create(folder, clear=True, with_pip=True)
+                install = [python, "-m", "pip", "install", "-q", *packages, *TOLD]
+                subprocess.run(install, check=True, timeout=INSTALL_S)
+                (folder / "made").touch()
         monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{Path(__file__).parent / 'public'}")
         monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
         return str(python)
