@@ -2,7 +2,8 @@
 
     wanted more ──► seeks a place ──► placed: spawned as the others
     wanted less, its node drains ──► leaves: reserves no more, finishes what it holds ──► left: its place is released
-    another number of ranks ──► the learner halts: the update under way is saved ──► its places are released, others sought
+    another number of ranks, or the node of one drains ──► the learner halts: the update under way is saved ──► its places are
+    released, others sought
 A member that left is kept by name: who gets the name next has a higher incarnation.
 """
 
@@ -40,7 +41,8 @@ class Fleet:
         self.counts = {role: spec.least for role, spec in self._specs.items()}  # how many there should be
         self._fewest = dict(self.counts)  # with fewer than these the run does not go on
         self.counts["learner"] = plan.deployment.learner.ranks  # of its policy
-        self._halting = self._seeking = False  # the learner, for other ranks
+        self._halting = self._seeking = False  # the learner, for other ranks or other nodes
+        self._moving = False  # whether it has to, as a node of its drains
         self._ranks_before, self._sought_at = 0, 0.0
         self.elastic = {role: spec.count for role, spec in self._specs.items() if isinstance(spec.count, CountRange)}
         self.coming: list[Member] = []  # who seeks a place
@@ -119,8 +121,13 @@ class Fleet:
         """Has as many come or go as `counts` say, and those go whose node does; spawns those that got a place. Returns the plan
         for whoever starts from now on. Raises PlacementError where fewer than the fewest had a place for too long."""
         for member, left_s in self._drained():
-            self.preemptions[member.name] += 1
-            self.lose(member, "its node drains", min(left_s, self._limits.leave_timeout_s))
+            if member.role in FIELDS:
+                self.preemptions[member.name] += 1
+                self.lose(member, "its node drains", min(left_s, self._limits.leave_timeout_s))
+            elif not self._moving:
+                self.preemptions["learner"] += 1
+                log.info("the learner goes on elsewhere: the node of %s drains", member.name)
+                self._moving = True
         for role in FIELDS:
             self._fill(role)
         plan = self._regroup(plan, known)
@@ -145,16 +152,21 @@ class Fleet:
         return plan
 
     def _regroup(self, plan: RunPlan, known: dict[str, tuple[int, Any]]) -> RunPlan:
-        """Has the learner's policy be on as many ranks as it should. It goes on from the checkpoint with which it halts; one
-        that dies instead, from its newest. Where no room is found for the new ranks, they are as many as they were."""
+        """Has the learner's policy be on as many ranks as it should, and on none of the nodes that drain. It goes on from the
+        checkpoint with which it halts; one that dies instead, from its newest. Where no room is found for another number of
+        ranks, they are as many as they were; for as many, PlacementError."""
         learner, count = self.members[1], self.counts["learner"]
         same = count == plan.deployment.learner.ranks
         if self._seeking and learner.placed():
             self._seeking = False
             learner.spawn(plan, known)
-        elif self._seeking and same and self._clock() - self._sought_at > FALLBACK_S * len(learner.place.choices):
-            self._asked["learner"] = self._ranks_before, f"there was no room for {count} in {FALLBACK_S:g} s"
-        if same or (learner.phase == "idle" and not self._halting):
+        elif self._seeking and same:
+            waited = self._clock() - self._sought_at
+            if count != self._ranks_before and waited > FALLBACK_S * len(learner.place.choices):
+                self._asked["learner"] = self._ranks_before, f"there was no room for {count} in {FALLBACK_S:g} s"
+            elif waited > self._limits.start_timeout_s:
+                raise fits_nowhere(learner.name, learner.places)
+        if (same and not self._moving) or (learner.phase == "idle" and not self._halting):
             return plan  # where it is idle, not before the next update
         if learner.phase == "running":
             self._halting = True
@@ -167,7 +179,7 @@ class Fleet:
     def _seek_ranks(self, plan: RunPlan, count: int) -> RunPlan:
         """Gives the learner's places back and asks for others. Returns the plan for whoever starts from now on."""
         learner, self._ranks_before = self.members[1], plan.deployment.learner.ranks
-        self._halting, self._seeking, self._sought_at = False, True, self._clock()
+        self._halting, self._moving, self._seeking, self._sought_at = False, False, True, self._clock()
         plan = replace(plan, deployment=plan.deployment.with_ranks(count))
         learner.release()
         _, *others = before = learner.gang
@@ -223,7 +235,7 @@ class Fleet:
         drains = ray._private.state.state.get_draining_nodes()  # milliseconds since the epoch; 0: no deadline
         for member in [member for member in self.members if member.node in drains and not member.leaving]:
             until = drains[member.node] / 1000
-            if member.role in FIELDS:
+            if member.lead.role in (*FIELDS, "learner"):
                 yield member, max(0.0, until - time.time() - _MARGIN_S) if until else float("inf")
 
     def release(self) -> None:
@@ -239,6 +251,7 @@ def taken_with_its_node(error: Exception) -> bool:
 
 def excused(role: str, error: Exception) -> bool:
     """Whether who died of this has not failed: its node did. A learner's node may have died of what the learner did, unless
-    that was announced."""
+    that was announced, or it had not begun: a node may be placed on for some seconds after its death."""
     announced = isinstance(error, ActorDiedError) and bool(error.preempted)
-    return announced or (role != "learner" and taken_with_its_node(error))
+    innocent = role != "learner" or "The actor never ran" in str(error)
+    return announced or (innocent and taken_with_its_node(error))

@@ -214,6 +214,35 @@ def test_the_learner_halts_for_other_ranks_and_starts_where_these_have_room(monk
     ]
 
 
+def test_the_learner_leaves_a_node_that_drains_as_it_does_for_other_ranks(monkeypatch, tiny_recipe):
+    world = World(monkeypatch, tiny_recipe(), count=1)
+    drains: dict[str, int] = {}
+    monkeypatch.setattr("ray._private.state.state.get_draining_nodes", lambda: drains)
+    world.fleet._loopback = False
+    learner = world.member("learner")
+
+    def look(seconds: float = 0.5) -> tuple[str, int]:
+        world.look(seconds)
+        return learner.phase, learner.restart_count
+
+    learner.node, drains["a"] = "a", 0
+    assert look() == ("running", 0)
+    assert look(3.0) == ("running", 0)
+    assert learner.handle.told == ["halt", "halt"], "until it has"
+    learner.phase = "idle"  # it has saved
+    assert look() == ("ended", 0)
+    learner.node = ""
+    assert look() == ("running", 1)
+    assert world.fleet.preemptions == {"learner": 1}
+    learner.node, Group.room, learner.phase = "a", False, "starting"
+    assert look(3.0) == ("ended", 1)
+    learner.node = ""
+    assert look(99.0) == ("ended", 1)
+    assert world.fleet.nobody
+    with pytest.raises(PlacementError, match="learner fits nowhere"):
+        look(2.0)
+
+
 class Preempted(ActorDiedError):
     def __init__(self, preempted: bool, text: str) -> None:
         RayActorError.__init__(self, "1", text, False, preempted)
@@ -227,6 +256,7 @@ ANNOUNCED, UNANNOUNCED = Preempted(True, "…"), Preempted(False, "The actor die
     [
         (ANNOUNCED, ["generator", "reward", "model", "learner"]),
         (UNANNOUNCED, ["generator", "reward", "model"]),
+        (Preempted(False, f"{UNANNOUNCED}\nThe actor never ran - …"), ["generator", "reward", "model", "learner"]),
         (Preempted(False, "The actor is dead because its worker process has died."), []),
         (RuntimeError("its node has died"), []),
     ],

@@ -22,7 +22,7 @@ from asyncrl.cluster.session import WORKER_MODULES
 from asyncrl.config import Deployment, EngineSpec, GeneratorsSpec, LimitsSpec, PlaceSpec, RanksSpec, RewardsSpec
 from asyncrl.report.summary import RunSummary
 
-SPOT: dict[str, Any] = {"num_cpus": 1, "resources": {"place": 2}, "labels": {"market": "spot"}}
+SPOT: dict[str, Any] = {"num_cpus": 1, "resources": {"place": 2, "rank": 1}, "labels": {"market": "spot"}}
 HEAD = PlaceSpec(labels={"market": "on-demand"})
 
 
@@ -42,29 +42,31 @@ def drain(cluster: Cluster, node: str) -> None:
 
 
 def lead(recipe: Recipe, runs_dir: str, cluster: Cluster) -> dict[str, object]:
-    first = cluster.add_node(**SPOT)
+    head, first = cluster.head_node.node_id, cluster.add_node(**SPOT)
     engine = EngineSpec(slots=8, max_length=40, stream_interval=2)
     deployment = Deployment(
         ray_address=cluster.address,
         generators=GeneratorsSpec(count=2, engine=engine, place=PlaceSpec(resources={"place": 1}, labels=SPOT["labels"])),
         rewards=RewardsSpec(place=HEAD),
-        learner=RanksSpec(place=HEAD),
-        limits=LimitsSpec(poll_s=0.5, max_restarts=0),
+        learner=RanksSpec(ranks=2, place=PlaceSpec(resources={"rank": 1})),  # one on the head
+        limits=LimitsSpec(poll_s=0.5, max_restarts=1),
     )
     generators, nodes = Generators(), []
     with Trainer(recipe, deployment, runs_dir=runs_dir, observe=generators, progress=False) as trainer:
 
+        def on(*roles: str) -> set[str]:
+            return {member.node for member in trainer._supervisor._fleet.members if member.role in roles}
+
         def fit_until(holds: Callable[[], bool]) -> set[int]:
             while not holds():
                 trainer.fit(1)
-            members = trainer._supervisor._fleet.members
-            nodes.append(sorted({member.node for member in members if member.role == "generator"}))
+            nodes.append(sorted(on("generator")))
             return generators.up
 
         before = fit_until(lambda: len(generators.up) == 2)
         second = cluster.add_node(**SPOT)
         drain(cluster, first.node_id)
-        before = fit_until(lambda: len(generators.up - before) == 2)
+        before = fit_until(lambda: len(generators.up - before) == 2 and on("learner", "rank") == {head, second.node_id})
         cluster.remove_node(first)
         cluster.remove_node(second, allow_graceful=False)
         cluster.add_node(**SPOT)
@@ -75,7 +77,7 @@ def lead(recipe: Recipe, runs_dir: str, cluster: Cluster) -> dict[str, object]:
 
 
 def main() -> None:
-    head = {"num_cpus": 1, "include_dashboard": False, "labels": HEAD.labels}
+    head = {"num_cpus": 1, "include_dashboard": False, "labels": HEAD.labels, "resources": {"rank": 1}}
     cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
     with forkserver(WORKER_MODULES) as executable:
         try:

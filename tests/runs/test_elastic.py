@@ -165,9 +165,12 @@ def test_a_run_takes_generators_as_it_needs_them_and_gives_them_up(
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_generators_outlive_nodes_that_drain_and_nodes_that_are_killed(tiny_recipe, events_of, assert_nothing_lost, tmp_path):
-    """Two of them on one node: it drains, and they begin on another; that is killed without a word, and they begin on a third.
-    `max_restarts=0`: any failure would end the run."""
+def test_generators_and_ranks_outlive_nodes_that_drain_and_nodes_that_are_killed(
+    tiny_recipe, events_of, assert_nothing_lost, tmp_path
+):
+    """Two generators and one of two ranks on one node: it drains, and they begin on another; that is killed without a word, and
+    they begin on a third. The learner may be what a node dies of, so that counts: once, whether or not its next one is placed
+    on the dead node first."""
     recipe = tiny_recipe(total_steps=10_000, learner=LearnerSpec(batch_groups=4, lr=1e-4))
     path = tmp_path / "recipe.json"
     path.write_bytes(msgspec.json.encode(recipe))
@@ -176,7 +179,8 @@ def test_generators_outlive_nodes_that_drain_and_nodes_that_are_killed(tiny_reci
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     result = msgspec.convert(told["result"], RunResult)
-    assert result.restarts == {}
+    assert result.restarts == {"learner": 1}
+    assert result.preemptions.pop("learner") in (1, 2)
     assert sum(result.preemptions.values()) == 4
     (first,), (second,), (third,) = told["nodes"]
     assert [first, second] == told["spot"]
