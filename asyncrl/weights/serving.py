@@ -222,9 +222,12 @@ class Serving:
                 self._send_bucket(identity, version, index, self._form(version, base))
 
     def hint_all(self) -> None:
-        """Every receiver hears what is there for it. Lock held."""
-        for identity, peer in self._peers.items():
-            self._hint(identity, peer.receiver)
+        """Every receiver hears what is there for it; one whose key is void by now is forgotten. Lock held."""
+        for identity, peer in list(self._peers.items()):
+            if self._server.admits(peer.key):
+                self._hint(identity, peer.receiver)
+            else:
+                self._forget(identity)
 
     def _hint(self, identity: bytes, receiver: Receiver, echo: int = 0) -> bool:
         live, news = self._versions.offered(receiver), Announce(version=None, echo=echo)

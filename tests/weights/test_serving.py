@@ -104,6 +104,19 @@ def test_a_goodbye_is_no_loss_however_late_it_is_read(
     until(lambda: receivers(serving) == (0, 0))
 
 
+def test_whose_key_is_void_hears_of_no_version_any_more(
+    asker: Callable[[str], "Asker"], serving: Serving, server: PublisherSocket, until: Callable[..., Any]
+) -> None:
+    void, other = asker("generator-0"), asker("generator-1")
+    until(lambda: receivers(serving) == (2, 0))
+    server.admit("generator-0", incarnation=1)
+    serving.hint_all()
+    assert receivers(serving) == (1, 0)
+    until(lambda: other.dealer.poll(0) and not other.read() and other.hints == 1)
+    void.read()
+    assert (void.echoes, void.hints) == ([1], 0)
+
+
 # ------------------------------------------------------------------------------------------------ bytes in flight
 
 
@@ -114,6 +127,7 @@ class Asker:
         self.name, self.dealer, self.hellos = name, dealer, 0
         self.got: list[int] = []  # numbers of the buckets that came
         self.echoes: list[int] = []
+        self.hints = 0
 
     def hello(self, confirms: int = 0) -> None:
         self.hellos += 1
@@ -128,7 +142,9 @@ class Asker:
             match messages.decode_reply(self.dealer.recv_multipart()[0]):
                 case Bucket(number=number):
                     self.got.append(number)
-                case Announce(echo=echo) if echo:
+                case Announce(echo=0):
+                    self.hints += 1
+                case Announce(echo=echo):
                     self.echoes.append(echo)
 
 
