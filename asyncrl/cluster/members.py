@@ -12,7 +12,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 from asyncrl.cluster.actors import StageActor, StoreActor
 from asyncrl.cluster.placement import Placement, beside_driver, fits_nowhere, request, reserve
 from asyncrl.cluster.plan import RunPlan
-from asyncrl.cluster.transport import call_store
+from asyncrl.cluster.transport import ANSWERS, call_store
 from asyncrl.cluster.watchdog import Clock, RestartBudget
 from asyncrl.config import QUESTIONS, LimitsSpec, PlaceSpec
 from asyncrl.errors import AsyncRLError, Unavailable
@@ -114,8 +114,9 @@ class Member:
             actor = ray.remote(concurrency_groups=STORE_GROUPS)(StoreActor)
             self.handle = actor.options(**options).remote(plan)
             return
-        calls = 8 + (QUESTIONS * plan.deployment.rewards.most if self.role == "model" else 0)
-        actor = ray.remote(max_concurrency=calls)(StageActor)
+        # A model is asked by more reward workers than that once they were scaled further: what waits holds up no report.
+        groups = {ANSWERS: QUESTIONS * plan.deployment.rewards.most} if self.role == "model" else None
+        actor = ray.remote(max_concurrency=8, concurrency_groups=groups)(StageActor)
         self.handle = actor.options(**options).remote(self.role, self.name, self.restart_count, plan, self.place.threads)
         for peer, (restart_count, value) in known.items():
             self.connect(peer, restart_count, value)

@@ -18,6 +18,7 @@ from asyncrl.types import Key
 
 SUPERVISOR = Key("supervisor", 0, 0)
 ADMIT_S = 5.0  # less than closing a subscriber waits for its thread
+ANSWERS = "answers"  # the concurrency group of a model's answers, which hold up no other call
 
 
 class Peers:
@@ -148,7 +149,7 @@ class RayModel:
             restart_count, handle = await asyncio.to_thread(self._peers.wait, name, restart_count, deadline)
         try:
             async with asyncio.timeout(self._deadline_s):
-                return await handle.ask.remote("answer", chat)
+                return await handle.ask.options(concurrency_group=ANSWERS).remote("answer", chat)
         except ActorUnavailableError as error:
             raise Unavailable(f"{name}: out of reach: {error}") from None
         except (RayActorError, OutOfMemoryError):

@@ -6,7 +6,9 @@ import pytest
 import ray
 
 from asyncrl.cluster.members import Member
-from asyncrl.config import LimitsSpec, PlaceSpec
+from asyncrl.cluster.plan import RunPlan
+from asyncrl.cluster.transport import ANSWERS
+from asyncrl.config import Deployment, LimitsSpec, PlaceSpec
 from asyncrl.errors import PlacementError, Unavailable
 from asyncrl.report.timing import AwakeClock
 
@@ -67,3 +69,18 @@ def test_who_has_lost_its_place_says_what_there_is_no_room_for(local_ray: None, 
     lead._placement = SimpleNamespace(ready=ready)
     with pytest.raises(error, match=told):
         raise rank.late()
+
+
+def test_a_model_that_is_asked_more_than_it_has_room_for_still_reports(local_ray: None, tiny_recipe, monkeypatch) -> None:
+    monkeypatch.setattr("asyncrl.cluster.members.QUESTIONS", 2)
+    plan = RunPlan(recipe=tiny_recipe(), deployment=Deployment(), run_dir="/r", started=1, loopback=True)
+    model = Member("model", "judge-0", PlaceSpec(), LimitsSpec(), lambda: 0.0)
+    model._create(plan, {}, {"num_cpus": 0})
+    try:
+        ask = model.handle.ask.options(concurrency_group=ANSWERS)
+        waiting = [ask.remote("answer", "x") for _ in range(40)]  # until it has started, which it never does
+        stacks = ray.get(model.handle.stacks.remote(), timeout=60)
+        assert 1 <= stacks.count(" in ask") <= 2
+        assert ray.wait(waiting, timeout=0)[0] == []
+    finally:
+        model.kill()

@@ -10,7 +10,7 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
 
-from asyncrl.cluster.transport import Peers, RayBus, RayCall, RayModel
+from asyncrl.cluster.transport import ANSWERS, Peers, RayBus, RayCall, RayModel
 from asyncrl.errors import Closed, Unavailable
 from asyncrl.interfaces import VERBS
 from asyncrl.replay.client import ReplayClient
@@ -173,9 +173,13 @@ class FakeModel:
 
     def __init__(self, name: str, dead: bool = False, silent: bool = False) -> None:
         self.name, self.dead, self.silent = name, dead, silent
-        self.ask = SimpleNamespace(remote=self._remote)
+        self.ask = self
 
-    async def _remote(self, method: str, chat: str) -> str:
+    def options(self, concurrency_group: str) -> Any:
+        assert concurrency_group == ANSWERS
+        return self
+
+    async def remote(self, method: str, chat: str) -> str:
         if self.dead:
             raise ActorDiedError()
         await asyncio.sleep(60 * self.silent)
