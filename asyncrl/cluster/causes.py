@@ -1,6 +1,8 @@
 """Why actors failed: which of their errors is the cause, whether a restart may mend it, and what to say of it."""
 
+import os
 import re
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,8 @@ def first_failure(member: Member, error: Exception) -> tuple[Member, Exception]:
 
 
 def held_up_by(node: str, pid: int) -> str:
-    """What holds up a process that is silent, as far as it can be told in PROBE_S: itself, its node, or the way there."""
+    """What holds up a process that is silent, as far as it can be told in PROBE_S: itself, its node, or the way there. One that
+    was stopped is ended (`process_state`)."""
     try:
         if node == ray.get_runtime_context().get_node_id():
             return process_state(pid)
@@ -70,9 +73,12 @@ def held_up_by(node: str, pid: int) -> str:
 
 
 def process_state(pid: int) -> str:
-    """What a process of this machine does, in words."""
+    """What a process of this machine does, in words. One that was stopped is killed: it can't hear that it should end, and Ray
+    kills by a timer of the wall clock, which stands still for minutes once that was set an hour back and then two ahead."""
     try:
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        if letter == "T":
+            os.kill(pid, signal.SIGKILL)
     except OSError:
         letter = "X"
     return f"its node answers, and its process {_STATES.get(letter, _STATES['S'])}"

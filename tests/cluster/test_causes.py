@@ -60,7 +60,9 @@ def test_the_first_failure_of_a_group_is_told(local_ray):
     assert first_failure(lead, silent) == (lead, silent)  # which nobody else can have caused
 
 
-def test_a_silent_process_is_told_from_a_stopped_and_a_dead_one(local_ray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_process_is_told_from_a_stopped_one_which_is_ended_and_a_dead_one(
+    local_ray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spinning = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
     waiting = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
     here = ray.get_runtime_context().get_node_id()
@@ -68,17 +70,19 @@ def test_a_silent_process_is_told_from_a_stopped_and_a_dead_one(local_ray, monke
         assert spinning.stdout is not None
         spinning.stdout.readline()
         assert held_up_by(here, spinning.pid) == "its node answers, and its process computes, and does not answer"
-        spinning.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, spinning.pid, os.WSTOPPED)
+        for process in (spinning, waiting):
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED)
         lead = Member("learner", "learner", PlaceSpec(), LimitsSpec(), lambda: 0.0)
         lead.pid, lead.node = spinning.pid, here
         member, error = first_failure(lead, Unavailable("learner has not answered for 60 s"))
         stopped = "its node answers, and its process was stopped by a signal"
         assert (member, str(error)) == (lead, f"learner has not answered for 60 s: {stopped}")
         monkeypatch.setattr("ray.runtime_context.RuntimeContext.get_node_id", lambda self: "another")  # so a task asks there
-        assert held_up_by(here, spinning.pid) == stopped
-        spinning.kill()
-        os.waitid(os.P_PID, spinning.pid, os.WEXITED | os.WNOWAIT)
+        assert held_up_by(here, waiting.pid) == stopped
+        for process in (spinning, waiting):
+            killed = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            assert killed is not None
+            assert killed.si_status == signal.SIGKILL
         assert process_state(spinning.pid) == process_state(1 << 30) == "its node answers, and its process has ended"
         assert held_up_by("0" * 56, 1) == "its node is not there any more (TaskUnschedulableError)"
-        waiting.kill()
