@@ -42,7 +42,6 @@ class Fleet:
         self._fewest = dict(self.counts)  # with fewer than these the run does not go on
         self.counts["learner"] = plan.deployment.learner.ranks  # of its policy
         self._halting = self._seeking = False  # the learner, for other ranks or other nodes
-        self._moving = False  # whether it has to, as a node of its drains
         self._ranks_before, self._sought_at = 0, 0.0
         self.elastic = {role: spec.count for role, spec in self._specs.items() if isinstance(spec.count, CountRange)}
         self.coming: list[Member] = []  # who seeks a place
@@ -50,7 +49,7 @@ class Fleet:
         self.preemptions: Counter[str] = Counter()  # actors that were lost, or given up, with their node, by name
         self._gone: dict[str, Member] = {}
         self._asked: dict[str, tuple[int, str]] = {}  # counts by role, and why; by `ask`, from any thread
-        self._drains_at = 0.0
+        self._drains_at, self._drains = 0.0, dict[str, int]()  # nodes: by when, in milliseconds since the epoch; 0: none said
         self._short_since: dict[str, float] = {}  # roles with fewer than the fewest
         self.members = self._first(plan)
 
@@ -121,13 +120,8 @@ class Fleet:
         """Has as many come or go as `counts` say, and those go whose node does; spawns those that got a place. Returns the plan
         for whoever starts from now on. Raises PlacementError where fewer than the fewest had a place for too long."""
         for member, left_s in self._drained():
-            if member.role in FIELDS:
-                self.preemptions[member.name] += 1
-                self.lose(member, "its node drains", min(left_s, self._limits.leave_timeout_s))
-            elif not self._moving:
-                self.preemptions["learner"] += 1
-                log.info("the learner goes on elsewhere: the node of %s drains", member.name)
-                self._moving = True
+            self.preemptions[member.name] += 1
+            self.lose(member, "its node drains", min(left_s, self._limits.leave_timeout_s))
         for role in FIELDS:
             self._fill(role)
         plan = self._regroup(plan, known)
@@ -156,7 +150,7 @@ class Fleet:
         checkpoint with which it halts; one that dies instead, from its newest. Where no room is found for another number of
         ranks, they are as many as they were; for as many, PlacementError."""
         learner, count = self.members[1], self.counts["learner"]
-        same = count == plan.deployment.learner.ranks
+        same, drained = count == plan.deployment.learner.ranks, any(member.node in self._drains for member in learner.gang)
         if self._seeking and learner.placed():
             self._seeking = False
             learner.spawn(plan, known)
@@ -166,9 +160,15 @@ class Fleet:
                 self._asked["learner"] = self._ranks_before, f"there was no room for {count} in {FALLBACK_S:g} s"
             elif waited > self._limits.start_timeout_s:
                 raise fits_nowhere(learner.name, learner.places)
-        if (same and not self._moving) or (learner.phase == "idle" and not self._halting):
-            return plan  # where it is idle, not before the next update
+        if same and not drained:
+            self._halting = False
+            return plan
+        if learner.phase == "idle" and not self._halting:
+            return plan  # not before the next update
         if learner.phase == "running":
+            if drained and not self._halting:
+                self.preemptions["learner"] += 1
+                log.info("the learner goes on elsewhere, from the update under way: a node of its drains")
             self._halting = True
             learner.handle.ask.remote("halt")
             return plan
@@ -179,7 +179,7 @@ class Fleet:
     def _seek_ranks(self, plan: RunPlan, count: int) -> RunPlan:
         """Gives the learner's places back and asks for others. Returns the plan for whoever starts from now on."""
         learner, self._ranks_before = self.members[1], plan.deployment.learner.ranks
-        self._halting, self._moving, self._seeking, self._sought_at = False, False, True, self._clock()
+        self._halting, self._seeking, self._sought_at = False, True, self._clock()
         plan = replace(plan, deployment=plan.deployment.with_ranks(count))
         learner.release()
         _, *others = before = learner.gang
@@ -228,14 +228,14 @@ class Fleet:
             yield self.left.pop()
 
     def _drained(self) -> Iterator[tuple[Member, float]]:
-        """Who is on a node that drains, and for how many seconds it will be there."""
+        """Which of those that come and go is on a node that drains, and for how many seconds it will be there."""
         if self._loopback or self._clock() < self._drains_at:
             return
         self._drains_at = self._clock() + _DRAINS_EVERY_S
-        drains = ray._private.state.state.get_draining_nodes()  # milliseconds since the epoch; 0: no deadline
-        for member in [member for member in self.members if member.node in drains and not member.leaving]:
-            until = drains[member.node] / 1000
-            if member.lead.role in (*FIELDS, "learner"):
+        self._drains = ray._private.state.state.get_draining_nodes()
+        for member in [member for member in self.members if member.node in self._drains and not member.leaving]:
+            until = self._drains[member.node] / 1000
+            if member.role in FIELDS:
                 yield member, max(0.0, until - time.time() - _MARGIN_S) if until else float("inf")
 
     def release(self) -> None:

@@ -223,20 +223,30 @@ def test_the_learner_leaves_a_node_that_drains_as_it_does_for_other_ranks(monkey
 
     def look(seconds: float = 0.5) -> tuple[str, int]:
         world.look(seconds)
+        if learner.phase == "ended":
+            learner.node = ""
         return learner.phase, learner.restart_count
 
-    learner.node, drains["a"] = "a", 0
-    assert look() == ("running", 0)
-    assert look(3.0) == ("running", 0)
+    learner.node, drains["a"], learner.phase = "a", 0, "idle"
+    assert look() == ("idle", 0), "between two trainings it is left alone"
+    learner.phase = "running"
+    assert look() == look(3.0) == ("running", 0)
     assert learner.handle.told == ["halt", "halt"], "until it has"
     learner.phase = "idle"  # it has saved
     assert look() == ("ended", 0)
-    learner.node = ""
     assert look() == ("running", 1)
     assert world.fleet.preemptions == {"learner": 1}
-    learner.node, Group.room, learner.phase = "a", False, "starting"
-    assert look(3.0) == ("ended", 1)
-    learner.node = ""
+    learner.node = "a"
+    assert look(3.0) == ("running", 1)
+    learner.phase, learner.node = "starting", ""  # it died meanwhile
+    assert look() == ("starting", 1)
+    learner.phase = "running"
+    assert look(3.0) == ("running", 1), "it came up elsewhere"
+    assert learner.handle.told == ["halt"]
+    Group.room, learner.node, drains["b"] = False, "b", 0
+    assert look(3.0) == ("running", 1)
+    learner.phase = "idle"
+    assert look() == ("ended", 1)
     assert look(99.0) == ("ended", 1)
     assert world.fleet.nobody
     with pytest.raises(PlacementError, match="learner fits nowhere"):
