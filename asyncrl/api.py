@@ -139,11 +139,10 @@ class Trainer:
         return self.result()
 
     def scale(self, generators: int | None = None, rewards: int | None = None, learner: int | None = None) -> None:
-        """States how many generators, reward workers and ranks of the learner there should be from now on; None: as before. For
-        any thread. Returns at once: actors come, and go when they have finished what they hold; the learner saves and starts
-        anew. A count with min and max is the run's own no more. Raises ConfigError for what can't be."""
-        if learner is not None:
-            check_run(self._recipe, self._deployment.with_ranks(learner), self.paths)
+        """States how many generators, reward workers and ranks of the learner there should be from now on; None: as before.
+        From any thread, and from callbacks. Returns at once: actors come, and go when they have finished what they hold; the
+        learner saves and starts anew. A count with min and max is the run's own no more. Raises ConfigError for what can't be.
+        """
         self._supervisor.scale({"generator": generators, "reward": rewards, "learner": learner})
 
     def finish(self) -> RunResult:

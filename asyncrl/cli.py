@@ -22,7 +22,7 @@ JOBS = {
     "sft": ("asyncrl.jobs.sft:sft_job", "SFT warm start: train a model on demonstrations"),
     "attach": ("asyncrl.jobs.attach:attach_job", "watch a run that another process leads, until it ends"),
     "status": ("asyncrl.jobs.status:status_job", "how runs stand: led by whom, where, how fast, what went wrong"),
-    "scale": ("asyncrl.jobs.scale:scale_job", "how many generators and reward workers a run should have from now on"),
+    "scale": ("asyncrl.jobs.scale:scale_job", "how many generators, reward workers and ranks a run should have from now on"),
     "stop": ("asyncrl.jobs.stop:stop_job", "end a run in order, with a checkpoint"),
     "fork": ("asyncrl.jobs.fork:fork_job", "a new run from a checkpoint and the log of another, under other settings"),
     "rescore": ("asyncrl.jobs.rescore:rescore_job", "score a run's rollouts again; repair it where rewards were wrong"),

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,12 @@ def first_failure(member: Member, error: Exception) -> tuple[Member, Exception]:
 
 def held_up_by(node: str, pid: int) -> str:
     """What holds up a process that is silent, as far as it can be told in PROBE_S: itself, its node, or the way there. One that
-    was stopped is ended (`process_state`)."""
+    was stopped is ended."""
     try:
         if node == ray.get_runtime_context().get_node_id():
-            return process_state(pid)
+            return end_if_stopped(pid)
         there = NodeAffinitySchedulingStrategy(node, soft=False)
-        asking = ray.remote(num_cpus=0, max_retries=0)(process_state).options(scheduling_strategy=there)
+        asking = ray.remote(num_cpus=0, max_retries=0)(end_if_stopped).options(scheduling_strategy=there)
         return str(ray.get(asking.remote(pid), timeout=PROBE_S))
     except GetTimeoutError:
         return f"its node did not say why within {PROBE_S:g} s: it is held up, or the network to it is"
@@ -72,13 +73,20 @@ def held_up_by(node: str, pid: int) -> str:
         return f"its node is not there any more ({type(error).__name__})"
 
 
+def end_if_stopped(pid: int) -> str:
+    """`process_state`, after which one that was stopped is killed: it can't hear that it should end, and Ray kills by a timer
+    of the wall clock, which stands still for minutes once that was set an hour back and then two ahead."""
+    state = process_state(pid)
+    if state.endswith(_STATES["T"]):
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    return state
+
+
 def process_state(pid: int) -> str:
-    """What a process of this machine does, in words. One that was stopped is killed: it can't hear that it should end, and Ray
-    kills by a timer of the wall clock, which stands still for minutes once that was set an hour back and then two ahead."""
+    """What a process of this machine does, in words."""
     try:
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        if letter == "T":
-            os.kill(pid, signal.SIGKILL)
     except OSError:
         letter = "X"
     return f"its node answers, and its process {_STATES.get(letter, _STATES['S'])}"

@@ -1,4 +1,4 @@
-"""Who belongs to a run now: its members, of which generators and reward workers come and go while it runs.
+"""Who belongs to a run now: its members, of which generators, reward workers and ranks come and go while it runs.
 
     wanted more ──► seeks a place ──► placed: spawned as the others
     wanted less, its node drains ──► leaves: reserves no more, finishes what it holds ──► left: its place is released
@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
@@ -21,6 +21,7 @@ from ray.exceptions import ActorDiedError
 from asyncrl.cluster.members import FALLBACK_S, Member
 from asyncrl.cluster.placement import fits_nowhere
 from asyncrl.cluster.plan import RunPlan
+from asyncrl.cluster.preflight import check_ranks
 from asyncrl.cluster.watchdog import Clock
 from asyncrl.config import CountRange, Deployment, PlaceSpec
 from asyncrl.errors import ConfigError
@@ -35,7 +36,7 @@ class Fleet:
     """The members of one run. `members` is one list, always, of those that have an actor."""
 
     def __init__(self, plan: RunPlan, clock: Clock) -> None:
-        self._deployment, self._clock, self._loopback = plan.deployment, clock, plan.loopback
+        self._recipe, self._deployment, self._clock, self._loopback = plan.recipe, plan.deployment, clock, plan.loopback
         self._limits = plan.deployment.limits
         self._specs = {role: getattr(plan.deployment, field) for role, field in FIELDS.items()}
         self.counts = {role: spec.least for role, spec in self._specs.items()}  # how many there should be
@@ -77,9 +78,10 @@ class Fleet:
 
     def ask(self, counts: dict[str, int | None]) -> None:
         """States how many of a role there should be from now on, whatever the deployment says; of the learner, ranks of its
-        policy. From any thread."""
+        policy. From any thread. Raises ConfigError for what can't be."""
         if (ranks := counts.get("learner")) is not None:
-            self._deployment.with_ranks(ranks)
+            stated = {role: count for role, count in counts.items() if count is not None}
+            check_ranks(self._recipe, with_counts(self._deployment, self.counts | stated).with_ranks(ranks))
         for role, count in counts.items():
             if role not in FIELDS:
                 continue
@@ -128,10 +130,8 @@ class Fleet:
         for member in [member for member in self.members if member.leaving and self._clock() > member.leave_by]:
             log.warning("%s still held work when its time was over: others begin it anew", member.name)
             self.drop(member)
-        for field, role in ((field, role) for role, field in FIELDS.items()):
-            if (spec := getattr(plan.deployment, field)).least != (count := self.counts[role]):
-                spec = replace(spec, count=CountRange(min=count, max=max(count, spec.most)))  # models have room for the most
-                plan = replace(plan, deployment=replace(plan.deployment, **{field: spec}))
+        plan = replace(plan, deployment=with_counts(plan.deployment, self.counts))
+        for role in FIELDS:
             if sum(not member.leaving for member in self._of(role)) < self._fewest[role]:
                 self._short_since.setdefault(role, self._clock())
             else:
@@ -155,30 +155,37 @@ class Fleet:
             self._seeking = False
             learner.spawn(plan, known)
         elif self._seeking and same:
-            waited = self._clock() - self._sought_at
-            if count != self._ranks_before and waited > FALLBACK_S * len(learner.place.choices):
-                self._asked["learner"] = self._ranks_before, f"there was no room for {count} in {FALLBACK_S:g} s"
-            elif waited > self._limits.start_timeout_s:
-                raise fits_nowhere(learner.name, learner.places)
-        if same and not drained:
+            self._fall_back(learner, count)
+        told = self._halting and learner.phase in ("running", "idle")  # to halt: there is no way back
+        if same and not drained and not told:
             self._halting = False
             return plan
         if learner.phase == "idle" and not self._halting:
             return plan  # not before the next update
         if learner.phase == "running":
-            if drained and not self._halting:
-                self.preemptions["learner"] += 1
-                log.info("the learner goes on elsewhere, from the update under way: a node of its drains")
             self._halting = True
             learner.handle.ask.remote("halt")
             return plan
+        if drained:
+            self.preemptions["learner"] += 1
+            log.info("the learner goes on elsewhere: a node of its drains")
         if learner.phase == "idle" and (stopped := learner.stop()) is not None:
             ray.wait([stopped], timeout=self._limits.stop_timeout_s)
         return self._seek_ranks(plan, count)
 
+    def _fall_back(self, learner: Member, count: int) -> None:
+        waited_s = self._clock() - self._sought_at
+        if count == self._ranks_before:
+            if waited_s > self._limits.start_timeout_s:
+                raise fits_nowhere(learner.name, learner.places)
+        elif waited_s > FALLBACK_S * len(learner.place.choices):
+            self._asked["learner"] = self._ranks_before, f"there was no room for {count} in {waited_s:.0f} s"
+
     def _seek_ranks(self, plan: RunPlan, count: int) -> RunPlan:
         """Gives the learner's places back and asks for others. Returns the plan for whoever starts from now on."""
-        learner, self._ranks_before = self.members[1], plan.deployment.learner.ranks
+        learner = self.members[1]
+        if not self._seeking:
+            self._ranks_before = plan.deployment.learner.ranks
         self._halting, self._seeking, self._sought_at = False, True, self._clock()
         plan = replace(plan, deployment=plan.deployment.with_ranks(count))
         learner.release()
@@ -242,6 +249,15 @@ class Fleet:
         """Ends every actor, and gives all places back."""
         for member in (*self.members, *self.coming):
             member.release()
+
+
+def with_counts(deployment: Deployment, counts: Mapping[str, int]) -> Deployment:
+    """The same with so many of the roles that come and go."""
+    for role, field in FIELDS.items():
+        if (spec := getattr(deployment, field)).least != (count := counts[role]):
+            spec = replace(spec, count=CountRange(min=count, max=max(count, spec.most)))  # models have room for the most
+            deployment = replace(deployment, **{field: spec})
+    return deployment
 
 
 def taken_with_its_node(error: Exception) -> bool:

@@ -102,6 +102,13 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
     yield "disk", lambda: check_space(recipe, deployment, run_dir)
 
 
+def check_ranks(recipe: Recipe, deployment: Deployment) -> None:
+    """Raises ConfigError if the learner of a run that is there can't be on the ranks of this deployment: its layout can't, or
+    this machine has not the places. What they hold each rank looks at when it starts."""
+    check_placement(deployment, served=sum(bool(term.served) for term in recipe.reward.terms()))
+    fit_layouts(recipe, deployment, None)
+
+
 def _trackers(deployment: Deployment) -> str:
     for name in deployment.trackers:
         check_tracker(name)

@@ -1,4 +1,5 @@
-"""How many generators and reward workers a run should have: as it was told, or by the rule of `asyncrl.autoscale`."""
+"""How many generators, reward workers and ranks of its learner a run should have: as it was told, or by the rule of
+`asyncrl.autoscale`."""
 
 import logging
 import time
@@ -7,7 +8,7 @@ from asyncrl.autoscale import Autoscaler, Decision
 from asyncrl.cluster.fleet import Fleet
 from asyncrl.cluster.watchdog import Clock
 from asyncrl.report.loads import LoadMeter
-from asyncrl.report.summary import RunSummary, Scaling
+from asyncrl.report.summary import RunSummary, Scaling, actors_of
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Scaler:
 
     def _change(self, summary: RunSummary, role: str, decision: Decision) -> None:
         before, self._fleet.counts[role] = self._fleet.counts[role], decision.number
-        log.info("%s actors: %d instead of %d: %s", role, decision.number, before, decision.reason)
+        log.info("%s: %d instead of %d: %s", actors_of(role), decision.number, before, decision.reason)
         summary.scalings.append(
             Scaling(
                 time=time.time(),

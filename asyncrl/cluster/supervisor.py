@@ -72,7 +72,7 @@ class Supervisor:
         for member in self._members:
             if member.lead is member:
                 member.spawn(self._plan, self._known, patient=member.role in self._fleet.elastic)
-        while self._learner.phase == "starting" or self._store.phase == "starting":
+        while self._learner.phase != "idle" or self._store.phase == "starting":  # it may begin on other nodes
             self._tick()
         self._fresh_report()
 

@@ -28,6 +28,7 @@ from asyncrl.report.page import report_page
 from asyncrl.report.paired import paired
 from asyncrl.report.run_tables import ReadRun, lag_map, run_marks, run_tables, started_again
 from asyncrl.report.series import MetricLines, read_metrics
+from asyncrl.report.summary import actors_of
 from asyncrl.report.tiles import run_tiles
 from asyncrl.rundir import RunDir, output_file, redact, write_atomic
 
@@ -248,7 +249,7 @@ def _scalings(metrics: MetricLines) -> Iterator[tuple[float, str, str]]:
         yield (
             line["time"],
             "scale",
-            f"{line['count']} {line['role']} actors instead of {line['count_before']}: {line['reason']}",
+            f"{line['count']} {actors_of(line['role'])} instead of {line['count_before']}: {line['reason']}",
         )
 
 

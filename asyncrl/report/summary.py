@@ -22,6 +22,11 @@ class Scaling(Struct, frozen=True, kw_only=True):
     reason: str
 
 
+def actors_of(role: str) -> str:
+    """What those are called that a `Scaling` counts."""
+    return "learner ranks" if role == "learner" else f"{role} actors"
+
+
 class RunResult(Struct, frozen=True, kw_only=True):
     """What a run came to; `asyncrl run` prints it as its one line of JSON."""
 

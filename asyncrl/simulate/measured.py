@@ -1,5 +1,6 @@
 """What things cost in a run, from the rows of its replay log and from metrics.jsonl."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from asyncrl.simulate.costs import Costs, Lengths
 
 _FEWEST, _SKIPPED = 10, 5  # updates; the first fifth of them, which are slower, is left out
 _COLUMNS = ["purpose", "group", "span_lengths", "times", "worker", "outcome"]
+_RANK = re.compile(r"learner(-\d+)?/busy_s")
 Line = dict[str, Any]
 
 
@@ -23,7 +25,9 @@ def measure(path: str) -> tuple[Costs, Lengths, str]:
     a run in which too little happened."""
     run, replay = RunDir(path), asyncrl.replay.open(path)
     lines = [msgspec.json.decode(line) for line in run.metrics.read_bytes().splitlines()] if run.metrics.is_file() else []
-    steps, actors = ([line for line in lines if line["kind"] == kind] for kind in ("step", "actors"))
+    steps, actors, scalings = ([line for line in lines if line["kind"] == kind] for kind in ("step", "actors", "scale"))
+    ranked = max((line["step"] for line in scalings if line["role"] == "learner"), default=0)  # other ranks, other costs
+    steps = [line for line in steps if line["step"] > ranked]
     if len(steps) < _FEWEST or not actors:
         raise DataError(
             f"{run.metrics}: {len(steps)} finished updates < {_FEWEST}: too few to tell what things cost; let the run go on, "
@@ -56,7 +60,7 @@ def measure(path: str) -> tuple[Costs, Lengths, str]:
         pause_s=pause_s,
         deliver_s=max(0.0, _usual_swap_s(actors, steps) - pause_s),
         update_s=update_s,
-        token_s=token_s * deployment.learner.ranks,
+        token_s=token_s * max(1, sum(bool(_RANK.fullmatch(name)) for name in actors[-1])),
         publish_s=float(np.mean(beside)),
         score_s=total("reward", "busy_s") * deployment.rewards.processes / max(1, total("reward", "scored")),
         rows_s=float(np.mean([line["timing_s/rows"] for line in steps])),

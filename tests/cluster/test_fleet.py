@@ -210,8 +210,61 @@ def test_the_learner_halts_for_other_ranks_and_starts_where_these_have_room(monk
     assert told == [
         ("learner", 1, 3, "it was asked for"),
         ("learner", 3, 2, "it was asked for"),
-        ("learner", 2, 3, "there was no room for 2 in 60 s"),
+        ("learner", 2, 3, "there was no room for 2 in 62 s"),
     ]
+
+
+def test_a_learner_that_was_told_to_halt_starts_anew_although_nobody_wants_that_any_more(monkeypatch, tiny_recipe):
+    world = World(monkeypatch, tiny_recipe(), count=1)
+    scaler, summary = Scaler(world.fleet, 60.0, lambda: world.now), RunSummary(name="r", total_steps=9)
+    learner = world.member("learner")
+    for ranks in (2, 1):
+        world.fleet.ask({"learner": ranks})
+        scaler.look(summary)
+        world.look()
+    assert set(learner.handle.told) == {"halt"}
+    learner.phase = "idle"  # it has saved: as it stands, the run would take that for its end
+    world.look()
+    world.look()
+    assert (learner.phase, learner.restart_count, len(learner.gang)) == ("running", 1, 1)
+
+
+def test_without_room_for_as_many_ranks_as_before_the_run_ends(monkeypatch, tiny_recipe):
+    world = World(monkeypatch, tiny_recipe(), count=1)
+    scaler, summary = Scaler(world.fleet, 60.0, lambda: world.now), RunSummary(name="r", total_steps=9)
+    learner, Group.room = world.member("learner"), False
+
+    def look(seconds: float) -> int:
+        scaler.look(summary)
+        world.look(seconds)
+        return len(learner.gang)
+
+    world.fleet.ask({"learner": 2})
+    look(0.5)
+    learner.phase = "idle"
+    assert look(0.5) == 2
+    world.fleet.ask({"learner": 4})
+    assert look(30.0) == 4
+    assert look(50.0) == 4, "these have been sought for less than a minute"
+    assert look(11.0) == 4
+    assert look(0.5) == 1, "none of what was asked for since has ever been"
+    assert look(99.0) == 1
+    with pytest.raises(PlacementError, match="learner fits nowhere"):
+        look(2.0)
+
+
+def test_ranks_are_refused_that_would_have_no_place_beside_the_others_that_there_are_now(monkeypatch, tiny_recipe):
+    world = World(monkeypatch, tiny_recipe(), count=2, place=PlaceSpec(cpus=0.5))
+    world.fleet._deployment = replace(
+        world.fleet._deployment, num_cpus=2, learner=replace(world.fleet._deployment.learner, place=PlaceSpec(cpus=1))
+    )
+    with pytest.raises(ConfigError, match="more than this machine has"):
+        world.fleet.ask({"learner": 2})
+    world.scale(1)
+    with pytest.raises(ConfigError, match="more than this machine has"):
+        world.fleet.ask({"learner": 2})
+    world.fleet._deployment = replace(world.fleet._deployment, num_cpus=3)
+    world.fleet.ask({"learner": 2})
 
 
 def test_the_learner_leaves_a_node_that_drains_as_it_does_for_other_ranks(monkeypatch, tiny_recipe):

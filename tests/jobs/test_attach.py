@@ -98,7 +98,7 @@ def test_status_of_a_folder_of_runs(run: RunDir, capsys: pytest.CaptureFixture[s
         (["stop", "none", "--timeout", "0"], "--timeout 0: say how many seconds > 0 to wait"),
         (["status", "none"], "none is neither a run directory nor a folder of runs; name one, such as runs or runs/NAME"),
         (["scale", "none", "generators=2"], "none is no run directory"),
-        (["scale", "none", "learners=2"], "'learners=2': expected each of generators=N, rewards=N at most once"),
+        (["scale", "none", "learners=2"], "'learners=2': expected each of generators=N, rewards=N, learner=N at most once"),
         (["scale", "none", "generators=-1"], "'generators=-1': expected each of"),
         (["scale", "none", "generators=1", "generators=2"], "'generators=2': expected each of"),
         (["status"], "runs is neither a run directory nor a folder of runs"),

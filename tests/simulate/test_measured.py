@@ -50,6 +50,7 @@ def run(tmp_path: Path) -> Path:
         lines.append(step | {f"timing_s/{name}": seconds for name, seconds in times.items()})
     actors = {"swaps": 10, "pause_s_total": 10 * PAUSE_S, "update": 20, "swapped_at": now + 0.5 + PAUSE_S}
     said = {f"generator-0/{name}": value for name, value in actors.items()} | {"reward-0/scored": 90, "reward-0/busy_s": 0.9}
+    said |= {"learner/busy_s": 9.0, "learner-1/busy_s": 9.0}  # one when the run began, as its deployment says
     lines.append({"kind": "actors", "time": now + 1, "step": 20, **said})
     log = ReplayLog(tmp_path / "replay", StoreSpec())
     log.append_rows(read_submitted(encode_rollouts(rollouts, "run")))
@@ -58,7 +59,7 @@ def run(tmp_path: Path) -> Path:
     trained = tuple(group for group in range(1, 21) if group not in (2, 8, 12, 16, 20))
     log.append_events([ev.BatchCommitted(1, Version(1, 1), trained, {}, now)])
     log.close()
-    (tmp_path / "deployment.yaml").write_text("learner: {ranks: 2}\nrewards: {processes: 3}\n")
+    (tmp_path / "deployment.yaml").write_text("learner: {ranks: 1}\nrewards: {processes: 3}\n")
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
 
@@ -71,6 +72,13 @@ def test_costs_are_found_again(run: Path) -> None:
     assert (costs.score_s, costs.call_s, costs.rows_s, costs.filtered_share) == pytest.approx((0.03, 0.004, 0.02, 4 / 15))
     assert lengths == [[5 + update % 5] * (2, 4, 8)[update % 3] for update in range(6, 21)]
     assert said.startswith("15 updates of that run, at ")
+
+
+def test_what_was_made_on_other_ranks_is_left_out(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as metrics:
+        for role, step in (("generator", 9), ("learner", 5), ("learner", 8)):
+            metrics.write(json.dumps({"kind": "scale", "step": step, "role": role}) + "\n")
+    assert measure(str(run))[2].startswith("9 updates of that run, at ")
 
 
 def test_responses_that_take_longer_than_the_updates_looked_at_are_measured_all_the_same(run: Path) -> None:
