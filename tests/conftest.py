@@ -131,12 +131,11 @@ HEAVY_FIXTURES = {"local_ray", "sglang_on_cpu", "arithmetic_data"}
 HEAVY_PROGRAMS = ("gcs_server", "raylet", "sglang-cpu-server", "sglang.launch_server")
 
 
-# Tests that share what is dear to start; the first match wins. Three processes take these, the largest first, then all others.
+# Tests that share what is dear to start; the first match wins. Two processes take these, the largest first, then all others.
 MACHINERY = {
     "servers": ("tests/generate/sglang/test_engine", "tests/generate/sglang/test_transfer_server", "tests/runs/test_sglang"),
     "commands": ("tests/runs/test_cli_runs",),  # start a Ray of their own
-    "runs": tuple(f"tests/runs/test_{letter}" for letter in "abcdefghij"),
-    "more runs": ("tests/runs/",),
+    "runs": ("tests/runs/",),
     "supervision": ("tests/cluster/", "tests/test_api"),
 }
 
@@ -173,12 +172,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads its options
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """All tests, or all of a mark, run in three processes, which wait for others most of the time; named ones in one, and
-    whatever `-n` says goes before."""
+    """All tests, or all of a mark, run in two processes; named ones in one, and whatever `-n` says goes before."""
     if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
-        return  # one of the three itself
+        return  # one of the two itself
     if config.args_source is not pytest.Config.ArgsSource.ARGS and config.option.numprocesses is None:
-        config.option.numprocesses, config.option.dist = 3, "loadscope"
+        config.option.numprocesses, config.option.dist = 2, "loadscope"
 
 
 @pytest.hookimpl(optionalhook=True)
