@@ -79,21 +79,19 @@ class Fleet:
     def ask(self, counts: dict[str, int | None]) -> None:
         """States how many of a role there should be from now on, whatever the deployment says; of the learner, ranks of its
         policy. From any thread. Raises ConfigError for what can't be."""
-        if (ranks := counts.get("learner")) is not None:
-            stated = {role: count for role, count in counts.items() if count is not None}
-            check_ranks(self._recipe, with_counts(self._deployment, self.counts | stated).with_ranks(ranks))
-        for role, count in counts.items():
-            if role not in FIELDS:
-                continue
-            least = f"{FIELDS[role]}={count} < 1: nobody would be left to do that; use at least 1"
-            if count is not None and count < 1:
-                raise ConfigError(f"scale: {least}")
-            if role == "generator" and (count or 1) > 1 and self._specs[role].engine.sglang.urls:
+        stated = {role: count for role, count in counts.items() if count is not None}
+        for role, field in FIELDS.items():
+            if (count := stated.get(role, 1)) < 1:
+                raise ConfigError(f"scale: {field}={count} < 1: nobody would be left to do that; use at least 1")
+            if role == "generator" and count > 1 and self._specs[role].engine.sglang.urls:
                 raise ConfigError(
                     f"scale: generators={count} with engine.sglang.urls: every generator would update the same servers; it "
                     "stays one"
                 )
-        self._asked |= {role: (count, "it was asked for") for role, count in counts.items() if count is not None}
+        if "learner" in stated:
+            beside = with_counts(self._deployment, self.counts | stated)
+            check_ranks(self._recipe, beside.with_ranks(stated["learner"]))
+        self._asked |= {role: (count, "it was asked for") for role, count in stated.items()}
 
     def asked(self) -> list[tuple[str, int, str]]:
         """What was stated since, and why, if it differs from what there should be. A role is then no longer the rule's."""
