@@ -18,10 +18,11 @@ import ray
 from msgspec.structs import replace
 from ray.exceptions import ActorDiedError
 
+from asyncrl.cluster.fit import fit_layouts
 from asyncrl.cluster.members import FALLBACK_S, Member
 from asyncrl.cluster.placement import fits_nowhere
 from asyncrl.cluster.plan import RunPlan
-from asyncrl.cluster.preflight import check_ranks
+from asyncrl.cluster.resources import check_placement
 from asyncrl.cluster.watchdog import Clock
 from asyncrl.config import CountRange, Deployment, PlaceSpec
 from asyncrl.errors import ConfigError
@@ -89,8 +90,9 @@ class Fleet:
                     "stays one"
                 )
         if "learner" in stated:
-            beside = with_counts(self._deployment, self.counts | stated)
-            check_ranks(self._recipe, beside.with_ranks(stated["learner"]))
+            wanted = with_counts(self._deployment, self.counts | stated).with_ranks(stated["learner"])
+            check_placement(wanted, served=len(self._recipe.reward.served))
+            fit_layouts(self._recipe, wanted)  # what the ranks can hold they look at themselves when they start
         self._asked |= {role: (count, "it was asked for") for role, count in stated.items()}
 
     def asked(self) -> list[tuple[str, int, str]]:

@@ -34,9 +34,8 @@ class RunPlan(Struct, frozen=True, kw_only=True):
     @property
     def models(self) -> dict[str, RewardTerm]:
         """What the actors that serve models of rewards are called, and the term of each."""
-        served = [term for term in self.recipe.reward.terms() if term.served]
         count = self.deployment.rewards.models.count
-        return {f"model-{number}.{i}": term for number, term in enumerate(served) for i in range(count)}
+        return {f"model-{number}.{i}": term for number, term in enumerate(self.recipe.reward.served) for i in range(count)}
 
     @property
     def staleness(self) -> Staleness:

@@ -94,23 +94,12 @@ def _checks(recipe: Recipe, deployment: Deployment, run_dir: RunDir) -> Iterator
     yield "history", lambda: _history(recipe, deployment)
     yield "dtypes", lambda: _dtypes(recipe, deployment)
     yield "engine", lambda: engine_kind(deployment.generators.engine.kind).check(deployment)
-    yield "placement", lambda: _placement(recipe, deployment)
+    yield "placement", lambda: check_placement(deployment, served=len(recipe.reward.served))
     yield "learner", lambda: _learner(recipe, deployment)
     if recipe.sentinels:
         yield "sentinels", lambda: check_sentinels(recipe, COLUMNS)
     yield "trackers", lambda: _trackers(deployment)
     yield "disk", lambda: check_space(recipe, deployment, run_dir)
-
-
-def check_ranks(recipe: Recipe, deployment: Deployment) -> None:
-    """Raises ConfigError if the learner of a run that is there can't be on the ranks of this deployment: its layout can't, or
-    this machine has not the places. What they hold each rank looks at when it starts."""
-    _placement(recipe, deployment)
-    fit_layouts(recipe, deployment, None)
-
-
-def _placement(recipe: Recipe, deployment: Deployment) -> str:
-    return check_placement(deployment, served=sum(bool(term.served) for term in recipe.reward.terms()))
 
 
 def _trackers(deployment: Deployment) -> str:

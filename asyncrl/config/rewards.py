@@ -198,6 +198,11 @@ class RewardSpec(Spec, frozen=True, kw_only=True):
         return tuple(replace(term, name=term.named) for term in self.functions)
 
     @property
+    def served(self) -> list[RewardTerm]:
+        """The terms that ask a model of this run's own."""
+        return [term for term in self.terms() if term.served]
+
+    @property
     def pairwise(self) -> bool:
         """Whether a group's responses are compared with each other."""
         return any(term.judge is not None and term.judge.pairwise for term in self.functions)
