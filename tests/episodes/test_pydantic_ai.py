@@ -12,8 +12,7 @@ CALL = 14  # the word that calls `look`
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("api", ["chat", "responses", "messages"])
+@pytest.mark.parametrize(("api", "streamed"), [("chat", False), ("responses", True), ("messages", True)])
 def test_an_agent_with_a_tool(interpreter, serve, engine, ids, api: str, streamed: bool) -> None:
     """Two calls of a tool at once, an answer, and a second run that goes on with the first: all one segment."""
     python = interpreter("pydantic-ai-slim[openai,anthropic]==2.68.0")

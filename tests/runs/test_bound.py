@@ -141,9 +141,9 @@ def assert_bound(recipe: Recipe, rollouts: list[dict[str, Any]], metrics: dict[i
     [(0, "hold", "in_flight"), (1, "drop", "drain")],
 )
 def test_no_trained_token_exceeds_the_bound(local_ray, tiny_recipe, slow_reward, tmp_path, max_lag, on_stale, update_mode):
-    """Two epochs of 64 prompts. update_mode `drain` swaps late: not before every answer under way is complete."""
+    """An epoch of 64 prompts. update_mode `drain` swaps late: not before every answer under way is complete."""
     recipe = tiny_recipe(
-        data=replace(tiny_recipe().data, epochs=2),
+        data=replace(tiny_recipe().data, epochs=1),
         reward=slow_reward,
         sampling=SamplingSpec(n=4, max_response_length=24, min_valid=3, max_attempts=2, keep="varied"),
         staleness=StalenessSpec(max_lag=max_lag, on_stale=on_stale),
@@ -161,7 +161,7 @@ def test_no_trained_token_exceeds_the_bound(local_ray, tiny_recipe, slow_reward,
     assert result.max_trained_lag <= max_lag
     assert result.restarts == {}
     # The end of the data is a clean end: every prompt was drawn, and what is left over makes a last, smaller batch.
-    assert [e.position for e in events if isinstance(e, ev.GroupReserved) and e.retry == 0] == list(range(128))
+    assert [e.position for e in events if isinstance(e, ev.GroupReserved) and e.retry == 0] == list(range(64))
     sizes = [len(e.groups) for e in events if isinstance(e, ev.BatchCommitted)]
     assert sizes[:-1] == [4] * (result.steps - 1)
     assert result.steps == math.ceil(result.trained / 4)

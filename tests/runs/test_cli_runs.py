@@ -347,7 +347,8 @@ def slow(recipe, run_dir):
     ("during", "number"),
     [
         *(("prepare", number) for number in ENDING),
-        *((during, number) for during in ("ray", "actors") for number in (signal.SIGINT, signal.SIGTERM)),
+        ("ray", signal.SIGTERM),
+        ("actors", signal.SIGINT),
     ],
 )
 def test_an_interrupt_before_anything_is_trained(

@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from msgspec.structs import replace
 
 from asyncrl import Trainer, launch
 from asyncrl.cli import main
@@ -24,20 +24,38 @@ def deployment(ranks: int, **limits: float) -> Deployment:
     )
 
 
-def test_two_ranks_make_the_run_of_one_and_are_replayed_to_the_bit(local_ray, tiny_recipe, metrics_of, tmp_path, capsys):
-    recipe = tiny_recipe(
-        staleness=StalenessSpec(max_lag=0), learner=LearnerSpec(batch_groups=4, lr=1e-2, max_tokens_per_pack=32)
+SETTINGS: dict[str, Any] = {
+    "staleness": StalenessSpec(max_lag=0),
+    "learner": LearnerSpec(batch_groups=4, lr=1e-2, max_tokens_per_pack=32),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(local_ray, tiny_recipe_in, metrics_of, tmp_path_factory) -> list[dict[str, Any]]:
+    """What each of ten updates on one rank says."""
+    folder = tmp_path_factory.mktemp("alone")
+    return metrics_of(
+        launch(tiny_recipe_in(folder, total_steps=10, **SETTINGS), deployment(1), runs_dir=folder).run_dir, "step"
     )
-    runs = [launch(recipe, deployment(ranks), name=f"on-{ranks}", runs_dir=tmp_path) for ranks in (1, 2)]
-    one, two = (metrics_of(run.run_dir, "step") for run in runs)
-    assert [run.steps for run in runs] == [5, 5]
+
+
+def assert_same(lines: list[dict[str, Any]], alone: list[dict[str, Any]]) -> None:
     for name in ("reward/mean", "actor/pg_loss", "actor/entropy", "actor/grad_norm", "response_length/mean"):
-        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-4, abs=1e-6), name
-    assert max(line["gap/logprob_max_abs"] for line in two) < 5e-5
-    told = metrics_of(runs[1].run_dir, "actors")[-1]
+        assert [line[name] for line in lines] == pytest.approx([line[name] for line in alone], rel=1e-4, abs=1e-6), name
+
+
+def test_two_ranks_make_the_run_of_one_and_are_replayed_to_the_bit(
+    local_ray, alone, tiny_recipe, metrics_of, tmp_path, capsys
+):
+    two = launch(tiny_recipe(**SETTINGS), deployment(2), runs_dir=tmp_path)
+    lines = metrics_of(two.run_dir, "step")
+    assert two.steps == 5
+    assert_same(lines, alone[:5])
+    assert max(line["gap/logprob_max_abs"] for line in lines) < 5e-5
+    told = metrics_of(two.run_dir, "actors")[-1]
     assert min(told[f"{rank}/busy_s"] for rank in ("learner", "learner-1")) > 0
     capsys.readouterr()
-    assert main(["replay", runs[1].run_dir]) == 0
+    assert main(["replay", two.run_dir]) == 0
     replayed = json.loads(capsys.readouterr().out)
     assert (replayed["ranks"], replayed["begin"], replayed["checkpoints"]) == (2, 3, [5])
 
@@ -58,14 +76,12 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 
 
 def test_ranks_come_and_go_between_two_updates_of_a_run_that_stays_the_same(
-    local_ray, tiny_recipe, events_of, assert_nothing_lost, metrics_of, tmp_path
+    local_ray, alone, tiny_recipe, events_of, assert_nothing_lost, metrics_of, tmp_path
 ):
-    learner = LearnerSpec(batch_groups=4, lr=1e-2, max_tokens_per_pack=32)
-    recipe = tiny_recipe(staleness=StalenessSpec(max_lag=0), learner=learner, total_steps=10)
-    alone = launch(recipe, deployment(1), name="alone", runs_dir=tmp_path)
     held, gate = tmp_path / "held.py", tmp_path / "released-"
     held.write_text(HELD_REWARD.format(gate=str(gate)))
-    recipe = replace(recipe, reward=RewardSpec(function=f"{held}:compute_score", deadline_s=200))
+    reward = RewardSpec(function=f"{held}:compute_score", deadline_s=200)
+    recipe = tiny_recipe(**SETTINGS, reward=reward, total_steps=10)
     asked: list[int] = []
 
     def change(run: RunSummary) -> None:
@@ -87,7 +103,5 @@ def test_ranks_come_and_go_between_two_updates_of_a_run_that_stays_the_same(
     assert [(line["step"], line["count_before"], line["count"]) for line in scalings] == [(3, 1, 2), (7, 2, 1)]
     fences = [event.committed for event in events_of(result.run_dir) if isinstance(event, ev.LearnerFenced)]
     assert fences == [0, 3, 7], "each began where the one before had halted"
-    one, changed = (metrics_of(run.run_dir, "step") for run in (alone, result))
-    for name in ("reward/mean", "actor/pg_loss", "actor/entropy", "actor/grad_norm", "response_length/mean"):
-        assert [line[name] for line in changed] == pytest.approx([line[name] for line in one], rel=1e-4, abs=1e-6), name
+    assert_same(metrics_of(result.run_dir, "step"), alone)
     assert "learner-1/busy_s" not in metrics_of(result.run_dir, "actors")[-1]

@@ -253,7 +253,7 @@ def simulate(peers: list[Peer], intervals: Iterator[float], horizon_s: float) ->
 SPEEDS = st.floats(0.1, 40.0)  # seconds for a version: between two buckets of the slowest there is less than IDLE_S
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(SPEEDS, min_size=1, max_size=6), st.floats(0.05, 30.0), st.integers(0, 1 << 30))
 def test_the_fast_get_fresh_versions_as_often_as_their_own_speed_allows(speeds: list[float], mean_s: float, seed: int) -> None:
     rng = random.Random(seed)

@@ -179,8 +179,8 @@ def state(events: Iterable[Any]) -> list[Any]:
 
 
 SPECS = {  # and how many seeds
-    "one tail": (StoreSpec(), 30),
-    "a few calls a segment": (StoreSpec(segment_bytes=8_000, keep_bytes=0), 30),
+    "one tail": (StoreSpec(), 20),
+    "a few calls a segment": (StoreSpec(segment_bytes=8_000, keep_bytes=0), 20),
     "a segment a call": (StoreSpec(segment_bytes=1, keep_bytes=60_000), 10),
     "every call synced": (StoreSpec(fsync="call", segment_bytes=20_000), 10),
 }
