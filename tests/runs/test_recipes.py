@@ -111,10 +111,10 @@ def scraper(local_ray) -> Iterator[Scraper]:
 
 @pytest.fixture(scope="module")
 def arithmetic_run(local_ray, arithmetic_data, scraper, tmp_path_factory) -> RunResult:
-    """One seed, 24 of the 200 updates, from a warm policy that is there already."""
+    """One seed, 16 of the 200 updates, from a warm policy that is there already."""
     runs = tmp_path_factory.mktemp("runs")
     shutil.copytree(arithmetic_data, runs / "arithmetic" / "data")
-    return run_recipe("arithmetic", runs, "total_steps=24", "evaluation.freq=12")
+    return run_recipe("arithmetic", runs, "total_steps=16", "learner.warmup_steps=6", "evaluation.freq=8", "evaluation.limit=256")
 
 
 @pytest.fixture(scope="module")
@@ -122,19 +122,19 @@ def ppo_run(local_ray, arithmetic_data, tmp_path_factory) -> RunResult:
     """The beginning of the recipe, from the same warm policy; the critic, a rank of its own, learns alone for two updates."""
     runs = tmp_path_factory.mktemp("runs")
     shutil.copytree(arithmetic_data, runs / "arithmetic_ppo" / "data")
-    overrides = ["total_steps=18", "critic.critic_warmup=2", "learner.warmup_steps=6", "deploy.critic.ranks=1"]
+    overrides = ["total_steps=14", "critic.critic_warmup=2", "learner.warmup_steps=4", "deploy.critic.ranks=1", "evaluation.limit=256"]
     return run_recipe("arithmetic_ppo", runs, *overrides, "checkpoint.save_freq=2", "checkpoint.keep_last_n=20")
 
 
 @pytest.mark.ray
 def test_arithmetic_learns(arithmetic_run, arithmetic_data, metrics_of):
-    """Held-out exact match from at most 0.5 to at least 0.7."""
+    """Held-out exact match from at most 0.5 to at least 0.65."""
     result = arithmetic_run
-    assert result.steps == 24
+    assert result.steps == 16
     assert result.first_score is not None
     assert result.first_score <= 0.5
     assert result.last_score is not None
-    assert result.last_score >= 0.7
+    assert result.last_score >= 0.65
     assert result.max_trained_lag <= 4
     assert result.restarts == {}
     assert result.samples == result.trained * 8
@@ -146,11 +146,11 @@ def test_arithmetic_learns(arithmetic_run, arithmetic_data, metrics_of):
         "reward_model",
         "extra_info",
     ]
-    assert [line["step"] for line in metrics_of(run, "step")] == list(range(1, 25))
+    assert [line["step"] for line in metrics_of(run, "step")] == list(range(1, 17))
     evaluated = [line["step"] for line in metrics_of(run, "eval")]
-    assert (evaluated[0], evaluated[-1], len(evaluated)) == (0, 24, 3)
+    assert (evaluated[0], evaluated[-1], len(evaluated)) == (0, 16, 3)
     # a generator that never held the very version asked for is evaluated at the next one it takes
-    assert all(0 <= step - due <= 4 for step, due in zip(evaluated, [0, 12, 24], strict=True))
+    assert all(0 <= step - due <= 4 for step, due in zip(evaluated, [0, 8, 16], strict=True))
     made, found = (folder / "warm" / "made.json" for folder in (arithmetic_data, run / "data"))
     assert found.stat().st_mtime_ns == made.stat().st_mtime_ns, "the warm-up was done again"
 
@@ -161,7 +161,7 @@ def test_arithmetic_ppo_learns(arithmetic_run, ppo_run, metrics_of):
     assert ppo_run.first_score == pytest.approx(arithmetic_run.first_score, abs=0.01)  # batched differently
     assert ppo_run.last_score >= ppo_run.first_score + 0.15
     steps = metrics_of(ppo_run.run_dir, "step")
-    assert [line["actor/optimizer_steps"] for line in steps] == [0.0] * 2 + [4.0] * 16
+    assert [line["actor/optimizer_steps"] for line in steps] == [0.0] * 2 + [4.0] * 12
     assert {line["critic/optimizer_steps"] for line in steps} == {4.0}
     assert steps[0]["critic/vf_loss"] > steps[-1]["critic/vf_loss"]
 
@@ -172,10 +172,10 @@ def test_a_critic_learns_alone_first_and_is_in_every_checkpoint(ppo_run, metrics
     steps = metrics_of(run.path, "step")
     assert steps[0]["critic/values_mean"] == 0.0 != steps[1]["critic/values_mean"]
     assert "actor/reward_kl_penalty" in steps[3]
-    start, warm, end = (load_file(run.checkpoint(update) / "policy" / "model.safetensors") for update in (0, 2, 18))
+    start, warm, end = (load_file(run.checkpoint(update) / "policy" / "model.safetensors") for update in (0, 2, 14))
     assert all(tensor.equal(warm[name]) for name, tensor in start.items())
     assert any(not tensor.equal(end[name]) for name, tensor in start.items())
-    heads = [load_file(run.checkpoint(update) / "critic" / "model.safetensors") for update in (0, 2, 18)]
+    heads = [load_file(run.checkpoint(update) / "critic" / "model.safetensors") for update in (0, 2, 14)]
     assert heads[0]["lm_head.weight"].abs().max() == 0.0
     assert not heads[1]["lm_head.weight"].equal(heads[2]["lm_head.weight"])
 
@@ -222,7 +222,7 @@ def test_rays_endpoint_serves_what_the_dashboard_asks_for(arithmetic_run, scrape
     def value(line: str) -> float:
         return float(line.rpartition(" ")[2])
 
-    assert 1 <= value(scraper.served["ray_asyncrl_update"][0]) <= 24
+    assert 1 <= value(scraper.served["ray_asyncrl_update"][0]) <= 16
     by_state = [line for line in scraper.served["ray_asyncrl_actors_by_state"] if 'actor="learner"' in line]
     assert sum(map(value, by_state)) == pytest.approx(1.0)
     events = [path.name for path in RunDir(arithmetic_run.run_dir).tensorboard.iterdir()]

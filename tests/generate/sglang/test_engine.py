@@ -343,7 +343,7 @@ def test_an_answer_goes_on_from_what_was_told_of_it(rig: Rig) -> None:
 
 
 def test_pause_keeps_what_runs_and_an_update_meanwhile_counts(rig: Rig) -> None:
-    asked = rig.ask(2, 8, length=500)
+    asked = rig.ask(2, 8, length=200)
     rig.steps()
     rig.engine.pause()
     before = rig.version
@@ -404,7 +404,7 @@ def test_with_a_prefix_cache_no_old_prefix_is_reused(open_rig: Open) -> None:
 @pytest.mark.parametrize("mode", ["drain", "restart", "keep_kv"])
 def test_other_update_modes_on_a_server_that_runs_already(open_rig: Open, sglang_server: str, mode: str) -> None:
     with open_rig(mode, urls=(sglang_server,)) as rig:  # by `distributed` transfer
-        asked = rig.ask(2, 8, length=400)
+        asked = rig.ask(2, 8, length=250)
         discarded = 0
         for _ in range(3):
             rig.steps() if mode != "keep_kv" else rig.check(rig.ask(length=10), exact=False)
@@ -426,7 +426,7 @@ def test_two_servers_share_the_load_and_a_server_that_others_update_is_replaced(
     with open_rig(attached=servers) as both:
         until(lambda: both.engine.gauges()["servers_up"] == 2)
         assert both.engine.slots == 128
-        asked = both.ask(8, 4, length=300)
+        asked = both.ask(8, 4, length=200)
         until(lambda: [running(server) for server in servers] == [16, 16])
         both.update()
         assert {len(answer.spans) for answer in both.check(asked)} <= {1, 2}
