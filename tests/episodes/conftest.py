@@ -334,8 +334,8 @@ def serve(engine: ScriptedEngine, make_chat: Callable[..., Any]) -> Callable[...
 
 @pytest.fixture
 def interpreter(request, monkeypatch) -> Callable[..., str]:
-    """interpreter(*packages): a Python that has them, made once, from PyPI, in pytest's cache folder (by uv: pip takes ten times as long). Skips where it is not
-    there, unless CI says that it must be."""
+    """interpreter(*packages): a Python that has them, made once, from PyPI, in pytest's cache folder; by uv, as pip takes ten
+    times as long. Skips where it is not there, unless CI says that it must be."""
 
     def make(*packages: str) -> str:
         folder = Path(request.config.cache.mkdir("-".join(packages).replace("==", "-")))

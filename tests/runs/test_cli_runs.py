@@ -381,7 +381,7 @@ def test_a_killed_driver_takes_everything_with_it_and_the_run_resumes_until_an_a
     wait_until(lambda: all(name in RAY_AGENTS for name in map(process_name, running.left())), 45)
     saved = run.update_of(run.steps()[-1])
     last = max(steps(run)[-1], saved)
-    until = last + 20  # the log may be some steps ahead of the metrics
+    until = last + 10  # the log may be some steps ahead of the metrics
 
     resumed = start(command, project, "killed", "--resume", *ENDLESS, "deploy.limits.max_restarts=0")
     resumed.until(lambda: steps(run)[-1] >= until)

@@ -28,12 +28,14 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def pointers_run(local_ray, tmp_path_factory) -> RunResult:
-    """20 of the 100 updates."""
-    runs = tmp_path_factory.mktemp("runs")
-    overrides = ["total_steps=20", "evaluation.freq=20", "evaluation.limit=128"]
+def pointers_run(local_ray, script, tmp_path_factory) -> RunResult:
+    """16 of the 100 updates, from a policy that was warmed up for half of the time."""
+    module, run = script(RECIPES / "pointers.py"), RunDir(tmp_path_factory.mktemp("runs") / "pointers")
+    module.WARM_STEPS = 300
+    overrides = ["total_steps=16", "evaluation.freq=16", "evaluation.limit=128"]
     recipe, deployment = load_specs(RECIPES / "pointers.py", None, overrides)
-    return launch(resolve_paths(recipe, RunDir(runs / "pointers"), RECIPES), deployment, runs_dir=runs)
+    module.prepare(recipe, run.path)
+    return launch(resolve_paths(recipe, run, RECIPES), deployment, runs_dir=run.path.parent)
 
 
 def test_the_policy_learns_to_ask(pointers_run, metrics_of) -> None:
@@ -45,14 +47,14 @@ def test_the_policy_learns_to_ask(pointers_run, metrics_of) -> None:
     assert fmean(sampled[:4]) <= 0.25
     assert fmean(sampled[-4:]) >= fmean(sampled[:4]) + 0.06  # greedy play is there long before
     assert max(line.get("gap/logprob_max_abs", 0.0) for line in steps) <= 1e-5  # over all turns
-    assert (pointers_run.steps, pointers_run.samples, pointers_run.invalid, pointers_run.timeout) == (20, 20 * 256, 0, 0)
+    assert (pointers_run.steps, pointers_run.samples, pointers_run.invalid, pointers_run.timeout) == (16, 16 * 256, 0, 0)
 
 
 def test_rows_are_conversations_as_they_were_read_and_sampled(pointers_run) -> None:
     tokenizer = AutoTokenizer.from_pretrained(Path(pointers_run.run_dir) / "data/warm")
     columns = ["prompt_ids", "response_ids", "loss_mask", "turns", "segments", "episode", "reward", "trained_update"]
     rows = [row for row in asyncrl.replay.open(pointers_run.run_dir).rollouts(columns).to_pylist() if row["trained_update"]]
-    assert len(rows) == 20 * 256
+    assert len(rows) == 16 * 256
     whole = 0
     for row in rows:
         episode = json.loads(row["episode"])
@@ -78,9 +80,9 @@ def test_the_run_says_how_its_episodes_went(pointers_run, metrics_of) -> None:
         assert line["episode/tokens"] == pytest.approx(line["response_length/mean"])
         assert line["episode/environment_s"] > 0
     evaluations = metrics_of(pointers_run.run_dir, "eval")
-    assert [line["step"] for line in evaluations] == [0, 20]
+    assert [line["step"] for line in evaluations] == [0, 16]
     assert all(line["step"] <= line["eval/oldest_update"] <= line["eval/newest_update"] for line in evaluations)
-    assert evaluations[1]["eval/newest_update"] == 20  # nothing is newer
+    assert evaluations[1]["eval/newest_update"] == 16  # nothing is newer
     assert evaluations[1]["eval/num_turns/mean"] > evaluations[0]["eval/num_turns/mean"] + 0.5  # it has learned to ask
 
 

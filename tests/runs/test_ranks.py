@@ -44,9 +44,7 @@ def assert_same(lines: list[dict[str, Any]], alone: list[dict[str, Any]]) -> Non
         assert [line[name] for line in lines] == pytest.approx([line[name] for line in alone], rel=1e-4, abs=1e-6), name
 
 
-def test_two_ranks_make_the_run_of_one_and_are_replayed_to_the_bit(
-    local_ray, alone, tiny_recipe, metrics_of, tmp_path, capsys
-):
+def test_two_ranks_make_the_run_of_one_and_are_replayed_to_the_bit(local_ray, alone, tiny_recipe, metrics_of, tmp_path, capsys):
     two = launch(tiny_recipe(**SETTINGS), deployment(2), runs_dir=tmp_path)
     lines = metrics_of(two.run_dir, "step")
     assert two.steps == 5

@@ -114,7 +114,9 @@ def arithmetic_run(local_ray, arithmetic_data, scraper, tmp_path_factory) -> Run
     """One seed, 16 of the 200 updates, from a warm policy that is there already."""
     runs = tmp_path_factory.mktemp("runs")
     shutil.copytree(arithmetic_data, runs / "arithmetic" / "data")
-    return run_recipe("arithmetic", runs, "total_steps=16", "learner.warmup_steps=6", "evaluation.freq=8", "evaluation.limit=256")
+    return run_recipe(
+        "arithmetic", runs, "total_steps=16", "learner.warmup_steps=6", "evaluation.freq=8", "evaluation.limit=256"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,13 @@ def ppo_run(local_ray, arithmetic_data, tmp_path_factory) -> RunResult:
     """The beginning of the recipe, from the same warm policy; the critic, a rank of its own, learns alone for two updates."""
     runs = tmp_path_factory.mktemp("runs")
     shutil.copytree(arithmetic_data, runs / "arithmetic_ppo" / "data")
-    overrides = ["total_steps=14", "critic.critic_warmup=2", "learner.warmup_steps=4", "deploy.critic.ranks=1", "evaluation.limit=256"]
+    overrides = [
+        "total_steps=14",
+        "critic.critic_warmup=2",
+        "learner.warmup_steps=4",
+        "deploy.critic.ranks=1",
+        "evaluation.limit=256",
+    ]
     return run_recipe("arithmetic_ppo", runs, *overrides, "checkpoint.save_freq=2", "checkpoint.keep_last_n=20")
 
 
