@@ -111,11 +111,11 @@ def scraper(local_ray) -> Iterator[Scraper]:
 
 @pytest.fixture(scope="module")
 def arithmetic_run(local_ray, arithmetic_data, scraper, tmp_path_factory) -> RunResult:
-    """One seed, 16 of the 200 updates, from a warm policy that is there already."""
+    """One seed, 20 of the 200 updates, from a warm policy that is there already."""
     runs = tmp_path_factory.mktemp("runs")
     shutil.copytree(arithmetic_data, runs / "arithmetic" / "data")
     return run_recipe(
-        "arithmetic", runs, "total_steps=16", "learner.warmup_steps=6", "evaluation.freq=8", "evaluation.limit=256"
+        "arithmetic", runs, "total_steps=20", "learner.warmup_steps=6", "evaluation.freq=10", "evaluation.limit=256"
     )
 
 
@@ -136,13 +136,13 @@ def ppo_run(local_ray, arithmetic_data, tmp_path_factory) -> RunResult:
 
 @pytest.mark.ray
 def test_arithmetic_learns(arithmetic_run, arithmetic_data, metrics_of):
-    """Held-out exact match from at most 0.5 to at least 0.65."""
+    """Held-out exact match from at most 0.5 to at least 0.7."""
     result = arithmetic_run
-    assert result.steps == 16
+    assert result.steps == 20
     assert result.first_score is not None
     assert result.first_score <= 0.5
     assert result.last_score is not None
-    assert result.last_score >= 0.65
+    assert result.last_score >= 0.7
     assert result.max_trained_lag <= 4
     assert result.restarts == {}
     assert result.samples == result.trained * 8
@@ -154,11 +154,11 @@ def test_arithmetic_learns(arithmetic_run, arithmetic_data, metrics_of):
         "reward_model",
         "extra_info",
     ]
-    assert [line["step"] for line in metrics_of(run, "step")] == list(range(1, 17))
+    assert [line["step"] for line in metrics_of(run, "step")] == list(range(1, 21))
     evaluated = [line["step"] for line in metrics_of(run, "eval")]
-    assert (evaluated[0], evaluated[-1], len(evaluated)) == (0, 16, 3)
+    assert (evaluated[0], evaluated[-1], len(evaluated)) == (0, 20, 3)
     # a generator that never held the very version asked for is evaluated at the next one it takes
-    assert all(0 <= step - due <= 4 for step, due in zip(evaluated, [0, 8, 16], strict=True))
+    assert all(0 <= step - due <= 4 for step, due in zip(evaluated, [0, 10, 20], strict=True))
     made, found = (folder / "warm" / "made.json" for folder in (arithmetic_data, run / "data"))
     assert found.stat().st_mtime_ns == made.stat().st_mtime_ns, "the warm-up was done again"
 
@@ -230,7 +230,7 @@ def test_rays_endpoint_serves_what_the_dashboard_asks_for(arithmetic_run, scrape
     def value(line: str) -> float:
         return float(line.rpartition(" ")[2])
 
-    assert 1 <= value(scraper.served["ray_asyncrl_update"][0]) <= 16
+    assert 1 <= value(scraper.served["ray_asyncrl_update"][0]) <= 20
     by_state = [line for line in scraper.served["ray_asyncrl_actors_by_state"] if 'actor="learner"' in line]
     assert sum(map(value, by_state)) == pytest.approx(1.0)
     events = [path.name for path in RunDir(arithmetic_run.run_dir).tensorboard.iterdir()]

@@ -69,11 +69,11 @@ class KillScheduler:
 
 @pytest.fixture(scope="module")
 def run(local_ray: None, arithmetic_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, KillScheduler]:
-    """16 of the 200 updates of recipes/arithmetic.py. The scheduler is killed while more updates are left than rollouts run
+    """20 of the 200 updates of recipes/arithmetic.py. The scheduler is killed while more updates are left than rollouts run
     ahead by (max_lag + 1): the run can't end before another server is up."""
     folder = tmp_path_factory.mktemp("sglang-run")
     shutil.copytree(arithmetic_data, folder / "arithmetic" / "data")
-    short = ["total_steps=16", "learner.warmup_steps=6", "evaluation.limit=256"]
+    short = ["total_steps=20", "learner.warmup_steps=6", "evaluation.limit=256"]
     recipe, deployment = load_specs(ROOT / "recipes" / "arithmetic.py", DEPLOYMENT, short)
     recipe = resolve_paths(recipe, RunDir(folder / "arithmetic"), ROOT / "recipes")
     killer = KillScheduler(5)
@@ -81,14 +81,14 @@ def run(local_ray: None, arithmetic_data: Path, tmp_path_factory: pytest.TempPat
 
 
 def test_arithmetic_learns_with_sglang(run, metrics_of):
-    """Held-out exact match from at most 0.5 to at least 0.65."""
+    """Held-out exact match from at most 0.5 to at least 0.7."""
     result, _ = run
-    assert result.steps == 16
+    assert result.steps == 20
     assert result.max_trained_lag <= 4
     assert result.first_score is not None
     assert result.last_score is not None
     assert result.first_score <= 0.5
-    assert result.last_score >= 0.65
+    assert result.last_score >= 0.7
     gaps = [line["gap/logprob_max_abs"] for line in metrics_of(result.run_dir) if "gap/logprob_max_abs" in line]
     assert gaps, "no token was trained by the very weights that made it: the gap between engine and learner is not seen"
     assert max(gaps) < 1e-4  # fp32: the same weights in two implementations
@@ -97,14 +97,14 @@ def test_arithmetic_learns_with_sglang(run, metrics_of):
 def test_a_killed_scheduler_is_replaced_and_nothing_is_lost(run, events_of, gauges):
     result, killer = run
     assert len(killer.killed) == 1
-    assert killer.killed[0] <= 10
+    assert killer.killed[0] <= 14
     assert result.restarts == {}, "the generator replaces its server by itself"
     assert result.pending == 0
     assert gauges(result.run_dir, "restarts")[-1] == 1
     assert gauges(result.run_dir, "servers_up")[-1] == 1
     events = events_of(result.run_dir)
     commits = [event for event in events if isinstance(event, ev.BatchCommitted)]
-    assert [commit.version.update for commit in commits] == list(range(1, 17))
+    assert [commit.version.update for commit in commits] == list(range(1, 21))
     trained = [group for commit in commits for group in commit.groups]
     assert len(set(trained)) == len(trained) == result.trained
     reserved = {e.group for e in events if isinstance(e, ev.GroupReserved) and e.purpose == "train"}
